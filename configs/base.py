@@ -1,0 +1,114 @@
+"""Every setting with its default. A variant is this plus a few changes.
+
+    python launch.py --config=configs/base.py --workdir=runs/base
+
+Any key can be changed on the command line: --config.model.num_layers=6. A config
+file is Python code: run only those you trust.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+  """The defaults: a 10M-parameter masked diffusion model of bytes."""
+  config = config_dict.ConfigDict()
+  config.seed = 0  # of the initial weights, the noise and the order of the data
+
+  config.data = data = config_dict.ConfigDict()
+  # 'embedded' | 'text:GLOB' | 'jsonl:GLOB[:FIELD]' | 'tfds:NAME[:FEATURE]'
+  data.source = 'embedded'
+  data.length = 256  # tokens per example
+  data.eval_fraction = 0.05  # held out, in (0, 1); unused where a TFDS set has its own
+  data.data_dir = ''  # prepared data; '': $NANODLM_DATA_DIR or ~/.cache/nanodlm
+  data.crop = 'chunk'  # 'chunk': fixed rows | 'random': random windows
+  data.segment_ids = False  # True: no attention across documents
+  data.prefetch_batches = 4
+  data.num_threads = 2  # that read batches
+
+  config.tokenizer = tokenizer = config_dict.ConfigDict()
+  tokenizer.name = 'bytes'  # | 'sentencepiece' | a tiktoken encoding: 'gpt2', ...
+  tokenizer.path = ''  # a SentencePiece .model; '': trained on the source
+  tokenizer.vocab_size = 0  # pieces, where SentencePiece is trained on the source
+
+  config.model = model = config_dict.ConfigDict()
+  model.num_layers = 6
+  model.embed_dim = 384
+  model.num_heads = 6
+  model.mlp_dim = 0  # 0: 4 x embed_dim, gated: 8/3 x
+  model.mlp = 'relu2'  # 'gelu' | 'relu2' | 'geglu' | 'swiglu'
+  model.qk_norm = True
+  model.tie_embeddings = True
+  model.dropout = 0.0  # in [0, 1)
+  model.time_conditioning = False  # adaLN-zero
+  model.rope_theta = 10_000.0
+  model.dtype = 'float32'  # of matrix products: 'float32' | 'bfloat16' | 'float16'
+  model.remat = 'none'  # recompute in the backward pass: 'none' | 'dots' | 'full'
+  model.unroll = False  # True: no scan over layers; faster on a CPU
+  model.attention = 'auto'  # 'auto' | 'xla' | 'cudnn'
+
+  config.objective = objective = config_dict.ConfigDict()
+  objective.name = 'masked'  # 'masked' | 'ar'
+  objective.noise = 'count'  # 'count' | 'stratified' | 'uniform' times
+  objective.schedule = 'linear'  # 'linear' | 'cosine' | 'md4_cosine' | 'sqrt' | 'polynomial'
+  objective.power = 2.0  # of the polynomial schedule, > 0
+  objective.num_timesteps = 0  # discrete time; 0: continuous
+  objective.min_time = 0.0  # times below it are not trained on, in [0, 1)
+
+  config.sampler = sampler = config_dict.ConfigDict()
+  # 'auto' (fixed_count, or ar for an ar model) | 'ancestral' | 'fixed_count' |
+  # 'first_hitting' | 'ar'
+  sampler.name = 'auto'
+  sampler.num_steps = 128  # network calls of ancestral and fixed_count
+  sampler.schedule = 'linear'  # of ancestral; as in objective
+  sampler.power = 2.0
+  sampler.grid = 'uniform'  # times of ancestral: 'uniform' | 'cosine'
+  sampler.temperature = 1.0  # 0: the most probable token
+  sampler.top_k = 0  # 0: all
+  sampler.top_p = 1.0  # in (0, 1]
+  sampler.num_samples = 4  # per prompt, with --mode=sample
+  sampler.length = 0  # tokens; 0: data.length
+  sampler.seed = 0
+
+  config.optim = optim = config_dict.ConfigDict()
+  optim.name = 'adamw'  # 'adamw' | 'lion' | 'muon'
+  optim.learning_rate = 1e-3
+  optim.schedule = 'cosine'  # 'cosine' | 'constant' | 'wsd', after the warm-up
+  optim.warmup_steps = 100
+  optim.final_fraction = 0.0  # of the learning rate at the end
+  optim.weight_decay = 0.1  # matrices and embeddings only
+  optim.b1 = 0.9
+  optim.b2 = 0.99
+  optim.momentum = 0.95  # of muon
+  optim.clip_norm = 1.0  # 0: off
+  optim.ema_decay = 0.999  # 0: off
+
+  config.train = train = config_dict.ConfigDict()
+  train.batch_size = 32  # examples over all devices
+  train.num_steps = 2000
+  train.num_microbatches = 1  # per step and device, for less memory
+  train.chunk_size = 1024  # positions projected to the vocabulary at once
+  train.log_every_steps = 50
+  train.eval_every_steps = 500  # 0: at the end only
+  train.num_samples = 1  # shown at each evaluation
+  train.max_skipped_steps = 5  # in a row, with a non-finite gradient
+  train.profile_steps = 0  # traced for TensorBoard, from step 10
+  train.wandb_project = ''  # '': off; needs the wandb package
+
+  config.eval = evaluation = config_dict.ConfigDict()
+  evaluation.batch_size = 32
+  evaluation.num_draws = 8  # of the noise, per example
+  evaluation.max_examples = 0  # in evaluations during training; 0: the whole split
+  evaluation.seed = 0
+
+  config.checkpoint = checkpoint = config_dict.ConfigDict()
+  checkpoint.every_steps = 500
+  checkpoint.max_to_keep = 3
+  checkpoint.keep_period = 0  # multiples of it are kept for good; 0: none
+  checkpoint.init_from = ''  # another run's workdir: start from its weights
+  checkpoint.init_step = 0  # of that run; 0: its last checkpoint
+
+  config.mesh = mesh = config_dict.ConfigDict()
+  mesh.data = -1  # -1: all devices
+  mesh.fsdp = 1
+  mesh.tensor = 1
+  return config

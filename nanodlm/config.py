@@ -1,0 +1,334 @@
+"""From a ConfigDict to the frozen values that the code runs on, checked."""
+
+import dataclasses
+import difflib
+import json
+from typing import Any
+
+from ml_collections import config_dict
+
+from nanodlm import categorical
+from nanodlm import mesh
+from nanodlm import model
+from nanodlm import objectives
+from nanodlm import optim
+from nanodlm import samplers
+from nanodlm import schedules
+from nanodlm.types import InputError
+from nanodlm.types import Objective
+from nanodlm.types import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """`config.data`; the keys' meaning stands in configs/base.py."""
+
+  source: str
+  length: int
+  eval_fraction: float
+  data_dir: str
+  crop: str
+  segment_ids: bool
+  prefetch_batches: int
+  num_threads: int
+
+  def __post_init__(self):
+    _check_at_least(self, 'data', length=2, prefetch_batches=1, num_threads=1)
+    if self.crop not in ('chunk', 'random'):
+      raise InputError(f"data.crop={self.crop!r} is not one of ['chunk', 'random']")
+    if not 0 < self.eval_fraction < 1:
+      raise InputError(
+          f'data.eval_fraction={self.eval_fraction!r} must be in (0, 1)')
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  """`config.tokenizer`."""
+
+  name: str
+  path: str
+  vocab_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """`config.train`."""
+
+  batch_size: int
+  num_steps: int
+  num_microbatches: int
+  chunk_size: int
+  log_every_steps: int
+  eval_every_steps: int
+  num_samples: int
+  max_skipped_steps: int
+  profile_steps: int
+  wandb_project: str
+
+  def __post_init__(self):
+    _check_at_least(self, 'train', batch_size=1, num_steps=1, num_microbatches=1,
+                    chunk_size=1, log_every_steps=1, eval_every_steps=0,
+                    num_samples=0, max_skipped_steps=1, profile_steps=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """`config.eval`."""
+
+  batch_size: int
+  num_draws: int
+  max_examples: int
+  seed: int
+
+  def __post_init__(self):
+    _check_at_least(self, 'eval', batch_size=1, num_draws=1, max_examples=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """`config.checkpoint`."""
+
+  every_steps: int
+  max_to_keep: int
+  keep_period: int
+  init_from: str
+  init_step: int
+
+  def __post_init__(self):
+    _check_at_least(self, 'checkpoint', every_steps=1, max_to_keep=1,
+                    keep_period=0, init_step=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+  """What `config.sampler` says beside the sampler itself."""
+
+  num_samples: int
+  length: int
+  seed: int
+
+  def __post_init__(self):
+    _check_at_least(self, 'sampler', num_samples=1, length=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """A whole config, checked; what depends on the tokenizer is made later."""
+
+  seed: int
+  data: DataConfig
+  tokenizer: TokenizerConfig
+  optim: optim.OptimConfig
+  train: TrainConfig
+  eval: EvalConfig
+  checkpoint: CheckpointConfig
+  sample: SampleConfig
+  mesh: mesh.MeshConfig
+
+
+def _check_at_least(section: Any, name: str, **bounds: int):
+  for key, bound in bounds.items():
+    if getattr(section, key) < bound:
+      raise InputError(
+          f'{name}.{key}={getattr(section, key)!r} must be >= {bound}')
+
+
+def _build(cls: type, section: config_dict.ConfigDict, **given: Any):
+  """cls from the section's values of its fields, and `given` ones."""
+  names = [field.name for field in dataclasses.fields(cls)]
+  values = {name: section[name] for name in names
+            if name not in given and name in section}
+  return cls(**values, **given)
+
+
+def validate(config: config_dict.ConfigDict, defaults: config_dict.ConfigDict
+             ) -> Settings:
+  """Checks every section, and the rules that cross sections.
+
+  Args:
+    config: a full config.
+    defaults: configs/base.py's; a key that the chosen objective or sampler does
+      not read may not differ from it.
+
+  Returns:
+    The settings.
+
+  Raises:
+    InputError: naming the key, its value and what is allowed.
+  """
+  settings = Settings(
+      seed=config.seed,
+      data=_build(DataConfig, config.data),
+      tokenizer=_build(TokenizerConfig, config.tokenizer),
+      optim=_build(optim.OptimConfig, config.optim),
+      train=_build(TrainConfig, config.train),
+      eval=_build(EvalConfig, config.eval),
+      checkpoint=_build(CheckpointConfig, config.checkpoint),
+      sample=_build(SampleConfig, config.sampler),
+      mesh=_build(mesh.MeshConfig, config.mesh))
+  # With a stand-in vocabulary: the tokenizer may not exist yet.
+  objective = make_objective(config, mask_id=1)
+  make_model(config, vocab_size=2)
+  make_sampler(config, mask_id=1)
+  _check_unread('objective', config, defaults,
+                {'name'} | _reads(objectives.OBJECTIVES[config.objective.name]))
+  _check_unread('sampler', config, defaults,
+                {'name', 'num_samples', 'length', 'seed', 'temperature', 'top_k',
+                 'top_p'} | _reads(samplers.SAMPLERS[sampler_name(config)]))
+  shared = objective.evaluation().group_size
+  if settings.eval.num_draws % shared:
+    raise InputError(f'eval.num_draws={settings.eval.num_draws!r} must be a '
+                     f'multiple of {shared} with this objective')
+  if settings.train.batch_size % objective.group_size:
+    raise InputError(
+        f'train.batch_size={settings.train.batch_size!r} must be a multiple of '
+        f'{objective.group_size}: objective.noise={config.objective.noise!r} '
+        'draws noise for pairs of examples')
+  return settings
+
+
+def _reads(cls: type) -> set[str]:
+  names = {field.name for field in dataclasses.fields(cls)}
+  return names | ({'power'} if 'schedule' in names else set())
+
+
+def _check_unread(section: str, config, defaults, read: set[str]):
+  for key, value in config[section].items():
+    if key not in read and value != defaults[section][key]:
+      raise InputError(
+          f'{section}.{key}={value!r} has no effect with {section}.name='
+          f'{config[section].name!r}, which reads {sorted(read - {"name"})}; '
+          f'leave it at {defaults[section][key]!r}')
+
+
+def make_objective(config: config_dict.ConfigDict, mask_id: int) -> Objective:
+  """The training objective of `config.objective`."""
+  section = config.objective
+  if section.name not in objectives.OBJECTIVES:
+    raise InputError(f'objective.name={section.name!r} is not one of '
+                     f'{sorted(objectives.OBJECTIVES)}')
+  cls = objectives.OBJECTIVES[section.name]
+  given = {}
+  if 'schedule' in _reads(cls):
+    given['schedule'] = schedules.make_schedule(section.schedule, section.power)
+  return _build(cls, section, mask_id=mask_id, **given)
+
+
+def make_model(config: config_dict.ConfigDict, vocab_size: int
+               ) -> model.ModelConfig:
+  """The network's shape, causal where the objective is."""
+  causal = objectives.OBJECTIVES[config.objective.name].causal
+  return _build(model.ModelConfig, config.model, vocab_size=vocab_size,
+                causal=causal)
+
+
+def sampler_name(config: config_dict.ConfigDict) -> str:
+  """`config.sampler.name`, with 'auto' resolved by the objective."""
+  name = config.sampler.name
+  if name == 'auto':
+    return 'ar' if config.objective.name == 'ar' else 'fixed_count'
+  return name
+
+
+def make_sampler(config: config_dict.ConfigDict, mask_id: int) -> Sampler:
+  """The sampler of `config.sampler`, which must fit the objective."""
+  section, name = config.sampler, sampler_name(config)
+  if name not in samplers.SAMPLERS:
+    raise InputError(f'sampler.name={name!r} is not one of '
+                     f"{['auto', *sorted(samplers.SAMPLERS)]}")
+  if config.objective.name not in samplers.FITS[name]:
+    fitting = [s for s in sorted(samplers.SAMPLERS)
+               if config.objective.name in samplers.FITS[s]]
+    raise InputError(f'sampler.name={name!r} does not fit objective.name='
+                     f'{config.objective.name!r}; these do: {fitting}')
+  cls = samplers.SAMPLERS[name]
+  given = {'draw': _build(categorical.Draw, section, mask_id=mask_id)}
+  if 'schedule' in _reads(cls):
+    given['schedule'] = schedules.make_schedule(section.schedule, section.power)
+  return _build(cls, section, **given)
+
+
+# What decides the batches, the noise and the shape of the state: a workdir goes
+# on only with the same. These keys may change between two starts of one run.
+FREE_KEYS = frozenset({
+    'data.data_dir', 'data.prefetch_batches', 'data.num_threads',
+    'model.remat', 'model.unroll', 'model.attention', 'model.dtype'})
+BOUND_KEYS = frozenset({'seed', 'train.batch_size', 'optim.name'})
+BOUND_SECTIONS = ('data', 'tokenizer', 'model', 'objective')
+
+
+def flatten(config: config_dict.ConfigDict) -> dict[str, Any]:
+  """{'section.key': value}."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, config_dict.ConfigDict):
+      flat.update({f'{key}.{k}': v for k, v in flatten(value).items()})
+    else:
+      flat[key] = value
+  return flat
+
+
+def differing_keys(saved: config_dict.ConfigDict, config: config_dict.ConfigDict
+                   ) -> dict[str, tuple[Any, Any]]:
+  """{key: (saved, new)} for all keys whose values differ."""
+  old, new = flatten(saved), flatten(config)
+  return {key: (old.get(key), new.get(key)) for key in sorted(old | new)
+          if old.get(key) != new.get(key)}
+
+
+def is_bound(key: str) -> bool:
+  """Whether a run cannot go on with another value of this key."""
+  if key in FREE_KEYS:
+    return False
+  return key in BOUND_KEYS or key.split('.')[0] in BOUND_SECTIONS
+
+
+def check_resumable(saved: config_dict.ConfigDict, config: config_dict.ConfigDict,
+                    workdir: str):
+  """Raises InputError where `config` cannot continue the run in `workdir`."""
+  bound = {key: values for key, values in differing_keys(saved, config).items()
+           if is_bound(key)}
+  if bound:
+    lines = [f'  {key}: {old!r} there, {new!r} here'
+             for key, (old, new) in bound.items()]
+    raise InputError(
+        f'workdir={workdir!r} holds a run with other settings:\n'
+        + '\n'.join(lines)
+        + '\nUse the same settings to go on with it, or another workdir')
+
+
+def to_json(config: config_dict.ConfigDict) -> str:
+  """The config as indented JSON, keys in order."""
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+
+
+def from_json(text: str, defaults: config_dict.ConfigDict, where: str
+              ) -> config_dict.ConfigDict:
+  """A saved config; keys that it lacks take their defaults.
+
+  Raises:
+    InputError: not a config, or a key that this version does not know.
+  """
+  try:
+    saved = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise InputError(f'{where} is not JSON: {error}') from error
+  config = config_dict.ConfigDict(defaults.to_dict())
+  for section, value in saved.items():
+    if section not in config:
+      raise InputError(f'{where}: unknown section {section!r}; known: '
+                       f'{sorted(config)}')
+    if not isinstance(value, dict):
+      config[section] = value
+      continue
+    for key, leaf in value.items():
+      if key not in config[section]:
+        raise InputError(f'{where}: unknown key {section}.{key}{suggest(key, config[section])}')
+      config[section][key] = leaf
+  return config
+
+
+def suggest(key: str, known) -> str:
+  """'; did you mean ...?', or the known keys."""
+  close = difflib.get_close_matches(key, list(known), n=1)
+  return f'; did you mean {close[0]!r}?' if close else f'; known: {sorted(known)}'

@@ -1,0 +1,441 @@
+"""The transformer: tokens (and t) -> hidden; hidden -> logits are two calls.
+
+Pre-norm blocks with rotary positions, scanned over all layers but the last. The
+last block is on its own because it can be told which positions are wanted: its
+keys and values need every position, its output projection and MLP only those
+that are scored (in training, half of them) or revealed (in sampling, a few).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nanodlm import attention
+from nanodlm.types import InputError
+
+# Standard deviation of the initial weights, as in GPT-2.
+INIT_STD = 0.02
+# Epsilon of RMSNorm: keeps the all-zero vector finite; no effect on the bound.
+NORM_EPS = 1e-6
+TIME_FEATURES = 256
+# The network sees 1000 t, so that the sinusoids below resolve t in [0, 1].
+TIME_SCALE = 1000.0
+
+
+
+@jax.custom_jvp
+def relu2(x: jax.Array) -> jax.Array:
+  """max(x, 0)^2 (Primer, arXiv 2109.08668)."""
+  return jnp.square(jnp.maximum(x, 0))
+
+
+@relu2.defjvp
+def _relu2_jvp(primals, tangents):
+  # Keeps one array for the backward pass, where JAX's own rule keeps two.
+  positive = jnp.maximum(primals[0], 0)
+  return jnp.square(positive), 2 * positive * tangents[0]
+
+
+MLPS = {
+    'gelu': functools.partial(nn.gelu, approximate=False),
+    'relu2': relu2,
+    'geglu': functools.partial(nn.gelu, approximate=False),
+    'swiglu': nn.silu,
+}
+GATED = ('geglu', 'swiglu')
+REMATS = {
+    'none': None,
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The network's shape; each field is a key of `config.model`.
+
+  Attributes:
+    vocab_size: ids, mask_id included (from the tokenizer).
+    num_layers: blocks.
+    embed_dim: width D.
+    num_heads: attention heads; divides embed_dim into an even head size.
+    mlp_dim: hidden width of the MLP; 0 is 4 D (or 8/3 D where it is gated,
+      rounded up to a multiple of 64, for the same number of parameters).
+    mlp: 'gelu' (erf), 'relu2' (squared ReLU), 'geglu' or 'swiglu'.
+    qk_norm: RMSNorm on queries and keys of each head.
+    tie_embeddings: the output projection is the embedding's transpose.
+    dropout: rate on each block's two outputs, in [0, 1).
+    time_conditioning: adaLN-zero on t (DiT, arXiv 2212.09748).
+    causal: from the objective.
+    rope_theta: base of the rotary frequencies.
+    dtype: of the matrix products; parameters are float32.
+    remat: 'none', 'dots' (keeps matrix products) or 'full'.
+    unroll: apply the layers one after another instead of in a scan: the same
+      parameters and results, about 15% faster on a CPU (a scan first fills its
+      stacked activations with zeros and copies each layer's in and out), slower
+      to compile with many layers.
+    attention: 'auto', 'xla' or 'cudnn'.
+  """
+
+  vocab_size: int
+  num_layers: int
+  embed_dim: int
+  num_heads: int
+  mlp_dim: int
+  mlp: str
+  qk_norm: bool
+  tie_embeddings: bool
+  dropout: float
+  time_conditioning: bool
+  causal: bool
+  rope_theta: float
+  dtype: str
+  remat: str
+  unroll: bool
+  attention: str
+
+  def __post_init__(self):
+    for key in ('num_layers', 'embed_dim', 'num_heads'):
+      if getattr(self, key) < 1:
+        raise InputError(f'model.{key}={getattr(self, key)!r} must be >= 1')
+    if self.embed_dim % self.num_heads or self.head_dim % 2:
+      raise InputError(
+          f'model.num_heads={self.num_heads!r} must divide model.embed_dim='
+          f'{self.embed_dim!r} into heads of an even size (rotary positions)')
+    if self.mlp_dim < 0:
+      raise InputError(f'model.mlp_dim={self.mlp_dim!r} must be >= 0 (0: chosen)')
+    for key, allowed in (('mlp', MLPS), ('remat', REMATS), ('dtype', DTYPES)):
+      if getattr(self, key) not in allowed:
+        raise InputError(f'model.{key}={getattr(self, key)!r} is not one of '
+                         f'{sorted(allowed)}')
+    if not 0 <= self.dropout < 1:
+      raise InputError(f'model.dropout={self.dropout!r} must be in [0, 1)')
+    attention.check_backend(self.attention)
+
+  @property
+  def head_dim(self) -> int:
+    return self.embed_dim // self.num_heads
+
+  @property
+  def is_gated(self) -> bool:
+    return self.mlp in GATED
+
+  @property
+  def mlp_width(self) -> int:
+    if self.mlp_dim:
+      return self.mlp_dim
+    if self.is_gated:
+      return -(-8 * self.embed_dim // (3 * 64)) * 64
+    return 4 * self.embed_dim
+
+
+def rotary_table(length: int, head_dim: int, theta: float) -> jax.Array:
+  """cos and sin of the rotary angles, [2, L, 1, Dh / 2] float32.
+
+  Source: RoFormer, arXiv 2104.09864, equation 34.
+  """
+  frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
+  angle = jnp.arange(length)[:, None] * frequency
+  return jnp.stack([jnp.cos(angle), jnp.sin(angle)])[:, :, None, :]
+
+
+def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
+  """Applies rotary positions to x [B, L, H, Dh] (halves form the pairs)."""
+  cos, sin = table.astype(x.dtype)
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin,
+                          second * cos + first * sin], axis=-1)
+
+
+def dropout_mask(keys: jax.Array, rate: float, shape: tuple[int, int]
+                 ) -> jax.Array:
+  """Factors 0 or 1 / (1 - rate), [B, L, D], each example's from its own key.
+
+  So the mask does not depend on the device or micro-batch an example lands on.
+  """
+  draw = lambda key: jax.random.bernoulli(key, 1 - rate, shape)
+  return jax.vmap(draw)(keys) / (1 - rate)
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """x [T, D] times kernel [D, F] -> [T, F], with a backward pass for CPUs.
+
+  JAX's own rule asks for the kernel's gradient as (dy^T x)^T, for which XLA's
+  CPU backend makes a transposed copy of dy and fuses into it, element by element
+  in the wrong order, whatever produced dy: at width 256 that copy alone took
+  a third of the MLP's backward pass. Asking for x^T dy of a finished dy costs
+  none.
+  """
+  return x @ kernel
+
+
+def _linear_forward(x, kernel):
+  return x @ kernel, (x, kernel)
+
+
+def _linear_backward(residuals, dy):
+  x, kernel = residuals
+  if jax.default_backend() == 'cpu':
+    dy = jax.lax.optimization_barrier(dy)
+  return dy @ kernel.T, jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+class Linear(nn.Module):
+  """A dense layer without bias, [..., D] -> [..., features].
+
+  Attributes:
+    features: size of the output.
+    dtype: of the product.
+    std: standard deviation of the initial kernel.
+  """
+
+  features: int
+  dtype: Any
+  std: float = INIT_STD
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel', nn.initializers.normal(self.std),
+                        (x.shape[-1], self.features))
+    y = linear(x.reshape(-1, x.shape[-1]), kernel.astype(self.dtype))
+    return y.reshape(*x.shape[:-1], self.features)
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x), times a learned scale; computed in float32."""
+
+  dtype: Any
+  use_scale: bool = True
+
+  @nn.compact
+  def __call__(self, x):
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + NORM_EPS)
+    if self.use_scale:
+      x = x * self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    return x.astype(self.dtype)
+
+
+class Block(nn.Module):
+  """Attention and MLP, each pre-normed and added to the residual stream.
+
+  With time conditioning each branch is shifted, scaled and gated by the time
+  (adaLN-zero): the gates start at 0, the norms have no scale of their own.
+  """
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, layer, time, rotary, segment_ids, dropout_keys,
+               positions=None):
+    """Applies the block.
+
+    Args:
+      x: [B, L, D].
+      layer: [] int32, the block's index.
+      time: [B, D] embedded time, or None.
+      rotary: `rotary_table(L)`.
+      segment_ids: [B, L] int32 or None.
+      dropout_keys: [B] or None.
+      positions: [N] int32 indices into B * L of the rows wanted; None is all.
+
+    Returns:
+      [B, L, D], or [N, D] with `positions`.
+    """
+    cfg = self.config
+    batch, length, width = x.shape
+    dtype = jnp.dtype(cfg.dtype)
+    norm = functools.partial(RMSNorm, dtype, not cfg.time_conditioning)
+
+    def pick(y):  # [B, L, D] -> the wanted rows
+      return y if positions is None else y.reshape(-1, y.shape[-1])[positions]
+
+    def pick_time(y):  # [B, D] -> broadcastable to the wanted rows
+      return y[:, None] if positions is None else y[positions // length]
+
+    def branch(y, gate, salt):
+      if gate is not None:
+        y = y * pick_time(gate)
+      if dropout_keys is not None and cfg.dropout:
+        keys = jax.vmap(lambda key: jax.random.fold_in(
+            jax.random.fold_in(key, layer), salt))(dropout_keys)
+        y = y * pick(dropout_mask(keys, cfg.dropout, (length, width))
+                     ).astype(y.dtype)
+      return y
+
+    gate1 = gate2 = None
+    if cfg.time_conditioning:
+      modulation = nn.Dense(6 * width, dtype=dtype, name='modulation',
+                            kernel_init=nn.initializers.zeros)(nn.silu(time))
+      shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
+          modulation, 6, axis=-1)
+
+    h = norm(name='attention_norm')(x)
+    if cfg.time_conditioning:
+      h = h * (1 + scale1[:, None]) + shift1[:, None]
+    q, k, v = (
+        Linear(width, dtype, name=name)(h).reshape(batch, length, cfg.num_heads,
+                                                   cfg.head_dim)
+        for name in ('query', 'key', 'value'))
+    if cfg.qk_norm:
+      q = RMSNorm(dtype, name='q_norm')(q)
+      k = RMSNorm(dtype, name='k_norm')(k)
+    h = attention.attention(
+        rotate(q, rotary), rotate(k, rotary), v, causal=cfg.causal,
+        segment_ids=segment_ids, backend=cfg.attention)
+    h = pick(h.reshape(batch, length, width))
+    out_std = INIT_STD / (2 * cfg.num_layers) ** 0.5
+    x = pick(x) + branch(Linear(width, dtype, out_std, name='attention_out')(h),
+                         gate1, 0)
+
+    h = norm(name='mlp_norm')(x)
+    if cfg.time_conditioning:
+      h = h * (1 + pick_time(scale2)) + pick_time(shift2)
+    up = Linear(cfg.mlp_width, dtype, name='mlp_in')(h)
+    if cfg.is_gated:
+      gate = Linear(cfg.mlp_width, dtype, name='mlp_gate')(h)
+      up = MLPS[cfg.mlp](gate) * up
+    else:
+      up = MLPS[cfg.mlp](up)
+    return x + branch(Linear(width, dtype, out_std, name='mlp_out')(up), gate2, 1)
+
+
+class TimeEmbedding(nn.Module):
+  """t -> [B, D]: sinusoids and a two-layer MLP (as in DiT)."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, t):
+    cfg = self.config
+    half = TIME_FEATURES // 2
+    frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / half)
+    angle = TIME_SCALE * t.astype(jnp.float32)[:, None] * frequency
+    features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    dense = functools.partial(nn.Dense, cfg.embed_dim, dtype=jnp.dtype(cfg.dtype),
+                              kernel_init=nn.initializers.normal(INIT_STD))
+    return dense(name='out')(nn.silu(dense(name='in')(features)))
+
+
+class Transformer(nn.Module):
+  """Tokens -> hidden (`__call__`) and hidden -> logits (`project`)."""
+
+  config: ModelConfig
+
+  def setup(self):
+    cfg = self.config
+    self.embedding = self.param('embedding', nn.initializers.normal(INIT_STD),
+                                (cfg.vocab_size, cfg.embed_dim))
+    if not cfg.tie_embeddings:
+      self.output = self.param('output', nn.initializers.normal(INIT_STD),
+                               (cfg.vocab_size, cfg.embed_dim))
+    if cfg.time_conditioning:
+      self.time_embedding = TimeEmbedding(cfg)
+    block = Block
+    if cfg.remat != 'none':
+      block = nn.remat(Block, policy=REMATS[cfg.remat], prevent_cse=False)
+    if cfg.num_layers > 1:
+      def body(block, x, layer, *args):
+        return block(x, layer, *args), None
+      self.layers = block(cfg)
+      self.scan = nn.scan(
+          body, variable_axes={'params': 0}, split_rngs={'params': True},
+          in_axes=(0,) + (nn.broadcast,) * 4, length=cfg.num_layers - 1)
+    self.last_layer = block(cfg)
+    self.final_norm = RMSNorm(jnp.dtype(cfg.dtype))
+
+  def __call__(self, tokens: jax.Array, t: jax.Array | None = None, *,
+               segment_ids: jax.Array | None = None,
+               dropout_keys: jax.Array | None = None,
+               positions: jax.Array | None = None) -> jax.Array:
+    """The network up to, not including, the output projection.
+
+    Args:
+      tokens: [B, L] int32.
+      t: [B] float32 in [0, 1]; read with time conditioning only.
+      segment_ids: [B, L] int32; a position attends within its segment.
+      dropout_keys: [B], one per example; None turns dropout off.
+      positions: [N] int32 indices into B * L of the rows wanted, None for all.
+        The last block computes its output for those only.
+
+    Returns:
+      hidden [B, L, D], or [N, D] with `positions`, in the compute dtype.
+    """
+    cfg = self.config
+    x = jnp.asarray(self.embedding, jnp.dtype(cfg.dtype))[tokens]
+    time = self.time_embedding(t) if cfg.time_conditioning else None
+    rotary = rotary_table(tokens.shape[1], cfg.head_dim, cfg.rope_theta)
+    args = (time, rotary, segment_ids, dropout_keys)
+    if cfg.num_layers > 1 and cfg.unroll and not self.is_initializing():
+      x = self._unrolled(x, *args)
+    elif cfg.num_layers > 1:
+      x, _ = self.scan(self.layers, x, jnp.arange(cfg.num_layers - 1), *args)
+    x = self.last_layer(x, cfg.num_layers - 1, *args, positions)
+    return self.final_norm(x)
+
+  def _unrolled(self, x, *args):
+    """What the scan computes, with its stacked parameters, layer by layer."""
+    # unstack and not indexing: its transpose stacks, where n index operations
+    # would each pad their gradient to the full stack.
+    params = jax.tree.map(jnp.unstack, self.layers.variables['params'])
+    is_tuple = lambda node: isinstance(node, tuple)
+    for layer in range(self.config.num_layers - 1):
+      own = jax.tree.map(lambda leaf: leaf[layer], params, is_leaf=is_tuple)
+      apply = lambda own, x, *args: Block(self.config, parent=None).apply(
+          {'params': own}, x, layer, *args)
+      if self.config.remat != 'none':
+        apply = jax.checkpoint(apply, policy=REMATS[self.config.remat])
+      x = apply(own, x, *args)
+    return x
+
+  def project(self, hidden: jax.Array) -> jax.Array:
+    """hidden [..., D] -> logits [..., V] float32."""
+    kernel = self.embedding if self.config.tie_embeddings else self.output
+    return output_logits(output_kernel({'embedding': kernel}), hidden)
+
+
+def output_kernel(params) -> jax.Array:
+  """The output projection's kernel [D, V] (float32), tied or not."""
+  return params.get('output', params['embedding']).T
+
+
+def output_logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+  """hidden [..., D] times kernel [D, V] -> [..., V] float32."""
+  return jnp.dot(hidden, kernel.astype(hidden.dtype),
+                 preferred_element_type=jnp.float32)
+
+
+def init_params(config: ModelConfig, key: jax.Array):
+  """Draws the initial parameters, a nested dict of float32 arrays."""
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  return Transformer(config).init(key, tokens, jnp.zeros((1,)))['params']
+
+
+def num_params(params) -> int:
+  """Number of scalars in a tree of arrays."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def train_flops_per_token(config: ModelConfig, length: int,
+                          scored_fraction: float = 1.0) -> float:
+  """Multiply-adds count twice; forward + backward = 3 x forward.
+
+  6 x (matrix parameters) + 12 x layers x length x width of attention scores,
+  unreduced by what the code saves except that only `scored_fraction` of the
+  positions goes through the output projection.
+  """
+  width, heads_dim = config.embed_dim, config.embed_dim
+  mlp = (3 if config.is_gated else 2) * width * config.mlp_width
+  layer = 4 * width * heads_dim + mlp
+  attention_flops = 12 * config.num_layers * length * heads_dim
+  return (6 * config.num_layers * layer + attention_flops
+          + 6 * scored_fraction * width * config.vocab_size)

@@ -1,0 +1,9 @@
+"""Objectives by name: one file each, one line here."""
+
+from nanodlm.objectives import ar
+from nanodlm.objectives import masked
+
+OBJECTIVES = {
+    'ar': ar.Autoregressive,
+    'masked': masked.Masked,
+}

@@ -1,0 +1,46 @@
+"""The training state: everything a run needs to go on, and nothing else."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from nanodlm import model
+
+
+@flax.struct.dataclass
+class TrainState:
+  """State after `step` steps.
+
+  Attributes:
+    step: [] int32, steps taken (skipped ones included).
+    params: the network's parameters, float32.
+    ema_params: their exponential moving average; None where it is off.
+    opt_state: the optimiser's.
+    key: the run's noise key. It never changes: step n's noise comes from
+      fold_in(key, n).
+  """
+
+  step: jax.Array
+  params: Any
+  ema_params: Any
+  opt_state: Any
+  key: jax.Array
+
+  @property
+  def eval_params(self):
+    """What evaluation and sampling use: the average where there is one."""
+    return self.params if self.ema_params is None else self.ema_params
+
+
+def init_state(config: model.ModelConfig, optimizer: optax.GradientTransformation,
+               seed: int, use_ema: bool) -> TrainState:
+  """Draws the state of step 0 from the seed."""
+  init_key, noise_key = jax.random.split(jax.random.key(seed))
+  params = model.init_params(config, init_key)
+  ema_params = jax.tree.map(jnp.copy, params) if use_ema else None
+  return TrainState(step=jnp.zeros((), jnp.int32), params=params,
+                    ema_params=ema_params, opt_state=optimizer.init(params),
+                    key=noise_key)

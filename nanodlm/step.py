@@ -1,0 +1,297 @@
+"""The training and evaluation steps, and the only psum of a loss.
+
+Both run under shard_map: each device scores its own rows of the global batch,
+with noise tied to each row's GLOBAL index, and sums, never means, cross devices.
+"""
+
+import dataclasses
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import optax
+
+from nanodlm import losses
+from nanodlm import mesh as meshes
+from nanodlm import model
+from nanodlm import types
+from nanodlm.state import TrainState
+from nanodlm.types import InputError
+from nanodlm.types import Objective
+
+NUM_LEVEL_BINS = 10
+# An example's dropout and noise keys must differ.
+DROPOUT_SALT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """The transformer and how its output is scored.
+
+  Attributes:
+    config: the transformer's.
+    chunk_size: positions that go through the output projection at once.
+  """
+
+  config: model.ModelConfig
+  chunk_size: int
+
+  def score(self, objective: Objective, params, noised, weight, segment_ids,
+            dropout_keys) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Runs the network on a noised batch and sums the objective's terms.
+
+    Returns:
+      sum(weight * loss) [], and a dict of [B] sums over each row's positions:
+      loss, nll (weighted), cross_entropy, correct, scored (plain).
+    """
+    batch, length = noised.scored.shape
+    capacity = objective.max_scored(batch, length)
+    if capacity < batch * length:
+      positions, is_real = losses.gather_scored(noised.scored, capacity)
+      take = lambda x: x.reshape(-1)[positions]
+    else:
+      positions, is_real = None, noised.scored.reshape(-1)
+      take = lambda x: x.reshape(-1)
+    hidden = model.Transformer(self.config).apply(
+        {'params': params}, noised.tokens, noised.t, segment_ids=segment_ids,
+        dropout_keys=dropout_keys, positions=positions)
+    weight = jnp.where(is_real, take(weight), 0.0)
+    total, terms = losses.projected_terms(
+        model.output_logits, objective.terms, self.chunk_size,
+        model.output_kernel(params), hidden.reshape(-1, hidden.shape[-1]),
+        jax.tree.map(take, noised.fields), weight)
+    row = (jnp.arange(batch * length) if positions is None else positions
+           ) // length
+    counted = (weight > 0).astype(jnp.float32)
+    per_row = lambda x: jax.ops.segment_sum(x, row, batch)
+    return total, {
+        'loss': per_row(terms.loss * weight), 'nll': per_row(terms.nll * weight),
+        'cross_entropy': per_row(terms.cross_entropy * counted),
+        'correct': per_row(terms.correct * counted), 'scored': per_row(counted)}
+
+
+  def denoiser(self, objective: Objective, params) -> types.Denoise:
+    """The network as a sampler calls it; see `types.Denoise`."""
+    kernel = model.output_kernel(params)
+
+    def denoise(tokens, level, positions):
+      batch, length = tokens.shape
+      flat = (jnp.arange(batch)[:, None] * length + positions).reshape(-1)
+      hidden = model.Transformer(self.config).apply(
+          {'params': params}, objective.network_input(tokens),
+          objective.network_time(level), positions=flat)
+      logits = model.output_logits(kernel, hidden)
+      return logits.reshape(*positions.shape, -1)
+
+    return denoise
+
+
+def _row_index(num_rows: int) -> jax.Array:
+  """Global indices [num_rows] of this device's rows of a batch."""
+  shard = jax.lax.axis_index(meshes.BATCH_AXES)
+  return shard * num_rows + jnp.arange(num_rows)
+
+
+def _fold_in_each(key: jax.Array, index: jax.Array) -> jax.Array:
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+def make_train_step(network: Network, objective: Objective,
+                    optimizer: optax.GradientTransformation,
+                    learning_rate: optax.Schedule, mesh: jax.sharding.Mesh, *,
+                    batch_size: int, num_microbatches: int, ema_decay: float
+                    ) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
+  """Builds the jitted training step, (state, batch) -> (state, metrics).
+
+  The state is donated. The batch holds tokens [B, L] int32, weight [B, L],
+  num_bytes [B] and optionally segment_ids [B, L], sharded by
+  `mesh.batch_sharding`. A step whose loss or gradient is not finite leaves
+  everything but `step` as it was and has metrics['skipped'] = 1.
+
+  Raises:
+    InputError: the batch does not divide into devices, micro-batches and the
+      objective's groups.
+  """
+  check_batch_size(batch_size, mesh, num_microbatches, objective.group_size)
+
+  def local_gradient(params, key, batch):
+    level_key, noise_key = jax.random.split(key)
+    num_rows = batch['tokens'].shape[0]
+    index = _row_index(num_rows)
+    levels = objective.sample_levels(level_key, batch_size)[index]
+    rows = {**batch, 'keys': _fold_in_each(noise_key, index), 'levels': levels}
+
+    def loss(params, rows):
+      noised = objective.corrupt(rows['keys'], rows['levels'], rows['tokens'],
+                                 rows['weight'])
+      dropout_keys = None
+      if network.config.dropout:
+        dropout_keys = jax.vmap(jax.random.fold_in, (0, None))(
+            rows['keys'], DROPOUT_SALT)
+      total, per_row = network.score(objective, params, noised, rows['weight'],
+                                     rows.get('segment_ids'), dropout_keys)
+      return total, _sums(rows, noised, per_row)
+
+    gradient = jax.grad(loss, has_aux=True)
+    if num_microbatches == 1:
+      return gradient(params, rows)
+    rows = jax.tree.map(
+        lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), rows)
+    first = jax.tree.map(lambda x: x[0], rows)
+    zeros = jax.tree.map(
+        lambda s: jax.lax.pcast(jnp.zeros(s.shape, s.dtype), meshes.BATCH_AXES,
+                                to='varying'),
+        jax.eval_shape(gradient, params, first))
+    add = lambda sums, micro: jax.tree.map(jnp.add, sums, gradient(params, micro))
+    return jax.lax.scan(lambda sums, micro: (add(sums, micro), None), zeros,
+                        rows)[0]
+
+  def step(state, batch):
+    key = jax.random.fold_in(state.key, state.step)
+    # Parameters are marked as differing between devices, so that gradients stay
+    # local sums until the one psum below (also across micro-batches).
+    params = jax.lax.pcast(state.params, meshes.BATCH_AXES, to='varying')
+    gradient, sums = jax.lax.psum(local_gradient(params, key, batch),
+                                  meshes.BATCH_AXES)
+    total_weight = jnp.maximum(sums['weight'], 1.0)
+    gradient = jax.tree.map(lambda g: g / total_weight, gradient)
+    grad_norm = optax.global_norm(gradient)
+    is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums['loss'])
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if ema_params is not None:
+      decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+      ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e),
+                                ema_params, params)
+    new = (params, ema_params, opt_state)
+    old = (state.params, state.ema_params, state.opt_state)
+    params, ema_params, opt_state = jax.tree.map(
+        lambda n, o: jnp.where(is_finite, n, o), new, old)
+    metrics = {**sums, 'grad_norm': grad_norm,
+               'param_norm': optax.global_norm(params),
+               'learning_rate': jnp.asarray(learning_rate(state.step)),
+               'skipped': 1.0 - is_finite}
+    return TrainState(step=state.step + 1, params=params, ema_params=ema_params,
+                      opt_state=opt_state, key=state.key), metrics
+
+  sharded = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(meshes.BATCH_AXES)),
+                          out_specs=P())
+  return jax.jit(sharded, donate_argnums=0)
+
+
+def _sums(rows, noised, per_row):
+  """A (micro-)batch's sums; means are taken where they are reported."""
+  level_bin = jnp.clip((noised.level * NUM_LEVEL_BINS).astype(jnp.int32), 0,
+                       NUM_LEVEL_BINS - 1)
+  in_bin = jax.nn.one_hot(level_bin, NUM_LEVEL_BINS)
+  in_bin = jnp.where(jnp.isnan(noised.level)[:, None], 0.0, in_bin)
+  return {
+      **{name: jnp.sum(x) for name, x in per_row.items()},
+      'weight': jnp.sum(rows['weight']),
+      'num_bytes': jnp.sum(rows['num_bytes'].astype(jnp.float32)),
+      'bin_cross_entropy': per_row['cross_entropy'] @ in_bin,
+      'bin_scored': per_row['scored'] @ in_bin,
+  }
+
+
+def make_eval_step(network: Network, objective: Objective,
+                   mesh: jax.sharding.Mesh, *, num_draws: int, seed: int
+                   ) -> Callable[[Any, Any], dict[str, jax.Array]]:
+  """Builds the jitted evaluation step, (params, batch) -> sums.
+
+  Each example is scored `num_draws` times (once by an exact objective) at noise
+  levels stratified within the example, with keys from (seed, its index in the
+  split), so that every evaluation sees the same noise.
+
+  Args:
+    network: the network; dropout is off.
+    objective: its `evaluation()` form is used.
+    mesh: the device mesh.
+    num_draws: draws per example, a multiple of the objective's group size.
+    seed: of the evaluation noise.
+
+  Returns:
+    A function whose batch holds tokens, weight, num_bytes and index [B] (int32,
+    the example's number in the split). Its sums: nll, weight, num_bytes,
+    nll2 (of squares of the rows' nll), nll_weight and weight2 (for the
+    interval of the ratio), correct, scored.
+  """
+  objective = objective.evaluation()
+  group = objective.group_size
+  if objective.exact:
+    num_draws = 1
+  if num_draws < 1 or num_draws % group:
+    raise InputError(f'eval.num_draws={num_draws!r} must be a positive multiple '
+                     f'of {group}')
+
+  def step(params, batch):
+    keys = _fold_in_each(jax.random.key(seed), batch['index'])
+    level_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    levels = jax.vmap(lambda key: objective.eval_levels(key, num_draws)
+                      )(level_keys)
+    repeat = lambda x: jnp.repeat(x, group, axis=0)
+    weight = repeat(batch['weight'])
+    segment_ids = batch.get('segment_ids')
+    if segment_ids is not None:
+      segment_ids = repeat(segment_ids)
+
+    def draw(_, j):
+      index = j * group + jnp.arange(group)
+      draw_keys = jax.vmap(lambda key: _fold_in_each(key, index))(noise_keys)
+      noised = objective.corrupt(draw_keys.reshape(-1),
+                                 levels[:, index].reshape(-1),
+                                 repeat(batch['tokens']), weight)
+      _, per_row = network.score(objective, params, noised, weight, segment_ids,
+                                 None)
+      return None, jax.tree.map(lambda x: x.reshape(-1, group).sum(1), per_row)
+
+    _, rows = jax.lax.scan(draw, None, jnp.arange(num_draws // group))
+    rows = jax.tree.map(lambda x: jnp.sum(x, 0), rows)
+    nll, weight = rows['nll'] / num_draws, jnp.sum(batch['weight'], 1)
+    sums = {'nll': nll, 'weight': weight, 'nll2': nll * nll,
+            'nll_weight': nll * weight, 'weight2': weight * weight,
+            'num_bytes': batch['num_bytes'].astype(jnp.float32),
+            'num_examples': (weight > 0).astype(jnp.float32),
+            'correct': rows['correct'], 'scored': rows['scored']}
+    return jax.lax.psum(jax.tree.map(jnp.sum, sums), meshes.BATCH_AXES)
+
+  return jax.jit(jax.shard_map(
+      step, mesh=mesh, in_specs=(P(), P(meshes.BATCH_AXES)), out_specs=P()))
+
+
+def make_sample_step(network: Network, objective: Objective,
+                     sampler: types.Sampler, mesh: jax.sharding.Mesh
+                     ) -> Callable[[Any, jax.Array, types.Canvas], types.Samples]:
+  """Builds the jitted sampler, (params, key, canvas) -> samples.
+
+  The canvas's batch is a multiple of the mesh's batch shards. Row i draws from
+  fold_in(key, i): its sample does not depend on the rest of the batch.
+  """
+  def step(params, key, canvas):
+    keys = _fold_in_each(key, _row_index(canvas.tokens.shape[0]))
+    samples = sampler(keys, canvas, network.denoiser(objective, params))
+    return samples._replace(
+        num_calls=jax.lax.pmax(samples.num_calls, meshes.BATCH_AXES))
+
+  rows = P(meshes.BATCH_AXES)
+  return jax.jit(jax.shard_map(
+      step, mesh=mesh, in_specs=(P(), P(), types.Canvas(rows, rows)),
+      out_specs=types.Samples(tokens=rows, num_calls=P())))
+
+
+def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh,
+                     num_microbatches: int, group_size: int,
+                     key: str = 'train.batch_size'):
+  """Raises InputError unless every micro-batch of every device is whole groups."""
+  shards = meshes.num_batch_shards(mesh)
+  unit = shards * num_microbatches * group_size
+  if num_microbatches < 1:
+    raise InputError(
+        f'train.num_microbatches={num_microbatches!r} must be >= 1')
+  if batch_size < 1 or batch_size % unit:
+    raise InputError(
+        f'{key}={batch_size!r} must be a positive multiple of {unit} = {shards} '
+        f'devices x {num_microbatches} micro-batches x {group_size} (examples '
+        'that share one noise draw)')

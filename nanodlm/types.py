@@ -1,0 +1,129 @@
+"""The protocols that objectives, samplers and their callers agree on."""
+
+from typing import Any, Callable, NamedTuple, Protocol
+
+import jax
+
+
+class InputError(ValueError):
+  """A mistake in what the user gave: a setting, a file, a prompt, a workdir.
+
+  Its message names the key, the value and what is allowed; launch.py prints it
+  without a traceback.
+  """
+
+
+class Noised(NamedTuple):
+  """One noised batch: what the network sees and what its output is scored on.
+
+  Attributes:
+    tokens: [B, L] int32, the network's input.
+    t: [B] float32, the time given to a time-conditioned network.
+    scored: [B, L] bool, positions with a term in the loss. Only these go
+      through the output projection.
+    level: [B] float32, expected fraction of noised tokens, in [0, 1]; used to
+      report the loss by noise level. NaN where the notion does not apply.
+    fields: pytree of [B, L] arrays that `Objective.terms` needs per position.
+  """
+
+  tokens: jax.Array
+  t: jax.Array
+  scored: jax.Array
+  level: jax.Array
+  fields: Any
+
+
+class Terms(NamedTuple):
+  """Per-position results of an objective, all [N] float32.
+
+  Attributes:
+    loss: what is minimised, nats.
+    nll: this position's term of the bound on -log p(x0) (or of the exact
+      value), nats; sums over positions, 0 where a position is not scored.
+    cross_entropy: -log p(x0) under the network's output, unweighted, nats.
+    correct: 1.0 where the clean token has the largest probability.
+  """
+
+  loss: jax.Array
+  nll: jax.Array
+  cross_entropy: jax.Array
+  correct: jax.Array
+
+
+class Objective(Protocol):
+  """A training objective: pure functions of arrays, no network, no mesh.
+
+  Attributes:
+    causal: whether the network must be causal.
+    exact: whether `nll` is the exact value, without noise, and not a bound.
+    group_size: examples that share one draw of the noise level; consecutive
+      rows of the global batch form a group, so every slice of it (a device's,
+      a micro-batch's) must hold whole groups.
+  """
+
+  causal: bool
+  exact: bool
+  group_size: int
+
+  def sample_levels(self, key: jax.Array, batch_size: int) -> jax.Array:
+    """Draws the noise levels of the GLOBAL batch, [B] float32 in [0, 1)."""
+
+  def eval_levels(self, key: jax.Array, num_draws: int) -> jax.Array:
+    """Draws one example's stratified levels for evaluation, [num_draws]."""
+
+  def corrupt(self, keys: jax.Array, levels: jax.Array, x0: jax.Array,
+              weight: jax.Array) -> Noised:
+    """Noises x0 [B, L]; keys [B] and levels [B] are each example's own."""
+
+  def terms(self, logits: jax.Array, fields: Any) -> Terms:
+    """Scores logits [N, V] float32 against fields of [N] arrays."""
+
+  def max_scored(self, batch_size: int, length: int) -> int:
+    """A static bound on the scored positions of `batch_size` whole groups."""
+
+  def evaluation(self) -> 'Objective':
+    """The form whose mean is reported: no truncation, least variance."""
+
+  def network_input(self, tokens: jax.Array) -> jax.Array:
+    """Turns a sampler's canvas [B, L] into the network's input [B, L]."""
+
+  def network_time(self, level: jax.Array) -> jax.Array:
+    """The time [B] given to the network at a noise level [B] in [0, 1]."""
+
+
+class Canvas(NamedTuple):
+  """What a sampler starts from: a blank page, a prompt, or a text with gaps.
+
+  Attributes:
+    tokens: [B, L] int32; mask_id wherever `fixed` is False.
+    fixed: [B, L] bool, positions the sampler may not touch.
+  """
+
+  tokens: jax.Array
+  fixed: jax.Array
+
+
+class Samples(NamedTuple):
+  """What a sampler returns.
+
+  Attributes:
+    tokens: [B, L] int32 without mask_id.
+    num_calls: [] int32, calls of the network, each on the whole batch.
+  """
+
+  tokens: jax.Array
+  num_calls: jax.Array
+
+
+# denoise(tokens [B, L], level [B], positions [B, K]) -> logits [B, K, V] of the
+# clean tokens at `positions`: only these go through the output projection.
+# `level` is the expected fraction of noised tokens, in [0, 1].
+Denoise = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class Sampler(Protocol):
+  """A reverse rule: (key, canvas, denoise) -> samples; pure, jittable."""
+
+  def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
+               ) -> Samples:
+    """Fills the canvas; keys [B], one per example."""

@@ -1,0 +1,216 @@
+"""Tests of nanodlm.data.pipeline: the batch is a function of (seed, step)."""
+
+import itertools
+import os
+import tempfile
+import time
+import types
+
+from absl.testing import absltest
+from absl.testing import parameterized
+import numpy as np
+
+from nanodlm.data import builder
+from nanodlm.data import pipeline
+from nanodlm.types import InputError
+
+LENGTH = 16
+
+
+def config(**changes):
+  values = dict(source='', length=LENGTH, eval_fraction=0.1, data_dir='',
+                crop='chunk', segment_ids=False, num_threads=0,
+                prefetch_batches=2)
+  return types.SimpleNamespace(**{**values, **changes})
+
+
+def take(iterator, number):
+  return list(itertools.islice(iterator, number))
+
+
+def assert_batches_equal(a, b):
+  assert len(a) == len(b), (len(a), len(b))
+  for left, right in zip(a, b):
+    assert left.keys() == right.keys()
+    for key in left:
+      np.testing.assert_array_equal(left[key], right[key])
+
+
+def concatenate(shards):
+  return [{key: np.concatenate([part[key] for part in parts])
+           for key in parts[0]} for parts in zip(*shards, strict=True)]
+
+
+class PipelineTest(parameterized.TestCase):
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+    for i in range(60):
+      with open(os.path.join(folder, f'{i:02d}.txt'), 'w') as file:
+        file.write(f'document {i:02d} é ' * (i % 7 + 1))
+    cls.packed = builder.prepare(
+        config(source=f'text:{folder}/*.txt', data_dir=folder),
+        types.SimpleNamespace(name='bytes', path='', vocab_size=0))
+    cls.rows = np.stack([cls.packed.train[i]['tokens']
+                         for i in range(len(cls.packed.train))])
+
+  def train(self, number=5, seed=0, batch_size=8, start_step=0, rows=None,
+            **changes):
+    return take(pipeline.make_train_iterator(
+        self.packed, config(**changes), seed=seed, batch_size=batch_size,
+        start_step=start_step, rows=rows), number)
+
+  @parameterized.parameters('chunk', 'random')
+  def test_batch_is_what_is_promised(self, crop):
+    for batch in self.train(crop=crop):
+      self.assertSameElements(batch, ['tokens', 'num_bytes', 'weight'])
+      self.assertEqual(batch['tokens'].shape, (8, LENGTH))
+      self.assertEqual(batch['tokens'].dtype, np.int32)
+      self.assertEqual(batch['num_bytes'].dtype, np.int32)
+      self.assertEqual(batch['weight'].dtype, np.float32)
+      np.testing.assert_array_equal(batch['weight'], np.ones([8, LENGTH]))
+      np.testing.assert_array_equal(
+          batch['num_bytes'],
+          self.packed.tokenizer.num_bytes[batch['tokens']].sum(axis=1))
+
+  @parameterized.product(crop=('chunk', 'random'), num_hosts=(2, 4),
+                         num_threads=(0, 3))
+  def test_any_number_of_hosts_reads_the_same_global_batch(
+      self, crop, num_hosts, num_threads):
+    settings = dict(crop=crop, segment_ids=True, num_threads=num_threads)
+    share = 8 // num_hosts
+    shards = [self.train(rows=(h * share, (h + 1) * share), **settings)
+              for h in range(num_hosts)]
+    assert_batches_equal(concatenate(shards), self.train(**settings))
+    sliced = self.train(rows=slice(share, 2 * share), **settings)
+    assert_batches_equal(sliced, shards[1])
+
+  @parameterized.product(crop=('chunk', 'random'), num_threads=(0, 2))
+  def test_starting_at_a_step_is_skipping_to_it(self, crop, num_threads):
+    settings = dict(crop=crop, num_threads=num_threads)
+    assert_batches_equal(self.train(start_step=7, **settings),
+                         self.train(number=12, **settings)[7:])
+
+  def test_starting_late_costs_nothing(self):
+    start = time.monotonic()
+    self.train(number=1, start_step=10**12, crop='random')
+    self.assertLess(time.monotonic() - start, 1)
+
+  @parameterized.parameters('chunk', 'random')
+  def test_seed_and_step_matter(self, crop):
+    one, two = self.train(crop=crop), self.train(crop=crop, seed=1)
+    self.assertFalse((one[0]['tokens'] == two[0]['tokens']).all())
+    self.assertFalse((one[0]['tokens'] == one[1]['tokens']).all())
+
+  def test_every_epoch_visits_every_row_once_in_its_own_order(self):
+    num_rows = len(self.rows)
+    stream = np.concatenate(
+        [batch['tokens'] for batch in self.train(number=2 * num_rows // 8 + 1)])
+    first, second = stream[:num_rows], stream[num_rows:2 * num_rows]
+    for epoch in (first, second):
+      np.testing.assert_array_equal(np.sort(epoch.view('V64').ravel()),
+                                    np.sort(self.rows.view('V64').ravel()))
+      self.assertFalse((epoch == self.rows).all())
+    self.assertFalse((first == second).all())
+
+  def test_random_crops_are_windows_of_the_stream(self):
+    stream = self.rows.reshape(-1)
+    windows = np.lib.stride_tricks.sliding_window_view(stream, LENGTH)
+    places = {}
+    for place, window in enumerate(windows):
+      places.setdefault(window.tobytes(), set()).add(place)
+    crops = np.concatenate(
+        [batch['tokens'] for batch in self.train(number=100, crop='random')])
+    found = [places[crop.tobytes()] for crop in crops]  # KeyError: no window
+    offsets = {min(places) % LENGTH for places in found if len(places) == 1}
+    self.assertEqual(offsets, set(range(LENGTH)))
+    # The same row is cut elsewhere in the next epoch.
+    chunks = np.concatenate([b['tokens'] for b in self.train(number=100)])
+    self.assertFalse((chunks == crops).all(axis=1).all())
+
+  def test_segment_ids_count_separators_and_each_ends_its_document(self):
+    batch = self.train(number=1, batch_size=64, segment_ids=True)[0]
+    self.assertEqual(batch['segment_ids'].dtype, np.int32)
+    self.assertGreater(batch['segment_ids'].max(), 0)
+    for tokens, segments in zip(batch['tokens'], batch['segment_ids']):
+      segment = 0
+      for token, got in zip(tokens, segments):
+        self.assertEqual(got, segment)
+        segment += token == self.packed.tokenizer.separator_id
+
+  @parameterized.product(num_hosts=(1, 2, 4), num_threads=(0, 2),
+                         split=('validation', 'train'))
+  def test_evaluation_is_the_split_once_in_order(
+      self, num_hosts, num_threads, split):
+    settings = config(segment_ids=True, num_threads=num_threads)
+    share = 8 // num_hosts
+    shards = [pipeline.make_eval_batches(
+        self.packed, settings, batch_size=8, split=split,
+        rows=(h * share, (h + 1) * share)) for h in range(num_hosts)]
+    rows = getattr(self.packed, split)
+    self.assertNotEqual(len(rows) % 8, 0)  # or the padding is not tested
+    self.assertEqual({len(shard) for shard in shards}, {-(-len(rows) // 8)})
+    batches = concatenate([list(shard) for shard in shards])
+    assert_batches_equal(concatenate([list(shard) for shard in shards]), batches)
+    self.assertLen(batches, len(shards[0]))
+    whole = {key: np.concatenate([batch[key] for batch in batches])
+             for key in batches[0]}
+    self.assertSameElements(
+        whole, ['tokens', 'num_bytes', 'weight', 'segment_ids'])
+    n = len(rows)
+    np.testing.assert_array_equal(
+        whole['tokens'][:n], [rows[i]['tokens'] for i in range(n)])
+    np.testing.assert_array_equal(whole['weight'][:n], 1)
+    for key in whole:
+      np.testing.assert_array_equal(whole[key][n:], 0)
+    self.assertEqual(whole['num_bytes'].sum(),
+                     self.packed.metadata[split]['num_bytes'])
+
+  @parameterized.parameters((1, 1), (8, 1), (9, 2), (10**9, None))
+  def test_max_examples(self, max_examples, num_batches):
+    batches = pipeline.make_eval_batches(
+        self.packed, config(), batch_size=8, max_examples=max_examples)
+    weight = sum(batch['weight'].sum() / LENGTH for batch in batches)
+    self.assertEqual(weight, min(max_examples, len(self.packed.validation)))
+    if num_batches:
+      self.assertLen(batches, num_batches)
+
+  @parameterized.parameters((4, 4), (-1, 4), (0, 9), (5, 3))
+  def test_rows_that_make_no_sense(self, start, stop):
+    for rows in ((start, stop), slice(start, stop)):
+      with self.assertRaisesRegex(InputError, 'batch_size=8'):
+        self.train(rows=rows)
+
+  def test_other_errors(self):
+    with self.assertRaisesRegex(InputError, r"data\.crop='chunks'.*'random'"):
+      self.train(crop='chunks')
+    with self.assertRaisesRegex(InputError, 'batch_size=0'):
+      self.train(batch_size=0)
+    with self.assertRaisesRegex(InputError, 'contiguous'):
+      self.train(rows=slice(0, 8, 2))
+    with self.assertRaisesRegex(InputError, "split='test'"):
+      pipeline.make_eval_batches(self.packed, config(), batch_size=8,
+                                 split='test')
+    with self.assertRaisesRegex(InputError, 'max_examples=0'):
+      pipeline.make_eval_batches(self.packed, config(), batch_size=8,
+                                 max_examples=0)
+
+  def test_one_row_is_enough(self):
+    with tempfile.TemporaryDirectory() as folder:
+      path = os.path.join(folder, 'a.txt')
+      with open(path, 'w') as file:
+        file.write('x' * 40)
+      settings = config(source=f'text:{path}', data_dir=folder,
+                        eval_fraction=0.5, crop='random')
+      packed = builder.prepare(settings, types.SimpleNamespace(
+          name='bytes', path='', vocab_size=0))
+      self.assertLen(packed.train, 1)
+      batch = next(pipeline.make_train_iterator(
+          packed, settings, seed=0, batch_size=3))
+    np.testing.assert_array_equal(batch['tokens'], np.full([3, LENGTH], 120))
+
+
+if __name__ == '__main__':
+  absltest.main()
