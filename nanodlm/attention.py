@@ -45,19 +45,21 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool,
       mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal,
                                         implementation='cudnn')
-  scale = q.shape[-1] ** -0.5
-  scores = jnp.einsum('bqhd,bkhd->bhqk', q * scale, k,
+  # Heads first, by hand: on a CPU the same two products with the heads left in
+  # the middle took 1.4 times as long in training and 4 times in sampling.
+  q, k, v = (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
+  scores = jnp.einsum('bhqd,bhkd->bhqk', q, k,
                       preferred_element_type=jnp.float32)
   seen = None
   if causal:
-    seen = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))[None, None]
+    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
   if segment_ids is not None:
     same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     seen = same if seen is None else seen & same
   if seen is not None:
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
   weights = softmax(scores).astype(v.dtype)
-  return jnp.einsum('bhqk,bkhd->bqhd', weights, v)
+  return jnp.einsum('bhqk,bhkd->bhqd', weights, v).transpose(0, 2, 1, 3)
 
 
 @jax.custom_jvp

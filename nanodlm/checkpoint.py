@@ -26,7 +26,11 @@ def open_manager(workdir: str, *, max_to_keep: int | None = None,
   checkpoint to it."""
   directory = pathlib.Path(workdir).absolute() / FOLDER
   return ocp.CheckpointManager(
-      directory, item_names=('params', 'ema_params', 'rest', 'meta'),
+      directory, item_handlers={
+          'params': ocp.StandardCheckpointHandler(),
+          'ema_params': ocp.StandardCheckpointHandler(),
+          'rest': ocp.StandardCheckpointHandler(),
+          'meta': ocp.JsonCheckpointHandler()},
       options=ocp.CheckpointManagerOptions(
           max_to_keep=max_to_keep, keep_period=keep_period or None,
           create=not read_only, read_only=read_only,

@@ -181,19 +181,23 @@ def make_train_step(network: Network, objective: Objective,
   return jax.jit(sharded, donate_argnums=0)
 
 
-def _sums(rows, noised, per_row):
-  """A (micro-)batch's sums; means are taken where they are reported."""
+def _level_sums(noised, per_row):
+  """Cross entropy and scored tokens by noise level, [NUM_LEVEL_BINS] each."""
   level_bin = jnp.clip((noised.level * NUM_LEVEL_BINS).astype(jnp.int32), 0,
                        NUM_LEVEL_BINS - 1)
   in_bin = jax.nn.one_hot(level_bin, NUM_LEVEL_BINS)
   in_bin = jnp.where(jnp.isnan(noised.level)[:, None], 0.0, in_bin)
+  return {'bin_cross_entropy': per_row['cross_entropy'] @ in_bin,
+          'bin_scored': per_row['scored'] @ in_bin}
+
+
+def _sums(rows, noised, per_row):
+  """A (micro-)batch's sums; means are taken in `metrics`."""
   return {
       **{name: jnp.sum(x) for name, x in per_row.items()},
       'weight': jnp.sum(rows['weight']),
       'num_bytes': jnp.sum(rows['num_bytes'].astype(jnp.float32)),
-      'bin_cross_entropy': per_row['cross_entropy'] @ in_bin,
-      'bin_scored': per_row['scored'] @ in_bin,
-  }
+      **_level_sums(noised, per_row)}
 
 
 def make_eval_step(network: Network, objective: Objective,
@@ -216,7 +220,8 @@ def make_eval_step(network: Network, objective: Objective,
     A function whose batch holds tokens, weight, num_bytes and index [B] (int32,
     the example's number in the split). Its sums: nll, weight, num_bytes,
     nll2 (of squares of the rows' nll), nll_weight and weight2 (for the
-    interval of the ratio), correct, scored.
+    interval of the ratio), num_examples, correct, scored, bin_cross_entropy,
+    bin_scored.
   """
   objective = objective.evaluation()
   group = objective.group_size
@@ -245,17 +250,19 @@ def make_eval_step(network: Network, objective: Objective,
                                  repeat(batch['tokens']), weight)
       _, per_row = network.score(objective, params, noised, weight, segment_ids,
                                  None)
-      return None, jax.tree.map(lambda x: x.reshape(-1, group).sum(1), per_row)
+      by_example = jax.tree.map(lambda x: x.reshape(-1, group).sum(1), per_row)
+      return None, (by_example, _level_sums(noised, per_row))
 
-    _, rows = jax.lax.scan(draw, None, jnp.arange(num_draws // group))
-    rows = jax.tree.map(lambda x: jnp.sum(x, 0), rows)
+    _, stacked = jax.lax.scan(draw, None, jnp.arange(num_draws // group))
+    rows, level_sums = jax.tree.map(lambda x: jnp.sum(x, 0), stacked)
     nll, weight = rows['nll'] / num_draws, jnp.sum(batch['weight'], 1)
     sums = {'nll': nll, 'weight': weight, 'nll2': nll * nll,
             'nll_weight': nll * weight, 'weight2': weight * weight,
             'num_bytes': batch['num_bytes'].astype(jnp.float32),
             'num_examples': (weight > 0).astype(jnp.float32),
             'correct': rows['correct'], 'scored': rows['scored']}
-    return jax.lax.psum(jax.tree.map(jnp.sum, sums), meshes.BATCH_AXES)
+    sums = {**jax.tree.map(jnp.sum, sums), **level_sums}
+    return jax.lax.psum(sums, meshes.BATCH_AXES)
 
   return jax.jit(jax.shard_map(
       step, mesh=mesh, in_specs=(P(), P(meshes.BATCH_AXES)), out_specs=P()))

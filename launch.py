@@ -1,0 +1,160 @@
+"""The one command: trains, evaluates, samples, prepares data.
+
+    python launch.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python launch.py --mode=eval --workdir=runs/quickstart
+    python launch.py --mode=sample --workdir=runs/quickstart --prompt='import {} as'
+
+Any setting: --config.model.num_layers=6. A config file is Python code.
+"""
+
+import importlib.util
+import logging
+import os
+import pathlib
+import sys
+
+# TensorFlow (behind CLU's TensorBoard writer) logs to the terminal otherwise.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+
+from absl import app
+from absl import flags
+from absl import logging as absl_logging
+import jax
+from ml_collections import config_flags
+
+BASE = str(pathlib.Path(__file__).parent / 'configs' / 'base.py')
+MODES = ('train', 'eval', 'sample', 'prepare')
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', BASE, 'The settings. By default those saved in --workdir, else '
+    'configs/base.py; --config.SECTION.KEY=VALUE changes one.')
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Folder of the run: config, metrics, checkpoints.')
+_MODE = flags.DEFINE_enum('mode', 'train', MODES, 'What to do.')
+_PROMPT = flags.DEFINE_multi_string(
+    'prompt', [], 'With --mode=sample: a text with gaps, {} of automatic size or '
+    '{12} of 12 tokens; without a gap it is continued. Doubled braces are braces. '
+    'May be repeated.')
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator_address', None, 'host:port of process 0, where JAX cannot find '
+    'the cluster by itself; needs --num_processes and --process_id.')
+_NUM_PROCESSES = flags.DEFINE_integer(
+    'num_processes', None, 'Processes of the run.', lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer(
+    'process_id', None, 'This process, from 0.', lower_bound=0)
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', False, 'Initialise jax.distributed from the cluster that JAX '
+    'detects (Cloud TPU, SLURM, Open MPI, Kubernetes).')
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
+  _set_up_logging()
+  # Not at the top: --help needs none of it.
+  from nanodlm.types import InputError  # pylint: disable=g-import-not-at-top
+  try:
+    return _run()
+  except InputError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+
+
+def _run() -> int:
+  from nanodlm import config as configs  # pylint: disable=g-import-not-at-top
+  from nanodlm.types import InputError  # pylint: disable=g-import-not-at-top
+  mode, workdir = _MODE.value, _WORKDIR.value
+  if workdir is None and mode != 'prepare':
+    raise InputError(f'--mode={mode} needs --workdir')
+  if _PROMPT.value and mode != 'sample':
+    raise InputError(f'--prompt has no effect with --mode={mode}')
+  _init_distributed(InputError)
+  defaults = _load_base()
+  config = _resolve_config(configs, defaults, InputError)
+  settings = configs.validate(config, defaults)
+  if mode == 'prepare':
+    from nanodlm.data import builder  # pylint: disable=g-import-not-at-top
+    packed = builder.prepare(settings.data, settings.tokenizer)
+    for split in ('train', 'validation'):
+      logging.getLogger('nanodlm').info('%s: %s', split, packed.metadata[split])
+    logging.getLogger('nanodlm').info('prepared: %s', packed.path)
+    return 0
+  if mode == 'train':
+    from nanodlm import train  # pylint: disable=g-import-not-at-top
+    train.check_writable(workdir)
+    _set_up_compilation_cache(workdir)
+    number = train.train(config, settings, workdir, defaults)
+    return 128 + number if number else 0
+  _set_up_compilation_cache(workdir)
+  if mode == 'eval':
+    from nanodlm import evaluate  # pylint: disable=g-import-not-at-top
+    evaluate.evaluate_workdir(config, settings, workdir)
+  else:
+    from nanodlm import sample  # pylint: disable=g-import-not-at-top
+    sample.sample_workdir(config, settings, workdir, _PROMPT.value)
+  return 0
+
+
+def _load_base():
+  """configs/base.py's values: the default and the type of every key."""
+  spec = importlib.util.spec_from_file_location('nanodlm_base_config', BASE)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config()
+
+
+def _resolve_config(configs, defaults, input_error):
+  """The config of --config, or the workdir's own; then the command line's keys."""
+  flag = flags.FLAGS['config']
+  is_given = any(arg.split('=')[0] in ('--config', '-config') for arg in sys.argv)
+  path = pathlib.Path(_WORKDIR.value or '') / 'config.json'
+  if not _WORKDIR.value or (is_given and _MODE.value == 'train') or not path.is_file():
+    if _MODE.value in ('eval', 'sample'):
+      raise input_error(f'--workdir={_WORKDIR.value!r} holds no run (no config.json '
+                        'in it)')
+    return _CONFIG.value
+  if is_given and _MODE.value in ('eval', 'sample'):
+    raise input_error(f'--mode={_MODE.value} reads its config from --workdir; leave '
+                      '--config out (--config.SECTION.KEY=VALUE is fine)')
+  config = configs.from_json(path.read_text(), defaults, str(path))
+  for key, value in config_flags.get_override_values(flag).items():
+    section, _, leaf = key.rpartition('.')
+    target = config[section] if section else config
+    target[leaf] = value
+  return config
+
+
+def _set_up_logging():
+  """Plain lines of our own; of the libraries underneath, only errors."""
+  handler = logging.StreamHandler(sys.stdout)
+  handler.setFormatter(logging.Formatter('%(message)s'))
+  log = logging.getLogger('nanodlm')
+  log.handlers, log.propagate = [handler], False
+  # Only process 0 speaks.
+  is_first = not _PROCESS_ID.value
+  log.setLevel(logging.INFO if is_first else logging.WARNING)
+  if not flags.FLAGS['verbosity'].present:
+    absl_logging.set_verbosity(absl_logging.ERROR)
+
+
+def _init_distributed(input_error):
+  explicit = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if any(value is not None for value in explicit):
+    if any(value is None for value in explicit):
+      raise input_error('--coordinator_address, --num_processes and --process_id '
+                        f'go together; got {explicit}')
+    jax.distributed.initialize(*explicit)
+  elif _DISTRIBUTED.value:
+    jax.distributed.initialize()
+
+
+def _set_up_compilation_cache(workdir):
+  """Compiled programs are kept in the workdir: the second start is faster."""
+  jax.config.update('jax_compilation_cache_dir',
+                    os.path.join(os.path.abspath(workdir), 'compilation_cache'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+if __name__ == '__main__':
+  app.run(main)

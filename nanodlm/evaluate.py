@@ -1,0 +1,137 @@
+"""Evaluation of a checkpoint, or of the parameters of a run in progress."""
+
+import dataclasses
+import json
+import logging
+import pathlib
+from typing import Any, Callable
+
+import jax
+from ml_collections import config_dict
+import numpy as np
+
+from nanodlm import checkpoint
+from nanodlm import config as configs
+from nanodlm import mesh as meshes
+from nanodlm import metrics
+from nanodlm import model
+from nanodlm import step as steps
+from nanodlm.data import builder
+from nanodlm.data import pipeline
+from nanodlm.types import InputError
+from nanodlm.types import Objective
+
+log = logging.getLogger('nanodlm')
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What training, evaluation and sampling all start from.
+
+  Attributes:
+    config: the full config.
+    settings: its checked sections.
+    mesh: the device mesh.
+    packed: the prepared data.
+    network: the transformer.
+    objective: the training objective.
+  """
+
+  config: config_dict.ConfigDict
+  settings: configs.Settings
+  mesh: jax.sharding.Mesh
+  packed: builder.PackedData
+  network: steps.Network
+  objective: Objective
+
+
+def make_run(config: config_dict.ConfigDict, settings: configs.Settings) -> Run:
+  """Prepares the data where it is not there yet, and builds the rest.
+
+  Raises:
+    InputError: see `builder.prepare` and `mesh.make_mesh`.
+  """
+  mesh = meshes.make_mesh(settings.mesh)
+  packed = builder.prepare(settings.data, settings.tokenizer)
+  tokenizer = packed.tokenizer
+  network = steps.Network(configs.make_model(config, tokenizer.vocab_size),
+                          settings.train.chunk_size)
+  objective = configs.make_objective(config, tokenizer.mask_id)
+  return Run(config, settings, mesh, packed, network, objective)
+
+
+def make_evaluate(run: Run) -> Callable[..., dict[str, float]]:
+  """Compiles once; returns evaluate(params, max_examples=0) -> eval/* means."""
+  settings = run.settings.eval
+  batch_size = settings.batch_size
+  shards = meshes.num_batch_shards(run.mesh)
+  if batch_size % shards:
+    raise InputError(f'eval.batch_size={batch_size!r} must be a multiple of '
+                     f'{shards} devices')
+  eval_step = steps.make_eval_step(run.network, run.objective, run.mesh,
+                                   num_draws=settings.num_draws,
+                                   seed=settings.seed)
+  rows = meshes.local_rows(run.mesh, batch_size)
+
+  def evaluate(params: Any, max_examples: int = 0) -> dict[str, float]:
+    batches = pipeline.make_eval_batches(
+        run.packed, run.settings.data, batch_size=batch_size, rows=rows,
+        max_examples=max_examples or None)
+    sums = []
+    for i, batch in enumerate(batches):
+      first = i * batch_size
+      index = np.arange(first + rows.start, first + rows.stop, dtype=np.int32)
+      sums.append(eval_step(
+          params, meshes.shard_batch(run.mesh, {**batch, 'index': index})))
+    return metrics.eval_means(metrics.add(jax.device_get(sums)))
+
+  return evaluate
+
+
+def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
+  """The (averaged) parameters of a workdir's checkpoint, and its step.
+
+  Args:
+    run: what they must fit.
+    workdir: of the run that saved them.
+    step: of the checkpoint; 0 is the last.
+
+  Raises:
+    InputError: there is no such checkpoint, or it is of another shape.
+  """
+  abstract = jax.eval_shape(
+      lambda: model.init_params(run.network.config, jax.random.key(0)))
+  sharding = meshes.replicated(run.mesh)
+  abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+      abstract)
+  with checkpoint.open_manager(workdir, read_only=True) as manager:
+    step = checkpoint.find_step(manager, step)
+    return checkpoint.restore_params(manager, abstract, step), step
+
+
+def describe(means: dict[str, float], exact: bool) -> str:
+  """One line for people: the value, its interval, its units."""
+  kind = 'exact value' if exact else 'bound'
+  return (f'held-out {kind}: {means["eval/nll"]:.4f} ± '
+          f'{means["eval/nll_ci95"]:.4f} nats/token, perplexity '
+          f'{means["eval/ppl"]:.2f}, {means["eval/bits_per_byte"]:.4f} ± '
+          f'{means["eval/bits_per_byte_ci95"]:.4f} bits/byte '
+          f'(95% interval, {means["eval/num_examples"]:.0f} examples)')
+
+
+def evaluate_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
+                     workdir: str) -> dict[str, float]:
+  """--mode=eval: the whole validation split with the averaged weights.
+
+  Prints the result and appends it to workdir/eval.jsonl.
+  """
+  run = make_run(config, settings)
+  params, step = load_params(run, workdir)
+  means = make_evaluate(run)(params)
+  log.info('step %d, %s', step, describe(means, run.objective.exact))
+  if jax.process_index() == 0:
+    with open(pathlib.Path(workdir) / 'eval.jsonl', 'a') as file:
+      json.dump({'step': step, 'source': settings.data.source, **means}, file)
+      file.write('\n')
+  return means

@@ -1,0 +1,97 @@
+"""Sums become means here: names, units and intervals of what is reported."""
+
+import math
+from typing import Any, Sequence
+
+import numpy as np
+
+# Dense matrix rate of one device in its 16-bit format, FLOP/s, from the makers'
+# data sheets (without sparsity); keyed by the start of jax's device_kind.
+PEAK_FLOPS = {
+    'NVIDIA H100': 989e12,
+    'NVIDIA H200': 989e12,
+    'NVIDIA A100': 312e12,
+    'TPU v4': 275e12,
+    'TPU v5 lite': 197e12,
+    'TPU v5e': 197e12,
+    'TPU v5p': 459e12,
+    'TPU v5': 459e12,
+    'TPU v6 lite': 918e12,
+    'TPU v6e': 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """The device's peak, FLOP/s, or None where it is not known."""
+  for prefix, value in PEAK_FLOPS.items():
+    if device_kind.startswith(prefix):
+      return value
+  return None
+
+
+def add(sums: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+  """Adds dicts of arrays key by key, in float64."""
+  return {key: np.sum([np.asarray(s[key], np.float64) for s in sums], axis=0)
+          for key in sums[0]}
+
+
+def _ratio(total, count) -> float:
+  return float(total / count) if count else math.nan
+
+
+def level_means(sums: dict[str, np.ndarray], split: str) -> dict[str, float]:
+  """Cross entropy per scored token by noise level, in ten equal bins.
+
+  `split/cross_entropy_level3` is the mean over examples of which 30 to 40% of the
+  tokens were masked, nats; a bin that saw no token is left out.
+  """
+  return {f'{split}/cross_entropy_level{i}': float(total / count)
+          for i, (total, count) in enumerate(
+              zip(sums['bin_cross_entropy'], sums['bin_scored'])) if count}
+
+
+def train_means(sums: dict[str, np.ndarray]) -> dict[str, float]:
+  """Means over the steps that were added up (see `step._sums`).
+
+  Returns:
+    train/loss, nats per token; train/nll and train/bits_per_byte, of the noisy
+    bound on the training text; train/accuracy of the scored tokens; and the cross
+    entropy by noise level.
+  """
+  return {
+      'train/loss': _ratio(sums['loss'], sums['weight']),
+      'train/nll': _ratio(sums['nll'], sums['weight']),
+      'train/bits_per_byte': _ratio(sums['nll'] / math.log(2), sums['num_bytes']),
+      'train/accuracy': _ratio(sums['correct'], sums['scored']),
+      **level_means(sums, 'train')}
+
+
+def eval_means(sums: dict[str, np.ndarray]) -> dict[str, float]:
+  """The held-out bound (or exact value) with its interval.
+
+  The interval is 1.96 standard errors of a ratio of sums over examples, each the
+  mean of its noise draws: it holds the spread of the text and of the noise.
+
+  Returns:
+    eval/nll and eval/nll_ci95 (half width), nats per token; eval/ppl;
+    eval/bits_per_token; eval/bits_per_byte and eval/bits_per_byte_ci95;
+    eval/accuracy; eval/num_examples; and the cross entropy by noise level.
+  """
+  nll = _ratio(sums['nll'], sums['weight'])
+  # sum_i (nll_i - nll * weight_i)^2, the residuals of the ratio estimator.
+  residual = (sums['nll2'] - 2 * nll * sums['nll_weight']
+              + nll * nll * sums['weight2'])
+  num = sums['num_examples']
+  unbiased = num / (num - 1) if num > 1 else math.nan
+  half_width = (1.96 * math.sqrt(max(residual * unbiased, 0.0)) / sums['weight']
+                if num > 1 else math.nan)
+  per_byte = _ratio(sums['weight'], sums['num_bytes']) / math.log(2)
+  return {
+      'eval/nll': nll, 'eval/nll_ci95': float(half_width),
+      'eval/ppl': math.exp(min(nll, 700.0)),
+      'eval/bits_per_token': nll / math.log(2),
+      'eval/bits_per_byte': nll * per_byte,
+      'eval/bits_per_byte_ci95': float(half_width * per_byte),
+      'eval/accuracy': _ratio(sums['correct'], sums['scored']),
+      'eval/num_examples': float(num),
+      **level_means(sums, 'eval')}

@@ -1,0 +1,176 @@
+"""Samples from a checkpoint: from nothing, after a prompt, or into gaps."""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import re
+import time
+from typing import Any, Sequence
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+import numpy as np
+
+from nanodlm import config as configs
+from nanodlm import evaluate
+from nanodlm import mesh as meshes
+from nanodlm import step as steps
+from nanodlm import tokenizers
+from nanodlm.types import Canvas
+from nanodlm.types import InputError
+
+log = logging.getLogger('nanodlm')
+
+# Doubled braces stand for themselves; {} is a gap that takes an equal share of
+# the room that is left, {12} a gap of 12 tokens.
+_PARTS = re.compile(r'\{\{|\}\}|\{(\d*)\}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+  """A place to fill; `size` tokens, or None for a share of what is left."""
+
+  size: int | None
+
+
+def parse_prompt(prompt: str) -> list[str | Gap]:
+  """Splits a prompt into texts and gaps.
+
+  '{}' is a gap of automatic size, '{12}' one of 12 tokens; '{{' and '}}' are
+  braces. Any other brace stands for itself. A prompt without a gap is continued
+  to the end of the canvas.
+  """
+  parts, text, end = [], '', 0
+  for match in _PARTS.finditer(prompt):
+    text += prompt[end:match.start()]
+    end = match.end()
+    if match.group() in ('{{', '}}'):
+      text += match.group()[0]
+      continue
+    if text:
+      parts.append(text)
+    parts.append(Gap(int(match.group(1)) if match.group(1) else None))
+    text = ''
+  text += prompt[end:]
+  if text:
+    parts.append(text)
+  if not any(isinstance(part, Gap) for part in parts):
+    parts.append(Gap(None))
+  return parts
+
+
+def make_canvas(prompt: str, tokenizer: tokenizers.Tokenizer, length: int,
+                causal: bool) -> tuple[np.ndarray, np.ndarray]:
+  """Lays a prompt out on at most `length` tokens.
+
+  Args:
+    prompt: see `parse_prompt`; '' is a blank canvas.
+    tokenizer: the model's.
+    length: of the canvas; shorter where every gap has a size of its own.
+    causal: whether the model reads left to right only: then a gap must be the
+      prompt's end.
+
+  Returns:
+    tokens [n] int32 with mask_id in the gaps, and fixed [n] bool.
+
+  Raises:
+    InputError: the prompt does not fit, or a causal model has text after a gap.
+  """
+  parts = parse_prompt(prompt)
+  if causal and any(isinstance(part, Gap) for part in parts[:-1]):
+    raise InputError(f'--prompt={prompt!r}: an autoregressive model fills one gap '
+                     'at the end; text after a gap needs objective.name=masked')
+  pieces = [part if isinstance(part, Gap) else tokenizer.encode(part)
+            for part in parts]
+  used = sum((piece.size or 0) if isinstance(piece, Gap) else len(piece)
+             for piece in pieces)
+  automatic = sum(isinstance(piece, Gap) and piece.size is None
+                  for piece in pieces)
+  if used + automatic > length:
+    raise InputError(f'--prompt={prompt!r} takes {used} tokens and has {automatic} '
+                     f'gaps of automatic size; the canvas has {length} tokens '
+                     '(sampler.length, by default data.length)')
+  room, share = length - used, 0
+  tokens, fixed = [], []
+  for piece in pieces:
+    if not isinstance(piece, Gap):
+      tokens.extend(piece)
+      fixed.extend([True] * len(piece))
+      continue
+    size = piece.size
+    if size is None:
+      # Cumulative rounding: shares differ by at most one token.
+      size = room * (share + 1) // automatic - room * share // automatic
+      share += 1
+    tokens.extend([tokenizer.mask_id] * size)
+    fixed.extend([False] * size)
+  return np.asarray(tokens, np.int32), np.asarray(fixed, bool)
+
+
+def make_sample(run: evaluate.Run):
+  """Returns sample(params, prompt, num_samples, key, length) -> (tokens, calls).
+
+  tokens is a numpy array [num_samples, n] and calls the number of network calls.
+  """
+  tokenizer = run.packed.tokenizer
+  sampler = configs.make_sampler(run.config, tokenizer.mask_id)
+  sample_step = steps.make_sample_step(run.network, run.objective, sampler,
+                                       run.mesh)
+  shards = meshes.num_batch_shards(run.mesh)
+  sharding = meshes.batch_sharding(run.mesh)
+
+  def sample(params: Any, prompt: str, num_samples: int, key: jax.Array,
+             length: int) -> tuple[np.ndarray, int]:
+    row, row_fixed = make_canvas(prompt, tokenizer, length, run.objective.causal)
+    rows = -(-num_samples // shards) * shards
+    put = lambda x: jax.make_array_from_callback(
+        (rows, len(x)), sharding,
+        lambda index: np.tile(x, (rows, 1))[index])
+    samples = sample_step(params, key, Canvas(put(row), put(row_fixed)))
+    tokens = jax.device_get(jax.jit(
+        jnp.asarray, out_shardings=meshes.replicated(run.mesh))(samples.tokens))
+    return tokens[:num_samples], int(samples.num_calls)
+
+  return sample
+
+
+def sample_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
+                   workdir: str, prompts: Sequence[str]):
+  """--mode=sample: prints samples and appends them to workdir/samples.jsonl.
+
+  Args:
+    config: the run's, with its sampler section.
+    settings: its checked sections.
+    workdir: of the run.
+    prompts: see `parse_prompt`; none is one blank canvas.
+  """
+  run = evaluate.make_run(config, settings)
+  length = settings.sample.length or settings.data.length
+  for prompt in prompts:  # before the slow part
+    make_canvas(prompt, run.packed.tokenizer, length, run.objective.causal)
+  params, step = evaluate.load_params(run, workdir)
+  sample = make_sample(run)
+  num_samples = settings.sample.num_samples
+  for i, prompt in enumerate(prompts or ['']):
+    key = jax.random.fold_in(jax.random.key(settings.sample.seed), i)
+    start = time.monotonic()
+    tokens, num_calls = sample(params, prompt, num_samples, key, length)
+    secs = time.monotonic() - start
+    if jax.process_index():
+      continue
+    texts = [run.packed.tokenizer.decode(row) for row in tokens]
+    lines = []
+    for j, (text, row) in enumerate(zip(texts, tokens)):
+      print(f'--- sample {j + 1} of {num_samples}'
+            + (f', prompt {prompt!r}' if prompt else ''))
+      print(text)
+      lines.append(json.dumps({
+          'prompt': prompt, 'text': text, 'tokens': row.tolist(), 'step': step,
+          'num_calls': num_calls, 'sampler': {
+              **config.sampler.to_dict(), 'name': configs.sampler_name(config)}}))
+    print(f'--- {tokens.size} tokens, {num_calls} network calls, {secs:.1f} s '
+          'with compilation', flush=True)
+    with open(pathlib.Path(workdir) / 'samples.jsonl', 'a') as file:
+      file.write('\n'.join(lines) + '\n')

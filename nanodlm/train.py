@@ -1,0 +1,417 @@
+"""The training loop: what happens around a step."""
+
+import collections
+import contextlib
+import json
+import logging
+import math
+import os
+import pathlib
+import signal
+import time
+from typing import Any, Iterator
+
+import jax
+from ml_collections import config_dict
+
+from nanodlm import checkpoint
+from nanodlm import config as configs
+from nanodlm import evaluate
+from nanodlm import mesh as meshes
+from nanodlm import metrics
+from nanodlm import model
+from nanodlm import optim
+from nanodlm import sample
+from nanodlm import state as states
+from nanodlm import step as steps
+from nanodlm.data import pipeline
+from nanodlm.types import InputError
+
+log = logging.getLogger('nanodlm')
+
+CONFIG_FILE = 'config.json'
+METRICS_FILE = 'metrics.jsonl'
+# The first step that a profile traces: past compilation and warm-up.
+PROFILE_FIRST_STEP = 10
+
+
+class TrainingDiverged(RuntimeError):
+  """Several steps in a row had a loss or gradient that is not finite."""
+
+
+def train(config: config_dict.ConfigDict, settings: configs.Settings,
+          workdir: str, defaults: config_dict.ConfigDict) -> int:
+  """--mode=train: trains to train.num_steps, or goes on where the run stands.
+
+  Args:
+    config: the full config.
+    settings: its checked sections.
+    workdir: gets config.json, metrics.jsonl, checkpoints/ and TensorBoard events.
+    defaults: configs/base.py's, for configs saved by older versions.
+
+  Returns:
+    0, or the number of the signal that ended the run after a checkpoint.
+
+  Raises:
+    InputError: the workdir or a setting will not do; nothing has been written.
+    TrainingDiverged: see there; the last checkpoint is from before.
+    OSError: a checkpoint could not be written; the one before stays.
+  """
+  start = time.monotonic()
+  saved = load_config(workdir, defaults)
+  if saved is not None:
+    configs.check_resumable(saved, config, workdir)
+  check_writable(workdir)
+  run = evaluate.make_run(config, settings)
+  optimizer = optim.make_optimizer(settings.optim, settings.train.num_steps)
+  schedule = optim.make_schedule(settings.optim, settings.train.num_steps)
+  train_step = steps.make_train_step(
+      run.network, run.objective, optimizer, schedule, run.mesh,
+      batch_size=settings.train.batch_size,
+      num_microbatches=settings.train.num_microbatches,
+      ema_decay=settings.optim.ema_decay)
+  evaluate_params = evaluate.make_evaluate(run)
+  init = lambda: states.init_state(run.network.config, optimizer, settings.seed,
+                                   settings.optim.ema_decay > 0)
+  state = jax.jit(init, out_shardings=meshes.replicated(run.mesh))()
+  if settings.checkpoint.init_from and saved is None:
+    initial, step = evaluate.load_params(run, settings.checkpoint.init_from,
+                                         settings.checkpoint.init_step)
+    log.info('starting from the weights of %s, step %d',
+             settings.checkpoint.init_from, step)
+    if state.ema_params is not None:
+      state = state.replace(ema_params=jax.tree.map(lambda x: x.copy(), initial))
+    state = state.replace(params=initial)
+
+  os.makedirs(workdir, exist_ok=True)
+  with checkpoint.open_manager(
+      workdir, max_to_keep=settings.checkpoint.max_to_keep,
+      keep_period=settings.checkpoint.keep_period) as manager:
+    if manager.latest_step() is not None:
+      step = manager.latest_step()
+      state = checkpoint.restore_state(manager, state, step)
+      log.info('resuming %s at step %d', workdir, step)
+    write_config(workdir, config, saved, int(state.step))
+    _describe(run, state)
+    with contextlib.ExitStack() as stack:
+      caught = stack.enter_context(_catch_signals())
+      writer = stack.enter_context(_writers(workdir, config, settings))
+      _loop(run, workdir, state, train_step, evaluate_params, manager, writer,
+            caught, start)
+    manager.wait_until_finished()
+  return caught.number
+
+
+def load_config(workdir: str, defaults: config_dict.ConfigDict
+                ) -> config_dict.ConfigDict | None:
+  """The config of the run in `workdir`, or None where there is no run.
+
+  Raises:
+    InputError: there are checkpoints without a config, or it is not one.
+  """
+  path = pathlib.Path(workdir) / CONFIG_FILE
+  if path.is_file():
+    return configs.from_json(path.read_text(), defaults, str(path))
+  if (pathlib.Path(workdir) / checkpoint.FOLDER).exists():
+    raise InputError(f'workdir={workdir!r} has checkpoints but no {CONFIG_FILE}; '
+                     'give another workdir')
+  return None
+
+
+def check_writable(workdir: str):
+  """Raises InputError where the workdir is not a folder one can write to."""
+  path = pathlib.Path(workdir)
+  parent = path
+  while not parent.exists():
+    parent = parent.parent
+  if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    raise InputError(f'--workdir={workdir!r} cannot be written: {parent} is not '
+                     'a writable folder')
+
+
+def write_config(workdir: str, config: config_dict.ConfigDict,
+                 saved: config_dict.ConfigDict | None, step: int):
+  """Writes config.json, keeping an earlier one that differs."""
+  if jax.process_index():
+    return
+  path = pathlib.Path(workdir) / CONFIG_FILE
+  if saved is not None:
+    changed = configs.differing_keys(saved, config)
+    if not changed:
+      return
+    for key, (old, new) in changed.items():
+      log.info('changed since the last start: %s=%r, was %r', key, new, old)
+    kept = path.with_name(f'config.until_step_{step}.json')
+    if not kept.exists():
+      path.rename(kept)
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(configs.to_json(config))
+  temporary.replace(path)
+
+
+def _describe(run: evaluate.Run, state: states.TrainState):
+  data, tokenizer = run.packed, run.packed.tokenizer
+  device = jax.devices()[0]
+  log.info('data: %s, %s tokens to train on, %s held out, %d tokens/example, '
+           'tokenizer %s with %d ids', run.config.data.source,
+           f'{len(data.train) * data.length:,}',
+           f'{len(data.validation) * data.length:,}', data.length, tokenizer.name,
+           tokenizer.vocab_size)
+  log.info('model: %s parameters, %s objective, on %d %s device%s',
+           f'{model.num_params(state.params):,}', run.config.objective.name,
+           jax.device_count(), device.device_kind,
+           's' if jax.device_count() > 1 else '')
+
+
+class _Caught:
+  """The number of the signal that arrived, 0 until then."""
+
+  number = 0
+
+
+@contextlib.contextmanager
+def _catch_signals() -> Iterator[_Caught]:
+  """Turns the first SIGTERM or SIGINT into a flag; a second one acts as usual."""
+  caught = _Caught()
+  handled = (signal.SIGTERM, signal.SIGINT)
+
+  def handle(number, frame):
+    del frame
+    caught.number = number
+    for other in handled:
+      signal.signal(other, before[other])
+    log.info('%s: saving a checkpoint, then exiting',
+             signal.Signals(number).name)
+
+  before = {number: signal.signal(number, handle) for number in handled}
+  try:
+    yield caught
+  finally:
+    for number in handled:
+      signal.signal(number, before[number])
+
+
+@contextlib.contextmanager
+def _writers(workdir: str, config: config_dict.ConfigDict,
+             settings: configs.Settings):
+  """CLU's writers: TensorBoard and metrics.jsonl, on process 0 only."""
+  # Here and not at the top: they import TensorFlow, which takes seconds.
+  from clu import metric_writers  # pylint: disable=g-import-not-at-top
+
+  class JsonLines(metric_writers.MetricWriter):
+    """Scalars as one JSON object a line, to metrics.jsonl."""
+
+    def __init__(self):
+      self._file = open(pathlib.Path(workdir) / METRICS_FILE, 'a')
+
+    def write_scalars(self, step, scalars):
+      values = {key: float(value) for key, value in scalars.items()}
+      self._file.write(json.dumps(
+          {'step': step} | {key: value if math.isfinite(value) else None
+                            for key, value in values.items()}) + '\n')
+
+    def flush(self):
+      self._file.flush()
+
+    def close(self):
+      self._file.close()
+
+    def _ignore(self, *args, **kwargs):
+      """Only scalars are kept here."""
+
+    write_summaries = write_images = write_videos = write_audios = _ignore
+    write_texts = write_histograms = write_hparams = write_pointcloud = _ignore
+
+  if jax.process_index():
+    yield metric_writers.MultiWriter([])
+    return
+  if settings.train.wandb_project:
+    import wandb  # pylint: disable=g-import-not-at-top
+    wandb.init(project=settings.train.wandb_project, dir=workdir,
+               config=config.to_dict(), sync_tensorboard=True)
+  writer = metric_writers.MultiWriter(
+      [metric_writers.SummaryWriter(workdir), JsonLines()])
+  try:
+    yield writer
+  finally:
+    writer.flush()
+    writer.close()
+
+
+class _Window:
+  """What happened since the last line of the log."""
+
+  def __init__(self):
+    self.clear()
+
+  def clear(self):
+    self.start = time.monotonic()
+    self.sums, self.last, self.num_steps = [], None, 0
+    self.waited_secs, self.paused_secs = 0.0, 0.0
+
+  @contextlib.contextmanager
+  def pause(self):
+    """Time that is not training: evaluation, samples."""
+    start = time.monotonic()
+    yield
+    self.paused_secs += time.monotonic() - start
+
+  def secs(self) -> float:
+    return time.monotonic() - self.start - self.paused_secs
+
+
+def _loop(run, workdir, state, train_step, evaluate_params, manager, writer,
+          caught, start):
+  """Trains `state` to the last step, or until a signal."""
+  settings, mesh = run.settings, run.mesh
+  train, batch_size = settings.train, settings.train.batch_size
+  length = settings.data.length
+  num_steps, step = train.num_steps, int(state.step)
+  batches = pipeline.make_train_iterator(
+      run.packed, settings.data, seed=settings.seed, batch_size=batch_size,
+      start_step=step, rows=meshes.local_rows(mesh, batch_size))
+  draw = sample.make_sample(run) if train.num_samples else None
+  peak = metrics.peak_flops(jax.devices()[0].device_kind)
+  flops = model.train_flops_per_token(run.network.config, length)
+  actions = _make_actions(settings, workdir, writer)
+  window, in_flight, skipped, in_a_row = _Window(), collections.deque(), 0, 0
+
+  def collect():
+    """Reads the metrics of the oldest step in flight."""
+    nonlocal skipped, in_a_row
+    number, values = in_flight.popleft()
+    values = jax.device_get(values)
+    window.last = values
+    window.num_steps += 1
+    if values['skipped']:
+      skipped, in_a_row = skipped + 1, in_a_row + 1
+      log.warning('step %d skipped: loss %s, gradient norm %s', number,
+                  values['loss'] / max(values['weight'], 1), values['grad_norm'])
+      if in_a_row >= train.max_skipped_steps:
+        raise TrainingDiverged(
+            f'{in_a_row} steps in a row, the last one step {number}, had a loss '
+            f'({values["loss"] / max(values["weight"], 1)}) or gradient norm '
+            f'({values["grad_norm"]}) that is not finite; lower '
+            'optim.learning_rate or look at the data. The last checkpoint is from '
+            'before')
+    else:
+      in_a_row = 0
+      window.sums.append(values)
+
+  def report(number):
+    secs = window.secs()
+    done = window.num_steps
+    rate = done * batch_size * length / secs
+    means = metrics.train_means(metrics.add(window.sums)) if window.sums else {}
+    scalars = {
+        **means, 'train/tokens_per_sec': rate,
+        'train/secs_per_step': secs / done,
+        'train/data_wait_share': window.waited_secs / secs,
+        'train/grad_norm': float(window.last['grad_norm']),
+        'train/param_norm': float(window.last['param_norm']),
+        'train/learning_rate': float(window.last['learning_rate']),
+        'train/skipped_steps': skipped}
+    if peak:
+      scalars['train/mfu'] = rate * flops / (peak * jax.device_count())
+    writer.write_scalars(number, scalars)
+    writer.flush()
+    if means:
+      left = (num_steps - number) * secs / done
+      log.info('step %*d/%d  loss %.4f nats/token  %.4f bits/byte  %s tokens/s  '
+               '%s left', len(str(num_steps)), number, num_steps,
+               means['train/loss'], means['train/bits_per_byte'], f'{rate:,.0f}',
+               _duration(left))
+    window.clear()
+
+  def show(number, params):
+    """Evaluates and samples."""
+    is_last = number == num_steps
+    means = evaluate_params(params, 0 if is_last else settings.eval.max_examples)
+    writer.write_scalars(number, means)
+    log.info('step %d, %s', number, evaluate.describe(means, run.objective.exact))
+    if draw:
+      key = jax.random.fold_in(jax.random.key(settings.sample.seed), number)
+      rows, _ = draw(params, '', train.num_samples, key,
+                     settings.sample.length or length)
+      texts = [run.packed.tokenizer.decode(row) for row in rows]
+      writer.write_texts(number, {f'samples/{i}': f'```\n{text}\n```'
+                                  for i, text in enumerate(texts)})
+      for text in texts:
+        log.info('sample:\n%s\n', '\n'.join('    ' + line
+                                            for line in text.splitlines()))
+    writer.flush()
+
+  def save(number):
+    checkpoint.save(manager, state, run.config,
+                    {'step': number, 'example': number * batch_size})
+
+  first_step = step
+  while step < num_steps and not _should_stop(caught, step):
+    waiting = time.monotonic()
+    batch = next(batches)
+    window.waited_secs += time.monotonic() - waiting
+    state, values = train_step(state, meshes.shard_batch(mesh, batch))
+    step += 1
+    in_flight.append((step, values))
+    is_log = step % train.log_every_steps == 0 or step == num_steps
+    is_eval = step == num_steps or (
+        train.eval_every_steps and step % train.eval_every_steps == 0)
+    is_save = step == num_steps or step % settings.checkpoint.every_steps == 0
+    # One step stays in flight, so that the device never waits for the host.
+    while len(in_flight) > (0 if is_log or is_eval or is_save else 1):
+      collect()
+    if step == first_step + 1:
+      while in_flight:
+        collect()
+      log.info('first step after %.1f s', time.monotonic() - start)
+      window.clear()
+    for action in actions:
+      action(step)
+    if is_log and window.num_steps:
+      report(step)
+    with window.pause():
+      if is_save:
+        save(step)
+      if is_eval:
+        show(step, state.eval_params)
+  while in_flight:
+    collect()
+  if caught.number and manager.latest_step() != step:
+    save(step)
+  elif first_step == num_steps:
+    log.info('the run is at its last step, train.num_steps=%d', num_steps)
+    show(num_steps, state.eval_params)
+
+
+def _should_stop(caught: _Caught, step: int) -> bool:
+  """Whether to stop before this step: on every process at the same one."""
+  if jax.process_count() == 1:
+    return bool(caught.number)
+  from jax.experimental import multihost_utils  # pylint: disable=g-import-not-at-top
+  stop = multihost_utils.reached_preemption_sync_point(step)
+  if stop and not caught.number:
+    caught.number = signal.SIGTERM
+  return stop
+
+
+def _make_actions(settings: configs.Settings, workdir: str, writer) -> list[Any]:
+  """CLU's periodic actions: progress for the platform, and a profile."""
+  from clu import periodic_actions  # pylint: disable=g-import-not-at-top
+  train = settings.train
+  actions = [periodic_actions.ReportProgress(
+      num_train_steps=train.num_steps, writer=writer,
+      every_steps=train.log_every_steps, every_secs=None)]
+  if train.profile_steps and not jax.process_index():
+    actions.append(periodic_actions.Profile(
+        logdir=workdir, num_profile_steps=train.profile_steps,
+        first_profile=PROFILE_FIRST_STEP, every_secs=None))
+  return actions
+
+
+def _duration(secs: float) -> str:
+  if secs < 60:
+    return f'{secs:.0f} s'
+  if secs < 3600:
+    return f'{secs // 60:.0f} min {secs % 60:02.0f} s'
+  return f'{secs // 3600:.0f} h {secs % 3600 // 60:02.0f} min'
+
