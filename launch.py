@@ -84,7 +84,11 @@ def _run() -> int:
     from nanodlm import train  # pylint: disable=g-import-not-at-top
     train.check_writable(workdir)
     _set_up_compilation_cache(workdir)
-    number = train.train(config, settings, workdir, defaults)
+    try:
+      number = train.train(config, settings, workdir, defaults)
+    except train.STOPPED as error:
+      print(f'error: {error}', file=sys.stderr)
+      return 1
     return 128 + number if number else 0
   _set_up_compilation_cache(workdir)
   if mode == 'eval':
@@ -126,7 +130,7 @@ def _resolve_config(configs, defaults, input_error):
 
 
 def _set_up_logging():
-  """Plain lines of our own; of the libraries underneath, only errors."""
+  """Plain lines of our own; what the libraries log needs --verbosity."""
   handler = logging.StreamHandler(sys.stdout)
   handler.setFormatter(logging.Formatter('%(message)s'))
   log = logging.getLogger('nanodlm')
@@ -135,7 +139,7 @@ def _set_up_logging():
   is_first = not _PROCESS_ID.value
   log.setLevel(logging.INFO if is_first else logging.WARNING)
   if not flags.FLAGS['verbosity'].present:
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)
 
 
 def _init_distributed(input_error):

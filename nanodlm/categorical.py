@@ -116,7 +116,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, mask_id: int
   shifted = logits - best[:, None]
   # A comparison against iota and not a gather: its transpose is elementwise and
   # fuses into the softmax's, where a gather's would scatter into [N, V] zeros.
-  is_target = jnp.arange(logits.shape[-1]) == targets[:, None]
+  is_target = jnp.arange(logits.shape[-1])[None] == targets[:, None]
   target = jnp.sum(jnp.where(is_target, shifted, 0.0), axis=-1)
   log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
   return log_sum - target, (target >= 0).astype(jnp.float32)

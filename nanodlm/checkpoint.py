@@ -5,11 +5,11 @@ A checkpoint holds four items: `params`, `ema_params` (where there are any), `re
 and sampling read one of the first two only.
 """
 
+import contextlib
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from ml_collections import config_dict
 import orbax.checkpoint as ocp
 
@@ -17,6 +17,10 @@ from nanodlm.state import TrainState
 from nanodlm.types import InputError
 
 FOLDER = 'checkpoints'
+
+
+class SaveError(RuntimeError):
+  """A checkpoint could not be written; the complete ones are as they were."""
 
 
 def open_manager(workdir: str, *, max_to_keep: int | None = None,
@@ -54,7 +58,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState,
     position: where the data stands: {'step': n, 'example': n * batch_size}.
 
   Raises:
-    OSError or ValueError: this or an EARLIER save failed (a full disk, say).
+    SaveError: this or an EARLIER save failed (a full disk, say).
   """
   items = {'params': ocp.args.StandardSave(state.params),
            'rest': ocp.args.StandardSave(_rest(state)),
@@ -62,7 +66,25 @@ def save(manager: ocp.CheckpointManager, state: TrainState,
                {'config': config.to_dict(), 'data': position})}
   if state.ema_params is not None:
     items['ema_params'] = ocp.args.StandardSave(state.ema_params)
-  manager.save(int(state.step), args=ocp.args.Composite(**items))
+  with _explaining(manager):
+    manager.save(int(state.step), args=ocp.args.Composite(**items))
+
+
+def wait(manager: ocp.CheckpointManager):
+  """Returns when the last save is complete; raises SaveError as `save` does."""
+  with _explaining(manager):
+    manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _explaining(manager: ocp.CheckpointManager):
+  try:
+    yield
+  except (OSError, ValueError, RuntimeError) as error:
+    complete = sorted(int(path.name) for path in manager.directory.iterdir()
+                      if path.name.isdigit())
+    raise SaveError(f'a checkpoint in {manager.directory} could not be written: '
+                    f'{error}. The complete ones there: {complete}') from error
 
 
 def restore_state(manager: ocp.CheckpointManager, state: TrainState, step: int

@@ -140,13 +140,13 @@ def rotary_table(length: int, head_dim: int, theta: float) -> jax.Array:
   Source: RoFormer, arXiv 2104.09864, equation 34.
   """
   frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
-  angle = jnp.arange(length)[:, None] * frequency
+  angle = jnp.arange(length)[:, None] * frequency[None]
   return jnp.stack([jnp.cos(angle), jnp.sin(angle)])[:, :, None, :]
 
 
 def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
   """Applies rotary positions to x [B, L, H, Dh] (halves form the pairs)."""
-  cos, sin = table.astype(x.dtype)
+  cos, sin = table.astype(x.dtype)[:, None]
   first, second = jnp.split(x, 2, axis=-1)
   return jnp.concatenate([first * cos - second * sin,
                           second * cos + first * sin], axis=-1)
@@ -221,7 +221,8 @@ class RMSNorm(nn.Module):
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + NORM_EPS)
     if self.use_scale:
-      x = x * self.param('scale', nn.initializers.ones, (x.shape[-1],))
+      scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+      x = x * jnp.expand_dims(scale, range(x.ndim - 1))
     return x.astype(self.dtype)
 
 
@@ -319,7 +320,7 @@ class TimeEmbedding(nn.Module):
     cfg = self.config
     half = TIME_FEATURES // 2
     frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / half)
-    angle = TIME_SCALE * t.astype(jnp.float32)[:, None] * frequency
+    angle = TIME_SCALE * t.astype(jnp.float32)[:, None] * frequency[None]
     features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
     dense = functools.partial(nn.Dense, cfg.embed_dim, dtype=jnp.dtype(cfg.dtype),
                               kernel_init=nn.initializers.normal(INIT_STD))

@@ -77,7 +77,7 @@ class Masked:
       [B, L, V] probabilities.
     """
     reveal = ((noise_t - noise_s) / noise_t)[:, None, None]
-    mask = jax.nn.one_hot(self.mask_id, p_x0.shape[-1])
+    mask = jax.nn.one_hot(self.mask_id, p_x0.shape[-1])[None, None]
     carried = jax.nn.one_hot(xt, p_x0.shape[-1])
     masked = (xt == self.mask_id)[..., None]
     return jnp.where(masked, reveal * p_x0 + (1 - reveal) * mask, carried)

@@ -138,11 +138,11 @@ def make_train_step(network: Network, objective: Objective,
       return gradient(params, rows)
     rows = jax.tree.map(
         lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), rows)
-    first = jax.tree.map(lambda x: x[0], rows)
+    shapes = jax.eval_shape(
+        lambda rows: gradient(params, jax.tree.map(lambda x: x[0], rows)), rows)
     zeros = jax.tree.map(
         lambda s: jax.lax.pcast(jnp.zeros(s.shape, s.dtype), meshes.BATCH_AXES,
-                                to='varying'),
-        jax.eval_shape(gradient, params, first))
+                                to='varying'), shapes)
     add = lambda sums, micro: jax.tree.map(jnp.add, sums, gradient(params, micro))
     return jax.lax.scan(lambda sums, micro: (add(sums, micro), None), zeros,
                         rows)[0]
@@ -233,7 +233,8 @@ def make_eval_step(network: Network, objective: Objective,
 
   def step(params, batch):
     keys = _fold_in_each(jax.random.key(seed), batch['index'])
-    level_keys, noise_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    level_keys, noise_keys = jax.vmap(
+        lambda key: tuple(jax.random.split(key)))(keys)
     levels = jax.vmap(lambda key: objective.eval_levels(key, num_draws)
                       )(level_keys)
     repeat = lambda x: jnp.repeat(x, group, axis=0)

@@ -39,6 +39,10 @@ class TrainingDiverged(RuntimeError):
   """Several steps in a row had a loss or gradient that is not finite."""
 
 
+# What ends a run that was sound when it started.
+STOPPED = (TrainingDiverged, checkpoint.SaveError)
+
+
 def train(config: config_dict.ConfigDict, settings: configs.Settings,
           workdir: str, defaults: config_dict.ConfigDict) -> int:
   """--mode=train: trains to train.num_steps, or goes on where the run stands.
@@ -55,7 +59,7 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
   Raises:
     InputError: the workdir or a setting will not do; nothing has been written.
     TrainingDiverged: see there; the last checkpoint is from before.
-    OSError: a checkpoint could not be written; the one before stays.
+    SaveError: a checkpoint could not be written; the ones before stay.
   """
   start = time.monotonic()
   saved = load_config(workdir, defaults)
@@ -98,7 +102,7 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
       writer = stack.enter_context(_writers(workdir, config, settings))
       _loop(run, workdir, state, train_step, evaluate_params, manager, writer,
             caught, start)
-    manager.wait_until_finished()
+    checkpoint.wait(manager)
   return caught.number
 
 

@@ -1,18 +1,35 @@
 """What every test runs under: eight CPU devices, strict JAX, no network."""
 
 import os
+import socket
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = ' '.join(
-    [os.environ.get('XLA_FLAGS', ''),
-     '--xla_force_host_platform_device_count=8'])
+os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '')
+                           + ' --xla_force_host_platform_device_count=8')
 
-import jax  # pylint: disable=wrong-import-position
+# pylint: disable=wrong-import-position
+import jax
+import pytest
 
-jax.config.update('jax_numpy_rank_promotion', __import__('os').environ.get('RP','raise'))
+jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_debug_key_reuse', True)
 
 
 def pytest_configure(config):
-  # The last matching filter wins: a warning that points at our own code fails.
+  # The last matching filter wins: a warning that points at our code is an error.
   config.addinivalue_line('filterwarnings', r'error:::nanodlm(\.|$)')
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+  """Connections may not leave this machine."""
+  connect = socket.socket.connect
+
+  def guarded(self, address):
+    is_local = not isinstance(address, tuple) or address[0] in (
+        'localhost', '127.0.0.1', '::1')
+    if not is_local:
+      raise AssertionError(f'a test connects to {address!r}')
+    return connect(self, address)
+
+  monkeypatch.setattr(socket.socket, 'connect', guarded)

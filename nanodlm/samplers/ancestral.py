@@ -57,10 +57,10 @@ class Ancestral:
                ) -> Samples:
     batch, length = canvas.tokens.shape
     noise = self.noise_levels()
-    plan_keys, draw_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    plan_keys, draw_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
     u = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(plan_keys)
     # Revealed in the first step j with u >= noise_{j+1}; noise_T = 0, so always.
-    step = jnp.sum(u[..., None] < noise[1:], axis=-1).astype(jnp.int32)
+    step = jnp.sum(u[..., None] < noise[None, None, 1:], axis=-1).astype(jnp.int32)
     plan = reveal.Plan(step, jnp.broadcast_to(noise[:-1], (batch, self.num_steps)))
     return reveal.sample_plan(draw_keys, canvas, plan, denoise, self.draw,
                               self._num_slots(length))

@@ -31,10 +31,10 @@ class FirstHitting:
                ) -> Samples:
     length = canvas.tokens.shape[1]
     order_keys, time_keys, draw_keys = jax.vmap(
-        lambda key: jax.random.split(key, 3), out_axes=1)(keys)
+        lambda key: tuple(jax.random.split(key, 3)))(keys)
     rank = processes.random_rank(order_keys, ~canvas.fixed)
     num_free = jnp.sum(~canvas.fixed, axis=1, keepdims=True)
-    left = jnp.maximum(num_free - jnp.arange(length), 1)
+    left = jnp.maximum(num_free - jnp.arange(length)[None], 1)
     u = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(time_keys)
     level = jnp.exp(jnp.cumsum(jnp.log1p(-u) / left, axis=1))
     return reveal.sample_plan(draw_keys, canvas, reveal.Plan(rank, level), denoise,

@@ -38,13 +38,13 @@ class FixedCount:
                ) -> Samples:
     length = canvas.tokens.shape[1]
     num_steps = min(self.num_steps, length)
-    plan_keys, draw_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    plan_keys, draw_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
     rank = processes.random_rank(plan_keys, ~canvas.fixed)
     num_free = jnp.sum(~canvas.fixed, axis=1, keepdims=True)
-    steps = jnp.arange(num_steps)
     # In integers: rank r goes to step floor(r T / n), at most ceil(n / T) each.
     step = rank * num_steps // jnp.maximum(num_free, 1)
-    revealed = jnp.sum((step[:, :, None] < steps) & ~canvas.fixed[:, :, None], 1)
+    is_before = step[:, :, None] < jnp.arange(num_steps)[None, None]
+    revealed = jnp.sum(is_before & ~canvas.fixed[:, :, None], axis=1)
     level = 1 - revealed / jnp.maximum(num_free, 1)
     return reveal.sample_plan(draw_keys, canvas, reveal.Plan(step, level), denoise,
                               self.draw, -(-length // num_steps))

@@ -1,0 +1,240 @@
+"""The launcher as people use it: real processes, killed, resumed, misused."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from nanodlm import checkpoint
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = '--config=configs/tiny.py'
+# Enough steps to be killed in the middle of, in a few seconds.
+LONG = (TINY, '--config.train.num_steps=120', '--config.train.eval_every_steps=0',
+        '--config.checkpoint.every_steps=10', '--config.train.num_samples=0',
+        '--config.checkpoint.max_to_keep=100', '--config.eval.max_examples=8')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def data_dir(tmp_path_factory):
+  """One prepared dataset for all processes of this file."""
+  folder = tmp_path_factory.mktemp('data')
+  os.environ['NANODLM_DATA_DIR'] = str(folder)
+  yield folder
+  del os.environ['NANODLM_DATA_DIR']
+
+
+def start(*args, **environment):
+  env = {**os.environ, 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1', **environment}
+  return subprocess.Popen(
+      [sys.executable, 'launch.py', *map(str, args)], cwd=ROOT, env=env,
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def launch(*args, **environment):
+  """(exit status, output) of a whole run."""
+  process = start(*args, **environment)
+  output, _ = process.communicate(timeout=300)
+  return process.returncode, output
+
+
+def wait_for(condition, process):
+  for _ in range(3000):
+    if condition():
+      return
+    assert process.poll() is None, process.communicate()[0]
+    time.sleep(0.02)
+  raise AssertionError('never happened')
+
+
+def arrays(workdir, step):
+  """Every array of a checkpoint, by name."""
+  with checkpoint.open_manager(workdir, read_only=True) as manager:
+    found = {}
+    for item in ('params', 'ema_params', 'rest'):
+      tree = manager.restore(step, args=checkpoint.ocp.args.Composite(
+          **{item: checkpoint.ocp.args.StandardRestore()}))[item]
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return found
+
+
+def assert_identical(a, b):
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def metric_lines(workdir):
+  with open(workdir / 'metrics.jsonl') as file:
+    return [json.loads(line) for line in file]
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run of LONG that nothing disturbed."""
+  workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  status, output = launch(*LONG, f'--workdir={workdir}')
+  assert status == 0, output
+  return workdir, output
+
+
+def test_train_leaves_what_people_look_for(finished):
+  workdir, output = finished
+  names = {path.name.split('.')[0] for path in workdir.iterdir()}
+  assert {'config', 'metrics', 'checkpoints', 'events'} <= names
+  for words in ('nats/token', 'bits/byte', 'tokens/s', ' left', 'held-out bound'):
+    assert words in output
+  assert 'Traceback' not in output
+  lines = metric_lines(workdir)
+  losses = [line['train/loss'] for line in lines if 'train/loss' in line]
+  assert len(losses) == 12
+  assert losses[-1] < losses[0] - 1.0  # it learns
+  (held_out,) = [line for line in lines if 'eval/nll' in line]
+  assert 0 < held_out['eval/nll_ci95'] < held_out['eval/nll'] < losses[0]
+  config = json.loads((workdir / 'config.json').read_text())
+  assert config['model']['embed_dim'] == 64
+  with checkpoint.open_manager(workdir, read_only=True) as manager:
+    meta = checkpoint.restore_meta(manager, 120)
+  assert meta['data'] == {'step': 120, 'example': 120 * 8}
+  assert meta['config'] == config
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM,
+                                    signal.SIGINT])
+def test_interrupted_run_ends_bit_identical(finished, tmp_path, number):
+  reference, _ = finished
+  workdir = tmp_path / 'run'
+  process = start(*LONG, f'--workdir={workdir}')
+  checkpoints = workdir / 'checkpoints'
+  # Any moment will do: the kill lands during a step, or during a save.
+  wait_for((checkpoints / '20').exists, process)
+  process.send_signal(number)
+  output, _ = process.communicate(timeout=120)
+  if number == signal.SIGKILL:
+    assert process.returncode == -signal.SIGKILL
+  else:
+    assert process.returncode == 128 + number, output
+    assert 'saving a checkpoint' in output
+  steps = sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+  assert 20 <= steps[-1] < 120, 'not interrupted in the middle'
+  status, output = launch(*LONG, f'--workdir={workdir}')
+  assert status == 0, output
+  assert f'at step {steps[-1]}' in output
+  assert_identical(arrays(reference, 120), arrays(workdir, 120))
+
+
+def test_eval_and_sample_need_only_the_workdir(finished):
+  workdir, output = finished
+  status, output = launch('--mode=eval', f'--workdir={workdir}')
+  assert status == 0, output
+  (trained,) = [line for line in metric_lines(workdir) if 'eval/nll' in line]
+  evaluated = json.loads((workdir / 'eval.jsonl').read_text())
+  assert evaluated['step'] == 120
+  assert evaluated['eval/nll'] == pytest.approx(trained['eval/nll'], rel=1e-6)
+  args = ('--mode=sample', f'--workdir={workdir}', '--prompt=import {} as {5}.',
+          '--config.sampler.num_samples=2', '--config.sampler.num_steps=8')
+  status, output = launch(*args)
+  assert status == 0, output
+  samples = [json.loads(line) for line in
+             (workdir / 'samples.jsonl').read_text().splitlines()]
+  assert len(samples) == 2
+  for sample in samples:
+    assert bytes(sample['tokens'][:7]) == b'import '
+    assert sample['num_calls'] == 8
+    assert 257 not in sample['tokens']
+    assert sample['text'] in output
+
+
+def test_starts_from_another_runs_weights(finished, tmp_path):
+  reference, _ = finished
+  status, output = launch(
+      TINY, f'--workdir={tmp_path}/run', '--config.train.num_steps=1',
+      '--config.optim.learning_rate=1e-9', '--config.train.num_samples=0',
+      '--config.optim.ema_decay=0.0', '--config.eval.max_examples=8',
+      f'--config.checkpoint.init_from={reference}',
+      '--config.checkpoint.init_step=120')
+  assert status == 0, output
+  ours, theirs = arrays_of_params(tmp_path / 'run', 1), arrays(reference, 120)
+  for name, value in ours.items():
+    np.testing.assert_allclose(value, theirs['ema_params' + name], atol=1e-6)
+
+
+def arrays_of_params(workdir, step):
+  with checkpoint.open_manager(workdir, read_only=True) as manager:
+    tree = manager.restore(step, args=checkpoint.ocp.args.Composite(
+        params=checkpoint.ocp.args.StandardRestore()))['params']
+  return {jax.tree_util.keystr(path): np.asarray(leaf)
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_diverging_run_stops_and_keeps_its_checkpoint(finished, tmp_path):
+  workdir = tmp_path / 'run'
+  args = (TINY, f'--workdir={workdir}', '--config.train.num_samples=0',
+          '--config.eval.max_examples=8', '--config.train.eval_every_steps=0',
+          '--config.optim.warmup_steps=0', '--config.optim.schedule=constant')
+  status, output = launch(*args, '--config.train.num_steps=5',
+                          '--config.checkpoint.every_steps=5')
+  assert status == 0, output
+  before = arrays(workdir, 5)
+  status, output = launch(*args, '--config.train.num_steps=40',
+                          '--config.optim.learning_rate=1e30')
+  assert status == 1, output
+  assert 'Traceback' not in output
+  assert '5 steps in a row' in output and 'not finite' in output
+  assert_identical(before, arrays(workdir, 5))
+
+
+@pytest.mark.parametrize('named, args', [
+    ('num_layer', ['--config.model.num_layer=2']),
+    ('model.num_heads=3', ['--config.model.num_heads=3']),
+    ('/no/such/*.txt', ['--config.data.source=text:/no/such/*.txt']),
+    ('lm1b', ['--config.data.source=tfds:lm1b']),
+    ('data.length', ['--config.data.length=1000000']),
+    ('README.md', ['--config.tokenizer.name=sentencepiece',
+                   '--config.tokenizer.path=README.md']),
+    ('/no/such/run', ['--config.checkpoint.init_from=/no/such/run']),
+])
+def test_bad_setting_is_named_before_anything_is_written(tmp_path, named, args):
+  workdir = tmp_path / 'run'
+  begun = time.monotonic()
+  status, output = launch(TINY, f'--workdir={workdir}', *args)
+  assert status not in (0, None)
+  assert named in output
+  assert 'Traceback' not in output
+  assert not workdir.exists()
+  assert time.monotonic() - begun < 60
+
+
+def test_other_settings_on_one_workdir_are_refused(finished):
+  workdir, _ = finished
+  before = (workdir / 'config.json').read_text()
+  status, output = launch(*LONG, f'--workdir={workdir}',
+                          '--config.model.num_layers=3', '--config.seed=1')
+  assert status == 2, output
+  assert 'model.num_layers: 2 there, 3 here' in output and 'seed: 0' in output
+  assert (workdir / 'config.json').read_text() == before
+
+
+def test_misused_modes(finished, tmp_path):
+  workdir, _ = finished
+  for args, words in (
+      (('--mode=sample', f'--workdir={tmp_path}'), 'holds no run'),
+      (('--mode=train', TINY), 'needs --workdir'),
+      (('--mode=sample', f'--workdir={workdir}', '--prompt=' + 'x' * 65),
+       'takes 65 tokens'),
+      (('--mode=sample', f'--workdir={workdir}', '--config.sampler.name=ar'),
+       'does not fit'),
+      ((TINY, f'--workdir={workdir}/config.json/run'), 'cannot be written')):
+    status, output = launch(*args)
+    assert status == 2, output
+    assert words in output
+    assert 'Traceback' not in output
+

@@ -1,0 +1,111 @@
+"""Texts few enough to enumerate, and a network small enough to compile.
+
+A table stands for a network: the row of each canvas (tokens and masks) holds
+the logits of every position, so that expectations can be sums over all cases.
+"""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from nanodlm import model
+
+# Tokens 0, 1, 2 and the mask; texts of three tokens.
+VOCAB = 3
+LENGTH = 3
+MASK = 3
+TEXTS = np.array(list(itertools.product(range(VOCAB), repeat=LENGTH)), np.int32)
+CANVASES = np.array(list(itertools.product(range(VOCAB + 1), repeat=LENGTH)),
+                    np.int32)
+
+
+def canvas_index(tokens):
+  """The rows [...] of canvases [..., L] in CANVASES."""
+  return tokens @ (VOCAB + 1) ** np.arange(LENGTH)[::-1]
+
+
+def text_index(tokens):
+  """The rows [...] of texts [..., L] in TEXTS."""
+  return np.asarray(tokens) @ VOCAB ** np.arange(LENGTH)[::-1]
+
+
+def random_joint(seed):
+  """A p(x) over TEXTS, [27] float64, far from a product."""
+  p = np.exp(1.2 * np.random.default_rng(seed).normal(size=len(TEXTS)))
+  return p / p.sum()
+
+
+def random_table(seed):
+  """Logits of an arbitrary denoiser, [64, L, V + 1]; the mask's are large."""
+  table = np.random.default_rng(seed).normal(size=(len(CANVASES), LENGTH, 4))
+  table[..., MASK] += 3
+  return table.astype(np.float32)
+
+
+def posterior_table(joint):
+  """Logits of p(x_i | unmasked tokens) under a joint, [64, L, V + 1]."""
+  table = np.full((len(CANVASES), LENGTH, VOCAB + 1), 3.0)
+  for row, canvas in enumerate(CANVASES):
+    p = joint * np.all((canvas == MASK) | (canvas == TEXTS), axis=1)
+    for i, v in itertools.product(range(LENGTH), range(VOCAB)):
+      with np.errstate(divide='ignore'):
+        log_p = np.log(p[TEXTS[:, i] == v].sum() / p.sum())
+      table[row, i, v] = max(log_p, -100.0)
+  return table.astype(np.float32)
+
+
+def log_softmax(logits):
+  """Over the clean tokens only, float64."""
+  logits = np.asarray(logits, np.float64)[..., :MASK]
+  logits = logits - logits.max(-1, keepdims=True)
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def order_nll(table, x0, order):
+  """-log p of x0[order] given the rest, one token at a time; nats."""
+  log_p = log_softmax(table)
+  canvas, nll = np.array(x0), 0.0
+  canvas[list(order)] = MASK
+  for i in order:
+    nll -= log_p[canvas_index(canvas), i, x0[i]]
+    canvas[i] = x0[i]
+  return nll
+
+
+def any_order_nll(table, x0, eligible=range(LENGTH)):
+  """Mean over all orders of the eligible positions, nats."""
+  orders = list(itertools.permutations(eligible))
+  return np.mean([order_nll(table, x0, order) for order in orders])
+
+
+def table_denoiser(table):
+  """A `types.Denoise` that looks its logits up."""
+  table = jnp.asarray(table)
+
+  def denoise(tokens, level, positions):
+    del level
+    return table[canvas_index(tokens)[:, None], positions]
+
+  return denoise
+
+
+def chi_square(counts, expected):
+  """The p-value of observed counts under expected probabilities."""
+  counts, expected = np.ravel(counts), np.ravel(expected)
+  possible = expected > 0
+  if counts[~possible].any():
+    return 0.0
+  return stats.chisquare(counts[possible], expected[possible] * counts.sum()
+                         ).pvalue
+
+
+def model_config(**changes):
+  """A network of 3 layers and width 16 over 12 ids."""
+  fields = dict(
+      vocab_size=12, num_layers=3, embed_dim=16, num_heads=2, mlp_dim=32,
+      mlp='relu2', qk_norm=False, tie_embeddings=True, dropout=0.0,
+      time_conditioning=False, causal=False, rope_theta=1e4, dtype='float32',
+      remat='none', unroll=False, attention='auto')
+  return model.ModelConfig(**{**fields, **changes})
