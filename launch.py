@@ -27,7 +27,7 @@ BASE = str(pathlib.Path(__file__).parent / 'configs' / 'base.py')
 MODES = ('train', 'eval', 'sample', 'prepare')
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', BASE, 'The settings. By default those saved in --workdir, else '
+    'config', None, 'The settings. By default those saved in --workdir, else '
     'configs/base.py; --config.SECTION.KEY=VALUE changes one.')
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run: config, metrics, checkpoints.')
@@ -46,6 +46,28 @@ _PROCESS_ID = flags.DEFINE_integer(
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'Initialise jax.distributed from the cluster that JAX '
     'detects (Cloud TPU, SLURM, Open MPI, Kubernetes).')
+
+
+def parse_flags(argv):
+  """Parses the command line; a mistake in it is one line and exit status 2."""
+  if not _is_config_given():
+    argv = [argv[0], f'--config={BASE}', *argv[1:]]
+  try:
+    rest = flags.FLAGS(argv)
+    _CONFIG.value.seed  # pylint: disable=pointless-statement
+    return rest
+  except (flags.Error, AttributeError, KeyError, OSError) as error:
+    while error.args and isinstance(error.args[0], Exception):
+      error = error.args[0]
+    # str() of a KeyError quotes its message.
+    text = error.args[0] if isinstance(error, KeyError) else str(error)
+    print(f'error: {text}\n--help lists the flags, configs/base.py the settings',
+          file=sys.stderr)
+    sys.exit(2)
+
+
+def _is_config_given() -> bool:
+  return any(arg.split('=')[0] in ('--config', '-config') for arg in sys.argv[1:])
 
 
 def main(argv):
@@ -76,8 +98,6 @@ def _run() -> int:
   if mode == 'prepare':
     from nanodlm.data import builder  # pylint: disable=g-import-not-at-top
     packed = builder.prepare(settings.data, settings.tokenizer)
-    for split in ('train', 'validation'):
-      logging.getLogger('nanodlm').info('%s: %s', split, packed.metadata[split])
     logging.getLogger('nanodlm').info('prepared: %s', packed.path)
     return 0
   if mode == 'train':
@@ -111,7 +131,7 @@ def _load_base():
 def _resolve_config(configs, defaults, input_error):
   """The config of --config, or the workdir's own; then the command line's keys."""
   flag = flags.FLAGS['config']
-  is_given = any(arg.split('=')[0] in ('--config', '-config') for arg in sys.argv)
+  is_given = _is_config_given()
   path = pathlib.Path(_WORKDIR.value or '') / 'config.json'
   if not _WORKDIR.value or (is_given and _MODE.value == 'train') or not path.is_file():
     if _MODE.value in ('eval', 'sample'):
@@ -161,4 +181,4 @@ def _set_up_compilation_cache(workdir):
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

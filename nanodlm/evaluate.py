@@ -105,6 +105,8 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
       abstract)
+  if not (pathlib.Path(workdir) / checkpoint.FOLDER).is_dir():
+    raise InputError(f'{workdir!r} holds no run (no {checkpoint.FOLDER} in it)')
   with checkpoint.open_manager(workdir, read_only=True) as manager:
     step = checkpoint.find_step(manager, step)
     return checkpoint.restore_params(manager, abstract, step), step

@@ -82,7 +82,7 @@ def make_canvas(prompt: str, tokenizer: tokenizers.Tokenizer, length: int,
   if causal and any(isinstance(part, Gap) for part in parts[:-1]):
     raise InputError(f'--prompt={prompt!r}: an autoregressive model fills one gap '
                      'at the end; text after a gap needs objective.name=masked')
-  pieces = [part if isinstance(part, Gap) else tokenizer.encode(part)
+  pieces = [part if isinstance(part, Gap) else _encode(part, prompt, tokenizer)
             for part in parts]
   used = sum((piece.size or 0) if isinstance(piece, Gap) else len(piece)
              for piece in pieces)
@@ -107,6 +107,15 @@ def make_canvas(prompt: str, tokenizer: tokenizers.Tokenizer, length: int,
     tokens.extend([tokenizer.mask_id] * size)
     fixed.extend([False] * size)
   return np.asarray(tokens, np.int32), np.asarray(fixed, bool)
+
+
+def _encode(text: str, prompt: str, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+  tokens = tokenizer.encode(text)
+  # Only control tokens and the unknown token stand for no text at all.
+  if np.any(tokenizer.num_bytes[tokens] == 0):
+    raise InputError(f'--prompt={prompt!r}: {text!r} holds characters that the '
+                     f'{tokenizer.name} tokenizer does not know')
+  return tokens
 
 
 def make_sample(run: evaluate.Run):

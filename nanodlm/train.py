@@ -75,14 +75,17 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
       num_microbatches=settings.train.num_microbatches,
       ema_decay=settings.optim.ema_decay)
   evaluate_params = evaluate.make_evaluate(run)
-  init = lambda: states.init_state(run.network.config, optimizer, settings.seed,
-                                   settings.optim.ema_decay > 0)
-  state = jax.jit(init, out_shardings=meshes.replicated(run.mesh))()
+  initial = None
   if settings.checkpoint.init_from and saved is None:
+    # Before anything is compiled: the compilation cache lies in the workdir.
     initial, step = evaluate.load_params(run, settings.checkpoint.init_from,
                                          settings.checkpoint.init_step)
     log.info('starting from the weights of %s, step %d',
              settings.checkpoint.init_from, step)
+  init = lambda: states.init_state(run.network.config, optimizer, settings.seed,
+                                   settings.optim.ema_decay > 0)
+  state = jax.jit(init, out_shardings=meshes.replicated(run.mesh))()
+  if initial is not None:
     if state.ema_params is not None:
       state = state.replace(ema_params=jax.tree.map(lambda x: x.copy(), initial))
     state = state.replace(params=initial)

@@ -97,8 +97,8 @@ def chi_square(counts, expected):
   possible = expected > 0
   if counts[~possible].any():
     return 0.0
-  return stats.chisquare(counts[possible], expected[possible] * counts.sum()
-                         ).pvalue
+  counts, expected = counts[possible], expected[possible]
+  return stats.chisquare(counts, expected / expected.sum() * counts.sum()).pvalue
 
 
 def model_config(**changes):

@@ -427,7 +427,10 @@ def _build(work: pathlib.Path, plan: _Plan, tokenizer: tokenizers.Tokenizer,
     spool.path.unlink()
   shutil.rmtree(work / 'downloads', ignore_errors=True)  # TFDS made it, empty
   for split in SPLITS:
-    _log.info('%s: %s', split, metadata[split])
+    counts = metadata[split]
+    _log.info('%s: %s tokens of %s bytes in %s documents', split,
+              f'{counts["num_tokens"]:,}', f'{counts["num_bytes"]:,}',
+              f'{counts["num_documents"]:,}')
 
 
 def _encode(documents: Iterator[tuple[str, sources.Document]],

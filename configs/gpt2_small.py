@@ -1,0 +1,40 @@
+"""GPT-2 small as a masked diffusion model: 12 layers, width 768, length 1024.
+
+    python launch.py --config=configs/gpt2_small.py --workdir=runs/gpt2_small
+
+The settings follow MDLM on OpenWebText (Sahoo et al., arXiv 2406.07524): batch
+512, learning rate 3e-4, 2500 warm-up steps, EMA 0.9999. The text is English
+Wikipedia from TFDS, downloaded on first use; name your own with
+--config.data.source=text:'my/*.txt.gz'. Not yet run at full length.
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.data.source = 'tfds:wikipedia/20230601.en'
+  config.data.length = 1024
+  config.data.eval_fraction = 0.005
+  config.tokenizer.name = 'gpt2'
+  config.model.num_layers = 12
+  config.model.embed_dim = 768
+  config.model.num_heads = 12
+  config.model.dtype = 'bfloat16'
+  config.optim.learning_rate = 3e-4
+  config.optim.warmup_steps = 2500
+  config.optim.schedule = 'constant'
+  config.optim.b2 = 0.999
+  config.optim.weight_decay = 0.03
+  config.optim.ema_decay = 0.9999
+  config.train.batch_size = 512
+  config.train.num_steps = 1_000_000
+  config.train.num_microbatches = 1
+  config.train.chunk_size = 4096
+  config.train.log_every_steps = 100
+  config.train.eval_every_steps = 10_000
+  config.eval.batch_size = 64
+  config.eval.max_examples = 512
+  config.checkpoint.every_steps = 2_000
+  config.checkpoint.keep_period = 100_000
+  return config

@@ -1,0 +1,49 @@
+"""Imports only go down; see the table of layers."""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / 'nanodlm'
+LAYERS = {
+    0: ('types', 'schedules', 'times', 'processes', 'categorical', 'reveal'),
+    1: ('objectives', 'samplers', 'attention', 'losses', 'model', 'metrics',
+        'tokenizers'),
+    2: ('mesh', 'optim', 'state', 'checkpoint', 'data', 'config'),
+    3: ('step',),
+    4: ('evaluate', 'sample', 'train', 'benchmark'),
+}
+LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
+# Libraries that few modules may import.
+ONLY_IN = {
+    'tensorflow': (), 'tensorflow_datasets': ('data',), 'grain': ('data',),
+    'orbax': ('checkpoint',), 'clu': ('train',),
+}
+FILES = sorted(p for p in PACKAGE.rglob('*.py') if p.parent != PACKAGE
+               or p.name != '__init__.py')
+
+
+def imports(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports(path):
+  own = path.relative_to(PACKAGE).with_suffix('').parts
+  name = own[0]
+  assert name in LAYER_OF, f'{name} has no layer in this test'
+  for imported in imports(path):
+    parts = imported.split('.')
+    if parts[0] in ONLY_IN:
+      assert name in ONLY_IN[parts[0]], f'{path} imports {imported}'
+    if parts[0] != 'nanodlm' or len(parts) < 2:
+      continue
+    other = parts[1]
+    assert LAYER_OF[other] <= LAYER_OF[name], f'{path} imports {imported}'
+    if name in ('objectives', 'samplers') and own[1:] != ('__init__',):
+      assert LAYER_OF[other] == 0, f'{path} imports {imported}'

@@ -1,0 +1,55 @@
+"""Means, units and the interval."""
+
+import math
+
+import numpy as np
+
+from nanodlm import metrics
+
+
+def sums_of(nll, weight, num_bytes):
+  nll, weight = np.asarray(nll, float), np.asarray(weight, float)
+  return {'nll': nll.sum(), 'weight': weight.sum(), 'nll2': (nll**2).sum(),
+          'nll_weight': (nll * weight).sum(), 'weight2': (weight**2).sum(),
+          'num_examples': float(np.sum(weight > 0)), 'num_bytes': num_bytes,
+          'correct': 3.0, 'scored': 4.0, 'bin_cross_entropy': np.array([2.0, 0.0]),
+          'bin_scored': np.array([4.0, 0.0])}
+
+
+def test_units():
+  means = metrics.eval_means(sums_of([8.0, 12.0], [10, 10], 40.0))
+  assert means['eval/nll'] == 1.0
+  assert math.isclose(means['eval/ppl'], math.e)
+  assert math.isclose(means['eval/bits_per_token'], 1 / math.log(2))
+  assert math.isclose(means['eval/bits_per_byte'], 0.5 / math.log(2))
+  assert means['eval/accuracy'] == 0.75
+  assert means['eval/cross_entropy_level0'] == 0.5
+  assert 'eval/cross_entropy_level1' not in means
+
+
+def test_interval_covers_the_mean_about_19_times_in_20():
+  generator = np.random.default_rng(0)
+  hits = 0
+  for _ in range(2000):
+    weight = np.full(60, 16.0)
+    nll = generator.gamma(4.0, 4.0, 60)  # mean 16: 1 nat per token
+    means = metrics.eval_means(sums_of(nll, weight, 960.0))
+    hits += abs(means['eval/nll'] - 1.0) < means['eval/nll_ci95']
+  assert 0.92 < hits / 2000 < 0.97
+
+
+def test_empty_rows_change_nothing():
+  full = metrics.eval_means(sums_of([8.0, 12.0], [10, 10], 40.0))
+  padded = metrics.eval_means(sums_of([8.0, 12.0, 0.0], [10, 10, 0], 40.0))
+  assert full == padded
+
+
+def test_add():
+  total = metrics.add([{'a': np.ones(2)}, {'a': np.ones(2)}])
+  np.testing.assert_array_equal(total['a'], [2.0, 2.0])
+
+
+def test_peak_flops():
+  assert metrics.peak_flops('NVIDIA H100 80GB HBM3') == 989e12
+  assert metrics.peak_flops('TPU v5 lite') == 197e12
+  assert metrics.peak_flops('cpu') is None

@@ -1,0 +1,75 @@
+"""Prompts: what becomes fixed, what is left to fill."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from nanodlm import sample
+from nanodlm import tokenizers
+from nanodlm.sample import Gap
+from nanodlm.types import InputError
+
+BYTES = tokenizers.BytesTokenizer()
+
+
+@pytest.mark.parametrize('prompt, parts', [
+    ('', [Gap(None)]),
+    ('def f', ['def f', Gap(None)]),
+    ('def {} return {}', ['def ', Gap(None), ' return ', Gap(None)]),
+    ('{12}.', [Gap(12), '.']),
+    ('{}{3}', [Gap(None), Gap(3)]),
+    ('a {{b}} {}', ['a {b} ', Gap(None)]),
+    ('if (x) { y; } {2}', ['if (x) { y; } ', Gap(2)]),
+    ('{{}}', ['{}', Gap(None)]),
+])
+def test_parse_prompt(prompt, parts):
+  assert sample.parse_prompt(prompt) == parts
+
+
+def canvas(prompt, length, causal=False):
+  tokens, fixed = sample.make_canvas(prompt, BYTES, length, causal)
+  assert np.all((tokens == BYTES.mask_id) == ~fixed)
+  return ''.join(chr(t) if f else '_' for t, f in zip(tokens, fixed))
+
+
+@pytest.mark.parametrize('prompt, length, text', [
+    ('', 4, '____'),
+    ('ab', 5, 'ab___'),
+    ('a{}b', 6, 'a____b'),
+    ('a{}b{}', 7, 'a__b___'),
+    ('a{2}b{}', 8, 'a__b____'),
+    ('a{2}b', 8, 'a__b'),  # every gap has its size: no longer than that
+    ('abc{}', 4, 'abc_'),
+])
+def test_make_canvas(prompt, length, text):
+  assert canvas(prompt, length) == text
+
+
+@pytest.mark.parametrize('prompt', ['abcde', 'abc{}d{}', 'a{9}'])
+def test_prompt_that_does_not_fit(prompt):
+  with pytest.raises(InputError, match='takes .* tokens'):
+    canvas(prompt, 4)
+
+
+def test_causal_models_take_a_gap_at_the_end_only():
+  assert canvas('ab{}', 4, causal=True) == 'ab__'
+  with pytest.raises(InputError, match='autoregressive'):
+    canvas('a{}b', 4, causal=True)
+
+
+def test_unknown_characters():
+  num_bytes = BYTES.num_bytes.copy()
+  num_bytes[ord('?')] = 0  # as SentencePiece's unknown piece has
+
+  @dataclasses.dataclass(frozen=True)
+  class WithUnknown:
+    name = 'toy'
+    mask_id = BYTES.mask_id
+    encode = staticmethod(BYTES.encode)
+
+  tokenizer = WithUnknown()
+  object.__setattr__(tokenizer, 'num_bytes', num_bytes)
+  with pytest.raises(InputError, match="'a\\?' holds characters"):
+    sample.make_canvas('a?{}', tokenizer, 8, False)
+  assert len(sample.make_canvas('ab{}', tokenizer, 8, False)[0]) == 8

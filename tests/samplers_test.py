@@ -1,0 +1,255 @@
+"""Tests of nanodlm.samplers and reveal: with the exact posterior, exact laws."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Callable
+
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanodlm import processes
+from nanodlm import reveal
+from nanodlm import samplers
+from nanodlm import schedules
+from nanodlm.categorical import Draw
+from nanodlm.samplers.ancestral import Ancestral
+from nanodlm.samplers.ancestral import GRIDS
+from nanodlm.samplers.ar import LeftToRight
+from nanodlm.samplers.first_hitting import FirstHitting
+from nanodlm.samplers.fixed_count import FixedCount
+from nanodlm.types import Canvas
+from nanodlm.types import InputError
+from tests import toys
+from tests.toys import LENGTH
+from tests.toys import MASK
+from tests.toys import TEXTS
+
+DRAW = Draw(MASK)
+NUM_ROWS = 16_000
+JOINT = toys.random_joint(0)
+POSTERIOR = toys.posterior_table(JOINT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A sampler's row.
+
+  Attributes:
+    exact: set so that its law is the joint (or closer than the test sees).
+    num_calls: (free positions) -> (least, most) calls of `exact`.
+    fixed: a prompt that it can work with.
+  """
+
+  exact: object
+  num_calls: Callable[[int], tuple[int, int]]
+  fixed: tuple[bool, ...] = (False, True, False)
+
+
+CASES = {
+    # One slot: a step that reveals n tokens of a row takes n calls.
+    'ancestral': Case(Ancestral(DRAW, num_steps=128), lambda n: (n, n * 128)),
+    'ar': Case(LeftToRight(DRAW), lambda n: (n, n), (True, False, False)),
+    'first_hitting': Case(FirstHitting(DRAW), lambda n: (n, n)),
+    'fixed_count': Case(FixedCount(DRAW, num_steps=LENGTH), lambda n: (n, n)),
+}
+ROWS = list(CASES.items())
+
+
+def canvas_of(fixed, token=2):
+  """A canvas [B, L] with `token` wherever it is fixed."""
+  fixed = jnp.asarray(fixed)
+  return Canvas(jnp.where(fixed, token, MASK), fixed)
+
+
+def blank(num, length=LENGTH):
+  return canvas_of(np.zeros((num, length), bool))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(sampler, canvas, keys):
+  """Samples with the exact posterior as the denoiser."""
+  return sampler(keys, canvas, toys.table_denoiser(POSTERIOR))
+
+
+def keys_of(num, seed=0):
+  return jax.random.split(jax.random.key(seed), num)
+
+
+def histogram(tokens):
+  """Counts of the 27 texts; a mask among the tokens is an error."""
+  np.testing.assert_array_less(tokens, MASK)
+  return np.bincount(toys.text_index(tokens), minlength=len(TEXTS))
+
+
+def product_of_marginals():
+  """The law where all tokens are drawn at once from the blank canvas."""
+  p = np.exp(toys.log_softmax(POSTERIOR[-1]))
+  return np.prod([p[i, TEXTS[:, i]] for i in range(LENGTH)], axis=0)
+
+
+def chain_law(noise):
+  """The law of the reverse chain over a grid of noise levels, enumerated."""
+  one_hot = np.eye(MASK + 1)
+  p_x0 = np.concatenate([np.exp(toys.log_softmax(POSTERIOR)),
+                         np.zeros((len(toys.CANVASES), LENGTH, 1))], axis=-1)
+  law = np.zeros(len(toys.CANVASES))
+  law[-1] = 1  # all masks
+  for noise_t, noise_s in itertools.pairwise(np.asarray(noise)):
+    q = np.asarray(processes.Masked(MASK).posterior(
+        toys.CANVASES, p_x0, noise_s[None], noise_t[None]), np.float64)
+    # p(xs | xt) = prod_i q_i(xs_i), for every pair of canvases.
+    step = np.prod(q[:, None] * one_hot[toys.CANVASES][None], axis=-1,
+                   where=one_hot[toys.CANVASES][None] > 0).prod(-1)
+    law = law @ step
+  return law[toys.canvas_index(TEXTS)]
+
+
+class ConformanceTest(parameterized.TestCase):
+
+  def test_every_sampler_has_a_row(self):
+    self.assertEqual(set(CASES), set(samplers.SAMPLERS))
+    self.assertEqual(set(samplers.FITS), set(samplers.SAMPLERS))
+    for name, case in ROWS:
+      self.assertIsInstance(case.exact, samplers.SAMPLERS[name])
+
+  @parameterized.named_parameters(ROWS)
+  def test_law(self, case):
+    # Blank canvases: the joint.
+    least, most = case.num_calls(LENGTH)
+    free = run(case.exact, blank(NUM_ROWS), keys_of(NUM_ROWS))
+    self.assertGreater(toys.chi_square(histogram(free.tokens), JOINT), 1e-3)
+    self.assertBetween(free.num_calls, least, most)
+
+    # A prompt: the joint given the prompt.
+    fixed = np.array(case.fixed)
+    canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)))
+    prompted = run(case.exact, canvas, keys_of(NUM_ROWS))
+    given = JOINT * np.all(~fixed | (TEXTS == 2), axis=1)
+    self.assertGreater(toys.chi_square(histogram(prompted.tokens), given), 1e-3)
+    least, most = case.num_calls(LENGTH - 1)
+    self.assertBetween(prompted.num_calls, least, most)
+
+    # Every pattern of prompts side by side: a row is what it is elsewhere.
+    pattern = np.array(list(itertools.product([False, True], repeat=LENGTH)))
+    if fixed[0]:  # left to right: the free positions are the end
+      pattern = np.arange(LENGTH)[None] < np.arange(8)[:, None] // 2
+    pattern = np.tile(pattern, (NUM_ROWS // 8, 1))
+    # (What a canvas holds where it is free does not matter.)
+    canvas = canvas_of(pattern)
+    canvas = canvas._replace(tokens=jnp.where(pattern, canvas.tokens, 1))
+    mixed = run(case.exact, canvas, keys_of(NUM_ROWS)).tokens
+    histogram(mixed)  # no mask is left
+    np.testing.assert_array_equal(np.asarray(mixed)[pattern], 2)
+    for same, other in ((~pattern.any(1), free),
+                        (np.all(pattern == fixed, axis=1), prompted)):
+      self.assertGreater(same.sum(), 0)
+      np.testing.assert_array_equal(mixed[same], other.tokens[same])
+
+    # Nothing to do is no call.
+    full = run(case.exact, canvas_of(np.ones((NUM_ROWS, LENGTH), bool)),
+               keys_of(NUM_ROWS))
+    self.assertEqual(full.num_calls, 0)
+
+
+class StepsTest(parameterized.TestCase):
+  """Few steps: the law is that of the chain, not the joint's."""
+
+  @parameterized.parameters(
+      ('linear', 'uniform', 2), ('sqrt', 'uniform', 3), ('cosine', 'cosine', 4))
+  def test_ancestral_follows_its_chain(self, schedule, grid, num_steps):
+    sampler = Ancestral(DRAW, num_steps, schedules.make_schedule(schedule), grid)
+    samples = run(sampler, blank(NUM_ROWS), keys_of(NUM_ROWS))
+    law = chain_law(sampler.noise_levels())
+    np.testing.assert_allclose(law.sum(), 1, rtol=1e-5)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+    self.assertLess(toys.chi_square(histogram(samples.tokens), JOINT), 1e-3)
+
+  @parameterized.parameters(Ancestral, FixedCount)
+  def test_one_step_is_the_product_of_marginals(self, cls):
+    samples = run(cls(DRAW, num_steps=1), blank(NUM_ROWS),
+                  keys_of(NUM_ROWS))
+    self.assertEqual(samples.num_calls, 1)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens),
+                                       product_of_marginals()), 1e-3)
+
+  @parameterized.parameters(1, 2)
+  def test_overflow_does_not_change_the_law(self, num_slots):
+    plan = reveal.Plan(jnp.zeros((NUM_ROWS, LENGTH), jnp.int32),
+                       jnp.ones((NUM_ROWS, 1)))
+    sampler = lambda keys, canvas, denoise: reveal.sample_plan(
+        keys, canvas, plan, denoise, DRAW, num_slots)
+    samples = run(sampler, blank(NUM_ROWS), keys_of(NUM_ROWS))
+    self.assertEqual(samples.num_calls, -(-LENGTH // num_slots))
+    self.assertGreater(toys.chi_square(histogram(samples.tokens),
+                                       product_of_marginals()), 1e-3)
+
+  @parameterized.named_parameters(
+      ('fixed_count', FixedCount(DRAW, 7), 7),
+      ('fixed_count_of_fewer', FixedCount(DRAW, 40), 16),
+      ('ancestral', Ancestral(DRAW, 8), 8))
+  def test_calls_of_a_long_canvas(self, sampler, num_calls):
+    denoise = lambda tokens, level, positions: jnp.zeros((*positions.shape, 4))
+    sample = jax.jit(lambda keys: sampler(keys, blank(4, 16), denoise))
+    samples = sample(keys_of(4))
+    self.assertEqual(samples.num_calls, num_calls)
+    self.assertLess(np.max(samples.tokens), MASK)
+
+  @parameterized.product(schedule=sorted(schedules.SCHEDULES), grid=GRIDS)
+  def test_every_grid_runs_from_noise_to_clean(self, schedule, grid):
+    for num_steps in (1, 2, 7, 1000):
+      noise = np.asarray(Ancestral(
+          DRAW, num_steps, schedules.make_schedule(schedule), grid
+          ).noise_levels())
+      self.assertEqual(noise.shape, (num_steps + 1,))
+      self.assertEqual((noise[0], noise[-1]), (1.0, 0.0))
+      self.assertLess(np.max(np.diff(noise)), 1e-7)
+      if num_steps < 10:  # with more, float32 cannot tell some from 1
+        self.assertLess(np.max(np.diff(noise)), 0)
+
+
+class LevelTest(parameterized.TestCase):
+  """The noise level that the network is told: it draws what it is told."""
+
+  def tell(self, sampler, num, length, num_bins):
+    """Tokens [B, L]: the level at which each was revealed, in bins."""
+
+    def denoise(tokens, level, positions):
+      del tokens
+      told = (level * num_bins).astype(jnp.int32)[:, None, None]
+      is_told = jnp.arange(num_bins + 2)[None, None] == told
+      return jnp.broadcast_to(jnp.where(is_told, 0.0, -1e9),
+                              (*positions.shape, num_bins + 2))
+
+    canvas = Canvas(jnp.zeros((num, length), jnp.int32),
+                    jnp.zeros((num, length), bool))
+    sample = jax.jit(lambda keys: sampler(keys, canvas, denoise))
+    return np.asarray(sample(keys_of(num)).tokens)
+
+  def test_first_hitting_levels_are_uniform(self):
+    # Each position's time of reveal is U(0, 1), independent of the others'.
+    tokens = self.tell(FirstHitting(Draw(11)), 4000, 2, 10)
+    counts = np.histogram2d(tokens[:, 0], tokens[:, 1], range(11))[0]
+    self.assertGreater(toys.chi_square(counts, np.full((10, 10), 0.01)), 1e-3)
+
+  def test_fixed_count_is_told_the_fraction_of_masks(self):
+    tokens = self.tell(FixedCount(Draw(9), 4), 16, 8, 8)
+    np.testing.assert_array_equal(np.sort(tokens), [[2, 2, 4, 4, 6, 6, 8, 8]] * 16)
+
+  def test_ancestral_is_told_the_level_before_the_step(self):
+    tokens = self.tell(Ancestral(Draw(5), 4), 2000, 2, 4)
+    counts = np.histogram2d(tokens[:, 0], tokens[:, 1], range(1, 6))[0]
+    self.assertGreater(toys.chi_square(counts, np.full((4, 4), 1 / 16)), 1e-3)
+
+
+class ErrorsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (lambda: Ancestral(DRAW, 0), 'sampler.num_steps=0'),
+      (lambda: FixedCount(DRAW, 0), 'sampler.num_steps=0'),
+      (lambda: Ancestral(DRAW, 8, grid='log'), "sampler.grid='log'"))
+  def test_names_the_key(self, make, message):
+    with self.assertRaisesRegex(InputError, message):
+      make()
