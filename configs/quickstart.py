@@ -24,7 +24,7 @@ def get_config():
   config.optim.learning_rate = 5e-3
   config.optim.warmup_steps = 50
   config.train.batch_size = 32
-  config.train.num_steps = 400
+  config.train.num_steps = 300
   config.train.log_every_steps = 20
   config.train.eval_every_steps = 100
   config.train.chunk_size = 2064

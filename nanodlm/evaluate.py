@@ -64,10 +64,7 @@ def make_evaluate(run: Run) -> Callable[..., dict[str, float]]:
   """Compiles once; returns evaluate(params, max_examples=0) -> eval/* means."""
   settings = run.settings.eval
   batch_size = settings.batch_size
-  shards = meshes.num_batch_shards(run.mesh)
-  if batch_size % shards:
-    raise InputError(f'eval.batch_size={batch_size!r} must be a multiple of '
-                     f'{shards} devices')
+  steps.check_batch_size(batch_size, run.mesh, 1, 1, 'eval.batch_size')
   eval_step = steps.make_eval_step(run.network, run.objective, run.mesh,
                                    num_draws=settings.num_draws,
                                    seed=settings.seed)

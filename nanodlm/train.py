@@ -66,6 +66,7 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
   if saved is not None:
     configs.check_resumable(saved, config, workdir)
   check_writable(workdir)
+  _check_batches(config, settings)
   run = evaluate.make_run(config, settings)
   optimizer = optim.make_optimizer(settings.optim, settings.train.num_steps)
   schedule = optim.make_schedule(settings.optim, settings.train.num_steps)
@@ -107,6 +108,15 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
             caught, start)
     checkpoint.wait(manager)
   return caught.number
+
+
+def _check_batches(config: config_dict.ConfigDict, settings: configs.Settings):
+  """Checks the batch sizes against the devices, before data is prepared."""
+  mesh = meshes.make_mesh(settings.mesh)
+  group_size = configs.make_objective(config, mask_id=1).group_size
+  steps.check_batch_size(settings.train.batch_size, mesh,
+                         settings.train.num_microbatches, group_size)
+  steps.check_batch_size(settings.eval.batch_size, mesh, 1, 1, 'eval.batch_size')
 
 
 def load_config(workdir: str, defaults: config_dict.ConfigDict

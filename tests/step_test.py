@@ -1,0 +1,362 @@
+"""Tests of nanodlm.step: the same numbers on any devices and micro-batches."""
+
+import dataclasses
+import functools
+
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from nanodlm import mesh as meshes
+from nanodlm import model
+from nanodlm import state as states
+from nanodlm import step
+from nanodlm.categorical import Draw
+from nanodlm.objectives.ar import Autoregressive
+from nanodlm.objectives.masked import Masked
+from nanodlm.samplers.fixed_count import FixedCount
+from nanodlm.types import Canvas
+from nanodlm.types import InputError
+from tests import toys
+
+MASK = 11
+BATCH, LENGTH = 16, 8
+LEARNING_RATE = 0.1
+EMA_DECAY = 0.15  # above step 0's (1 + 0) / (10 + 0), below step 1's 2 / 11
+OBJECTIVES = {
+    'count': Masked(MASK),
+    'stratified': Masked(MASK, noise='stratified'),
+    'uniform': Masked(MASK, noise='uniform', min_time=0.05),
+    'ar': Autoregressive(MASK),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spy:
+  """An objective that writes down the noise that it made."""
+
+  inner: object
+  seen: list
+
+  def __getattr__(self, name):
+    return getattr(self.inner, name)
+
+  def corrupt(self, keys, levels, x0, weight):
+    noised = self.inner.corrupt(keys, levels, x0, weight)
+    record = {'key': jax.random.key_data(keys), 'level': levels, 'x0': x0,
+              'weight': weight, 'tokens': noised.tokens, 't': noised.t,
+              'scored': noised.scored, **noised.fields}
+    jax.debug.callback(
+        lambda record: self.seen.append(jax.tree.map(np.array, record)), record)
+    return noised
+
+  def records(self):
+    """What was seen since the last call, rows in the order of their keys."""
+    jax.effects_barrier()
+    record = jax.tree.map(lambda *x: np.concatenate(x), *self.seen)
+    self.seen.clear()
+    order = np.lexsort(record['key'].T)
+    return jax.tree.map(lambda x: x[order], record)
+
+
+def network(name, dropout=0.0):
+  config = toys.model_config(num_layers=2, causal=OBJECTIVES[name].causal,
+                             dropout=dropout)
+  return step.Network(config, chunk_size=20)
+
+
+def make_mesh(num_devices):
+  return meshes.make_mesh(meshes.MeshConfig(num_devices, 1, 1),
+                          jax.devices()[:num_devices])
+
+
+@functools.cache
+def initial_params():
+  """On the host; the same for a causal network."""
+  init = jax.jit(model.init_params, static_argnums=0)
+  params = init(network('count').config, jax.random.key(0))
+  # Larger than at the start of training, so that everything matters.
+  return jax.tree.map(lambda x: 3 * np.array(x), params)
+
+
+def make_state(mesh):
+  params = initial_params()
+  state = states.TrainState(
+      step=np.int32(0), params=params, ema_params=params,
+      opt_state=optax.sgd(LEARNING_RATE, momentum=0.9).init(params),
+      key=jax.random.key(7))
+  return jax.device_put(state, meshes.replicated(mesh))
+
+
+def make_batch(seed=0, segments=False):
+  """A prompt, paddings, one row that is all padding, and whole rows."""
+  rng = np.random.default_rng(seed)
+  weight = np.ones((BATCH, LENGTH), np.float32)
+  weight[1, :3] = 0
+  weight[4, 5:] = 0
+  weight[9] = 0
+  batch = {'tokens': rng.integers(MASK, size=weight.shape).astype(np.int32),
+           'weight': weight, 'num_bytes': weight.sum(1).astype(np.int32)}
+  if segments:
+    batch['segment_ids'] = np.tile((np.arange(LENGTH) > 3).astype(np.int32),
+                                   (BATCH, 1))
+  return batch
+
+
+@functools.cache
+def trainer(name, num_devices, num_microbatches, dropout):
+  """(jitted step, spy, mesh), compiled once for all tests."""
+  spy, mesh = Spy(OBJECTIVES[name], []), make_mesh(num_devices)
+  optimizer = optax.sgd(LEARNING_RATE, momentum=0.9)
+  return step.make_train_step(
+      network(name, dropout), spy, optimizer, optax.constant_schedule(1e-3),
+      mesh, batch_size=BATCH, num_microbatches=num_microbatches,
+      ema_decay=EMA_DECAY), spy, mesh
+
+
+def host(tree):
+  return jax.tree.map(np.array, tree)
+
+
+@functools.cache
+def two_steps(name, num_devices, num_microbatches, dropout=0.1):
+  """States and metrics after each of two steps, and the noise of each."""
+  train, spy, mesh = trainer(name, num_devices, num_microbatches, dropout)
+  jax.effects_barrier()
+  spy.seen.clear()  # another test's
+  state, history, noise = make_state(mesh), [], []
+  for seed in range(2):
+    state, metrics = train(state, meshes.shard_batch(mesh, make_batch(seed)))
+    # Not the key: numpy has no such type.
+    history.append((host((state.step, state.params, state.ema_params)),
+                    host(metrics)))
+    noise.append(spy.records())
+  return history, noise
+
+
+def assert_close(a, b, rtol=1e-4, atol=1e-5):
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
+
+
+class TrainStepTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('count', 8, 1), ('count', 1, 4), ('count', 4, 2), ('stratified', 4, 2),
+      ('uniform', 4, 2), ('ar', 8, 1), ('ar', 1, 4))
+  def test_devices_and_microbatches_change_nothing(self, name, num_devices,
+                                                   num_microbatches):
+    # With dropout, whose masks also belong to the example.
+    history, noise = two_steps(name, 1, 1)
+    others, other_noise = two_steps(name, num_devices, num_microbatches)
+    jax.tree.map(np.testing.assert_array_equal, noise, other_noise)
+    assert_close(history, others)
+    train, _, _ = trainer(name, num_devices, num_microbatches, 0.1)
+    self.assertEqual(train._cache_size(), 1)  # both steps ran what was compiled
+
+  @parameterized.parameters(*OBJECTIVES)
+  def test_rows_and_steps_have_noise_of_their_own(self, name):
+    noise = jax.tree.map(lambda *x: np.concatenate(x), *two_steps(name, 1, 1)[1])
+    self.assertLen(np.unique(noise['key'], axis=0), 2 * BATCH)
+    if name == 'ar':
+      return
+    # Of whole rows: which positions are masked, where some but not all are.
+    whole = noise['weight'].all(1)
+    masked = noise['scored'][whole]
+    some = masked[(masked.sum(1) > 1) & (masked.sum(1) < LENGTH - 1)]
+    self.assertGreater(len(np.unique(some, axis=0)), 0.7 * len(some))
+    levels = OBJECTIVES[name].group_size * len(np.unique(noise['level']))
+    self.assertEqual(levels, 2 * BATCH)
+
+  def test_dropout_matters(self):
+    with_dropout, noise = two_steps('count', 1, 1)
+    without, other_noise = two_steps('count', 2, 2, 0.0)
+    jax.tree.map(np.testing.assert_array_equal, noise, other_noise)
+    self.assertGreater(
+        abs(with_dropout[0][1]['loss'] - without[0][1]['loss']), 1e-2)
+
+  @parameterized.parameters('count', 'uniform', 'ar')
+  def test_the_gradient_is_that_of_a_dense_loss(self, name):
+    # From the noise alone: sum(loss * weight) / sum(weight) over all eligible
+    # tokens, every logit computed.
+    train, spy, mesh = trainer(name, 2, 2, 0.0)
+    batch = make_batch(3)
+    state, metrics = train(make_state(mesh), meshes.shard_batch(mesh, batch))
+    noise, config = spy.records(), network(name).config
+
+    def loss(params):
+      network = model.Transformer(config)
+      hidden = network.apply({'params': params}, noise['tokens'], noise['t'])
+      logits = network.apply({'params': params}, hidden, method='project')
+      ce = optax.softmax_cross_entropy_with_integer_labels(
+          logits[..., :MASK], noise['x0'])
+      scale = noise.get('scale', 1.0) * noise['scored']
+      return jnp.sum(scale * ce * noise['weight'])
+
+    params, total = initial_params(), batch['weight'].sum()
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    expected = jax.tree.map(lambda p, g: p - LEARNING_RATE * g / total, params,
+                            gradient)
+    np.testing.assert_allclose(metrics['loss'], value, rtol=1e-5)
+    assert_close(host(state.params), host(expected))
+    np.testing.assert_allclose(
+        metrics['grad_norm'], optax.tree.norm(gradient) / total, rtol=1e-4)
+    np.testing.assert_allclose(metrics['param_norm'],
+                               optax.tree.norm(expected), rtol=1e-4)
+
+  def test_sums(self):
+    batch, (history, noise) = make_batch(1), two_steps('count', 1, 1)
+    metrics = history[1][1]
+    self.assertEqual(metrics['weight'], batch['weight'].sum())
+    self.assertEqual(metrics['num_bytes'], batch['num_bytes'].sum())
+    self.assertEqual(metrics['scored'], noise[1]['scored'].sum())
+    self.assertEqual(metrics['bin_scored'].sum(), metrics['scored'])
+    np.testing.assert_allclose(metrics['bin_cross_entropy'].sum(),
+                               metrics['cross_entropy'], rtol=1e-5)
+    np.testing.assert_allclose(metrics['loss'], metrics['nll'], rtol=1e-6)
+    self.assertBetween(metrics['correct'], 0, metrics['scored'])
+
+  def test_average_of_the_parameters(self):
+    history = two_steps('count', 1, 1)[0]
+    ema = initial_params()
+    for (_, params, ema_params), decay in zip([h[0] for h in history],
+                                              (1 / 10, EMA_DECAY)):
+      ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
+      assert_close(ema_params, ema, rtol=1e-5)
+
+  @parameterized.parameters('weight', 'params')
+  def test_a_step_that_is_not_finite_is_skipped(self, where):
+    train, _, mesh = trainer('count', 1, 1, 0.1)
+    state, batch = make_state(mesh), make_batch(0)
+    state, metrics = train(state, meshes.shard_batch(mesh, batch))
+    self.assertEqual(metrics['skipped'], 0)
+    if where == 'params':
+      norm = state.params['final_norm']
+      norm['scale'] = norm['scale'].at[3].set(jnp.nan)
+      state = jax.device_put(state, meshes.replicated(mesh))
+    else:
+      batch['weight'][2, 4] = np.inf
+    content = lambda s: host((s.params, s.ema_params, s.opt_state))
+    before = content(state)
+    state, metrics = train(state, meshes.shard_batch(mesh, batch))
+    jax.tree.map(np.testing.assert_array_equal, content(state), before)
+    self.assertEqual(metrics['skipped'], 1)
+    self.assertEqual(state.step, 2)
+    if where == 'weight':  # and on it goes
+      state, metrics = train(state, meshes.shard_batch(mesh, make_batch(1)))
+      self.assertEqual(metrics['skipped'], 0)
+      self.assertTrue(np.isfinite(metrics['param_norm']))
+      self.assertNotEqual(metrics['param_norm'], 0)
+
+  @parameterized.parameters(
+      (15, 1, 1), (16, 8, 2), (24, 8, 1), (0, 1, 1), (16, 1, 0))
+  def test_a_batch_that_does_not_divide_is_an_error(self, batch_size, num_devices,
+                                                    num_microbatches):
+    with self.assertRaisesRegex(InputError, r'^train\.(batch_size|num_micro)'):
+      step.check_batch_size(batch_size, make_mesh(num_devices), num_microbatches,
+                            group_size=2)
+
+
+@functools.cache
+def evaluator(name, num_devices):
+  mesh = make_mesh(num_devices)
+  return step.make_eval_step(network(name, 0.1), OBJECTIVES[name], mesh,
+                             num_draws=4, seed=5), mesh
+
+
+def evaluate(name, num_devices, batch, params=None):
+  run, mesh = evaluator(name, num_devices)
+  params = jax.device_put(params or initial_params(), meshes.replicated(mesh))
+  return host(run(params, meshes.shard_batch(mesh, batch)))
+
+
+def eval_batch():
+  return {**make_batch(), 'index': np.arange(BATCH, dtype=np.int32) + 100}
+
+
+class EvalStepTest(parameterized.TestCase):
+
+  def test_devices_and_order_and_repetition_change_nothing(self):
+    batch = eval_batch()
+    sums = evaluate('count', 1, batch)
+    jax.tree.map(np.testing.assert_array_equal, evaluate('count', 1, batch), sums)
+    order = np.random.default_rng(0).permutation(BATCH)
+    mixed = {key: x[order] for key, x in batch.items()}
+    assert_close(evaluate('count', 8, mixed), sums, rtol=1e-5)
+
+  def test_padded_batches_add_up(self):
+    batch = eval_batch()
+    sums = evaluate('count', 1, batch)
+    parts = []
+    for rows in (slice(0, 5), slice(5, BATCH)):
+      # The last batch of a split: its rows first, then rows without weight.
+      part = {key: np.zeros_like(x) for key, x in batch.items()}
+      for key, x in batch.items():
+        part[key][:rows.stop - rows.start] = x[rows]
+      parts.append(evaluate('count', 1, part))
+    assert_close(jax.tree.map(np.add, *parts), sums, rtol=1e-5)
+    self.assertEqual(sums['num_examples'], BATCH - 1)
+    self.assertEqual(sums['weight'], batch['weight'].sum())
+
+  def test_noise_is_the_examples_own(self):
+    batch = eval_batch()
+    other = {**batch, 'index': batch['index'] + BATCH}
+    self.assertGreater(abs(evaluate('count', 1, batch)['nll']
+                           - evaluate('count', 1, other)['nll']), 1e-2)
+
+  def test_evaluates_the_evaluation_form(self):
+    # Trained on truncated uniform times, evaluated like the fixed count.
+    batch = eval_batch()
+    assert_close(evaluate('uniform', 8, batch), evaluate('count', 1, batch),
+                 rtol=1e-5)
+
+  @parameterized.parameters('count', 'ar')
+  def test_a_network_that_knows_nothing(self, name):
+    # Equal logits: log V for each token, exactly, whatever the noise.
+    zeros = jax.tree.map(np.zeros_like, initial_params())
+    sums = evaluate(name, 1, eval_batch(), zeros)
+    np.testing.assert_allclose(sums['nll'] / sums['weight'], np.log(MASK),
+                               rtol=1e-5)
+    np.testing.assert_allclose(sums['nll2'], sums['weight2'] * np.log(MASK) ** 2,
+                               rtol=1e-5)
+    np.testing.assert_allclose(sums['nll_weight'],
+                               sums['weight2'] * np.log(MASK), rtol=1e-5)
+
+  def test_autoregressive_is_exact(self):
+    batch, config = eval_batch(), network('ar').config
+    params = {'params': initial_params()}
+    tokens = OBJECTIVES['ar'].network_input(batch['tokens'])
+    hidden = model.Transformer(config).apply(params, tokens)
+    logits = model.Transformer(config).apply(params, hidden, method='project')
+    ce = optax.softmax_cross_entropy_with_integer_labels(
+        logits[..., :MASK], batch['tokens'])
+    np.testing.assert_allclose(evaluate('ar', 1, batch)['nll'],
+                               np.sum(ce * batch['weight']), rtol=1e-5)
+
+  @parameterized.parameters(0, 3)
+  def test_draws_are_whole_groups(self, num_draws):
+    with self.assertRaisesRegex(InputError, f'eval.num_draws={num_draws}'):
+      step.make_eval_step(network('count'), OBJECTIVES['count'], make_mesh(1),
+                          num_draws=num_draws, seed=0)
+
+
+class SampleStepTest(parameterized.TestCase):
+
+  def test_devices_change_nothing(self):
+    fixed = np.arange(LENGTH)[None] < np.arange(BATCH)[:, None] // 4
+    canvas = Canvas(np.where(fixed, 3, MASK).astype(np.int32), fixed)
+    sampler = FixedCount(Draw(MASK), num_steps=3)
+    samples = []
+    for num_devices in (1, 8):
+      mesh = make_mesh(num_devices)
+      sample = step.make_sample_step(network('count'), OBJECTIVES['count'],
+                                     sampler, mesh)
+      params = jax.device_put(initial_params(), meshes.replicated(mesh))
+      rows = meshes.shard_batch(mesh, canvas)
+      samples.append(host(sample(params, jax.random.key(0), rows)))
+    np.testing.assert_array_equal(samples[0].tokens, samples[1].tokens)
+    np.testing.assert_array_equal(samples[0].tokens[fixed], 3)
+    self.assertLess(samples[0].tokens.max(), MASK)
+    self.assertLen(np.unique(samples[0].tokens, axis=0), BATCH)
+    self.assertEqual([s.num_calls for s in samples], [3, 3])

@@ -1,0 +1,52 @@
+"""Tests of nanodlm.times: uniform one by one, even together."""
+
+from absl.testing import parameterized
+import jax
+import numpy as np
+from scipy import stats
+
+from nanodlm import times
+
+DRAWS = {
+    'uniform': times.sample_uniform,
+    'stratified': times.sample_stratified,
+    'stratified_pairs': times.sample_stratified_pairs,
+}
+
+
+def batches(sample, num, size):
+  keys = jax.random.split(jax.random.key(0), num)
+  return np.asarray(jax.jit(jax.vmap(lambda key: sample(key, size)))(keys))
+
+
+class TimesTest(parameterized.TestCase):
+
+  def test_every_draw_has_a_row(self):
+    public = {name for name in vars(times) if name.startswith('sample_')}
+    self.assertEqual(public, {f'sample_{name}' for name in DRAWS})
+
+  @parameterized.named_parameters(DRAWS.items())
+  def test_each_is_uniform(self, sample):
+    u = batches(sample, 2000, 6)
+    self.assertEqual(u.dtype, np.float32)
+    self.assertGreaterEqual(u.min(), 0)
+    self.assertLess(u.max(), 1)
+    for row in range(6):  # whatever its place in the batch
+      self.assertGreater(stats.kstest(u[:, row], 'uniform').pvalue, 1e-3)
+
+  @parameterized.parameters(1, 2, 7, 64)
+  def test_one_in_each_stratum(self, size):
+    u = batches(times.sample_stratified, 50, size)
+    strata = np.sort(np.floor(u.astype(np.float64) * size), axis=1)
+    np.testing.assert_array_equal(strata, np.tile(np.arange(size), (50, 1)))
+
+  def test_jitters_are_independent(self):
+    u = batches(times.sample_stratified, 4000, 2)
+    jitter = u * 2 % 1
+    self.assertLess(abs(np.corrcoef(jitter.T)[0, 1]), 4 / 4000 ** 0.5)
+
+  def test_pairs_share_and_are_stratified(self):
+    u = batches(times.sample_stratified_pairs, 50, 12)
+    np.testing.assert_array_equal(u[:, ::2], u[:, 1::2])
+    strata = np.sort(np.floor(u[:, ::2] * 6), axis=1)
+    np.testing.assert_array_equal(strata, np.tile(np.arange(6), (50, 1)))
