@@ -50,9 +50,9 @@ class Draw:
     """The distribution that is drawn from, [..., V] float32 log-probabilities."""
     logits = exclude_mask(logits, self.mask_id)
     if self.temperature == 0:
-      best = jnp.argmax(logits, axis=-1, keepdims=True)
-      ids = jnp.arange(logits.shape[-1])
-      return jnp.where(ids == best, 0.0, NEG_INF)
+      best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1],
+                            dtype=bool)
+      return jnp.where(best, 0.0, NEG_INF)
     logits = logits / self.temperature
     if self.top_k and self.top_k < self.mask_id:
       kth = jax.lax.top_k(logits, self.top_k)[0][..., -1:]

@@ -31,16 +31,16 @@ def data_dir(tmp_path_factory):
   del os.environ['NANODLM_DATA_DIR']
 
 
-def start(*args, **environment):
-  env = {**os.environ, 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1', **environment}
+def start(*args, prefix=()):
+  env = {**os.environ, 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'}
   return subprocess.Popen(
-      [sys.executable, 'launch.py', *map(str, args)], cwd=ROOT, env=env,
+      [*prefix, sys.executable, 'launch.py', *map(str, args)], cwd=ROOT, env=env,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def launch(*args, **environment):
+def launch(*args, prefix=()):
   """(exit status, output) of a whole run."""
-  process = start(*args, **environment)
+  process = start(*args, prefix=prefix)
   output, _ = process.communicate(timeout=300)
   return process.returncode, output
 
@@ -211,6 +211,24 @@ def test_bad_setting_is_named_before_anything_is_written(tmp_path, named, args):
   assert 'Traceback' not in output
   assert not workdir.exists()
   assert time.monotonic() - begun < 60
+
+
+def test_full_disk_ends_the_run_and_keeps_its_checkpoints(tmp_path):
+  workdir = tmp_path / 'run'
+  args = (TINY, f'--workdir={workdir}', '--config.train.num_samples=0',
+          '--config.eval.max_examples=8', '--config.train.eval_every_steps=0',
+          '--config.checkpoint.every_steps=5')
+  status, output = launch(*args, '--config.train.num_steps=5')
+  assert status == 0, output
+  before = arrays(workdir, 5)
+  # No file may grow past 100 kB from here on, as on a disk that is full.
+  status, output = launch(*args, '--config.train.num_steps=40',
+                          prefix=('bash', '-c', 'ulimit -f 100; exec "$0" "$@"'))
+  assert status == 1, output
+  last = output.strip().splitlines()[-1]
+  assert last.startswith('error: a checkpoint in'), output
+  assert 'could not be written' in last and '[5]' in last
+  assert_identical(before, arrays(workdir, 5))
 
 
 def test_other_settings_on_one_workdir_are_refused(finished):

@@ -1,0 +1,99 @@
+"""Tests of nanodlm.losses: chunks change nothing, neither values nor gradients."""
+
+import functools
+
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanodlm import losses
+from nanodlm import model
+from nanodlm.objectives.masked import Masked
+
+NUM, WIDTH, VOCAB = 22, 6, 9
+
+
+def inputs(num_real=NUM):
+  rng = np.random.default_rng(0)
+  kernel = rng.normal(size=(WIDTH, VOCAB)).astype(np.float32)
+  hidden = rng.normal(size=(NUM, WIDTH)).astype(np.float32)
+  fields = {'target': rng.integers(VOCAB - 1, size=NUM),
+            'scale': rng.random(NUM).astype(np.float32)}
+  weight = (rng.random(NUM) * (np.arange(NUM) < num_real)).astype(np.float32)
+  return kernel, hidden, fields, weight
+
+
+def dense(kernel, hidden, fields, weight):
+  terms = Masked(VOCAB - 1).terms(hidden @ kernel, fields)
+  return jnp.sum(terms.loss * weight), terms
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def chunked(chunk_size, *args):
+  return losses.projected_terms(model.output_logits, Masked(VOCAB - 1).terms,
+                                chunk_size, *args)
+
+
+class ProjectedTermsTest(parameterized.TestCase):
+
+  @parameterized.product(chunk_size=(1, 3, 11, NUM, 100), num_real=(NUM, 7, 0))
+  def test_agrees_with_the_dense_loss(self, chunk_size, num_real):
+    # With few real positions, whole chunks have weight 0 and are skipped.
+    kernel, hidden, fields, weight = inputs(num_real)
+
+    def scaled(loss):  # a cotangent other than 1
+      def total(kernel, hidden):
+        value, terms = loss(kernel, hidden, fields, weight)
+        return -2.5 * value, terms
+      return jax.value_and_grad(total, (0, 1), has_aux=True)(kernel, hidden)
+
+    (value, terms), gradients = scaled(functools.partial(chunked, chunk_size))
+    (expected, dense_terms), dense_gradients = scaled(dense)
+    np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients, dense_gradients):
+      np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    real = weight != 0
+    for ours, theirs in zip(terms, dense_terms):
+      self.assertEqual(ours.shape, (NUM,))
+      np.testing.assert_allclose(ours[real], theirs[real], rtol=1e-5, atol=1e-6)
+
+    # And the pass without a gradient.
+    only_value, only_terms = chunked(chunk_size, kernel, hidden, fields, weight)
+    np.testing.assert_allclose(only_value, expected / -2.5, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(only_terms, terms):
+      np.testing.assert_allclose(ours[real], theirs[real], rtol=1e-5, atol=1e-6)
+
+  def test_terms_carry_no_gradient(self):
+    kernel, hidden, fields, weight = inputs()
+    gradient = jax.grad(lambda kernel: jnp.sum(
+        chunked(5, kernel, hidden, fields, weight)[1].nll))(kernel)
+    np.testing.assert_array_equal(gradient, 0)
+
+  def test_low_precision_hidden(self):
+    kernel, hidden, fields, weight = inputs()
+    hidden = jnp.asarray(hidden, jnp.bfloat16)
+    value, gradients = jax.value_and_grad(
+        lambda *args: chunked(5, *args)[0], (0, 1))(kernel, hidden, fields, weight)
+    self.assertEqual([g.dtype for g in gradients], [jnp.float32, jnp.bfloat16])
+    expected = dense(kernel, hidden.astype(jnp.float32), fields, weight)[0]
+    np.testing.assert_allclose(value, expected, rtol=0.02)
+
+  def test_no_array_of_all_logits(self):
+    kernel, hidden, fields, weight = inputs()
+    jaxpr = jax.make_jaxpr(jax.grad(lambda *args: chunked(3, *args)[0], (0, 1)))(
+        kernel, hidden, fields, weight)
+    self.assertNotIn(f'[{NUM},{VOCAB}]', str(jaxpr))
+
+
+class GatherScoredTest(parameterized.TestCase):
+
+  @parameterized.parameters((0, 4), (4, 4), (3, 4), (12, 12))
+  def test_gathers_each_once(self, num, capacity):
+    scored = np.zeros(12, bool)
+    scored[np.random.default_rng(num).permutation(12)[:num]] = True
+    positions, is_real = losses.gather_scored(jnp.asarray(scored).reshape(3, 4),
+                                              capacity)
+    self.assertEqual(positions.shape, (capacity,))
+    np.testing.assert_array_equal(positions[is_real], np.flatnonzero(scored))
+    self.assertEqual(is_real.sum(), num)
