@@ -155,14 +155,13 @@ def _set_up_logging():
   handler.setFormatter(logging.Formatter('%(message)s'))
   log = logging.getLogger('nanodlm')
   log.handlers, log.propagate = [handler], False
-  # Only process 0 speaks.
-  is_first = not _PROCESS_ID.value
-  log.setLevel(logging.INFO if is_first else logging.WARNING)
+  log.setLevel(logging.INFO)
   if not flags.FLAGS['verbosity'].present:
     absl_logging.set_verbosity(absl_logging.FATAL)
 
 
 def _init_distributed(input_error):
+  """Joins the other processes, if there are any; only process 0 speaks."""
   explicit = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if any(value is not None for value in explicit):
     if any(value is None for value in explicit):
@@ -171,6 +170,8 @@ def _init_distributed(input_error):
     jax.distributed.initialize(*explicit)
   elif _DISTRIBUTED.value:
     jax.distributed.initialize()
+  if jax.process_index():
+    logging.getLogger('nanodlm').setLevel(logging.WARNING)
 
 
 def _set_up_compilation_cache(workdir):

@@ -52,7 +52,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool,
                       preferred_element_type=jnp.float32)
   seen = None
   if causal:
-    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
+    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))[None, None]
   if segment_ids is not None:
     same = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     seen = same if seen is None else seen & same

@@ -16,6 +16,7 @@ from nanodlm import mesh as meshes
 from nanodlm import metrics
 from nanodlm import model
 from nanodlm import step as steps
+from nanodlm import tokenizers
 from nanodlm.data import builder
 from nanodlm.data import pipeline
 from nanodlm.types import InputError
@@ -32,7 +33,7 @@ class Run:
     config: the full config.
     settings: its checked sections.
     mesh: the device mesh.
-    packed: the prepared data.
+    tokenizer: what the network's ids stand for.
     network: the transformer.
     objective: the training objective.
   """
@@ -40,28 +41,27 @@ class Run:
   config: config_dict.ConfigDict
   settings: configs.Settings
   mesh: jax.sharding.Mesh
-  packed: builder.PackedData
+  tokenizer: tokenizers.Tokenizer
   network: steps.Network
   objective: Objective
 
 
-def make_run(config: config_dict.ConfigDict, settings: configs.Settings) -> Run:
-  """Prepares the data where it is not there yet, and builds the rest.
+def make_run(config: config_dict.ConfigDict, settings: configs.Settings,
+             tokenizer: tokenizers.Tokenizer) -> Run:
+  """Builds what does not depend on the data.
 
   Raises:
-    InputError: see `builder.prepare` and `mesh.make_mesh`.
+    InputError: see `mesh.make_mesh`.
   """
-  mesh = meshes.make_mesh(settings.mesh)
-  packed = builder.prepare(settings.data, settings.tokenizer)
-  tokenizer = packed.tokenizer
   network = steps.Network(configs.make_model(config, tokenizer.vocab_size),
                           settings.train.chunk_size)
-  objective = configs.make_objective(config, tokenizer.mask_id)
-  return Run(config, settings, mesh, packed, network, objective)
+  return Run(config, settings, meshes.make_mesh(settings.mesh), tokenizer, network,
+             configs.make_objective(config, tokenizer.mask_id))
 
 
-def make_evaluate(run: Run) -> Callable[..., dict[str, float]]:
-  """Compiles once; returns evaluate(params, max_examples=0) -> eval/* means."""
+def make_evaluate(run: Run, packed: builder.PackedData
+                  ) -> Callable[..., dict[str, float]]:
+  """Returns evaluate(params, max_examples=0) -> eval/* means of `packed`."""
   settings = run.settings.eval
   batch_size = settings.batch_size
   steps.check_batch_size(batch_size, run.mesh, 1, 1, 'eval.batch_size')
@@ -72,7 +72,7 @@ def make_evaluate(run: Run) -> Callable[..., dict[str, float]]:
 
   def evaluate(params: Any, max_examples: int = 0) -> dict[str, float]:
     batches = pipeline.make_eval_batches(
-        run.packed, run.settings.data, batch_size=batch_size, rows=rows,
+        packed, run.settings.data, batch_size=batch_size, rows=rows,
         max_examples=max_examples or None)
     sums = []
     for i, batch in enumerate(batches):
@@ -125,9 +125,17 @@ def evaluate_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
 
   Prints the result and appends it to workdir/eval.jsonl.
   """
-  run = make_run(config, settings)
+  tokenizer = tokenizers.load(workdir)
+  wanted = settings.tokenizer
+  packed = builder.prepare(settings.data, wanted)
+  if packed.tokenizer.fingerprint != tokenizer.fingerprint:
+    # Another text than the run's, for which a tokenizer of its own was trained.
+    wanted = dataclasses.replace(
+        wanted, path=str(pathlib.Path(workdir) / tokenizers.SAVED_MODEL))
+    packed = builder.prepare(settings.data, wanted)
+  run = make_run(config, settings, tokenizer)
   params, step = load_params(run, workdir)
-  means = make_evaluate(run)(params)
+  means = make_evaluate(run, packed)(params)
   log.info('step %d, %s', step, describe(means, run.objective.exact))
   if jax.process_index() == 0:
     with open(pathlib.Path(workdir) / 'eval.jsonl', 'a') as file:

@@ -123,7 +123,7 @@ def make_sample(run: evaluate.Run):
 
   tokens is a numpy array [num_samples, n] and calls the number of network calls.
   """
-  tokenizer = run.packed.tokenizer
+  tokenizer = run.tokenizer
   sampler = configs.make_sampler(run.config, tokenizer.mask_id)
   sample_step = steps.make_sample_step(run.network, run.objective, sampler,
                                        run.mesh)
@@ -155,10 +155,10 @@ def sample_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
     workdir: of the run.
     prompts: see `parse_prompt`; none is one blank canvas.
   """
-  run = evaluate.make_run(config, settings)
+  run = evaluate.make_run(config, settings, tokenizers.load(workdir))
   length = settings.sample.length or settings.data.length
   for prompt in prompts:  # before the slow part
-    make_canvas(prompt, run.packed.tokenizer, length, run.objective.causal)
+    make_canvas(prompt, run.tokenizer, length, run.objective.causal)
   params, step = evaluate.load_params(run, workdir)
   sample = make_sample(run)
   num_samples = settings.sample.num_samples
@@ -169,7 +169,7 @@ def sample_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
     secs = time.monotonic() - start
     if jax.process_index():
       continue
-    texts = [run.packed.tokenizer.decode(row) for row in tokens]
+    texts = [run.tokenizer.decode(row) for row in tokens]
     lines = []
     for j, (text, row) in enumerate(zip(texts, tokens)):
       print(f'--- sample {j + 1} of {num_samples}'

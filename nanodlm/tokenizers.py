@@ -12,8 +12,10 @@ import dataclasses
 import functools
 import hashlib
 import io
+import json
 import os
 import pathlib
+import shutil
 import socket
 import tempfile
 from typing import Any, Protocol
@@ -34,6 +36,10 @@ _MAX_SENTENCE_BYTES = 4096
 # Training sees a random million of those pieces (drawn by SentencePiece with a
 # fixed seed): more costs gigabytes of memory and changes the pieces very little.
 _MAX_SENTENCES = 1_000_000
+
+
+# What `save` writes into a folder.
+SAVED, SAVED_MODEL = 'tokenizer.json', 'tokenizer.model'
 
 
 class Tokenizer(Protocol):
@@ -223,6 +229,40 @@ def make_tokenizer(config: Any) -> Tokenizer:
   if config.name == 'sentencepiece':
     return load_sentencepiece(config.path)
   return _load_tiktoken(config.name)
+
+
+def save(tokenizer: Tokenizer, folder: str | os.PathLike[str]) -> None:
+  """Writes what `load` needs into a folder: a JSON file, and a model if any."""
+  folder = pathlib.Path(folder)
+  described = tokenizer.to_json()
+  if path := described.pop('path', ''):
+    # A copy, so that the folder is enough even when the original is gone.
+    shutil.copyfile(path, folder / SAVED_MODEL)
+  (folder / SAVED).write_text(json.dumps(described, indent=2) + '\n')
+
+
+def load(folder: str | os.PathLike[str]) -> Tokenizer:
+  """The tokenizer that `save` wrote.
+
+  Raises:
+    InputError: there is none, or it no longer makes the ids it made then.
+  """
+  folder = pathlib.Path(folder)
+  try:
+    described = json.loads((folder / SAVED).read_text())
+  except (OSError, json.JSONDecodeError) as error:
+    raise InputError(f'{folder / SAVED} cannot be read: {error}') from error
+  if described['name'] == 'sentencepiece':
+    tokenizer = load_sentencepiece(str(folder / SAVED_MODEL))
+  elif described['name'] == 'bytes':
+    tokenizer = BytesTokenizer()
+  else:
+    tokenizer = _load_tiktoken(described['name'])
+  if tokenizer.fingerprint != described['fingerprint']:
+    raise InputError(
+        f'{folder / SAVED}: the {described["name"]} tokenizer found here makes '
+        'other ids than the one it was saved from')
+  return tokenizer
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int,

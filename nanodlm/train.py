@@ -24,6 +24,8 @@ from nanodlm import optim
 from nanodlm import sample
 from nanodlm import state as states
 from nanodlm import step as steps
+from nanodlm import tokenizers
+from nanodlm.data import builder
 from nanodlm.data import pipeline
 from nanodlm.types import InputError
 
@@ -67,7 +69,8 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
     configs.check_resumable(saved, config, workdir)
   check_writable(workdir)
   _check_batches(config, settings)
-  run = evaluate.make_run(config, settings)
+  packed = builder.prepare(settings.data, settings.tokenizer)
+  run = evaluate.make_run(config, settings, packed.tokenizer)
   optimizer = optim.make_optimizer(settings.optim, settings.train.num_steps)
   schedule = optim.make_schedule(settings.optim, settings.train.num_steps)
   train_step = steps.make_train_step(
@@ -75,7 +78,7 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
       batch_size=settings.train.batch_size,
       num_microbatches=settings.train.num_microbatches,
       ema_decay=settings.optim.ema_decay)
-  evaluate_params = evaluate.make_evaluate(run)
+  evaluate_params = evaluate.make_evaluate(run, packed)
   initial = None
   if settings.checkpoint.init_from and saved is None:
     # Before anything is compiled: the compilation cache lies in the workdir.
@@ -100,12 +103,14 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
       state = checkpoint.restore_state(manager, state, step)
       log.info('resuming %s at step %d', workdir, step)
     write_config(workdir, config, saved, int(state.step))
-    _describe(run, state)
+    if not jax.process_index():
+      tokenizers.save(run.tokenizer, workdir)
+    _describe(run, packed, state)
     with contextlib.ExitStack() as stack:
       caught = stack.enter_context(_catch_signals())
       writer = stack.enter_context(_writers(workdir, config, settings))
-      _loop(run, workdir, state, train_step, evaluate_params, manager, writer,
-            caught, start)
+      _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
+            writer, caught, start)
     checkpoint.wait(manager)
   return caught.number
 
@@ -166,8 +171,9 @@ def write_config(workdir: str, config: config_dict.ConfigDict,
   temporary.replace(path)
 
 
-def _describe(run: evaluate.Run, state: states.TrainState):
-  data, tokenizer = run.packed, run.packed.tokenizer
+def _describe(run: evaluate.Run, data: builder.PackedData,
+              state: states.TrainState):
+  tokenizer = run.tokenizer
   device = jax.devices()[0]
   log.info('data: %s, %s tokens to train on, %s held out, %d tokens/example, '
            'tokenizer %s with %d ids', run.config.data.source,
@@ -277,15 +283,15 @@ class _Window:
     return time.monotonic() - self.start - self.paused_secs
 
 
-def _loop(run, workdir, state, train_step, evaluate_params, manager, writer,
-          caught, start):
+def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
+          writer, caught, start):
   """Trains `state` to the last step, or until a signal."""
   settings, mesh = run.settings, run.mesh
   train, batch_size = settings.train, settings.train.batch_size
   length = settings.data.length
   num_steps, step = train.num_steps, int(state.step)
   batches = pipeline.make_train_iterator(
-      run.packed, settings.data, seed=settings.seed, batch_size=batch_size,
+      packed, settings.data, seed=settings.seed, batch_size=batch_size,
       start_step=step, rows=meshes.local_rows(mesh, batch_size))
   draw = sample.make_sample(run) if train.num_samples else None
   peak = metrics.peak_flops(jax.devices()[0].device_kind)
@@ -350,7 +356,7 @@ def _loop(run, workdir, state, train_step, evaluate_params, manager, writer,
       key = jax.random.fold_in(jax.random.key(settings.sample.seed), number)
       rows, _ = draw(params, '', train.num_samples, key,
                      settings.sample.length or length)
-      texts = [run.packed.tokenizer.decode(row) for row in rows]
+      texts = [run.tokenizer.decode(row) for row in rows]
       writer.write_texts(number, {f'samples/{i}': f'```\n{text}\n```'
                                   for i, text in enumerate(texts)})
       for text in texts:

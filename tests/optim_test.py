@@ -60,17 +60,17 @@ class OptimTest(parameterized.TestCase):
     # With no gradient, what is left is the decay.
     params = {'embedding': jnp.ones((4, 2)), 'norm': {'scale': jnp.ones(2)},
               'dense': {'kernel': jnp.ones((2, 4)), 'bias': jnp.ones(4)}}
+    decayed = {'embedding', 'dense/kernel'}
+    if name == 'muon':  # Optax's decays nothing that it leaves to Adam
+      decayed = {'dense/kernel'}
     optimizer = optim.make_optimizer(
         config(name=name, schedule='constant', warmup_steps=0, weight_decay=0.2,
                clip_norm=0.0), num_steps=10)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-    updates = flat(updates)
-    for path in ('embedding', 'dense/kernel'):
-      np.testing.assert_allclose(updates[path], -0.1 * 0.2, rtol=1e-5,
-                                 err_msg=path)
-    for path in ('norm/scale', 'dense/bias'):
-      np.testing.assert_array_equal(updates[path], 0)
+    for path, update in flat(updates).items():
+      np.testing.assert_allclose(update, -0.1 * 0.2 * (path in decayed),
+                                 rtol=1e-5, err_msg=path)
 
   @parameterized.parameters(*optim.OPTIMIZERS)
   def test_descends(self, name):

@@ -1,0 +1,312 @@
+"""Tests of nanodlm.model and attention: who sees whom, and what changes nothing."""
+
+import functools
+
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import special
+
+from nanodlm import attention
+from nanodlm import model
+from nanodlm.types import InputError
+from tests import toys
+
+BATCH, LENGTH = 3, 6
+TOKENS = np.stack([np.arange(LENGTH), np.arange(LENGTH)[::-1],
+                   np.arange(LENGTH) + 6]).astype(np.int32)
+T = np.float32([0.1, 0.5, 0.9])
+SEGMENTS = np.tile(np.int32([0, 0, 1, 1, 1, 2]), (BATCH, 1))
+EVERYTHING = dict(qk_norm=True, time_conditioning=True, dropout=0.3, mlp='swiglu',
+                  tie_embeddings=False)
+
+
+def params_of(config):
+  """Random, larger than at the start and with no zeros: everything matters."""
+  rng = np.random.default_rng(0)
+
+  def draw(path, shape):
+    is_norm = path[-1].key == 'scale'
+    return (is_norm + 0.1 * rng.normal(size=shape.shape)).astype(np.float32)
+
+  shapes = jax.eval_shape(functools.partial(model.init_params, config),
+                          jax.random.key(0))
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def initial_params(config):
+  return model.init_params(config, jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def hidden_of(config, params, tokens=TOKENS, t=T, **kwargs):
+  return model.Transformer(config).apply({'params': params}, tokens, t, **kwargs)
+
+
+def dropout_keys(num=BATCH):
+  return jax.random.split(jax.random.key(1), num)
+
+
+class WhoSeesWhomTest(parameterized.TestCase):
+
+  def influence(self, config, **kwargs):
+    """[L, L] bool: output i has a gradient with respect to input token j."""
+    params = params_of(config)
+
+    def outputs(embedding):
+      hidden = model.Transformer(config).apply(
+          {'params': {**params, 'embedding': embedding}}, TOKENS[:1], T[:1],
+          **kwargs)
+      return hidden[0].sum(-1)
+
+    # The tokens are 0 .. L-1: row j of the embedding is position j.
+    jacobian = jax.jit(jax.jacrev(outputs))(params['embedding'])
+    return np.any(np.asarray(jacobian) != 0, axis=-1)[:, :LENGTH]
+
+  @parameterized.product(num_layers=(1, 3), qk_norm=(False, True))
+  def test_causal(self, num_layers, qk_norm):
+    config = toys.model_config(causal=True, num_layers=num_layers,
+                               qk_norm=qk_norm)
+    np.testing.assert_array_equal(self.influence(config),
+                                  np.tri(LENGTH, dtype=bool))
+
+  @parameterized.parameters(1, 3)
+  def test_bidirectional(self, num_layers):
+    config = toys.model_config(num_layers=num_layers)
+    self.assertTrue(self.influence(config).all())
+
+  @parameterized.parameters(False, True)
+  def test_segments(self, causal):
+    config = toys.model_config(causal=causal)
+    same = SEGMENTS[0][:, None] == SEGMENTS[0]
+    expected = same & np.tri(LENGTH, dtype=bool) if causal else same
+    np.testing.assert_array_equal(
+        self.influence(config, segment_ids=SEGMENTS[:1]), expected)
+
+
+class NothingChangesTest(parameterized.TestCase):
+
+  def loss_and_gradient(self, config):
+    """With dropout, time and segments: all that the layers are handed."""
+
+    def loss(params, keys):
+      hidden = model.Transformer(config).apply(
+          {'params': params}, TOKENS, T, segment_ids=SEGMENTS, dropout_keys=keys)
+      weight = jnp.cos(jnp.arange(hidden.size)).reshape(hidden.shape)
+      return jnp.sum(weight * hidden)
+
+    params = params_of(toys.model_config(**EVERYTHING))
+    has_remat = 'remat' in str(jax.make_jaxpr(loss)(params, dropout_keys()))
+    self.assertEqual(has_remat, config.remat != 'none')
+    return jax.jit(jax.value_and_grad(loss))(params, dropout_keys())
+
+  @parameterized.parameters(
+      ('dots', False), ('full', False), ('none', True), ('full', True))
+  def test_remat_and_unroll(self, remat, unroll):
+    if not hasattr(type(self), 'plain'):
+      type(self).plain = self.loss_and_gradient(toys.model_config(**EVERYTHING))
+    other = self.loss_and_gradient(
+        toys.model_config(**EVERYTHING, remat=remat, unroll=unroll))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-5),
+                 self.plain, other)
+
+  def test_remat_and_unroll_start_from_the_same_parameters(self):
+    plain = initial_params(toys.model_config(num_layers=2))
+    other = initial_params(
+        toys.model_config(num_layers=2, remat='full', unroll=True))
+    jax.tree.map(np.testing.assert_array_equal, plain, other)
+
+  @parameterized.parameters(1, 3)
+  def test_positions_are_rows_of_the_full_output(self, num_layers):
+    config = toys.model_config(**EVERYTHING, num_layers=num_layers)
+    params = params_of(config)
+    positions = np.array([0, 3, 17, 8, 8, 0])
+    full = hidden_of(config, params, segment_ids=SEGMENTS,
+                     dropout_keys=dropout_keys())
+    picked = hidden_of(config, params, segment_ids=SEGMENTS,
+                       dropout_keys=dropout_keys(), positions=positions)
+    np.testing.assert_allclose(
+        picked, np.asarray(full).reshape(-1, 16)[positions], atol=1e-5)
+
+
+class PartsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('gelu', lambda x: x * special.ndtr(x)),
+      ('relu2', lambda x: np.maximum(x, 0) ** 2),
+      ('geglu', lambda x: x * special.ndtr(x)),
+      ('swiglu', lambda x: x * special.expit(x)))
+  def test_activations(self, mlp, reference):
+    x = np.linspace(-4, 4, 101)
+    np.testing.assert_allclose(model.MLPS[mlp](jnp.asarray(x, jnp.float32)),
+                               reference(x), atol=1e-5)
+    slope = (reference(x + 1e-6) - reference(x - 1e-6)) / 2e-6
+    gradient = jax.vmap(jax.grad(model.MLPS[mlp]))(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(gradient, slope, atol=1e-4)
+
+  def test_every_mlp_is_tested(self):
+    self.assertEqual(set(model.MLPS), {'gelu', 'relu2', 'geglu', 'swiglu'})
+
+  @parameterized.product(mlp=sorted(model.MLPS), tie_embeddings=(True, False))
+  def test_every_mlp_and_its_size(self, mlp, tie_embeddings):
+    config = toys.model_config(mlp=mlp, tie_embeddings=tie_embeddings,
+                               num_layers=2, mlp_dim=24)
+    params = params_of(config)
+    matrices = 3 if mlp in model.GATED else 2
+    block = 4 * 16 * 16 + matrices * 16 * 24 + 2 * 16
+    self.assertEqual(model.num_params(params),
+                     2 * block + 16 + (1 if tie_embeddings else 2) * 12 * 16)
+    hidden = hidden_of(config, params)
+    self.assertEqual(hidden.shape, (BATCH, LENGTH, 16))
+    self.assertTrue(np.isfinite(hidden).all())
+    # The projection is one thing, called in two ways.
+    params = jax.tree.map(jnp.asarray, params)
+    kernel = params['embedding' if tie_embeddings else 'output'].T
+    np.testing.assert_array_equal(model.output_kernel(params), kernel)
+    logits = model.Transformer(config).apply({'params': params}, hidden,
+                                             method='project')
+    np.testing.assert_allclose(logits, hidden @ kernel, atol=1e-4)
+
+  @parameterized.parameters(('relu2', 0, 64), ('swiglu', 0, 64),
+                            ('swiglu', 40, 40), ('gelu', 40, 40))
+  def test_mlp_width(self, mlp, mlp_dim, width):
+    config = toys.model_config(mlp=mlp, mlp_dim=mlp_dim)
+    self.assertEqual(config.mlp_width, width)
+
+  @parameterized.parameters(True, False)
+  def test_qk_norm_forgets_the_size_of_queries(self, qk_norm):
+    config = toys.model_config(qk_norm=qk_norm, num_layers=1)
+    params = params_of(config)
+    block = params['last_layer']
+    louder = {**params, 'last_layer': {
+        **block, 'query': {'kernel': 8 * block['query']['kernel']}}}
+    change = np.abs(hidden_of(config, params) - hidden_of(config, louder)).max()
+    if qk_norm:
+      self.assertLess(change, 1e-3)
+    else:
+      self.assertGreater(change, 1e-2)
+
+  def test_time(self):
+    config = toys.model_config(time_conditioning=True)
+    start = initial_params(config)
+    # adaLN-zero: at the start each block adds nothing, whatever the time.
+    x = start['embedding'][TOKENS]
+    x = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + model.NORM_EPS)
+    for t in (T, T[::-1]):
+      np.testing.assert_allclose(hidden_of(config, start, t=t.copy()), x,
+                                 atol=1e-5)
+    # Later it reads the time of each example, and of no other.
+    params = params_of(config)
+    hidden = hidden_of(config, params)
+    other = hidden_of(config, params, t=T + np.float32([0, 0.01, 0]))
+    change = np.abs(hidden - other).max((1, 2))
+    self.assertGreater(change[1], 1e-3)
+    np.testing.assert_array_equal(change[[0, 2]], 0)
+
+  def test_without_time_conditioning_time_is_not_read(self):
+    config = toys.model_config()
+    params = params_of(config)
+    np.testing.assert_array_equal(hidden_of(config, params, t=T),
+                                  hidden_of(config, params, t=T * np.nan))
+
+  def test_dropout(self):
+    config = toys.model_config(dropout=0.3)
+    params = params_of(config)
+    off = hidden_of(config, params)
+    on = hidden_of(config, params, dropout_keys=dropout_keys())
+    again = hidden_of(config, params, dropout_keys=dropout_keys())
+    np.testing.assert_array_equal(on, again)
+    self.assertGreater(np.abs(on - off).max((1, 2)).min(), 1e-2)
+    # A rate of 0 reads no keys; no keys is a rate of 0.
+    none = toys.model_config(dropout=0.0)
+    np.testing.assert_allclose(
+        hidden_of(none, params, dropout_keys=dropout_keys()), off, atol=1e-6)
+    # An example's mask is its key's, not its row's.
+    same = np.repeat(TOKENS[:1], BATCH, axis=0)
+    rows = hidden_of(config, params, tokens=same, dropout_keys=dropout_keys())
+    turned = hidden_of(config, params, tokens=same,
+                       dropout_keys=dropout_keys()[::-1])
+    np.testing.assert_allclose(turned[::-1], rows, atol=1e-6)
+    self.assertGreater(np.abs(rows[0] - rows[1]).max(), 1e-2)
+
+  def test_dropout_mask(self):
+    mask = np.asarray(model.dropout_mask(dropout_keys(), 0.25, (50, 40)))
+    self.assertEqual(mask.shape, (BATCH, 50, 40))
+    np.testing.assert_allclose(np.unique(mask), [0, 4 / 3], rtol=1e-6)
+    np.testing.assert_allclose(mask.mean((1, 2)), 1, atol=4 * (1 / 3 / 2000) ** .5)
+
+  def test_bfloat16(self):
+    config = toys.model_config(dtype='bfloat16', **EVERYTHING)
+    params = params_of(config)
+    shapes = jax.eval_shape(lambda: initial_params(config))
+    self.assertEqual({x.dtype for x in jax.tree.leaves(shapes)},
+                     {jnp.dtype('float32')})
+    hidden = hidden_of(config, params)
+    self.assertEqual(hidden.dtype, jnp.bfloat16)
+    logits = model.output_logits(model.output_kernel(params), hidden)
+    self.assertEqual(logits.dtype, jnp.float32)
+    exact = hidden_of(toys.model_config(**EVERYTHING), params)
+    difference = np.asarray(hidden, np.float32) - exact
+    self.assertLess(np.sqrt(np.mean(difference ** 2)), 0.1)
+
+  def test_rotary_positions_are_relative(self):
+    table = model.rotary_table(8, 4, 100.0)
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 4))
+    q, k = (model.rotate(jnp.asarray(np.tile(x, (1, 8, 1, 1)), jnp.float32), table)
+            for x in (q, k))
+    scores = np.einsum('bqhd,bkhd->qk', q, k)
+    for offset in range(-7, 8):
+      diagonal = np.diagonal(scores, offset)
+      np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-5)
+    self.assertGreater(np.ptp(scores[0]), 0.1)
+
+  def test_linear_has_the_gradient_of_a_product(self):
+    rng = np.random.default_rng(0)
+    x, kernel, weight = (jnp.asarray(rng.normal(size=s), jnp.float32)
+                         for s in ((7, 4), (4, 5), (7, 5)))
+    for ours, theirs in zip(
+        jax.grad(lambda x, k: jnp.sum(model.linear(x, k) * weight), (0, 1))(
+            x, kernel), (weight @ kernel.T, x.T @ weight)):
+      np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+  def test_initial_scale(self):
+    params = initial_params(toys.model_config(embed_dim=64, vocab_size=256))
+    np.testing.assert_allclose(np.std(params['embedding']), 0.02, rtol=0.05)
+    out = params['layers']['attention_out']['kernel']
+    np.testing.assert_allclose(np.std(out), 0.02 / 6 ** 0.5, rtol=0.05)
+    self.assertEqual(out.shape, (2, 64, 64))
+    self.assertGreater(np.abs(out[0] - out[1]).max(), 0.01)
+
+  @parameterized.parameters(
+      ('num_layers', 0), ('embed_dim', 0), ('num_heads', 3), ('num_heads', 16),
+      ('mlp_dim', -1), ('mlp', 'relu'), ('remat', 'all'), ('dtype', 'float8'),
+      ('dropout', 1.0), ('attention', 'flash'), ('attention', 'cudnn'))
+  def test_errors(self, key, value):
+    with self.assertRaisesRegex(InputError, f'^model.{key}={value!r}'):
+      toys.model_config(**{key: value})
+
+
+class AttentionTest(parameterized.TestCase):
+
+  @parameterized.product(causal=(False, True), segments=(False, True))
+  def test_agrees_with_jax(self, causal, segments):
+    q, k, v, weight = (jax.random.normal(key, (BATCH, LENGTH, 2, 4))
+                       for key in jax.random.split(jax.random.key(0), 4))
+    ids = SEGMENTS if segments else None
+    mask = None
+    if segments:
+      mask = (SEGMENTS[:, :, None] == SEGMENTS[:, None])[:, None]
+
+    def ours(*args):
+      out = attention.attention(*args, causal=causal, segment_ids=ids)
+      return jnp.sum(out * weight)
+
+    def theirs(*args):
+      out = jax.nn.dot_product_attention(*args, mask=mask, is_causal=causal)
+      return jnp.sum(out * weight)
+
+    for a, b in zip(jax.tree.leaves(jax.value_and_grad(ours, (0, 1, 2))(q, k, v)),
+                    jax.tree.leaves(jax.value_and_grad(theirs, (0, 1, 2))(q, k, v))):
+      np.testing.assert_allclose(a, b, atol=1e-5)
