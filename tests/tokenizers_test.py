@@ -161,5 +161,27 @@ class TokenizersTest(parameterized.TestCase):
       tokenizers.BytesTokenizer().encode('a\ud800')
 
 
+  @parameterized.parameters('bytes', 'sentencepiece', 'gpt2')
+  def test_saved_folder_is_enough(self, name):
+    tokenizer, folder = self.make(name), self.folder()
+    tokenizers.save(tokenizer, folder)
+    if name == 'sentencepiece':
+      os.unlink(tokenizer.path)
+    loaded = tokenizers.load(folder)
+    self.assertEqual(loaded.fingerprint, tokenizer.fingerprint)
+    np.testing.assert_array_equal(loaded.encode(TEXTS[1]),
+                                  tokenizer.encode(TEXTS[1]))
+
+  def test_saved_tokenizer_that_changed_is_refused(self):
+    folder = self.folder()
+    tokenizers.save(self.make('sentencepiece'), folder)
+    other = os.path.join(folder, tokenizers.SAVED_MODEL)
+    tokenizers.train_sentencepiece(iter(['entirely other text\n'] * 50), 270, other)
+    with self.assertRaisesRegex(InputError, 'other ids'):
+      tokenizers.load(folder)
+    with self.assertRaisesRegex(InputError, 'cannot be read'):
+      tokenizers.load(self.folder())
+
+
 if __name__ == '__main__':
   absltest.main()
