@@ -44,8 +44,9 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
     'process_id', None, 'This process, from 0.', lower_bound=0)
 _DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', False, 'Initialise jax.distributed from the cluster that JAX '
-    'detects (Cloud TPU, SLURM, Open MPI, Kubernetes).')
+    'distributed', None, 'Whether to initialise jax.distributed from the cluster '
+    'that JAX detects; by default where this is one of several tasks of SLURM or '
+    'Open MPI, or one of several hosts of a TPU pod.')
 
 
 def parse_flags(argv):
@@ -81,13 +82,16 @@ def main(argv):
   except InputError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  except KeyboardInterrupt:  # before training has its own way to stop
+    print('interrupted', file=sys.stderr)
+    return 130
 
 
 def _run() -> int:
   from nanodlm import config as configs  # pylint: disable=g-import-not-at-top
   from nanodlm.types import InputError  # pylint: disable=g-import-not-at-top
   mode, workdir = _MODE.value, _WORKDIR.value
-  if workdir is None and mode != 'prepare':
+  if not workdir and mode != 'prepare':
     raise InputError(f'--mode={mode} needs --workdir')
   if _PROMPT.value and mode != 'sample':
     raise InputError(f'--prompt has no effect with --mode={mode}')
@@ -100,20 +104,20 @@ def _run() -> int:
     packed = builder.prepare(settings.data, settings.tokenizer)
     logging.getLogger('nanodlm').info('prepared: %s', packed.path)
     return 0
+  from nanodlm import train  # pylint: disable=g-import-not-at-top
+  train.check_writable(workdir)
+  _set_up_compilation_cache(workdir)
   if mode == 'train':
-    from nanodlm import train  # pylint: disable=g-import-not-at-top
-    train.check_writable(workdir)
-    _set_up_compilation_cache(workdir)
     try:
       number = train.train(config, settings, workdir, defaults)
     except train.STOPPED as error:
       print(f'error: {error}', file=sys.stderr)
       return 1
     return 128 + number if number else 0
-  _set_up_compilation_cache(workdir)
   if mode == 'eval':
     from nanodlm import evaluate  # pylint: disable=g-import-not-at-top
-    evaluate.evaluate_workdir(config, settings, workdir)
+    saved = train.load_config(workdir, defaults)
+    evaluate.evaluate_workdir(config, settings, workdir, saved.data.source)
   else:
     from nanodlm import sample  # pylint: disable=g-import-not-at-top
     sample.sample_workdir(config, settings, workdir, _PROMPT.value)
@@ -133,7 +137,8 @@ def _resolve_config(configs, defaults, input_error):
   flag = flags.FLAGS['config']
   is_given = _is_config_given()
   path = pathlib.Path(_WORKDIR.value or '') / 'config.json'
-  if not _WORKDIR.value or (is_given and _MODE.value == 'train') or not path.is_file():
+  if not _WORKDIR.value or (
+      is_given and _MODE.value in ('train', 'prepare')) or not path.is_file():
     if _MODE.value in ('eval', 'sample'):
       raise input_error(f'--workdir={_WORKDIR.value!r} holds no run (no config.json '
                         'in it)')
@@ -144,6 +149,10 @@ def _resolve_config(configs, defaults, input_error):
   config = configs.from_json(path.read_text(), defaults, str(path))
   for key, value in config_flags.get_override_values(flag).items():
     section, _, leaf = key.rpartition('.')
+    if _MODE.value in ('eval', 'sample') and configs.is_bound(key) and not (
+        key.startswith('data.')):
+      raise input_error(f'--config.{key}={value!r}: the network in --workdir was '
+                        'trained with its own; it cannot be changed here')
     target = config[section] if section else config
     target[leaf] = value
   return config
@@ -167,11 +176,24 @@ def _init_distributed(input_error):
     if any(value is None for value in explicit):
       raise input_error('--coordinator_address, --num_processes and --process_id '
                         f'go together; got {explicit}')
-    jax.distributed.initialize(*explicit)
-  elif _DISTRIBUTED.value:
-    jax.distributed.initialize()
+  wanted = _is_cluster() if _DISTRIBUTED.value is None else _DISTRIBUTED.value
+  try:
+    if any(value is not None for value in explicit):
+      jax.distributed.initialize(*explicit)
+    elif wanted:
+      jax.distributed.initialize()
+  except (ValueError, RuntimeError) as error:
+    raise input_error(f'jax.distributed cannot start: {error}') from error
   if jax.process_index():
     logging.getLogger('nanodlm').setLevel(logging.WARNING)
+
+
+def _is_cluster() -> bool:
+  """Whether the environment says that this is one of several processes."""
+  hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
+  tasks = [os.environ.get(name, '1') for name in
+           ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')]
+  return len(hosts) > 1 or any(n.isdigit() and int(n) > 1 for n in tasks)
 
 
 def _set_up_compilation_cache(workdir):

@@ -21,7 +21,9 @@ def get_config() -> config_dict.ConfigDict:
   data.eval_fraction = 0.05  # held out, in (0, 1); unused where a TFDS set has its own
   data.data_dir = ''  # prepared data; '': $NANODLM_DATA_DIR or ~/.cache/nanodlm
   data.crop = 'chunk'  # 'chunk': fixed rows | 'random': random windows
-  data.segment_ids = False  # True: no attention across documents
+  # True: no attention across documents. Where they end is then known to the
+  # network, masked separators too: not a bound for text without such marks.
+  data.segment_ids = False
   data.prefetch_batches = 4
   data.num_threads = 2  # that read batches
 
@@ -41,7 +43,7 @@ def get_config() -> config_dict.ConfigDict:
   model.dropout = 0.0  # in [0, 1)
   model.time_conditioning = False  # adaLN-zero
   model.rope_theta = 10_000.0
-  model.dtype = 'float32'  # of matrix products: 'float32' | 'bfloat16' | 'float16'
+  model.dtype = 'float32'  # of matrix products: 'float32' | 'bfloat16'
   model.remat = 'none'  # recompute in the backward pass: 'none' | 'dots' | 'full'
   model.unroll = False  # True: no scan over layers; faster on a CPU
   model.attention = 'auto'  # 'auto' | 'xla' | 'cudnn'
@@ -75,7 +77,7 @@ def get_config() -> config_dict.ConfigDict:
   optim.schedule = 'cosine'  # 'cosine' | 'constant' | 'wsd', after the warm-up
   optim.warmup_steps = 100
   optim.final_fraction = 0.0  # of the learning rate at the end
-  optim.weight_decay = 0.1  # matrices and embeddings only
+  optim.weight_decay = 0.1  # matrices and embeddings; muon: its matrices
   optim.b1 = 0.9
   optim.b2 = 0.99
   optim.momentum = 0.95  # of muon
@@ -104,7 +106,8 @@ def get_config() -> config_dict.ConfigDict:
   checkpoint.every_steps = 500
   checkpoint.max_to_keep = 3
   checkpoint.keep_period = 0  # multiples of it are kept for good; 0: none
-  checkpoint.init_from = ''  # another run's workdir: start from its weights
+  # Another run's workdir: start from its averaged weights.
+  checkpoint.init_from = ''
   checkpoint.init_step = 0  # of that run; 0: its last checkpoint
 
   config.mesh = mesh = config_dict.ConfigDict()

@@ -29,7 +29,7 @@ def get_config():
   config.optim.ema_decay = 0.9999
   config.train.batch_size = 512
   config.train.num_steps = 1_000_000
-  config.train.num_microbatches = 1
+  config.train.num_microbatches = 32  # on one GPU; divide by the devices
   config.train.chunk_size = 4096
   config.train.log_every_steps = 100
   config.train.eval_every_steps = 10_000

@@ -35,7 +35,8 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'The settings.')
 _VOCAB_SIZE = flags.DEFINE_integer(
     'vocab_size', 0, 'Number of ids, the mask included; 0 asks the tokenizer.',
     lower_bound=0)
-_NUM_WARMUP = flags.DEFINE_integer('num_warmup', 3, 'Steps not timed.')
+_NUM_WARMUP = flags.DEFINE_integer('num_warmup', 3, 'Steps not timed.',
+                                   lower_bound=1)
 _NUM_TIMED = flags.DEFINE_integer('num_timed', 10, 'Training steps timed.',
                                   lower_bound=1)
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 4, 'Samples drawn at once.',
@@ -144,8 +145,7 @@ def benchmark_sampler(config, settings, vocab_size: int, name: str
   median = statistics.median(secs)
   return {'num_calls': int(samples.num_calls), 'median_secs': median,
           'min_secs': min(secs), 'max_secs': max(secs),
-          'tokens_per_sec': shape[0] * length / median,
-          'peak_bytes': _peak_bytes()}
+          'tokens_per_sec': shape[0] * length / median}
 
 
 def main(argv):
@@ -201,7 +201,7 @@ def _main(config):
           f'{row["min_secs"]:9.3f}{row["max_secs"]:9.3f}'
           f'{row["tokens_per_sec"]:12,.0f}'
           + (f'{flops / 1e9:10,.0f}{flops / rate:7.0%}' if flops else ' ' * 17)
-          + f'{row["peak_bytes"] / 1e6:9,.0f}')
+          + (f'{row["peak_bytes"] / 1e6:9,.0f}' if 'peak_bytes' in row else ''))
   print('GFLOP/s: model FLOPs, 6 x matrix parameters + attention for every token, '
         'whatever the code saves; share: of the matrix product above.')
 

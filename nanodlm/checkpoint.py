@@ -48,14 +48,15 @@ def _rest(state: TrainState) -> dict[str, Any]:
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState,
-         config: config_dict.ConfigDict, position: dict[str, int]):
+         config: config_dict.ConfigDict, position: dict[str, Any]):
   """Starts saving `state`; returns when the state may be donated again.
 
   Args:
     manager: from `open_manager`.
     state: to be saved, at state.step.
     config: the run's.
-    position: where the data stands: {'step': n, 'example': n * batch_size}.
+    position: where the data stands: {'step': n, 'example': n * batch_size,
+      'fingerprint': of the text}.
 
   Raises:
     SaveError: this or an EARLIER save failed (a full disk, say).

@@ -49,6 +49,22 @@ class TokenizerConfig:
   path: str
   vocab_size: int
 
+  def __post_init__(self):
+    is_trained = self.name == 'sentencepiece' and not self.path
+    if self.path and self.name != 'sentencepiece':
+      raise InputError(f'tokenizer.path={self.path!r} has no effect with '
+                       f"tokenizer.name={self.name!r}, only with 'sentencepiece'")
+    if self.vocab_size and not is_trained:
+      raise InputError(
+          f'tokenizer.vocab_size={self.vocab_size!r} has no effect with '
+          f'tokenizer.name={self.name!r}, tokenizer.path={self.path!r}: it is the '
+          "size of a SentencePiece model trained on the source; leave it at 0")
+    if is_trained and self.vocab_size < 257:
+      raise InputError(
+          f'tokenizer.vocab_size={self.vocab_size!r}: a SentencePiece model '
+          'trained on the source needs at least 257 pieces (2048, say); or name a '
+          'model in tokenizer.path')
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -97,6 +113,9 @@ class CheckpointConfig:
   def __post_init__(self):
     _check_at_least(self, 'checkpoint', every_steps=1, max_to_keep=1,
                     keep_period=0, init_step=0)
+    if self.init_step and not self.init_from:
+      raise InputError(f'checkpoint.init_step={self.init_step!r} has no effect '
+                       "with checkpoint.init_from=''; name a workdir there")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +175,8 @@ def validate(config: config_dict.ConfigDict, defaults: config_dict.ConfigDict
   Raises:
     InputError: naming the key, its value and what is allowed.
   """
+  if not 0 <= config.seed < 2**32:
+    raise InputError(f'seed={config.seed!r} must be in [0, 2^32)')
   settings = Settings(
       seed=config.seed,
       data=_build(DataConfig, config.data),
@@ -244,7 +265,8 @@ def make_sampler(config: config_dict.ConfigDict, mask_id: int) -> Sampler:
   cls = samplers.SAMPLERS[name]
   given = {'draw': _build(categorical.Draw, section, mask_id=mask_id)}
   if 'schedule' in _reads(cls):
-    given['schedule'] = schedules.make_schedule(section.schedule, section.power)
+    given['schedule'] = schedules.make_schedule(section.schedule, section.power,
+                                                'sampler')
   return _build(cls, section, **given)
 
 
@@ -255,6 +277,8 @@ FREE_KEYS = frozenset({
     'model.remat', 'model.unroll', 'model.attention', 'model.dtype'})
 BOUND_KEYS = frozenset({'seed', 'train.batch_size', 'optim.name'})
 BOUND_SECTIONS = ('data', 'tokenizer', 'model', 'objective')
+# Zero or not decides what the optimiser's state holds.
+BOUND_SWITCHES = ('optim.ema_decay', 'optim.clip_norm')
 
 
 def flatten(config: config_dict.ConfigDict) -> dict[str, Any]:
@@ -287,7 +311,8 @@ def check_resumable(saved: config_dict.ConfigDict, config: config_dict.ConfigDic
                     workdir: str):
   """Raises InputError where `config` cannot continue the run in `workdir`."""
   bound = {key: values for key, values in differing_keys(saved, config).items()
-           if is_bound(key)}
+           if is_bound(key)
+           or key in BOUND_SWITCHES and bool(values[0]) != bool(values[1])}
   if bound:
     lines = [f'  {key}: {old!r} there, {new!r} here'
              for key, (old, new) in bound.items()]
@@ -313,6 +338,8 @@ def from_json(text: str, defaults: config_dict.ConfigDict, where: str
     saved = json.loads(text)
   except json.JSONDecodeError as error:
     raise InputError(f'{where} is not JSON: {error}') from error
+  if not isinstance(saved, dict):
+    raise InputError(f'{where} is not a config but {type(saved).__name__}')
   config = config_dict.ConfigDict(defaults.to_dict())
   for section, value in saved.items():
     if section not in config:

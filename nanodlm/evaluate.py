@@ -120,19 +120,30 @@ def describe(means: dict[str, float], exact: bool) -> str:
 
 
 def evaluate_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
-                     workdir: str) -> dict[str, float]:
+                     workdir: str, trained_on: str) -> dict[str, float]:
   """--mode=eval: the whole validation split with the averaged weights.
 
   Prints the result and appends it to workdir/eval.jsonl.
+
+  Args:
+    config: the run's, perhaps with another data source.
+    settings: its checked sections.
+    workdir: of the run.
+    trained_on: the run's own data.source.
   """
-  tokenizer = tokenizers.load(workdir)
-  wanted = settings.tokenizer
+  tokenizer, wanted = tokenizers.load(workdir), settings.tokenizer
+  if settings.data.source != trained_on:
+    log.info('evaluating on %s, not the text it was trained on: its own split '
+             'into training and validation is used', settings.data.source)
+    if wanted.name == 'sentencepiece':
+      # The run's tokenizer, not a new one for this text.
+      wanted = configs.TokenizerConfig(
+          wanted.name, str(pathlib.Path(workdir) / tokenizers.SAVED_MODEL), 0)
   packed = builder.prepare(settings.data, wanted)
   if packed.tokenizer.fingerprint != tokenizer.fingerprint:
-    # Another text than the run's, for which a tokenizer of its own was trained.
-    wanted = dataclasses.replace(
-        wanted, path=str(pathlib.Path(workdir) / tokenizers.SAVED_MODEL))
-    packed = builder.prepare(settings.data, wanted)
+    raise InputError(
+        f'data.source={settings.data.source!r} has changed since the run in '
+        f'{workdir!r} was trained: its tokenizer makes other ids now')
   run = make_run(config, settings, tokenizer)
   params, step = load_params(run, workdir)
   means = make_evaluate(run, packed)(params)

@@ -52,7 +52,7 @@ REMATS = {
     'full': jax.checkpoint_policies.nothing_saveable,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-DTYPES = ('float32', 'bfloat16', 'float16')
+DTYPES = ('float32', 'bfloat16')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +113,8 @@ class ModelConfig:
       if getattr(self, key) not in allowed:
         raise InputError(f'model.{key}={getattr(self, key)!r} is not one of '
                          f'{sorted(allowed)}')
+    if not self.rope_theta > 0:
+      raise InputError(f'model.rope_theta={self.rope_theta!r} must be > 0')
     if not 0 <= self.dropout < 1:
       raise InputError(f'model.dropout={self.dropout!r} must be in [0, 1)')
     attention.check_backend(self.attention)
@@ -328,7 +330,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Tokens -> hidden (`__call__`) and hidden -> logits (`project`)."""
+  """Tokens -> hidden; `output_logits` makes logits of them."""
 
   config: ModelConfig
 
@@ -398,11 +400,6 @@ class Transformer(nn.Module):
       x = apply(own, x, *args)
     return x
 
-  def project(self, hidden: jax.Array) -> jax.Array:
-    """hidden [..., D] -> logits [..., V] float32."""
-    kernel = self.embedding if self.config.tie_embeddings else self.output
-    return output_logits(output_kernel({'embedding': kernel}), hidden)
-
 
 def output_kernel(params) -> jax.Array:
   """The output projection's kernel [D, V] (float32), tied or not."""
@@ -426,17 +423,15 @@ def num_params(params) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def train_flops_per_token(config: ModelConfig, length: int,
-                          scored_fraction: float = 1.0) -> float:
-  """Multiply-adds count twice; forward + backward = 3 x forward.
+def train_flops_per_token(config: ModelConfig, length: int) -> float:
+  """Model FLOPs of one token's forward and backward pass.
 
-  6 x (matrix parameters) + 12 x layers x length x width of attention scores,
-  unreduced by what the code saves except that only `scored_fraction` of the
-  positions goes through the output projection.
+  6 x (matrix parameters) + 12 x layers x length x width for the attention; a
+  multiply-add is 2. Unreduced: counted as if every position went through every
+  layer and the output projection.
   """
-  width, heads_dim = config.embed_dim, config.embed_dim
+  width = config.embed_dim
   mlp = (3 if config.is_gated else 2) * width * config.mlp_width
-  layer = 4 * width * heads_dim + mlp
-  attention_flops = 12 * config.num_layers * length * heads_dim
-  return (6 * config.num_layers * layer + attention_flops
-          + 6 * scored_fraction * width * config.vocab_size)
+  layers = config.num_layers * (4 * width**2 + mlp)
+  return (6 * (layers + width * config.vocab_size)
+          + 12 * config.num_layers * length * width)

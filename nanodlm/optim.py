@@ -27,7 +27,8 @@ class OptimConfig:
       the last fifth), each after a linear warm-up.
     warmup_steps: steps from 0 to the peak.
     final_fraction: learning rate at the end as a fraction of the peak.
-    weight_decay: decoupled, on matrices and embeddings only.
+    weight_decay: decoupled, on matrices and embeddings only; with Muon on the
+      matrices that it trains only.
     b1: decay of the first moment, in [0, 1).
     b2: decay of the second moment, in [0, 1).
     momentum: Muon's momentum, in [0, 1).
@@ -85,9 +86,9 @@ def decay_mask(params):
 def muon_dimensions(params):
   """Which axes of each leaf are the matrix that Muon orthogonalises.
 
-  A layer axis in front is a batch axis. None leaves
-  the leaf to AdamW: embeddings, the output projection, norms, and the time
-  conditioning, which starts at zero.
+  A layer axis in front is a batch axis. None leaves the leaf to AdamW:
+  embeddings, the output projection, norms, and the time conditioning, which
+  starts at zero.
   """
   def dimensions(path, x):
     names = [part.key for part in path]

@@ -51,7 +51,11 @@ def parse_prompt(prompt: str) -> list[str | Gap]:
       continue
     if text:
       parts.append(text)
-    parts.append(Gap(int(match.group(1)) if match.group(1) else None))
+    size = int(match.group(1)) if match.group(1) else None
+    if size == 0:
+      raise InputError(f'--prompt={prompt!r}: a gap of 0 tokens; give at least 1, '
+                       'or {} for a share of the room')
+    parts.append(Gap(size))
     text = ''
   text += prompt[end:]
   if text:

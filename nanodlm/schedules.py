@@ -104,17 +104,20 @@ SCHEDULES = {
 }
 
 
-def make_schedule(name: str, power: float = 2.0) -> Schedule:
+def make_schedule(name: str, power: float = 2.0, section: str = 'objective'
+                  ) -> Schedule:
   """Builds a schedule by name; `power` is the polynomial's exponent.
+
+  `section` is the config section that errors name.
 
   Raises:
     InputError: the name is unknown or the power is not positive.
   """
   if name not in SCHEDULES:
-    raise InputError(f'objective.schedule={name!r} is not one of '
+    raise InputError(f'{section}.schedule={name!r} is not one of '
                      f'{sorted(SCHEDULES)}')
   if not power > 0:
-    raise InputError(f'objective.power={power!r} must be > 0')
+    raise InputError(f'{section}.power={power!r} must be > 0')
   return SCHEDULES[name](power)
 
 

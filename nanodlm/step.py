@@ -21,8 +21,6 @@ from nanodlm.types import InputError
 from nanodlm.types import Objective
 
 NUM_LEVEL_BINS = 10
-# An example's dropout and noise keys must differ.
-DROPOUT_SALT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,16 +119,16 @@ def make_train_step(network: Network, objective: Objective,
     index = _row_index(num_rows)
     levels = objective.sample_levels(level_key, batch_size)[index]
     rows = {**batch, 'keys': _fold_in_each(noise_key, index), 'levels': levels}
+    if network.config.dropout:
+      # Past the batch's indices, so that no key serves both.
+      rows['dropout_keys'] = _fold_in_each(noise_key, batch_size + index)
 
     def loss(params, rows):
       noised = objective.corrupt(rows['keys'], rows['levels'], rows['tokens'],
                                  rows['weight'])
-      dropout_keys = None
-      if network.config.dropout:
-        dropout_keys = jax.vmap(jax.random.fold_in, (0, None))(
-            rows['keys'], DROPOUT_SALT)
-      total, per_row = network.score(objective, params, noised, rows['weight'],
-                                     rows.get('segment_ids'), dropout_keys)
+      total, per_row = network.score(
+          objective, params, noised, rows['weight'], rows.get('segment_ids'),
+          rows.get('dropout_keys'))
       return total, _sums(rows, noised, per_row)
 
     gradient = jax.grad(loss, has_aux=True)

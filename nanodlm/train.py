@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import pathlib
+import shutil
 import signal
 import time
 from typing import Any, Iterator
@@ -33,7 +34,7 @@ log = logging.getLogger('nanodlm')
 
 CONFIG_FILE = 'config.json'
 METRICS_FILE = 'metrics.jsonl'
-# The first step that a profile traces: past compilation and warm-up.
+# The first step of a start that a profile traces: past compilation.
 PROFILE_FIRST_STEP = 10
 
 
@@ -79,8 +80,13 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
       num_microbatches=settings.train.num_microbatches,
       ema_decay=settings.optim.ema_decay)
   evaluate_params = evaluate.make_evaluate(run, packed)
+  _check_same_text(workdir, packed)
   initial = None
-  if settings.checkpoint.init_from and saved is None:
+  if settings.checkpoint.init_from and not _has_checkpoint(workdir):
+    other = tokenizers.load(settings.checkpoint.init_from)
+    if other.fingerprint != run.tokenizer.fingerprint:
+      raise InputError(f'checkpoint.init_from={settings.checkpoint.init_from!r} has '
+                       'another tokenizer than this run')
     # Before anything is compiled: the compilation cache lies in the workdir.
     initial, step = evaluate.load_params(run, settings.checkpoint.init_from,
                                          settings.checkpoint.init_step)
@@ -103,7 +109,7 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
       state = checkpoint.restore_state(manager, state, step)
       log.info('resuming %s at step %d', workdir, step)
     write_config(workdir, config, saved, int(state.step))
-    if not jax.process_index():
+    if not jax.process_index() and not _has_tokenizer(workdir):
       tokenizers.save(run.tokenizer, workdir)
     _describe(run, packed, state)
     with contextlib.ExitStack() as stack:
@@ -113,6 +119,33 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
             writer, caught, start)
     checkpoint.wait(manager)
   return caught.number
+
+
+def _has_checkpoint(workdir: str) -> bool:
+  folder = pathlib.Path(workdir) / checkpoint.FOLDER
+  return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+
+
+def _has_tokenizer(workdir: str) -> bool:
+  return (pathlib.Path(workdir) / tokenizers.SAVED).is_file()
+
+
+def _check_same_text(workdir: str, packed: builder.PackedData):
+  """Raises InputError where the run in `workdir` was trained on other tokens."""
+  if (_has_tokenizer(workdir) and tokenizers.load(workdir).fingerprint
+      != packed.tokenizer.fingerprint):
+    raise InputError(f'workdir={workdir!r} holds a run whose tokenizer made other '
+                     'ids; the text it was trained on has changed. Give another '
+                     'workdir')
+  if not _has_checkpoint(workdir):
+    return
+  with checkpoint.open_manager(workdir, read_only=True) as manager:
+    position = checkpoint.restore_meta(manager, checkpoint.find_step(manager))
+  if position['data']['fingerprint'] != packed.metadata['source_fingerprint']:
+    raise InputError(
+        f'data.source={packed.metadata["source"]!r} has changed since the run in '
+        f'workdir={workdir!r} was trained on it. Give another workdir, or start '
+        'one with checkpoint.init_from')
 
 
 def _check_batches(config: config_dict.ConfigDict, settings: configs.Settings):
@@ -165,7 +198,7 @@ def write_config(workdir: str, config: config_dict.ConfigDict,
       log.info('changed since the last start: %s=%r, was %r', key, new, old)
     kept = path.with_name(f'config.until_step_{step}.json')
     if not kept.exists():
-      path.rename(kept)
+      shutil.copyfile(path, kept)
   temporary = path.with_suffix('.tmp')
   temporary.write_text(configs.to_json(config))
   temporary.replace(path)
@@ -196,7 +229,9 @@ class _Caught:
 def _catch_signals() -> Iterator[_Caught]:
   """Turns the first SIGTERM or SIGINT into a flag; a second one acts as usual."""
   caught = _Caught()
-  handled = (signal.SIGTERM, signal.SIGINT)
+  # With several processes SIGTERM is JAX's own, which makes all of them stop at
+  # the same step; see _should_stop.
+  handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
 
   def handle(number, frame):
     del frame
@@ -256,9 +291,11 @@ def _writers(workdir: str, config: config_dict.ConfigDict,
       [metric_writers.SummaryWriter(workdir), JsonLines()])
   try:
     yield writer
-  finally:
     writer.flush()
     writer.close()
+  except OSError as error:  # a full disk, most likely
+    raise checkpoint.SaveError(
+        f'{workdir} could not be written: {error}') from error
 
 
 class _Window:
@@ -289,14 +326,15 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
   settings, mesh = run.settings, run.mesh
   train, batch_size = settings.train, settings.train.batch_size
   length = settings.data.length
-  num_steps, step = train.num_steps, int(state.step)
+  num_steps, first_step = train.num_steps, int(state.step)
+  step = first_step
   batches = pipeline.make_train_iterator(
       packed, settings.data, seed=settings.seed, batch_size=batch_size,
       start_step=step, rows=meshes.local_rows(mesh, batch_size))
   draw = sample.make_sample(run) if train.num_samples else None
   peak = metrics.peak_flops(jax.devices()[0].device_kind)
   flops = model.train_flops_per_token(run.network.config, length)
-  actions = _make_actions(settings, workdir, writer)
+  actions = _make_actions(settings, workdir, first_step)
   window, in_flight, skipped, in_a_row = _Window(), collections.deque(), 0, 0
 
   def collect():
@@ -311,6 +349,10 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
       log.warning('step %d skipped: loss %s, gradient norm %s', number,
                   values['loss'] / max(values['weight'], 1), values['grad_norm'])
       if in_a_row >= train.max_skipped_steps:
+        writer.write_scalars(number, {
+            'train/loss': values['loss'] / max(values['weight'], 1),
+            'train/grad_norm': values['grad_norm'],
+            'train/skipped_steps': skipped})
         raise TrainingDiverged(
             f'{in_a_row} steps in a row, the last one step {number}, had a loss '
             f'({values["loss"] / max(values["weight"], 1)}) or gradient norm '
@@ -328,7 +370,7 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
     means = metrics.train_means(metrics.add(window.sums)) if window.sums else {}
     scalars = {
         **means, 'train/tokens_per_sec': rate,
-        'train/secs_per_step': secs / done,
+        'train/secs_per_step': secs / max(done, 1),
         'train/data_wait_share': window.waited_secs / secs,
         'train/grad_norm': float(window.last['grad_norm']),
         'train/param_norm': float(window.last['param_norm']),
@@ -339,7 +381,7 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
     writer.write_scalars(number, scalars)
     writer.flush()
     if means:
-      left = (num_steps - number) * secs / done
+      left = (num_steps - number) * secs / max(done, 1)
       log.info('step %*d/%d  loss %.4f nats/token  %.4f bits/byte  %s tokens/s  '
                '%s left', len(str(num_steps)), number, num_steps,
                means['train/loss'], means['train/bits_per_byte'], f'{rate:,.0f}',
@@ -348,7 +390,7 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
 
   def show(number, params):
     """Evaluates and samples."""
-    is_last = number == num_steps
+    is_last = number >= num_steps
     means = evaluate_params(params, 0 if is_last else settings.eval.max_examples)
     writer.write_scalars(number, means)
     log.info('step %d, %s', number, evaluate.describe(means, run.objective.exact))
@@ -366,9 +408,9 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
 
   def save(number):
     checkpoint.save(manager, state, run.config,
-                    {'step': number, 'example': number * batch_size})
+                    {'step': number, 'example': number * batch_size,
+                     'fingerprint': packed.metadata['source_fingerprint']})
 
-  first_step = step
   while step < num_steps and not _should_stop(caught, step):
     waiting = time.monotonic()
     batch = next(batches)
@@ -387,10 +429,11 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
       while in_flight:
         collect()
       log.info('first step after %.1f s', time.monotonic() - start)
-      window.clear()
+      window.start = time.monotonic()
+      window.num_steps, window.waited_secs, window.paused_secs = 0, 0.0, 0.0
     for action in actions:
       action(step)
-    if is_log and window.num_steps:
+    if is_log:
       report(step)
     with window.pause():
       if is_save:
@@ -401,9 +444,10 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
     collect()
   if caught.number and manager.latest_step() != step:
     save(step)
-  elif first_step == num_steps:
-    log.info('the run is at its last step, train.num_steps=%d', num_steps)
-    show(num_steps, state.eval_params)
+  elif first_step >= num_steps:
+    log.info('the run has taken %d of train.num_steps=%d steps', first_step,
+             num_steps)
+    show(first_step, state.eval_params)
 
 
 def _should_stop(caught: _Caught, step: int) -> bool:
@@ -417,17 +461,17 @@ def _should_stop(caught: _Caught, step: int) -> bool:
   return stop
 
 
-def _make_actions(settings: configs.Settings, workdir: str, writer) -> list[Any]:
+def _make_actions(settings: configs.Settings, workdir: str, first_step: int
+                  ) -> list[Any]:
   """CLU's periodic actions: progress for the platform, and a profile."""
   from clu import periodic_actions  # pylint: disable=g-import-not-at-top
   train = settings.train
   actions = [periodic_actions.ReportProgress(
-      num_train_steps=train.num_steps, writer=writer,
-      every_steps=train.log_every_steps, every_secs=None)]
+      num_train_steps=train.num_steps, every_steps=train.log_every_steps, every_secs=None)]
   if train.profile_steps and not jax.process_index():
     actions.append(periodic_actions.Profile(
         logdir=workdir, num_profile_steps=train.profile_steps,
-        first_profile=PROFILE_FIRST_STEP, every_secs=None))
+        first_profile=first_step + PROFILE_FIRST_STEP, every_secs=None))
   return actions
 
 

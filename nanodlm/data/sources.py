@@ -283,8 +283,12 @@ def _fingerprint_files(paths: Iterable[str]) -> str:
   digest = hashlib.sha256()
   if sum(stat.st_size for _, stat in stats) <= _MAX_HASHED_BYTES:
     for path, _ in stats:
-      with open(path, 'rb') as file:
-        digest.update(hashlib.file_digest(file, 'sha256').digest())
+      try:
+        with open(path, 'rb') as file:
+          digest.update(hashlib.file_digest(file, 'sha256').digest())
+      except OSError as error:
+        raise InputError(f'data.source: {path} cannot be read '
+                         f'({error.strerror})') from error
   else:
     for path, stat in stats:
       # The change time cannot be set back by a copy that keeps times.

@@ -127,7 +127,8 @@ class Masked:
     """
     if self.num_timesteps:
       num = self.num_timesteps
-      step = jnp.maximum(jnp.floor(levels * num), jnp.floor(self.min_time * num))
+      first = int(self.min_time * num)
+      step = first + jnp.floor(levels * (num - first))
       t, s = (step + 1) / num, step / num
       noise_t = self.schedule.noise(t)
       return t, num * (noise_t - self.schedule.noise(s)) / noise_t

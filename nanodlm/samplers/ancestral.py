@@ -55,13 +55,15 @@ class Ancestral:
 
   def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
                ) -> Samples:
-    batch, length = canvas.tokens.shape
+    length = canvas.tokens.shape[1]
     noise = self.noise_levels()
     plan_keys, draw_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
     u = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(plan_keys)
     # Revealed in the first step j with u >= noise_{j+1}; noise_T = 0, so always.
     step = jnp.sum(u[..., None] < noise[None, None, 1:], axis=-1).astype(jnp.int32)
-    plan = reveal.Plan(step, jnp.broadcast_to(noise[:-1], (batch, self.num_steps)))
+    # The expected masked share of the whole row, prompt included, as in training.
+    free_share = jnp.mean(~canvas.fixed, axis=1, keepdims=True)
+    plan = reveal.Plan(step, free_share * noise[None, :-1])
     return reveal.sample_plan(draw_keys, canvas, plan, denoise, self.draw,
                               self._num_slots(length))
 

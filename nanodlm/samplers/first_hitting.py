@@ -37,5 +37,7 @@ class FirstHitting:
     left = jnp.maximum(num_free - jnp.arange(length)[None], 1)
     u = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(time_keys)
     level = jnp.exp(jnp.cumsum(jnp.log1p(-u) / left, axis=1))
+    # The expected masked share of the whole row, prompt included.
+    level = level * num_free / length
     return reveal.sample_plan(draw_keys, canvas, reveal.Plan(rank, level), denoise,
                               self.draw, num_slots=1)

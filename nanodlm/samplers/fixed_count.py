@@ -45,6 +45,7 @@ class FixedCount:
     step = rank * num_steps // jnp.maximum(num_free, 1)
     is_before = step[:, :, None] < jnp.arange(num_steps)[None, None]
     revealed = jnp.sum(is_before & ~canvas.fixed[:, :, None], axis=1)
-    level = 1 - revealed / jnp.maximum(num_free, 1)
+    # The masked share of the whole row, prompt included, as in training.
+    level = (num_free - revealed) / length
     return reveal.sample_plan(draw_keys, canvas, reveal.Plan(step, level), denoise,
                               self.draw, -(-length // num_steps))
