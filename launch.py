@@ -13,6 +13,11 @@ import os
 import pathlib
 import sys
 
+from nanodlm import hugepages
+
+if __name__ == '__main__':
+  hugepages.restart_with_huge_pages()
+
 # TensorFlow (behind CLU's TensorBoard writer) logs to the terminal otherwise.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')

@@ -12,6 +12,12 @@ import statistics
 import sys
 import time
 
+from nanodlm import hugepages
+
+if __name__ == '__main__':
+  hugepages.restart_with_huge_pages()
+
+# pylint: disable=g-import-not-at-top,wrong-import-position
 from absl import app
 from absl import flags
 from absl import logging

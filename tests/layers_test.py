@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / 'nanodlm'
 LAYERS = {
-    0: ('types', 'schedules', 'times', 'processes', 'categorical', 'reveal'),
+    0: ('types', 'schedules', 'times', 'processes', 'categorical', 'reveal',
+        'hugepages'),
     1: ('objectives', 'samplers', 'attention', 'losses', 'model', 'metrics',
         'tokenizers'),
     2: ('mesh', 'optim', 'state', 'checkpoint', 'data', 'config'),

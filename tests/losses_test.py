@@ -20,8 +20,9 @@ def inputs(num_real=NUM):
   hidden = rng.normal(size=(NUM, WIDTH)).astype(np.float32)
   fields = {'target': rng.integers(VOCAB - 1, size=NUM),
             'scale': rng.random(NUM).astype(np.float32)}
-  weight = (rng.random(NUM) * (np.arange(NUM) < num_real)).astype(np.float32)
-  return kernel, hidden, fields, weight
+  # Prompts and paddings are zeros anywhere, also at the start of a chunk.
+  is_real = (np.arange(NUM) < num_real) & (np.arange(NUM) % 3 != 0)
+  return kernel, hidden, fields, (rng.random(NUM) * is_real).astype(np.float32)
 
 
 def dense(kernel, hidden, fields, weight):

@@ -161,13 +161,12 @@ class PartsTest(parameterized.TestCase):
     hidden = hidden_of(config, params)
     self.assertEqual(hidden.shape, (BATCH, LENGTH, 16))
     self.assertTrue(np.isfinite(hidden).all())
-    # The projection is one thing, called in two ways.
-    params = jax.tree.map(jnp.asarray, params)
     kernel = params['embedding' if tie_embeddings else 'output'].T
-    np.testing.assert_array_equal(model.output_kernel(params), kernel)
-    logits = model.Transformer(config).apply({'params': params}, hidden,
-                                             method='project')
+    logits = model.output_logits(model.output_kernel(params), hidden)
     np.testing.assert_allclose(logits, hidden @ kernel, atol=1e-4)
+    # Training: 2 forward and 4 backward for each element of a matrix.
+    self.assertEqual(model.train_flops_per_token(config, 0),
+                     6 * (2 * (block - 2 * 16) + 12 * 16))
 
   @parameterized.parameters(('relu2', 0, 64), ('swiglu', 0, 64),
                             ('swiglu', 40, 40), ('gelu', 40, 40))
@@ -282,7 +281,7 @@ class PartsTest(parameterized.TestCase):
   @parameterized.parameters(
       ('num_layers', 0), ('embed_dim', 0), ('num_heads', 3), ('num_heads', 16),
       ('mlp_dim', -1), ('mlp', 'relu'), ('remat', 'all'), ('dtype', 'float8'),
-      ('dropout', 1.0), ('attention', 'flash'), ('attention', 'cudnn'))
+      ('dropout', 1.0), ('rope_theta', 0.0), ('attention', 'flash'), ('attention', 'cudnn'))
   def test_errors(self, key, value):
     with self.assertRaisesRegex(InputError, f'^model.{key}={value!r}'):
       toys.model_config(**{key: value})

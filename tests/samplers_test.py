@@ -28,7 +28,7 @@ from tests.toys import MASK
 from tests.toys import TEXTS
 
 DRAW = Draw(MASK)
-NUM_ROWS = 16_000
+NUM_ROWS = 8_000
 JOINT = toys.random_joint(0)
 POSTERIOR = toys.posterior_table(JOINT)
 
@@ -200,10 +200,12 @@ class StepsTest(parameterized.TestCase):
   @parameterized.product(schedule=sorted(schedules.SCHEDULES), grid=GRIDS)
   def test_every_grid_runs_from_noise_to_clean(self, schedule, grid):
     for num_steps in (1, 2, 7, 1000):
-      noise = np.asarray(Ancestral(
-          DRAW, num_steps, schedules.make_schedule(schedule), grid
-          ).noise_levels())
-      self.assertEqual(noise.shape, (num_steps + 1,))
+      alpha = schedules.make_schedule(schedule)
+      noise = np.asarray(Ancestral(DRAW, num_steps, alpha, grid).noise_levels())
+      j = np.arange(num_steps + 1) / num_steps
+      t = {'uniform': 1 - j, 'cosine': np.cos(np.pi / 2 * j)}[grid]
+      np.testing.assert_allclose(
+          noise, alpha.noise(t.astype(np.float32).clip(0)), atol=1e-5)
       self.assertEqual((noise[0], noise[-1]), (1.0, 0.0))
       self.assertLess(np.max(np.diff(noise)), 1e-7)
       if num_steps < 10:  # with more, float32 cannot tell some from 1
@@ -211,35 +213,44 @@ class StepsTest(parameterized.TestCase):
 
 
 class LevelTest(parameterized.TestCase):
-  """The noise level that the network is told: it draws what it is told."""
+  """The noise level that the network is told: it draws what it is told.
 
-  def tell(self, sampler, num, length, num_bins):
-    """Tokens [B, L]: the level at which each was revealed, in bins."""
+  The level is the expected masked share of the whole row, prompt included.
+  """
+
+  def tell(self, sampler, num, fixed, num_bins):
+    """Tokens at the free positions: their level when revealed, in bins."""
 
     def denoise(tokens, level, positions):
       del tokens
-      told = (level * num_bins).astype(jnp.int32)[:, None, None]
+      told = (level * num_bins + 1e-4).astype(jnp.int32)[:, None, None]
       is_told = jnp.arange(num_bins + 2)[None, None] == told
       return jnp.broadcast_to(jnp.where(is_told, 0.0, -1e9),
                               (*positions.shape, num_bins + 2))
 
-    canvas = Canvas(jnp.zeros((num, length), jnp.int32),
-                    jnp.zeros((num, length), bool))
+    canvas = canvas_of(np.tile(fixed, (num, 1)), token=0)
     sample = jax.jit(lambda keys: sampler(keys, canvas, denoise))
-    return np.asarray(sample(keys_of(num)).tokens)
+    return np.asarray(sample(keys_of(num)).tokens)[:, ~np.array(fixed)]
 
-  def test_first_hitting_levels_are_uniform(self):
+  @parameterized.parameters(1, 2)
+  def test_first_hitting_levels_are_uniform(self, row_per_free):
     # Each position's time of reveal is U(0, 1), independent of the others'.
-    tokens = self.tell(FirstHitting(Draw(11)), 4000, 2, 10)
+    fixed = np.arange(2 * row_per_free) >= 2
+    tokens = self.tell(FirstHitting(Draw(11)), 4000, fixed, 10 * row_per_free)
     counts = np.histogram2d(tokens[:, 0], tokens[:, 1], range(11))[0]
     self.assertGreater(toys.chi_square(counts, np.full((10, 10), 0.01)), 1e-3)
 
-  def test_fixed_count_is_told_the_fraction_of_masks(self):
-    tokens = self.tell(FixedCount(Draw(9), 4), 16, 8, 8)
-    np.testing.assert_array_equal(np.sort(tokens), [[2, 2, 4, 4, 6, 6, 8, 8]] * 16)
+  @parameterized.parameters(
+      (8, [8, 8, 6, 6, 4, 4, 2, 2]), (4, [4, 3, 2, 1]), (2, [2, 1]))
+  def test_fixed_count_is_told_the_share_of_masks(self, num_free, levels):
+    fixed = np.arange(8) >= num_free
+    tokens = self.tell(FixedCount(Draw(9), 4), 16, fixed, 8)
+    np.testing.assert_array_equal(np.sort(tokens)[:, ::-1], [levels] * 16)
 
-  def test_ancestral_is_told_the_level_before_the_step(self):
-    tokens = self.tell(Ancestral(Draw(5), 4), 2000, 2, 4)
+  @parameterized.parameters(1, 2)
+  def test_ancestral_is_told_the_level_before_the_step(self, row_per_free):
+    fixed = np.arange(2 * row_per_free) >= 2
+    tokens = self.tell(Ancestral(Draw(5), 4), 2000, fixed, 4 * row_per_free)
     counts = np.histogram2d(tokens[:, 0], tokens[:, 1], range(1, 6))[0]
     self.assertGreater(toys.chi_square(counts, np.full((4, 4), 1 / 16)), 1e-3)
 

@@ -188,7 +188,7 @@ class TrainStepTest(parameterized.TestCase):
     def loss(params):
       network = model.Transformer(config)
       hidden = network.apply({'params': params}, noise['tokens'], noise['t'])
-      logits = network.apply({'params': params}, hidden, method='project')
+      logits = model.output_logits(model.output_kernel(params), hidden)
       ce = optax.softmax_cross_entropy_with_integer_labels(
           logits[..., :MASK], noise['x0'])
       scale = noise.get('scale', 1.0) * noise['scored']
@@ -325,10 +325,10 @@ class EvalStepTest(parameterized.TestCase):
 
   def test_autoregressive_is_exact(self):
     batch, config = eval_batch(), network('ar').config
-    params = {'params': initial_params()}
+    params = initial_params()
     tokens = OBJECTIVES['ar'].network_input(batch['tokens'])
-    hidden = model.Transformer(config).apply(params, tokens)
-    logits = model.Transformer(config).apply(params, hidden, method='project')
+    hidden = model.Transformer(config).apply({'params': params}, tokens)
+    logits = model.output_logits(model.output_kernel(params), hidden)
     ce = optax.softmax_cross_entropy_with_integer_labels(
         logits[..., :MASK], batch['tokens'])
     np.testing.assert_allclose(evaluate('ar', 1, batch)['nll'],

@@ -1,0 +1,233 @@
+"""Tests of nanodlm.config: a mistake is an error that names the key."""
+
+import re
+
+from absl.testing import parameterized
+from ml_collections import config_dict
+
+from configs import base
+from nanodlm import config as configs
+from nanodlm import objectives
+from nanodlm import samplers
+from nanodlm.types import InputError
+
+
+def changed(**changes):
+  """The defaults with {'section.key': value} changed, 'section__key' here."""
+  config = base.get_config()
+  for key, value in changes.items():
+    config.update_from_flattened_dict({key.replace('__', '.'): value})
+  return config
+
+
+def validate(**changes):
+  return configs.validate(changed(**changes), base.get_config())
+
+
+class ValidateTest(parameterized.TestCase):
+
+  def test_the_defaults_are_valid(self):
+    settings = validate()
+    self.assertEqual(settings.train.batch_size, base.get_config().train.batch_size)
+    self.assertEqual(settings.sample.num_samples,
+                     base.get_config().sampler.num_samples)
+
+  @parameterized.parameters(*objectives.OBJECTIVES)
+  def test_every_objective(self, name):
+    changes = {'objective__name': name}
+    if name == 'ar':
+      # Shared with the defaults of 'masked': nothing else needs to change.
+      self.assertEqual(configs.sampler_name(changed(**changes)), 'ar')
+    validate(**changes)
+    objective = configs.make_objective(changed(**changes), mask_id=7)
+    self.assertIsInstance(objective, objectives.OBJECTIVES[name])
+    self.assertEqual(objective.mask_id, 7)
+    model = configs.make_model(changed(**changes), vocab_size=9)
+    self.assertEqual((model.causal, model.vocab_size), (objective.causal, 9))
+
+  @parameterized.parameters(*samplers.SAMPLERS)
+  def test_every_sampler_fits_what_it_says_and_nothing_else(self, name):
+    for objective in objectives.OBJECTIVES:
+      changes = {'objective__name': objective, 'sampler__name': name}
+      if objective in samplers.FITS[name]:
+        validate(**changes)
+        sampler = configs.make_sampler(changed(**changes), mask_id=7)
+        self.assertIsInstance(sampler, samplers.SAMPLERS[name])
+        self.assertEqual(sampler.draw.mask_id, 7)
+      else:
+        with self.assertRaisesRegex(InputError, r'sampler\.name=.*does not fit'):
+          validate(**changes)
+
+  def test_values_reach_their_objects(self):
+    config = changed(objective__noise='uniform', objective__schedule='polynomial',
+                     objective__power=3.0, sampler__name='ancestral',
+                     sampler__num_steps=17, sampler__schedule='cosine',
+                     sampler__temperature=0.5, sampler__top_k=4)
+    objective = configs.make_objective(config, mask_id=7)
+    self.assertEqual((objective.noise, objective.schedule.power), ('uniform', 3.0))
+    sampler = configs.make_sampler(config, mask_id=7)
+    self.assertEqual(sampler.num_steps, 17)
+    self.assertEqual(sampler.schedule.offset, 0.008)
+    self.assertEqual((sampler.draw.temperature, sampler.draw.top_k), (0.5, 4))
+
+  @parameterized.parameters(
+      # Names.
+      ('objective__name', 'maskd'), ('objective__noise', 'counts'),
+      ('sampler__name', 'greedy'), ('optim__name', 'sgd'),
+      ('optim__schedule', 'linear'), ('model__mlp', 'relu'),
+      ('model__dtype', 'int8'), ('model__remat', 'yes'),
+      ('model__attention', 'flash'), ('data__crop', 'middle'),
+      # Ranges.
+      ('data__length', 1), ('data__eval_fraction', 0.0),
+      ('data__eval_fraction', 1.0), ('data__prefetch_batches', 0),
+      ('data__num_threads', 0), ('train__batch_size', 0), ('train__num_steps', 0),
+      ('train__num_microbatches', 0), ('train__chunk_size', 0),
+      ('train__log_every_steps', 0), ('train__eval_every_steps', -1),
+      ('train__num_samples', -1), ('train__max_skipped_steps', 0),
+      ('train__profile_steps', -1), ('eval__batch_size', 0),
+      ('eval__num_draws', 0), ('eval__max_examples', -1),
+      ('checkpoint__every_steps', 0), ('checkpoint__max_to_keep', 0),
+      ('checkpoint__keep_period', -1), ('checkpoint__init_step', -1),
+      ('mesh__data', 0), ('mesh__data', -2), ('mesh__fsdp', 2), ('mesh__tensor', 2),
+      ('model__num_layers', 0), ('model__num_heads', 5), ('model__dropout', 1.0),
+      ('optim__learning_rate', 0.0), ('optim__ema_decay', 1.0),
+      ('sampler__temperature', -1.0), ('sampler__top_p', 0.0),
+      ('sampler__num_steps', 0), ('sampler__num_samples', 0),
+      ('sampler__length', -1),
+      # Rules across keys.
+      ('eval__num_draws', 3), ('train__batch_size', 31))
+  def test_errors_name_the_key_and_the_value(self, key, value):
+    pattern = rf'^{re.escape(key.replace("__", "."))}={re.escape(repr(value))}'
+    with self.assertRaisesRegex(InputError, pattern):
+      validate(**{key: value})
+
+  @parameterized.parameters(
+      ({'objective__schedule': 'sine', 'objective__noise': 'uniform'},
+       'objective.schedule'),
+      ({'objective__min_time': 1.0, 'objective__noise': 'uniform'},
+       'objective.min_time'),
+      ({'objective__num_timesteps': -1, 'objective__noise': 'uniform'},
+       'objective.num_timesteps'),
+      ({'objective__power': -1.0, 'objective__schedule': 'polynomial'},
+       'objective.power'),
+      ({'objective__num_timesteps': 10}, "objective.noise='count'"),
+      ({'sampler__name': 'ancestral', 'sampler__grid': 'log'}, 'sampler.grid'))
+  def test_errors_of_combinations(self, changes, message):
+    with self.assertRaisesRegex(InputError, f'^{message}'):
+      validate(**changes)
+
+  @parameterized.parameters(
+      ({'objective__name': 'ar', 'objective__noise': 'uniform'},
+       'objective.noise'),
+      ({'sampler__grid': 'cosine'}, 'sampler.grid'),
+      ({'sampler__name': 'first_hitting', 'sampler__num_steps': 4},
+       'sampler.num_steps'),
+      ({'sampler__schedule': 'cosine'}, 'sampler.schedule'))
+  def test_a_key_that_nobody_reads_is_an_error(self, changes, key):
+    with self.assertRaisesRegex(InputError, f'^{key}=.*has no effect'):
+      validate(**changes)
+
+  def test_single_rows_need_no_pairs(self):
+    validate(objective__noise='uniform', train__batch_size=31)
+    validate(objective__name='ar', train__batch_size=31, eval__num_draws=3)
+
+  def test_every_key_is_read_by_something(self):
+    # A key of configs/base.py is a field of exactly one section's dataclass, or
+    # of an objective or sampler.
+    read = {
+        'data': configs.DataConfig, 'tokenizer': configs.TokenizerConfig,
+        'train': configs.TrainConfig, 'eval': configs.EvalConfig,
+        'checkpoint': configs.CheckpointConfig,
+        'optim': configs.optim.OptimConfig, 'mesh': configs.mesh.MeshConfig,
+        'model': configs.model.ModelConfig}
+    for section, values in base.get_config().items():
+      if section in read:
+        fields = set(read[section].__dataclass_fields__)
+        if section == 'model':
+          fields -= {'vocab_size', 'causal'}  # not the user's to choose
+        self.assertEqual(set(values), fields, section)
+      elif section in ('objective', 'sampler'):
+        table = {'objective': objectives.OBJECTIVES,
+                 'sampler': samplers.SAMPLERS}[section]
+        fields = {'name', 'power'}.union(
+            *(cls.__dataclass_fields__ for cls in table.values()))
+        if section == 'sampler':
+          fields |= set(configs.SampleConfig.__dataclass_fields__)
+          fields |= set(configs.categorical.Draw.__dataclass_fields__)
+        self.assertEqual(set(values), fields - {'mask_id', 'draw'}, section)
+      else:
+        self.assertEqual(section, 'seed')
+
+
+class JsonTest(parameterized.TestCase):
+
+  def read(self, text):
+    return configs.from_json(text, base.get_config(), 'x/config.json')
+
+  def test_round_trip(self):
+    config = changed(optim__learning_rate=3e-4, seed=5, data__source='text:a b')
+    text = configs.to_json(config)
+    self.assertEqual(self.read(text).to_dict(), config.to_dict())
+    self.assertEqual(configs.to_json(self.read(text)), text)
+
+  def test_missing_keys_take_their_defaults(self):
+    config = self.read('{"seed": 3, "model": {"num_layers": 2}}')
+    self.assertEqual(config.to_dict(),
+                     changed(seed=3, model__num_layers=2).to_dict())
+
+  @parameterized.parameters(
+      ('{', 'is not JSON'),
+      ('{"modle": {}}', "unknown section 'modle'"),
+      ('{"model": {"num_layer": 2}}',
+       "model.num_layer; did you mean 'num_layers'?"))
+  def test_errors_name_the_file(self, text, message):
+    with self.assertRaisesRegex(InputError, 'x/config.json.*' + re.escape(message)):
+      self.read(text)
+
+  def test_suggestions(self):
+    self.assertEqual(configs.suggest('batchsize', ['batch_size', 'seed']),
+                     "; did you mean 'batch_size'?")
+    self.assertEqual(configs.suggest('zzz', ['b', 'a']), "; known: ['a', 'b']")
+
+
+class ResumableTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('seed', 1), ('train__batch_size', 64), ('optim__name', 'lion'),
+      ('data__length', 128), ('data__source', 'text:x'), ('data__crop', 'random'),
+      ('tokenizer__name', 'gpt2'), ('model__num_layers', 2),
+      ('model__dropout', 0.1), ('objective__noise', 'uniform'))
+  def test_what_makes_it_another_run(self, key, value):
+    name = key.replace('__', '.')
+    with self.assertRaisesRegex(InputError, f"'w'.*\n  {name}: .* {value!r} here"):
+      configs.check_resumable(base.get_config(), changed(**{key: value}), 'w')
+
+  @parameterized.parameters(
+      ('train__num_steps', 9999), ('train__num_microbatches', 4),
+      ('train__log_every_steps', 7), ('optim__learning_rate', 1e-4),
+      ('model__remat', 'full'), ('model__unroll', True),
+      ('model__dtype', 'bfloat16'), ('data__num_threads', 5),
+      ('data__data_dir', '/elsewhere'), ('mesh__data', 1),
+      ('eval__num_draws', 16), ('sampler__num_steps', 9),
+      ('checkpoint__every_steps', 10))
+  def test_what_does_not(self, key, value):
+    configs.check_resumable(base.get_config(), changed(**{key: value}), 'w')
+
+  def test_differing_keys(self):
+    config = base.get_config()
+    self.assertEqual(
+        configs.differing_keys(config, changed(seed=2, model__num_layers=1)),
+        {'seed': (config.seed, 2), 'model.num_layers': (config.model.num_layers, 1)})
+
+  def test_free_and_bound_keys_exist(self):
+    known = configs.flatten(base.get_config())
+    self.assertContainsSubset(configs.FREE_KEYS | configs.BOUND_KEYS, known)
+    self.assertContainsSubset(configs.BOUND_SECTIONS, base.get_config())
+
+
+class LockedTest(parameterized.TestCase):
+
+  def test_an_unknown_key_is_an_error(self):
+    with self.assertRaises((AttributeError, KeyError)):
+      base.get_config().lock().model.num_layer = 3
+    self.assertIsInstance(base.get_config(), config_dict.ConfigDict)
