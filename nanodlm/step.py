@@ -114,14 +114,13 @@ def make_train_step(network: Network, objective: Objective,
   check_batch_size(batch_size, mesh, num_microbatches, objective.group_size)
 
   def local_gradient(params, key, batch):
-    level_key, noise_key = jax.random.split(key)
+    level_key, noise_key, dropout_key = jax.random.split(key, 3)
     num_rows = batch['tokens'].shape[0]
     index = _row_index(num_rows)
     levels = objective.sample_levels(level_key, batch_size)[index]
     rows = {**batch, 'keys': _fold_in_each(noise_key, index), 'levels': levels}
     if network.config.dropout:
-      # Past the batch's indices, so that no key serves both.
-      rows['dropout_keys'] = _fold_in_each(noise_key, batch_size + index)
+      rows['dropout_keys'] = _fold_in_each(dropout_key, index)
 
     def loss(params, rows):
       noised = objective.corrupt(rows['keys'], rows['levels'], rows['tokens'],
@@ -154,7 +153,7 @@ def make_train_step(network: Network, objective: Objective,
                                   meshes.BATCH_AXES)
     total_weight = jnp.maximum(sums['weight'], 1.0)
     gradient = jax.tree.map(lambda g: g / total_weight, gradient)
-    grad_norm = optax.global_norm(gradient)
+    grad_norm = optax.tree.norm(gradient)
     is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums['loss'])
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -168,7 +167,7 @@ def make_train_step(network: Network, objective: Objective,
     params, ema_params, opt_state = jax.tree.map(
         lambda n, o: jnp.where(is_finite, n, o), new, old)
     metrics = {**sums, 'grad_norm': grad_norm,
-               'param_norm': optax.global_norm(params),
+               'param_norm': optax.tree.norm(params),
                'learning_rate': jnp.asarray(learning_rate(state.step)),
                'skipped': 1.0 - is_finite}
     return TrainState(step=state.step + 1, params=params, ema_params=ema_params,
