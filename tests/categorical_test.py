@@ -62,11 +62,12 @@ class DrawTest(parameterized.TestCase):
         stats.binomtest(int(counts[1:].sum()), 20_000, p).pvalue, 1e-3)
 
   def test_the_tail_of_the_noise_is_not_cut_off(self):
-    # The default mode cannot draw what is 17 nats below the best. To see that in
-    # frequencies takes 10^9 random numbers: look at what is asked for.
+    # The default mode cannot draw what is 17 nats below the best. To see that
+    # in frequencies takes 10^9 random numbers: look at what is asked for.
     with mock.patch.object(jax.random, 'categorical',
                            wraps=jax.random.categorical) as categorical_draw:
-      Draw(2).sample(jax.random.split(jax.random.key(0), 1), jnp.zeros((1, 1, 3)))
+      Draw(2).sample(jax.random.split(jax.random.key(0), 1),
+                     jnp.zeros((1, 1, 3)))
     self.assertEqual(categorical_draw.call_args.kwargs['mode'], 'high')
     self.assertEqual(categorical_draw.call_args.args[1].dtype, jnp.float32)
 
@@ -74,7 +75,8 @@ class DrawTest(parameterized.TestCase):
     counts = draw_many(Draw(MASK, temperature=0), LOGITS, 400)
     self.assertEqual(counts[LOGITS[:MASK].argmax()], 400)
     log_p = Draw(MASK, temperature=0).log_prob(LOGITS)
-    np.testing.assert_allclose(np.exp(log_p), np.eye(10)[LOGITS[:MASK].argmax()])
+    np.testing.assert_allclose(np.exp(log_p),
+                               np.eye(10)[LOGITS[:MASK].argmax()])
 
   @parameterized.parameters(1, 3, 7, 8, 100)
   def test_top_k(self, top_k):
@@ -139,15 +141,18 @@ class CrossEntropyTest(parameterized.TestCase):
       return categorical.cross_entropy(x, targets, MASK)[0]
 
     def optaxs(x):
-      return optax.softmax_cross_entropy_with_integer_labels(x[:, :MASK], targets)
+      return optax.softmax_cross_entropy_with_integer_labels(
+          x[:, :MASK], targets)
 
     weight = rng.normal(size=64).astype(np.float32)
-    np.testing.assert_allclose(ours(logits), optaxs(logits), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours(logits), optaxs(logits), rtol=1e-5,
+                               atol=1e-6)
     np.testing.assert_allclose(
         jax.grad(lambda x: ours(x) @ weight)(logits),
         jax.grad(lambda x: optaxs(x) @ weight)(logits), atol=1e-6)
     correct = categorical.cross_entropy(logits, targets, MASK)[1]
-    np.testing.assert_array_equal(correct, logits[:, :MASK].argmax(1) == targets)
+    np.testing.assert_array_equal(correct,
+                                  logits[:, :MASK].argmax(1) == targets)
 
   def test_extreme_logits(self):
     logits = np.float32([[1e4, -1e4, 0, 9e9], [0, 0, 0, 9e9]])

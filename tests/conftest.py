@@ -21,7 +21,7 @@ jax.config.update('jax_debug_key_reuse', True)
 
 
 def pytest_configure(config):
-  # The last matching filter wins: a warning that points at our code is an error.
+  # The last matching filter wins: a warning that points at our code fails.
   config.addinivalue_line('filterwarnings', r'error:::nanodlm(\.|$)')
 
 

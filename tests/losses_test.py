@@ -1,4 +1,4 @@
-"""Tests of nanodlm.losses: chunks change nothing, neither values nor gradients."""
+"""Tests of nanodlm.losses: chunks change neither values nor gradients."""
 
 import functools
 
@@ -61,7 +61,8 @@ class ProjectedTermsTest(parameterized.TestCase):
 
     # And the pass without a gradient.
     only_value, only_terms = chunked(chunk_size, kernel, hidden, fields, weight)
-    np.testing.assert_allclose(only_value, expected / -2.5, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(only_value, expected / -2.5, rtol=1e-5,
+                               atol=1e-6)
     for ours, theirs in zip(only_terms, terms):
       np.testing.assert_allclose(ours[real], theirs[real], rtol=1e-5, atol=1e-6)
 
@@ -75,15 +76,16 @@ class ProjectedTermsTest(parameterized.TestCase):
     kernel, hidden, fields, weight = inputs()
     hidden = jnp.asarray(hidden, jnp.bfloat16)
     value, gradients = jax.value_and_grad(
-        lambda *args: chunked(5, *args)[0], (0, 1))(kernel, hidden, fields, weight)
+        lambda *args: chunked(5, *args)[0], (0, 1))(kernel, hidden, fields,
+                                                    weight)
     self.assertEqual([g.dtype for g in gradients], [jnp.float32, jnp.bfloat16])
     expected = dense(kernel, hidden.astype(jnp.float32), fields, weight)[0]
     np.testing.assert_allclose(value, expected, rtol=0.02)
 
   def test_no_array_of_all_logits(self):
     kernel, hidden, fields, weight = inputs()
-    jaxpr = jax.make_jaxpr(jax.grad(lambda *args: chunked(3, *args)[0], (0, 1)))(
-        kernel, hidden, fields, weight)
+    gradient = jax.grad(lambda *args: chunked(3, *args)[0], (0, 1))
+    jaxpr = jax.make_jaxpr(gradient)(kernel, hidden, fields, weight)
     self.assertNotIn(f'[{NUM},{VOCAB}]', str(jaxpr))
 
 

@@ -1,4 +1,4 @@
-"""Tests of nanodlm.model and attention: who sees whom, and what changes nothing."""
+"""Tests of nanodlm.model and attention: who sees whom, and what is the same."""
 
 import functools
 
@@ -18,8 +18,8 @@ TOKENS = np.stack([np.arange(LENGTH), np.arange(LENGTH)[::-1],
                    np.arange(LENGTH) + 6]).astype(np.int32)
 T = np.float32([0.1, 0.5, 0.9])
 SEGMENTS = np.tile(np.int32([0, 0, 1, 1, 1, 2]), (BATCH, 1))
-EVERYTHING = dict(qk_norm=True, time_conditioning=True, dropout=0.3, mlp='swiglu',
-                  tie_embeddings=False)
+EVERYTHING = dict(qk_norm=True, time_conditioning=True, dropout=0.3,
+                  mlp='swiglu', tie_embeddings=False)
 
 
 def params_of(config):
@@ -42,7 +42,8 @@ def initial_params(config):
 
 @functools.partial(jax.jit, static_argnums=0)
 def hidden_of(config, params, tokens=TOKENS, t=T, **kwargs):
-  return model.Transformer(config).apply({'params': params}, tokens, t, **kwargs)
+  return model.Transformer(config).apply({'params': params}, tokens, t,
+                                         **kwargs)
 
 
 def dropout_keys(num=BATCH):
@@ -93,7 +94,8 @@ class NothingChangesTest(parameterized.TestCase):
 
     def loss(params, keys):
       hidden = model.Transformer(config).apply(
-          {'params': params}, TOKENS, T, segment_ids=SEGMENTS, dropout_keys=keys)
+          {'params': params}, TOKENS, T, segment_ids=SEGMENTS,
+          dropout_keys=keys)
       weight = jnp.cos(jnp.arange(hidden.size)).reshape(hidden.shape)
       return jnp.sum(weight * hidden)
 
@@ -234,7 +236,8 @@ class PartsTest(parameterized.TestCase):
     mask = np.asarray(model.dropout_mask(dropout_keys(), 0.25, (50, 40)))
     self.assertEqual(mask.shape, (BATCH, 50, 40))
     np.testing.assert_allclose(np.unique(mask), [0, 4 / 3], rtol=1e-6)
-    np.testing.assert_allclose(mask.mean((1, 2)), 1, atol=4 * (1 / 3 / 2000) ** .5)
+    deviation = (1 / 3 / 2000) ** 0.5
+    np.testing.assert_allclose(mask.mean((1, 2)), 1, atol=4 * deviation)
 
   def test_bfloat16(self):
     config = toys.model_config(dtype='bfloat16', **EVERYTHING)
@@ -253,8 +256,8 @@ class PartsTest(parameterized.TestCase):
   def test_rotary_positions_are_relative(self):
     table = model.rotary_table(8, 4, 100.0)
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 4))
-    q, k = (model.rotate(jnp.asarray(np.tile(x, (1, 8, 1, 1)), jnp.float32), table)
-            for x in (q, k))
+    q, k = (model.rotate(jnp.tile(jnp.asarray(x, jnp.float32), (1, 8, 1, 1)),
+                         table) for x in (q, k))
     scores = np.einsum('bqhd,bkhd->qk', q, k)
     for offset in range(-7, 8):
       diagonal = np.diagonal(scores, offset)
@@ -281,7 +284,8 @@ class PartsTest(parameterized.TestCase):
   @parameterized.parameters(
       ('num_layers', 0), ('embed_dim', 0), ('num_heads', 3), ('num_heads', 16),
       ('mlp_dim', -1), ('mlp', 'relu'), ('remat', 'all'), ('dtype', 'float8'),
-      ('dropout', 1.0), ('rope_theta', 0.0), ('attention', 'flash'), ('attention', 'cudnn'))
+      ('dropout', 1.0), ('rope_theta', 0.0), ('attention', 'flash'),
+      ('attention', 'cudnn'))
   def test_errors(self, key, value):
     with self.assertRaisesRegex(InputError, f'^model.{key}={value!r}'):
       toys.model_config(**{key: value})
@@ -306,6 +310,6 @@ class AttentionTest(parameterized.TestCase):
       out = jax.nn.dot_product_attention(*args, mask=mask, is_causal=causal)
       return jnp.sum(out * weight)
 
-    for a, b in zip(jax.tree.leaves(jax.value_and_grad(ours, (0, 1, 2))(q, k, v)),
-                    jax.tree.leaves(jax.value_and_grad(theirs, (0, 1, 2))(q, k, v))):
-      np.testing.assert_allclose(a, b, atol=1e-5)
+    evaluate = lambda f: jax.value_and_grad(f, (0, 1, 2))(q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+                 evaluate(ours), evaluate(theirs))

@@ -108,7 +108,8 @@ class ConformanceTest(parameterized.TestCase):
     # probability t, or worse): draw more of the small ones, and weigh by that.
     power = 4 if getattr(objective, 'noise', 'count') != 'count' else 1
     levels = np.minimum(1 - u ** power, np.float32(1 - 2**-24))
-    _, terms = noised_nll(case.logits, objective, table, keys, levels, x0, weight)
+    _, terms = noised_nll(case.logits, objective, table, keys, levels, x0,
+                          weight)
     nll = np.asarray(terms.nll, np.float64).sum(1) * power * u ** (power - 1)
     known = {}
     for text, kind in itertools.product(TEXTS, kinds):
@@ -127,10 +128,12 @@ class ConformanceTest(parameterized.TestCase):
     x0, weight = TEXTS[5:11], np.ones((6, LENGTH), np.float32)
 
     def loss(table):
-      terms = noised_nll(case.logits, objective, table, keys, ends, x0, weight)[1]
+      _, terms = noised_nll(case.logits, objective, table, keys, ends, x0,
+                            weight)
       return jnp.sum(terms.loss), terms
 
-    grad, terms = jax.grad(loss, has_aux=True)(jnp.asarray(toys.random_table(0)))
+    table = jnp.asarray(toys.random_table(0))
+    grad, terms = jax.grad(loss, has_aux=True)(table)
     self.assertTrue(all(np.isfinite(x).all() for x in terms))
     self.assertTrue(np.isfinite(grad).all())
     self.assertGreaterEqual(np.min(terms.nll), -1e-6)  # cos(pi/2) is -4e-8
@@ -242,7 +245,7 @@ class MaskedTest(parameterized.TestCase):
     # Every subset of a count is drawn equally often (see processes_test); here
     # enough draws that each appears, which are then weighed equally.
     num = 96
-    level = np.repeat((np.arange(length) + 0.5) / length, num).astype(np.float32)
+    level = np.repeat(np.float32((np.arange(length) + 0.5) / length), num)
     for text in TEXTS[::4]:
       x0 = np.tile(text, (level.size, 1))
       keys = jax.random.split(jax.random.key(0), level.size)
@@ -311,7 +314,8 @@ class MaskedTest(parameterized.TestCase):
     for seed in range(5):
       bound = self.continuous_bound(schedules.Linear(), toys.random_table(seed))
       self.assertGreater(joint @ bound, entropy + 0.01)
-    exact = self.continuous_bound(schedules.Linear(), toys.posterior_table(joint))
+    exact = self.continuous_bound(schedules.Linear(),
+                                  toys.posterior_table(joint))
     np.testing.assert_allclose(exact, -np.log(joint), rtol=1e-5)
 
   def test_pairs_have_a_constant_number_of_masks(self):
@@ -347,7 +351,8 @@ class MaskedTest(parameterized.TestCase):
 
   def test_min_time_bounds_the_scale(self):
     levels = np.linspace(0, 1, 1001, dtype=np.float32)[:-1]
-    t, scale = Masked(MASK, noise='uniform', min_time=0.01).time_and_scale(levels)
+    objective = Masked(MASK, noise='uniform', min_time=0.01)
+    t, scale = objective.time_and_scale(levels)
     self.assertGreater(np.min(t), 0.01 * 0.999)
     self.assertLessEqual(np.max(scale), 100.1)
     self.assertEqual(np.max(t), 1.0)

@@ -75,7 +75,8 @@ class OptimTest(parameterized.TestCase):
   @parameterized.parameters(*optim.OPTIMIZERS)
   def test_descends(self, name):
     rng = np.random.default_rng(0)
-    target = {'embedding': rng.normal(size=(6, 4)), 'norm': {'scale': np.ones(4)},
+    target = {'embedding': rng.normal(size=(6, 4)),
+              'norm': {'scale': np.ones(4)},
               'dense': {'kernel': rng.normal(size=(4, 5))}}
     params = jax.tree.map(lambda x: jnp.zeros(x.shape), target)
     loss = lambda params: sum(jnp.sum((x - y) ** 2) for x, y in zip(
@@ -113,7 +114,8 @@ class OptimTest(parameterized.TestCase):
     schedule = optim.make_schedule(config(schedule=name), num_steps=104)
     for step, rate in zip((0, 3, 4, 54, 103, 104), expected):
       if rate is not None:
-        np.testing.assert_allclose(schedule(step), rate, rtol=1e-5, err_msg=step)
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-5,
+                                   err_msg=step)
     rates = np.array([schedule(step) for step in range(105)])
     self.assertTrue(np.all(np.diff(rates[:4]) > 0))
     self.assertTrue(np.all(np.diff(rates[4:]) <= 1e-8))

@@ -1,4 +1,4 @@
-"""Tests of nanodlm.processes: the two ways through time agree, by enumeration."""
+"""Tests of nanodlm.processes: both ways through time agree, by enumeration."""
 
 import itertools
 
@@ -59,7 +59,7 @@ class MaskedTest(parameterized.TestCase):
     for x0 in range(MASK):
       steps = np.array([self.posterior(xt, np.eye(4)[x0], noise_s, noise_t)
                         for xt in range(4)])
-      # A token other than x0 cannot be reached; the posterior is not used there.
+      # A token other than x0 is never reached; no posterior is used there.
       np.testing.assert_allclose(steps.sum(1), 1, rtol=1e-6)
       np.testing.assert_allclose(q_t[x0] @ steps, q_s[x0], atol=1e-6)
       # Bayes, with q(xt | xs): a token is kept with alpha_t / alpha_s.
@@ -114,4 +114,5 @@ class RandomRankTest(parameterized.TestCase):
     eligible[0], eligible[1] = False, True
     rank = np.asarray(processes.random_rank(keys_of(64), jnp.asarray(eligible)))
     np.testing.assert_array_equal(np.sort(rank), np.tile(np.arange(9), (64, 1)))
-    np.testing.assert_array_equal(rank < eligible.sum(1, keepdims=True), eligible)
+    np.testing.assert_array_equal(rank < eligible.sum(1, keepdims=True),
+                                  eligible)

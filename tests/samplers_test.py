@@ -1,4 +1,4 @@
-"""Tests of nanodlm.samplers and reveal: with the exact posterior, exact laws."""
+"""Tests of nanodlm.samplers and reveal: an exact posterior, exact laws."""
 
 import dataclasses
 import functools
@@ -160,7 +160,8 @@ class StepsTest(parameterized.TestCase):
   @parameterized.parameters(
       ('linear', 'uniform', 2), ('sqrt', 'uniform', 3), ('cosine', 'cosine', 4))
   def test_ancestral_follows_its_chain(self, schedule, grid, num_steps):
-    sampler = Ancestral(DRAW, num_steps, schedules.make_schedule(schedule), grid)
+    alpha = schedules.make_schedule(schedule)
+    sampler = Ancestral(DRAW, num_steps, alpha, grid)
     samples = run(sampler, blank(NUM_ROWS), keys_of(NUM_ROWS))
     law = chain_law(sampler.noise_levels())
     np.testing.assert_allclose(law.sum(), 1, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Tests of nanodlm.schedules: every schedule is one, and accurate near t = 0."""
+"""Tests of nanodlm.schedules: each is one, and accurate near t = 0."""
 
 from absl.testing import parameterized
 import jax
@@ -57,7 +57,8 @@ class SchedulesTest(parameterized.TestCase):
     with jax.enable_x64():
       exact = np.asarray(schedule.noise(t.astype(np.float64)))
     np.testing.assert_allclose(schedule.noise(t), exact, rtol=2e-6)
-    np.testing.assert_allclose(exact, reference(t.astype(np.float64)), rtol=1e-6)
+    np.testing.assert_allclose(exact, reference(t.astype(np.float64)),
+                               rtol=1e-6)
 
   @parameterized.named_parameters(ROWS)
   def test_inverse(self, schedule, reference):
@@ -65,7 +66,8 @@ class SchedulesTest(parameterized.TestCase):
     # Away from the end where md4_cosine and cosine are flat: float32 cannot say
     # which of many t had that noise.
     t = T[T < 0.97]
-    np.testing.assert_allclose(schedule.inverse(schedule.noise(t)), t, atol=2e-5)
+    np.testing.assert_allclose(schedule.inverse(schedule.noise(t)), t,
+                               atol=2e-5)
     noise = T
     np.testing.assert_allclose(schedule.noise(schedule.inverse(noise)), noise,
                                atol=2e-5)

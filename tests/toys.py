@@ -98,7 +98,8 @@ def chi_square(counts, expected):
   if counts[~possible].any():
     return 0.0
   counts, expected = counts[possible], expected[possible]
-  return stats.chisquare(counts, expected / expected.sum() * counts.sum()).pvalue
+  expected = expected / expected.sum() * counts.sum()
+  return stats.chisquare(counts, expected).pvalue
 
 
 def model_config(**changes):

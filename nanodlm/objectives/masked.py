@@ -29,7 +29,8 @@ class Masked:
     2406.07524, equation 10; MD4, arXiv 2406.04329, equation 5.
   - discrete time (num_timesteps = T): t = j/T, j uniform on 1..T, s = t - 1/T,
     scale = T (alpha_s - alpha_t) / (1 - alpha_t). MD4, section 2. An upper
-    bound of the continuous-time value.
+    bound of the continuous-time value for a denoiser whose predictions agree with
+    each other, as a posterior's do.
   - fixed count (noise 'count'): k uniform on 1..n, exactly k of the n eligible
     positions masked, scale = n / k. The same value as continuous time under any
     schedule, with less variance and no truncation: the any-order
