@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -22,13 +23,12 @@ LONG = (TINY, '--config.train.num_steps=120', '--config.train.eval_every_steps=0
         '--config.checkpoint.max_to_keep=100', '--config.eval.max_examples=8')
 
 
-@pytest.fixture(scope='session', autouse=True)
+@pytest.fixture(scope='module', autouse=True)
 def data_dir(tmp_path_factory):
   """One prepared dataset for all processes of this file."""
-  folder = tmp_path_factory.mktemp('data')
-  os.environ['NANODLM_DATA_DIR'] = str(folder)
-  yield folder
-  del os.environ['NANODLM_DATA_DIR']
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('NANODLM_DATA_DIR', str(tmp_path_factory.mktemp('data')))
+    yield
 
 
 def start(*args, prefix=()):
@@ -227,9 +227,9 @@ def test_full_disk_ends_the_run_and_keeps_its_checkpoints(tmp_path):
   status, output = launch(*args, '--config.train.num_steps=40',
                           prefix=('bash', '-c', 'ulimit -f 100; exec "$0" "$@"'))
   assert status == 1, output
-  last = output.strip().splitlines()[-1]
-  assert last.startswith('error: a checkpoint in'), output
-  assert 'could not be written' in last and '[5]' in last
+  # Orbax's own threads may still print behind it.
+  assert re.search(r'error: a checkpoint in \S+ could not be written: .*'
+                   r'The complete ones there: \[5\]', output, re.DOTALL), output
   assert_identical(before, arrays(workdir, 5))
 
 
