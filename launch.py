@@ -28,6 +28,8 @@ from absl import logging as absl_logging
 import jax
 from ml_collections import config_flags
 
+from nanodlm.types import InputError
+
 BASE = str(pathlib.Path(__file__).parent / 'configs' / 'base.py')
 MODES = ('train', 'eval', 'sample', 'prepare')
 
@@ -80,8 +82,6 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   _set_up_logging()
-  # Not at the top: --help needs none of it.
-  from nanodlm.types import InputError  # pylint: disable=g-import-not-at-top
   try:
     return _run()
   except InputError as error:
@@ -94,15 +94,14 @@ def main(argv):
 
 def _run() -> int:
   from nanodlm import config as configs  # pylint: disable=g-import-not-at-top
-  from nanodlm.types import InputError  # pylint: disable=g-import-not-at-top
   mode, workdir = _MODE.value, _WORKDIR.value
   if not workdir and mode != 'prepare':
     raise InputError(f'--mode={mode} needs --workdir')
   if _PROMPT.value and mode != 'sample':
     raise InputError(f'--prompt has no effect with --mode={mode}')
-  _init_distributed(InputError)
+  _init_distributed()
   defaults = _load_base()
-  config = _resolve_config(configs, defaults, InputError)
+  config = _resolve_config(configs, defaults)
   settings = configs.validate(config, defaults)
   if mode == 'prepare':
     from nanodlm.data import builder  # pylint: disable=g-import-not-at-top
@@ -137,7 +136,7 @@ def _load_base():
   return module.get_config()
 
 
-def _resolve_config(configs, defaults, input_error):
+def _resolve_config(configs, defaults):
   """The config of --config, or the workdir's own; then the command line's keys."""
   flag = flags.FLAGS['config']
   is_given = _is_config_given()
@@ -145,18 +144,18 @@ def _resolve_config(configs, defaults, input_error):
   if not _WORKDIR.value or (
       is_given and _MODE.value in ('train', 'prepare')) or not path.is_file():
     if _MODE.value in ('eval', 'sample'):
-      raise input_error(f'--workdir={_WORKDIR.value!r} holds no run (no config.json '
+      raise InputError(f'--workdir={_WORKDIR.value!r} holds no run (no config.json '
                         'in it)')
     return _CONFIG.value
   if is_given and _MODE.value in ('eval', 'sample'):
-    raise input_error(f'--mode={_MODE.value} reads its config from --workdir; leave '
+    raise InputError(f'--mode={_MODE.value} reads its config from --workdir; leave '
                       '--config out (--config.SECTION.KEY=VALUE is fine)')
   config = configs.from_json(path.read_text(), defaults, str(path))
   for key, value in config_flags.get_override_values(flag).items():
     section, _, leaf = key.rpartition('.')
     if _MODE.value in ('eval', 'sample') and configs.is_bound(key) and not (
         key.startswith('data.')):
-      raise input_error(f'--config.{key}={value!r}: the network in --workdir was '
+      raise InputError(f'--config.{key}={value!r}: the network in --workdir was '
                         'trained with its own; it cannot be changed here')
     target = config[section] if section else config
     target[leaf] = value
@@ -174,21 +173,21 @@ def _set_up_logging():
     absl_logging.set_verbosity(absl_logging.FATAL)
 
 
-def _init_distributed(input_error):
+def _init_distributed():
   """Joins the other processes, if there are any; only process 0 speaks."""
   explicit = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-  if any(value is not None for value in explicit):
-    if any(value is None for value in explicit):
-      raise input_error('--coordinator_address, --num_processes and --process_id '
-                        f'go together; got {explicit}')
+  is_explicit = any(value is not None for value in explicit)
+  if is_explicit and any(value is None for value in explicit):
+    raise InputError('--coordinator_address, --num_processes and --process_id '
+                     f'go together; got {explicit}')
   wanted = _is_cluster() if _DISTRIBUTED.value is None else _DISTRIBUTED.value
   try:
-    if any(value is not None for value in explicit):
+    if is_explicit:
       jax.distributed.initialize(*explicit)
     elif wanted:
       jax.distributed.initialize()
   except (ValueError, RuntimeError) as error:
-    raise input_error(f'jax.distributed cannot start: {error}') from error
+    raise InputError(f'jax.distributed cannot start: {error}') from error
   if jax.process_index():
     logging.getLogger('nanodlm').setLevel(logging.WARNING)
 

@@ -84,12 +84,17 @@ def _peak_bytes() -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def benchmark_train(config, settings, vocab_size: int) -> dict[str, float]:
-  """Times the training step; see the keys."""
-  mesh = meshes.make_mesh(settings.mesh)
-  objective = configs.make_objective(config, vocab_size - 1)
+def _build(config, settings, vocab_size: int):
+  """The mesh, the objective and the network of a config."""
   network = steps.Network(configs.make_model(config, vocab_size),
                           settings.train.chunk_size)
+  return (meshes.make_mesh(settings.mesh),
+          configs.make_objective(config, vocab_size - 1), network)
+
+
+def benchmark_train(config, settings, vocab_size: int) -> dict[str, float]:
+  """Times the training step; see the keys."""
+  mesh, objective, network = _build(config, settings, vocab_size)
   num_steps = settings.train.num_steps
   optimizer = optim.make_optimizer(settings.optim, num_steps)
   train_step = steps.make_train_step(
@@ -132,10 +137,7 @@ def benchmark_sampler(config, settings, vocab_size: int, name: str
   """Times one sampler with random weights; see the keys."""
   config = config.copy_and_resolve_references()
   config.sampler.name = name
-  mesh = meshes.make_mesh(settings.mesh)
-  objective = configs.make_objective(config, vocab_size - 1)
-  network = steps.Network(configs.make_model(config, vocab_size),
-                          settings.train.chunk_size)
+  mesh, objective, network = _build(config, settings, vocab_size)
   sample_step = steps.make_sample_step(
       network, objective, configs.make_sampler(config, vocab_size - 1), mesh)
   params = jax.jit(

@@ -82,10 +82,17 @@ def _explaining(manager: ocp.CheckpointManager):
   try:
     yield
   except (OSError, ValueError, RuntimeError) as error:
-    complete = sorted(int(path.name) for path in manager.directory.iterdir()
-                      if path.name.isdigit())
     raise SaveError(f'a checkpoint in {manager.directory} could not be written: '
-                    f'{error}. The complete ones there: {complete}') from error
+                    f'{error}. The complete ones there: '
+                    f'{complete_steps(manager.directory)}') from error
+
+
+def complete_steps(directory: pathlib.Path) -> list[int]:
+  """Steps of the complete checkpoints in a folder, read off the disk, rising."""
+  if not directory.is_dir():
+    return []
+  return sorted(int(path.name) for path in directory.iterdir()
+                if path.name.isdigit())
 
 
 def restore_state(manager: ocp.CheckpointManager, state: TrainState, step: int

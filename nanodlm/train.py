@@ -122,8 +122,7 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
 
 
 def _has_checkpoint(workdir: str) -> bool:
-  folder = pathlib.Path(workdir) / checkpoint.FOLDER
-  return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+  return bool(checkpoint.complete_steps(pathlib.Path(workdir) / checkpoint.FOLDER))
 
 
 def _has_tokenizer(workdir: str) -> bool:
@@ -305,8 +304,12 @@ class _Window:
     self.clear()
 
   def clear(self):
-    self.start = time.monotonic()
-    self.sums, self.last, self.num_steps = [], None, 0
+    self.sums, self.last = [], None
+    self.restart_clock()
+
+  def restart_clock(self):
+    """Leaves out the time so far (compilation), not the sums."""
+    self.start, self.num_steps = time.monotonic(), 0
     self.waited_secs, self.paused_secs = 0.0, 0.0
 
   @contextlib.contextmanager
@@ -429,8 +432,7 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
       while in_flight:
         collect()
       log.info('first step after %.1f s', time.monotonic() - start)
-      window.start = time.monotonic()
-      window.num_steps, window.waited_secs, window.paused_secs = 0, 0.0, 0.0
+      window.restart_clock()
     for action in actions:
       action(step)
     if is_log:
@@ -467,7 +469,8 @@ def _make_actions(settings: configs.Settings, workdir: str, first_step: int
   from clu import periodic_actions  # pylint: disable=g-import-not-at-top
   train = settings.train
   actions = [periodic_actions.ReportProgress(
-      num_train_steps=train.num_steps, every_steps=train.log_every_steps, every_secs=None)]
+      num_train_steps=train.num_steps, every_steps=train.log_every_steps,
+      every_secs=None)]
   if train.profile_steps and not jax.process_index():
     actions.append(periodic_actions.Profile(
         logdir=workdir, num_profile_steps=train.profile_steps,
