@@ -121,12 +121,9 @@ def _run() -> int:
   mode, workdir = _MODE.value, _WORKDIR.value
   if not workdir and mode != 'prepare':
     raise InputError(f'--mode={mode} needs --workdir')
-  if _PROMPT.value and mode != 'sample':
-    raise InputError(f'--prompt has no effect with --mode={mode}')
-  if _PROMPT_FILE.value is not None and mode != 'sample':
-    raise InputError(f'--prompt_file has no effect with --mode={mode}')
-  for flag in (_NOISE_EXAMPLES, _INFILL):
-    if flag.value and mode != 'eval':
+  for flag, needed in ((_PROMPT, 'sample'), (_PROMPT_FILE, 'sample'),
+                       (_NOISE_EXAMPLES, 'eval'), (_INFILL, 'eval')):
+    if flag.value != flag.default and mode != needed:
       raise InputError(f'--{flag.name} has no effect with --mode={mode}')
   _init_distributed()
   defaults = configs.load_base()
@@ -156,11 +153,12 @@ def _run() -> int:
     from nanodlm import infill  # pylint: disable=g-import-not-at-top
     ratios = infill.parse_ratios(_INFILL.value)
     trained_on = evaluate.load_config(workdir, defaults).data.source
-    evaluate.evaluate_workdir(config, settings, workdir, trained_on,
-                              _NOISE_EXAMPLES.value)
+    subject = evaluate.open_subject(config, settings, workdir, trained_on)
+    if ratios:  # before the slow part
+      infill.check_run(subject.run)
+    evaluate.evaluate_subject(subject, _NOISE_EXAMPLES.value)
     if ratios:
-      infill.infill_workdir(config, settings, workdir, trained_on, ratios,
-                            _INFILL_EXAMPLES.value)
+      infill.infill_subject(subject, ratios, _INFILL_EXAMPLES.value)
   else:
     from nanodlm import sample  # pylint: disable=g-import-not-at-top
     prompts = list(_PROMPT.value)

@@ -20,6 +20,7 @@ from nanodlm import samplers
 from nanodlm import schedules
 from nanodlm import types
 from nanodlm.data import sources
+from nanodlm.samplers import block
 from nanodlm.types import InputError
 from nanodlm.types import Objective
 from nanodlm.types import Sampler
@@ -341,7 +342,7 @@ def fitting_samplers(objective_name: str) -> list[str]:
 
 
 def make_sampler(config: config_dict.ConfigDict, mask_id: int,
-                 separator_id: int = -1) -> Sampler:
+                 separator_id: int = block.NO_EOS) -> Sampler:
   """The sampler of `config.sampler`, which must fit the objective.
 
   A sampler's field `rule` gets the objective itself, `inner` the sampler of a
@@ -355,7 +356,7 @@ def make_sampler(config: config_dict.ConfigDict, mask_id: int,
     raise InputError(f'sampler.name={name!r} does not fit objective.name='
                      f'{config.objective.name!r}; these do: '
                      f'{fitting_samplers(config.objective.name)}')
-  given = {'mask_id': mask_id, 'eos_id': -1}
+  given = {'mask_id': mask_id, 'eos_id': block.NO_EOS}
   if config.sampler.stop_at_eos:
     given['eos_id'] = separator_id
   objective = make_objective(config, mask_id)

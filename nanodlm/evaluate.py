@@ -284,8 +284,8 @@ def measure_noise(run: Run, packed: builder.PackedData, params: Any,
     variance[name] = np.var(np.asarray(nll, np.float64), axis=0, ddof=1)
   ratio, half_width = metrics.ratio_interval(variance['naive'], variance['own'])
   # Of sum(nll) / sum(weight) over the split, were all its rows like these.
-  num_tokens = rows.get('num_tokens', rows['weight'].sum(1))
-  scale = 1.96 / (len(packed.validation) ** 0.5 * num_tokens.mean())
+  num_tokens = float(steps.num_tokens(rows).mean())
+  scale = 1.96 / (len(packed.validation) ** 0.5 * num_tokens)
   return {'noise_ci95': float(scale * variance['own'].mean() ** 0.5),
           'naive_noise_ci95': float(scale * variance['naive'].mean() ** 0.5),
           'calls_ratio': ratio, 'calls_ratio_ci95': half_width}
@@ -343,38 +343,65 @@ def open_data(settings: configs.Settings, workdir: str,
   return packed
 
 
-def append_result(workdir: str, result: dict[str, Any]):
-  """Appends a line to workdir/eval.jsonl."""
-  if jax.process_index() == 0:
-    with open(pathlib.Path(workdir) / EVAL_FILE, 'a') as file:
-      file.write(json.dumps(result) + '\n')
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """What --mode=eval looks at: a run's averaged parameters and held-out text.
+
+  Attributes:
+    workdir: of the run.
+    run: the run, perhaps with another data source or sampler.
+    packed: the text.
+    params: the parameters.
+    step: of the checkpoint that they come from.
+  """
+
+  workdir: str
+  run: Run
+  packed: builder.PackedData
+  params: Any
+  step: int
+
+  def append(self, result: dict[str, Any]):
+    """Appends a line to workdir/eval.jsonl."""
+    if jax.process_index() == 0:
+      line = {'step': self.step, 'source': self.run.settings.data.source, **result}
+      with open(pathlib.Path(self.workdir) / EVAL_FILE, 'a') as file:
+        file.write(json.dumps(line) + '\n')
 
 
-def evaluate_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
-                     workdir: str, trained_on: str, noise_examples: int = 0
+def open_subject(config: config_dict.ConfigDict, settings: configs.Settings,
+                 workdir: str, trained_on: str) -> Subject:
+  """Opens the last checkpoint of a workdir, and the text.
+
+  Args:
+    config: the run's, perhaps with another data source or sampler.
+    settings: its checked sections.
+    workdir: of the run.
+    trained_on: the run's own data.source.
+  """
+  run = make_run(config, settings, tokenizers.load(workdir))
+  packed = open_data(settings, workdir, run.tokenizer, trained_on)
+  return Subject(workdir, run, packed, *load_params(run, workdir))
+
+
+def evaluate_subject(subject: Subject, noise_examples: int = 0
                      ) -> dict[str, float]:
   """--mode=eval: the whole validation split with the averaged weights.
 
   Prints the result and appends it to workdir/eval.jsonl.
 
   Args:
-    config: the run's, perhaps with another data source.
-    settings: its checked sections.
-    workdir: of the run.
-    trained_on: the run's own data.source.
+    subject: the run and its text.
     noise_examples: rows for `measure_noise`; 0 leaves it out.
   """
-  run = make_run(config, settings, tokenizers.load(workdir))
-  packed = open_data(settings, workdir, run.tokenizer, trained_on)
-  params, step = load_params(run, workdir)
+  run, packed, params = subject.run, subject.packed, subject.params
   if noise_examples:
     check_noisy(run, noise_examples)
   means = make_evaluate(run, packed)(params)
-  log.info('step %d, %s', step, describe(means, run.objective.exact))
+  log.info('step %d, %s', subject.step, describe(means, run.objective.exact))
   if noise_examples:
     noise = measure_noise(run, packed, params, noise_examples)
     log.info('%s', describe_noise(noise))
     means |= {f'eval/{key}': value for key, value in noise.items()}
-  append_result(workdir, {'step': step, 'source': settings.data.source,
-                          **metrics.finite_or_none(means)})
+  subject.append(metrics.finite_or_none(means))
   return means

@@ -4,14 +4,12 @@ import logging
 from typing import Any, Sequence
 
 import jax
-from ml_collections import config_dict
 import numpy as np
 
 from nanodlm import config as configs
 from nanodlm import evaluate
 from nanodlm import metrics
 from nanodlm import sample
-from nanodlm import tokenizers
 from nanodlm import types
 from nanodlm.types import InputError
 
@@ -115,26 +113,20 @@ def measure_infilling(run: evaluate.Run, params: Any,
   return results
 
 
-def infill_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
-                   workdir: str, trained_on: str, ratios: Sequence[float],
+def infill_subject(subject: evaluate.Subject, ratios: Sequence[float],
                    num_examples: int):
   """--mode=eval --infill: prints a table and appends it to workdir/eval.jsonl.
 
   Args:
-    config: the run's, perhaps with another data source or sampler.
-    settings: its checked sections.
-    workdir: of the run.
-    trained_on: the run's own data.source.
+    subject: the run, its text and its sampler.
     ratios: see `measure_infilling`.
     num_examples: held-out rows used; 0 is all.
   """
-  run = evaluate.make_run(config, settings, tokenizers.load(workdir))
-  check_run(run)
-  packed = evaluate.open_data(settings, workdir, run.tokenizer, trained_on)
-  params, step = evaluate.load_params(run, workdir)
-  rows = evaluate.validation_rows(run, packed, num_examples)
-  results = measure_infilling(run, params, rows, ratios)
-  sampler = {**config.sampler.to_dict(), 'name': configs.sampler_name(config)}
+  run = subject.run
+  rows = evaluate.validation_rows(run, subject.packed, num_examples)
+  results = measure_infilling(run, subject.params, rows, ratios)
+  sampler = {**run.config.sampler.to_dict(),
+             'name': configs.sampler_name(run.config)}
   log.info('infilling with %s, temperature %g:', sampler['name'],
            sampler['temperature'])
   for row in results:
@@ -143,5 +135,4 @@ def infill_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
              row['pattern'], row['accuracy'], row['accuracy_ci95'],
              row['exact_match'], row['num_tokens'], row['num_examples'],
              row['num_calls'])
-  evaluate.append_result(workdir, {'step': step, 'source': settings.data.source,
-                                   'sampler': sampler, 'infill': results})
+  subject.append({'sampler': sampler, 'infill': results})

@@ -219,9 +219,8 @@ class TextModel:
       for row, i in enumerate(members):
         head, room = heads[i]
         new = filled[row, len(head):len(head) + room]
-        ends = np.flatnonzero(new == tokenizer.separator_id)
-        text = tokenizer.decode(new[:ends[0]] if ends.size else new)
-        texts[i] = cut_at(text, stops)
+        new = sample.until_end(new, tokenizer.separator_id)
+        texts[i] = cut_at(tokenizer.decode(new), stops)
     return texts
 
 

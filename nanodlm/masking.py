@@ -52,9 +52,7 @@ class MaskedNoise:
   noises = NOISES  # the first is what objective.noise='auto' stands for
 
   def __post_init__(self):
-    if self.noise not in self.noises:
-      raise InputError(
-          f'objective.noise={self.noise!r} is not one of {list(self.noises)}')
+    times.check_noise(self.noise, self.noises)
     if self.num_timesteps < 0:
       raise InputError(f'objective.num_timesteps={self.num_timesteps!r} must be '
                        '>= 0 (0: continuous time)')
@@ -83,10 +81,7 @@ class MaskedNoise:
   def sample_levels(self, key: jax.Array, batch_size: int, length: int
                     ) -> jax.Array:
     del length
-    sample = {'count': times.sample_stratified_pairs,
-              'stratified': times.sample_stratified,
-              'uniform': times.sample_uniform}[self.noise]
-    return sample(key, batch_size)
+    return times.SAMPLE_LEVELS[self.noise](key, batch_size)
 
   def eval_levels(self, key: jax.Array, num_draws: int, length: int) -> jax.Array:
     return self.sample_levels(key, num_draws, length)

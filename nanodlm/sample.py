@@ -117,6 +117,13 @@ def make_canvas(prompt: str, tokenizer: tokenizers.Tokenizer, length: int,
   return np.asarray(tokens, np.int32), np.asarray(fixed, bool)
 
 
+def lay_out(run: evaluate.Run, prompt: str, length: int
+            ) -> tuple[np.ndarray, np.ndarray]:
+  """`make_canvas` for a run's tokenizer and network."""
+  return make_canvas(prompt, run.tokenizer, length,
+                     types.sees_right(run.objective, length))
+
+
 def _encode(text: str, prompt: str, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
   tokens = tokenizer.encode(text)
   # Only control tokens and the unknown token stand for no text at all.
@@ -215,8 +222,7 @@ def make_sample(run: evaluate.Run):
 
   def sample(params: Any, prompt: str, num_samples: int, key: jax.Array,
              length: int) -> tuple[np.ndarray, int]:
-    row, fixed = make_canvas(prompt, run.tokenizer, length,
-                             types.sees_right(run.objective, length))
+    row, fixed = lay_out(run, prompt, length)
     tokens, num_calls = fill(params, key, np.tile(row, (num_samples, 1)),
                              np.tile(fixed, (num_samples, 1)))
     return tokens, int(num_calls)
@@ -241,8 +247,7 @@ def sample_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
   run = evaluate.make_run(config, settings, tokenizers.load(workdir))
   length = settings.sample.length or settings.data.length
   for prompt in prompts:  # before the slow part
-    make_canvas(prompt, run.tokenizer, length,
-                             types.sees_right(run.objective, length))
+    lay_out(run, prompt, length)
   params, step = evaluate.load_params(run, workdir)
   sample = make_sample(run)
   num_samples = settings.sample.num_samples

@@ -149,7 +149,7 @@ def make_train_step(network: Network, objective: Objective,
 
   The state is donated. The batch holds tokens [B, L] int32, weight [B, L],
   num_bytes [B] and optionally segment_ids [B, L] and num_tokens [B] (see
-  `_num_tokens`), sharded by `mesh.batch_sharding`. A step whose loss or
+  `num_tokens`), sharded by `mesh.batch_sharding`. A step whose loss or
   gradient is not finite leaves everything but `step` as it was and has
   metrics['skipped'] = 1.
 
@@ -238,11 +238,11 @@ def _sums(rows, per_row):
   """A (micro-)batch's sums; means are taken in `metrics`."""
   return {
       **{name: jnp.sum(x) for name, x in per_row.items()},
-      'weight': jnp.sum(_num_tokens(rows)),
+      'weight': jnp.sum(num_tokens(rows)),
       'num_bytes': jnp.sum(rows['num_bytes'].astype(jnp.float32))}
 
 
-def _num_tokens(rows) -> jax.Array:
+def num_tokens(rows) -> jax.Array:
   """Tokens [B] that a row's nats are divided by, float32.
 
   Those of its weight, unless the batch says otherwise: padding that is scored
@@ -318,7 +318,7 @@ def make_eval_step(network: Network, objective: Objective,
   Returns:
     A function whose batch holds tokens, weight, num_bytes and index [B] (int32,
     the example's number in the split), and what is optional in training. Its
-    sums: nll, weight (the tokens of `_num_tokens`), num_bytes; for the
+    sums: nll, weight (the tokens of `num_tokens`), num_bytes; for the
     intervals of their ratios the sums of squares nll2, weight2, num_bytes2 and
     of products nll_weight, nll_num_bytes over the rows; num_examples, correct,
     scored, bin_cross_entropy, bin_scored.
@@ -329,7 +329,7 @@ def make_eval_step(network: Network, objective: Objective,
   def step(params, batch):
     rows, level_sums = _score_rows(network, objective, num_draws, params,
                                    jax.random.key(seed), batch)
-    nll, weight = rows['nll'], _num_tokens(batch)
+    nll, weight = rows['nll'], num_tokens(batch)
     num_bytes = batch['num_bytes'].astype(jnp.float32)
     sums = {'nll': nll, 'weight': weight, 'num_bytes': num_bytes,
             'nll2': nll * nll, 'nll_weight': nll * weight,

@@ -5,6 +5,8 @@ are for the whole batch at once and identical on every device, which then takes
 its own rows: drawing per device would lose the stratification.
 """
 
+from typing import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -35,6 +37,18 @@ def sample_stratified(key: jax.Array, batch_size: int) -> jax.Array:
 def sample_stratified_pairs(key: jax.Array, batch_size: int) -> jax.Array:
   """Stratified levels that rows 2p and 2p + 1 share, [B]; B is even."""
   return jnp.repeat(sample_stratified(key, batch_size // 2), 2)
+
+
+# How `objective.noise` draws levels, (key, batch_size) -> [B].
+SAMPLE_LEVELS = {'count': sample_stratified_pairs,
+                 'stratified': sample_stratified, 'uniform': sample_uniform}
+
+
+def check_noise(noise: str, allowed: Sequence[str]):
+  """Raises InputError for a noise that the objective does not have."""
+  if noise not in allowed:
+    raise InputError(
+        f'objective.noise={noise!r} is not one of {list(allowed)}')
 
 
 def smoothstep(u: jax.Array) -> tuple[jax.Array, jax.Array]:

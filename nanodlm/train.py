@@ -28,7 +28,6 @@ from nanodlm import step as steps
 from nanodlm import tokenizers
 from nanodlm.data import builder
 from nanodlm.data import pipeline
-from nanodlm import types
 from nanodlm.types import InputError
 
 log = logging.getLogger('nanodlm')
@@ -467,8 +466,7 @@ def _first_prompt(run: evaluate.Run, packed: builder.PackedData) -> str:
   prompt = text.replace('{', '{{').replace('}', '}}')
   length = run.settings.sample.length or packed.length
   try:
-    sample.make_canvas(prompt, run.tokenizer, length,
-                       types.sees_right(run.objective, length))
+    sample.lay_out(run, prompt, length)
   except InputError:
     return ''
   return prompt

@@ -4,13 +4,10 @@ import json
 
 from absl import flags
 from absl.testing import flagsaver
-import numpy as np
 import pytest
 
 from nanodlm import compare
-from nanodlm import config as configs
 from nanodlm import samplers
-from nanodlm.types import InputError
 from tests import workdirs
 
 DRAW = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0}

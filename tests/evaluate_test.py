@@ -30,8 +30,8 @@ def evaluate_on(workdir, source, **options):
   trained_on = config.data.source
   config.data.source = source or trained_on
   settings = configs.validate(config)
-  return evaluate.evaluate_workdir(config, settings, workdir, trained_on,
-                                   **options)
+  subject = evaluate.open_subject(config, settings, workdir, trained_on)
+  return evaluate.evaluate_subject(subject, **options)
 
 
 @pytest.mark.parametrize('tokenizer', ['bytes', 'sentencepiece'])

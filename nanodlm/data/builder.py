@@ -464,12 +464,16 @@ def _build(work: pathlib.Path, plan: _Plan,
               f'{counts["num_documents"]:,}')
 
 
+def _id_dtype(tokenizer: tokenizers.Tokenizer) -> np.dtype:
+  """The smaller of 16 and 32 bits that holds every id."""
+  return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
 def _encode(documents: Iterator[tuple[str, sources.Document]],
             tokenizer: tokenizers.Tokenizer, work: pathlib.Path, length: int,
             progress: Progress) -> dict[str, _Spool]:
   """Writes the ids of documents, each ended by a separator, to a file a split."""
-  dtype = np.dtype(
-      np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+  dtype = _id_dtype(tokenizer)
   separator = np.array([tokenizer.separator_id], dtype)
   num_tokens = dict.fromkeys(SPLITS, 0)
   num_documents = dict.fromkeys(SPLITS, 0)
@@ -498,8 +502,7 @@ def _encode_pairs(documents: Iterator[tuple[str, sources.Document]],
                   tokenizer: tokenizers.Tokenizer, work: pathlib.Path,
                   length: int, progress: Progress) -> dict[str, _Spool]:
   """Writes a row of `length` ids a pair to a file a split."""
-  dtype = np.dtype(
-      np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+  dtype = _id_dtype(tokenizer)
   prompt_lengths = {split: array.array('i') for split in SPLITS}
   sizes = {split: array.array('q') for split in SPLITS}  # of all, in tokens
   num_tokens = num_bytes = 0

@@ -124,15 +124,21 @@ def make_source(spec: str, data_dir: str = '') -> Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSource:
-  """Text files in UTF-8, one document each; see Source."""
+class _Files:
+  """What sources that are files share; see Source."""
 
   spec: str
   paths: tuple[str, ...]
-  splits: tuple[str, ...] = ('train',)
+
+  splits = ('train',)
 
   def fingerprint(self) -> str:
     return _fingerprint_files(self.paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSource(_Files):
+  """Text files in UTF-8, one document each; see Source."""
 
   def documents(self, split: str) -> Iterator[Document]:
     del split  # there is only one
@@ -145,16 +151,10 @@ class TextSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonlSource:
+class JsonlSource(_Files):
   """JSON objects, one per line and one document each; see Source."""
 
-  spec: str
-  paths: tuple[str, ...]
   field: str
-  splits: tuple[str, ...] = ('train',)
-
-  def fingerprint(self) -> str:
-    return _fingerprint_files(self.paths)
 
   def documents(self, split: str) -> Iterator[Document]:
     del split  # there is only one
@@ -164,21 +164,15 @@ class JsonlSource:
 
 
 @dataclasses.dataclass(frozen=True)
-class PairsSource:
+class PairsSource(_Files):
   """Prompts with their responses, one JSON object a line; see Source.
 
   A document is a pair: its pieces are the prompt and the response, in this
   order, neither of them empty.
   """
 
-  spec: str
-  paths: tuple[str, ...]
   prompt_field: str
   response_field: str
-  splits: tuple[str, ...] = ('train',)
-
-  def fingerprint(self) -> str:
-    return _fingerprint_files(self.paths)
 
   def documents(self, split: str) -> Iterator[Document]:
     del split  # there is only one

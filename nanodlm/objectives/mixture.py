@@ -66,9 +66,7 @@ class MixtureNoise:
   noises = NOISES  # the first is what objective.noise='auto' stands for
 
   def __post_init__(self):
-    if self.noise not in self.noises:
-      raise InputError(
-          f'objective.noise={self.noise!r} is not one of {list(self.noises)}')
+    times.check_noise(self.noise, self.noises)
     if not self.max_weight >= 0:
       raise InputError(f'objective.max_weight={self.max_weight!r} must be >= 0 '
                        '(0: off)')
@@ -83,9 +81,7 @@ class MixtureNoise:
   def sample_levels(self, key: jax.Array, batch_size: int, length: int
                     ) -> jax.Array:
     del length
-    sample = {'stratified': times.sample_stratified,
-              'uniform': times.sample_uniform}[self.noise]
-    return sample(key, batch_size)
+    return times.SAMPLE_LEVELS[self.noise](key, batch_size)
 
   def eval_levels(self, key: jax.Array, num_draws: int, length: int
                   ) -> jax.Array:
@@ -125,7 +121,7 @@ class MixtureNoise:
 
   def terms(self, logits: jax.Array, fields) -> Terms:
     target, noisy = fields['target'], fields['noisy']
-    log_x = jax.nn.log_softmax(categorical.exclude_mask(logits, self.mask_id))
+    log_x = categorical.log_prob(logits, self.mask_id)
     ids = jnp.arange(logits.shape[-1])[None]
     is_target = ids == target[:, None]
     pick = lambda mask: jnp.sum(jnp.where(mask, log_x, 0.0), axis=-1)

@@ -105,8 +105,7 @@ class Posterior:
       logits = denoise(tokens, level, positions)
       candidate = self.draw.sample(reveal.fold_in_each(keys, step), logits)
       # The network's own probability: after temperature 0 all would be 1.
-      log_p = jax.nn.log_softmax(
-          categorical.exclude_mask(logits, self.draw.mask_id))
+      log_p = categorical.log_prob(logits, self.draw.mask_id)
       score = jnp.take_along_axis(log_p, candidate[..., None], axis=-1)[..., 0]
       differs = ~fixed & (candidate != tokens)
       best = jnp.argmax(jnp.where(differs, score, -jnp.inf), axis=1)
