@@ -8,8 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / 'nanodlm'
 LAYERS = {
     0: ('types', 'schedules', 'times', 'processes', 'categorical', 'reveal',
-        'masking',
-        'hugepages', 'guidance'),
+        'masking', 'sharding', 'hugepages', 'guidance'),
     1: ('objectives', 'samplers', 'attention', 'losses', 'model', 'metrics',
         'tokenizers'),
     2: ('mesh', 'optim', 'state', 'checkpoint', 'data', 'config'),
