@@ -81,7 +81,9 @@ class ModelConfig:
       parameters and results, about 15% faster on a CPU (a scan first fills its
       stacked activations with zeros and copies each layer's in and out), slower
       to compile with many layers.
-    attention: 'auto', 'xla' or 'cudnn'.
+    attention: 'auto', 'xla', 'cudnn' or 'pallas'.
+    platform: that programs are compiled for, 'cpu', 'gpu' or 'tpu'; '' is this
+      machine's. (Ahead of time for a TPU it is not.)
   """
 
   vocab_size: int
@@ -101,6 +103,7 @@ class ModelConfig:
   remat: str
   unroll: bool
   attention: str
+  platform: str = ''
 
   def __post_init__(self):
     for key in ('num_layers', 'embed_dim', 'num_heads'):
@@ -120,14 +123,15 @@ class ModelConfig:
       raise InputError(f'model.rope_theta={self.rope_theta!r} must be > 0')
     if not 0 <= self.dropout < 1:
       raise InputError(f'model.dropout={self.dropout!r} must be in [0, 1)')
-    attention.check_backend(self.attention)
+    attention.check_backend(self.attention,
+                            self.platform or jax.default_backend())
     if self.block_size and self.time_conditioning:
       raise InputError('model.time_conditioning=True does not go with block '
                        'diffusion, whose blocks have times of their own; it must '
                        'be False')
     if self.block_size and self.attention == 'cudnn':
       raise InputError("model.attention='cudnn' does not know the pattern of "
-                       "block diffusion; 'auto' or 'xla' are allowed")
+                       "block diffusion; 'auto', 'xla' or 'pallas' are allowed")
 
   @property
   def head_dim(self) -> int:
@@ -206,8 +210,9 @@ def _linear_forward(x, kernel):
 
 def _linear_backward(residuals, dy):
   x, kernel = residuals
-  if jax.default_backend() == 'cpu':
-    dy = jax.lax.optimization_barrier(dy)
+  # What is compiled ahead of time for a TPU is not for this machine's backend.
+  dy = jax.lax.platform_dependent(
+      dy, cpu=jax.lax.optimization_barrier, default=lambda dy: dy)
   return dy @ kernel.T, jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
 
 
@@ -326,11 +331,13 @@ class Block(nn.Module):
     elif cfg.block_size:
       if positions is not None:  # of the noisy rows, the last layer's output
         q = q[:batch // 2]
-      h = attention.block_attention(q, k, v, block_size=cfg.block_size,
-                                    segment_ids=segment_ids)
+      h = attention.block_attention(
+          q, k, v, block_size=cfg.block_size, segment_ids=segment_ids,
+          backend=cfg.attention, platform=cfg.platform)
     else:
       h = attention.attention(q, k, v, causal=cfg.causal,
-                              segment_ids=segment_ids, backend=cfg.attention)
+                              segment_ids=segment_ids, backend=cfg.attention,
+                              platform=cfg.platform)
     h = pick(h.reshape(-1, length, width))
     out_std = INIT_STD / (2 * cfg.num_layers) ** 0.5
     x = pick(x) + branch(Linear(width, dtype, out_std, name='attention_out')(h),
@@ -515,7 +522,8 @@ def output_logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
 
 def init_params(config: ModelConfig, key: jax.Array):
   """Draws the initial parameters, a nested dict of float32 arrays."""
-  config = dataclasses.replace(config, block_size=0)  # changes no shape
+  # Neither changes a shape; kernels do not take two tokens.
+  config = dataclasses.replace(config, block_size=0, attention='xla')
   tokens = jnp.zeros((1, 2), jnp.int32)
   return Transformer(config).init(key, tokens, jnp.zeros((1,)))['params']
 
