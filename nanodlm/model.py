@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from nanodlm import attention
@@ -40,6 +41,8 @@ def _relu2_jvp(primals, tangents):
   return jnp.square(positive), 2 * positive * tangents[0]
 
 
+# By this name 'dots' keeps the attention's output, a product of its own kernels.
+ATTENTION_OUT = 'attention_out'
 MLPS = {
     'gelu': functools.partial(nn.gelu, approximate=False),
     'relu2': relu2,
@@ -50,7 +53,9 @@ GATED = ('geglu', 'swiglu')
 REMATS = {
     'none': None,
     'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'dots': jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT)),
 }
 DTYPES = ('float32', 'bfloat16')
 
@@ -338,7 +343,8 @@ class Block(nn.Module):
       h = attention.attention(q, k, v, causal=cfg.causal,
                               segment_ids=segment_ids, backend=cfg.attention,
                               platform=cfg.platform)
-    h = pick(h.reshape(-1, length, width))
+    h = pick(ad_checkpoint.checkpoint_name(h, ATTENTION_OUT).reshape(
+        -1, length, width))
     out_std = INIT_STD / (2 * cfg.num_layers) ** 0.5
     x = pick(x) + branch(Linear(width, dtype, out_std, name='attention_out')(h),
                          gate1, 0)
