@@ -4,7 +4,6 @@ Loops are multiplied out: XLA's own cost analysis counts the body of a scan once
 Of a conditional the dearest branch counts.
 """
 
-import base64
 import collections
 import dataclasses
 import functools
@@ -12,6 +11,7 @@ import json
 import math
 import re
 from typing import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -198,11 +198,8 @@ def dot_flops(module: Module, instruction: Instruction) -> float:
   (_, right), = shapes(module.by_name[instruction.operands[1]].shape)
   lhs, rhs, result = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)',
                                instruction.rest).groups()
-  groups = re.search(r'batch_group_count=(\d+)', instruction.rest)
   flops = (2.0 * out[result.index('b')] * out[result.index('f')]
            * right[rhs.index('i')])
-  if groups:  # each output sees its own group's share of the batch
-    flops *= 1
   window = dict(part.split('=') for part in (
       _WINDOW.search(instruction.rest) or re.match('()', '')).group(1).split())
   for d in range(len(lhs) - 2):
@@ -224,6 +221,30 @@ def _real_places(size, window, out, stride, pad, lhs_dilate, rhs_dilate) -> int:
   return int(inside.sum())
 
 
+class Kernel(NamedTuple):
+  """One call of a kernel.
+
+  Attributes:
+    name: where it comes from in the traced program.
+    flops: that its author says it does; 0 where nothing is said.
+    num_bytes: that it moves: the author's word, else all that goes in and out.
+  """
+
+  name: str
+  flops: float
+  num_bytes: float
+
+
+def _kernel(module: Module, instruction: Instruction) -> Kernel:
+  said = instruction.backend_config.get('custom_call_config', {}).get(
+      'cost_estimate', {})
+  moved = num_bytes(instruction.shape) + sum(
+      num_bytes(module.by_name[x].shape) for x in instruction.operands)
+  return Kernel(instruction.op_name or instruction.name,
+                float(said.get('flops', 0)),
+                float(said.get('bytes_accessed', moved)))
+
+
 @dataclasses.dataclass
 class Cost:
   """What one run of a computation costs one device.
@@ -231,8 +252,8 @@ class Cost:
   Attributes:
     flops: of dots and convolutions, and of kernels that say theirs.
     cycles: the compiler's estimates, added up.
-    kernels: calls of kernels, which the compiler does not estimate: {(name,
-      FLOPs, bytes in and out): calls}.
+    kernels: calls of kernels, which the compiler does not estimate: {`Kernel`:
+      calls}.
     collectives: {kind: [number, bytes]}; bytes are the larger of what goes in
       and what comes out on one device.
     cycles_by_op: cycles by where they come from in the traced program.
@@ -296,11 +317,9 @@ class _Walk:
       total.cycles += cycles
       total.cycles_by_op[instruction.op_name or opcode] += cycles
     if opcode == 'custom-call' and f'"{KERNEL}"' in instruction.rest:
-      flops = kernel_flops(instruction)
-      moved = num_bytes(instruction.shape) + sum(
-          num_bytes(self._module.by_name[x].shape) for x in instruction.operands)
-      total.kernels[instruction.op_name or instruction.name, flops, moved] += 1
-      total.flops += flops
+      kernel = _kernel(self._module, instruction)
+      total.kernels[kernel] += 1
+      total.flops += kernel.flops
     elif opcode == 'while':
       times = trip_count(self._module, instruction)
       if times is None:
