@@ -34,6 +34,13 @@ def check_sizes(backend: str, num_heads: int, head_dim: int, num_queries: int,
         f"{pallas_attention.MAX_KEYS} keys; 'auto' or 'xla' are allowed")
 
 
+def has_kernels(backend: str, platform: str, shape: tuple[int, ...]) -> bool:
+  """Whether `pallas_attention` serves heads [B, L, H, Dh] that attend to L keys."""
+  return (backend in ('auto', 'pallas')
+          and (platform or jax.default_backend()) == 'tpu'
+          and pallas_attention.fits(*shape[2:], shape[1], shape[1]))
+
+
 def _choose(backend, platform, q, k, segment_ids) -> str:
   """'auto' by the platform: see `attention`."""
   if backend != 'auto':

@@ -17,6 +17,7 @@ from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from nanodlm import attention
+from nanodlm import pallas_attention
 from nanodlm.types import InputError
 
 # Standard deviation of the initial weights, as in GPT-2.
@@ -253,12 +254,46 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + NORM_EPS)
+    scale = None
     if self.use_scale:
       scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-      x = x * jnp.expand_dims(scale, range(x.ndim - 1))
-    return x.astype(self.dtype)
+    return normalize(x, scale, self.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def normalize(x: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
+  """x / rms(x) over the last axis, times the scale [D]; computed in float32.
+
+  A backward pass keeps x, in its own dtype, and not the float32 copies.
+  """
+  x = x.astype(jnp.float32)
+  x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + NORM_EPS)
+  if scale is not None:
+    x = x * jnp.expand_dims(scale, range(x.ndim - 1))
+  return x.astype(dtype)
+
+
+class Heads(nn.Module):
+  """Queries or keys [B, L, H, Dh]: QK-norm where configured, then rotated."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, rotary):
+    cfg, scale = self.config, None
+    if cfg.qk_norm:
+      scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    if attention.has_kernels(cfg.attention, cfg.platform, x.shape):
+      return pallas_attention.rotate(x, scale, rotary, NORM_EPS)
+    if scale is not None:
+      x = normalize(x, scale, jnp.dtype(cfg.dtype))
+    return rotate(x, rotary)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def _gated(mlp, gate, up):
+  """activation(gate) * up, of which a backward pass keeps gate and up only."""
+  return MLPS[mlp](gate) * up
 
 
 class Block(nn.Module):
@@ -325,10 +360,8 @@ class Block(nn.Module):
         Linear(width, dtype, name=name)(h).reshape(batch, length, cfg.num_heads,
                                                    cfg.head_dim)
         for name in ('query', 'key', 'value'))
-    if cfg.qk_norm:
-      q = RMSNorm(dtype, name='q_norm')(q)
-      k = RMSNorm(dtype, name='k_norm')(k)
-    q, k, own = rotate(q, rotary), rotate(k, rotary), None
+    q, k = Heads(cfg, name='q_norm')(q, rotary), Heads(cfg, name='k_norm')(k, rotary)
+    own = None
     if cached is not None:
       own = (k, v)
       h = attention.cached_attention(q, k, v, *cached, visible,
@@ -355,7 +388,7 @@ class Block(nn.Module):
     up = Linear(cfg.mlp_width, dtype, name='mlp_in')(h)
     if cfg.is_gated:
       gate = Linear(cfg.mlp_width, dtype, name='mlp_gate')(h)
-      up = MLPS[cfg.mlp](gate) * up
+      up = _gated(cfg.mlp, gate, up)
     else:
       up = MLPS[cfg.mlp](up)
     out = Linear(width, dtype, out_std, name='mlp_out')(up)

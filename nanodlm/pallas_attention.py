@@ -1,6 +1,6 @@
-"""Attention in one Pallas kernel for TPUs: no score leaves the chip's memory.
+"""Pallas kernels for TPUs: attention, and the norm and rotation of its heads.
 
-XLA keeps the float32 probabilities of every layer for the backward pass: at
+No score leaves the chip. XLA keeps the float32 probabilities of every layer for the backward pass: at
 length 1024 that is 4.4 GiB for 8 rows of GPT-2 small, and more than half of the
 step's cycles. Here the backward kernel works them out again from q, k and v.
 
@@ -95,7 +95,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern,
   if query_ids is not None:
     ids = (query_ids[:, None, :], key_ids[:, :, None])
   setup = _Setup(pattern, q.shape[-1], interpret)
-  return _attention(setup, merge(q * q.shape[-1] ** -0.5), merge(k), merge(v), ids
+  return _attention(setup, merge(q), merge(k), merge(v), ids
                     ).reshape(q.shape)
 
 
@@ -111,6 +111,11 @@ class _Setup:
   def width(self) -> int:
     """Lanes of a block: one head, or several narrow ones."""
     return max(self.head_dim, LANES)
+
+  @property
+  def factor(self) -> float:
+    """Of the scores."""
+    return self.head_dim ** -0.5
 
   def num_queries(self, q, k) -> int:
     """Queries of a block."""
@@ -142,6 +147,11 @@ def _dot(a, b, a_dim, b_dim):
                              preferred_element_type=jnp.float32)
 
 
+def _own(x, head, factor=1.0):
+  """A block [Q, width] with the other heads' lanes at 0."""
+  return (x.astype(jnp.float32) * (head * factor)).astype(x.dtype)
+
+
 def _exp_scores(q, k, seen):
   """exp(scores - their maximum) [K, Q] and its inverse sum [1, Q], float32."""
   scores = _dot(k, q, 1, 1)
@@ -157,8 +167,7 @@ def _forward_kernel(setup, q_ref, k_ref, v_ref, *refs):
   seen = setup.seen(k.shape[0], q.shape[0], pl.program_id(2) * q.shape[0], id_refs)
   out = jnp.zeros((q.shape[0], setup.width), jnp.float32)
   for head in setup.heads():
-    own = (q.astype(jnp.float32) * head).astype(q.dtype)
-    exp, inverse = _exp_scores(own, k, seen)
+    exp, inverse = _exp_scores(_own(q, head, setup.factor), k, seen)
     out += head * (_dot(v, exp.astype(v.dtype), 0, 0) * inverse).T
   out_ref[0] = out.astype(out_ref.dtype)
 
@@ -177,8 +186,7 @@ def _backward_kernel(setup, q_ref, k_ref, v_ref, out_ref, d_out_ref, *refs):
   inner = d_out.astype(jnp.float32) * out_ref[0].astype(jnp.float32)
   dq = jnp.zeros((q.shape[0], setup.width), jnp.float32)
   for head in setup.heads():
-    own = (q.astype(jnp.float32) * head).astype(q.dtype)
-    d_own = (d_out.astype(jnp.float32) * head).astype(d_out.dtype)
+    own, d_own = _own(q, head, setup.factor), _own(d_out, head)
     exp, inverse = _exp_scores(own, k, seen)
     weights = exp * inverse
     # d_out . out of each query, as a row.
@@ -186,7 +194,7 @@ def _backward_kernel(setup, q_ref, k_ref, v_ref, out_ref, d_out_ref, *refs):
     d_scores = (weights * (_dot(v, d_own, 1, 1) - delta)).astype(q.dtype)
     dv_sum[...] += _dot(weights.astype(d_own.dtype), d_own, 1, 0)
     dk_sum[...] += _dot(d_scores, own, 1, 0)
-    dq += head * _dot(k, d_scores, 0, 0).T
+    dq += head * setup.factor * _dot(k, d_scores, 0, 0).T
   dq_ref[0] = dq.astype(dq_ref.dtype)
 
   @pl.when(block == num_blocks - 1)
@@ -264,3 +272,135 @@ def _attention_backward(setup, residuals, d_out):
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+def rotate(x: jax.Array, scale: jax.Array | None, table: jax.Array, eps: float,
+           interpret: bool = False) -> jax.Array:
+  """RMSNorm of each head, where there is a scale, then rotary positions.
+
+  In one pass: XLA lays heads of 64 out with the positions in the lanes, takes
+  five passes over float32 copies and turns them around for the kernel above.
+
+  Args:
+    x: [B, L, H, Dh]; sizes as `fits` says.
+    scale: [Dh] float32, or None for no norm.
+    table: [2, L, 1, Dh / 2], cosines and sines (`model.rotary_table`).
+    eps: of the norm.
+    interpret: as in `attention`.
+
+  Returns:
+    [B, L, H, Dh] in x's dtype.
+  """
+  head_dim = x.shape[-1]
+  setup = _Setup(Pattern('all'), head_dim, interpret)
+  copies = setup.width // head_dim
+  cos, sin = table[:, :, 0]
+  tables = (jnp.tile(cos, (1, 2 * copies)),
+            jnp.tile(jnp.concatenate([-sin, sin], -1), (1, copies)))
+  if scale is not None:
+    scale = jnp.tile(scale, copies)[None]
+  merged = x.reshape(*x.shape[:2], -1)
+  return _rotate(setup, eps, merged, scale, tables).reshape(x.shape)
+
+
+def _swap(setup, x):
+  """Exchanges the halves of every head."""
+  half = setup.head_dim // 2
+  lane = jax.lax.broadcasted_iota(jnp.int32, (1, setup.width), 1)
+  return jnp.where(lane % setup.head_dim < half,
+                   pltpu.roll(x, setup.width - half, 1), pltpu.roll(x, half, 1))
+
+
+def _head_means(setup, x):
+  """Each head's mean over its own lanes, in all of them."""
+  return sum(head * jnp.sum(x * head, axis=1, keepdims=True)
+             for head in setup.heads()) / setup.head_dim
+
+
+def _rotate_kernel(setup, eps, x_ref, cos_ref, sin_ref, *refs):
+  *scale_refs, out_ref = refs
+  x = x_ref[0].astype(jnp.float32)
+  for scale_ref in scale_refs:
+    x *= jax.lax.rsqrt(_head_means(setup, x * x) + eps) * scale_ref[...]
+  out = x * cos_ref[...] + _swap(setup, x) * sin_ref[...]
+  out_ref[0] = out.astype(out_ref.dtype)
+
+
+def _rotate_back_kernel(setup, eps, x_ref, d_out_ref, cos_ref, sin_ref, *refs):
+  d_out = d_out_ref[0].astype(jnp.float32)
+  dx = d_out * cos_ref[...] - _swap(setup, d_out) * sin_ref[...]
+  if len(refs) == 1:
+    refs[0][0] = dx.astype(refs[0].dtype)
+    return
+  scale_ref, dx_ref, d_scale_ref = refs
+  x = x_ref[0].astype(jnp.float32)
+  inverse = jax.lax.rsqrt(_head_means(setup, x * x) + eps)
+  x *= inverse
+
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    d_scale_ref[...] = jnp.zeros_like(d_scale_ref)
+
+  d_scale_ref[0, 0] += jnp.sum(dx * x, axis=0, keepdims=True)
+  dx *= scale_ref[...]
+  dx = inverse * (dx - x * _head_means(setup, dx * x))
+  dx_ref[0] = dx.astype(dx_ref.dtype)
+
+
+def _call_rotate(kernel, setup, eps, name, arrays, tables, scale, with_d_scale):
+  """Runs a kernel over rows, heads and blocks of positions."""
+  batch, length, width = arrays[0].shape
+  size, lanes = min(length, MAX_SCORES // 4 // LANES), setup.width
+  while length % size:
+    size //= 2
+  grid = (batch, width // lanes, length // size)
+  block = pl.BlockSpec((1, size, lanes), lambda b, h, i: (b, i, h))
+  table = pl.BlockSpec((size, lanes), lambda b, h, i: (i, 0))
+  args, specs = [*arrays, *tables], [block] * len(arrays) + [table] * 2
+  if scale is not None:
+    args.append(scale)
+    specs.append(pl.BlockSpec((1, lanes), lambda b, h, i: (0, 0)))
+  varies = jax.typeof(arrays[0]).manual_axis_type
+  shapes = [jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype,
+                                 manual_axis_type=varies)]
+  out_specs = [block]
+  if with_d_scale:
+    shapes.append(jax.ShapeDtypeStruct((*grid[:2], 1, lanes), jnp.float32,
+                                       manual_axis_type=varies))
+    out_specs.append(pl.BlockSpec((1, 1, 1, lanes), lambda b, h, i: (b, h, 0, 0)))
+  moved = sum(x.size * x.dtype.itemsize for x in [*args, arrays[0]])
+  return pl.pallas_call(
+      functools.partial(kernel, setup, eps), grid=grid, in_specs=specs,
+      out_specs=out_specs, out_shape=shapes,
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=('parallel', 'parallel', 'arbitrary')),
+      # No products; FLOPs of the vector unit are not the peak rate's.
+      cost_estimate=pl.CostEstimate(flops=0, transcendentals=0,
+                                    bytes_accessed=moved),
+      name=name, interpret=setup.interpret)(*args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rotate(setup, eps, x, scale, tables):
+  return _call_rotate(_rotate_kernel, setup, eps, 'rotate', [x], tables, scale,
+                      False)[0]
+
+
+def _rotate_forward(setup, eps, x, scale, tables):
+  return _rotate(setup, eps, x, scale, tables), (x, scale, tables)
+
+
+def _rotate_backward(setup, eps, residuals, d_out):
+  x, scale, tables = residuals
+  arrays = [d_out] if scale is None else [x, d_out]
+  kernel = _rotate_back_kernel if scale is not None else (
+      lambda setup, eps, *refs: _rotate_back_kernel(setup, eps, None, *refs))
+  out = _call_rotate(kernel, setup, eps, 'rotate_backward', arrays, tables, scale,
+                     scale is not None)
+  d_scale = None
+  if scale is not None:
+    d_scale = jnp.sum(out[1], axis=(0, 1))
+  return out[0], d_scale, None
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)
