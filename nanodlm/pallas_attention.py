@@ -33,6 +33,11 @@ MAX_KEYS = MAX_SCORES // LANES
 MIN_SCORE = float(jnp.finfo(jnp.float32).min)
 
 
+def _divide(x, divisor: int):
+  """x // divisor of numbers >= 0, without the care that // takes of others."""
+  return jax.lax.div(x, jnp.int32(divisor))
+
+
 @dataclasses.dataclass(frozen=True)
 class Pattern:
   """Which keys a query sees, beside segments.
@@ -52,16 +57,16 @@ class Pattern:
     """Positions keys [K, 1] and queries [1, Q] -> [K, Q] bool; None is all."""
     if self.kind == 'all':
       return None
-    query_block = queries // self.block_size
+    query_block = _divide(queries, self.block_size)
     if self.kind == 'causal':
-      return keys // self.block_size <= query_block
+      return _divide(keys, self.block_size) <= query_block
     half = num_keys // 2
     is_noisy = keys < half
-    block = jnp.where(is_noisy, keys, keys - half) // self.block_size
+    block = _divide(jnp.where(is_noisy, keys, keys - half), self.block_size)
     # One comparison of twice the block: odd for noisy keys.
     code = 2 * block + is_noisy.astype(jnp.int32)
     limit = 2 * query_block
-    return (code == limit + 1) | ((code < limit) & (code % 2 == 0))
+    return (code == limit + 1) | ((code < limit) & (code & 1 == 0))
 
 
 def fits(num_heads: int, head_dim: int, num_queries: int, num_keys: int) -> bool:
@@ -137,7 +142,7 @@ class _Setup:
   def heads(self):
     """A float32 row [1, width] for each head of a block: 1 in its own lanes."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.width), 1)
-    return [(lane // self.head_dim == head).astype(jnp.float32)
+    return [(_divide(lane, self.head_dim) == head).astype(jnp.float32)
             for head in range(self.width // self.head_dim)]
 
 
@@ -307,7 +312,7 @@ def _swap(setup, x):
   """Exchanges the halves of every head."""
   half = setup.head_dim // 2
   lane = jax.lax.broadcasted_iota(jnp.int32, (1, setup.width), 1)
-  return jnp.where(lane % setup.head_dim < half,
+  return jnp.where(_divide(lane, half) & 1 == 0,
                    pltpu.roll(x, setup.width - half, 1), pltpu.roll(x, half, 1))
 
 
