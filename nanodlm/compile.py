@@ -142,11 +142,6 @@ def find_vocab_size(settings: configs.Settings, given: int) -> int:
                      'ids it has, the mask included') from error
 
 
-def state_shardings(mesh: jax.sharding.Mesh, state: states.TrainState) -> Any:
-  """Where training puts each array of the (abstract) state."""
-  return jax.tree.map(lambda _: meshes.replicated(mesh), state)
-
-
 def _with(shardings, tree):
   """Abstract arrays with their shardings (one for all, or a tree of them)."""
   if isinstance(shardings, jax.sharding.Sharding):
@@ -200,7 +195,7 @@ def make_plan(config: config_dict.ConfigDict, settings: configs.Settings,
   mesh = meshes.make_mesh(settings.mesh, devices)
   platform = devices[0].platform
   network = steps.Network(configs.make_model(config, vocab_size, platform),
-                          settings.train.chunk_size)
+                          settings.train.chunk_size, meshes.shards(mesh))
   objective = configs.make_objective(config, vocab_size - 1)
   train, num_steps = settings.train, settings.train.num_steps
   optimizer = optim.make_optimizer(settings.optim, num_steps)
@@ -216,8 +211,9 @@ def make_plan(config: config_dict.ConfigDict, settings: configs.Settings,
       network, objective, configs.make_sampler(config, vocab_size - 1), mesh)
 
   state = jax.eval_shape(lambda: states.init_state(
-      network.config, optimizer, settings.seed, settings.optim.ema_decay > 0))
-  state = _with(state_shardings(mesh, state), state)
+      network.config, optimizer, settings.seed, settings.optim.ema_decay > 0,
+      network.shards))
+  state = _with(meshes.shardings(mesh, state), state)
   rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
   batch = _with(rows, _batch(settings, train.batch_size))
   eval_batch = _with(rows, _batch(settings, settings.eval.batch_size) | {

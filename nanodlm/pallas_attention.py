@@ -303,6 +303,12 @@ def rotate(x: jax.Array, scale: jax.Array | None, table: jax.Array, eps: float,
   tables = (jnp.tile(cos, (1, 2 * copies)),
             jnp.tile(jnp.concatenate([-sin, sin], -1), (1, copies)))
   if scale is not None:
+    # Here and not in the kernel's rule: so its gradients are summed over the
+    # devices among which only the heads differ.
+    varying = jax.typeof(x).manual_axis_type.varying
+    missing = varying - jax.typeof(scale).manual_axis_type.varying
+    if missing:
+      scale = jax.lax.pcast(scale, tuple(missing), to='varying')
     scale = jnp.tile(scale, copies)[None]
   merged = x.reshape(*x.shape[:2], -1)
   return _rotate(setup, eps, merged, scale, tables).reshape(x.shape)
