@@ -9,12 +9,12 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'nanodlm'
 LAYERS = {
     0: ('types', 'schedules', 'times', 'processes', 'categorical', 'reveal',
         'masking', 'sharding', 'hugepages', 'guidance'),
-    1: ('objectives', 'samplers', 'attention', 'losses', 'model', 'metrics',
-        'tokenizers'),
+    1: ('objectives', 'samplers', 'attention', 'pallas_attention', 'losses',
+        'model', 'metrics', 'tokenizers', 'hlo'),
     2: ('mesh', 'optim', 'state', 'checkpoint', 'data', 'config'),
     3: ('step',),
     4: ('evaluate', 'sample', 'train', 'benchmark', 'infill', 'judge', 'compare',
-        'lm_eval_adapter'),
+        'lm_eval_adapter', 'compile'),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 # Libraries that few modules may import.
