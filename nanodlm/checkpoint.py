@@ -33,6 +33,10 @@ FOLDER = 'checkpoints'
 # {path: [bytes, SHA-256]} of the files of a checkpoint's items.
 CHECKSUMS = 'checksums.json'
 PARAMS = ('params', 'ema_params')
+# Orbax gives up on a save after so long, by the clock of the wall: a laptop that
+# slept, or a clock that was set, would end the run. Several processes may wait for
+# one that has failed, so that there it cannot be forever.
+_SAVE_TIMEOUT_SECS = {'one': 100 * 365 * 86400, 'several': 1200}
 
 
 class SaveError(RuntimeError):
@@ -45,7 +49,9 @@ def open_manager(workdir: str, *, max_to_keep: int | None = None,
   """The manager of `workdir`/checkpoints; a half-written checkpoint is no
   checkpoint to it."""
   directory = pathlib.Path(workdir).absolute() / FOLDER
+  several = 'one' if jax.process_count() == 1 else 'several'
   async_options = None if read_only else ocp.AsyncOptions(
+      timeout_secs=_SAVE_TIMEOUT_SECS[several],
       post_finalization_callback=functools.partial(_write_checksums, directory))
   return ocp.CheckpointManager(
       directory, item_handlers={
