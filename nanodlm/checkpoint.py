@@ -36,7 +36,7 @@ PARAMS = ('params', 'ema_params')
 # Orbax gives up on a save after so long, by the clock of the wall: a laptop that
 # slept, or a clock that was set, would end the run. Several processes may wait for
 # one that has failed, so that there it cannot be forever.
-_SAVE_TIMEOUT_SECS = {'one': 100 * 365 * 86400, 'several': 1200}
+_SAVE_TIMEOUT_SECS = {'one': 100 * 365 * 86400, 'several': 600}
 
 
 class SaveError(RuntimeError):
