@@ -18,9 +18,11 @@ from ml_collections import config_dict
 from nanodlm import checkpoint
 from nanodlm import config as configs
 from nanodlm import evaluate
+from nanodlm import lock
 from nanodlm import mesh as meshes
 from nanodlm import metrics
 from nanodlm import model
+from nanodlm import multihost
 from nanodlm import optim
 from nanodlm import sample
 from nanodlm import sharding
@@ -115,23 +117,24 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
   except OSError as error:
     raise InputError(
         f'--workdir={workdir!r} cannot be written: {error}') from error
-  with checkpoint.open_manager(
-      workdir, max_to_keep=settings.checkpoint.max_to_keep,
-      keep_period=settings.checkpoint.keep_period) as manager:
-    if manager.latest_step() is not None:
-      step = manager.latest_step()
-      state = checkpoint.restore_state(manager, state, step)
-      log.info('resuming %s at step %d', workdir, step)
-    write_config(workdir, config, saved, int(state.step))
-    if not jax.process_index() and not _has_tokenizer(workdir):
-      tokenizers.save(run.tokenizer, workdir)
-    _describe(run, packed, state)
-    with contextlib.ExitStack() as stack:
-      caught = stack.enter_context(_catch_signals())
-      writer = stack.enter_context(_writers(workdir, config, settings))
-      _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
-            writer, caught, start)
-    checkpoint.wait(manager)
+  with lock.hold(workdir):
+    step = multihost.on_process_0(lambda: checkpoint.set_damaged_aside(workdir))
+    with checkpoint.open_manager(
+        workdir, max_to_keep=settings.checkpoint.max_to_keep,
+        keep_period=settings.checkpoint.keep_period) as manager:
+      if step >= 0:
+        state = checkpoint.restore_state(manager, state, step)
+        log.info('resuming %s at step %d', workdir, step)
+      write_config(workdir, config, saved, int(state.step))
+      if not jax.process_index() and not _has_tokenizer(workdir):
+        tokenizers.save(run.tokenizer, workdir)
+      _describe(run, packed, state)
+      with contextlib.ExitStack() as stack:
+        caught = stack.enter_context(_catch_signals())
+        writer = stack.enter_context(_writers(workdir, config, settings))
+        _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
+              writer, caught, start)
+      checkpoint.wait(manager)
   return caught.number
 
 
@@ -153,7 +156,9 @@ def _check_same_text(workdir: str, packed: builder.PackedData):
   if not _has_checkpoint(workdir):
     return
   with checkpoint.open_manager(workdir, read_only=True) as manager:
-    position = checkpoint.restore_meta(manager, checkpoint.find_step(manager))
+    step = multihost.on_process_0(
+        lambda: checkpoint.find_step(manager, items=('meta',)))
+    position = checkpoint.restore_meta(manager, step)
   if position['data']['fingerprint'] != packed.metadata['source_fingerprint']:
     raise InputError(
         f'data.source={packed.metadata["source"]!r} has changed since the run in '
