@@ -220,19 +220,28 @@ def _all_damaged(directory, damage):
           + '; '.join(f'of {step}, {text}' for step, text in damage.items()))
 
 
-def restore_state(manager: ocp.CheckpointManager, state: TrainState, step: int
-                  ) -> TrainState:
+def restore_state(manager: ocp.CheckpointManager, state: TrainState, step: int,
+                  vocab_size: int) -> TrainState:
   """The saved state of `step`, with the shapes and shardings of `state`.
+
+  It may have been saved on any number of devices and processes.
+
+  Args:
+    manager: from `open_manager`.
+    state: of the shapes and shardings wanted.
+    step: of the checkpoint.
+    vocab_size: rows of the embeddings behind it are padding, of which the saved
+      state may have had more or fewer.
 
   Raises:
     InputError: the checkpoint is of another shape.
   """
+  strict = check_shapes(manager, step, 'params', state.params, vocab_size)
   abstract = lambda tree: ocp.args.StandardRestore(
-      jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+      jax.tree.map(ocp.utils.to_shape_dtype_struct, tree), strict=strict)
   items = {'params': abstract(state.params), 'rest': abstract(_rest(state))}
   if state.ema_params is not None:
     items['ema_params'] = abstract(state.ema_params)
-  check_shapes(manager, step, 'params', state.params)
   saved = _restore(manager, step, items)
   key = jax.random.wrap_key_data(saved['rest']['key'])
   return TrainState(
@@ -242,13 +251,15 @@ def restore_state(manager: ocp.CheckpointManager, state: TrainState, step: int
       key=jax.device_put(key, state.key.sharding))
 
 
-def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> Any:
+def restore_params(manager: ocp.CheckpointManager, params: Any, step: int,
+                   vocab_size: int) -> Any:
   """The averaged parameters of `step`, or the plain ones where there are none.
 
   Args:
     manager: from `open_manager`.
     params: arrays or ShapeDtypeStructs with the shapes and shardings wanted.
     step: of the checkpoint.
+    vocab_size: as in `restore_state`.
 
   Raises:
     InputError: the checkpoint is of another shape.
@@ -256,8 +267,9 @@ def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> An
   item = 'params'
   if (manager.directory / str(step) / 'ema_params').exists():
     item = 'ema_params'
-  check_shapes(manager, step, item, params)
-  return _restore(manager, step, {item: ocp.args.StandardRestore(params)})[item]
+  strict = check_shapes(manager, step, item, params, vocab_size)
+  return _restore(manager, step, {
+      item: ocp.args.StandardRestore(params, strict=strict)})[item]
 
 
 def _restore(manager, step, items):
@@ -273,10 +285,17 @@ def _restore(manager, step, items):
 
 
 def check_shapes(manager: ocp.CheckpointManager, step: int, item: str,
-                 params: Any):
-  """Raises InputError naming the parameters whose shapes differ."""
-  saved = _shapes(manager.item_metadata(step)[item])
-  wanted = _shapes(params)
+                 params: Any, vocab_size: int) -> bool:
+  """Whether the shapes are the same; False where only padding differs.
+
+  Raises:
+    InputError: they differ in more, naming the parameters.
+  """
+  there, here = _shapes(manager.item_metadata(step)[item]), _shapes(params)
+  saved, wanted = ({
+      name: (min(shape[0], vocab_size), *shape[1:])
+      if name in ('embedding', 'output') else shape
+      for name, shape in shapes.items()} for shapes in (there, here))
   lines = [f'  {name}: {saved.get(name, "absent")} there, '
            f'{wanted.get(name, "absent")} here'
            for name in sorted(saved | wanted)
@@ -284,6 +303,7 @@ def check_shapes(manager: ocp.CheckpointManager, step: int, item: str,
   if lines:
     raise InputError(f'checkpoint {manager.directory / str(step)} is of another '
                      'shape:\n' + '\n'.join(lines))
+  return there == here
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

@@ -144,7 +144,8 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
     raise InputError(f'{workdir!r} holds no run (no {checkpoint.FOLDER} in it)')
   with checkpoint.open_manager(workdir, read_only=True) as manager:
     step = multihost.on_process_0(lambda: checkpoint.find_step(manager, step))
-    return checkpoint.restore_params(manager, abstract, step), step
+    return checkpoint.restore_params(manager, abstract, step,
+                                     run.tokenizer.vocab_size), step
 
 
 def open_run(workdir: str) -> tuple[Run, Any, int]:

@@ -123,7 +123,8 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
         workdir, max_to_keep=settings.checkpoint.max_to_keep,
         keep_period=settings.checkpoint.keep_period) as manager:
       if step >= 0:
-        state = checkpoint.restore_state(manager, state, step)
+        state = checkpoint.restore_state(manager, state, step,
+                                         run.tokenizer.vocab_size)
         log.info('resuming %s at step %d', workdir, step)
       write_config(workdir, config, saved, int(state.step))
       if not jax.process_index() and not _has_tokenizer(workdir):

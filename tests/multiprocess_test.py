@@ -174,7 +174,8 @@ def test_a_checkpoint_goes_on_with_other_devices(trainers, tmp_path, before):
     saved_params = jax.device_get(state.params)
     _, expected = trainer.train(state, 2)
     for other in trainers.values():
-      restored = checkpoint.restore_state(manager, other.state, 2)
+      restored = checkpoint.restore_state(
+          manager, other.state, 2, other.packed.tokenizer.vocab_size)
       for leaf, saved, own in zip(*map(jax.tree.leaves, (
           restored.params, saved_params, other.state.params))):
         np.testing.assert_array_equal(leaf, saved)
