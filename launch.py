@@ -149,8 +149,12 @@ def _run() -> int:
   _init_distributed()
   defaults = configs.load_base()
   config = _resolve_config(configs, defaults)
-  settings = configs.validate(
-      config, config_flags.get_override_values(flags.FLAGS['config']))
+  given = config_flags.get_override_values(flags.FLAGS['config'])
+  if mode in ('eval', 'sample') and not any(
+      key.startswith('mesh.') for key in given):
+    from nanodlm import evaluate  # pylint: disable=g-import-not-at-top
+    evaluate.fit_mesh(config)
+  settings = configs.validate(config, given)
   if mode == 'prepare':
     from nanodlm.data import builder  # pylint: disable=g-import-not-at-top
     packed = builder.prepare(settings.data, settings.tokenizer)

@@ -232,7 +232,7 @@ def validate(config: config_dict.ConfigDict, given: Collection[str] = (),
       eval=_build(EvalConfig, config.eval),
       checkpoint=_build(CheckpointConfig, config.checkpoint),
       sample=_build(SampleConfig, config.sampler),
-      mesh=_build(mesh.MeshConfig, config.mesh))
+      mesh=make_mesh_config(config))
   # With a stand-in vocabulary: the tokenizer may not exist yet.
   objective = make_objective(config, mask_id=1)
   if settings.data.clean_infill_rate and not types.sees_right(
@@ -308,6 +308,11 @@ def _check_read(key: str, config, reads: dict[str, set[str]]):
   raise InputError(
       f'{key}={config[section][leaf]!r} has no effect with {section}.name='
       f'{name!r} and the other settings as they are; {used} have')
+
+
+def make_mesh_config(config: config_dict.ConfigDict) -> mesh.MeshConfig:
+  """The checked sizes of `config.mesh`."""
+  return _build(mesh.MeshConfig, config.mesh)
 
 
 def make_objective(config: config_dict.ConfigDict, mask_id: int) -> Objective:

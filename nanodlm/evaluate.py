@@ -72,6 +72,20 @@ def load_config(workdir: str, defaults: config_dict.ConfigDict
   return None
 
 
+def fit_mesh(config: config_dict.ConfigDict):
+  """Replaces a mesh that does not fit the devices here by all of them along data.
+
+  A run need not be looked at where it was trained; one whose parameters do not
+  fit into a device needs --config.mesh.fsdp.
+  """
+  try:
+    meshes.make_mesh(configs.make_mesh_config(config))
+  except InputError:
+    log.info('the mesh of the training, %s, does not fit the devices here: using '
+             'mesh.data=%d', dict(config.mesh), jax.device_count())
+    config.mesh.update(data=-1, fsdp=1, tensor=1)
+
+
 def make_run(config: config_dict.ConfigDict, settings: configs.Settings,
              tokenizer: tokenizers.Tokenizer) -> Run:
   """Builds what does not depend on the data.
@@ -158,6 +172,7 @@ def open_run(workdir: str) -> tuple[Run, Any, int]:
   config = load_config(workdir, defaults)
   if config is None:
     raise InputError(f'{workdir!r} holds no run (no {CONFIG_FILE} in it)')
+  fit_mesh(config)
   settings = configs.validate(config)
   run = make_run(config, settings, tokenizers.load(workdir))
   return run, *load_params(run, workdir)

@@ -21,7 +21,7 @@ LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 ONLY_IN = {
     'tensorflow': (), 'tensorflow_datasets': ('data',), 'grain': ('data',),
     'orbax': ('checkpoint',), 'clu': ('train',),
-    'torch': ('judge',), 'transformers': ('judge',), 'matplotlib': ('compare',),
+    'torch': ('judge',), 'transformers': ('judge',), 'matplotlib': ('compare', 'benchmark'),
     'lm_eval': ('lm_eval_adapter',),
 }
 FILES = sorted(p for p in PACKAGE.rglob('*.py') if p.parent != PACKAGE
