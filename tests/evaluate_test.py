@@ -136,6 +136,6 @@ def test_no_run(tmp_path):
     ((-1, 2, 2), (-1, 2, 2)), ((1, 16, 1), (-1, 1, 1)), ((-1, 3, 1), (-1, 1, 1))])
 def test_a_run_can_be_looked_at_on_other_devices(mesh, expected):
   config = configs.load_base()
-  config.mesh.update(zip(('data', 'fsdp', 'tensor'), mesh))
+  config.mesh.update(dict(zip(('data', 'fsdp', 'tensor'), mesh)))
   evaluate.fit_mesh(config)
   assert tuple(config.mesh.values()) == expected
