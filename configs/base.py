@@ -81,7 +81,8 @@ def get_config() -> config_dict.ConfigDict:
   sampler.num_steps = 128
   sampler.schedule = 'linear'  # of ancestral and remask; as in objective
   sampler.power = 2.0
-  # Times of ancestral, remask and posterior: 'uniform' | 'cosine'
+  # Times of ancestral, remask and posterior: 'uniform' | 'cosine' | a list that
+  # falls from 1 to 0, as '1,0.5,0.2,0': so many steps, whatever num_steps says
   sampler.grid = 'uniform'
   sampler.score = 'max_prob'  # of confidence: | 'margin' | 'entropy' | 'random'
   sampler.threshold = 0.0  # of confidence, a probability; 0: off

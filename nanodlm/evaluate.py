@@ -17,6 +17,7 @@ from nanodlm import mesh as meshes
 from nanodlm import metrics
 from nanodlm import model
 from nanodlm import step as steps
+from nanodlm import times
 from nanodlm import tokenizers
 from nanodlm.data import builder
 from nanodlm.data import pipeline
@@ -166,7 +167,8 @@ def with_sampler(run: Run, changes: dict[str, Any]) -> Run:
   """The run with changes to its `config.sampler`.
 
   With another `name` than the run's own, what is not in `changes` takes its
-  default: the run's keys were meant for another sampler.
+  default: the run's keys were meant for another sampler. A `num_steps` replaces
+  a grid that lists its times.
 
   Raises:
     InputError: it does not fit the objective, or a value is not allowed.
@@ -176,6 +178,8 @@ def with_sampler(run: Run, changes: dict[str, Any]) -> Run:
   own = configs.sampler_name(config)
   if changes.get('name', own) != own:
     config.sampler = defaults.sampler
+  if 'num_steps' in changes and times.is_listed(config.sampler.grid):
+    config.sampler.grid = defaults.sampler.grid
   config.sampler.update(changes)
   return dataclasses.replace(run, config=config,
                              settings=configs.validate(config))

@@ -123,6 +123,15 @@ def test_with_sampler(flat):
   same = evaluate.with_sampler(run, {'temperature': 0.5})
   assert same.config.sampler.num_steps == run.config.sampler.num_steps == 4
   assert run.config.sampler.temperature == 1.0
+  # A number of steps takes the place of listed times, and the other way round.
+  listed = evaluate.with_sampler(other, {'grid': '1,0.3,0'})
+  assert listed.config.sampler.grid == '1,0.3,0'
+  stepped = evaluate.with_sampler(listed, {'name': 'ancestral', 'num_steps': 8})
+  assert (stepped.config.sampler.grid,
+          stepped.config.sampler.num_steps) == ('uniform', 8)
+  cosine = evaluate.with_sampler(other, {'grid': 'cosine', 'num_steps': 8})
+  again = evaluate.with_sampler(cosine, {'num_steps': 9})
+  assert again.config.sampler.grid == 'cosine'
   with pytest.raises(InputError, match='does not fit'):
     evaluate.with_sampler(run, {'name': 'ar'})
 

@@ -208,11 +208,15 @@ class ConformanceTest(parameterized.TestCase):
         self.assertGreater(toys.chi_square(counts, np.array(law)), 1e-3)
 
 
+LISTED = '1,0.7,0.6,0.05,0'  # in uneven steps
+
+
 class StepsTest(parameterized.TestCase):
   """Few steps: the law is that of the chain, not the joint's."""
 
   @parameterized.parameters(
-      ('linear', 'uniform', 2), ('sqrt', 'uniform', 3), ('cosine', 'cosine', 4))
+      ('linear', 'uniform', 2), ('sqrt', 'uniform', 3), ('cosine', 'cosine', 4),
+      ('linear', LISTED, 128), ('cosine', LISTED, 1))
   def test_ancestral_follows_its_chain(self, schedule, grid, num_steps):
     alpha = schedules.make_schedule(schedule)
     sampler = Ancestral(DRAW, num_steps, alpha, grid)
@@ -244,7 +248,8 @@ class StepsTest(parameterized.TestCase):
   @parameterized.named_parameters(
       ('fixed_count', FixedCount(DRAW, 7), 7),
       ('fixed_count_of_fewer', FixedCount(DRAW, 40), 16),
-      ('ancestral', Ancestral(DRAW, 8), 8))
+      ('ancestral', Ancestral(DRAW, 8), 8),
+      ('ancestral_listed', Ancestral(DRAW, 8, grid='1,0.6,0.3,0'), 3))
   def test_calls_of_a_long_canvas(self, sampler, num_calls):
     denoise = lambda tokens, level, positions: jnp.zeros((*positions.shape, 4))
     sample = jax.jit(lambda keys: sampler(keys, blank(4, 16), denoise))
@@ -332,18 +337,19 @@ class PosteriorTest(parameterized.TestCase):
     self.assertLess(distance[1], 0.012)  # total variation
     self.assertLess(distance[1], distance[0] / 4)
 
-  @parameterized.product(rule=list(RULES), grid=times.GRIDS, fixed=PROMPTS)
+  @parameterized.product(rule=list(RULES), grid=(*times.GRIDS, LISTED),
+                         fixed=PROMPTS)
   def test_few_steps_follow_their_chain(self, rule, grid, fixed):
-    if any(fixed) and grid == 'cosine':
+    if any(fixed) and grid != 'uniform':
       return  # one grid will do
-    rule, num_steps = RULES[rule], 3
-    t = times.reverse_grid(num_steps, grid)
+    rule, t = RULES[rule], times.reverse_grid(3, grid)
+    num_steps = t.size - 1
     if rule.can_correct:
       tables = exact_tables(rule, t[:-1], fixed)
     else:
       tables = np.stack([toys.random_table(seed) for seed in range(num_steps)])
     levels = rule.level_at(t[:-1], jnp.full(num_steps, 1 - np.mean(fixed)))
-    sampler = Posterior(DRAW, num_steps, rule, grid)
+    sampler = Posterior(DRAW, 3, rule, grid)
     canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)))
     samples = jax.jit(lambda keys: sampler(
         keys, canvas, timed_denoiser(tables, levels)))(keys_of(NUM_ROWS))
@@ -711,7 +717,8 @@ class RemaskTest(parameterized.TestCase):
       ('rescale', 0.5, 4, 'cosine', 'cosine'),
       ('conf', 1.0, 3, 'linear', 'uniform'),
       ('conf', 0.6, 3, 'linear', 'cosine'),
-      ('loop', 0.1, 10, 'linear', 'uniform'))
+      ('loop', 0.1, 10, 'linear', 'uniform'),
+      ('cap', 0.3, 1, 'linear', LISTED))
   def test_follows_its_chain(self, kind, eta, num_steps, schedule, grid):
     sampler = Remask(DRAW, num_steps, schedules.make_schedule(schedule), grid,
                      kind, eta)
