@@ -24,6 +24,8 @@ def get_config() -> config_dict.ConfigDict:
   data.crop = 'chunk'  # 'chunk': fixed rows | 'random': random windows
   # True: no attention across documents. Where they end is then known to the
   # network, masked separators too: not a bound for text without such marks.
+  # A canvas is sampled as one document: text behind a separator that is drawn
+  # inside it has seen the text before.
   data.segment_ids = False
   # What is behind the response of a pair. 'eos': separators, scored | 'masked':
   # kept out of attention; a network that is not causal then knows the length.
