@@ -28,10 +28,6 @@ log = logging.getLogger('nanodlm')
 
 CONFIG_FILE = 'config.json'
 EVAL_FILE = 'eval.jsonl'
-# What MDLM samples times from (arXiv 2406.07524, its published code): without it
-# the variance of masked diffusion at independent times is infinite. It leaves out
-# about this share of the bound.
-NAIVE_MIN_TIME = 1e-3
 # Independent evaluations that the variance of one is measured from.
 NUM_REPEATS = 8
 
@@ -238,19 +234,6 @@ def validation_rows(run: Run, packed: builder.PackedData, num_examples: int
       packed, run.settings.data, batch_size=num, max_examples=num)))
 
 
-def naive_form(objective: Objective) -> Objective:
-  """The bound at independent uniform times: what plain Monte Carlo would do.
-
-  The form of the evaluation otherwise, except that noise by count, which has no
-  times, becomes that of independent tokens, MDLM's, with its truncation.
-  """
-  form = objective.evaluation()
-  changes = {'noise': 'uniform'}
-  if form.noise == 'count':
-    changes['min_time'] = NAIVE_MIN_TIME
-  return dataclasses.replace(form, **changes)
-
-
 def check_noisy(run: Run, num_examples: int):
   """Raises InputError where there is no noise to measure."""
   if run.objective.exact:
@@ -263,7 +246,7 @@ def measure_noise(run: Run, packed: builder.PackedData, params: Any,
   """How much of the bound's uncertainty is noise, against the naive estimator.
 
   Scores `num_examples` rows NUM_REPEATS times with fresh noise, by the estimator
-  of the evaluation and at independent times (`naive_form`), with eval.num_draws
+  of the evaluation and at independent times (its `naive` form), with eval.num_draws
   network calls per row each. The variance is over the noise, given the text, of
   a row's mean over its draws, so that stratification within a row counts.
 
@@ -279,7 +262,7 @@ def measure_noise(run: Run, packed: builder.PackedData, params: Any,
            if name in rows}
   variance = {}
   for name, form in (('own', run.objective.evaluation()),
-                     ('naive', naive_form(run.objective))):
+                     ('naive', run.objective.naive())):
     score = make_score(run, num_draws=settings.num_draws,
                        batch_size=settings.batch_size, objective=form)
     key = jax.random.key(settings.seed)

@@ -95,6 +95,9 @@ class Objective(Protocol):
   def evaluation(self) -> 'Objective':
     """The form whose mean is reported: no truncation, least variance."""
 
+  def naive(self) -> 'Objective':
+    """The bound at independent times: what plain Monte Carlo would do."""
+
   def network_input(self, tokens: jax.Array) -> jax.Array:
     """Turns a sampler's canvas [B, L] into the network's input [B, L]."""
 

@@ -11,7 +11,7 @@ import pytest
 
 from nanodlm import config as configs
 from nanodlm import evaluate
-from nanodlm.objectives.masked import Masked
+from nanodlm import masking
 from nanodlm.types import InputError
 from tests import workdirs
 
@@ -74,8 +74,8 @@ def test_noise_of_both_estimators(flat, caplog):
   # All tokens cost the same: noise by count has no variance, and sum / t of a
   # Bernoulli(t) mask has (1 - t) / t for each token.
   assert noise['noise_ci95'] < 1e-5
-  spread = math.log(1 / evaluate.NAIVE_MIN_TIME) / (
-      1 - evaluate.NAIVE_MIN_TIME) - 1
+  spread = math.log(1 / masking.NAIVE_MIN_TIME) / (
+      1 - masking.NAIVE_MIN_TIME) - 1
   variance = math.log(NUM_IDS) ** 2 * spread / workdirs.LENGTH / 2
   expected = 1.96 * math.sqrt(variance / len(packed.validation))
   assert 0.6 < noise['naive_noise_ci95'] / expected < 1.5
@@ -84,12 +84,6 @@ def test_noise_of_both_estimators(flat, caplog):
     means = evaluate_on(flat, '', noise_examples=16)
   assert means['eval/naive_noise_ci95'] > 0
   assert 'times as many network calls' in caplog.text
-
-
-def test_naive_form():
-  trained = Masked(7, noise='stratified', min_time=0.2)
-  assert evaluate.naive_form(trained) == Masked(
-      7, noise='uniform', min_time=evaluate.NAIVE_MIN_TIME)
 
 
 def test_score_takes_any_number_of_rows(tmp_path):

@@ -414,6 +414,26 @@ class ConformanceTest(parameterized.TestCase):
     self.assertEqual(levels.shape[0], 8)
     np.testing.assert_array_equal(final.network_time(jnp.array([0.0])), [0.0])
 
+  @parameterized.named_parameters(KINDS)
+  def test_the_naive_form(self, case, objective):
+    # The evaluation's, but for levels that are independent of each other, and
+    # what keeps their variance finite.
+    del case
+    naive = objective.naive()
+    self.assertEqual(naive, naive.naive())
+    self.assertEqual(naive.evaluation(), objective.evaluation())
+    if objective.exact:
+      self.assertEqual(naive, objective)
+      return
+    self.assertEqual(naive.group_size, 1)
+    levels = naive.eval_levels(jax.random.key(0), 64, LENGTH).reshape(64, -1)
+    strata = np.floor(np.asarray(levels) * 64).astype(int)
+    for column in strata.T:  # of 64 draws a third of the strata is without one
+      self.assertBetween(len(set(column)), 30, 52)
+    if isinstance(objective, masking.MaskedNoise) and (
+        objective.evaluation().noise == 'count'):
+      self.assertEqual(naive.min_time, masking.NAIVE_MIN_TIME)
+
 
 class MaskedTest(parameterized.TestCase):
   """The L!-orders identity: Ou et al., arXiv 2406.03736."""
@@ -499,9 +519,9 @@ class MaskedTest(parameterized.TestCase):
         noise_s, noise_t = schedule.noise(jnp.array([(j - 1) / num, j / num]))
         for subset in SUBSETS:
           xt = np.where(subset, MASK, x0)[None]
-          step = lambda p: np.asarray(process.posterior(
-              jnp.asarray(xt), jnp.asarray(p)[None], noise_s[None],
-              noise_t[None]))[0]
+          shown = jnp.full(xt.shape, (noise_t - noise_s) / noise_t)
+          step = lambda p: np.asarray(process.reveal(
+              jnp.asarray(xt), jnp.asarray(p)[None], shown))[0]
           q, p = step(one_hot), step(p_model[toys.canvas_index(xt[0])])
           p_xt = np.prod(np.where(subset, noise_t, 1 - noise_t))
           ratio = np.where(q > 0, q / np.where(q > 0, p, 1), 1)

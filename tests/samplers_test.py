@@ -130,8 +130,9 @@ def chain_law(noise, table=POSTERIOR):
   law = np.zeros(len(toys.CANVASES))
   law[-1] = 1  # all masks
   for noise_t, noise_s in itertools.pairwise(np.asarray(noise)):
-    q = np.asarray(processes.Masked(MASK).posterior(
-        toys.CANVASES, p_x0, noise_s[None], noise_t[None]), np.float64)
+    shown = jnp.full(toys.CANVASES.shape, (noise_t - noise_s) / noise_t)
+    q = np.asarray(processes.Masked(MASK).reveal(toys.CANVASES, p_x0, shown),
+                   np.float64)
     # p(xs | xt) = prod_i q_i(xs_i), for every pair of canvases.
     step = np.prod(q[:, None] * one_hot[toys.CANVASES][None], axis=-1,
                    where=one_hot[toys.CANVASES][None] > 0).prod(-1)

@@ -33,6 +33,9 @@ class Autoregressive:
   def evaluation(self) -> 'Autoregressive':
     return self
 
+  def naive(self) -> 'Autoregressive':
+    return self
+
   def sample_levels(self, key: jax.Array, batch_size: int, length: int
                     ) -> jax.Array:
     del key, length  # no noise

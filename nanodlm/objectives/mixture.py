@@ -78,6 +78,9 @@ class MixtureNoise:
   def evaluation(self) -> 'MixtureNoise':
     return dataclasses.replace(self, noise='stratified', max_weight=0.0)
 
+  def naive(self) -> 'MixtureNoise':
+    return dataclasses.replace(self.evaluation(), noise='uniform')
+
   def sample_levels(self, key: jax.Array, batch_size: int, length: int
                     ) -> jax.Array:
     del length
