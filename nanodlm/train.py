@@ -100,8 +100,10 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
     log.info('starting from the weights of %s, step %d',
              settings.checkpoint.init_from, step)
   init = lambda: states.init_state(run.network.config, optimizer, settings.seed,
-                                   settings.optim.ema_decay > 0)
-  state = jax.jit(init, out_shardings=meshes.replicated(run.mesh))()
+                                   settings.optim.ema_decay > 0,
+                                   run.network.shards)
+  state = jax.jit(init, out_shardings=meshes.shardings(
+      run.mesh, jax.eval_shape(init)))()
   if initial is not None:
     if state.ema_params is not None:
       state = state.replace(ema_params=jax.tree.map(lambda x: x.copy(), initial))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm import reveal
+from nanodlm import sharding
 from nanodlm.types import CachedDenoise
 from nanodlm.types import Canvas
 from nanodlm.types import InputError
@@ -72,7 +73,7 @@ class Block:
 
     def has_work(state):
       left = self._free_from(state.block, fixed)
-      return jnp.any(left & ~state.done[:, None])
+      return sharding.on_any_device(jnp.any(left & ~state.done[:, None]))
 
     state = jax.lax.while_loop(
         has_work, lambda state: self._fill(keys, fixed, denoise, state), state)
