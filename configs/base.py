@@ -59,7 +59,7 @@ def get_config() -> config_dict.ConfigDict:
   model.attention = 'auto'  # 'auto' | 'xla' | 'cudnn'
 
   config.objective = objective = config_dict.ConfigDict()
-  # 'masked' | 'block' | 'ar' | 'uniform' | 'hybrid' | 'd3pm' | 'sedd'
+  # 'masked' | 'block' | 'ar' | 'uniform' | 'hybrid' | 'd3pm' | 'sedd' | 'genmd4'
   objective.name = 'masked'
   objective.block_size = 16  # of block; divides data.length
   # 'count' (masked, block, sedd) | 'stratified' | 'uniform' times | 'auto': the

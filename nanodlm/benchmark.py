@@ -101,8 +101,9 @@ def benchmark_train(config, settings, vocab_size: int) -> dict[str, float]:
       mesh, batch_size=settings.train.batch_size,
       num_microbatches=settings.train.num_microbatches,
       ema_decay=settings.optim.ema_decay)
-  init = lambda: states.init_state(network.config, optimizer, settings.seed,
-                                   settings.optim.ema_decay > 0, network.shards)
+  init = lambda: states.init_state(
+      network.config, objective, optimizer, settings.seed,
+      settings.optim.ema_decay > 0, network.shards)
   state = jax.jit(init, out_shardings=meshes.shardings(
       mesh, jax.eval_shape(init)))()
   num_parameters = model.num_params(state.params)
@@ -139,7 +140,7 @@ def benchmark_sampler(config, settings, vocab_size: int, name: str
   mesh, objective, network = _build(config, settings, vocab_size)
   sample_step = steps.make_sample_step(
       network, objective, configs.make_sampler(config, vocab_size - 1), mesh)
-  init = lambda: network.init_params(jax.random.key(0))
+  init = lambda: network.init_params(objective, jax.random.key(0))
   params = jax.jit(init, out_shardings=meshes.shardings(
       mesh, jax.eval_shape(init)))()
   length = settings.sample.length or settings.data.length

@@ -131,7 +131,8 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   Raises:
     InputError: there is no such checkpoint, or it is of another shape.
   """
-  abstract = jax.eval_shape(lambda: run.network.init_params(jax.random.key(0)))
+  abstract = jax.eval_shape(
+      lambda: run.network.init_params(run.objective, jax.random.key(0)))
   abstract = jax.tree.map(
       lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
       abstract, meshes.shardings(run.mesh, abstract))

@@ -11,6 +11,7 @@ from nanodlm import schedules
 from nanodlm import times
 from nanodlm.types import InputError
 from nanodlm.types import Noised
+from nanodlm.types import Objective
 from nanodlm.types import Terms
 
 NOISES = ('count', 'stratified', 'uniform')
@@ -21,7 +22,7 @@ NAIVE_MIN_TIME = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedNoise:
+class MaskedNoise(Objective):
   """Which tokens are masked, and the factor of each masked one's loss.
 
   - continuous time (num_timesteps = 0, noise 'stratified' or 'uniform'):

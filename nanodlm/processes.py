@@ -37,7 +37,7 @@ class Masked:
 
     Args:
       keys: [B].
-      noise: [B], P(masked) = 1 - alpha_t.
+      noise: [B] or [B, L], P(masked) = 1 - alpha_t.
       x0: [B, L].
       eligible: [B, L] bool; other positions stay clean.
 
@@ -46,7 +46,8 @@ class Masked:
     """
     length = x0.shape[1]
     u = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
-    return jnp.where(eligible & (u < noise[:, None]), self.mask_id, x0)
+    noise = noise.reshape(x0.shape[0], -1)
+    return jnp.where(eligible & (u < noise), self.mask_id, x0)
 
   def corrupt_count(self, keys: jax.Array, count: jax.Array, x0: jax.Array,
                     eligible: jax.Array) -> jax.Array:

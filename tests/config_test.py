@@ -263,7 +263,7 @@ class ValidateTest(parameterized.TestCase):
         if section == 'sampler':
           fields |= set(configs.SampleConfig.__dataclass_fields__)
           fields |= set(configs.categorical.Draw.__dataclass_fields__)
-        given = {'mask_id', 'draw', 'rule'}
+        given = {'mask_id', 'draw', 'rule', 'rates'}  # the last is learned
         if section == 'sampler':
           given |= {'eos_id'}
           fields |= {'stop_at_eos', 'guidance'}  # the latter wraps a sampler

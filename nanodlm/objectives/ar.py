@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from nanodlm import categorical
 from nanodlm.types import Noised
+from nanodlm.types import Objective
 from nanodlm.types import Terms
 
 
 @dataclasses.dataclass(frozen=True)
-class Autoregressive:
+class Autoregressive(Objective):
   """The exact negative log-likelihood, left to right.
 
   All L tokens are scored: the first is predicted from mask_id standing for the
