@@ -1,8 +1,9 @@
-"""The one command: trains, evaluates, samples, prepares data.
+"""The one command: trains, evaluates, samples, prepares data, compiles ahead.
 
     python launch.py --config=configs/quickstart.py --workdir=runs/quickstart
     python launch.py --mode=eval --workdir=runs/quickstart
     python launch.py --mode=sample --workdir=runs/quickstart --prompt='import {} as'
+    python launch.py --mode=compile --config=configs/gpt2_small.py --topology=v5e:4x4
 
 Any setting: --config.model.num_layers=6. A config file is Python code.
 """
@@ -28,10 +29,11 @@ from absl import logging as absl_logging
 import jax
 from ml_collections import config_flags
 
+from nanodlm import multihost
 from nanodlm.types import InputError
 
 BASE = str(pathlib.Path(__file__).parent / 'configs' / 'base.py')
-MODES = ('train', 'eval', 'sample', 'prepare')
+MODES = ('train', 'eval', 'sample', 'prepare', 'compile')
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The settings. By default those saved in --workdir, else '
@@ -55,6 +57,12 @@ _INFILL = flags.DEFINE_list(
     'and fill in with config.sampler, as 0.1,0.3,0.5.')
 _INFILL_EXAMPLES = flags.DEFINE_integer(
     'infill_examples', 256, 'Held-out rows for --infill; 0: all.', lower_bound=0)
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', '', 'With --mode=compile: the pod to compile for, as v5e:4x4; by '
+    'default the devices at hand.')
+_VOCAB_SIZE = flags.DEFINE_integer(
+    'vocab_size', 0, 'With --mode=compile: number of ids, the mask included; 0 asks '
+    'the tokenizer.', lower_bound=0)
 _COORDINATOR = flags.DEFINE_string(
     'coordinator_address', None, 'host:port of process 0, where JAX cannot find '
     'the cluster by itself; needs --num_processes and --process_id.')
@@ -62,6 +70,10 @@ _NUM_PROCESSES = flags.DEFINE_integer(
     'num_processes', None, 'Processes of the run.', lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer(
     'process_id', None, 'This process, from 0.', lower_bound=0)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    'heartbeat_timeout_secs', multihost.HEARTBEAT_TIMEOUT_SECS, 'Of several '
+    'processes, one that has been silent for as long is lost: all others end.',
+    lower_bound=5)
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', None, 'Whether to initialise jax.distributed from the cluster '
     'that JAX detects; by default where this is one of several tasks of SLURM or '
@@ -111,6 +123,12 @@ def main(argv):
   except InputError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    print('error: a computation of several processes failed, most likely because '
+          f'another one is lost: {str(error).splitlines()[0]}', file=sys.stderr)
+    multihost.leave(1)
   except KeyboardInterrupt:  # before training has its own way to stop
     print('interrupted', file=sys.stderr)
     return 130
@@ -119,12 +137,15 @@ def main(argv):
 def _run() -> int:
   from nanodlm import config as configs  # pylint: disable=g-import-not-at-top
   mode, workdir = _MODE.value, _WORKDIR.value
-  if not workdir and mode != 'prepare':
+  if not workdir and mode not in ('prepare', 'compile'):
     raise InputError(f'--mode={mode} needs --workdir')
   for flag, needed in ((_PROMPT, 'sample'), (_PROMPT_FILE, 'sample'),
-                       (_NOISE_EXAMPLES, 'eval'), (_INFILL, 'eval')):
+                       (_NOISE_EXAMPLES, 'eval'), (_INFILL, 'eval'),
+                       (_TOPOLOGY, 'compile'), (_VOCAB_SIZE, 'compile')):
     if flag.value != flag.default and mode != needed:
       raise InputError(f'--{flag.name} has no effect with --mode={mode}')
+  if mode == 'compile':
+    return _compile(configs)
   _init_distributed()
   defaults = configs.load_base()
   config = _resolve_config(configs, defaults)
@@ -135,8 +156,11 @@ def _run() -> int:
     packed = builder.prepare(settings.data, settings.tokenizer)
     logging.getLogger('nanodlm').info('prepared: %s', packed.path)
     return 0
+  from nanodlm import lock  # pylint: disable=g-import-not-at-top
   from nanodlm import train  # pylint: disable=g-import-not-at-top
   train.check_writable(workdir)
+  if mode == 'train':  # before the compilation cache makes the workdir
+    lock.check_free(workdir)
   _set_up_compilation_cache(workdir)
   if mode == 'train':
     try:
@@ -168,6 +192,22 @@ def _run() -> int:
   return 0
 
 
+def _compile(configs) -> int:
+  """--mode=compile, with no device or process but this one."""
+  from nanodlm import compile as ahead  # pylint: disable=g-import-not-at-top
+  topology, workdir = _TOPOLOGY.value, _WORKDIR.value
+  if topology:
+    ahead.use_topology(topology)
+  config = _resolve_config(configs, configs.load_base())
+  settings = configs.validate(
+      config, config_flags.get_override_values(flags.FLAGS['config']),
+      ahead.platform_of(topology))
+  report = ahead.compile_config(config, settings, topology, _VOCAB_SIZE.value,
+                                workdir)
+  fits = [row['fits'] for row in report['programs'].values()]
+  return 1 if False in fits else 0
+
+
 def _exit_at_once(number, frame):
   del frame
   os.write(2, b'interrupted\n')
@@ -180,7 +220,7 @@ def _resolve_config(configs, defaults):
   is_given = _is_config_given()
   path = pathlib.Path(_WORKDIR.value or '') / 'config.json'
   if not _WORKDIR.value or (
-      is_given and _MODE.value in ('train', 'prepare')) or not path.is_file():
+      is_given and _MODE.value in ('train', 'prepare', 'compile')) or not path.is_file():
     if _MODE.value in ('eval', 'sample'):
       raise InputError(f'--workdir={_WORKDIR.value!r} holds no run (no config.json '
                         'in it)')
@@ -233,10 +273,10 @@ def _init_distributed():
                      f'go together; got {explicit}')
   wanted = _is_cluster() if _DISTRIBUTED.value is None else _DISTRIBUTED.value
   try:
-    if is_explicit:
-      jax.distributed.initialize(*explicit)
-    elif wanted:
-      jax.distributed.initialize()
+    if is_explicit or wanted:
+      jax.distributed.initialize(
+          *explicit, heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT.value,
+          shutdown_timeout_seconds=multihost.SHUTDOWN_TIMEOUT_SECS)
   except (ValueError, RuntimeError) as error:
     raise InputError(f'jax.distributed cannot start: {error}') from error
   if jax.process_index():

@@ -56,7 +56,7 @@ def get_config() -> config_dict.ConfigDict:
   model.dtype = 'float32'  # of matrix products: 'float32' | 'bfloat16'
   model.remat = 'none'  # recompute in the backward pass: 'none' | 'dots' | 'full'
   model.unroll = False  # True: no scan over layers; faster on a CPU
-  model.attention = 'auto'  # 'auto' | 'xla' | 'cudnn'
+  model.attention = 'auto'  # 'auto' | 'xla' | 'cudnn' (GPU) | 'pallas' (TPU)
 
   config.objective = objective = config_dict.ConfigDict()
   # 'masked' | 'block' | 'ar' | 'uniform' | 'hybrid' | 'd3pm' | 'sedd' | 'genmd4'

@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from nanodlm import attention
+from nanodlm import pallas_attention
 from nanodlm import sharding
 from nanodlm.sharding import Shards
 from nanodlm.types import InputError
@@ -42,6 +44,8 @@ def _relu2_jvp(primals, tangents):
   return jnp.square(positive), 2 * positive * tangents[0]
 
 
+# By this name 'dots' keeps the attention's output, a product of its own kernels.
+ATTENTION_OUT = 'attention_out'
 MLPS = {
     'gelu': functools.partial(nn.gelu, approximate=False),
     'relu2': relu2,
@@ -52,7 +56,9 @@ GATED = ('geglu', 'swiglu')
 REMATS = {
     'none': None,
     'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'dots': jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT)),
 }
 DTYPES = ('float32', 'bfloat16')
 
@@ -83,7 +89,9 @@ class ModelConfig:
       parameters and results, about 15% faster on a CPU (a scan first fills its
       stacked activations with zeros and copies each layer's in and out), slower
       to compile with many layers.
-    attention: 'auto', 'xla' or 'cudnn'.
+    attention: 'auto', 'xla', 'cudnn' or 'pallas'.
+    platform: that programs are compiled for, 'cpu', 'gpu' or 'tpu'; '' is this
+      machine's. (Ahead of time for a TPU it is not.)
   """
 
   vocab_size: int
@@ -103,6 +111,7 @@ class ModelConfig:
   remat: str
   unroll: bool
   attention: str
+  platform: str = ''
 
   def __post_init__(self):
     for key in ('num_layers', 'embed_dim', 'num_heads'):
@@ -122,14 +131,15 @@ class ModelConfig:
       raise InputError(f'model.rope_theta={self.rope_theta!r} must be > 0')
     if not 0 <= self.dropout < 1:
       raise InputError(f'model.dropout={self.dropout!r} must be in [0, 1)')
-    attention.check_backend(self.attention)
+    attention.check_backend(self.attention,
+                            self.platform or jax.default_backend())
     if self.block_size and self.time_conditioning:
       raise InputError('model.time_conditioning=True does not go with block '
                        'diffusion, whose blocks have times of their own; it must '
                        'be False')
     if self.block_size and self.attention == 'cudnn':
       raise InputError("model.attention='cudnn' does not know the pattern of "
-                       "block diffusion; 'auto' or 'xla' are allowed")
+                       "block diffusion; 'auto', 'xla' or 'pallas' are allowed")
 
   @property
   def head_dim(self) -> int:
@@ -208,8 +218,9 @@ def _linear_forward(x, kernel):
 
 def _linear_backward(residuals, dy):
   x, kernel = residuals
-  if jax.default_backend() == 'cpu':
-    dy = jax.lax.optimization_barrier(dy)
+  # What is compiled ahead of time for a TPU is not for this machine's backend.
+  dy = jax.lax.platform_dependent(
+      dy, cpu=jax.lax.optimization_barrier, default=lambda dy: dy)
   return dy @ kernel.T, jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
 
 
@@ -245,12 +256,46 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + NORM_EPS)
+    scale = None
     if self.use_scale:
       scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-      x = x * jnp.expand_dims(scale, range(x.ndim - 1))
-    return x.astype(self.dtype)
+    return normalize(x, scale, self.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def normalize(x: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
+  """x / rms(x) over the last axis, times the scale [D]; computed in float32.
+
+  A backward pass keeps x, in its own dtype, and not the float32 copies.
+  """
+  x = x.astype(jnp.float32)
+  x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + NORM_EPS)
+  if scale is not None:
+    x = x * jnp.expand_dims(scale, range(x.ndim - 1))
+  return x.astype(dtype)
+
+
+class Heads(nn.Module):
+  """Queries or keys [B, L, H, Dh]: QK-norm where configured, then rotated."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, rotary):
+    cfg, scale = self.config, None
+    if cfg.qk_norm:
+      scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    if attention.has_kernels(cfg.attention, cfg.platform, x.shape):
+      return pallas_attention.rotate(x, scale, rotary, NORM_EPS)
+    if scale is not None:
+      x = normalize(x, scale, jnp.dtype(cfg.dtype))
+    return rotate(x, rotary)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def _gated(mlp, gate, up):
+  """activation(gate) * up, of which a backward pass keeps gate and up only."""
+  return MLPS[mlp](gate) * up
 
 
 class Block(nn.Module):
@@ -324,10 +369,8 @@ class Block(nn.Module):
         Linear(inner, dtype, name=name)(h).reshape(batch, length, num_heads,
                                                    cfg.head_dim)
         for name in ('query', 'key', 'value'))
-    if cfg.qk_norm:
-      q = RMSNorm(dtype, name='q_norm')(q)
-      k = RMSNorm(dtype, name='k_norm')(k)
-    q, k, own = rotate(q, rotary), rotate(k, rotary), None
+    q, k = Heads(cfg, name='q_norm')(q, rotary), Heads(cfg, name='k_norm')(k, rotary)
+    own = None
     if cached is not None:
       own = (k, v)
       h = attention.cached_attention(q, k, v, *cached, visible,
@@ -335,12 +378,15 @@ class Block(nn.Module):
     elif cfg.block_size:
       if positions is not None:  # of the noisy rows, the last layer's output
         q = q[:batch // 2]
-      h = attention.block_attention(q, k, v, block_size=cfg.block_size,
-                                    segment_ids=segment_ids)
+      h = attention.block_attention(
+          q, k, v, block_size=cfg.block_size, segment_ids=segment_ids,
+          backend=cfg.attention, platform=cfg.platform)
     else:
       h = attention.attention(q, k, v, causal=cfg.causal,
-                              segment_ids=segment_ids, backend=cfg.attention)
-    h = pick(h.reshape(-1, length, inner))
+                              segment_ids=segment_ids, backend=cfg.attention,
+                              platform=cfg.platform)
+    h = pick(ad_checkpoint.checkpoint_name(h, ATTENTION_OUT).reshape(
+        -1, length, inner))
     out_std = INIT_STD / (2 * cfg.num_layers) ** 0.5
     out = Linear(width, dtype, out_std, name='attention_out')(h)
     x = pick(x) + branch(sharding.join(out, shards), gate1, 0)
@@ -352,7 +398,7 @@ class Block(nn.Module):
     up = Linear(mlp_width, dtype, name='mlp_in')(h)
     if cfg.is_gated:
       gate = Linear(mlp_width, dtype, name='mlp_gate')(h)
-      up = MLPS[cfg.mlp](gate) * up
+      up = _gated(cfg.mlp, gate, up)
     else:
       up = MLPS[cfg.mlp](up)
     out = Linear(width, dtype, out_std, name='mlp_out')(up)
@@ -570,7 +616,8 @@ def init_params(config: ModelConfig, key: jax.Array, shards: Shards = Shards()):
   The same numbers for any `shards`; only the vocabulary is padded for them, by
   rows of zeros, which stay zeros.
   """
-  config = dataclasses.replace(config, block_size=0)  # changes no shape
+  # Neither changes a shape; kernels do not take two tokens.
+  config = dataclasses.replace(config, block_size=0, attention='xla')
   tokens = jnp.zeros((1, 2), jnp.int32)
   params = Transformer(config).init(key, tokens, jnp.zeros((1,)))['params']
   padding = sharding.padded(config.vocab_size, shards) - config.vocab_size
