@@ -158,8 +158,9 @@ def _make_trainer(config, settings, vocab_size: int):
       mesh, batch_size=settings.train.batch_size,
       num_microbatches=settings.train.num_microbatches,
       ema_decay=settings.optim.ema_decay)
-  init = lambda: states.init_state(network.config, optimizer, settings.seed,
-                                   settings.optim.ema_decay > 0, network.shards)
+  init = lambda: states.init_state(
+      network.config, objective, optimizer, settings.seed,
+      settings.optim.ema_decay > 0, network.shards)
   state = jax.jit(init, out_shardings=meshes.shardings(
       mesh, jax.eval_shape(init)))()
   put = lambda batch: meshes.shard_whole_batch(mesh, batch)
@@ -211,7 +212,7 @@ def benchmark_eval(config, settings, vocab_size: int
   num_draws = 1 if objective.exact else settings.eval.num_draws
   eval_step = steps.make_eval_step(network, objective, mesh, num_draws=num_draws,
                                    seed=0)
-  params = _init_params(network, mesh)
+  params = _init_params(network, objective, mesh)
   size, length = settings.eval.batch_size, settings.data.length
   batch = _random_batch(np.random.default_rng(0), settings, vocab_size, size)
   batch = meshes.shard_whole_batch(
@@ -226,8 +227,8 @@ def benchmark_eval(config, settings, vocab_size: int
           'least_bytes': num_draws * _num_bytes(params)}
 
 
-def _init_params(network: steps.Network, mesh):
-  init = lambda: network.init_params(jax.random.key(0))
+def _init_params(network: steps.Network, objective, mesh):
+  init = lambda: network.init_params(objective, jax.random.key(0))
   return jax.jit(init, out_shardings=meshes.shardings(
       mesh, jax.eval_shape(init)))()
 
@@ -249,7 +250,7 @@ def benchmark_sampler(config, settings, vocab_size: int, name: str
   mesh, objective, network = _build(config, settings, vocab_size)
   sampler = configs.make_sampler(config, vocab_size - 1)
   sample_step = steps.make_sample_step(network, objective, sampler, mesh)
-  params = _init_params(network, mesh)
+  params = _init_params(network, objective, mesh)
   length = settings.sample.length or settings.data.length
   shape = (_NUM_SAMPLES.value, length)
   canvas = jax.device_put(Canvas(jnp.zeros(shape, jnp.int32),
@@ -364,9 +365,9 @@ def count_scaling(config, vocab_size: int, num_devices: int) -> dict[str, Any]:
       batch_size=config.train.batch_size,
       num_microbatches=settings.train.num_microbatches,
       ema_decay=settings.optim.ema_decay)
-  init = lambda: states.init_state(network.config, optimizer, settings.seed,
-                                   settings.optim.ema_decay > 0, network.shards)
-  state = jax.eval_shape(init)
+  state = jax.eval_shape(lambda: states.init_state(
+      network.config, objective, optimizer, settings.seed,
+      settings.optim.ema_decay > 0, network.shards))
   placed = lambda tree, where: jax.tree.map(
       lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
       tree, where)

@@ -19,6 +19,7 @@ from nanodlm import objectives
 from nanodlm import optim
 from nanodlm import samplers
 from nanodlm import schedules
+from nanodlm import times
 from nanodlm import types
 from nanodlm.data import sources
 from nanodlm.samplers import block
@@ -291,6 +292,8 @@ def _sampler_reads(config, block_size) -> set[str]:
     names |= _reads(samplers.SAMPLERS[config.sampler.inner])
   if config.sampler.schedule != 'polynomial':
     names -= {'power'}
+  if 'grid' in names and times.is_listed(config.sampler.grid):
+    names -= {'num_steps'}
   if block_size:  # the objective's
     names -= {'block_size'}
   names |= {'num_samples', 'length', 'seed', 'temperature', 'top_k', 'top_p',

@@ -135,12 +135,13 @@ class Trainer:
     self.packed = builder.prepare(settings.data, settings.tokenizer)
     self.mesh = meshes.make_mesh(settings.mesh, jax.devices()[:np.prod(shape)])
     shape = configs.make_model(self.config, self.packed.tokenizer.vocab_size)
+    objective = configs.make_objective(self.config, self.packed.tokenizer.mask_id)
     optimizer = optim.make_optimizer(settings.optim, settings.train.num_steps)
-    init = lambda: states.init_state(shape, optimizer, 0, use_ema=True)
+    init = lambda: states.init_state(shape, objective, optimizer, 0, use_ema=True)
     self.state = jax.jit(init, out_shardings=meshes.replicated(self.mesh))()
     self.train_step = steps.make_train_step(
         steps.Network(shape, settings.train.chunk_size),
-        configs.make_objective(self.config, self.packed.tokenizer.mask_id),
+        objective,
         optimizer, optim.make_schedule(settings.optim, settings.train.num_steps),
         self.mesh, batch_size=BATCH_SIZE, num_microbatches=1, ema_decay=0.9)
 
