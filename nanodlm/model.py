@@ -285,7 +285,7 @@ class Heads(nn.Module):
     cfg, scale = self.config, None
     if cfg.qk_norm:
       scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    if attention.has_kernels(cfg.attention, cfg.platform, x.shape):
+    if attention.has_kernels(cfg.attention, cfg.platform, x):
       return pallas_attention.rotate(x, scale, rotary, NORM_EPS)
     if scale is not None:
       x = normalize(x, scale, jnp.dtype(cfg.dtype))

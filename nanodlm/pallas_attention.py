@@ -26,9 +26,12 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 LANES = 128
-# Scores of one block, [keys, queries] float32, alive about six times over; with
-# them the kernels stay within a v5e core's default share of VMEM, 16 MiB.
+# Scores of one block, [keys, queries] float32, 2 MiB that are alive a few times
+# over. With 4096 keys a kernel needs 16.5 MiB of VMEM, the default share is 16.
 MAX_SCORES = 2**19
+VMEM_BYTES = 24 * 2**20
+# Of 16 bits; half of it of float32. (A v4, whose VMEM is 16 MiB in all, cannot take
+# 4096 keys: model.attention='xla' there.)
 MAX_KEYS = MAX_SCORES // LANES
 MIN_SCORE = float(jnp.finfo(jnp.float32).min)
 
@@ -69,12 +72,13 @@ class Pattern:
     return (code == limit + 1) | ((code < limit) & (code & 1 == 0))
 
 
-def fits(num_heads: int, head_dim: int, num_queries: int, num_keys: int) -> bool:
-  """Whether the kernel can take these sizes."""
+def fits(num_heads: int, head_dim: int, num_queries: int, num_keys: int,
+         itemsize: int) -> bool:
+  """Whether the kernel can take these sizes; `itemsize` is a number's bytes."""
   if head_dim % LANES and (LANES % head_dim or num_heads % (LANES // head_dim)):
     return False
   return (num_queries % LANES == 0 and num_keys % LANES == 0
-          and num_keys <= MAX_KEYS)
+          and num_keys <= MAX_KEYS * 2 // max(itemsize, 2))
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern,
@@ -249,7 +253,8 @@ def _call(kernel, setup, name, num_products, q, k, rest, ids, outs, scratch=()):
       out_shape=[shape[where] for where in outs],
       scratch_shapes=[pltpu.VMEM(x, jnp.float32) for x in scratch],
       compiler_params=pltpu.CompilerParams(
-          dimension_semantics=('parallel', 'parallel', 'arbitrary')),
+          dimension_semantics=('parallel', 'parallel', 'arbitrary'),
+          vmem_limit_bytes=VMEM_BYTES),
       cost_estimate=pl.CostEstimate(
           flops=2 * num_products * pairs * width,
           transcendentals=pairs * width // setup.head_dim, bytes_accessed=moved),

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / 'nanodlm'
 LAYERS = {
-    0: ('types', 'schedules', 'times', 'processes', 'categorical', 'reveal',
+    0: ('types', 'sharding', 'schedules', 'times', 'processes', 'categorical', 'reveal',
         'masking',
         'hugepages', 'guidance'),
     1: ('objectives', 'samplers', 'attention', 'pallas_attention', 'losses', 'model', 'metrics',
