@@ -29,6 +29,7 @@ from absl import logging as absl_logging
 import jax
 from ml_collections import config_flags
 
+from nanodlm import multihost
 from nanodlm.types import InputError
 
 BASE = str(pathlib.Path(__file__).parent / 'configs' / 'base.py')
@@ -69,6 +70,10 @@ _NUM_PROCESSES = flags.DEFINE_integer(
     'num_processes', None, 'Processes of the run.', lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer(
     'process_id', None, 'This process, from 0.', lower_bound=0)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    'heartbeat_timeout_secs', multihost.HEARTBEAT_TIMEOUT_SECS, 'Of several '
+    'processes, one that has been silent for as long is lost: all others end.',
+    lower_bound=5)
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', None, 'Whether to initialise jax.distributed from the cluster '
     'that JAX detects; by default where this is one of several tasks of SLURM or '
@@ -118,6 +123,12 @@ def main(argv):
   except InputError as error:
     print(f'error: {error}', file=sys.stderr)
     return 2
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    print('error: a computation of several processes failed, most likely because '
+          f'another one is lost: {str(error).splitlines()[0]}', file=sys.stderr)
+    multihost.leave(1)
   except KeyboardInterrupt:  # before training has its own way to stop
     print('interrupted', file=sys.stderr)
     return 130
@@ -145,8 +156,11 @@ def _run() -> int:
     packed = builder.prepare(settings.data, settings.tokenizer)
     logging.getLogger('nanodlm').info('prepared: %s', packed.path)
     return 0
+  from nanodlm import lock  # pylint: disable=g-import-not-at-top
   from nanodlm import train  # pylint: disable=g-import-not-at-top
   train.check_writable(workdir)
+  if mode == 'train':  # before the compilation cache makes the workdir
+    lock.check_free(workdir)
   _set_up_compilation_cache(workdir)
   if mode == 'train':
     try:
@@ -259,10 +273,10 @@ def _init_distributed():
                      f'go together; got {explicit}')
   wanted = _is_cluster() if _DISTRIBUTED.value is None else _DISTRIBUTED.value
   try:
-    if is_explicit:
-      jax.distributed.initialize(*explicit)
-    elif wanted:
-      jax.distributed.initialize()
+    if is_explicit or wanted:
+      jax.distributed.initialize(
+          *explicit, heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT.value,
+          shutdown_timeout_seconds=multihost.SHUTDOWN_TIMEOUT_SECS)
   except (ValueError, RuntimeError) as error:
     raise InputError(f'jax.distributed cannot start: {error}') from error
   if jax.process_index():

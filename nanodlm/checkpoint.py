@@ -1,11 +1,22 @@
-"""Checkpoints with Orbax: asynchronous, atomic, with their config.
+"""Checkpoints with Orbax: asynchronous, atomic, checksummed, with their config.
 
 A checkpoint holds four items: `params`, `ema_params` (where there are any), `rest`
 (step, optimiser state, key) and `meta` (JSON: config, data position). Evaluation
 and sampling read one of the first two only.
+
+It also holds the checksums of its files, which Orbax leaves to the disk. They are
+written after the files and before the folder gets its name, so that every complete
+checkpoint has them, except those of older versions. They are checked before a
+checkpoint is read: where it is damaged, the one before is taken.
 """
 
+from concurrent import futures
 import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
 import pathlib
 from typing import Any
 
@@ -16,7 +27,16 @@ import orbax.checkpoint as ocp
 from nanodlm.state import TrainState
 from nanodlm.types import InputError
 
+log = logging.getLogger('nanodlm')
+
 FOLDER = 'checkpoints'
+# {path: [bytes, SHA-256]} of the files of a checkpoint's items.
+CHECKSUMS = 'checksums.json'
+PARAMS = ('params', 'ema_params')
+# Orbax gives up on a save after so long, by the clock of the wall: a laptop that
+# slept, or a clock that was set, would end the run. Several processes may wait for
+# one that has failed, so that there it cannot be forever.
+_SAVE_TIMEOUT_SECS = {'one': 100 * 365 * 86400, 'several': 600}
 
 
 class SaveError(RuntimeError):
@@ -29,6 +49,10 @@ def open_manager(workdir: str, *, max_to_keep: int | None = None,
   """The manager of `workdir`/checkpoints; a half-written checkpoint is no
   checkpoint to it."""
   directory = pathlib.Path(workdir).absolute() / FOLDER
+  several = 'one' if jax.process_count() == 1 else 'several'
+  async_options = None if read_only else ocp.AsyncOptions(
+      timeout_secs=_SAVE_TIMEOUT_SECS[several],
+      post_finalization_callback=functools.partial(_write_checksums, directory))
   return ocp.CheckpointManager(
       directory, item_handlers={
           'params': ocp.StandardCheckpointHandler(),
@@ -39,7 +63,8 @@ def open_manager(workdir: str, *, max_to_keep: int | None = None,
           max_to_keep=max_to_keep, keep_period=keep_period or None,
           create=not read_only, read_only=read_only,
           cleanup_tmp_directories=not read_only,
-          enable_async_checkpointing=not read_only))
+          enable_async_checkpointing=not read_only,
+          async_options=async_options))
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -95,19 +120,128 @@ def complete_steps(directory: pathlib.Path) -> list[int]:
                 if path.name.isdigit())
 
 
-def restore_state(manager: ocp.CheckpointManager, state: TrainState, step: int
-                  ) -> TrainState:
+def _write_checksums(directory: pathlib.Path):
+  """Writes CHECKSUMS for the checkpoint that waits in `directory` for its name.
+
+  Orbax calls this on process 0, when the files of all processes are there.
+  """
+  # The only one: those of a killed run are gone before the first save.
+  (folder,) = directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}')
+  names = [path.relative_to(folder).as_posix() for path in folder.glob('*/**/*')
+           if path.is_file()]
+  with open(folder / CHECKSUMS, 'w') as file:
+    json.dump({name: [size, digest] for name, size, digest
+               in _digests(folder, sorted(names))}, file, indent=1)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _digests(folder: pathlib.Path, names: list[str]
+             ) -> list[tuple[str, int, str]]:
+  """(name, bytes, SHA-256) of files."""
+  def digest(name):
+    with open(folder / name, 'rb') as file:
+      value = hashlib.file_digest(file, 'sha256').hexdigest()
+      return name, file.tell(), value
+
+  with futures.ThreadPoolExecutor() as pool:
+    return list(pool.map(digest, names))
+
+
+def find_damage(folder: pathlib.Path, items: tuple[str, ...] = ()) -> str:
+  """What is wrong with the files of a checkpoint; '' where nothing is.
+
+  Args:
+    folder: of the checkpoint. One without CHECKSUMS, of an older version, passes.
+    items: those that matter; all by default.
+  """
+  path = folder / CHECKSUMS
+  if not path.exists():
+    return ''
+  try:
+    written = {name: (int(size), str(digest)) for name, (size, digest)
+               in json.loads(path.read_bytes()).items()
+               if not items or name.split('/')[0] in items}
+  except (ValueError, TypeError, AttributeError):
+    return f'{CHECKSUMS} is unreadable'
+  try:
+    for name, (size, _) in written.items():
+      if not (folder / name).is_file():
+        return f'{name} is missing'
+      found = os.path.getsize(folder / name)
+      if found != size:
+        return f'{name} has {found} bytes instead of {size}'
+    for name, _, digest in _digests(folder, list(written)):
+      if digest != written[name][1]:
+        return f'the content of {name} has changed'
+  except OSError as error:
+    return f'it cannot be read: {error}'
+  return ''
+
+
+def set_damaged_aside(workdir: str) -> int:
+  """Renames the damaged checkpoints behind the last intact one.
+
+  They become STEP.damaged, so that a run that goes on from before can save at the
+  same steps; none is deleted.
+
+  Returns:
+    The step of the last intact checkpoint, -1 where there is none at all.
+
+  Raises:
+    InputError: all are damaged. None is renamed then.
+  """
+  directory = pathlib.Path(workdir).absolute() / FOLDER
+  damage = {}
+  for step in reversed(complete_steps(directory)):
+    damage[step] = find_damage(directory / str(step))
+    if not damage[step]:
+      break
+  else:
+    if damage:
+      raise InputError(_all_damaged(directory, damage)
+                       + '. Move that folder away to start again at step 0')
+    return -1
+  for other in damage:
+    if other != step:
+      aside = directory / f'{other}.damaged'
+      while aside.exists():
+        aside = aside.with_name(f'{aside.name}.damaged')
+      (directory / str(other)).rename(aside)
+      log.warning('checkpoint %s is DAMAGED: %s. It is now called %s; going on '
+                  'from step %d, %d steps are lost and will be trained again',
+                  directory / str(other), damage[other], aside.name, step,
+                  other - step)
+  return step
+
+
+def _all_damaged(directory, damage):
+  return (f'{directory} holds no checkpoint that is not damaged: '
+          + '; '.join(f'of {step}, {text}' for step, text in damage.items()))
+
+
+def restore_state(manager: ocp.CheckpointManager, state: TrainState, step: int,
+                  vocab_size: int) -> TrainState:
   """The saved state of `step`, with the shapes and shardings of `state`.
+
+  It may have been saved on any number of devices and processes.
+
+  Args:
+    manager: from `open_manager`.
+    state: of the shapes and shardings wanted.
+    step: of the checkpoint.
+    vocab_size: rows of the embeddings behind it are padding, of which the saved
+      state may have had more or fewer.
 
   Raises:
     InputError: the checkpoint is of another shape.
   """
+  strict = check_shapes(manager, step, 'params', state.params, vocab_size)
   abstract = lambda tree: ocp.args.StandardRestore(
-      jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+      jax.tree.map(ocp.utils.to_shape_dtype_struct, tree), strict=strict)
   items = {'params': abstract(state.params), 'rest': abstract(_rest(state))}
   if state.ema_params is not None:
     items['ema_params'] = abstract(state.ema_params)
-  check_shapes(manager, step, 'params', state.params)
   saved = _restore(manager, step, items)
   key = jax.random.wrap_key_data(saved['rest']['key'])
   return TrainState(
@@ -117,13 +251,15 @@ def restore_state(manager: ocp.CheckpointManager, state: TrainState, step: int
       key=jax.device_put(key, state.key.sharding))
 
 
-def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> Any:
+def restore_params(manager: ocp.CheckpointManager, params: Any, step: int,
+                   vocab_size: int) -> Any:
   """The averaged parameters of `step`, or the plain ones where there are none.
 
   Args:
     manager: from `open_manager`.
     params: arrays or ShapeDtypeStructs with the shapes and shardings wanted.
     step: of the checkpoint.
+    vocab_size: as in `restore_state`.
 
   Raises:
     InputError: the checkpoint is of another shape.
@@ -131,23 +267,35 @@ def restore_params(manager: ocp.CheckpointManager, params: Any, step: int) -> An
   item = 'params'
   if (manager.directory / str(step) / 'ema_params').exists():
     item = 'ema_params'
-  check_shapes(manager, step, item, params)
-  return _restore(manager, step, {item: ocp.args.StandardRestore(params)})[item]
+  strict = check_shapes(manager, step, item, params, vocab_size)
+  return _restore(manager, step, {
+      item: ocp.args.StandardRestore(params, strict=strict)})[item]
 
 
 def _restore(manager, step, items):
   try:
     return manager.restore(step, args=ocp.args.Composite(**items))
   except (ValueError, KeyError, FileNotFoundError) as error:
-    raise InputError(f'checkpoint {manager.directory / str(step)} cannot be read '
-                     f'into this model: {error}') from error
+    folder = manager.directory / str(step)
+    hint = '' if (folder / CHECKSUMS).exists() else (
+        f'. It has no {CHECKSUMS}, so it may be damaged: move that folder away to '
+        'use the one before')
+    raise InputError(f'checkpoint {folder} cannot be read into this model: {error}'
+                     f'{hint}') from error
 
 
 def check_shapes(manager: ocp.CheckpointManager, step: int, item: str,
-                 params: Any):
-  """Raises InputError naming the parameters whose shapes differ."""
-  saved = _shapes(manager.item_metadata(step)[item])
-  wanted = _shapes(params)
+                 params: Any, vocab_size: int) -> bool:
+  """Whether the shapes are the same; False where only padding differs.
+
+  Raises:
+    InputError: they differ in more, naming the parameters.
+  """
+  there, here = _shapes(manager.item_metadata(step)[item]), _shapes(params)
+  saved, wanted = ({
+      name: (min(shape[0], vocab_size), *shape[1:])
+      if name in ('embedding', 'output') else shape
+      for name, shape in shapes.items()} for shapes in (there, here))
   lines = [f'  {name}: {saved.get(name, "absent")} there, '
            f'{wanted.get(name, "absent")} here'
            for name in sorted(saved | wanted)
@@ -155,6 +303,7 @@ def check_shapes(manager: ocp.CheckpointManager, step: int, item: str,
   if lines:
     raise InputError(f'checkpoint {manager.directory / str(step)} is of another '
                      'shape:\n' + '\n'.join(lines))
+  return there == here
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
@@ -169,16 +318,39 @@ def restore_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
   return _restore(manager, step, {'meta': ocp.args.JsonRestore()})['meta']
 
 
-def find_step(manager: ocp.CheckpointManager, step: int = 0) -> int:
-  """`step`, or the last one for 0.
+def find_step(manager: ocp.CheckpointManager, step: int = 0,
+              items: tuple[str, ...] = PARAMS) -> int:
+  """`step`, or for 0 the last one whose `items` are not damaged.
+
+  Args:
+    manager: from `open_manager`.
+    step: of the checkpoint wanted.
+    items: what will be read of it.
 
   Raises:
-    InputError: there is no such checkpoint; says which there are.
+    InputError: there is no such checkpoint; says which there are, or what is
+      wrong with it.
   """
-  steps = sorted(manager.all_steps())
+  # Off the disk: a run that goes on here may save and delete meanwhile.
+  steps = complete_steps(manager.directory)
   if not steps:
     raise InputError(f'{manager.directory} holds no complete checkpoint')
-  if step and step not in steps:
-    raise InputError(f'{manager.directory} holds no checkpoint of step {step}; it '
-                     f'has {steps}')
-  return step or steps[-1]
+  if step:
+    if step not in steps:
+      raise InputError(f'{manager.directory} holds no checkpoint of step {step}; '
+                       f'it has {steps}')
+    damage = find_damage(manager.directory / str(step), items)
+    if damage:
+      raise InputError(f'checkpoint {manager.directory / str(step)} is damaged: '
+                       f'{damage}. There are those of steps {steps}')
+    return step
+  damage = {}
+  for step in reversed(steps):
+    damage[step] = find_damage(manager.directory / str(step), items)
+    if not damage[step]:
+      return step
+    if complete_steps(manager.directory)[-1:] != steps[-1:]:
+      return find_step(manager, 0, items)  # it was being deleted, not damaged
+    log.warning('checkpoint %s is DAMAGED: %s. Using the one before',
+                manager.directory / str(step), damage[step])
+  raise InputError(_all_damaged(manager.directory, damage))

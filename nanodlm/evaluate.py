@@ -15,6 +15,7 @@ from nanodlm import checkpoint
 from nanodlm import config as configs
 from nanodlm import mesh as meshes
 from nanodlm import metrics
+from nanodlm import multihost
 from nanodlm import step as steps
 from nanodlm import tokenizers
 from nanodlm.data import builder
@@ -129,10 +130,11 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   Args:
     run: what they must fit.
     workdir: of the run that saved them.
-    step: of the checkpoint; 0 is the last.
+    step: of the checkpoint; 0 is the last, or where that is damaged the one
+      before, with a warning.
 
   Raises:
-    InputError: there is no such checkpoint, or it is of another shape.
+    InputError: there is no such checkpoint, it is damaged or of another shape.
   """
   abstract = jax.eval_shape(lambda: run.network.init_params(jax.random.key(0)))
   abstract = jax.tree.map(
@@ -141,8 +143,9 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   if not (pathlib.Path(workdir) / checkpoint.FOLDER).is_dir():
     raise InputError(f'{workdir!r} holds no run (no {checkpoint.FOLDER} in it)')
   with checkpoint.open_manager(workdir, read_only=True) as manager:
-    step = checkpoint.find_step(manager, step)
-    return checkpoint.restore_params(manager, abstract, step), step
+    step = multihost.on_process_0(lambda: checkpoint.find_step(manager, step))
+    return checkpoint.restore_params(manager, abstract, step,
+                                     run.tokenizer.vocab_size), step
 
 
 def open_run(workdir: str) -> tuple[Run, Any, int]:

@@ -18,11 +18,14 @@ from ml_collections import config_dict
 from nanodlm import checkpoint
 from nanodlm import config as configs
 from nanodlm import evaluate
+from nanodlm import lock
 from nanodlm import mesh as meshes
 from nanodlm import metrics
 from nanodlm import model
+from nanodlm import multihost
 from nanodlm import optim
 from nanodlm import sample
+from nanodlm import sharding
 from nanodlm import state as states
 from nanodlm import step as steps
 from nanodlm import tokenizers
@@ -72,7 +75,7 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
   if saved is not None:
     configs.check_resumable(saved, config, workdir)
   check_writable(workdir)
-  _check_batches(config, settings)
+  _check_devices(config, settings)
   init_from = settings.checkpoint.init_from
   if init_from and not (_has_checkpoint(workdir) or _has_tokenizer(init_from)):
     raise InputError(f'checkpoint.init_from={init_from!r} holds no run (no '
@@ -114,23 +117,25 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
   except OSError as error:
     raise InputError(
         f'--workdir={workdir!r} cannot be written: {error}') from error
-  with checkpoint.open_manager(
-      workdir, max_to_keep=settings.checkpoint.max_to_keep,
-      keep_period=settings.checkpoint.keep_period) as manager:
-    if manager.latest_step() is not None:
-      step = manager.latest_step()
-      state = checkpoint.restore_state(manager, state, step)
-      log.info('resuming %s at step %d', workdir, step)
-    write_config(workdir, config, saved, int(state.step))
-    if not jax.process_index() and not _has_tokenizer(workdir):
-      tokenizers.save(run.tokenizer, workdir)
-    _describe(run, packed, state)
-    with contextlib.ExitStack() as stack:
-      caught = stack.enter_context(_catch_signals())
-      writer = stack.enter_context(_writers(workdir, config, settings))
-      _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
-            writer, caught, start)
-    checkpoint.wait(manager)
+  with lock.hold(workdir):
+    step = multihost.on_process_0(lambda: checkpoint.set_damaged_aside(workdir))
+    with checkpoint.open_manager(
+        workdir, max_to_keep=settings.checkpoint.max_to_keep,
+        keep_period=settings.checkpoint.keep_period) as manager:
+      if step >= 0:
+        state = checkpoint.restore_state(manager, state, step,
+                                         run.tokenizer.vocab_size)
+        log.info('resuming %s at step %d', workdir, step)
+      write_config(workdir, config, saved, int(state.step))
+      if not jax.process_index() and not _has_tokenizer(workdir):
+        tokenizers.save(run.tokenizer, workdir)
+      _describe(run, packed, state)
+      with contextlib.ExitStack() as stack:
+        caught = stack.enter_context(_catch_signals())
+        writer = stack.enter_context(_writers(workdir, config, settings))
+        _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
+              writer, caught, start)
+      checkpoint.wait(manager)
   return caught.number
 
 
@@ -152,7 +157,9 @@ def _check_same_text(workdir: str, packed: builder.PackedData):
   if not _has_checkpoint(workdir):
     return
   with checkpoint.open_manager(workdir, read_only=True) as manager:
-    position = checkpoint.restore_meta(manager, checkpoint.find_step(manager))
+    step = multihost.on_process_0(
+        lambda: checkpoint.find_step(manager, items=('meta',)))
+    position = checkpoint.restore_meta(manager, step)
   if position['data']['fingerprint'] != packed.metadata['source_fingerprint']:
     raise InputError(
         f'data.source={packed.metadata["source"]!r} has changed since the run in '
@@ -160,9 +167,11 @@ def _check_same_text(workdir: str, packed: builder.PackedData):
         'one with checkpoint.init_from')
 
 
-def _check_batches(config: config_dict.ConfigDict, settings: configs.Settings):
-  """Checks the batch sizes against the devices, before data is prepared."""
+def _check_devices(config: config_dict.ConfigDict, settings: configs.Settings):
+  """Checks batch sizes and network against the devices, before data is prepared."""
   mesh = meshes.make_mesh(settings.mesh)
+  model.check_shards(configs.make_model(config, vocab_size=2),
+                     meshes.shards(mesh))
   group_size = configs.make_objective(config, mask_id=1).group_size
   steps.check_batch_size(settings.train.batch_size, mesh,
                          settings.train.num_microbatches, group_size)
@@ -213,6 +222,14 @@ def _describe(run: evaluate.Run, data: builder.PackedData,
            f'{model.num_params(state.params):,}', run.config.objective.name,
            jax.device_count(), device.device_kind,
            's' if jax.device_count() > 1 else '')
+  shards = run.network.shards
+  if max(shards.fsdp, shards.tensor) > 1:
+    log.info('mesh: %s', ', '.join(f'{axis} {size}' for axis, size
+                                   in run.mesh.shape.items()))
+  rows = sharding.padded(tokenizer.vocab_size, shards)
+  if rows > tokenizer.vocab_size:
+    log.info('vocabulary: padded from %d to %d ids, for mesh.tensor=%d',
+             tokenizer.vocab_size, rows, shards.tensor)
 
 
 class _Caught:

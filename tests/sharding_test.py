@@ -31,7 +31,7 @@ from tests import toys
 VOCAB = 13  # no multiple of 2 or 8: padded where the tensor axis asks for it
 MASK = VOCAB - 1
 BATCH, LENGTH, WIDTH = 16, 8, 32
-LEARNING_RATE = 0.002
+LEARNING_RATE = 0.02
 OBJECTIVES = {
     'masked': masked.Masked(MASK),
     'hybrid': mixture.Hybrid(MASK),
@@ -106,20 +106,19 @@ def unpadded(tree):
 
 
 def train(name, shape, num_microbatches=1, **changes):
-  """Two steps: how parameters and average changed, and the metrics of both."""
+  """A step: how parameters and average changed, and its metrics."""
   mesh, network = make_mesh(shape), make_network(name, shape, **changes)
   train_step = step.make_train_step(
       network, OBJECTIVES[name], make_optimizer(), optax.constant_schedule(LEARNING_RATE),
       mesh, batch_size=BATCH, num_microbatches=num_microbatches, ema_decay=0.5)
-  state, history = make_state(network, mesh), []
+  state = make_state(network, mesh)
   initial = unpadded((state.params, state.ema_params))
-  for i in range(2):
-    state, metrics = train_step(state, meshes.shard_whole_batch(
-        mesh, make_batch(i)))
-    history.append(jax.device_get(metrics))
-  assert train_step._cache_size() == 1  # what comes out goes in again
+  batch = meshes.shard_whole_batch(mesh, make_batch(0))
+  state, metrics = train_step(state, batch)
   final = unpadded((state.params, state.ema_params))
-  return jax.tree.map(np.subtract, final, initial), history
+  train_step(state, batch)
+  assert train_step._cache_size() == 1  # what comes out goes in again
+  return jax.tree.map(np.subtract, final, initial), jax.device_get(metrics)
 
 
 @functools.cache
@@ -133,7 +132,7 @@ def assert_close(a, b):
   np.testing.assert_equal(np.isnan(a), np.isnan(b))
   a, b = np.nan_to_num(a), np.nan_to_num(b)
   error, size = np.linalg.norm(a - b), np.linalg.norm(a)
-  assert error <= 3e-3 * size, (error, size)
+  assert error <= 1e-3 * size, (error, size)
 
 
 class TrainTest(parameterized.TestCase):

@@ -71,11 +71,13 @@ class PackedRows:
     records: random access to serialized tf.train.Example records.
     length: tokens per row.
     dtype: how ids are stored, uint16 or uint32.
+    files: the path and number of rows of each file, in order.
   """
 
   records: Any
   length: int
   dtype: np.dtype
+  files: tuple[tuple[pathlib.Path, int], ...]
 
   def __len__(self) -> int:
     return len(self.records)
@@ -85,8 +87,17 @@ class PackedRows:
 
     A pair also has its 'prompt_length', in tokens; its num_bytes are those of
     the response.
+
+    Raises:
+      InputError: the row's place on the disk is damaged: ArrayRecord keeps a hash
+        of every row and of its own structure.
     """
-    record = self.records[i]
+    try:
+      record = self.records[i]
+    except (RuntimeError, OSError) as error:
+      ends = itertools.accumulate(num_rows for _, num_rows in self.files)
+      path = self.files[[i < end for end in ends].index(True)][0]
+      raise _damaged(path, error) from error
     features = tf_example_pb2.Example.FromString(record).features.feature
     tokens = np.frombuffer(features['tokens'].bytes_list.value[0], self.dtype)
     scalars = {name: feature.int64_list.value[0]
@@ -259,20 +270,51 @@ def _open(path: pathlib.Path,
   """Opens a finished dataset; without a tokenizer it has its own."""
   if tokenizer is None:
     tokenizer = tokenizers.load_sentencepiece(str(path / _MODEL_NAME))
-  with sources.quiet_tfds():
-    builder = tfds.builder_from_directory(path / 'packed_tokens' / '1.0.0')
-    rows = {}
-    for split in SPLITS:
-      rows[split] = PackedRows(
-          builder.as_data_source(split).data_source,
-          builder.info.metadata['length'],
-          np.dtype(builder.info.features['tokens'].np_dtype))
-  return PackedData(
-      path=str(path),
-      length=builder.info.metadata['length'],
-      tokenizer=tokenizer,
-      metadata=dict(builder.info.metadata),
-      **rows)
+  folder = path / 'packed_tokens' / '1.0.0'
+  try:
+    with sources.quiet_tfds():
+      builder = tfds.builder_from_directory(folder)
+      metadata = dict(builder.info.metadata)
+      dtype = np.dtype(builder.info.features['tokens'].np_dtype)
+      rows = {split: PackedRows(
+          builder.as_data_source(split).data_source, metadata['length'], dtype,
+          _checked_files(builder.info.splits[split], metadata[split]['num_rows']))
+              for split in SPLITS}
+  except InputError:
+    raise
+  # Whatever TFDS makes of files that are not what it wrote: JSON, protocol buffer,
+  # key and assertion errors.
+  except Exception as error:  # pylint: disable=broad-exception-caught
+    raise _damaged(folder, error) from error
+  return PackedData(path=str(path), length=metadata['length'], tokenizer=tokenizer,
+                    metadata=metadata, **rows)
+
+
+def _checked_files(split: Any, num_rows: int) -> tuple[tuple[pathlib.Path, int], ...]:
+  """The files of a split and their rows, if all are there and as long as written.
+
+  Their content has hashes, which are checked as it is read.
+  """
+  paths = [pathlib.Path(path) for path in split.filepaths]
+  for path in paths:
+    if not path.is_file():
+      raise _damaged(path, 'it is missing')
+  size = sum(path.stat().st_size for path in paths)
+  if size != split.num_bytes:
+    raise _damaged(paths[0] if len(paths) == 1 else paths[0].parent,
+                   f'{size} bytes instead of {int(split.num_bytes)}')
+  if sum(split.shard_lengths) != num_rows:
+    raise _damaged(paths[0].parent, f'{sum(split.shard_lengths)} rows instead of '
+                                    f'{num_rows}')
+  return tuple(zip(paths, split.shard_lengths, strict=True))
+
+
+def _damaged(path: pathlib.Path, error: Exception | str) -> InputError:
+  """What to say of a file of a prepared dataset, or of the folder it lies in."""
+  folder = next(parent for parent in (path, *path.parents)
+                if parent.name == 'packed_tokens').parent
+  return InputError(f'prepared data {path} is damaged ({error}). Delete '
+                    f'{folder}, and the next start prepares it again')
 
 
 # ------------------------------------------------------------------- split
