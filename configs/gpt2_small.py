@@ -6,6 +6,10 @@ The settings follow MDLM on OpenWebText (Sahoo et al., arXiv 2406.07524): batch
 512, learning rate 3e-4, 2500 warm-up steps, EMA 0.9999. The text is English
 Wikipedia from TFDS, downloaded on first use; name your own with
 --config.data.source=text:'my/*.txt.gz'. Not yet run at full length.
+
+On TPUs, by the compiler's estimate only (--mode=compile, v5e, 8 rows a chip): a step
+takes 90 Mcycles, 59% of the peak rate in model FLOPs, and 4.7 GiB; 131 Mcycles
+in a scan over the layers (unroll=False), which compiles in a quarter of the time.
 """
 
 from configs import base
@@ -21,6 +25,7 @@ def get_config():
   config.model.embed_dim = 768
   config.model.num_heads = 12
   config.model.dtype = 'bfloat16'
+  config.model.unroll = True
   config.optim.learning_rate = 3e-4
   config.optim.warmup_steps = 2500
   config.optim.schedule = 'constant'

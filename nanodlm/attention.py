@@ -23,33 +23,35 @@ def check_backend(backend: str, platform: str):
 
 
 def check_sizes(backend: str, num_heads: int, head_dim: int, num_queries: int,
-                num_keys: int):
+                num_keys: int, itemsize: int):
   """Raises InputError where the Pallas kernel is asked for and cannot do it."""
   if backend == 'pallas' and not pallas_attention.fits(
-      num_heads, head_dim, num_queries, num_keys):
+      num_heads, head_dim, num_queries, num_keys, itemsize):
     raise InputError(
         f"model.attention='pallas' cannot take {num_heads} heads of {head_dim} on "
         f'{num_queries} queries and {num_keys} keys: heads must fill up 128 lanes, '
-        'lengths must be multiples of 128 and at most '
-        f"{pallas_attention.MAX_KEYS} keys; 'auto' or 'xla' are allowed")
+        'lengths must be multiples of 128, with at most '
+        f'{pallas_attention.MAX_KEYS} keys in bfloat16 and half of that in float32; '
+        "'auto' or 'xla' are allowed")
 
 
-def has_kernels(backend: str, platform: str, shape: tuple[int, ...]) -> bool:
+def has_kernels(backend: str, platform: str, x: jax.Array) -> bool:
   """Whether `pallas_attention` serves heads [B, L, H, Dh] that attend to L keys."""
   return (backend in ('auto', 'pallas')
           and (platform or jax.default_backend()) == 'tpu'
-          and pallas_attention.fits(*shape[2:], shape[1], shape[1]))
+          and pallas_attention.fits(*x.shape[2:], x.shape[1], x.shape[1],
+                                    x.dtype.itemsize))
 
 
 def _choose(backend, platform, q, k, segment_ids) -> str:
   """'auto' by the platform: see `attention`."""
   if backend != 'auto':
-    check_sizes(backend, *q.shape[2:], q.shape[1], k.shape[1])
+    check_sizes(backend, *q.shape[2:], q.shape[1], k.shape[1], q.dtype.itemsize)
     return backend
   if platform == 'gpu' and q.dtype.itemsize == 2 and segment_ids is None:
     return 'cudnn'
   if platform == 'tpu' and pallas_attention.fits(
-      *q.shape[2:], q.shape[1], k.shape[1]):
+      *q.shape[2:], q.shape[1], k.shape[1], q.dtype.itemsize):
     return 'pallas'
   return 'xla'
 
@@ -120,8 +122,8 @@ def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, block_size: int
   batch, length = k.shape[0] // 2, k.shape[1]
   platform = platform or jax.default_backend()
   if backend == 'pallas' or backend == 'auto' and platform == 'tpu' and (
-      pallas_attention.fits(*q.shape[2:], length, 2 * length)):
-    check_sizes('pallas', *q.shape[2:], length, 2 * length)
+      pallas_attention.fits(*q.shape[2:], length, 2 * length, q.dtype.itemsize)):
+    check_sizes('pallas', *q.shape[2:], length, 2 * length, q.dtype.itemsize)
     return _block_kernel(q, k, v, block_size, segment_ids)
   num_blocks = length // block_size
   block = jnp.arange(length) // block_size

@@ -337,6 +337,8 @@ def compile_config(config: config_dict.ConfigDict, settings: configs.Settings,
   for name, lowered in plan.lowered.items():
     log.info('compiling %s', name)
     programs[name] = report_program(lowered, capacity, chip)
+    log.info('  %.0f s, peak %.2f GiB', programs[name]['compile_secs'],
+             programs[name]['peak_bytes'] / 2**30)
   if 'estimated_secs' in programs['train']:
     secs = programs['train']['estimated_secs']
     report['estimated_utilisation'] = report['model_flops'] / secs / (

@@ -245,7 +245,8 @@ def validate(config: config_dict.ConfigDict, given: Collection[str] = (),
   network = make_model(config, 2, platform)
   copies = 2 if network.block_size else 1
   attention.check_sizes(network.attention, network.num_heads, network.head_dim,
-                        settings.data.length, copies * settings.data.length)
+                        settings.data.length, copies * settings.data.length,
+                        2 if network.dtype == 'bfloat16' else 4)
   make_sampler(config, mask_id=1)
   reads = {'objective': _objective_reads(config, objective),
            'sampler': _sampler_reads(config, objective.block_size),

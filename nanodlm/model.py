@@ -9,6 +9,7 @@ that are scored (in training, half of them) or revealed (in sampling, a few).
 import dataclasses
 import functools
 from typing import Any
+from typing import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -253,21 +254,29 @@ class RMSNorm(nn.Module):
 
   dtype: Any
   use_scale: bool = True
+  platform: str = ''
 
   @nn.compact
   def __call__(self, x):
     scale = None
     if self.use_scale:
       scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    return normalize(x, scale, self.dtype)
+    return _keeps_inputs(functools.partial(normalize, dtype=self.dtype),
+                         self.platform)(x, scale)
 
 
-@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
-def normalize(x: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
-  """x / rms(x) over the last axis, times the scale [D]; computed in float32.
+def _keeps_inputs(f: Callable[..., Any], platform: str) -> Callable[..., Any]:
+  """f, of which a backward pass keeps the arguments and nothing between.
 
-  A backward pass keeps x, in its own dtype, and not the float32 copies.
+  Not on a CPU, where working it out again costs what is saved.
   """
+  if (platform or jax.default_backend()) == 'cpu':
+    return f
+  return jax.checkpoint(f, prevent_cse=False)
+
+
+def normalize(x: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
+  """x / rms(x) over the last axis, times the scale [D]; computed in float32."""
   x = x.astype(jnp.float32)
   x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + NORM_EPS)
   if scale is not None:
@@ -285,17 +294,11 @@ class Heads(nn.Module):
     cfg, scale = self.config, None
     if cfg.qk_norm:
       scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    if attention.has_kernels(cfg.attention, cfg.platform, x.shape):
+    if attention.has_kernels(cfg.attention, cfg.platform, x):
       return pallas_attention.rotate(x, scale, rotary, NORM_EPS)
     if scale is not None:
       x = normalize(x, scale, jnp.dtype(cfg.dtype))
     return rotate(x, rotary)
-
-
-@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
-def _gated(mlp, gate, up):
-  """activation(gate) * up, of which a backward pass keeps gate and up only."""
-  return MLPS[mlp](gate) * up
 
 
 class Block(nn.Module):
@@ -334,7 +337,8 @@ class Block(nn.Module):
     # This device's: a part of the heads and of the MLP.
     num_heads = cfg.num_heads // shards.tensor
     inner, mlp_width = num_heads * cfg.head_dim, cfg.mlp_width // shards.tensor
-    norm = functools.partial(RMSNorm, dtype, not cfg.time_conditioning)
+    norm = functools.partial(RMSNorm, dtype, not cfg.time_conditioning,
+                             cfg.platform)
 
     def pick(y):  # [B, L, D] -> the wanted rows
       return y if positions is None else y.reshape(-1, y.shape[-1])[positions]
@@ -398,7 +402,8 @@ class Block(nn.Module):
     up = Linear(mlp_width, dtype, name='mlp_in')(h)
     if cfg.is_gated:
       gate = Linear(mlp_width, dtype, name='mlp_gate')(h)
-      up = _gated(cfg.mlp, gate, up)
+      up = _keeps_inputs(lambda gate, up: MLPS[cfg.mlp](gate) * up,
+                         cfg.platform)(gate, up)
     else:
       up = MLPS[cfg.mlp](up)
     out = Linear(width, dtype, out_std, name='mlp_out')(up)
@@ -447,7 +452,7 @@ class Transformer(nn.Module):
     if cfg.num_layers > 1:
       self.layers = Block(cfg)
     self.last_layer = Block(cfg)
-    self.final_norm = RMSNorm(jnp.dtype(cfg.dtype))
+    self.final_norm = RMSNorm(jnp.dtype(cfg.dtype), platform=cfg.platform)
 
   def __call__(self, tokens: jax.Array, t: jax.Array | None = None, *,
                clean: jax.Array | None = None,

@@ -116,7 +116,7 @@ class RefusedTest(parameterized.TestCase):
   def test_mesh_that_does_not_fit(self):
     config = tiny.get_config()
     config.mesh.data = 3
-    with self.assertRaisesRegex(InputError, 'there are 8'):
+    with self.assertRaisesRegex(InputError, 'the 8 devices'):
       ahead.make_plan(config, configs.validate(config), jax.devices(), 258)
 
   def test_launch_names_the_mistake(self):

@@ -82,18 +82,19 @@ class KernelTest(parameterized.TestCase):
 
   def test_sizes(self):
     fits = pallas_attention.fits
-    self.assertTrue(fits(12, 64, 1024, 1024))
-    self.assertTrue(fits(32, 128, 4096, 4096))
-    self.assertFalse(fits(3, 64, 1024, 1024))  # half a block of heads
-    self.assertFalse(fits(8, 96, 1024, 1024))
-    self.assertFalse(fits(12, 64, 1000, 1000))
-    self.assertFalse(fits(12, 64, 8192, 8192))  # too long for VMEM
+    self.assertTrue(fits(12, 64, 1024, 1024, 2))
+    self.assertTrue(fits(32, 128, 4096, 4096, 2))
+    self.assertFalse(fits(32, 128, 4096, 4096, 4))
+    self.assertFalse(fits(3, 64, 1024, 1024, 2))  # half a block of heads
+    self.assertFalse(fits(8, 96, 1024, 1024, 2))
+    self.assertFalse(fits(12, 64, 1000, 1000, 2))
+    self.assertFalse(fits(12, 64, 8192, 8192, 2))  # too long for VMEM
 
   def test_where_it_is_refused(self):
     with self.assertRaisesRegex(InputError, 'needs a TPU'):
       toys.model_config(attention='pallas')
     with self.assertRaisesRegex(InputError, '2 heads of 8 on 6 queries'):
-      attention.check_sizes('pallas', 2, 8, 6, 6)
+      attention.check_sizes('pallas', 2, 8, 6, 6, 2)
 
 
 class ForTpuTest(parameterized.TestCase):
