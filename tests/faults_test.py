@@ -29,7 +29,7 @@ from tests.launch_test import metric_lines
 from tests.launch_test import wait_for
 
 NUM_KILLS = int(os.environ.get('NANODLM_KILLS', 2))
-NUM_STEPS = 100 + 40 * NUM_KILLS
+NUM_STEPS = 100 + 20 * NUM_KILLS
 EVERY_STEPS = 5
 # Most of the time a save is under way, and old checkpoints go.
 ARGS = (*launches.TINY, f'--config.train.num_steps={NUM_STEPS}',
@@ -120,7 +120,7 @@ def test_killed_and_damaged_run_ends_bit_identical(finished, tmp_path):
     if kills % 3 == 0:
       while process.poll() is None and not unfinished():
         pass
-    time.sleep(rng.uniform(0, (0.03, 0.5, 8)[kills % 3]))
+    time.sleep(rng.uniform(0, (0.03, 0.2, 6)[kills % 3]))
     process.kill()
     status, output = launches.finish(process)
     assert 'DAMAGED' not in output and 'Traceback' not in output, output
