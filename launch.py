@@ -1,8 +1,9 @@
-"""The one command: trains, evaluates, samples, prepares data.
+"""The one command: trains, evaluates, samples, prepares data, compiles ahead.
 
     python launch.py --config=configs/quickstart.py --workdir=runs/quickstart
     python launch.py --mode=eval --workdir=runs/quickstart
     python launch.py --mode=sample --workdir=runs/quickstart --prompt='import {} as'
+    python launch.py --mode=compile --config=configs/gpt2_small.py --topology=v5e:4x4
 
 Any setting: --config.model.num_layers=6. A config file is Python code.
 """
@@ -32,7 +33,7 @@ from nanodlm import multihost
 from nanodlm.types import InputError
 
 BASE = str(pathlib.Path(__file__).parent / 'configs' / 'base.py')
-MODES = ('train', 'eval', 'sample', 'prepare')
+MODES = ('train', 'eval', 'sample', 'prepare', 'compile')
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The settings. By default those saved in --workdir, else '
@@ -56,6 +57,12 @@ _INFILL = flags.DEFINE_list(
     'and fill in with config.sampler, as 0.1,0.3,0.5.')
 _INFILL_EXAMPLES = flags.DEFINE_integer(
     'infill_examples', 256, 'Held-out rows for --infill; 0: all.', lower_bound=0)
+_TOPOLOGY = flags.DEFINE_string(
+    'topology', '', 'With --mode=compile: the pod to compile for, as v5e:4x4; by '
+    'default the devices at hand.')
+_VOCAB_SIZE = flags.DEFINE_integer(
+    'vocab_size', 0, 'With --mode=compile: number of ids, the mask included; 0 asks '
+    'the tokenizer.', lower_bound=0)
 _COORDINATOR = flags.DEFINE_string(
     'coordinator_address', None, 'host:port of process 0, where JAX cannot find '
     'the cluster by itself; needs --num_processes and --process_id.')
@@ -130,12 +137,15 @@ def main(argv):
 def _run() -> int:
   from nanodlm import config as configs  # pylint: disable=g-import-not-at-top
   mode, workdir = _MODE.value, _WORKDIR.value
-  if not workdir and mode != 'prepare':
+  if not workdir and mode not in ('prepare', 'compile'):
     raise InputError(f'--mode={mode} needs --workdir')
   for flag, needed in ((_PROMPT, 'sample'), (_PROMPT_FILE, 'sample'),
-                       (_NOISE_EXAMPLES, 'eval'), (_INFILL, 'eval')):
+                       (_NOISE_EXAMPLES, 'eval'), (_INFILL, 'eval'),
+                       (_TOPOLOGY, 'compile'), (_VOCAB_SIZE, 'compile')):
     if flag.value != flag.default and mode != needed:
       raise InputError(f'--{flag.name} has no effect with --mode={mode}')
+  if mode == 'compile':
+    return _compile(configs)
   _init_distributed()
   defaults = configs.load_base()
   config = _resolve_config(configs, defaults)
@@ -182,6 +192,22 @@ def _run() -> int:
   return 0
 
 
+def _compile(configs) -> int:
+  """--mode=compile, with no device or process but this one."""
+  from nanodlm import compile as ahead  # pylint: disable=g-import-not-at-top
+  topology, workdir = _TOPOLOGY.value, _WORKDIR.value
+  if topology:
+    ahead.use_topology(topology)
+  config = _resolve_config(configs, configs.load_base())
+  settings = configs.validate(
+      config, config_flags.get_override_values(flags.FLAGS['config']),
+      ahead.platform_of(topology))
+  report = ahead.compile_config(config, settings, topology, _VOCAB_SIZE.value,
+                                workdir)
+  fits = [row['fits'] for row in report['programs'].values()]
+  return 1 if False in fits else 0
+
+
 def _exit_at_once(number, frame):
   del frame
   os.write(2, b'interrupted\n')
@@ -194,7 +220,7 @@ def _resolve_config(configs, defaults):
   is_given = _is_config_given()
   path = pathlib.Path(_WORKDIR.value or '') / 'config.json'
   if not _WORKDIR.value or (
-      is_given and _MODE.value in ('train', 'prepare')) or not path.is_file():
+      is_given and _MODE.value in ('train', 'prepare', 'compile')) or not path.is_file():
     if _MODE.value in ('eval', 'sample'):
       raise InputError(f'--workdir={_WORKDIR.value!r} holds no run (no config.json '
                         'in it)')

@@ -54,7 +54,7 @@ def get_config() -> config_dict.ConfigDict:
   model.dtype = 'float32'  # of matrix products: 'float32' | 'bfloat16'
   model.remat = 'none'  # recompute in the backward pass: 'none' | 'dots' | 'full'
   model.unroll = False  # True: no scan over layers; faster on a CPU
-  model.attention = 'auto'  # 'auto' | 'xla' | 'cudnn'
+  model.attention = 'auto'  # 'auto' | 'xla' | 'cudnn' (GPU) | 'pallas' (TPU)
 
   config.objective = objective = config_dict.ConfigDict()
   # 'masked' | 'block' | 'ar' | 'uniform' | 'hybrid' | 'd3pm' | 'sedd'
@@ -143,7 +143,8 @@ def get_config() -> config_dict.ConfigDict:
   checkpoint.init_step = 0  # of that run; 0: its last checkpoint
 
   config.mesh = mesh = config_dict.ConfigDict()
-  mesh.data = -1  # -1: all devices
-  mesh.fsdp = 1
-  mesh.tensor = 1
+  # Devices; one of the three may be -1: those that the others leave.
+  mesh.data = -1  # copies of the parameters, each with a part of the batch
+  mesh.fsdp = 1  # split the parameters and the batch; divides embed_dim
+  mesh.tensor = 1  # split heads, MLP and vocabulary; divides the first two
   return config

@@ -3,24 +3,60 @@
 import jax
 import jax.numpy as jnp
 
+from nanodlm import pallas_attention
 from nanodlm.types import InputError
 
-BACKENDS = ('auto', 'xla', 'cudnn')
+BACKENDS = ('auto', 'xla', 'cudnn', 'pallas')
 
 
-def check_backend(backend: str):
-  """Raises InputError where the backend is unknown or needs another device."""
+def check_backend(backend: str, platform: str):
+  """Raises InputError where the backend is unknown or needs another platform."""
   if backend not in BACKENDS:
     raise InputError(
         f'model.attention={backend!r} is not one of {list(BACKENDS)}')
-  if backend == 'cudnn' and jax.default_backend() != 'gpu':
+  if backend == 'cudnn' and platform != 'gpu':
     raise InputError("model.attention='cudnn' needs an NVIDIA GPU; this device is "
-                     f"{jax.default_backend()!r}: 'auto' or 'xla' are allowed")
+                     f"{platform!r}: 'auto' or 'xla' are allowed")
+  if backend == 'pallas' and platform != 'tpu':
+    raise InputError("model.attention='pallas' needs a TPU; this device is "
+                     f"{platform!r}: 'auto' or 'xla' are allowed")
+
+
+def check_sizes(backend: str, num_heads: int, head_dim: int, num_queries: int,
+                num_keys: int):
+  """Raises InputError where the Pallas kernel is asked for and cannot do it."""
+  if backend == 'pallas' and not pallas_attention.fits(
+      num_heads, head_dim, num_queries, num_keys):
+    raise InputError(
+        f"model.attention='pallas' cannot take {num_heads} heads of {head_dim} on "
+        f'{num_queries} queries and {num_keys} keys: heads must fill up 128 lanes, '
+        'lengths must be multiples of 128 and at most '
+        f"{pallas_attention.MAX_KEYS} keys; 'auto' or 'xla' are allowed")
+
+
+def has_kernels(backend: str, platform: str, shape: tuple[int, ...]) -> bool:
+  """Whether `pallas_attention` serves heads [B, L, H, Dh] that attend to L keys."""
+  return (backend in ('auto', 'pallas')
+          and (platform or jax.default_backend()) == 'tpu'
+          and pallas_attention.fits(*shape[2:], shape[1], shape[1]))
+
+
+def _choose(backend, platform, q, k, segment_ids) -> str:
+  """'auto' by the platform: see `attention`."""
+  if backend != 'auto':
+    check_sizes(backend, *q.shape[2:], q.shape[1], k.shape[1])
+    return backend
+  if platform == 'gpu' and q.dtype.itemsize == 2 and segment_ids is None:
+    return 'cudnn'
+  if platform == 'tpu' and pallas_attention.fits(
+      *q.shape[2:], q.shape[1], k.shape[1]):
+    return 'pallas'
+  return 'xla'
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool,
-              segment_ids: jax.Array | None = None, backend: str = 'auto'
-              ) -> jax.Array:
+              segment_ids: jax.Array | None = None, backend: str = 'auto',
+              platform: str = '') -> jax.Array:
   """Scaled dot-product attention, softmax in float32.
 
   Args:
@@ -29,16 +65,19 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool,
     v: [B, Lk, H, Dh].
     causal: position i sees positions 0..i only.
     segment_ids: [B, L] int32; a position sees its own segment only. None: all.
-    backend: 'xla', 'cudnn', or 'auto': cuDNN's fused kernel on a GPU in 16 bits
-      without segment ids, else XLA.
+    backend: 'xla', 'cudnn', 'pallas', or 'auto': cuDNN's fused kernel on a GPU in
+      16 bits without segment ids, the kernel of `pallas_attention` on a TPU where
+      it takes the sizes, else XLA.
+    platform: that the program is for, 'cpu', 'gpu' or 'tpu'; '' is this one.
 
   Returns:
     [B, Lq, H, Dh] in q's dtype.
   """
-  if backend == 'auto':
-    use_cudnn = (jax.default_backend() == 'gpu' and q.dtype.itemsize == 2
-                 and segment_ids is None)
-    backend = 'cudnn' if use_cudnn else 'xla'
+  backend = _choose(backend, platform or jax.default_backend(), q, k, segment_ids)
+  if backend == 'pallas':
+    return pallas_attention.attention(
+        q, k, v, pallas_attention.Pattern('causal' if causal else 'all'),
+        segment_ids, segment_ids)
   if backend == 'cudnn':
     mask = None
     if segment_ids is not None:
@@ -56,7 +95,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool,
 
 
 def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, block_size: int,
-                    segment_ids: jax.Array | None = None) -> jax.Array:
+                    segment_ids: jax.Array | None = None, backend: str = 'auto',
+                    platform: str = '') -> jax.Array:
   """The attention of block diffusion over a noisy and a clean copy of a text.
 
   Rows 0..B-1 of k and v are noisy, rows B..2B-1 the same texts clean. A noisy
@@ -71,11 +111,18 @@ def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, block_size: int
     v: [2B, L, H, Dh].
     block_size: S, divides L.
     segment_ids: [2B, L] int32 or None, as in `attention`.
+    backend: 'xla', 'pallas' (on noisy and clean keys in a row) or 'auto'.
+    platform: as in `attention`.
 
   Returns:
     In q's shape and dtype.
   """
   batch, length = k.shape[0] // 2, k.shape[1]
+  platform = platform or jax.default_backend()
+  if backend == 'pallas' or backend == 'auto' and platform == 'tpu' and (
+      pallas_attention.fits(*q.shape[2:], length, 2 * length)):
+    check_sizes('pallas', *q.shape[2:], length, 2 * length)
+    return _block_kernel(q, k, v, block_size, segment_ids)
   num_blocks = length // block_size
   block = jnp.arange(length) // block_size
   q, k, v = _heads_first(q, k, v)
@@ -107,10 +154,30 @@ def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, block_size: int
   return out.transpose(0, 2, 1, 3)
 
 
+def _block_kernel(q, k, v, block_size, segment_ids, interpret=False):
+  """`block_attention` by the Pallas kernel."""
+  batch = k.shape[0] // 2
+  in_a_row = lambda x: jnp.concatenate([x[:batch], x[batch:]], axis=1)
+  ids = segment_ids
+  noisy_ids = () if ids is None else (ids[:batch], in_a_row(ids))
+  out = pallas_attention.attention(
+      q[:batch], in_a_row(k), in_a_row(v),
+      pallas_attention.Pattern('noisy', block_size), *noisy_ids,
+      interpret=interpret)
+  if q.shape[0] == batch:
+    return out
+  clean_ids = () if ids is None else (ids[batch:],) * 2
+  clean = pallas_attention.attention(
+      q[batch:], k[batch:], v[batch:],
+      pallas_attention.Pattern('causal', block_size), *clean_ids,
+      interpret=interpret)
+  return jnp.concatenate([out, clean])
+
+
 def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array,
                      cached_k: jax.Array, cached_v: jax.Array,
                      visible: jax.Array, *, causal: bool) -> jax.Array:
-  """Attention of a few tokens to themselves and to what is in a cache.
+  """Attention of a few tokens to themselves and to what is in a cache; XLA's.
 
   Args:
     q: [B, S, H, Dh]; k and v too.

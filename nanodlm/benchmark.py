@@ -85,10 +85,10 @@ def _peak_bytes() -> int:
 
 def _build(config, settings, vocab_size: int):
   """The mesh, the objective and the network of a config."""
+  mesh = meshes.make_mesh(settings.mesh)
   network = steps.Network(configs.make_model(config, vocab_size),
-                          settings.train.chunk_size)
-  return (meshes.make_mesh(settings.mesh),
-          configs.make_objective(config, vocab_size - 1), network)
+                          settings.train.chunk_size, meshes.shards(mesh))
+  return mesh, configs.make_objective(config, vocab_size - 1), network
 
 
 def benchmark_train(config, settings, vocab_size: int) -> dict[str, float]:
@@ -101,10 +101,10 @@ def benchmark_train(config, settings, vocab_size: int) -> dict[str, float]:
       mesh, batch_size=settings.train.batch_size,
       num_microbatches=settings.train.num_microbatches,
       ema_decay=settings.optim.ema_decay)
-  state = jax.jit(
-      lambda: states.init_state(network.config, optimizer, settings.seed,
-                                settings.optim.ema_decay > 0),
-      out_shardings=meshes.replicated(mesh))()
+  init = lambda: states.init_state(network.config, optimizer, settings.seed,
+                                   settings.optim.ema_decay > 0, network.shards)
+  state = jax.jit(init, out_shardings=meshes.shardings(
+      mesh, jax.eval_shape(init)))()
   num_parameters = model.num_params(state.params)
   shape = (settings.train.batch_size, settings.data.length)
   generator = np.random.default_rng(0)
@@ -139,9 +139,9 @@ def benchmark_sampler(config, settings, vocab_size: int, name: str
   mesh, objective, network = _build(config, settings, vocab_size)
   sample_step = steps.make_sample_step(
       network, objective, configs.make_sampler(config, vocab_size - 1), mesh)
-  params = jax.jit(
-      lambda: model.init_params(network.config, jax.random.key(0)),
-      out_shardings=meshes.replicated(mesh))()
+  init = lambda: network.init_params(jax.random.key(0))
+  params = jax.jit(init, out_shardings=meshes.shardings(
+      mesh, jax.eval_shape(init)))()
   length = settings.sample.length or settings.data.length
   shape = (_NUM_SAMPLES.value, length)
   canvas = jax.device_put(Canvas(jnp.zeros(shape, jnp.int32),

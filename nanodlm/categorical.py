@@ -15,6 +15,50 @@ import jax.numpy as jnp
 
 from nanodlm.types import InputError
 
+
+@dataclasses.dataclass(frozen=True)
+class Vocab:
+  """Which ids the last axis of logits holds: all, or a device's share of them.
+
+  The functions below and the objectives take sums over the vocabulary through
+  it, so that a vocabulary split over devices is never gathered.
+
+  Attributes:
+    axis: the mesh axis over whose devices the ids are split evenly, in order;
+      None where all of them are here.
+  """
+
+  axis: str | None = None
+
+  def ids(self, logits: jax.Array) -> jax.Array:
+    """The ids of logits [..., V], [1, ..., V] int32."""
+    ids = jnp.arange(logits.shape[-1])
+    if self.axis is not None:
+      ids += jax.lax.axis_index(self.axis) * logits.shape[-1]
+    return jnp.expand_dims(ids, range(logits.ndim - 1))
+
+  def sum(self, x: jax.Array) -> jax.Array:
+    """The sum of x [..., V] over the whole vocabulary, [...]."""
+    total = jnp.sum(x, axis=-1)
+    return total if self.axis is None else jax.lax.psum(total, self.axis)
+
+  def max(self, x: jax.Array) -> jax.Array:
+    """The maximum of x [..., V] over it, [...]; carries no gradient."""
+    best = jax.lax.stop_gradient(jnp.max(x, axis=-1))
+    return best if self.axis is None else jax.lax.pmax(best, self.axis)
+
+  def pick(self, x: jax.Array, ids: jax.Array) -> jax.Array:
+    """x [..., V] at ids [...], each within the whole vocabulary; [...].
+
+    By a comparison and not a gather: its transpose is elementwise and fuses into
+    a softmax's, where a gather's would scatter into zeros of the size of x.
+    """
+    is_it = self.ids(x) == ids[..., None]
+    return self.sum(jnp.where(is_it, x, 0.0))
+
+
+WHOLE = Vocab()
+
 # Finite, so that a row can be subtracted from itself without NaN; exp() of it
 # is exactly 0 in float32.
 NEG_INF = -1e30
@@ -86,10 +130,11 @@ class Draw:
     return jax.vmap(sample_categorical)(keys, log_p)
 
 
-def exclude_mask(logits: jax.Array, mask_id: int) -> jax.Array:
+def exclude_mask(logits: jax.Array, mask_id: int, vocab: Vocab = WHOLE
+                 ) -> jax.Array:
   """logits [..., V] in float32 with mask_id and the ids above it impossible."""
-  ids = jnp.arange(logits.shape[-1])
-  return jnp.where(ids < mask_id, logits.astype(jnp.float32), NEG_INF)
+  return jnp.where(vocab.ids(logits) < mask_id, logits.astype(jnp.float32),
+                   NEG_INF)
 
 
 def safe_log(p: jax.Array) -> jax.Array:
@@ -97,9 +142,17 @@ def safe_log(p: jax.Array) -> jax.Array:
   return jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1.0)), NEG_INF)
 
 
-def log_prob(logits: jax.Array, mask_id: int) -> jax.Array:
+def log_prob(logits: jax.Array, mask_id: int, vocab: Vocab = WHOLE
+             ) -> jax.Array:
   """The network's own distribution, [..., V] float32 log-probabilities."""
-  return jax.nn.log_softmax(exclude_mask(logits, mask_id))
+  logits = exclude_mask(logits, mask_id, vocab)
+  return logits - log_sum_exp(logits, vocab)[..., None]
+
+
+def log_sum_exp(logits: jax.Array, vocab: Vocab = WHOLE) -> jax.Array:
+  """log sum_v exp(logits [..., v]), [...]."""
+  best = vocab.max(logits)
+  return best + jnp.log(vocab.sum(jnp.exp(logits - best[..., None])))
 
 
 def prob_of(logits: jax.Array, tokens: jax.Array, mask_id: int) -> jax.Array:
@@ -114,25 +167,22 @@ def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
       key, logits.astype(jnp.float32), axis=-1, mode='high').astype(jnp.int32)
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, mask_id: int
-                  ) -> tuple[jax.Array, jax.Array]:
+def cross_entropy(logits: jax.Array, targets: jax.Array, mask_id: int,
+                  vocab: Vocab = WHOLE) -> tuple[jax.Array, jax.Array]:
   """-log softmax(logits)[target] over the ids below mask_id.
 
   Args:
     logits: [N, V].
     targets: [N] int32 below mask_id.
     mask_id: this id and those above it are excluded before normalising.
+    vocab: which ids the logits are of.
 
   Returns:
     The cross entropy [N] in nats, and [N] float32, 1 where the target has the
     largest logit.
   """
-  logits = exclude_mask(logits, mask_id)
-  best = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-  shifted = logits - best[:, None]
-  # A comparison against iota and not a gather: its transpose is elementwise and
-  # fuses into the softmax's, where a gather's would scatter into [N, V] zeros.
-  is_target = jnp.arange(logits.shape[-1])[None] == targets[:, None]
-  target = jnp.sum(jnp.where(is_target, shifted, 0.0), axis=-1)
-  log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+  logits = exclude_mask(logits, mask_id, vocab)
+  shifted = logits - vocab.max(logits)[:, None]
+  target = vocab.pick(shifted, targets)
+  log_sum = jnp.log(vocab.sum(jnp.exp(shifted)))
   return log_sum - target, (target >= 0).astype(jnp.float32)

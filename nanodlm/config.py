@@ -10,6 +10,7 @@ from typing import Collection
 
 from ml_collections import config_dict
 
+from nanodlm import attention
 from nanodlm import categorical
 from nanodlm import guidance
 from nanodlm import mesh
@@ -203,8 +204,8 @@ def _build(cls: type, section: config_dict.ConfigDict, **given: Any):
   return cls(**values, **given)
 
 
-def validate(config: config_dict.ConfigDict, given: Collection[str] = ()
-             ) -> Settings:
+def validate(config: config_dict.ConfigDict, given: Collection[str] = (),
+             platform: str = '') -> Settings:
   """Checks every section, and the rules that cross sections.
 
   Args:
@@ -212,6 +213,7 @@ def validate(config: config_dict.ConfigDict, given: Collection[str] = ()
     given: keys ('section.key') that the user set by hand: each of them must be
       read by the chosen objective, sampler or optimiser. (One that a config file
       sets may belong to another choice.)
+    platform: that the run is for; see `model.ModelConfig`.
 
   Returns:
     The settings.
@@ -239,7 +241,10 @@ def validate(config: config_dict.ConfigDict, given: Collection[str] = ()
         f'data.clean_infill_rate={settings.data.clean_infill_rate!r} is not '
         f'for objective.name={config.objective.name!r}, which sees nothing to '
         'the right of a gap; data.clean_prefix_rate is')
-  make_model(config, vocab_size=2)
+  network = make_model(config, 2, platform)
+  copies = 2 if network.block_size else 1
+  attention.check_sizes(network.attention, network.num_heads, network.head_dim,
+                        settings.data.length, copies * settings.data.length)
   make_sampler(config, mask_id=1)
   reads = {'objective': _objective_reads(config, objective),
            'sampler': _sampler_reads(config, objective.block_size),
@@ -320,12 +325,13 @@ def make_objective(config: config_dict.ConfigDict, mask_id: int) -> Objective:
   return _build(cls, section, mask_id=mask_id, **given)
 
 
-def make_model(config: config_dict.ConfigDict, vocab_size: int
-               ) -> model.ModelConfig:
+def make_model(config: config_dict.ConfigDict, vocab_size: int,
+               platform: str = '') -> model.ModelConfig:
   """The network's shape, causal where the objective is."""
   objective = make_objective(config, vocab_size - 1)
   return _build(model.ModelConfig, config.model, vocab_size=vocab_size,
-                causal=objective.causal, block_size=objective.block_size)
+                causal=objective.causal, block_size=objective.block_size,
+                platform=platform)
 
 
 def sampler_name(config: config_dict.ConfigDict) -> str:

@@ -15,7 +15,6 @@ from nanodlm import checkpoint
 from nanodlm import config as configs
 from nanodlm import mesh as meshes
 from nanodlm import metrics
-from nanodlm import model
 from nanodlm import multihost
 from nanodlm import step as steps
 from nanodlm import tokenizers
@@ -80,9 +79,10 @@ def make_run(config: config_dict.ConfigDict, settings: configs.Settings,
   Raises:
     InputError: see `mesh.make_mesh`.
   """
+  mesh = meshes.make_mesh(settings.mesh)
   network = steps.Network(configs.make_model(config, tokenizer.vocab_size),
-                          settings.train.chunk_size)
-  return Run(config, settings, meshes.make_mesh(settings.mesh), tokenizer, network,
+                          settings.train.chunk_size, meshes.shards(mesh))
+  return Run(config, settings, mesh, tokenizer, network,
              configs.make_objective(config, tokenizer.mask_id))
 
 
@@ -136,12 +136,10 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   Raises:
     InputError: there is no such checkpoint, it is damaged or of another shape.
   """
-  abstract = jax.eval_shape(
-      lambda: model.init_params(run.network.config, jax.random.key(0)))
-  sharding = meshes.replicated(run.mesh)
+  abstract = jax.eval_shape(lambda: run.network.init_params(jax.random.key(0)))
   abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      abstract)
+      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+      abstract, meshes.shardings(run.mesh, abstract))
   if not (pathlib.Path(workdir) / checkpoint.FOLDER).is_dir():
     raise InputError(f'{workdir!r} holds no run (no {checkpoint.FOLDER} in it)')
   with checkpoint.open_manager(workdir, read_only=True) as manager:

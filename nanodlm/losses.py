@@ -70,8 +70,8 @@ def _scan_chunks(project, terms_of, chunk_size, kernel, hidden, fields, weight,
   size = -(-num // num_chunks)
   pad = num_chunks * size - num
 
-  def split(x):
-    x = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))
+  def split(x, **padding):
+    x = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1), **padding)
     return x.reshape(num_chunks, size, *x.shape[1:])
 
   def total(kernel, h, f, w):
@@ -88,9 +88,11 @@ def _scan_chunks(project, terms_of, chunk_size, kernel, hidden, fields, weight,
 
   def skip(kernel, grad_kernel, h, f, w):
     shapes = jax.eval_shape(work, kernel, grad_kernel, h, f, w)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1:])
-    zeros = jax.tree.map(lambda z: z + 0 * jnp.sum(w).astype(z.dtype), zeros)
-    return (grad_kernel, *zeros)
+    # From the weights, so that under shard_map they vary over devices as those do.
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype) + 0 * jnp.sum(w).astype(s.dtype),
+        shapes[1:3])
+    return (grad_kernel, *zeros, jnp.zeros_like(h))
 
   def body(grad_kernel, chunk):
     h, f, w = chunk
@@ -98,7 +100,10 @@ def _scan_chunks(project, terms_of, chunk_size, kernel, hidden, fields, weight,
     return out[0], out[1:]
 
   zeros = jax.tree.map(jnp.zeros_like, kernel) if with_gradient else None
-  xs = jax.tree.map(split, (hidden, fields, weight))
+  # The last position again, with weight 0: of zeros, which are no position's
+  # fields, the terms might be NaN.
+  again = functools.partial(split, mode='edge')
+  xs = (again(hidden), jax.tree.map(again, fields), split(weight))
   grad_kernel, (losses, terms, d_hidden) = jax.lax.scan(body, zeros, xs)
   join = lambda x: x.reshape(num_chunks * size, *x.shape[2:])[:num]
   return (jnp.sum(losses), jax.tree.map(join, terms),

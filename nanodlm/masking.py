@@ -137,10 +137,11 @@ class MaskedNoise:
     t = 1 - levels * (1 - self.min_time)  # u in [0, 1), so t is never 0
     return t, -schedules.dalpha(self.schedule, t) / self.schedule.noise(t)
 
-  def weighted_cross_entropy(self, logits: jax.Array, fields) -> Terms:
+  def weighted_cross_entropy(self, logits: jax.Array, fields,
+                             vocab=categorical.WHOLE) -> Terms:
     """scale * -log p(x0_i | xt), the loss of an x0 prediction."""
     ce, correct = categorical.cross_entropy(logits, fields['target'],
-                                            self.mask_id)
+                                            self.mask_id, vocab)
     loss = fields['scale'] * ce
     return Terms(loss=loss, nll=loss, cross_entropy=ce, correct=correct)
 

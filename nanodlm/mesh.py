@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 from jax.sharding import AxisType
@@ -9,22 +10,21 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from nanodlm import sharding
+from nanodlm.sharding import AXES, BATCH_AXES
 from nanodlm.types import InputError
-
-AXES = ('data', 'fsdp', 'tensor')
-# The batch is split over both; `fsdp` will also split the parameters.
-BATCH_AXES = ('data', 'fsdp')
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices along each axis; each field is a key of `config.mesh`.
 
+  One of them may be -1: the devices that the other axes leave.
+
   Attributes:
-    data: copies of the parameters, each with its part of the batch; -1 takes
-      the devices that the other axes leave.
-    fsdp: 1 (sharded parameters are not built yet).
-    tensor: 1 (tensor parallelism is not built yet).
+    data: copies of the parameters, each with its part of the batch.
+    fsdp: devices that split a copy of the parameters, and its part of the batch.
+    tensor: devices that split the heads, the MLP and the vocabulary.
   """
 
   data: int
@@ -32,13 +32,14 @@ class MeshConfig:
   tensor: int
 
   def __post_init__(self):
-    for axis in ('fsdp', 'tensor'):
-      if getattr(self, axis) != 1:
-        raise InputError(f'mesh.{axis}={getattr(self, axis)!r}: only 1 is '
-                         'supported so far; use mesh.data for data parallelism')
-    if self.data == 0 or self.data < -1:
-      raise InputError(
-          f'mesh.data={self.data!r} must be >= 1, or -1 for all devices')
+    sizes = {axis: getattr(self, axis) for axis in AXES}
+    for axis, size in sizes.items():
+      if size == 0 or size < -1:
+        raise InputError(f'mesh.{axis}={size!r} must be >= 1, or -1 for the '
+                         'devices that the other axes leave')
+    if sum(size == -1 for size in sizes.values()) > 1:
+      raise InputError(f'mesh={sizes}: only one axis can be -1, the devices '
+                       'that the others leave')
 
 
 def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
@@ -49,17 +50,32 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
   """
   devices = jax.devices() if devices is None else devices
   sizes = {axis: getattr(config, axis) for axis in AXES}
-  if sizes['data'] == -1:
-    sizes['data'] = len(devices) // (sizes['fsdp'] * sizes['tensor'])
+  given = math.prod(size for size in sizes.values() if size != -1)
+  for axis in AXES:
+    if sizes[axis] == -1 and len(devices) % given == 0:
+      sizes[axis] = len(devices) // given
   if math.prod(sizes.values()) != len(devices):
-    raise InputError(f'mesh={sizes} needs {math.prod(sizes.values())} devices; '
-                     f'there are {len(devices)}. mesh.data=-1 takes them all')
+    raise InputError(
+        f'mesh={sizes}: the sizes must multiply to the {len(devices)} devices '
+        'there are, one of them may be -1 for the rest; the product of the given '
+        f'ones is {given}')
   # By process, so that each one's rows of the batch are contiguous; jax.make_mesh
   # would follow the topology.
   devices = sorted(devices, key=lambda device: (device.process_index, device.id))
   return jax.sharding.Mesh(
       np.asarray(devices).reshape(tuple(sizes.values())), AXES,
       axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def shards(mesh: jax.sharding.Mesh) -> sharding.Shards:
+  """Over how many devices the parameters are split."""
+  return sharding.Shards(mesh.shape[sharding.FSDP], mesh.shape[sharding.TENSOR])
+
+
+def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+  """Where the leaves of a parameter tree, or of a state of some, lie."""
+  return jax.tree.map(lambda spec: NamedSharding(mesh, spec),
+                      sharding.specs(tree, shards(mesh)))
 
 
 def num_batch_shards(mesh: jax.sharding.Mesh) -> int:

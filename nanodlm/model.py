@@ -13,9 +13,13 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from nanodlm import attention
+from nanodlm import pallas_attention
+from nanodlm import sharding
+from nanodlm.sharding import Shards
 from nanodlm.types import InputError
 
 # Standard deviation of the initial weights, as in GPT-2.
@@ -40,6 +44,8 @@ def _relu2_jvp(primals, tangents):
   return jnp.square(positive), 2 * positive * tangents[0]
 
 
+# By this name 'dots' keeps the attention's output, a product of its own kernels.
+ATTENTION_OUT = 'attention_out'
 MLPS = {
     'gelu': functools.partial(nn.gelu, approximate=False),
     'relu2': relu2,
@@ -50,7 +56,9 @@ GATED = ('geglu', 'swiglu')
 REMATS = {
     'none': None,
     'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'dots': jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT)),
 }
 DTYPES = ('float32', 'bfloat16')
 
@@ -81,7 +89,9 @@ class ModelConfig:
       parameters and results, about 15% faster on a CPU (a scan first fills its
       stacked activations with zeros and copies each layer's in and out), slower
       to compile with many layers.
-    attention: 'auto', 'xla' or 'cudnn'.
+    attention: 'auto', 'xla', 'cudnn' or 'pallas'.
+    platform: that programs are compiled for, 'cpu', 'gpu' or 'tpu'; '' is this
+      machine's. (Ahead of time for a TPU it is not.)
   """
 
   vocab_size: int
@@ -101,6 +111,7 @@ class ModelConfig:
   remat: str
   unroll: bool
   attention: str
+  platform: str = ''
 
   def __post_init__(self):
     for key in ('num_layers', 'embed_dim', 'num_heads'):
@@ -120,14 +131,15 @@ class ModelConfig:
       raise InputError(f'model.rope_theta={self.rope_theta!r} must be > 0')
     if not 0 <= self.dropout < 1:
       raise InputError(f'model.dropout={self.dropout!r} must be in [0, 1)')
-    attention.check_backend(self.attention)
+    attention.check_backend(self.attention,
+                            self.platform or jax.default_backend())
     if self.block_size and self.time_conditioning:
       raise InputError('model.time_conditioning=True does not go with block '
                        'diffusion, whose blocks have times of their own; it must '
                        'be False')
     if self.block_size and self.attention == 'cudnn':
       raise InputError("model.attention='cudnn' does not know the pattern of "
-                       "block diffusion; 'auto' or 'xla' are allowed")
+                       "block diffusion; 'auto', 'xla' or 'pallas' are allowed")
 
   @property
   def head_dim(self) -> int:
@@ -206,8 +218,9 @@ def _linear_forward(x, kernel):
 
 def _linear_backward(residuals, dy):
   x, kernel = residuals
-  if jax.default_backend() == 'cpu':
-    dy = jax.lax.optimization_barrier(dy)
+  # What is compiled ahead of time for a TPU is not for this machine's backend.
+  dy = jax.lax.platform_dependent(
+      dy, cpu=jax.lax.optimization_barrier, default=lambda dy: dy)
   return dy @ kernel.T, jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
 
 
@@ -243,12 +256,46 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + NORM_EPS)
+    scale = None
     if self.use_scale:
       scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-      x = x * jnp.expand_dims(scale, range(x.ndim - 1))
-    return x.astype(self.dtype)
+    return normalize(x, scale, self.dtype)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def normalize(x: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
+  """x / rms(x) over the last axis, times the scale [D]; computed in float32.
+
+  A backward pass keeps x, in its own dtype, and not the float32 copies.
+  """
+  x = x.astype(jnp.float32)
+  x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + NORM_EPS)
+  if scale is not None:
+    x = x * jnp.expand_dims(scale, range(x.ndim - 1))
+  return x.astype(dtype)
+
+
+class Heads(nn.Module):
+  """Queries or keys [B, L, H, Dh]: QK-norm where configured, then rotated."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, rotary):
+    cfg, scale = self.config, None
+    if cfg.qk_norm:
+      scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    if attention.has_kernels(cfg.attention, cfg.platform, x.shape):
+      return pallas_attention.rotate(x, scale, rotary, NORM_EPS)
+    if scale is not None:
+      x = normalize(x, scale, jnp.dtype(cfg.dtype))
+    return rotate(x, rotary)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0, prevent_cse=False)
+def _gated(mlp, gate, up):
+  """activation(gate) * up, of which a backward pass keeps gate and up only."""
+  return MLPS[mlp](gate) * up
 
 
 class Block(nn.Module):
@@ -259,6 +306,7 @@ class Block(nn.Module):
   """
 
   config: ModelConfig
+  shards: Shards = Shards()
 
   @nn.compact
   def __call__(self, x, layer, cached, time, rotary, segment_ids, dropout_keys,
@@ -280,9 +328,12 @@ class Block(nn.Module):
       [B, L, D], or [N, D] with `positions`; and the tokens' own (keys, values)
       where some are cached, else None.
     """
-    cfg = self.config
+    cfg, shards = self.config, self.shards
     batch, length, width = x.shape
     dtype = jnp.dtype(cfg.dtype)
+    # This device's: a part of the heads and of the MLP.
+    num_heads = cfg.num_heads // shards.tensor
+    inner, mlp_width = num_heads * cfg.head_dim, cfg.mlp_width // shards.tensor
     norm = functools.partial(RMSNorm, dtype, not cfg.time_conditioning)
 
     def pick(y):  # [B, L, D] -> the wanted rows
@@ -303,22 +354,23 @@ class Block(nn.Module):
 
     gate1 = gate2 = None
     if cfg.time_conditioning:
-      modulation = nn.Dense(6 * width, dtype=dtype, name='modulation',
+      modulation = nn.Dense(6 * width // shards.tensor, dtype=dtype,
+                            name='modulation',
                             kernel_init=nn.initializers.zeros)(nn.silu(time))
+      modulation = sharding.concatenate(modulation, shards)
       shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
           modulation, 6, axis=-1)
 
     h = norm(name='attention_norm')(x)
     if cfg.time_conditioning:
       h = h * (1 + scale1[:, None]) + shift1[:, None]
+    h = sharding.split(h, shards)
     q, k, v = (
-        Linear(width, dtype, name=name)(h).reshape(batch, length, cfg.num_heads,
+        Linear(inner, dtype, name=name)(h).reshape(batch, length, num_heads,
                                                    cfg.head_dim)
         for name in ('query', 'key', 'value'))
-    if cfg.qk_norm:
-      q = RMSNorm(dtype, name='q_norm')(q)
-      k = RMSNorm(dtype, name='k_norm')(k)
-    q, k, own = rotate(q, rotary), rotate(k, rotary), None
+    q, k = Heads(cfg, name='q_norm')(q, rotary), Heads(cfg, name='k_norm')(k, rotary)
+    own = None
     if cached is not None:
       own = (k, v)
       h = attention.cached_attention(q, k, v, *cached, visible,
@@ -326,27 +378,31 @@ class Block(nn.Module):
     elif cfg.block_size:
       if positions is not None:  # of the noisy rows, the last layer's output
         q = q[:batch // 2]
-      h = attention.block_attention(q, k, v, block_size=cfg.block_size,
-                                    segment_ids=segment_ids)
+      h = attention.block_attention(
+          q, k, v, block_size=cfg.block_size, segment_ids=segment_ids,
+          backend=cfg.attention, platform=cfg.platform)
     else:
       h = attention.attention(q, k, v, causal=cfg.causal,
-                              segment_ids=segment_ids, backend=cfg.attention)
-    h = pick(h.reshape(-1, length, width))
+                              segment_ids=segment_ids, backend=cfg.attention,
+                              platform=cfg.platform)
+    h = pick(ad_checkpoint.checkpoint_name(h, ATTENTION_OUT).reshape(
+        -1, length, inner))
     out_std = INIT_STD / (2 * cfg.num_layers) ** 0.5
-    x = pick(x) + branch(Linear(width, dtype, out_std, name='attention_out')(h),
-                         gate1, 0)
+    out = Linear(width, dtype, out_std, name='attention_out')(h)
+    x = pick(x) + branch(sharding.join(out, shards), gate1, 0)
 
     h = norm(name='mlp_norm')(x)
     if cfg.time_conditioning:
       h = h * (1 + pick_time(scale2)) + pick_time(shift2)
-    up = Linear(cfg.mlp_width, dtype, name='mlp_in')(h)
+    h = sharding.split(h, shards)
+    up = Linear(mlp_width, dtype, name='mlp_in')(h)
     if cfg.is_gated:
-      gate = Linear(cfg.mlp_width, dtype, name='mlp_gate')(h)
-      up = MLPS[cfg.mlp](gate) * up
+      gate = Linear(mlp_width, dtype, name='mlp_gate')(h)
+      up = _gated(cfg.mlp, gate, up)
     else:
       up = MLPS[cfg.mlp](up)
     out = Linear(width, dtype, out_std, name='mlp_out')(up)
-    return x + branch(out, gate2, 1), own
+    return x + branch(sharding.join(out, shards), gate2, 1), own
 
 
 class TimeEmbedding(nn.Module):
@@ -367,32 +423,30 @@ class TimeEmbedding(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Tokens -> hidden; `output_logits` makes logits of them."""
+  """Tokens -> hidden; `output_logits` makes logits of them.
+
+  Attributes:
+    config: the network's shape.
+    shards: over how many devices its parameters are split. The blocks gather
+      theirs over fsdp when they run; `gather_ends` does it for the others.
+  """
 
   config: ModelConfig
+  shards: Shards = Shards()
 
   def setup(self):
     cfg = self.config
+    shape = (sharding.padded(cfg.vocab_size, self.shards) // self.shards.tensor,
+             cfg.embed_dim)
     self.embedding = self.param('embedding', nn.initializers.normal(INIT_STD),
-                                (cfg.vocab_size, cfg.embed_dim))
+                                shape)
     if not cfg.tie_embeddings:
-      self.output = self.param('output', nn.initializers.normal(INIT_STD),
-                               (cfg.vocab_size, cfg.embed_dim))
+      self.output = self.param('output', nn.initializers.normal(INIT_STD), shape)
     if cfg.time_conditioning:
       self.time_embedding = TimeEmbedding(cfg)
-    block = Block
-    if cfg.remat != 'none':
-      block = nn.remat(Block, policy=REMATS[cfg.remat], prevent_cse=False)
     if cfg.num_layers > 1:
-      def body(block, x, layer, cached, *args):
-        return block(x, layer, cached, *args)
-      self.layers = block(cfg)
-      self.scan = nn.scan(
-          body, variable_axes={'params': 0}, split_rngs={'params': True},
-          in_axes=(0, 0) + (nn.broadcast,) * 5, length=cfg.num_layers - 1)
-    if cfg.remat != 'none':  # outside the scan XLA would undo it
-      block = nn.remat(Block, policy=REMATS[cfg.remat])
-    self.last_layer = block(cfg)
+      self.layers = Block(cfg)
+    self.last_layer = Block(cfg)
     self.final_norm = RMSNorm(jnp.dtype(cfg.dtype))
 
   def __call__(self, tokens: jax.Array, t: jax.Array | None = None, *,
@@ -462,41 +516,84 @@ class Transformer(nn.Module):
               positions):
     """Hidden states of tokens at `where` [L], and their own keys and values."""
     cfg = self.config
-    x = jnp.asarray(self.embedding, jnp.dtype(cfg.dtype))[tokens]
+    last_layer = cfg.num_layers - 1
+    x = self._embed(tokens)
     time = self.time_embedding(t) if cfg.time_conditioning else None
     rotary = rotary_table(where, cfg.head_dim, cfg.rope_theta)
     args = (time, rotary, segment_ids, dropout_keys, visible)
+    if self.is_initializing():
+      self._init_layers(x, args)
     own = None
-    if cfg.num_layers > 1 and cfg.unroll and not self.is_initializing():
-      x, own = self._unrolled(x, cache.layers, *args)
-    elif cfg.num_layers > 1:
-      x, own = self.scan(self.layers, x, jnp.arange(cfg.num_layers - 1),
-                         cache.layers, *args)
-    x, last = self.last_layer(x, cfg.num_layers - 1, cache.last, *args, positions)
+    if cfg.num_layers > 1:
+      # In a scan XLA does not undo the recomputation; elsewhere it would.
+      apply = self._make_apply(prevent_cse=cfg.unroll)
+
+      def body(x, layer):
+        params, index, cached = layer
+        return apply(params, x, index, cached, *args)
+      layers = (self.layers.variables['params'], jnp.arange(last_layer),
+                cache.layers)
+      x, own = (_unrolled_scan if cfg.unroll else jax.lax.scan)(body, x, layers)
+    x, last = self._make_apply(prevent_cse=True)(
+        self.last_layer.variables['params'], x, last_layer, cache.last, *args,
+        positions)
     return self.final_norm(x), Cache(own, last)
 
-  def _unrolled(self, x, cached, *args):
-    """What the scan computes, with its stacked parameters, layer by layer."""
-    # unstack and not indexing: its transpose stacks, where n index operations
-    # would each pad their gradient to the full stack.
-    params = jax.tree.map(jnp.unstack, self.layers.variables['params'])
-    is_tuple = lambda node: isinstance(node, tuple)
-    owns = []
-    for layer in range(self.config.num_layers - 1):
-      own = jax.tree.map(lambda leaf: leaf[layer], params, is_leaf=is_tuple)
-      apply = lambda own, x, *args: Block(self.config, parent=None).apply(
-          {'params': own}, x, layer, *args)
-      if self.config.remat != 'none':
-        apply = jax.checkpoint(apply, policy=REMATS[self.config.remat])
-      x, kept = apply(own, x, jax.tree.map(lambda leaf: leaf[layer], cached),
-                      *args)
-      owns.append(kept)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *owns)
+  def _embed(self, tokens):
+    """[B, L] -> [B, L, D]."""
+    # Rows first, then the cast: the gradients of a row, the mask's above all,
+    # are summed in float32.
+    dtype = jnp.dtype(self.config.dtype)
+    if self.shards.tensor == 1:
+      return self.embedding[tokens].astype(dtype)
+    size = self.embedding.shape[0]
+    tokens = tokens - jax.lax.axis_index(sharding.TENSOR) * size
+    is_here = (tokens >= 0) & (tokens < size)
+    rows = self.embedding[jnp.where(is_here, tokens, 0)]
+    rows = jnp.where(is_here[..., None], rows, 0.0)
+    return sharding.join(rows, self.shards).astype(dtype)
+
+  def _make_apply(self, prevent_cse):
+    """apply(params, x, layer, cached, *args) of a block, with remat."""
+    cfg, shards = self.config, self.shards
+
+    def apply(params, x, *args):
+      params = sharding.gather(params, shards, jnp.dtype(cfg.dtype))
+      return Block(cfg, shards, parent=None).apply({'params': params}, x, *args)
+    policy = REMATS[cfg.remat]
+    if cfg.remat == 'none':
+      if shards.fsdp == 1:
+        return apply
+      policy = sharding.save_all_but_gathered
+    return jax.checkpoint(apply, policy=policy, prevent_cse=prevent_cse)
+
+  def _init_layers(self, x, args):
+    """Draws the parameters of all blocks, those of the scan stacked."""
+    num_layers = self.config.num_layers
+    if num_layers > 1:
+      nn.scan(lambda block, x, layer: block(x, layer, None, *args),
+              variable_axes={'params': 0}, split_rngs={'params': True},
+              length=num_layers - 1)(self.layers, x, jnp.arange(num_layers - 1))
+    self.last_layer(x, num_layers - 1, None, *args)
 
 
-def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
+def _unrolled_scan(body, carry, xs):
+  """jax.lax.scan, one step written after another."""
+  # unstack and not indexing: its transpose stacks, where n index operations
+  # would each pad their gradient to the full stack.
+  leaves, tree = jax.tree.flatten(xs)
+  outs = []
+  for x in zip(*map(jnp.unstack, leaves)):
+    carry, out = body(carry, jax.tree.unflatten(tree, x))
+    outs.append(out)
+  return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+
+
+def init_cache(config: ModelConfig, batch_size: int, length: int,
+               shards: Shards = Shards()) -> Cache:
   """An empty cache of `length` positions, in the compute dtype."""
-  shape = (batch_size, length, config.num_heads, config.head_dim)
+  shape = (batch_size, length, config.num_heads // shards.tensor,
+           config.head_dim)
   zeros = lambda *lead: (jnp.zeros(lead + shape, config.dtype),) * 2
   layers = zeros(config.num_layers - 1) if config.num_layers > 1 else None
   return Cache(layers, zeros())
@@ -513,11 +610,41 @@ def output_logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
                  preferred_element_type=jnp.float32)
 
 
-def init_params(config: ModelConfig, key: jax.Array):
-  """Draws the initial parameters, a nested dict of float32 arrays."""
-  config = dataclasses.replace(config, block_size=0)  # changes no shape
+def init_params(config: ModelConfig, key: jax.Array, shards: Shards = Shards()):
+  """Draws the initial parameters, a nested dict of float32 arrays, whole.
+
+  The same numbers for any `shards`; only the vocabulary is padded for them, by
+  rows of zeros, which stay zeros.
+  """
+  # Neither changes a shape; kernels do not take two tokens.
+  config = dataclasses.replace(config, block_size=0, attention='xla')
   tokens = jnp.zeros((1, 2), jnp.int32)
-  return Transformer(config).init(key, tokens, jnp.zeros((1,)))['params']
+  params = Transformer(config).init(key, tokens, jnp.zeros((1,)))['params']
+  padding = sharding.padded(config.vocab_size, shards) - config.vocab_size
+  for name in {'embedding', 'output'} & set(params):
+    params[name] = jnp.pad(params[name], ((0, padding), (0, 0)))
+  return params
+
+
+def check_shards(config: ModelConfig, shards: Shards):
+  """Raises InputError where the network cannot be split so."""
+  for axis, keys in (('fsdp', ('embed_dim',)),
+                     ('tensor', ('num_heads', 'mlp_width'))):
+    size = getattr(shards, axis)
+    for key in keys:
+      if getattr(config, key) % size:
+        name = 'mlp_dim' if key == 'mlp_width' else key
+        raise InputError(
+            f'mesh.{axis}={size!r} does not divide model.{name}='
+            f'{getattr(config, key)!r}; it must, as its parts lie on so many '
+            'devices')
+
+
+def gather_ends(params, shards: Shards):
+  """The parameters with all that belongs to no block gathered over fsdp."""
+  blocks = ('layers', 'last_layer')
+  ends = {name: tree for name, tree in params.items() if name not in blocks}
+  return {**params, **sharding.gather(ends, shards)}
 
 
 def num_params(params) -> int:

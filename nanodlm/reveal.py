@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm import categorical
+from nanodlm import sharding
 from nanodlm.categorical import Draw
 from nanodlm.types import Canvas
 from nanodlm.types import Denoise
@@ -70,7 +71,8 @@ def sample_plan(keys: jax.Array, canvas: Canvas, plan: Plan, denoise: Denoise,
   tokens = jnp.where(hidden, draw.mask_id, canvas.tokens)
   step = next_step(hidden)
   state = (tokens, hidden, step, jnp.zeros_like(step))
-  state = jax.lax.while_loop(lambda state: state[2] < last, reveal, state)
+  state = jax.lax.while_loop(
+      lambda state: sharding.on_any_device(state[2] < last), reveal, state)
   return Samples(tokens=state[0], num_calls=state[-1])
 
 
@@ -120,7 +122,8 @@ def draw_pending(keys: jax.Array, tokens: jax.Array, pending: jax.Array,
   # From the data, so that under shard_map it varies over devices as they do.
   zero = jnp.sum(pending, dtype=jnp.int32) * 0
   drawn, prob, _, num_calls = jax.lax.while_loop(
-      lambda state: jnp.any(state[2]), call, (tokens, prob, pending, zero))
+      lambda state: sharding.on_any_device(jnp.any(state[2])), call,
+      (tokens, prob, pending, zero))
   return drawn, prob, num_calls
 
 

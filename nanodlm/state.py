@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from nanodlm import model
+from nanodlm.sharding import Shards
 
 
 @flax.struct.dataclass
@@ -36,10 +37,11 @@ class TrainState:
 
 
 def init_state(config: model.ModelConfig, optimizer: optax.GradientTransformation,
-               seed: int, use_ema: bool) -> TrainState:
-  """Draws the state of step 0 from the seed."""
+               seed: int, use_ema: bool, shards: Shards = Shards()
+               ) -> TrainState:
+  """Draws the state of step 0 from the seed; see `model.init_params`."""
   init_key, noise_key = jax.random.split(jax.random.key(seed))
-  params = model.init_params(config, init_key)
+  params = model.init_params(config, init_key, shards)
   ema_params = jax.tree.map(jnp.copy, params) if use_ema else None
   return TrainState(step=jnp.zeros((), jnp.int32), params=params,
                     ema_params=ema_params, opt_state=optimizer.init(params),

@@ -5,6 +5,7 @@ with noise tied to each row's GLOBAL index, and sums, never means, cross devices
 """
 
 import dataclasses
+import functools
 from typing import Any, Callable
 
 import jax
@@ -12,10 +13,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import optax
 
+from nanodlm import categorical
 from nanodlm import losses
 from nanodlm import mesh as meshes
 from nanodlm import model
+from nanodlm import sharding
+from nanodlm import state as states
 from nanodlm import types
+from nanodlm.sharding import Shards
 from nanodlm.state import TrainState
 from nanodlm.types import InputError
 from nanodlm.types import Objective
@@ -30,10 +35,29 @@ class Network:
   Attributes:
     config: the transformer's.
     chunk_size: positions that go through the output projection at once.
+    shards: over how many devices its parameters are split.
   """
 
   config: model.ModelConfig
   chunk_size: int
+  shards: Shards = Shards()
+
+  def __post_init__(self):
+    model.check_shards(self.config, self.shards)
+
+  @property
+  def transformer(self) -> model.Transformer:
+    return model.Transformer(self.config, self.shards)
+
+  def init_params(self, key: jax.Array):
+    """Draws the initial parameters, whole."""
+    return model.init_params(self.config, key, self.shards)
+
+  @property
+  def specs(self) -> Any:
+    """How the parameters lie on the mesh, a tree of partitions."""
+    shapes = jax.eval_shape(lambda: self.init_params(jax.random.key(0)))
+    return sharding.specs(shapes, self.shards)
 
   def score(self, objective: Objective, params, noised, weight, segment_ids,
             dropout_keys) -> tuple[jax.Array, dict[str, jax.Array],
@@ -53,14 +77,19 @@ class Network:
     else:
       positions, is_real = None, noised.scored.reshape(-1)
       take = lambda x: x.reshape(-1)
-    hidden = model.Transformer(self.config).apply(
+    params = model.gather_ends(params, self.shards)
+    hidden = self.transformer.apply(
         {'params': params}, noised.tokens, noised.t, clean=noised.clean,
         segment_ids=segment_ids, dropout_keys=dropout_keys,
         positions=positions)
     weight = jnp.where(is_real, take(weight), 0.0)
+    vocab = categorical.Vocab(
+        sharding.TENSOR if self.shards.tensor > 1 else None)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
     total, terms = losses.projected_terms(
-        model.output_logits, objective.terms, self.chunk_size,
-        model.output_kernel(params), hidden.reshape(-1, hidden.shape[-1]),
+        model.output_logits, functools.partial(objective.terms, vocab=vocab),
+        self.chunk_size, model.output_kernel(params),
+        sharding.split(hidden, self.shards),
         jax.tree.map(take, noised.fields), weight)
     row = (jnp.arange(batch * length) if positions is None else positions
            ) // length
@@ -83,7 +112,7 @@ class Denoiser:
   Attributes:
     network: the transformer.
     objective: what it was trained with.
-    params: its parameters.
+    params: its parameters, of `model.gather_ends`.
   """
 
   network: Network
@@ -92,16 +121,17 @@ class Denoiser:
 
   def __call__(self, tokens, level, positions):
     clean = tokens if self.objective.block_size else None
-    hidden = model.Transformer(self.network.config).apply(
+    hidden = self.network.transformer.apply(
         {'params': self.params}, self.objective.network_input(tokens),
         self.objective.network_time(level), clean=clean,
         positions=_flat(positions, tokens.shape[1]))
     return self._logits(hidden, positions)
 
   def init_cache(self, tokens):
-    cache = model.init_cache(self.network.config, *tokens.shape)
-    # Varies over devices like the tokens do, as shard_map's loops ask.
-    zero = jnp.zeros_like(tokens[0, 0])
+    cache = model.init_cache(self.network.config, *tokens.shape,
+                             self.network.shards)
+    # Varies over devices like the tokens and heads do, as shard_map's loops ask.
+    zero = sharding.split(jnp.zeros_like(tokens[0, 0]), self.network.shards)
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), cache)
 
   def advance(self, cache, tokens, start, visible, level=None):
@@ -115,12 +145,16 @@ class Denoiser:
   def _advance(self, cache, tokens, start, visible, level, positions):
     if level is None:
       level = jnp.zeros((tokens.shape[0],))
-    return model.Transformer(self.network.config).apply(
+    return self.network.transformer.apply(
         {'params': self.params}, tokens, self.objective.network_time(level),
         start, cache, visible, positions, method='advance')
 
   def _logits(self, hidden, positions):
-    logits = model.output_logits(model.output_kernel(self.params), hidden)
+    logits = sharding.concatenate(
+        model.output_logits(model.output_kernel(self.params), hidden),
+        self.network.shards)
+    # Without padding: the noise of a draw depends on the number of its outcomes.
+    logits = logits[..., :self.network.config.vocab_size]
     return logits.reshape(*positions.shape, -1)
 
 
@@ -158,6 +192,7 @@ def make_train_step(network: Network, objective: Objective,
       objective's groups.
   """
   check_batch_size(batch_size, mesh, num_microbatches, objective.group_size)
+  shards = network.shards
 
   def local_gradient(params, key, batch):
     level_key, noise_key, dropout_key = jax.random.split(key, 3)
@@ -183,20 +218,33 @@ def make_train_step(network: Network, objective: Objective,
         lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), rows)
     shapes = jax.eval_shape(
         lambda rows: gradient(params, jax.tree.map(lambda x: x[0], rows)), rows)
-    zeros = jax.tree.map(
+    # Typed as varying over the devices over which what is added to them does.
+    zeros = (jax.tree.map(jnp.zeros_like, params), jax.tree.map(
         lambda s: jax.lax.pcast(jnp.zeros(s.shape, s.dtype), meshes.BATCH_AXES,
-                                to='varying'), shapes)
+                                to='varying'), shapes[1]))
     add = lambda sums, micro: jax.tree.map(jnp.add, sums, gradient(params, micro))
     return jax.lax.scan(lambda sums, micro: (add(sums, micro), None), zeros,
                         rows)[0]
 
+  def global_gradient(params, key, batch):
+    """The sums over the global batch, of this device's part of the parameters."""
+    gradient, sums = local_gradient(sharding.local(params, shards), key, batch)
+    return (sharding.sum_gradients(gradient, shards),
+            jax.lax.psum(sums, meshes.BATCH_AXES))
+
+  sharded_gradient = jax.shard_map(
+      global_gradient, mesh=mesh,
+      in_specs=(network.specs, P(), P(meshes.BATCH_AXES)),
+      out_specs=(network.specs, P()))
+  state_shapes = jax.eval_shape(
+      lambda: states.init_state(network.config, optimizer, 0, ema_decay > 0,
+                                shards))
+
   def step(state, batch):
     key = jax.random.fold_in(state.key, state.step)
-    # Parameters are marked as differing between devices, so that gradients stay
-    # local sums until the one psum below (also across micro-batches).
-    params = jax.lax.pcast(state.params, meshes.BATCH_AXES, to='varying')
-    gradient, sums = jax.lax.psum(local_gradient(params, key, batch),
-                                  meshes.BATCH_AXES)
+    gradient, sums = sharded_gradient(state.params, key, batch)
+    # From here on arrays are whole to the code, and each device updates its part
+    # of them: elementwise rules talk to no one, a norm or Muon's products do.
     total_weight = jnp.maximum(sums['weight'], 1.0)
     gradient = jax.tree.map(lambda g: g / total_weight, gradient)
     grad_norm = optax.tree.norm(gradient)
@@ -219,9 +267,8 @@ def make_train_step(network: Network, objective: Objective,
     return TrainState(step=state.step + 1, params=params, ema_params=ema_params,
                       opt_state=opt_state, key=state.key), metrics
 
-  sharded = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(meshes.BATCH_AXES)),
-                          out_specs=P())
-  return jax.jit(sharded, donate_argnums=0)
+  return jax.jit(step, donate_argnums=0, out_shardings=(
+      meshes.shardings(mesh, state_shapes), meshes.replicated(mesh)))
 
 
 def _level_sums(level, cross_entropy, counted):
@@ -341,7 +388,8 @@ def make_eval_step(network: Network, objective: Objective,
     return jax.lax.psum(sums, meshes.BATCH_AXES)
 
   return jax.jit(jax.shard_map(
-      step, mesh=mesh, in_specs=(P(), P(meshes.BATCH_AXES)), out_specs=P()))
+      step, mesh=mesh, in_specs=(network.specs, P(meshes.BATCH_AXES)),
+      out_specs=P()))
 
 
 def make_score_step(network: Network, objective: Objective,
@@ -368,7 +416,8 @@ def make_score_step(network: Network, objective: Objective,
 
   rows = P(meshes.BATCH_AXES)
   return jax.jit(
-      jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), rows), out_specs=rows),
+      jax.shard_map(step, mesh=mesh, in_specs=(network.specs, P(), rows),
+                    out_specs=rows),
       out_shardings=meshes.replicated(mesh))
 
 
@@ -382,13 +431,14 @@ def make_sample_step(network: Network, objective: Objective,
   """
   def step(params, key, canvas):
     keys = _fold_in_each(key, _row_index(canvas.tokens.shape[0]))
+    params = model.gather_ends(params, network.shards)
     samples = sampler(keys, canvas, Denoiser(network, objective, params))
     return samples._replace(
         num_calls=jax.lax.pmax(samples.num_calls, meshes.BATCH_AXES))
 
   rows = P(meshes.BATCH_AXES)
   return jax.jit(jax.shard_map(
-      step, mesh=mesh, in_specs=(P(), P(), types.Canvas(rows, rows)),
+      step, mesh=mesh, in_specs=(network.specs, P(), types.Canvas(rows, rows)),
       out_specs=types.Samples(tokens=rows, num_calls=P())))
 
 

@@ -25,6 +25,7 @@ from nanodlm import model
 from nanodlm import multihost
 from nanodlm import optim
 from nanodlm import sample
+from nanodlm import sharding
 from nanodlm import state as states
 from nanodlm import step as steps
 from nanodlm import tokenizers
@@ -74,7 +75,7 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
   if saved is not None:
     configs.check_resumable(saved, config, workdir)
   check_writable(workdir)
-  _check_batches(config, settings)
+  _check_devices(config, settings)
   init_from = settings.checkpoint.init_from
   if init_from and not (_has_checkpoint(workdir) or _has_tokenizer(init_from)):
     raise InputError(f'checkpoint.init_from={init_from!r} holds no run (no '
@@ -102,8 +103,10 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
     log.info('starting from the weights of %s, step %d',
              settings.checkpoint.init_from, step)
   init = lambda: states.init_state(run.network.config, optimizer, settings.seed,
-                                   settings.optim.ema_decay > 0)
-  state = jax.jit(init, out_shardings=meshes.replicated(run.mesh))()
+                                   settings.optim.ema_decay > 0,
+                                   run.network.shards)
+  state = jax.jit(init, out_shardings=meshes.shardings(
+      run.mesh, jax.eval_shape(init)))()
   if initial is not None:
     if state.ema_params is not None:
       state = state.replace(ema_params=jax.tree.map(lambda x: x.copy(), initial))
@@ -163,9 +166,11 @@ def _check_same_text(workdir: str, packed: builder.PackedData):
         'one with checkpoint.init_from')
 
 
-def _check_batches(config: config_dict.ConfigDict, settings: configs.Settings):
-  """Checks the batch sizes against the devices, before data is prepared."""
+def _check_devices(config: config_dict.ConfigDict, settings: configs.Settings):
+  """Checks batch sizes and network against the devices, before data is prepared."""
   mesh = meshes.make_mesh(settings.mesh)
+  model.check_shards(configs.make_model(config, vocab_size=2),
+                     meshes.shards(mesh))
   group_size = configs.make_objective(config, mask_id=1).group_size
   steps.check_batch_size(settings.train.batch_size, mesh,
                          settings.train.num_microbatches, group_size)
@@ -216,6 +221,14 @@ def _describe(run: evaluate.Run, data: builder.PackedData,
            f'{model.num_params(state.params):,}', run.config.objective.name,
            jax.device_count(), device.device_kind,
            's' if jax.device_count() > 1 else '')
+  shards = run.network.shards
+  if max(shards.fsdp, shards.tensor) > 1:
+    log.info('mesh: %s', ', '.join(f'{axis} {size}' for axis, size
+                                   in run.mesh.shape.items()))
+  rows = sharding.padded(tokenizer.vocab_size, shards)
+  if rows > tokenizer.vocab_size:
+    log.info('vocabulary: padded from %d to %d ids, for mesh.tensor=%d',
+             tokenizer.vocab_size, rows, shards.tensor)
 
 
 class _Caught:

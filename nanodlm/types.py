@@ -86,8 +86,12 @@ class Objective(Protocol):
               weight: jax.Array) -> Noised:
     """Noises x0 [B, L]; keys [B] and levels [B, ...] are each example's own."""
 
-  def terms(self, logits: jax.Array, fields: Any) -> Terms:
-    """Scores logits [N, V] float32 against fields of [N] arrays."""
+  def terms(self, logits: jax.Array, fields: Any, vocab: Any) -> Terms:
+    """Scores logits [N, V] float32 against fields of [N] arrays.
+
+    `vocab`, a `categorical.Vocab`, says which ids the logits are of; sums over
+    the vocabulary are its.
+    """
 
   def max_scored(self, batch_size: int, length: int) -> int:
     """A static bound on the scored positions of `batch_size` whole groups."""

@@ -8,14 +8,13 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / 'nanodlm'
 LAYERS = {
     0: ('types', 'schedules', 'times', 'processes', 'categorical', 'reveal',
-        'masking',
-        'hugepages', 'guidance'),
-    1: ('objectives', 'samplers', 'attention', 'losses', 'model', 'metrics',
-        'tokenizers'),
-    2: ('mesh', 'optim', 'state', 'checkpoint', 'data', 'config'),
+        'masking', 'sharding', 'hugepages', 'guidance', 'multihost'),
+    1: ('objectives', 'samplers', 'attention', 'pallas_attention', 'losses',
+        'model', 'metrics', 'tokenizers', 'hlo'),
+    2: ('mesh', 'optim', 'state', 'checkpoint', 'data', 'config', 'lock'),
     3: ('step',),
     4: ('evaluate', 'sample', 'train', 'benchmark', 'infill', 'judge', 'compare',
-        'lm_eval_adapter'),
+        'lm_eval_adapter', 'compile'),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 # Libraries that few modules may import.

@@ -48,9 +48,9 @@ class Autoregressive:
                   scored=weight > 0, level=jnp.full(x0.shape, jnp.nan),
                   fields={'target': x0})
 
-  def terms(self, logits: jax.Array, fields) -> Terms:
+  def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
     ce, correct = categorical.cross_entropy(logits, fields['target'],
-                                            self.mask_id)
+                                            self.mask_id, vocab)
     return Terms(loss=ce, nll=ce, cross_entropy=ce, correct=correct)
 
   def max_scored(self, batch_size: int, length: int) -> int:

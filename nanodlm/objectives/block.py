@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from nanodlm import categorical
 from nanodlm import masking
 from nanodlm.types import InputError
 from nanodlm.types import Noised
@@ -93,8 +94,8 @@ class Block(masking.MaskedNoise):
         scored=join(noised.scored), level=join(noised.level),
         fields=jax.tree.map(join, noised.fields), clean=x0)
 
-  def terms(self, logits: jax.Array, fields) -> Terms:
-    return self.weighted_cross_entropy(logits, fields)
+  def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
+    return self.weighted_cross_entropy(logits, fields, vocab)
 
   def max_scored(self, batch_size: int, length: int) -> int:
     num_blocks = self.num_blocks(length)

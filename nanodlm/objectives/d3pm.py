@@ -63,11 +63,11 @@ class D3PM(masking.MaskedNoise):
                   fields={'target': x0, 'noise_s': spread(noise_s),
                           'noise_t': spread(noise_t)})
 
-  def terms(self, logits: jax.Array, fields) -> Terms:
+  def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
     noise_s, noise_t = fields['noise_s'], fields['noise_t']
     ce, correct = categorical.cross_entropy(logits, fields['target'],
-                                            self.mask_id)
-    log_masked, log_clean = self._log_shares(logits)
+                                            self.mask_id, vocab)
+    log_masked, log_clean = self._log_shares(logits, vocab)
     masked = jnp.exp(log_masked)
     # log(D / m) at t and s; where m_s is 0, the term at s counts nothing.
     log_d_t = jnp.log1p((1 - noise_t) / noise_t * masked)
@@ -88,10 +88,11 @@ class D3PM(masking.MaskedNoise):
     return ((noise_t - noise_s) * jnp.exp(log_clean)
             / (noise_t + (1 - noise_t) * jnp.exp(log_masked)))
 
-  def _log_shares(self, logits):
+  def _log_shares(self, logits, vocab=categorical.WHOLE):
     """log x_m and log(1 - x_m) of logits [..., V], [...] each."""
-    logits = categorical.exclude_mask(logits, self.mask_id + 1)
-    clean = jax.nn.logsumexp(
-        categorical.exclude_mask(logits, self.mask_id), axis=-1)
-    odds = logits[..., self.mask_id] - clean
+    clean = categorical.log_sum_exp(
+        categorical.exclude_mask(logits, self.mask_id, vocab), vocab)
+    masked = vocab.pick(logits.astype(jnp.float32),
+                        jnp.full(logits.shape[:-1], self.mask_id))
+    odds = masked - clean
     return jax.nn.log_sigmoid(odds), jax.nn.log_sigmoid(-odds)

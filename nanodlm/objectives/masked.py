@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 
+from nanodlm import categorical
 from nanodlm import masking
 from nanodlm.types import Terms
 
@@ -27,5 +28,5 @@ class Masked(masking.MaskedNoise):
     arXiv 2406.03736; LLaDA, arXiv 2502.09992, equation 6).
   """
 
-  def terms(self, logits: jax.Array, fields) -> Terms:
-    return self.weighted_cross_entropy(logits, fields)
+  def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
+    return self.weighted_cross_entropy(logits, fields, vocab)

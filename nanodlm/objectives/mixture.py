@@ -119,18 +119,15 @@ class MixtureNoise:
             'mass': jnp.where(mass > MIN_MASS, mass, 0.0),
             'loss_weight': clipped * speed, 'nll_weight': ratio * speed}
 
-  def terms(self, logits: jax.Array, fields) -> Terms:
+  def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
     target, noisy = fields['target'], fields['noisy']
-    log_x = categorical.log_prob(logits, self.mask_id)
-    ids = jnp.arange(logits.shape[-1])[None]
-    is_target = ids == target[:, None]
-    pick = lambda mask: jnp.sum(jnp.where(mask, log_x, 0.0), axis=-1)
-    log_x0 = pick(is_target)
-    divergence = _divergence(log_x, log_x0, is_target, fields)
+    log_x = categorical.log_prob(logits, self.mask_id, vocab)
+    log_x0 = vocab.pick(log_x, target)
+    divergence = _divergence(log_x, log_x0, fields, vocab)
     divergence += _ratio_excess(
-        pick(ids == noisy[:, None]), log_x0, noisy == target,
+        vocab.pick(log_x, noisy), log_x0, noisy == target,
         noisy == self.mask_id, fields)
-    correct = log_x0 >= jnp.max(log_x, axis=-1)
+    correct = log_x0 >= vocab.max(log_x)
     return Terms(loss=fields['loss_weight'] * divergence,
                  nll=fields['nll_weight'] * divergence,
                  cross_entropy=-log_x0, correct=correct.astype(jnp.float32))
@@ -215,8 +212,9 @@ def _clock(levels):
   return jnp.clip(1 - levels, MIN_CLOCK, 1 - MIN_CLOCK)
 
 
-def _divergence(log_x, log_x0, is_target, fields):
+def _divergence(log_x, log_x0, fields, vocab):
   """KL(q || p) = sum_y q_y phi(p_y / q_y), [N]."""
+  is_target = vocab.ids(log_x) == fields['target'][:, None]
   alpha, b = fields['alpha'], fields['mass']
   is_mixed = b > 0
   safe_b = jnp.where(is_mixed, b, 1.0)
@@ -230,7 +228,7 @@ def _divergence(log_x, log_x0, is_target, fields):
   d = alpha * jnp.expm1(log_x0) / jnp.where(q > 0, q, 1.0)
   log_ratio = jnp.where(is_mixed, -jnp.log1p(_shortfall(log_x0, alpha, b)),
                         log_x0)
-  return jnp.sum(others, axis=-1) + q * phi(d, log_ratio)
+  return vocab.sum(others) + q * phi(d, log_ratio)
 
 
 def _ratio_excess(log_xz, log_x0, is_clean, is_mask, fields):

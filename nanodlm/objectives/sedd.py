@@ -33,10 +33,10 @@ class ScoreEntropy(masking.MaskedNoise):
   Differs from the paper: noise by count is possible, and its default.
   """
 
-  def terms(self, logits: jax.Array, fields) -> Terms:
+  def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
     ce, correct = categorical.cross_entropy(logits, fields['target'],
-                                            self.mask_id)
-    log_sum = self._log_mean_ratio(logits)
+                                            self.mask_id, vocab)
+    log_sum = self._log_mean_ratio(logits, vocab)
     loss = fields['scale'] * (ce + jnp.expm1(log_sum) - log_sum)
     return Terms(loss=loss, nll=loss, cross_entropy=ce, correct=correct)
 
@@ -46,7 +46,7 @@ class ScoreEntropy(masking.MaskedNoise):
     posterior = super().reveal_probability(logits, s, t)
     return posterior * jnp.exp(self._log_mean_ratio(logits))
 
-  def _log_mean_ratio(self, logits):
+  def _log_mean_ratio(self, logits, vocab=categorical.WHOLE):
     """log S, [...] for logits [..., V]."""
-    logits = categorical.exclude_mask(logits, self.mask_id)
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.log(self.mask_id)
+    logits = categorical.exclude_mask(logits, self.mask_id, vocab)
+    return categorical.log_sum_exp(logits, vocab) - jnp.log(self.mask_id)

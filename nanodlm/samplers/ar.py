@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm import reveal
+from nanodlm import sharding
 from nanodlm.categorical import Draw
 from nanodlm.types import CachedDenoise
 from nanodlm.types import Canvas
@@ -42,7 +43,7 @@ class LeftToRight:
     tokens = jnp.where(free, self.draw.mask_id, canvas.tokens)
     inputs = jnp.pad(tokens, ((0, 0), (1, 0)),
                      constant_values=self.draw.mask_id)
-    is_free = jnp.any(free, axis=0)
+    is_free = sharding.on_any_device(jnp.any(free, axis=0))
     first = jnp.where(jnp.any(is_free), jnp.argmax(is_free), length)
     last = length - jnp.argmax(is_free[::-1])
     where = jnp.arange(length)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm import reveal
+from nanodlm import sharding
 from nanodlm.types import CachedDenoise
 from nanodlm.types import Canvas
 from nanodlm.types import InputError
@@ -105,7 +106,7 @@ class Block:
     def has_work(state):
       _, _, block, done, _ = state
       left = ~fixed & (where >= block * size)[None]
-      return jnp.any(left & ~done[:, None])
+      return sharding.on_any_device(jnp.any(left & ~done[:, None]))
 
     tokens, _, block, _, num_calls = jax.lax.while_loop(has_work, body, state)
     # Where all rows were done early.

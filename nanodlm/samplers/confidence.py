@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from nanodlm import categorical
 from nanodlm import processes
+from nanodlm import sharding
 from nanodlm.categorical import Draw
 from nanodlm.types import Canvas
 from nanodlm.types import Denoise
@@ -122,7 +123,8 @@ class Confidence:
     # From the data, so that under shard_map it varies over devices as they do.
     zero = jnp.sum(num_free, dtype=jnp.int32) * 0
     tokens, _, num_calls = jax.lax.while_loop(
-        lambda state: jnp.any(state[1]), step, (tokens, free, zero))
+        lambda state: sharding.on_any_device(jnp.any(state[1])), step,
+        (tokens, free, zero))
     return Samples(tokens=tokens, num_calls=num_calls)
 
   def _confidence(self, keys, logits, drawn):

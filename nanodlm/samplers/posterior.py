@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from nanodlm import categorical
 from nanodlm import reveal
+from nanodlm import sharding
 from nanodlm import times
 from nanodlm.categorical import Draw
 from nanodlm.types import Canvas
@@ -89,7 +90,8 @@ class Posterior:
       return step + 1, jnp.where(fixed, tokens, drawn)
 
     # Nothing to do is no call.
-    first = jnp.where(jnp.any(~fixed), 0, self.num_steps)
+    has_work = sharding.on_any_device(jnp.any(~fixed))
+    first = jnp.where(has_work, 0, self.num_steps)
     last, tokens = jax.lax.while_loop(lambda state: state[0] < self.num_steps,
                                       body, (first, tokens))
     return tokens, last - first
@@ -115,8 +117,8 @@ class Posterior:
 
     is_open = jnp.any(~fixed, axis=1)
     step, tokens, _ = jax.lax.while_loop(
-        lambda state: (state[0] < self.num_corrections) & jnp.any(state[2]),
-        body, (jnp.zeros_like(jnp.sum(is_open)), tokens, is_open))
+        lambda state: ((state[0] < self.num_corrections)
+                       & sharding.on_any_device(jnp.any(state[2]))), body, (jnp.zeros_like(jnp.sum(is_open)), tokens, is_open))
     return tokens, step
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm import reveal
+from nanodlm import sharding
 from nanodlm.types import CachedDenoise
 from nanodlm.types import Canvas
 from nanodlm.types import InputError
@@ -55,7 +56,7 @@ class PrefixCache:
       start = jnp.minimum(block * size, length - size)
       where = jnp.arange(length)
       inside = (where >= start) & (where < start + size)
-      has_work = jnp.any(cut(hidden, start))
+      has_work = sharding.on_any_device(jnp.any(cut(hidden, start)))
 
       def fresh(cache):
         return denoise.advance(cache, tokens, 0, jnp.zeros((length,), bool),
