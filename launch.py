@@ -160,6 +160,7 @@ def _run() -> int:
     packed = builder.prepare(settings.data, settings.tokenizer)
     logging.getLogger('nanodlm').info('prepared: %s', packed.path)
     return 0
+  from nanodlm import checkpoint  # pylint: disable=g-import-not-at-top
   from nanodlm import lock  # pylint: disable=g-import-not-at-top
   from nanodlm import train  # pylint: disable=g-import-not-at-top
   train.check_writable(workdir)
@@ -171,6 +172,8 @@ def _run() -> int:
       number = train.train(config, settings, workdir, defaults)
     except train.STOPPED as error:
       print(f'error: {error}', file=sys.stderr)
+      if isinstance(error, checkpoint.SaveError):
+        multihost.leave(1)  # threads of the save may wait for what never comes
       return 1
     return 128 + number if number else 0
   # Nothing is half written in these modes. JAX's runtime can lose the exception
