@@ -122,7 +122,8 @@ def test_a_lost_process_ends_the_others_and_one_process_goes_on(runs):
 
 
 # Devices along (data, fsdp, tensor).
-MESHES = {'one': (1, 1, 1), 'data': (8, 1, 1), 'all': (2, 2, 2)}
+# Four parts of a vocabulary of 258 ids have two of padding.
+MESHES = {'one': (1, 1, 1), 'data': (8, 1, 1), 'all': (1, 2, 4)}
 BATCH_SIZE = 16
 
 
@@ -164,7 +165,7 @@ class Trainer:
 @pytest.fixture(scope='module')
 def trainers(tmp_path_factory):
   workdir = workdirs.make_workdir(tmp_path_factory.mktemp('topology'), scale=1.0,
-                                  model__num_layers=1)
+                                  model__num_layers=1, model__num_heads=4)
   return {name: Trainer(workdir, shape) for name, shape in MESHES.items()}
 
 
@@ -182,7 +183,9 @@ def test_a_checkpoint_goes_on_with_other_devices(trainers, tmp_path, before):
           manager, other.state, 2, other.packed.tokenizer.vocab_size)
       for leaf, saved, own in zip(*map(jax.tree.leaves, (
           restored.params, saved_params, other.state.params))):
-        np.testing.assert_array_equal(leaf, saved)
+        rows = min(len(leaf), len(saved))
+        np.testing.assert_array_equal(leaf[:rows], saved[:rows])
+        np.testing.assert_array_equal(leaf[rows:], 0)
         assert leaf.sharding == own.sharding
       _, found = other.train(restored, 2)
       np.testing.assert_allclose(found, expected, rtol=1e-5)
