@@ -104,7 +104,9 @@ def test_a_lost_process_ends_the_others_and_one_process_goes_on(runs):
   for process in processes[:-1]:
     output, _ = process.communicate(timeout=HEARTBEAT_SECS + 10)
     assert process.returncode not in (0, None), output
-    assert re.search('another one is lost|another task died', output), output
+    # Ours, JAX's, or what Gloo's own threads end with.
+    assert re.search('another one is lost|another task died|Fatal Python error',
+                     output), output
   processes[-1].communicate()
   # One process with as many devices takes over, with yet another mesh.
   last = steps_of(several)[-1]
