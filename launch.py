@@ -149,13 +149,18 @@ def _run() -> int:
   _init_distributed()
   defaults = configs.load_base()
   config = _resolve_config(configs, defaults)
-  settings = configs.validate(
-      config, config_flags.get_override_values(flags.FLAGS['config']))
+  given = config_flags.get_override_values(flags.FLAGS['config'])
+  if mode in ('eval', 'sample') and not any(
+      key.startswith('mesh.') for key in given):
+    from nanodlm import evaluate  # pylint: disable=g-import-not-at-top
+    evaluate.fit_mesh(config)
+  settings = configs.validate(config, given)
   if mode == 'prepare':
     from nanodlm.data import builder  # pylint: disable=g-import-not-at-top
     packed = builder.prepare(settings.data, settings.tokenizer)
     logging.getLogger('nanodlm').info('prepared: %s', packed.path)
     return 0
+  from nanodlm import checkpoint  # pylint: disable=g-import-not-at-top
   from nanodlm import lock  # pylint: disable=g-import-not-at-top
   from nanodlm import train  # pylint: disable=g-import-not-at-top
   train.check_writable(workdir)
@@ -167,6 +172,8 @@ def _run() -> int:
       number = train.train(config, settings, workdir, defaults)
     except train.STOPPED as error:
       print(f'error: {error}', file=sys.stderr)
+      if isinstance(error, checkpoint.SaveError):
+        multihost.leave(1)  # threads of the save may wait for what never comes
       return 1
     return 128 + number if number else 0
   # Nothing is half written in these modes. JAX's runtime can lose the exception

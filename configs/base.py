@@ -24,6 +24,8 @@ def get_config() -> config_dict.ConfigDict:
   data.crop = 'chunk'  # 'chunk': fixed rows | 'random': random windows
   # True: no attention across documents. Where they end is then known to the
   # network, masked separators too: not a bound for text without such marks.
+  # A canvas is sampled as one document: text behind a separator that is drawn
+  # inside it has seen the text before.
   data.segment_ids = False
   # What is behind the response of a pair. 'eos': separators, scored | 'masked':
   # kept out of attention; a network that is not causal then knows the length.
@@ -57,7 +59,7 @@ def get_config() -> config_dict.ConfigDict:
   model.attention = 'auto'  # 'auto' | 'xla' | 'cudnn' (GPU) | 'pallas' (TPU)
 
   config.objective = objective = config_dict.ConfigDict()
-  # 'masked' | 'block' | 'ar' | 'uniform' | 'hybrid' | 'd3pm' | 'sedd'
+  # 'masked' | 'block' | 'ar' | 'uniform' | 'hybrid' | 'd3pm' | 'sedd' | 'genmd4'
   objective.name = 'masked'
   objective.block_size = 16  # of block; divides data.length
   # 'count' (masked, block, sedd) | 'stratified' | 'uniform' times | 'auto': the
@@ -81,7 +83,8 @@ def get_config() -> config_dict.ConfigDict:
   sampler.num_steps = 128
   sampler.schedule = 'linear'  # of ancestral and remask; as in objective
   sampler.power = 2.0
-  # Times of ancestral, remask and posterior: 'uniform' | 'cosine'
+  # Times of ancestral, remask and posterior: 'uniform' | 'cosine' | a list that
+  # falls from 1 to 0, as '1,0.5,0.2,0': so many steps, whatever num_steps says
   sampler.grid = 'uniform'
   sampler.score = 'max_prob'  # of confidence: | 'margin' | 'entropy' | 'random'
   sampler.threshold = 0.0  # of confidence, a probability; 0: off

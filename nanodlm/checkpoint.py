@@ -35,7 +35,7 @@ CHECKSUMS = 'checksums.json'
 PARAMS = ('params', 'ema_params')
 # Orbax gives up on a save after so long, by the clock of the wall: a laptop that
 # slept, or a clock that was set, would end the run. Several processes may wait for
-# one that has failed, so that there it cannot be forever.
+# one whose save has failed, so that there it cannot be forever.
 _SAVE_TIMEOUT_SECS = {'one': 100 * 365 * 86400, 'several': 600}
 
 
@@ -52,6 +52,8 @@ def open_manager(workdir: str, *, max_to_keep: int | None = None,
   several = 'one' if jax.process_count() == 1 else 'several'
   async_options = None if read_only else ocp.AsyncOptions(
       timeout_secs=_SAVE_TIMEOUT_SECS[several],
+      # Else threads wait for the folders, by that clock too.
+      create_directories_asynchronously=False,
       post_finalization_callback=functools.partial(_write_checksums, directory))
   return ocp.CheckpointManager(
       directory, item_handlers={

@@ -211,8 +211,8 @@ def make_plan(config: config_dict.ConfigDict, settings: configs.Settings,
       network, objective, configs.make_sampler(config, vocab_size - 1), mesh)
 
   state = jax.eval_shape(lambda: states.init_state(
-      network.config, optimizer, settings.seed, settings.optim.ema_decay > 0,
-      network.shards))
+      network.config, objective, optimizer, settings.seed,
+      settings.optim.ema_decay > 0, network.shards))
   state = _with(meshes.shardings(mesh, state), state)
   rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
   batch = _with(rows, _batch(settings, train.batch_size))

@@ -19,6 +19,7 @@ from nanodlm import objectives
 from nanodlm import optim
 from nanodlm import samplers
 from nanodlm import schedules
+from nanodlm import times
 from nanodlm import types
 from nanodlm.data import sources
 from nanodlm.samplers import block
@@ -232,7 +233,7 @@ def validate(config: config_dict.ConfigDict, given: Collection[str] = (),
       eval=_build(EvalConfig, config.eval),
       checkpoint=_build(CheckpointConfig, config.checkpoint),
       sample=_build(SampleConfig, config.sampler),
-      mesh=_build(mesh.MeshConfig, config.mesh))
+      mesh=make_mesh_config(config))
   # With a stand-in vocabulary: the tokenizer may not exist yet.
   objective = make_objective(config, mask_id=1)
   if settings.data.clean_infill_rate and not types.sees_right(
@@ -292,6 +293,8 @@ def _sampler_reads(config, block_size) -> set[str]:
     names |= _reads(samplers.SAMPLERS[config.sampler.inner])
   if config.sampler.schedule != 'polynomial':
     names -= {'power'}
+  if 'grid' in names and times.is_listed(config.sampler.grid):
+    names -= {'num_steps'}
   if block_size:  # the objective's
     names -= {'block_size'}
   names |= {'num_samples', 'length', 'seed', 'temperature', 'top_k', 'top_p',
@@ -309,6 +312,11 @@ def _check_read(key: str, config, reads: dict[str, set[str]]):
   raise InputError(
       f'{key}={config[section][leaf]!r} has no effect with {section}.name='
       f'{name!r} and the other settings as they are; {used} have')
+
+
+def make_mesh_config(config: config_dict.ConfigDict) -> mesh.MeshConfig:
+  """The checked sizes of `config.mesh`."""
+  return _build(mesh.MeshConfig, config.mesh)
 
 
 def make_objective(config: config_dict.ConfigDict, mask_id: int) -> Objective:

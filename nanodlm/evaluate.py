@@ -17,6 +17,7 @@ from nanodlm import mesh as meshes
 from nanodlm import metrics
 from nanodlm import multihost
 from nanodlm import step as steps
+from nanodlm import times
 from nanodlm import tokenizers
 from nanodlm.data import builder
 from nanodlm.data import pipeline
@@ -27,10 +28,6 @@ log = logging.getLogger('nanodlm')
 
 CONFIG_FILE = 'config.json'
 EVAL_FILE = 'eval.jsonl'
-# What MDLM samples times from (arXiv 2406.07524, its published code): without it
-# the variance of masked diffusion at independent times is infinite. It leaves out
-# about this share of the bound.
-NAIVE_MIN_TIME = 1e-3
 # Independent evaluations that the variance of one is measured from.
 NUM_REPEATS = 8
 
@@ -70,6 +67,20 @@ def load_config(workdir: str, defaults: config_dict.ConfigDict
     raise InputError(f'workdir={workdir!r} has checkpoints but no {CONFIG_FILE}; '
                      'give another workdir')
   return None
+
+
+def fit_mesh(config: config_dict.ConfigDict):
+  """Replaces a mesh that does not fit the devices here by all of them along data.
+
+  A run need not be looked at where it was trained; one whose parameters do not
+  fit into a device needs --config.mesh.fsdp.
+  """
+  try:
+    meshes.make_mesh(configs.make_mesh_config(config))
+  except InputError:
+    log.info('the mesh of the training, %s, does not fit the devices here: using '
+             'mesh.data=%d', dict(config.mesh), jax.device_count())
+    config.mesh.update(data=-1, fsdp=1, tensor=1)
 
 
 def make_run(config: config_dict.ConfigDict, settings: configs.Settings,
@@ -136,7 +147,8 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   Raises:
     InputError: there is no such checkpoint, it is damaged or of another shape.
   """
-  abstract = jax.eval_shape(lambda: run.network.init_params(jax.random.key(0)))
+  abstract = jax.eval_shape(
+      lambda: run.network.init_params(run.objective, jax.random.key(0)))
   abstract = jax.tree.map(
       lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
       abstract, meshes.shardings(run.mesh, abstract))
@@ -158,6 +170,7 @@ def open_run(workdir: str) -> tuple[Run, Any, int]:
   config = load_config(workdir, defaults)
   if config is None:
     raise InputError(f'{workdir!r} holds no run (no {CONFIG_FILE} in it)')
+  fit_mesh(config)
   settings = configs.validate(config)
   run = make_run(config, settings, tokenizers.load(workdir))
   return run, *load_params(run, workdir)
@@ -167,7 +180,8 @@ def with_sampler(run: Run, changes: dict[str, Any]) -> Run:
   """The run with changes to its `config.sampler`.
 
   With another `name` than the run's own, what is not in `changes` takes its
-  default: the run's keys were meant for another sampler.
+  default: the run's keys were meant for another sampler. A `num_steps` replaces
+  a grid that lists its times.
 
   Raises:
     InputError: it does not fit the objective, or a value is not allowed.
@@ -177,6 +191,8 @@ def with_sampler(run: Run, changes: dict[str, Any]) -> Run:
   own = configs.sampler_name(config)
   if changes.get('name', own) != own:
     config.sampler = defaults.sampler
+  if 'num_steps' in changes and times.is_listed(config.sampler.grid):
+    config.sampler.grid = defaults.sampler.grid
   config.sampler.update(changes)
   return dataclasses.replace(run, config=config,
                              settings=configs.validate(config))
@@ -235,19 +251,6 @@ def validation_rows(run: Run, packed: builder.PackedData, num_examples: int
       packed, run.settings.data, batch_size=num, max_examples=num)))
 
 
-def naive_form(objective: Objective) -> Objective:
-  """The bound at independent uniform times: what plain Monte Carlo would do.
-
-  The form of the evaluation otherwise, except that noise by count, which has no
-  times, becomes that of independent tokens, MDLM's, with its truncation.
-  """
-  form = objective.evaluation()
-  changes = {'noise': 'uniform'}
-  if form.noise == 'count':
-    changes['min_time'] = NAIVE_MIN_TIME
-  return dataclasses.replace(form, **changes)
-
-
 def check_noisy(run: Run, num_examples: int):
   """Raises InputError where there is no noise to measure."""
   if run.objective.exact:
@@ -260,7 +263,7 @@ def measure_noise(run: Run, packed: builder.PackedData, params: Any,
   """How much of the bound's uncertainty is noise, against the naive estimator.
 
   Scores `num_examples` rows NUM_REPEATS times with fresh noise, by the estimator
-  of the evaluation and at independent times (`naive_form`), with eval.num_draws
+  of the evaluation and at independent times (its `naive` form), with eval.num_draws
   network calls per row each. The variance is over the noise, given the text, of
   a row's mean over its draws, so that stratification within a row counts.
 
@@ -276,7 +279,7 @@ def measure_noise(run: Run, packed: builder.PackedData, params: Any,
            if name in rows}
   variance = {}
   for name, form in (('own', run.objective.evaluation()),
-                     ('naive', naive_form(run.objective))):
+                     ('naive', run.objective.naive())):
     score = make_score(run, num_draws=settings.num_draws,
                        batch_size=settings.batch_size, objective=form)
     key = jax.random.key(settings.seed)

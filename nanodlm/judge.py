@@ -18,6 +18,7 @@ import numpy as np
 from nanodlm import evaluate
 from nanodlm import metrics
 from nanodlm import tokenizers
+from nanodlm.data import pipeline
 from nanodlm.types import InputError
 
 HUGGING_FACE = 'hf:'
@@ -116,8 +117,11 @@ class NanodlmJudge:
     windows, weight, owner = cut_windows(rows, self.window)
     if not len(windows):  # no text at all
       return Judged(np.zeros(len(rows)), np.zeros(len(rows), int), num_bytes)
-    nll = self._score(self.params, jax.random.key(0),
-                      {'tokens': windows, 'weight': weight})['nll']
+    batch = {'tokens': windows, 'weight': weight}
+    if self.run.settings.data.segment_ids:
+      is_separator = windows == self.run.tokenizer.separator_id
+      batch['segment_ids'] = pipeline.mark_documents(is_separator)
+    nll = self._score(self.params, jax.random.key(0), batch)['nll']
     total = np.bincount(owner, weights=nll, minlength=len(rows))
     return Judged(total, np.array([len(row) for row in rows]), num_bytes)
 

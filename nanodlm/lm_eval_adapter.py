@@ -330,16 +330,21 @@ def _main(options: flags.FlagValues):
   sampler = {'name': options.sampler} if options.sampler else {}
   if options.num_steps:
     sampler['num_steps'] = options.num_steps
-  text_model = open_text_model(
-      options.workdir, sampler, num_draws=options.num_draws,
-      batch_size=options.batch_size, seed=options.seed, is_greedy=options.greedy)
   import lm_eval  # pylint: disable=g-import-not-at-top
   from lm_eval import tasks  # pylint: disable=g-import-not-at-top
   from lm_eval import utils  # pylint: disable=g-import-not-at-top
+  manager = tasks.TaskManager(include_path=options.include_path)
+  for name in options.tasks:
+    if name not in manager.all_tasks:
+      raise InputError(f"--tasks={name!r} is not one of the harness's "
+                       f'{len(manager.all_tasks)} tasks, nor in --include_path='
+                       f'{options.include_path!r}')
+  text_model = open_text_model(
+      options.workdir, sampler, num_draws=options.num_draws,
+      batch_size=options.batch_size, seed=options.seed, is_greedy=options.greedy)
   results = lm_eval.simple_evaluate(
       make_lm(text_model), tasks=options.tasks, num_fewshot=options.num_fewshot,
-      limit=options.limit,
-      task_manager=tasks.TaskManager(include_path=options.include_path))
+      limit=options.limit, task_manager=manager)
   print(utils.make_table(results))
   if options.output:
     kept = {key: results[key] for key in ('results', 'n-shot', 'versions')}

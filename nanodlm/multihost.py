@@ -47,10 +47,9 @@ def on_process_0(function: Callable[[], int]) -> int:
 
 
 def leave(status: int):
-  """Ends this process without waiting for the others, one of which is lost.
+  """Ends this process at once, with threads that wait and computations that hang.
 
-  JAX's own way would first wait for all processes, until the lost one's
-  heartbeats are missed.
+  JAX's own way would wait for all processes, although one of them is lost.
   """
   sys.stdout.flush()
   sys.stderr.flush()

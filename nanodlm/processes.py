@@ -37,7 +37,7 @@ class Masked:
 
     Args:
       keys: [B].
-      noise: [B], P(masked) = 1 - alpha_t.
+      noise: [B] or [B, L], P(masked) = 1 - alpha_t.
       x0: [B, L].
       eligible: [B, L] bool; other positions stay clean.
 
@@ -46,7 +46,8 @@ class Masked:
     """
     length = x0.shape[1]
     u = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
-    return jnp.where(eligible & (u < noise[:, None]), self.mask_id, x0)
+    noise = noise.reshape(x0.shape[0], -1)
+    return jnp.where(eligible & (u < noise), self.mask_id, x0)
 
   def corrupt_count(self, keys: jax.Array, count: jax.Array, x0: jax.Array,
                     eligible: jax.Array) -> jax.Array:
@@ -64,28 +65,9 @@ class Masked:
     rank = random_rank(keys, eligible)
     return jnp.where(eligible & (rank < count[:, None]), self.mask_id, x0)
 
-  def posterior(self, xt: jax.Array, p_x0: jax.Array, noise_s: jax.Array,
-                noise_t: jax.Array) -> jax.Array:
-    """q(xs | xt) when x0 ~ p_x0.
-
-    Source: MDLM, arXiv 2406.07524, equation 6 (carry-over of unmasked tokens;
-    a masked one is revealed with probability (alpha_s - alpha_t)/(1 - alpha_t)).
-
-    Args:
-      xt: [B, L].
-      p_x0: [B, L, V] probabilities of the clean token, 0 at mask_id.
-      noise_s: [B], 1 - alpha_s.
-      noise_t: [B], 1 - alpha_t > 0.
-
-    Returns:
-      [B, L, V] probabilities.
-    """
-    reveal = ((noise_t - noise_s) / noise_t)[:, None]
-    return self.reveal(xt, p_x0, jnp.broadcast_to(reveal, xt.shape))
-
   def reveal(self, xt: jax.Array, p_x0: jax.Array, probability: jax.Array
              ) -> jax.Array:
-    """The law of xs where a masked token becomes x0 ~ p_x0 with a probability.
+    """q(xs | xt) when x0 ~ p_x0, by the probability of being revealed.
 
     Args:
       xt: [B, L]; a token that is not masked stays what it is.

@@ -121,11 +121,6 @@ def make_schedule(name: str, power: float = 2.0, section: str = 'objective'
   return SCHEDULES[name](power)
 
 
-def alpha(schedule: Schedule, t: jax.Array) -> jax.Array:
-  """P(token kept at t), any shape."""
-  return 1 - schedule.noise(t)
-
-
 def dalpha(schedule: Schedule, t: jax.Array) -> jax.Array:
   """The time derivative of alpha, <= 0, any shape."""
   t = jnp.asarray(t)

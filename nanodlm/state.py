@@ -9,6 +9,7 @@ import optax
 
 from nanodlm import model
 from nanodlm.sharding import Shards
+from nanodlm.types import Objective
 
 
 @flax.struct.dataclass
@@ -36,12 +37,19 @@ class TrainState:
     return self.params if self.ema_params is None else self.ema_params
 
 
-def init_state(config: model.ModelConfig, optimizer: optax.GradientTransformation,
-               seed: int, use_ema: bool, shards: Shards = Shards()
-               ) -> TrainState:
+def init_params(config: model.ModelConfig, objective: Objective, key: jax.Array,
+                shards: Shards = Shards()):
+  """The network's parameters and, under 'objective', what the objective learns."""
+  params, learned = model.init_params(config, key, shards), objective.init_params()
+  return {**params, 'objective': learned} if learned else params
+
+
+def init_state(config: model.ModelConfig, objective: Objective,
+               optimizer: optax.GradientTransformation, seed: int, use_ema: bool,
+               shards: Shards = Shards()) -> TrainState:
   """Draws the state of step 0 from the seed; see `model.init_params`."""
   init_key, noise_key = jax.random.split(jax.random.key(seed))
-  params = model.init_params(config, init_key, shards)
+  params = init_params(config, objective, init_key, shards)
   ema_params = jax.tree.map(jnp.copy, params) if use_ema else None
   return TrainState(step=jnp.zeros((), jnp.int32), params=params,
                     ema_params=ema_params, opt_state=optimizer.init(params),

@@ -5,7 +5,6 @@ with noise tied to each row's GLOBAL index, and sums, never means, cross devices
 """
 
 import dataclasses
-import functools
 from typing import Any, Callable
 
 import jax
@@ -49,14 +48,14 @@ class Network:
   def transformer(self) -> model.Transformer:
     return model.Transformer(self.config, self.shards)
 
-  def init_params(self, key: jax.Array):
+  def init_params(self, objective: Objective, key: jax.Array):
     """Draws the initial parameters, whole."""
-    return model.init_params(self.config, key, self.shards)
+    return states.init_params(self.config, objective, key, self.shards)
 
-  @property
-  def specs(self) -> Any:
+  def specs(self, objective: Objective) -> Any:
     """How the parameters lie on the mesh, a tree of partitions."""
-    shapes = jax.eval_shape(lambda: self.init_params(jax.random.key(0)))
+    shapes = jax.eval_shape(
+        lambda: self.init_params(objective, jax.random.key(0)))
     return sharding.specs(shapes, self.shards)
 
   def score(self, objective: Objective, params, noised, weight, segment_ids,
@@ -86,9 +85,13 @@ class Network:
     vocab = categorical.Vocab(
         sharding.TENSOR if self.shards.tensor > 1 else None)
     hidden = hidden.reshape(-1, hidden.shape[-1])
+    # What the objective has learned goes with the kernel: a gradient flows to it.
+    project = lambda kernel, h: (model.output_logits(kernel[0], h), kernel[1])
+    terms_of = lambda out, fields: objective.bind(out[1]).terms(
+        out[0], fields, vocab=vocab)
     total, terms = losses.projected_terms(
-        model.output_logits, functools.partial(objective.terms, vocab=vocab),
-        self.chunk_size, model.output_kernel(params),
+        project, terms_of, self.chunk_size,
+        (model.output_kernel(params), params.get('objective', {})),
         sharding.split(hidden, self.shards),
         jax.tree.map(take, noised.fields), weight)
     row = (jnp.arange(batch * length) if positions is None else positions
@@ -164,6 +167,23 @@ def _flat(positions: jax.Array, length: int) -> jax.Array:
   return (row * length + positions).reshape(-1)
 
 
+def bind(objective: Objective, params: Any) -> Objective:
+  """The objective with what it has learned, among all parameters."""
+  return objective.bind(params.get('objective', {}))
+
+
+def _repeat_rows(rows: dict[str, Any], num_draws: int) -> dict[str, Any]:
+  """Each row so many times, with keys of its own and a share of its weight."""
+  if num_draws == 1:
+    return rows
+  keys = jax.vmap(lambda key: jax.random.split(key, num_draws))(rows['keys'])
+  shares = {name: rows[name] / num_draws for name in
+            ('weight', 'num_bytes', 'num_tokens') if name in rows}
+  rows = jax.tree.map(lambda x: jnp.repeat(x, num_draws, axis=0),
+                      {**rows, **shares})
+  return {**rows, 'keys': keys.reshape(-1)}
+
+
 def _row_index(num_rows: int) -> jax.Array:
   """Global indices [num_rows] of this device's rows of a batch."""
   shard = jax.lax.axis_index(meshes.BATCH_AXES)
@@ -204,11 +224,15 @@ def make_train_step(network: Network, objective: Objective,
       rows['dropout_keys'] = _fold_in_each(dropout_key, index)
 
     def loss(params, rows):
-      noised = objective.corrupt(rows['keys'], rows['levels'], rows['tokens'],
-                                 rows['weight'])
+      rows = _repeat_rows(rows, objective.num_draws)
+      own = bind(objective, params)
+      noised = own.corrupt(rows['keys'], rows['levels'], rows['tokens'],
+                           rows['weight'])
       total, per_row, by_level = network.score(
           objective, params, noised, rows['weight'], rows.get('segment_ids'),
           rows.get('dropout_keys'))
+      total += own.noise_surrogate(noised, rows['tokens'], rows['weight'],
+                                   per_row['loss'])
       return total, {**_sums(rows, per_row), **by_level}
 
     gradient = jax.grad(loss, has_aux=True)
@@ -234,11 +258,11 @@ def make_train_step(network: Network, objective: Objective,
 
   sharded_gradient = jax.shard_map(
       global_gradient, mesh=mesh,
-      in_specs=(network.specs, P(), P(meshes.BATCH_AXES)),
-      out_specs=(network.specs, P()))
+      in_specs=(network.specs(objective), P(), P(meshes.BATCH_AXES)),
+      out_specs=(network.specs(objective), P()))
   state_shapes = jax.eval_shape(
-      lambda: states.init_state(network.config, optimizer, 0, ema_decay > 0,
-                                shards))
+      lambda: states.init_state(network.config, objective, optimizer, 0,
+                                ema_decay > 0, shards))
 
   def step(state, batch):
     key = jax.random.fold_in(state.key, state.step)
@@ -318,6 +342,7 @@ def _score_rows(network, objective, num_draws, params, key, batch):
     them; and the sums by noise level of `Network.score`.
   """
   group, length = objective.group_size, batch['tokens'].shape[1]
+  own = bind(objective, params)
   keys = _fold_in_each(key, batch['index'])
   level_keys, noise_keys = jax.vmap(
       lambda key: tuple(jax.random.split(key)))(keys)
@@ -332,9 +357,9 @@ def _score_rows(network, objective, num_draws, params, key, batch):
   def draw(_, j):
     index = j * group + jnp.arange(group)
     draw_keys = jax.vmap(lambda key: _fold_in_each(key, index))(noise_keys)
-    noised = objective.corrupt(draw_keys.reshape(-1),
-                               levels[:, index].reshape(-1, *levels.shape[2:]),
-                               repeat(batch['tokens']), weight)
+    noised = own.corrupt(draw_keys.reshape(-1),
+                         levels[:, index].reshape(-1, *levels.shape[2:]),
+                         repeat(batch['tokens']), weight)
     _, per_row, by_level = network.score(objective, params, noised, weight,
                                          segment_ids, None)
     by_example = jax.tree.map(lambda x: x.reshape(-1, group).sum(1), per_row)
@@ -388,7 +413,7 @@ def make_eval_step(network: Network, objective: Objective,
     return jax.lax.psum(sums, meshes.BATCH_AXES)
 
   return jax.jit(jax.shard_map(
-      step, mesh=mesh, in_specs=(network.specs, P(meshes.BATCH_AXES)),
+      step, mesh=mesh, in_specs=(network.specs(objective), P(meshes.BATCH_AXES)),
       out_specs=P()))
 
 
@@ -416,7 +441,7 @@ def make_score_step(network: Network, objective: Objective,
 
   rows = P(meshes.BATCH_AXES)
   return jax.jit(
-      jax.shard_map(step, mesh=mesh, in_specs=(network.specs, P(), rows),
+      jax.shard_map(step, mesh=mesh, in_specs=(network.specs(objective), P(), rows),
                     out_specs=rows),
       out_shardings=meshes.replicated(mesh))
 
@@ -432,13 +457,16 @@ def make_sample_step(network: Network, objective: Objective,
   def step(params, key, canvas):
     keys = _fold_in_each(key, _row_index(canvas.tokens.shape[0]))
     params = model.gather_ends(params, network.shards)
-    samples = sampler(keys, canvas, Denoiser(network, objective, params))
+    run = sampler
+    if hasattr(sampler, 'rule'):  # the objective, as `config` made it
+      run = dataclasses.replace(sampler, rule=bind(objective, params))
+    samples = run(keys, canvas, Denoiser(network, objective, params))
     return samples._replace(
         num_calls=jax.lax.pmax(samples.num_calls, meshes.BATCH_AXES))
 
   rows = P(meshes.BATCH_AXES)
   return jax.jit(jax.shard_map(
-      step, mesh=mesh, in_specs=(network.specs, P(), types.Canvas(rows, rows)),
+      step, mesh=mesh, in_specs=(network.specs(objective), P(), types.Canvas(rows, rows)),
       out_specs=types.Samples(tokens=rows, num_calls=P())))
 
 

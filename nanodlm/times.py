@@ -9,6 +9,7 @@ from typing import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nanodlm.types import InputError
 
@@ -61,22 +62,44 @@ def smoothstep(u: jax.Array) -> tuple[jax.Array, jax.Array]:
   return u * u * (3 - 2 * u), v * v * (3 - 2 * v)
 
 
+def is_listed(grid: str) -> bool:
+  """Whether a grid lists its times, and so has a number of steps of its own."""
+  return grid not in GRIDS
+
+
 def check_grid(num_steps: int, grid: str):
   """Raises InputError for a grid that `reverse_grid` does not know."""
-  if num_steps < 1:
+  if is_listed(grid):
+    _parse_times(grid)
+  elif num_steps < 1:
     raise InputError(f'sampler.num_steps={num_steps!r} must be >= 1')
-  if grid not in GRIDS:
-    raise InputError(f'sampler.grid={grid!r} is not one of {list(GRIDS)}')
+
+
+def _parse_times(grid: str) -> np.ndarray:
+  """The times [T + 1] that a grid lists."""
+  try:
+    t = np.array([float(text) for text in grid.split(',')], np.float32)
+  except ValueError:
+    t = np.zeros(0, np.float32)
+  # In float32, where two times may be one; and NaN is below nothing.
+  if t.size < 2 or t[0] != 1 or t[-1] != 0 or not np.all(np.diff(t) < 0):
+    raise InputError(
+        f'sampler.grid={grid!r} is not one of {list(GRIDS)}, nor a list of times '
+        'that falls from 1 to 0, each below the one before, as 1,0.5,0.2,0')
+  return t
 
 
 def reverse_grid(num_steps: int, grid: str) -> jax.Array:
   """The times t_0 .. t_T of a sampler's T steps, [T + 1], from 1 to 0.
 
   Args:
-    num_steps: T.
-    grid: 'uniform', t_j = 1 - j/T; or 'cosine', t_j = cos(pi/2 * j/T), shorter
-      steps at the start (MD4, arXiv 2406.04329, section 5).
+    num_steps: T; not read where `is_listed(grid)`.
+    grid: 'uniform', t_j = 1 - j/T; 'cosine', t_j = cos(pi/2 * j/T), shorter
+      steps at the start (MD4, arXiv 2406.04329, section 5); or the times
+      themselves, as '1,0.5,0.2,0'.
   """
+  if is_listed(grid):
+    return jnp.asarray(_parse_times(grid))
   fraction = jnp.arange(num_steps + 1) / num_steps
   t = 1 - fraction if grid == 'uniform' else jnp.cos(jnp.pi / 2 * fraction)
   return jnp.clip(t, 0, 1).at[0].set(1.0).at[-1].set(0.0)

@@ -102,9 +102,9 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
                                          settings.checkpoint.init_step)
     log.info('starting from the weights of %s, step %d',
              settings.checkpoint.init_from, step)
-  init = lambda: states.init_state(run.network.config, optimizer, settings.seed,
-                                   settings.optim.ema_decay > 0,
-                                   run.network.shards)
+  init = lambda: states.init_state(
+      run.network.config, run.objective, optimizer, settings.seed,
+      settings.optim.ema_decay > 0, run.network.shards)
   state = jax.jit(init, out_shardings=meshes.shardings(
       run.mesh, jax.eval_shape(init)))()
   if initial is not None:

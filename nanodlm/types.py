@@ -58,6 +58,8 @@ class Terms(NamedTuple):
 class Objective(Protocol):
   """A training objective: pure functions of arrays, no network, no mesh.
 
+  Objectives inherit it for what those have in common that learn nothing.
+
   Attributes:
     causal: whether the network must be causal.
     exact: whether `nll` is the exact value, without noise, and not a bound.
@@ -67,6 +69,7 @@ class Objective(Protocol):
       rows of the global batch form a group, so every slice of it (a device's,
       a micro-batch's) must hold whole groups.
     needs_time: whether the network must be time-conditioned.
+    num_draws: of the noise, for each example of a training batch.
   """
 
   causal: bool
@@ -74,6 +77,29 @@ class Objective(Protocol):
   block_size: int
   group_size: int
   needs_time: bool
+  num_draws: int = 1
+
+  def init_params(self) -> dict[str, jax.Array]:
+    """What it learns beside the network; by default nothing."""
+    return {}
+
+  def bind(self, params: dict[str, jax.Array]) -> 'Objective':
+    """The objective with these values of its parameters."""
+    del params
+    return self
+
+  def noise_surrogate(self, noised: Noised, x0: jax.Array, weight: jax.Array,
+                      loss: jax.Array) -> jax.Array | float:
+    """A term [] whose gradient is the training loss's by the noise's own law.
+
+    Args:
+      noised: of the rows, num_draws neighbours for each example.
+      x0: [B, L].
+      weight: [B, L].
+      loss: [B], each row's.
+    """
+    del noised, x0, weight, loss
+    return 0.0
 
   def sample_levels(self, key: jax.Array, batch_size: int, length: int
                     ) -> jax.Array:
@@ -98,6 +124,9 @@ class Objective(Protocol):
 
   def evaluation(self) -> 'Objective':
     """The form whose mean is reported: no truncation, least variance."""
+
+  def naive(self) -> 'Objective':
+    """The bound at independent times: what plain Monte Carlo would do."""
 
   def network_input(self, tokens: jax.Array) -> jax.Array:
     """Turns a sampler's canvas [B, L] into the network's input [B, L]."""

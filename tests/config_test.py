@@ -136,6 +136,8 @@ class ValidateTest(parameterized.TestCase):
        'objective.power'),
       ({'objective__num_timesteps': 10}, "objective.noise='count'"),
       ({'sampler__name': 'ancestral', 'sampler__grid': 'log'}, 'sampler.grid'),
+      ({'sampler__name': 'posterior', 'sampler__grid': '1,0.2,0.4,0'},
+       "sampler.grid='1,0.2,0.4,0'"),
       ({'sampler__name': 'confidence', 'sampler__threshold': 0.9},
        'sampler.num_steps=128, sampler.threshold=0.9'),
       ({'sampler__name': 'remask', 'sampler__eta': 1.1}, 'sampler.eta=1.1'),
@@ -158,6 +160,11 @@ class ValidateTest(parameterized.TestCase):
       ({'sampler__num_corrections': 4}, 'sampler.num_corrections'),
       ({'sampler__grid': 'cosine'}, 'sampler.grid'),
       ({'sampler__name': 'first_hitting', 'sampler__num_steps': 4},
+       'sampler.num_steps'),
+      ({'sampler__name': 'ancestral', 'sampler__grid': '1,0.5,0',
+        'sampler__num_steps': 2}, 'sampler.num_steps'),
+      ({'objective__name': 'block', 'sampler__inner': 'remask',
+        'sampler__grid': '1,0.5,0', 'sampler__num_steps': 2},
        'sampler.num_steps'),
       ({'sampler__schedule': 'cosine'}, 'sampler.schedule'),
       ({'sampler__threshold': 0.9}, 'sampler.threshold'),
@@ -182,6 +189,9 @@ class ValidateTest(parameterized.TestCase):
              objective__noise='uniform')
     validate(optim__name='muon', optim__momentum=0.9)
     validate(objective__name='sedd', objective__schedule='cosine')
+    validate(sampler__name='ancestral', sampler__grid='1,0.5,0')
+    validate(sampler__name='ancestral', sampler__grid='cosine',
+             sampler__num_steps=2)
 
   @parameterized.parameters(
       ('masked', 'count'), ('sedd', 'count'), ('d3pm', 'stratified'),
@@ -254,7 +264,7 @@ class ValidateTest(parameterized.TestCase):
         if section == 'sampler':
           fields |= set(configs.SampleConfig.__dataclass_fields__)
           fields |= set(configs.categorical.Draw.__dataclass_fields__)
-        given = {'mask_id', 'draw', 'rule'}
+        given = {'mask_id', 'draw', 'rule', 'rates'}  # the last is learned
         if section == 'sampler':
           given |= {'eos_id'}
           fields |= {'stop_at_eos', 'guidance'}  # the latter wraps a sampler

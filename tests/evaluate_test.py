@@ -11,7 +11,7 @@ import pytest
 
 from nanodlm import config as configs
 from nanodlm import evaluate
-from nanodlm.objectives.masked import Masked
+from nanodlm import masking
 from nanodlm.types import InputError
 from tests import workdirs
 
@@ -74,8 +74,8 @@ def test_noise_of_both_estimators(flat, caplog):
   # All tokens cost the same: noise by count has no variance, and sum / t of a
   # Bernoulli(t) mask has (1 - t) / t for each token.
   assert noise['noise_ci95'] < 1e-5
-  spread = math.log(1 / evaluate.NAIVE_MIN_TIME) / (
-      1 - evaluate.NAIVE_MIN_TIME) - 1
+  spread = math.log(1 / masking.NAIVE_MIN_TIME) / (
+      1 - masking.NAIVE_MIN_TIME) - 1
   variance = math.log(NUM_IDS) ** 2 * spread / workdirs.LENGTH / 2
   expected = 1.96 * math.sqrt(variance / len(packed.validation))
   assert 0.6 < noise['naive_noise_ci95'] / expected < 1.5
@@ -84,12 +84,6 @@ def test_noise_of_both_estimators(flat, caplog):
     means = evaluate_on(flat, '', noise_examples=16)
   assert means['eval/naive_noise_ci95'] > 0
   assert 'times as many network calls' in caplog.text
-
-
-def test_naive_form():
-  trained = Masked(7, noise='stratified', min_time=0.2)
-  assert evaluate.naive_form(trained) == Masked(
-      7, noise='uniform', min_time=evaluate.NAIVE_MIN_TIME)
 
 
 def test_score_takes_any_number_of_rows(tmp_path):
@@ -123,6 +117,15 @@ def test_with_sampler(flat):
   same = evaluate.with_sampler(run, {'temperature': 0.5})
   assert same.config.sampler.num_steps == run.config.sampler.num_steps == 4
   assert run.config.sampler.temperature == 1.0
+  # A number of steps takes the place of listed times, and the other way round.
+  listed = evaluate.with_sampler(other, {'grid': '1,0.3,0'})
+  assert listed.config.sampler.grid == '1,0.3,0'
+  stepped = evaluate.with_sampler(listed, {'name': 'ancestral', 'num_steps': 8})
+  assert (stepped.config.sampler.grid,
+          stepped.config.sampler.num_steps) == ('uniform', 8)
+  cosine = evaluate.with_sampler(other, {'grid': 'cosine', 'num_steps': 8})
+  again = evaluate.with_sampler(cosine, {'num_steps': 9})
+  assert again.config.sampler.grid == 'cosine'
   with pytest.raises(InputError, match='does not fit'):
     evaluate.with_sampler(run, {'name': 'ar'})
 
@@ -130,3 +133,12 @@ def test_with_sampler(flat):
 def test_no_run(tmp_path):
   with pytest.raises(InputError, match='holds no run'):
     evaluate.open_run(str(tmp_path))
+
+
+@pytest.mark.parametrize('mesh, expected', [
+    ((-1, 2, 2), (-1, 2, 2)), ((1, 16, 1), (-1, 1, 1)), ((-1, 3, 1), (-1, 1, 1))])
+def test_a_run_can_be_looked_at_on_other_devices(mesh, expected):
+  config = configs.load_base()
+  config.mesh.update(dict(zip(('data', 'fsdp', 'tensor'), mesh)))
+  evaluate.fit_mesh(config)
+  assert tuple(config.mesh.values()) == expected

@@ -48,6 +48,22 @@ def test_windows(judge):
   np.testing.assert_array_equal(whole.num_tokens, 40)
 
 
+def test_documents_are_told_apart_as_in_training(judge, tmp_path):
+  marked = judges.make_judge(workdirs.make_workdir(
+      tmp_path, objective__name='ar', data__segment_ids=True))
+  tokens = rows(1, 16)
+  separator = BYTES.separator_id
+  tokens[0, [5, 11]] = separator
+  # Alone, each document begins behind the separator that ended the last one.
+  nll, given = 0.0, [BYTES.mask_id, *tokens[0, :-1]]
+  for document in (slice(0, 6), slice(6, 12), slice(12, 16)):
+    log_p = workdirs.log_probs(marked.run, marked.params, given[document])
+    own = tokens[0, document]
+    nll -= log_p[np.arange(len(own)), own].sum()
+  np.testing.assert_allclose(marked.score(tokens, BYTES).nll[0], nll, rtol=1e-5)
+  assert abs(judge.score(tokens, BYTES).nll[0] - nll) > 0.01
+
+
 def test_other_tokenizer_is_judged_by_its_text(judge, tmp_path):
   workdir = workdirs.make_workdir(tmp_path, tokenizer__name='sentencepiece',
                                   tokenizer__vocab_size=300)

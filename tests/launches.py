@@ -43,8 +43,11 @@ def start_several(num_processes, num_devices, *args):
 
 
 def finish(process):
-  """(exit status, output) of a process."""
-  output, _ = process.communicate(timeout=300)
+  """(exit status, output) of a process; it is killed after ten minutes."""
+  try:
+    output, _ = process.communicate(timeout=600)
+  finally:
+    process.kill()
   return process.returncode, output
 
 

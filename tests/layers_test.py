@@ -21,8 +21,11 @@ LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 ONLY_IN = {
     'tensorflow': (), 'tensorflow_datasets': ('data',), 'grain': ('data',),
     'orbax': ('checkpoint',), 'clu': ('train',),
-    'torch': ('judge',), 'transformers': ('judge',), 'matplotlib': ('compare',),
+    'torch': ('judge',), 'transformers': ('judge',), 'matplotlib': ('compare', 'benchmark'),
     'lm_eval': ('lm_eval_adapter',),
+    # They run what a file tells them to.
+    'pickle': (), 'cloudpickle': (), 'dill': (), 'joblib': (), 'marshal': (),
+    'shelve': (), 'yaml': (),
 }
 FILES = sorted(p for p in PACKAGE.rglob('*.py') if p.parent != PACKAGE
                or p.name != '__init__.py')
@@ -51,3 +54,16 @@ def test_imports(path):
     assert LAYER_OF[other] <= LAYER_OF[name], f'{path} imports {imported}'
     if name in ('objectives', 'samplers') and own[1:] != ('__init__',):
       assert LAYER_OF[other] == 0, f'{path} imports {imported}'
+
+
+@pytest.mark.parametrize('path', [*FILES, PACKAGE.parent / 'launch.py'],
+                         ids=lambda p: p.name)
+def test_no_file_that_is_read_can_run_code(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Call):
+      name = getattr(node.func, 'id', '')
+      assert name not in ('eval', 'exec', '__import__'), f'{path}:{node.lineno}'
+      for keyword in node.keywords:
+        assert keyword.arg not in ('allow_pickle', 'trust_remote_code'), (
+            f'{path}:{node.lineno}')
+      assert ast.unparse(node.func) != 'torch.load', f'{path}:{node.lineno}'

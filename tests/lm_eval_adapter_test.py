@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from nanodlm import config as configs
 from nanodlm import lm_eval_adapter as adapter
 from nanodlm.types import InputError
 from tests import workdirs
@@ -25,6 +26,13 @@ def causal(tmp_path_factory):
   return adapter.open_text_model(workdirs.make_workdir(
       tmp_path_factory.mktemp('ar'), data__length=40, objective__name='ar'),
       **OPTIONS)
+
+
+@pytest.fixture(scope='module')
+def block(tmp_path_factory):
+  return adapter.open_text_model(workdirs.make_workdir(
+      tmp_path_factory.mktemp('block'), data__length=40, objective__name='block',
+      objective__block_size=4), sampler={'num_steps': 4}, **OPTIONS)
 
 
 def log_probs(text_model, tokens):
@@ -195,7 +203,7 @@ metric_list: [{metric: exact_match}]
 }
 
 
-def test_under_the_harness(causal, masked, tmp_path, monkeypatch):
+def test_under_the_harness(causal, masked, block, tmp_path, monkeypatch):
   lm_eval = pytest.importorskip(
       'lm_eval', reason="the harness is not installed: pip install -e '.[lm_eval]'")
   from lm_eval import tasks
@@ -206,7 +214,9 @@ def test_under_the_harness(causal, masked, tmp_path, monkeypatch):
   for name, text in TASKS.items():
     (tmp_path / f'{name}.yaml').write_text(
         text.replace('FOLDER', str(tmp_path)))
-  for text_model in (causal, masked):
+  for text_model, sampler in ((causal, 'ar'), (masked, 'confidence'),
+                              (block, 'block')):
+    assert configs.sampler_name(text_model.run.config) == sampler
     results = lm_eval.simple_evaluate(
         adapter.make_lm(text_model), tasks=list(TASKS), bootstrap_iters=0,
         task_manager=tasks.TaskManager(include_path=str(tmp_path),

@@ -18,6 +18,7 @@ from nanodlm.objectives import mixture
 from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block
 from nanodlm.objectives.d3pm import D3PM
+from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
 from nanodlm.objectives.mixture import Hybrid
 from nanodlm.objectives.mixture import Uniform
@@ -85,6 +86,23 @@ def d3pm_nll(objective, table, x0, eligible):
     p_xt = noise_t ** count * (1 - noise_t) ** (len(eligible) - count)
     total += np.sum(p_xt * (kl * subsets).sum(1))
   return total
+
+
+RATES = (0.6, 1.0, 2.5)
+
+
+def genmd4_nll(objective, tables, x0, eligible, nodes=None):
+  """GenMD4's bound by quadrature of t = u^2; one table, or one for each node."""
+  u, shares = nodes or quadrature(48)
+  canvases, subsets = masked_canvases(x0, eligible)
+  log_x = toys.log_softmax(tables)[..., toys.canvas_index(canvases), :, :]
+  rates = np.array(objective.rates or (1.0,) * toys.VOCAB)
+  own, t = rates[x0], (u * u)[:, None, None]
+  is_eligible = np.isin(np.arange(LENGTH), eligible)
+  p = np.where(subsets, t ** own, np.where(is_eligible, 1 - t ** own, 1))
+  loss = (np.exp(log_x) @ rates
+          - own * (log_x[..., np.arange(LENGTH), x0] + 1)) * subsets / t
+  return np.sum((shares * 2 * u)[:, None] * p.prod(-1) * loss.sum(-1))
 
 
 def quadrature(num):
@@ -251,6 +269,11 @@ CASES = {
          'cosine': D3PM(MASK, schedules.Cosine(), 'uniform', num_timesteps=3),
          'one_step': D3PM(MASK, num_timesteps=1)},
         d3pm_nll, is_masked=True),
+    'genmd4': Case(
+        {'learned': GenMD4(MASK, rates=RATES),
+         'uniform': GenMD4(MASK, noise='uniform', rates=RATES[::-1]),
+         'initial': GenMD4(MASK)},
+        genmd4_nll, is_masked=True),
     'sedd': Case(
         {'count': ScoreEntropy(MASK),
          'stratified': ScoreEntropy(MASK, noise='stratified')},
@@ -271,7 +294,7 @@ FORMS = [(f'{name}_{form}', case, objective) for name, case in CASES.items()
 # One objective of each kind, where the schedule is beside the point.
 KINDS = [row for row in FORMS
          if row[0] in ('ar_ar', 'masked_count', 'masked_stratified_linear',
-                        'd3pm_linear', 'sedd_count', 'sedd_stratified',
+                        'd3pm_linear', 'genmd4_learned', 'sedd_count', 'sedd_stratified',
                         'uniform_stratified_linear', 'hybrid_stratified',
                         'block_count', 'block_stratified')]
 
@@ -414,6 +437,26 @@ class ConformanceTest(parameterized.TestCase):
     self.assertEqual(levels.shape[0], 8)
     np.testing.assert_array_equal(final.network_time(jnp.array([0.0])), [0.0])
 
+  @parameterized.named_parameters(KINDS)
+  def test_the_naive_form(self, case, objective):
+    # The evaluation's, but for levels that are independent of each other, and
+    # what keeps their variance finite.
+    del case
+    naive = objective.naive()
+    self.assertEqual(naive, naive.naive())
+    self.assertEqual(naive.evaluation(), objective.evaluation())
+    if objective.exact:
+      self.assertEqual(naive, objective)
+      return
+    self.assertEqual(naive.group_size, 1)
+    levels = naive.eval_levels(jax.random.key(0), 64, LENGTH).reshape(64, -1)
+    strata = np.floor(np.asarray(levels) * 64).astype(int)
+    for column in strata.T:  # of 64 draws a third of the strata is without one
+      self.assertBetween(len(set(column)), 30, 52)
+    if isinstance(objective, masking.MaskedNoise) and (
+        objective.evaluation().noise == 'count'):
+      self.assertEqual(naive.min_time, masking.NAIVE_MIN_TIME)
+
 
 class MaskedTest(parameterized.TestCase):
   """The L!-orders identity: Ou et al., arXiv 2406.03736."""
@@ -499,9 +542,9 @@ class MaskedTest(parameterized.TestCase):
         noise_s, noise_t = schedule.noise(jnp.array([(j - 1) / num, j / num]))
         for subset in SUBSETS:
           xt = np.where(subset, MASK, x0)[None]
-          step = lambda p: np.asarray(process.posterior(
-              jnp.asarray(xt), jnp.asarray(p)[None], noise_s[None],
-              noise_t[None]))[0]
+          shown = jnp.full(xt.shape, (noise_t - noise_s) / noise_t)
+          step = lambda p: np.asarray(process.reveal(
+              jnp.asarray(xt), jnp.asarray(p)[None], shown))[0]
           q, p = step(one_hot), step(p_model[toys.canvas_index(xt[0])])
           p_xt = np.prod(np.where(subset, noise_t, 1 - noise_t))
           ratio = np.where(q > 0, q / np.where(q > 0, p, 1), 1)
@@ -795,6 +838,87 @@ class MaskedKinTest(parameterized.TestCase):
              for n in (1, 4, 32)]
     self.assertTrue(np.all(np.diff(steps) < 0), steps)
     self.assertBetween(steps[-1], entropy, entropy * 1.02)
+
+
+class GenMD4Test(parameterized.TestCase):
+
+  def test_with_all_rates_1_it_is_the_masked_loss(self):
+    objective, num = GenMD4(MASK), 64
+    bound = objective.bind(objective.init_params())
+    np.testing.assert_allclose(bound.rates, 1, rtol=1e-6)
+    levels = (jnp.arange(num) + 0.5) / num
+    x0, table = TEXTS[np.arange(num) % 27], toys.random_table(0)
+    noised, terms = noised_nll(
+        table_logits, objective, table,
+        jax.random.split(jax.random.key(0), num), levels, x0, np.ones(x0.shape))
+    logits = table_logits(table, noised).reshape(-1, 4)
+    u = 1 - levels[:, None]
+    scale = jnp.where(noised.scored, 2 * u / u**2, 0.0)  # dt/du times 1/t
+    masked = Masked(MASK).terms(logits, {'target': x0.reshape(-1),
+                                         'scale': scale.reshape(-1)})
+    for ours, expected in zip((terms.loss, terms.nll), masked):
+      np.testing.assert_allclose(ours.reshape(-1), expected, rtol=1e-5)
+
+  def test_bound_and_equality(self):
+    # `genmd4_nll` is what the conformance tests find the objective to be.
+    joint, objective = toys.random_joint(1), GenMD4(MASK, rates=RATES)
+    entropy = -np.sum(joint * np.log(joint))
+    bound = lambda tables, text: genmd4_nll(objective, tables, text,
+                                            range(LENGTH), nodes)
+    nodes = quadrature(48)
+    for seed in range(2):
+      table = toys.random_table(seed)
+      value = sum(p * bound(table, text) for p, text in zip(joint, TEXTS))
+      self.assertGreater(value, entropy + 0.01)
+    exact = np.stack([toys.whole_posterior_table(
+        joint, toys.token_law(u ** (2 * np.array(RATES)))) for u in nodes[0]])
+    value = sum(p * bound(exact, text) for p, text in zip(joint, TEXTS))
+    np.testing.assert_allclose(value, entropy, rtol=1e-3)
+    # A denoiser that takes all masks to be alike pays for it.
+    blind = toys.posterior_table(joint)
+    value = sum(p * bound(blind, text) for p, text in zip(joint, TEXTS))
+    self.assertGreater(value, entropy + 0.01)
+
+  def test_the_gradient_through_the_noise(self):
+    # At one time, for one text with a prompt, against finite differences of the
+    # sum over all masks.
+    table, x0, u = toys.random_table(0), np.array([2, 0, 1]), 0.6
+    num, eligible = 40_000, [0, 1]
+    weight = np.tile(np.float32([1, 1, 0]), (2 * num, 1))
+    keys = jax.random.split(jax.random.key(0), 2 * num)
+    texts, levels = np.tile(x0, (2 * num, 1)), np.full(2 * num, 1 - u, np.float32)
+
+    @jax.jit
+    def estimates(rates):
+      objective = GenMD4(MASK, rates=rates)
+      noised = objective.corrupt(keys, levels, texts, weight)
+      def loss(rates):
+        objective = GenMD4(MASK, rates=rates)
+        terms = objective.terms(
+            table_logits(table, noised).reshape(-1, 4),
+            jax.tree.map(lambda x: x.reshape(-1), noised.fields))
+        row = jnp.sum(jnp.where(noised.scored, terms.loss.reshape(texts.shape),
+                                0.0), axis=1) / 2  # each draw counts half
+        pairs = lambda x: x.reshape(num, 2, *x.shape[1:])
+        surrogate = jax.vmap(objective.noise_surrogate)(
+            jax.tree.map(pairs, noised), pairs(texts), pairs(weight), pairs(row))
+        return row.reshape(num, 2).sum(1) + surrogate, row.reshape(num, 2).sum(1)
+      both = jax.jacfwd(lambda rates: loss(rates)[0])(rates)
+      path = jax.jacfwd(lambda rates: loss(rates)[1])(rates)
+      return both, path
+
+    both, path = (np.asarray(x, np.float64)
+                  for x in estimates(jnp.asarray(RATES)))
+    exact = lambda rates: genmd4_nll(
+        GenMD4(MASK, rates=tuple(rates)), table, x0, eligible,
+        (np.array([u]), np.ones(1)))
+    step = 1e-5 * np.eye(3)
+    expected = np.array([(exact(RATES + h) - exact(RATES - h)) / 2e-5
+                         for h in step])
+    error = both.mean(0) - expected
+    self.assertTrue(np.all(abs(error) < 4 * both.std(0) / num ** 0.5 + 1e-5))
+    # (Which the gradient of the loss alone is not.)
+    self.assertGreater(np.max(abs(path.mean(0) - expected)), 0.1)
 
 
 class BlockTest(parameterized.TestCase):

@@ -114,8 +114,8 @@ class ForTpuTest(parameterized.TestCase):
         steps.Network(config, 64, shards), masked.Masked(11),
         optimizer, lambda step: 1e-3, mesh, batch_size=16, num_microbatches=1,
         ema_decay=0)
-    state = jax.eval_shape(
-        lambda: states.init_state(config, optimizer, 0, False, shards))
+    state = jax.eval_shape(lambda: states.init_state(
+        config, masked.Masked(11), optimizer, 0, False, shards))
     array = jax.ShapeDtypeStruct
     batch = {'tokens': array((16, 128), jnp.int32),
              'weight': array((16, 128), jnp.float32),

@@ -29,10 +29,9 @@ class MaskedTest(parameterized.TestCase):
     return q[:MASK]
 
   def posterior(self, xt, p_x0, noise_s, noise_t):
-    one = lambda x: jnp.array([x], jnp.float32)
-    return np.asarray(self.process.posterior(
-        jnp.array([[xt]]), jnp.asarray(p_x0)[None, None], one(noise_s),
-        one(noise_t)))[0, 0]
+    return np.asarray(self.process.reveal(
+        jnp.array([[xt]]), jnp.asarray(p_x0, jnp.float32)[None, None],
+        jnp.array([[(noise_t - noise_s) / noise_t]], jnp.float32)))[0, 0]
 
   def test_end_points(self):
     x0 = jnp.array([[0, 1, 2]] * 2)
@@ -187,8 +186,8 @@ class MixtureTest(parameterized.TestCase):
     np.testing.assert_allclose(
         MIXTURES['hybrid_masked'].posterior(xt, p_x0, jnp.float32(s),
                                             jnp.float32(t)),
-        processes.Masked(MASK).posterior(xt, p_x0, jnp.array([s]),
-                                         jnp.array([t])), atol=1e-6)
+        processes.Masked(MASK).reveal(xt, p_x0, jnp.full((1, 3), (t - s) / t)),
+        atol=1e-6)
 
   def test_ids_above_the_mask_are_never_reached(self):
     p_x0 = jnp.array([[[0.5, 0.2, 0.3, 0.0, 0.0, 0.0]]])

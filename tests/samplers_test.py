@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanodlm import guidance
+from nanodlm import masking
 from nanodlm import processes
 from nanodlm import reveal
 from nanodlm import samplers
@@ -19,6 +20,7 @@ from nanodlm import times
 from nanodlm.categorical import Draw
 from nanodlm.guidance import Guided
 from nanodlm.objectives.d3pm import D3PM
+from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
 from nanodlm.objectives.mixture import Hybrid
 from nanodlm.objectives.mixture import Uniform
@@ -130,8 +132,9 @@ def chain_law(noise, table=POSTERIOR):
   law = np.zeros(len(toys.CANVASES))
   law[-1] = 1  # all masks
   for noise_t, noise_s in itertools.pairwise(np.asarray(noise)):
-    q = np.asarray(processes.Masked(MASK).posterior(
-        toys.CANVASES, p_x0, noise_s[None], noise_t[None]), np.float64)
+    shown = jnp.full(toys.CANVASES.shape, (noise_t - noise_s) / noise_t)
+    q = np.asarray(processes.Masked(MASK).reveal(toys.CANVASES, p_x0, shown),
+                   np.float64)
     # p(xs | xt) = prod_i q_i(xs_i), for every pair of canvases.
     step = np.prod(q[:, None] * one_hot[toys.CANVASES][None], axis=-1,
                    where=one_hot[toys.CANVASES][None] > 0).prod(-1)
@@ -208,11 +211,15 @@ class ConformanceTest(parameterized.TestCase):
         self.assertGreater(toys.chi_square(counts, np.array(law)), 1e-3)
 
 
+LISTED = '1,0.7,0.6,0.05,0'  # in uneven steps
+
+
 class StepsTest(parameterized.TestCase):
   """Few steps: the law is that of the chain, not the joint's."""
 
   @parameterized.parameters(
-      ('linear', 'uniform', 2), ('sqrt', 'uniform', 3), ('cosine', 'cosine', 4))
+      ('linear', 'uniform', 2), ('sqrt', 'uniform', 3), ('cosine', 'cosine', 4),
+      ('linear', LISTED, 128), ('cosine', LISTED, 1))
   def test_ancestral_follows_its_chain(self, schedule, grid, num_steps):
     alpha = schedules.make_schedule(schedule)
     sampler = Ancestral(DRAW, num_steps, alpha, grid)
@@ -244,7 +251,8 @@ class StepsTest(parameterized.TestCase):
   @parameterized.named_parameters(
       ('fixed_count', FixedCount(DRAW, 7), 7),
       ('fixed_count_of_fewer', FixedCount(DRAW, 40), 16),
-      ('ancestral', Ancestral(DRAW, 8), 8))
+      ('ancestral', Ancestral(DRAW, 8), 8),
+      ('ancestral_listed', Ancestral(DRAW, 8, grid='1,0.6,0.3,0'), 3))
   def test_calls_of_a_long_canvas(self, sampler, num_calls):
     denoise = lambda tokens, level, positions: jnp.zeros((*positions.shape, 4))
     sample = jax.jit(lambda keys: sampler(keys, blank(4, 16), denoise))
@@ -275,11 +283,16 @@ MIXTURES = {
 }
 RULES = {'masked': Masked(MASK, schedules.Cosine()),
          'd3pm': D3PM(MASK, schedules.Polynomial(2.0)),
-         'sedd': ScoreEntropy(MASK), **MIXTURES}
+         'sedd': ScoreEntropy(MASK), 'genmd4': GenMD4(MASK, rates=(0.6, 1.0, 2.5)),
+         **MIXTURES}
 
 
 def exact_tables(rule, grid, fixed=(False,) * LENGTH):
-  """The leave-one-out posterior at each time of a grid, [T, 64, L, V + 1]."""
+  """The exact denoiser at each time of a grid, [T, 64, L, V + 1]."""
+  if isinstance(rule, GenMD4):
+    laws = [toys.token_law(float(t) ** np.array(rule.rates)) for t in grid]
+    return np.stack([toys.whole_posterior_table(JOINT, law, fixed)
+                     for law in laws])
   laws = toys.mixture_law(*(np.float64(x) for x in rule.process.parts(grid)))
   return np.stack([toys.leave_one_out_table(JOINT, law, fixed) for law in laws])
 
@@ -320,9 +333,9 @@ def posterior_chain(rule, t, tables, fixed):
 
 class PosteriorTest(parameterized.TestCase):
 
-  @parameterized.product(rule=list(MIXTURES), fixed=PROMPTS)
+  @parameterized.product(rule=['genmd4', *MIXTURES], fixed=PROMPTS)
   def test_many_steps_of_the_exact_denoiser_are_the_joint(self, rule, fixed):
-    rule = MIXTURES[rule]
+    rule = RULES[rule]
     given = JOINT * np.all(~np.array(fixed) | (TEXTS == 2), axis=1)
     distance = []
     for num_steps in (16, 256):
@@ -332,18 +345,19 @@ class PosteriorTest(parameterized.TestCase):
     self.assertLess(distance[1], 0.012)  # total variation
     self.assertLess(distance[1], distance[0] / 4)
 
-  @parameterized.product(rule=list(RULES), grid=times.GRIDS, fixed=PROMPTS)
+  @parameterized.product(rule=list(RULES), grid=(*times.GRIDS, LISTED),
+                         fixed=PROMPTS)
   def test_few_steps_follow_their_chain(self, rule, grid, fixed):
-    if any(fixed) and grid == 'cosine':
+    if any(fixed) and grid != 'uniform':
       return  # one grid will do
-    rule, num_steps = RULES[rule], 3
-    t = times.reverse_grid(num_steps, grid)
-    if rule.can_correct:
+    rule, t = RULES[rule], times.reverse_grid(3, grid)
+    num_steps = t.size - 1
+    if rule.can_correct or isinstance(rule, GenMD4):
       tables = exact_tables(rule, t[:-1], fixed)
     else:
       tables = np.stack([toys.random_table(seed) for seed in range(num_steps)])
     levels = rule.level_at(t[:-1], jnp.full(num_steps, 1 - np.mean(fixed)))
-    sampler = Posterior(DRAW, num_steps, rule, grid)
+    sampler = Posterior(DRAW, 3, rule, grid)
     canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)))
     samples = jax.jit(lambda keys: sampler(
         keys, canvas, timed_denoiser(tables, levels)))(keys_of(NUM_ROWS))
@@ -359,6 +373,20 @@ class PosteriorTest(parameterized.TestCase):
                          jnp.float32(1.0), draw)
     np.testing.assert_allclose(np.exp(log_p[0, 0]), [0, 0.75, 0, 0.25],
                                atol=1e-6)
+
+  def test_genmd4_reverse_is_bayes_rule(self):
+    rule, s, t = RULES['genmd4'], 0.3, 0.8
+    logits, rates = toys.random_table(0)[:1], np.array(RULES['genmd4'].rates)
+    x = np.exp(toys.log_softmax(logits))[0, 0]
+    hidden = np.append(x * (s / t) ** rates, 0)  # q(mask at s | mask at t, v)
+    expected = np.append(x, hidden.sum()) - hidden
+    log_p = rule.reverse(jnp.asarray(logits), jnp.array([[MASK, 1, MASK]]),
+                         jnp.float32(s), jnp.float32(t), DRAW)
+    np.testing.assert_allclose(np.exp(log_p[0, 0]), expected, atol=1e-6)
+    np.testing.assert_allclose(np.exp(log_p[0, 1]), [0, 1, 0, 0])
+    end = rule.reverse(jnp.asarray(logits), jnp.array([[MASK, 1, MASK]]),
+                       jnp.float32(0), jnp.float32(t), DRAW)
+    np.testing.assert_allclose(np.exp(end[0, 0]), np.append(x, 0), atol=1e-6)
 
   def test_d3pm_reverse_is_bayes_rule(self):
     rule, s, t = RULES['d3pm'], 0.3, 0.8  # alpha = 1 - t^2
@@ -398,8 +426,9 @@ class PosteriorTest(parameterized.TestCase):
   def test_the_level_it_tells(self, rule):
     free_share = jnp.array([1.0, 0.5])
     level = rule.level_at(jnp.float32(0.5), free_share)
-    expected = ([0.5, 0.5] if rule.can_correct
-                else free_share * rule.schedule.noise(0.5))
+    expected = [0.5, 0.5]
+    if isinstance(rule, masking.MaskedNoise):
+      expected = free_share * rule.schedule.noise(0.5)
     np.testing.assert_allclose(level, expected, rtol=1e-6)
     # A row without a prompt gets the time itself.
     np.testing.assert_allclose(rule.network_time(level)[0], 0.5, rtol=1e-5)
@@ -711,7 +740,8 @@ class RemaskTest(parameterized.TestCase):
       ('rescale', 0.5, 4, 'cosine', 'cosine'),
       ('conf', 1.0, 3, 'linear', 'uniform'),
       ('conf', 0.6, 3, 'linear', 'cosine'),
-      ('loop', 0.1, 10, 'linear', 'uniform'))
+      ('loop', 0.1, 10, 'linear', 'uniform'),
+      ('cap', 0.3, 1, 'linear', LISTED))
   def test_follows_its_chain(self, kind, eta, num_steps, schedule, grid):
     sampler = Remask(DRAW, num_steps, schedules.make_schedule(schedule), grid,
                      kind, eta)

@@ -31,8 +31,8 @@ class SchedulesTest(parameterized.TestCase):
   @parameterized.named_parameters(ROWS)
   def test_end_points(self, schedule, reference):
     del reference
-    np.testing.assert_allclose(schedules.alpha(schedule, jnp.array([0.0, 1.0])),
-                               [1, 0], atol=1e-7)
+    np.testing.assert_allclose(schedule.noise(jnp.array([0.0, 1.0])), [0, 1],
+                               atol=1e-7)
     self.assertEqual(schedule.noise(jnp.array(0.0)), 0)
     np.testing.assert_allclose(schedule.inverse(jnp.array([0.0, 1.0])), [0, 1],
                                atol=1e-6)

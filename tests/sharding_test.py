@@ -21,6 +21,7 @@ from nanodlm.categorical import Draw
 from nanodlm.objectives import ar
 from nanodlm.objectives import block
 from nanodlm.objectives import d3pm
+from nanodlm.objectives import genmd4
 from nanodlm.objectives import masked
 from nanodlm.objectives import mixture
 from nanodlm.objectives import sedd
@@ -38,6 +39,7 @@ OBJECTIVES = {
     'block': block.Block(MASK, block_size=4),
     'ar': ar.Autoregressive(MASK),
     'd3pm': d3pm.D3PM(MASK),
+    'genmd4': genmd4.GenMD4(MASK),
     'sedd': sedd.ScoreEntropy(MASK),
 }
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8))
@@ -71,16 +73,18 @@ def initial_params(config):
   return jax.tree.map(lambda x: 3 * np.array(x), params)
 
 
-def make_params(network, mesh):
+def make_params(network, mesh, name):
   padding = sharding.padded(VOCAB, network.shards) - VOCAB
   params = dict(initial_params(network.config))
+  if name == 'genmd4':
+    params['objective'] = {'rate': np.linspace(-1, 2, MASK, dtype=np.float32)}
   for name in {'embedding', 'output'} & set(params):
     params[name] = np.pad(params[name], ((0, padding), (0, 0)))
   return jax.device_put(params, meshes.shardings(mesh, params))
 
 
-def make_state(network, mesh):
-  params = jax.device_get(make_params(network, mesh))
+def make_state(network, mesh, name):
+  params = jax.device_get(make_params(network, mesh, name))
   state = states.TrainState(
       step=np.int32(0), params=params, ema_params=params,
       opt_state=jax.device_get(make_optimizer().init(params)),
@@ -111,7 +115,7 @@ def train(name, shape, num_microbatches=1, **changes):
   train_step = step.make_train_step(
       network, OBJECTIVES[name], make_optimizer(), optax.constant_schedule(LEARNING_RATE),
       mesh, batch_size=BATCH, num_microbatches=num_microbatches, ema_decay=0.5)
-  state = make_state(network, mesh)
+  state = make_state(network, mesh, name)
   initial = unpadded((state.params, state.ema_params))
   batch = meshes.shard_whole_batch(mesh, make_batch(0))
   state, metrics = train_step(state, batch)
@@ -153,7 +157,7 @@ class TrainTest(parameterized.TestCase):
     jax.tree.map(assert_close, on_one_device(name), train(
         name, shape, num_microbatches, remat=remat, unroll=unroll))
 
-  @parameterized.parameters('d3pm', 'sedd')
+  @parameterized.parameters('d3pm', 'genmd4', 'sedd')
   def test_other_losses_sum_over_a_split_vocabulary(self, name):
     jax.tree.map(assert_close, on_one_device(name), train(name, (1, 2, 4)))
 
@@ -168,7 +172,7 @@ class EvalAndSampleTest(parameterized.TestCase):
       run = step.make_eval_step(network, OBJECTIVES[name], mesh, num_draws=2,
                                 seed=3)
       batch = {**make_batch(5), 'index': np.arange(BATCH, dtype=np.int32)}
-      return jax.device_get(run(make_params(network, mesh),
+      return jax.device_get(run(make_params(network, mesh, name),
                                 meshes.shard_whole_batch(mesh, batch)))
     jax.tree.map(assert_close, sums((1, 1, 1)), sums(shape))
 
@@ -200,7 +204,7 @@ class EvalAndSampleTest(parameterized.TestCase):
       mesh, network = make_mesh(shape), make_network(objective, shape)
       run = step.make_sample_step(network, OBJECTIVES[objective], sampler, mesh)
       canvas = meshes.shard_whole_batch(mesh, types.Canvas(tokens, fixed))
-      return jax.device_get(run(make_params(network, mesh),
+      return jax.device_get(run(make_params(network, mesh, objective),
                                 jax.random.key(1), canvas)).tokens
     np.testing.assert_array_equal(sample((1, 1, 1)), sample(shape))
 
@@ -212,8 +216,9 @@ class MemoryTest(parameterized.TestCase):
   def test_a_device_holds_its_share_of_the_state(self, shape):
     mesh = make_mesh(shape)
     network = make_network('masked', shape, vocab_size=64, embed_dim=128)
-    init = lambda: states.init_state(network.config, optax.adamw(1e-3), 0, True,
-                                     network.shards)
+    init = lambda: states.init_state(
+        network.config, OBJECTIVES['masked'], optax.adamw(1e-3), 0, True,
+        network.shards)
     state = jax.jit(init, out_shardings=meshes.shardings(
         mesh, jax.eval_shape(init)))()
     leaves = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
@@ -229,7 +234,7 @@ class MemoryTest(parameterized.TestCase):
         network, OBJECTIVES['masked'], make_optimizer(),
         optax.constant_schedule(LEARNING_RATE), mesh, batch_size=BATCH, num_microbatches=1,
         ema_decay=0.5)
-    state = make_state(network, mesh)
+    state = make_state(network, mesh, 'masked')
     batch = meshes.shard_whole_batch(mesh, make_batch(0))
     text = train_step.lower(state, batch).compile().as_text()
     results = re.findall(r'= (.*?) all-gather(?:-start)?\(', text)
@@ -246,7 +251,8 @@ class SpecTest(parameterized.TestCase):
 
   def test_every_matrix_is_split(self):
     network = make_network('hybrid', (1, 2, 2), tie_embeddings=False)
-    params = jax.eval_shape(lambda: network.init_params(jax.random.key(0)))
+    params = jax.eval_shape(lambda: network.init_params(
+        OBJECTIVES['hybrid'], jax.random.key(0)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
       if path[-1].key not in ('kernel', 'embedding', 'output'):
         continue

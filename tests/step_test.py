@@ -17,12 +17,14 @@ from nanodlm.categorical import Draw
 from nanodlm.guidance import Guided
 from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block
+from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
 from nanodlm.objectives.mixture import Hybrid
 from nanodlm.samplers.ar import LeftToRight
 from nanodlm.samplers.block import Block as BlockSampler
 from nanodlm.samplers.confidence import Confidence
 from nanodlm.samplers.fixed_count import FixedCount
+from nanodlm.samplers.posterior import Posterior
 from nanodlm.samplers.prefix_cache import PrefixCache
 from nanodlm.samplers.remask import Remask
 from nanodlm.types import Canvas
@@ -40,6 +42,7 @@ OBJECTIVES = {
     'hybrid': Hybrid(MASK),
     'ar': Autoregressive(MASK),
     'block': Block(MASK, block_size=4),
+    'genmd4': GenMD4(MASK),
 }
 
 
@@ -52,6 +55,9 @@ class Spy:
 
   def __getattr__(self, name):
     return getattr(self.inner, name)
+
+  def bind(self, params):
+    return dataclasses.replace(self, inner=self.inner.bind(params))
 
   def corrupt(self, keys, levels, x0, weight):
     noised = self.inner.corrupt(keys, levels, x0, weight)
@@ -92,8 +98,11 @@ def initial_params():
   return jax.tree.map(lambda x: 3 * np.array(x), params)
 
 
-def make_state(mesh):
+def make_state(mesh, name='count'):
   params = initial_params()
+  if name == 'genmd4':
+    rate = np.linspace(-1, 2, MASK, dtype=np.float32)
+    params = {**params, 'objective': {'rate': rate}}
   state = states.TrainState(
       step=np.int32(0), params=params, ema_params=params,
       opt_state=optax.sgd(LEARNING_RATE, momentum=0.9).init(params),
@@ -137,7 +146,7 @@ def two_steps(name, num_devices, num_microbatches, dropout=0.1):
   train, spy, mesh = trainer(name, num_devices, num_microbatches, dropout)
   jax.effects_barrier()
   spy.seen.clear()  # another test's
-  state, history, noise = make_state(mesh), [], []
+  state, history, noise = make_state(mesh, name), [], []
   for seed in range(2):
     state, metrics = train(state, meshes.shard_batch(mesh, make_batch(seed)))
     # Not the key: numpy has no such type.
@@ -156,7 +165,7 @@ class TrainStepTest(parameterized.TestCase):
   @parameterized.parameters(
       ('count', 8, 1), ('count', 1, 4), ('count', 4, 2), ('stratified', 4, 2),
       ('uniform', 4, 2), ('ar', 8, 1), ('ar', 1, 4), ('block', 4, 2),
-      ('hybrid', 4, 2))
+      ('hybrid', 4, 2), ('genmd4', 4, 2))
   def test_devices_and_microbatches_change_nothing(self, name, num_devices,
                                                    num_microbatches):
     # With dropout, whose masks also belong to the example.
@@ -174,7 +183,8 @@ class TrainStepTest(parameterized.TestCase):
   def test_rows_and_steps_have_noise_of_their_own(self, name):
     _, noise = two_steps(name, 1, 1)
     noise = jax.tree.map(lambda *x: np.concatenate(x), *noise)
-    self.assertLen(np.unique(noise['key'], axis=0), 2 * BATCH)
+    num_draws = OBJECTIVES[name].num_draws
+    self.assertLen(np.unique(noise['key'], axis=0), 2 * BATCH * num_draws)
     if name == 'ar':
       return
     # Of whole rows: which positions are noisy, where some but not all are.
@@ -182,8 +192,38 @@ class TrainStepTest(parameterized.TestCase):
     masked = (noise['tokens'] != noise['x0'])[whole]
     some = masked[(masked.sum(1) > 1) & (masked.sum(1) < LENGTH - 1)]
     self.assertGreater(len(np.unique(some, axis=0)), 0.7 * len(some))
-    levels = OBJECTIVES[name].group_size * len(np.unique(noise['level']))
+    levels = len(np.unique(noise['level'])) * num_draws
+    levels *= OBJECTIVES[name].group_size
     self.assertEqual(levels, noise['level'].size)
+
+  def test_what_an_objective_learns_has_the_gradient_of_its_noise(self):
+    @dataclasses.dataclass(frozen=True)
+    class Shifted(GenMD4):
+      slope: float = 0.0
+
+      def noise_surrogate(self, *args):
+        return super().noise_surrogate(*args) + self.slope * jnp.sum(self.rates)
+
+    mesh, batch = make_mesh(2), make_batch(3)
+    rates = {}
+    for slope in (0.0, 7.0):
+      train = step.make_train_step(
+          network('genmd4'), Shifted(MASK, slope=slope), optax.sgd(LEARNING_RATE),
+          optax.constant_schedule(1e-3), mesh, batch_size=BATCH,
+          num_microbatches=2, ema_decay=EMA_DECAY)
+      state = make_state(mesh, 'genmd4').replace(opt_state=jax.device_put(
+          optax.sgd(LEARNING_RATE).init({}), meshes.replicated(mesh)))
+      raw = np.array(state.params['objective']['rate'])
+      state, metrics = train(state, meshes.shard_batch(mesh, batch))
+      rates[slope] = np.array(state.params['objective']['rate'])
+    # An example is drawn twice, and counted once.
+    for key in ('weight', 'num_bytes'):
+      self.assertEqual(metrics[key], batch['weight'].sum())
+    self.assertGreater(np.min(abs(rates[0.0] - raw)), 0)
+    total = 2 * 2 * 7 / batch['weight'].sum()  # devices, micro-batches
+    np.testing.assert_allclose(
+        rates[7.0] - rates[0.0], -LEARNING_RATE * total / (1 + np.exp(-raw)),
+        rtol=1e-3)
 
   def test_dropout_matters(self):
     with_dropout, noise = two_steps('count', 1, 1)
@@ -341,6 +381,16 @@ class EvalStepTest(parameterized.TestCase):
     assert_close(evaluate('uniform', 8, batch), evaluate('count', 1, batch),
                  rtol=1e-5)
 
+  def test_evaluates_what_the_objective_has_learned(self):
+    sums = []
+    for num_devices, rate in ((1, 0.0), (8, 0.0), (1, 1.0)):
+      params = {**initial_params(), 'objective': {
+          'rate': np.linspace(rate, 2, MASK, dtype=np.float32)}}
+      sums.append(evaluate('genmd4', num_devices, eval_batch(), params))
+    assert_close(sums[0], sums[1], rtol=1e-5)
+    for key in ('nll', 'scored'):  # the loss and the noise
+      self.assertNotEqual(sums[0][key], sums[2][key])
+
   @parameterized.parameters('count', 'ar')
   def test_a_network_that_knows_nothing(self, name):
     # Equal logits: log V for each token, exactly, whatever the noise.
@@ -428,6 +478,24 @@ class ScoreStepTest(parameterized.TestCase):
 
 
 class SampleStepTest(parameterized.TestCase):
+
+  def test_samples_with_what_the_objective_has_learned(self):
+    rate, objective = np.linspace(-3, 3, MASK, dtype=np.float32), GenMD4(MASK)
+    params = jax.device_put({**initial_params(), 'objective': {'rate': rate}})
+    canvas = Canvas(np.full((8, LENGTH), MASK, np.int32),
+                    np.zeros((8, LENGTH), bool))
+    sampler = Posterior(Draw(MASK), 4, objective)
+    run = step.make_sample_step(network('genmd4'), objective, sampler,
+                                make_mesh(1))
+    tokens = run(params, jax.random.key(1), canvas).tokens
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(1), i))(
+        jnp.arange(8))
+    denoise = step.Denoiser(network('genmd4'), objective, params)
+    for rates, is_same in ((np.log1p(np.exp(rate)), True), (None, False)):
+      alone = dataclasses.replace(sampler, rule=GenMD4(MASK, rates=rates))
+      sample = jax.jit(lambda keys: alone(keys, canvas, denoise).tokens)
+      expected = sample(jax.random.clone(keys))
+      self.assertEqual(np.array_equal(tokens, expected), is_same)
 
   @parameterized.parameters(
       ('ar', lambda cache: LeftToRight(Draw(MASK), cache), (5, 6)),

@@ -62,6 +62,21 @@ class GridTest(parameterized.TestCase):
     self.assertEqual((t.size, t[0], t[-1]), (num_steps + 1, 1.0, 0.0))
     self.assertLess(np.max(np.diff(t)), 0)
 
+  @parameterized.parameters('1,0.7,0.4,0.1,0', '1.0, .7,4e-1, .1, 0.0')
+  def test_listed_times_are_what_they_are(self, grid):
+    times.check_grid(0, grid)  # the number of steps is its own
+    np.testing.assert_array_equal(times.reverse_grid(128, grid),
+                                  np.float32([1, 0.7, 0.4, 0.1, 0]))
+
+  @parameterized.parameters(
+      '', '1', '0', '1;0', '1,x,0', '1,,0', '1,0,', '1,nan,0', '1,inf,0',
+      '1,-inf,0', '0.9,0', '1,0.1', '1,0.5,0.5,0', '1,0.3,0.5,0', '1,1,0',
+      '1,0,0', '1,-0.1,0', '2,1,0', '0,0.5,1', '1,0.50000001,0.5,0')
+  def test_what_is_no_list_of_times(self, grid):
+    with self.assertRaisesRegex(InputError, f'^sampler.grid={grid!r} is not one '
+                                'of .* falls from 1 to 0'):
+      times.check_grid(4, grid)
+
   @parameterized.parameters((0, 'uniform', 'sampler.num_steps=0'),
                             (4, 'log', "sampler.grid='log'"))
   def test_errors(self, num_steps, grid, message):

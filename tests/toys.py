@@ -89,6 +89,22 @@ def leave_one_out_table(joint, law, fixed=(False,) * LENGTH):
   return np.maximum(table, -100.0).astype(np.float32)
 
 
+def token_law(masked):
+  """q(z | x0), [x0, z], where token v is masked with probability masked[v]."""
+  law = np.diag(1 - np.asarray(masked, np.float64))
+  return np.concatenate([law, np.asarray(masked)[:, None]], axis=1)
+
+
+def whole_posterior_table(joint, law, fixed=(False,) * LENGTH):
+  """Logits of p(x_i | all noisy tokens, the i-th too), [64, L, V + 1]."""
+  p = joint * np.prod(noise_laws(law, fixed), axis=2)  # [64, 27]
+  p = p @ np.eye(VOCAB)[TEXTS].reshape(len(TEXTS), -1)
+  p = np.maximum(p.reshape(-1, LENGTH, VOCAB), 1e-300)
+  log_p = np.log(p / p.sum(-1, keepdims=True))
+  log_p = np.pad(log_p, ((0, 0), (0, 0), (0, 1)), constant_values=3.0)
+  return np.maximum(log_p, -100.0).astype(np.float32)
+
+
 def log_softmax(logits):
   """Over the clean tokens only, float64."""
   logits = np.asarray(logits, np.float64)[..., :MASK]

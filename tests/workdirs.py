@@ -44,7 +44,9 @@ def make_workdir(folder, *, scale=3.0, **changes):
   packed = builder.prepare(settings.data, settings.tokenizer)
   shape = configs.make_model(config, packed.tokenizer.vocab_size)
   optimizer = optim.make_optimizer(settings.optim, 1)
-  state = states.init_state(shape, optimizer, 0, use_ema=False)
+  state = states.init_state(
+      shape, configs.make_objective(config, packed.tokenizer.mask_id), optimizer, 0,
+      use_ema=False)
   state = state.replace(params=jax.tree.map(lambda x: scale * x, state.params))
   workdir = folder / 'run'
   workdir.mkdir()

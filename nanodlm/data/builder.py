@@ -296,9 +296,6 @@ def _checked_files(split: Any, num_rows: int) -> tuple[tuple[pathlib.Path, int],
   Their content has hashes, which are checked as it is read.
   """
   paths = [pathlib.Path(path) for path in split.filepaths]
-  for path in paths:
-    if not path.is_file():
-      raise _damaged(path, 'it is missing')
   size = sum(path.stat().st_size for path in paths)
   if size != split.num_bytes:
     raise _damaged(paths[0] if len(paths) == 1 else paths[0].parent,

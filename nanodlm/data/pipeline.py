@@ -233,9 +233,7 @@ def _stack(examples: list[dict[str, Any]], size: int, packed: PackedData,
   batch['weight'][:len(examples)] = 1
   is_separator = batch['tokens'] == packed.tokenizer.separator_id
   if data_config.segment_ids:
-    # The separator belongs to the document that it ends.
-    ends = np.cumsum(is_separator, axis=1, dtype=np.int32)
-    batch['segment_ids'] = ends - is_separator
+    batch['segment_ids'] = mark_documents(is_separator)
   if packed.is_pairs:
     start = np.zeros([size], np.int32)
     start[:len(examples)] = [example['prompt_length'] for example in examples]
@@ -250,6 +248,15 @@ def _stack(examples: list[dict[str, Any]], size: int, packed: PackedData,
     batch['num_tokens'] = (end - start).astype(np.int32)
     batch['num_tokens'][len(examples):] = 0
   return batch
+
+
+def mark_documents(is_separator: np.ndarray) -> np.ndarray:
+  """The number of its document in the row, for each token, [B, L] int32.
+
+  A separator belongs to the document that it ends, so that a token's number
+  follows from the tokens before it.
+  """
+  return np.cumsum(is_separator, axis=1, dtype=np.int32) - is_separator
 
 
 def _local_rows(rows: slice | tuple[int, int] | None,

@@ -50,6 +50,9 @@ class D3PM(masking.MaskedNoise):
   def evaluation(self) -> 'D3PM':
     return dataclasses.replace(self, noise='stratified', min_time=0.0)
 
+  def naive(self) -> 'D3PM':
+    return dataclasses.replace(self.evaluation(), noise='uniform')
+
   def corrupt(self, keys: jax.Array, levels: jax.Array, x0: jax.Array,
               weight: jax.Array) -> Noised:
     s, t = self.step_times(levels, self.num_steps)

@@ -11,6 +11,7 @@ from nanodlm import schedules
 from nanodlm import times
 from nanodlm.types import InputError
 from nanodlm.types import Noised
+from nanodlm.types import Objective
 from nanodlm.types import Terms
 
 NOISES = ('stratified', 'uniform')
@@ -26,7 +27,7 @@ MIN_MASS = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureNoise:
+class MixtureNoise(Objective):
   """The continuous-time bound for any `processes.Mixture`.
 
   The noise is a Markov chain that jumps into token z, from wherever it stands,
@@ -77,6 +78,9 @@ class MixtureNoise:
 
   def evaluation(self) -> 'MixtureNoise':
     return dataclasses.replace(self, noise='stratified', max_weight=0.0)
+
+  def naive(self) -> 'MixtureNoise':
+    return dataclasses.replace(self.evaluation(), noise='uniform')
 
   def sample_levels(self, key: jax.Array, batch_size: int, length: int
                     ) -> jax.Array:

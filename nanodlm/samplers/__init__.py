@@ -27,6 +27,7 @@ DEFAULTS = {
     'ar': 'ar',
     'block': 'block',
     'd3pm': 'posterior',
+    'genmd4': 'posterior',
     'hybrid': 'posterior',
     'masked': 'fixed_count',
     'sedd': 'posterior',
@@ -49,7 +50,7 @@ FITS = {
     'confidence': _MASKED,
     'first_hitting': _MASKED,
     'fixed_count': _MASKED,
-    'posterior': (*_MASKED, 'hybrid', 'uniform'),
+    'posterior': (*_MASKED, 'genmd4', 'hybrid', 'uniform'),
     'prefix_cache': _MASKED,
     'remask': _MASKED,
 }

@@ -27,9 +27,9 @@ class Ancestral:
 
   Attributes:
     draw: how tokens are drawn.
-    num_steps: T.
+    num_steps: T; see `grid`.
     schedule: alpha(t) of the reverse process; need not be the training's.
-    grid: 'uniform' or 'cosine'; see `times.reverse_grid`.
+    grid: 'uniform', 'cosine' or the times; see `times.reverse_grid`.
   """
 
   draw: Draw

@@ -1,6 +1,7 @@
 """Block by block sampling of a block-diffusion model."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,16 @@ from nanodlm.types import Sampler
 from nanodlm.types import Samples
 
 NO_EOS = -1
+
+
+class _State(NamedTuple):
+  """What the loop over blocks carries: tokens [B, C], rows done [B]."""
+
+  tokens: jax.Array
+  cache: Any
+  block: jax.Array
+  done: jax.Array
+  num_calls: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,66 +61,82 @@ class Block:
 
   def __call__(self, keys: jax.Array, canvas: Canvas, denoise: CachedDenoise
                ) -> Samples:
-    size, length = self.block_size, canvas.tokens.shape[1]
-    num_blocks = -(-length // size)
+    length = canvas.tokens.shape[1]
     # A last block that sticks out keeps its masks there.
-    pad = ((0, 0), (0, num_blocks * size - length))
+    pad = ((0, 0), (0, -length % self.block_size))
     fixed = jnp.pad(canvas.fixed, pad, constant_values=True)
     tokens = jnp.pad(jnp.where(canvas.fixed, canvas.tokens, self.mask_id), pad,
                      constant_values=self.mask_id)
-    where = jnp.arange(num_blocks * size)
-    cut = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
-
-    def paste(x, block, start):
-      return jax.lax.dynamic_update_slice_in_dim(x, block, start, axis=1)
-
-    def body(state):
-      tokens, cache, block, done, num_calls = state
-      start = block * size
-      visible = where < start
-      if self.cache:
-        def extend(cache):
-          before = start - size
-          return denoise.advance(cache, cut(tokens, before), before,
-                                 where < before)
-        cache = jax.lax.cond(block > 0, extend, lambda cache: cache, cache)
-        num_calls += block > 0
-
-        def within(part, level, positions):
-          logits, _ = denoise.within(cache, part, start, level, positions,
-                                     visible)
-          return logits
-      else:
-        def within(part, level, positions):
-          return denoise(paste(tokens, part, start), level, start + positions)
-
-      own = Canvas(cut(tokens, start), cut(fixed, start))
-      eos = jnp.asarray(self.eos_id, tokens.dtype)
-      own_tokens = jnp.where(done[:, None] & ~own.fixed, eos, own.tokens)
-      block_keys = reveal.fold_in_each(keys, block)
-      samples = self.inner(
-          block_keys, Canvas(own_tokens, own.fixed | done[:, None]), within)
-      drawn = samples.tokens
-      if self.eos_id != NO_EOS:
-        is_eos = (drawn == eos) & ~own.fixed
-        after = jnp.cumsum(is_eos, axis=1) - is_eos > 0
-        drawn = jnp.where(after & ~own.fixed, eos, drawn)
-        done = done | jnp.any(is_eos, axis=1)
-      return (paste(tokens, drawn, start), cache, block + 1, done,
-              num_calls + samples.num_calls)
-
-    cache = denoise.init_cache(tokens) if self.cache else ()
-    done = jnp.zeros_like(fixed[:, 0])
     zero = jnp.zeros_like(tokens[0, 0])
-    state = (tokens, cache, zero, done, zero)
+    state = _State(tokens, denoise.init_cache(tokens) if self.cache else (), zero,
+                   jnp.zeros_like(fixed[:, 0]), zero)
 
     def has_work(state):
-      _, _, block, done, _ = state
-      left = ~fixed & (where >= block * size)[None]
-      return sharding.on_any_device(jnp.any(left & ~done[:, None]))
+      left = self._free_from(state.block, fixed)
+      return sharding.on_any_device(jnp.any(left & ~state.done[:, None]))
 
-    tokens, _, block, _, num_calls = jax.lax.while_loop(has_work, body, state)
+    state = jax.lax.while_loop(
+        has_work, lambda state: self._fill(keys, fixed, denoise, state), state)
     # Where all rows were done early.
-    left = ~fixed & (where >= block * size)[None]
-    tokens = jnp.where(left, jnp.asarray(self.eos_id, tokens.dtype), tokens)
-    return Samples(tokens[:, :length], num_calls)
+    left = self._free_from(state.block, fixed)
+    tokens = jnp.where(left, self._eos(tokens), state.tokens)
+    return Samples(tokens[:, :length], state.num_calls)
+
+  def _fill(self, keys, fixed, denoise, state):
+    """Draws the next block of all rows, [B, S]."""
+    tokens, cache, block, done, num_calls = state
+    start = block * self.block_size
+    if self.cache:
+      extend = lambda cache: self._extend(denoise, tokens, cache, start)
+      cache = jax.lax.cond(block > 0, extend, lambda cache: cache, cache)
+      num_calls += block > 0
+    own = Canvas(self._cut(tokens, start), self._cut(fixed, start))
+    own_tokens = jnp.where(done[:, None] & ~own.fixed, self._eos(tokens),
+                           own.tokens)
+    samples = self.inner(
+        reveal.fold_in_each(keys, block),
+        Canvas(own_tokens, own.fixed | done[:, None]),
+        self._within(denoise, tokens, cache, start))
+    drawn, done = self._end(samples.tokens, own.fixed, done)
+    return _State(_paste(tokens, drawn, start), cache, block + 1, done,
+                  num_calls + samples.num_calls)
+
+  def _extend(self, denoise, tokens, cache, start):
+    """The cache with the finished block before `start`."""
+    before = start - self.block_size
+    visible = jnp.arange(tokens.shape[1]) < before
+    return denoise.advance(cache, self._cut(tokens, before), before, visible)
+
+  def _within(self, denoise, tokens, cache, start):
+    """The `Denoise` of the block at `start`, whose canvas is [B, S]."""
+    if not self.cache:
+      return lambda part, level, positions: denoise(
+          _paste(tokens, part, start), level, start + positions)
+    visible = jnp.arange(tokens.shape[1]) < start
+    return lambda part, level, positions: denoise.within(
+        cache, part, start, level, positions, visible)[0]
+
+  def _end(self, drawn, fixed, done):
+    """A block [B, S] that ends where eos_id was drawn; and the rows done."""
+    if self.eos_id == NO_EOS:
+      return drawn, done
+    eos = self._eos(drawn)
+    is_eos = (drawn == eos) & ~fixed
+    after = jnp.cumsum(is_eos, axis=1) - is_eos > 0
+    return (jnp.where(after & ~fixed, eos, drawn),
+            done | jnp.any(is_eos, axis=1))
+
+  def _free_from(self, block, fixed):
+    """Which positions of `block` and those after it are free, [B, C]."""
+    where = jnp.arange(fixed.shape[1])
+    return ~fixed & (where >= block * self.block_size)[None]
+
+  def _cut(self, x, start):
+    return jax.lax.dynamic_slice_in_dim(x, start, self.block_size, axis=1)
+
+  def _eos(self, tokens):
+    return jnp.asarray(self.eos_id, tokens.dtype)
+
+
+def _paste(x, block, start):
+  return jax.lax.dynamic_update_slice_in_dim(x, block, start, axis=1)

@@ -37,9 +37,9 @@ class Posterior:
 
   Attributes:
     draw: how tokens are drawn from the network's prediction.
-    num_steps: T, network calls.
+    num_steps: T, network calls; see `grid`.
     rule: the objective.
-    grid: 'uniform' or 'cosine'; see `times.reverse_grid`.
+    grid: 'uniform', 'cosine' or the times; see `times.reverse_grid`.
     num_corrections: steps of self-correction at most, a network call each.
   """
 
@@ -77,6 +77,7 @@ class Posterior:
   def _denoise(self, keys, tokens, fixed, denoise):
     """From noise to tokens [B, L]; and the number of calls."""
     grid = times.reverse_grid(self.num_steps, self.grid)
+    num_steps = grid.size - 1
     positions = _all_positions(tokens)
     free_share = jnp.mean(~fixed, axis=1)
 
@@ -91,9 +92,9 @@ class Posterior:
 
     # Nothing to do is no call.
     has_work = sharding.on_any_device(jnp.any(~fixed))
-    first = jnp.where(has_work, 0, self.num_steps)
-    last, tokens = jax.lax.while_loop(lambda state: state[0] < self.num_steps,
-                                      body, (first, tokens))
+    first = jnp.where(has_work, 0, num_steps)
+    last, tokens = jax.lax.while_loop(
+        lambda state: state[0] < num_steps, body, (first, tokens))
     return tokens, last - first
 
   def _correct(self, keys, tokens, fixed, denoise):

@@ -59,9 +59,9 @@ class Remask:
 
   Attributes:
     draw: how tokens are drawn.
-    num_steps: T.
+    num_steps: T; see `grid`.
     schedule: alpha(t) of the reverse process; need not be the training's.
-    grid: 'uniform' or 'cosine', see `times.reverse_grid`.
+    grid: 'uniform', 'cosine' or the times; see `times.reverse_grid`.
     remask: one of the kinds above.
     eta: how much is taken back, in [0, 1].
   """
@@ -147,7 +147,7 @@ class Remask:
       prob = jnp.zeros_like(free, jnp.float32)
     # From the data, so that under shard_map it varies over devices as they do.
     zero = jnp.sum(free, dtype=jnp.int32) * 0
-    tokens, _, num_calls = jax.lax.fori_loop(0, self.num_steps, step,
+    tokens, _, num_calls = jax.lax.fori_loop(0, sigmas.size, step,
                                              (tokens, prob, zero))
     return Samples(tokens=tokens, num_calls=num_calls)
 
