@@ -203,6 +203,9 @@ def _compile(configs) -> int:
   """--mode=compile, with no device or process but this one."""
   from nanodlm import compile as ahead  # pylint: disable=g-import-not-at-top
   topology, workdir = _TOPOLOGY.value, _WORKDIR.value
+  if workdir:
+    from nanodlm import train  # pylint: disable=g-import-not-at-top
+    train.check_writable(workdir)
   if topology:
     ahead.use_topology(topology)
   config = _resolve_config(configs, configs.load_base())

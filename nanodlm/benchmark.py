@@ -137,11 +137,6 @@ def _build(config, settings, vocab_size: int, devices=None):
   return mesh, configs.make_objective(config, vocab_size - 1), network
 
 
-def _num_bytes(tree) -> int:
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-             if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key))
-
-
 def _forward_flops(config: model.ModelConfig, length: int) -> float:
   """Of one token, without the output projection."""
   head = 6 * config.embed_dim * config.vocab_size
@@ -149,7 +144,7 @@ def _forward_flops(config: model.ModelConfig, length: int) -> float:
 
 
 def _make_trainer(config, settings, vocab_size: int):
-  """(compiled step, state, batch -> batch on the devices, network)."""
+  """(compiled step, state, batch -> batch on the devices, network, parameters)."""
   mesh, objective, network = _build(config, settings, vocab_size)
   num_steps = settings.train.num_steps
   optimizer = optim.make_optimizer(settings.optim, num_steps)
@@ -165,7 +160,8 @@ def _make_trainer(config, settings, vocab_size: int):
       mesh, jax.eval_shape(init)))()
   put = lambda batch: meshes.shard_whole_batch(mesh, batch)
   batch = put(_random_batch(np.random.default_rng(0), settings, vocab_size))
-  return train_step.lower(state, batch).compile(), state, put, network
+  return (train_step.lower(state, batch).compile(), state, put, network,
+          network.num_params(objective))
 
 
 def _random_batch(generator, settings, vocab_size: int, batch_size: int = 0
@@ -180,8 +176,9 @@ def benchmark_train(config, settings, vocab_size: int
                     ) -> dict[str, float]:
   """Times the training step; see the keys."""
   start = time.perf_counter()
-  train_step, state, put, network = _make_trainer(config, settings, vocab_size)
-  num_parameters, state_bytes = model.num_params(state.params), _num_bytes(state)
+  train_step, state, put, network, num_params = _make_trainer(
+      config, settings, vocab_size)
+  state_bytes = meshes.bytes_per_device(state)
   generator = np.random.default_rng(0)
 
   def step():
@@ -197,10 +194,9 @@ def benchmark_train(config, settings, vocab_size: int
   num_tokens = settings.train.batch_size * length
   flops = model.train_flops_per_token(network.config, length) * num_tokens
   counted = hlo.cost(hlo.parse(train_step.as_text())).flops  # of one device
-  num_devices = jax.device_count()
-  return {'num_params': num_parameters, 'compile_secs': compile_secs,
+  return {'num_params': num_params, 'compile_secs': compile_secs,
           **_row(secs, num_tokens), 'least_flops': counted,
-          'least_bytes': 2 * state_bytes / num_devices,
+          'least_bytes': 2 * state_bytes,
           'flops_per_sec': flops / statistics.median(secs),
           'peak_bytes': _peak_bytes()}
 
@@ -210,6 +206,7 @@ def benchmark_eval(config, settings, vocab_size: int
   """Times the evaluation step, all draws of a batch; see the keys."""
   mesh, objective, network = _build(config, settings, vocab_size)
   num_draws = 1 if objective.exact else settings.eval.num_draws
+  steps.check_batch_size(settings.eval.batch_size, mesh, 1, 1, 'eval.batch_size')
   eval_step = steps.make_eval_step(network, objective, mesh, num_draws=num_draws,
                                    seed=0)
   params = _init_params(network, objective, mesh)
@@ -224,7 +221,7 @@ def benchmark_eval(config, settings, vocab_size: int
   return {'num_calls': num_draws,
           **_row(secs, num_draws * size * length),
           'least_flops': flops / jax.device_count(),
-          'least_bytes': num_draws * _num_bytes(params)}
+          'least_bytes': num_draws * meshes.bytes_per_device(params)}
 
 
 def _init_params(network: steps.Network, objective, mesh):
@@ -252,7 +249,8 @@ def benchmark_sampler(config, settings, vocab_size: int, name: str
   sample_step = steps.make_sample_step(network, objective, sampler, mesh)
   params = _init_params(network, objective, mesh)
   length = settings.sample.length or settings.data.length
-  shape = (_NUM_SAMPLES.value, length)
+  shards = meshes.num_batch_shards(mesh)
+  shape = (-(-_NUM_SAMPLES.value // shards) * shards, length)
   canvas = jax.device_put(Canvas(jnp.zeros(shape, jnp.int32),
                                  jnp.zeros(shape, bool)),
                           meshes.batch_sharding(mesh))
@@ -264,7 +262,7 @@ def benchmark_sampler(config, settings, vocab_size: int, name: str
            + 2 * num_tokens * network.config.embed_dim * vocab_size)
   return {'num_calls': num_calls,
           **_row(secs, num_tokens), 'least_flops': flops / jax.device_count(),
-          'least_bytes': num_calls * _num_bytes(params)}
+          'least_bytes': num_calls * meshes.bytes_per_device(params)}
 
 
 class PlainBlock(nn.Module):
@@ -368,12 +366,10 @@ def count_scaling(config, vocab_size: int, num_devices: int) -> dict[str, Any]:
   state = jax.eval_shape(lambda: states.init_state(
       network.config, objective, optimizer, settings.seed,
       settings.optim.ema_decay > 0, network.shards))
-  placed = lambda tree, where: jax.tree.map(
-      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-      tree, where)
-  state = placed(state, meshes.shardings(mesh, state))
-  batch = _random_batch(np.random.default_rng(0), settings, vocab_size)
-  batch = placed(batch, jax.tree.map(lambda _: meshes.batch_sharding(mesh), batch))
+  state = meshes.place(meshes.shardings(mesh, state), state)
+  batch = meshes.place(
+      meshes.batch_sharding(mesh),
+      _random_batch(np.random.default_rng(0), settings, vocab_size))
   compiled = train_step.lower(state, batch).compile()
   cost, memory = hlo.cost(hlo.parse(compiled.as_text())), compiled.memory_analysis()
   return {'mesh': dict(mesh.shape), 'batch_size': config.train.batch_size,

@@ -36,7 +36,7 @@ PARAMS = ('params', 'ema_params')
 # Orbax gives up on a save after so long, by the clock of the wall: a laptop that
 # slept, or a clock that was set, would end the run. Several processes may wait for
 # one whose save has failed, so that there it cannot be forever.
-_SAVE_TIMEOUT_SECS = {'one': 100 * 365 * 86400, 'several': 600}
+_SAVE_TIMEOUT_SECS = {'one': 100 * 365 * 86400, 'several': 3600}
 
 
 class SaveError(RuntimeError):
@@ -154,11 +154,19 @@ def find_damage(folder: pathlib.Path, items: tuple[str, ...] = ()) -> str:
   """What is wrong with the files of a checkpoint; '' where nothing is.
 
   Args:
-    folder: of the checkpoint. One without CHECKSUMS, of an older version, passes.
+    folder: of the checkpoint. One without CHECKSUMS is of an older version, and
+      passes, unless one before it has them or an item is missing.
     items: those that matter; all by default.
   """
   path = folder / CHECKSUMS
   if not path.exists():
+    for item in ('params', 'rest', 'meta'):
+      if not (folder / item).is_dir():
+        return f'{item} is missing'
+    before = [step for step in complete_steps(folder.parent)
+              if step < int(folder.name)]
+    if any((folder.parent / str(step) / CHECKSUMS).exists() for step in before):
+      return f'{CHECKSUMS} is missing'
     return ''
   try:
     written = {name: (int(size), str(digest)) for name, (size, digest)

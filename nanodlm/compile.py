@@ -142,27 +142,6 @@ def find_vocab_size(settings: configs.Settings, given: int) -> int:
                      'ids it has, the mask included') from error
 
 
-def _with(shardings, tree):
-  """Abstract arrays with their shardings (one for all, or a tree of them)."""
-  if isinstance(shardings, jax.sharding.Sharding):
-    one = shardings
-    shardings = jax.tree.map(lambda _: one, tree)
-  return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree,
-      shardings)
-
-
-def _bytes_per_chip(tree) -> int:
-  """Bytes of abstract arrays on one device, keys as the words they are."""
-  total = 0
-  for x in jax.tree.leaves(tree):
-    size = 8 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x.dtype.itemsize
-    for n in x.sharding.shard_shape(x.shape):
-      size *= n
-    total += size
-  return total
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """What is compiled.
@@ -213,25 +192,25 @@ def make_plan(config: config_dict.ConfigDict, settings: configs.Settings,
   state = jax.eval_shape(lambda: states.init_state(
       network.config, objective, optimizer, settings.seed,
       settings.optim.ema_decay > 0, network.shards))
-  state = _with(meshes.shardings(mesh, state), state)
+  state = meshes.place(meshes.shardings(mesh, state), state)
   rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-  batch = _with(rows, _batch(settings, train.batch_size))
-  eval_batch = _with(rows, _batch(settings, settings.eval.batch_size) | {
+  batch = meshes.place(rows, _batch(settings, train.batch_size))
+  eval_batch = meshes.place(rows, _batch(settings, settings.eval.batch_size) | {
       'index': jax.ShapeDtypeStruct((settings.eval.batch_size,), jnp.int32)})
   shards = meshes.num_batch_shards(mesh)
   shape = (-(-settings.sample.num_samples // shards) * shards,
            settings.sample.length or settings.data.length)
-  canvas = _with(rows, Canvas(jax.ShapeDtypeStruct(shape, jnp.int32),
+  canvas = meshes.place(rows, Canvas(jax.ShapeDtypeStruct(shape, jnp.int32),
                               jax.ShapeDtypeStruct(shape, bool)))
-  key = _with(everywhere, jax.eval_shape(lambda: jax.random.key(0)))
+  key = meshes.place(everywhere, jax.eval_shape(lambda: jax.random.key(0)))
   lowered = {'train': train_step.lower(state, batch),
              'eval': eval_step.lower(state.eval_params, eval_batch),
              'sample': sample_step.lower(state.eval_params, key, canvas)}
   parts = {'parameters': state.params, 'average': state.ema_params,
            'optimiser': state.opt_state, 'batch': batch}
   return Plan(settings, mesh, network, lowered,
-              {name: _bytes_per_chip(part) for name, part in parts.items()},
-              model.num_params(state.params))
+              {name: meshes.bytes_per_device(part) for name, part in parts.items()},
+              network.num_params(objective))
 
 
 def _batch(settings: configs.Settings, batch_size: int) -> dict[str, Any]:

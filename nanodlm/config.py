@@ -10,7 +10,6 @@ from typing import Collection
 
 from ml_collections import config_dict
 
-from nanodlm import attention
 from nanodlm import categorical
 from nanodlm import guidance
 from nanodlm import mesh
@@ -19,6 +18,7 @@ from nanodlm import objectives
 from nanodlm import optim
 from nanodlm import samplers
 from nanodlm import schedules
+from nanodlm import sharding
 from nanodlm import times
 from nanodlm import types
 from nanodlm.data import sources
@@ -243,10 +243,8 @@ def validate(config: config_dict.ConfigDict, given: Collection[str] = (),
         f'for objective.name={config.objective.name!r}, which sees nothing to '
         'the right of a gap; data.clean_prefix_rate is')
   network = make_model(config, 2, platform)
-  copies = 2 if network.block_size else 1
-  attention.check_sizes(network.attention, network.num_heads, network.head_dim,
-                        settings.data.length, copies * settings.data.length,
-                        2 if network.dtype == 'bfloat16' else 4)
+  for length in {settings.data.length, settings.sample.length} - {0}:
+    model.check_shards(network, sharding.Shards(), length)
   make_sampler(config, mask_id=1)
   reads = {'objective': _objective_reads(config, objective),
            'sampler': _sampler_reads(config, objective.block_size),

@@ -9,12 +9,13 @@ from nanodlm import categorical
 from nanodlm.types import Canvas
 from nanodlm.types import Denoise
 from nanodlm.types import InputError
+from nanodlm.types import ReverseRule
 from nanodlm.types import Sampler
 from nanodlm.types import Samples
 
 
 @dataclasses.dataclass(frozen=True)
-class Guided:
+class Guided(Sampler):
   """A sampler that is drawn further towards the prompt.
 
   Every distribution p(x | prompt, rest) becomes proportional to
@@ -40,6 +41,9 @@ class Guided:
   def __post_init__(self):
     if not self.weight >= 0:
       raise InputError(f'sampler.guidance={self.weight!r} must be >= 0')
+
+  def with_rule(self, rule: ReverseRule) -> 'Guided':
+    return dataclasses.replace(self, sampler=self.sampler.with_rule(rule))
 
   def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
                ) -> Samples:

@@ -78,6 +78,26 @@ def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
                       sharding.specs(tree, shards(mesh)))
 
 
+def place(shardings: Any, tree: Any) -> Any:
+  """Abstract arrays with their shardings (one for all, or a tree of them)."""
+  if isinstance(shardings, jax.sharding.Sharding):
+    one = shardings
+    shardings = jax.tree.map(lambda _: one, tree)
+  return jax.tree.map(
+      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+      tree, shardings)
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Bytes of arrays, abstract or not, on one device; keys as their words."""
+  total = 0
+  for x in jax.tree.leaves(tree):
+    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    total += (8 if is_key else x.dtype.itemsize) * math.prod(
+        x.sharding.shard_shape(x.shape))
+  return total
+
+
 def num_batch_shards(mesh: jax.sharding.Mesh) -> int:
   """Devices that hold different rows of the batch."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -631,18 +631,30 @@ def init_params(config: ModelConfig, key: jax.Array, shards: Shards = Shards()):
   return params
 
 
-def check_shards(config: ModelConfig, shards: Shards):
-  """Raises InputError where the network cannot be split so."""
+def check_shards(config: ModelConfig, shards: Shards, length: int = 0):
+  """Raises InputError where the network cannot be split so.
+
+  Args:
+    config: the network.
+    shards: over how many devices.
+    length: of the texts, for what kernels ask of a device's part; 0: not checked.
+  """
   for axis, keys in (('fsdp', ('embed_dim',)),
                      ('tensor', ('num_heads', 'mlp_width'))):
     size = getattr(shards, axis)
     for key in keys:
       if getattr(config, key) % size:
         name = 'mlp_dim' if key == 'mlp_width' else key
+        chosen = ' (chosen, for 0)' if key == 'mlp_width' and not config.mlp_dim else ''
         raise InputError(
             f'mesh.{axis}={size!r} does not divide model.{name}='
-            f'{getattr(config, key)!r}; it must, as its parts lie on so many '
-            'devices')
+            f'{getattr(config, key)!r}{chosen}; it must, as its parts lie on so '
+            'many devices')
+  if length:
+    copies = 2 if config.block_size else 1
+    attention.check_sizes(
+        config.attention, config.num_heads // shards.tensor, config.head_dim, length,
+        copies * length, jnp.dtype(config.dtype).itemsize)
 
 
 def gather_ends(params, shards: Shards):

@@ -27,13 +27,14 @@ def on_process_0(function: Callable[[], int]) -> int:
     function: gives an int32.
 
   Raises:
-    InputError: function() did, on process 0.
+    InputError: function() raised it or an OSError, on process 0; there it is that
+      error.
   """
   error, value = None, 0
   if jax.process_index() == 0:
     try:
       value = function()
-    except InputError as caught:
+    except (InputError, OSError) as caught:  # or the others would wait for it
       error = caught
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils  # pylint: disable=g-import-not-at-top

@@ -82,8 +82,7 @@ def specs(tree: Any, shards: Shards) -> Any:
 def gather(params: Any, shards: Shards, dtype: Any = jnp.float32) -> Any:
   """A tree of this device's parameters with the fsdp axes whole again.
 
-  Matrices travel, and come back, in `dtype`; their gradients are summed in
-  float32.
+  Matrices travel in `dtype`; their gradients come back, and are summed, in float32.
   """
   if shards.fsdp == 1:
     return params

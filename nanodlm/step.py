@@ -1,4 +1,4 @@
-"""The training and evaluation steps, and the only psum of a loss.
+"""The training and evaluation steps, and the only sum of losses over the batch.
 
 Both run under shard_map: each device scores its own rows of the global batch,
 with noise tied to each row's GLOBAL index, and sums, never means, cross devices.
@@ -51,6 +51,11 @@ class Network:
   def init_params(self, objective: Objective, key: jax.Array):
     """Draws the initial parameters, whole."""
     return states.init_params(self.config, objective, key, self.shards)
+
+  def num_params(self, objective: Objective) -> int:
+    """Number of parameters, without what pads the vocabulary."""
+    return model.num_params(jax.eval_shape(lambda: states.init_params(
+        self.config, objective, jax.random.key(0))))
 
   def specs(self, objective: Objective) -> Any:
     """How the parameters lie on the mesh, a tree of partitions."""
@@ -457,9 +462,7 @@ def make_sample_step(network: Network, objective: Objective,
   def step(params, key, canvas):
     keys = _fold_in_each(key, _row_index(canvas.tokens.shape[0]))
     params = model.gather_ends(params, network.shards)
-    run = sampler
-    if hasattr(sampler, 'rule'):  # the objective, as `config` made it
-      run = dataclasses.replace(sampler, rule=bind(objective, params))
+    run = sampler.with_rule(bind(objective, params))
     samples = run(keys, canvas, Denoiser(network, objective, params))
     return samples._replace(
         num_calls=jax.lax.pmax(samples.num_calls, meshes.BATCH_AXES))

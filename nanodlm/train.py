@@ -62,7 +62,7 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
     0, or the number of the signal that ended the run after a checkpoint.
 
   Raises:
-    InputError: the workdir or a setting will not do; nothing has been written.
+    InputError: the workdir or a setting will not do; what was there is as it was.
     TrainingDiverged: see there; the last checkpoint is from before.
     SaveError: a checkpoint could not be written; the ones before stay.
   """
@@ -76,8 +76,10 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
     configs.check_resumable(saved, config, workdir)
   check_writable(workdir)
   _check_devices(config, settings)
+  # Seen alike by all processes: it decides what they do together.
+  has_checkpoint = bool(multihost.on_process_0(lambda: _has_checkpoint(workdir)))
   init_from = settings.checkpoint.init_from
-  if init_from and not (_has_checkpoint(workdir) or _has_tokenizer(init_from)):
+  if init_from and not (has_checkpoint or _has_tokenizer(init_from)):
     raise InputError(f'checkpoint.init_from={init_from!r} holds no run (no '
                      f'{tokenizers.SAVED} in it)')
   packed = builder.prepare(settings.data, settings.tokenizer)
@@ -90,9 +92,9 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
       num_microbatches=settings.train.num_microbatches,
       ema_decay=settings.optim.ema_decay)
   evaluate_params = evaluate.make_evaluate(run, packed)
-  _check_same_text(workdir, packed)
+  _check_same_text(workdir, packed, has_checkpoint)
   initial = None
-  if settings.checkpoint.init_from and not _has_checkpoint(workdir):
+  if settings.checkpoint.init_from and not has_checkpoint:
     other = tokenizers.load(settings.checkpoint.init_from)
     if other.fingerprint != run.tokenizer.fingerprint:
       raise InputError(f'checkpoint.init_from={settings.checkpoint.init_from!r} has '
@@ -118,6 +120,10 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
     raise InputError(
         f'--workdir={workdir!r} cannot be written: {error}') from error
   with lock.hold(workdir):
+    # Again: another run may have come and gone since.
+    saved = evaluate.load_config(workdir, defaults)
+    if saved is not None:
+      configs.check_resumable(saved, config, workdir)
     step = multihost.on_process_0(lambda: checkpoint.set_damaged_aside(workdir))
     with checkpoint.open_manager(
         workdir, max_to_keep=settings.checkpoint.max_to_keep,
@@ -147,14 +153,15 @@ def _has_tokenizer(workdir: str) -> bool:
   return (pathlib.Path(workdir) / tokenizers.SAVED).is_file()
 
 
-def _check_same_text(workdir: str, packed: builder.PackedData):
+def _check_same_text(workdir: str, packed: builder.PackedData,
+                     has_checkpoint: bool):
   """Raises InputError where the run in `workdir` was trained on other tokens."""
   if (_has_tokenizer(workdir) and tokenizers.load(workdir).fingerprint
       != packed.tokenizer.fingerprint):
     raise InputError(f'workdir={workdir!r} holds a run whose tokenizer made other '
                      'ids; the text it was trained on has changed. Give another '
                      'workdir')
-  if not _has_checkpoint(workdir):
+  if not has_checkpoint:
     return
   with checkpoint.open_manager(workdir, read_only=True) as manager:
     step = multihost.on_process_0(
@@ -171,7 +178,7 @@ def _check_devices(config: config_dict.ConfigDict, settings: configs.Settings):
   """Checks batch sizes and network against the devices, before data is prepared."""
   mesh = meshes.make_mesh(settings.mesh)
   model.check_shards(configs.make_model(config, vocab_size=2),
-                     meshes.shards(mesh))
+                     meshes.shards(mesh), settings.data.length)
   group_size = configs.make_objective(config, mask_id=1).group_size
   steps.check_batch_size(settings.train.batch_size, mesh,
                          settings.train.num_microbatches, group_size)
@@ -219,7 +226,7 @@ def _describe(run: evaluate.Run, data: builder.PackedData,
            f'{len(data.validation) * data.length:,}', data.length, tokenizer.name,
            tokenizer.vocab_size)
   log.info('model: %s parameters, %s objective, on %d %s device%s',
-           f'{model.num_params(state.params):,}', run.config.objective.name,
+           f'{run.network.num_params(run.objective):,}', run.config.objective.name,
            jax.device_count(), device.device_kind,
            's' if jax.device_count() > 1 else '')
   shards = run.network.shards

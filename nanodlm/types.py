@@ -202,7 +202,15 @@ class CachedDenoise(Protocol):
 
 
 class Sampler(Protocol):
-  """A reverse rule: (key, canvas, denoise) -> samples; pure, jittable."""
+  """A reverse rule: (key, canvas, denoise) -> samples; pure, jittable.
+
+  Samplers inherit it.
+  """
+
+  def with_rule(self, rule: 'ReverseRule') -> 'Sampler':
+    """The sampler with the objective as training left it, where it asks for it."""
+    del rule
+    return self
 
   def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
                ) -> Samples:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -119,7 +120,7 @@ def test_killed_and_damaged_run_ends_bit_identical(finished, tmp_path):
       wait_for(lambda: complete(workdir)[-1:] not in ([], [last]), process)
     if kills % 3 == 0:
       while process.poll() is None and not unfinished():
-        pass
+        time.sleep(0.0005)  # or this takes one of two cores
     time.sleep(rng.uniform(0, (0.03, 0.2, 6)[kills % 3]))
     process.kill()
     status, output = launches.finish(process)
@@ -230,15 +231,33 @@ def test_damaged_names_do_not_collide(steps_to_damage):
 
 def test_checkpoint_of_an_older_version_has_no_checksums(steps_to_damage):
   folder = steps_to_damage / checkpoint.FOLDER / '3'
-  (folder / checkpoint.CHECKSUMS).unlink()
+  for other in folder.parent.iterdir():
+    (other / checkpoint.CHECKSUMS).unlink()
   assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 3
   with checkpoint.open_manager(str(steps_to_damage), read_only=True) as manager:
     assert checkpoint.find_step(manager) == 3
     assert checkpoint.restore_meta(manager, 3)['data']['step'] == 0
+    shape = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype,
+            sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
+        manager.item_metadata(3)['params'].tree)
+    checkpoint.restore_params(manager, shape, 3, vocab_size=258)
     truncate(folder)
-    shape = manager.item_metadata(3)['params']
     with pytest.raises(InputError, match='move that folder away'):
-      checkpoint.restore_params(manager, shape.tree, 3, vocab_size=258)
+      checkpoint.restore_params(manager, shape, 3, vocab_size=258)
+
+
+@pytest.mark.parametrize('lost', [checkpoint.CHECKSUMS, 'everything'])
+def test_checkpoint_that_lost_its_checksums_is_damaged(steps_to_damage, lost):
+  folder = steps_to_damage / checkpoint.FOLDER / '3'
+  if lost == 'everything':
+    shutil.rmtree(folder)
+    folder.mkdir()
+  else:
+    (folder / lost).unlink()
+  assert 'is missing' in checkpoint.find_damage(folder)
+  assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 2
 
 
 def test_a_step_with_nan_is_skipped_and_the_run_goes_on(tmp_path):

@@ -73,7 +73,7 @@ def test_sigterm_saves_on_every_process(runs):
   assert [status for status, _ in ended] == [143] * NUM_PROCESSES, ended
   last = steps_of(several)[-1]
   assert 20 <= last < NUM_STEPS
-  assert last % 20, 'it ended at a step that is saved anyway: run again'
+  assert last >= max(losses(several))  # none of the steps taken is lost
   assert checkpoint.find_damage(several / checkpoint.FOLDER / str(last)) == ''
 
 

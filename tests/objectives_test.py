@@ -859,6 +859,19 @@ class GenMD4Test(parameterized.TestCase):
     for ours, expected in zip((terms.loss, terms.nll), masked):
       np.testing.assert_allclose(ours.reshape(-1), expected, rtol=1e-5)
 
+  def test_gradient_where_all_that_may_be_masked_is(self):
+    # A level of 0 is t = 1, at which only a prompt stays.
+    x0 = jnp.asarray(TEXTS[:4])
+    weight = jnp.ones(x0.shape).at[:, 0].set(0)
+
+    def surrogate(rate):
+      objective = GenMD4(MASK).bind({'rate': rate})
+      noised = objective.corrupt(jax.random.split(jax.random.key(0), 4),
+                                 jnp.zeros(4), x0, weight)
+      return objective.noise_surrogate(noised, x0, weight, jnp.arange(4.0))
+    gradient = jax.grad(surrogate)(GenMD4(MASK).init_params()['rate'])
+    self.assertTrue(np.isfinite(gradient).all(), gradient)
+
   def test_bound_and_equality(self):
     # `genmd4_nll` is what the conformance tests find the objective to be.
     joint, objective = toys.random_joint(1), GenMD4(MASK, rates=RATES)

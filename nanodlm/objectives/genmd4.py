@@ -115,8 +115,9 @@ class GenMD4(Objective):
                       loss: jax.Array) -> jax.Array:
     """The sum over pairs of (f_1 - f_2) (log q(z_1) - log q(z_2)), []."""
     log_mask = self._rate(x0) * jnp.log(noised.t)[:, None]
-    # (No token is left alone where it is masked for certain.)
-    log_keep = jnp.log(-jnp.expm1(jnp.where(noised.scored, -1.0, log_mask)))
+    # (At t = 1, where log_mask is 0, only a token that is given is left alone.)
+    is_kept = (weight > 0) & ~noised.scored
+    log_keep = jnp.log(-jnp.expm1(jnp.where(is_kept, log_mask, -1.0)))
     log_q = jnp.where(noised.scored, log_mask, log_keep)
     log_q = jnp.sum(jnp.where(weight > 0, log_q, 0.0), axis=1).reshape(-1, 2)
     f = jax.lax.stop_gradient(loss).reshape(-1, 2)

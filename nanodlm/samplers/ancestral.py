@@ -11,11 +11,12 @@ from nanodlm import times
 from nanodlm.categorical import Draw
 from nanodlm.types import Canvas
 from nanodlm.types import Denoise
+from nanodlm.types import Sampler
 from nanodlm.types import Samples
 
 
 @dataclasses.dataclass(frozen=True)
-class Ancestral:
+class Ancestral(Sampler):
   """Follows the reverse process over a grid of times 1 = t_0 > ... > t_T = 0.
 
   In the step from t to s each masked position is revealed with probability

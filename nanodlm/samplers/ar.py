@@ -10,11 +10,12 @@ from nanodlm import sharding
 from nanodlm.categorical import Draw
 from nanodlm.types import CachedDenoise
 from nanodlm.types import Canvas
+from nanodlm.types import Sampler
 from nanodlm.types import Samples
 
 
 @dataclasses.dataclass(frozen=True)
-class LeftToRight:
+class LeftToRight(Sampler):
   """Draws the free positions from left to right, one per call; exact.
 
   The causal network sees nothing to the right of the position it draws, so the

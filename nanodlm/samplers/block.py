@@ -11,6 +11,7 @@ from nanodlm import sharding
 from nanodlm.types import CachedDenoise
 from nanodlm.types import Canvas
 from nanodlm.types import InputError
+from nanodlm.types import ReverseRule
 from nanodlm.types import Sampler
 from nanodlm.types import Samples
 
@@ -28,7 +29,7 @@ class _State(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Block(Sampler):
   """Fills blocks from left to right, each by a masked sampler.
 
   A block sees the finished ones as clean text. Their keys and values are computed
@@ -58,6 +59,9 @@ class Block:
   def __post_init__(self):
     if self.block_size < 1:
       raise InputError(f'block_size={self.block_size!r} must be >= 1')
+
+  def with_rule(self, rule: ReverseRule) -> 'Block':
+    return dataclasses.replace(self, inner=self.inner.with_rule(rule))
 
   def __call__(self, keys: jax.Array, canvas: Canvas, denoise: CachedDenoise
                ) -> Samples:

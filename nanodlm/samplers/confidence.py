@@ -12,13 +12,14 @@ from nanodlm.categorical import Draw
 from nanodlm.types import Canvas
 from nanodlm.types import Denoise
 from nanodlm.types import InputError
+from nanodlm.types import Sampler
 from nanodlm.types import Samples
 
 SCORES = ('max_prob', 'margin', 'entropy', 'random')
 
 
 @dataclasses.dataclass(frozen=True)
-class Confidence:
+class Confidence(Sampler):
   """Draws every masked position, keeps the most confident ones, masks the rest.
 
   The confidence of a position comes from the network's own distribution p

@@ -10,11 +10,12 @@ from nanodlm import reveal
 from nanodlm.categorical import Draw
 from nanodlm.types import Canvas
 from nanodlm.types import Denoise
+from nanodlm.types import Sampler
 from nanodlm.types import Samples
 
 
 @dataclasses.dataclass(frozen=True)
-class FirstHitting:
+class FirstHitting(Sampler):
   """Simulates the continuous-time reverse process without a grid.
 
   With n masks left the next one is revealed at the noise level

@@ -11,11 +11,12 @@ from nanodlm.categorical import Draw
 from nanodlm.types import Canvas
 from nanodlm.types import Denoise
 from nanodlm.types import InputError
+from nanodlm.types import Sampler
 from nanodlm.types import Samples
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedCount:
+class FixedCount(Sampler):
   """Reveals n / T of a row's n free positions in each step, in random order.
 
   The reverse of the fixed-count objective. With T = n it is the any-order

@@ -14,6 +14,7 @@ from nanodlm.types import Canvas
 from nanodlm.types import Denoise
 from nanodlm.types import InputError
 from nanodlm.types import ReverseRule
+from nanodlm.types import Sampler
 from nanodlm.types import Samples
 
 # The time told to the network when it corrects a finished text: near 0, with a
@@ -22,7 +23,7 @@ CORRECTION_TIME = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class Posterior:
+class Posterior(Sampler):
   """Walks a grid 1 = t_0 > ... > t_T = 0 with the objective's own rule.
 
   In each step every free position is drawn from p(xs | xt), independently of
@@ -59,6 +60,9 @@ class Posterior:
           f'sampler.num_corrections={self.num_corrections!r} must be 0 for a '
           'network that predicts masked tokens only: it cannot judge the '
           "others; objective.name='uniform' and 'hybrid' can")
+
+  def with_rule(self, rule: ReverseRule) -> 'Posterior':
+    return dataclasses.replace(self, rule=rule)
 
   def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
                ) -> Samples:

@@ -10,6 +10,7 @@ from nanodlm import sharding
 from nanodlm.types import CachedDenoise
 from nanodlm.types import Canvas
 from nanodlm.types import InputError
+from nanodlm.types import ReverseRule
 from nanodlm.types import Sampler
 from nanodlm.types import Samples
 
@@ -17,7 +18,7 @@ DEFAULT_BLOCK_SIZE = 32  # as in the paper
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixCache:
+class PrefixCache(Sampler):
   """Fills blocks from left to right; outside the block nothing is recomputed.
 
   APPROXIMATE: in a bidirectional model every key and value depends on the whole
@@ -42,6 +43,9 @@ class PrefixCache:
     if self.block_size < 0:
       raise InputError(f'sampler.block_size={self.block_size!r} must be >= 0 (0: '
                        f'{DEFAULT_BLOCK_SIZE})')
+
+  def with_rule(self, rule: ReverseRule) -> 'PrefixCache':
+    return dataclasses.replace(self, inner=self.inner.with_rule(rule))
 
   def __call__(self, keys: jax.Array, canvas: Canvas, denoise: CachedDenoise
                ) -> Samples:

@@ -12,6 +12,7 @@ from nanodlm.categorical import Draw
 from nanodlm.types import Canvas
 from nanodlm.types import Denoise
 from nanodlm.types import InputError
+from nanodlm.types import Sampler
 from nanodlm.types import Samples
 
 KINDS = ('cap', 'rescale', 'conf', 'loop')
@@ -25,7 +26,7 @@ TINY = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
-class Remask:
+class Remask(Sampler):
   """Ancestral sampling that returns revealed tokens to the mask now and then.
 
   In the step from t to s each revealed position is masked again with
