@@ -146,7 +146,9 @@ def log_prob(logits: jax.Array, mask_id: int, vocab: Vocab = WHOLE
              ) -> jax.Array:
   """The network's own distribution, [..., V] float32 log-probabilities."""
   logits = exclude_mask(logits, mask_id, vocab)
-  return logits - log_sum_exp(logits, vocab)[..., None]
+  # Shifted first: a probability near 1 is then exact to its distance from 1.
+  shifted = logits - vocab.max(logits)[..., None]
+  return shifted - jnp.log(vocab.sum(jnp.exp(shifted)))[..., None]
 
 
 def log_sum_exp(logits: jax.Array, vocab: Vocab = WHOLE) -> jax.Array:
