@@ -234,6 +234,10 @@ def _resolve_config(configs, defaults):
     if _MODE.value in ('eval', 'sample'):
       raise InputError(f'--workdir={_WORKDIR.value!r} holds no run (no config.json '
                         'in it)')
+    if _MODE.value == 'train' and not is_given:
+      raise InputError(
+          f'--workdir={_WORKDIR.value!r} holds no run to go on with; a new one '
+          'needs a --config, as configs/quickstart.py')
     return _CONFIG.value
   if is_given and _MODE.value in ('eval', 'sample'):
     raise InputError(f'--mode={_MODE.value} reads its config from --workdir; leave '

@@ -318,8 +318,11 @@ def _main(workdirs: Sequence[str]):
     raise InputError(f'--output={str(output)!r} exists and is not an empty folder')
   draws = _PLOT.value and bool(request.samplers)
   if draws and importlib.util.find_spec('matplotlib') is None:
-    raise InputError("curves.png needs matplotlib: pip install -e '.[plots]', or "
-                     'leave it out with --noplot')
+    if flags.FLAGS['plot'].present:
+      raise InputError("--plot needs matplotlib: pip install -e '.[plots]'")
+    print("no curves.png without matplotlib: pip install -e '.[plots]'",
+          file=sys.stderr)
+    draws = False
   _check_fits(workdirs, request)
   judge = judges.make_judge(_JUDGE.value) if _JUDGE.value else None
   results = [compare_run(workdir, request, judge, _SOURCE.value,

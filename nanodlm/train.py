@@ -351,6 +351,7 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
   length = settings.data.length
   num_steps, first_step = train.num_steps, int(state.step)
   step = first_step
+  log.info('compiling; the first step takes longest')
   batches = pipeline.make_train_iterator(
       packed, settings.data, seed=settings.seed, batch_size=batch_size,
       start_step=step, rows=meshes.local_rows(mesh, batch_size))

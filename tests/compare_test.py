@@ -129,5 +129,9 @@ def test_plot(tmp_path):
 
 def test_plot_without_matplotlib(runs, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(compare.importlib.util, 'find_spec', lambda name: None)
-  assert run_main(runs, output=str(tmp_path / 'new'), samplers=['auto']) == 2
-  assert '[plots]' in capsys.readouterr().err
+  output = tmp_path / 'new'
+  assert run_main(runs[:1], output=str(output), samplers=['auto'],
+                  num_steps=['4'], num_samples=8) == 0
+  assert 'no curves.png' in capsys.readouterr().err
+  assert sorted(path.name for path in output.iterdir()) == [
+      'comparison.json', 'comparison.txt']

@@ -278,6 +278,7 @@ def test_misused_modes(finished, tmp_path):
   for args, words in (
       (('--mode=sample', f'--workdir={tmp_path}'), 'holds no run'),
       (('--mode=train', TINY), 'needs --workdir'),
+      ((f'--workdir={tmp_path}/mistyped',), 'a new one needs a --config'),
       ((TINY, f'--workdir={tmp_path}', '--prompt_file=x'),
        '--prompt_file has no effect'),
       (('--mode=sample', f'--workdir={workdir}', '--prompt=' + 'x' * 65),

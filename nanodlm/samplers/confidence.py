@@ -82,8 +82,8 @@ class Confidence(Sampler):
           f'sampler.{key}={getattr(self, key)!r}' for key in rules)
       raise InputError(
           f'{values}: exactly one of them must be > 0 with sampler.name='
-          "'confidence', and the others 0: it says how many positions a call "
-          'keeps')
+          "'confidence', and the others 0 (--config.sampler.num_steps=0, say): it "
+          'says how many positions a call keeps')
     if self.threshold and self.score not in ('max_prob', 'margin'):
       raise InputError(
           f'sampler.threshold={self.threshold!r} is a probability: '
