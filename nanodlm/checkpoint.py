@@ -285,7 +285,10 @@ def restore_params(manager: ocp.CheckpointManager, params: Any, step: int,
 def _restore(manager, step, items):
   try:
     return manager.restore(step, args=ocp.args.Composite(**items))
-  except (ValueError, KeyError, FileNotFoundError) as error:
+  except jax.errors.JaxRuntimeError:  # of the devices, not of the files
+    raise
+  except Exception as error:  # pylint: disable=broad-exception-caught
+    # (For data that cannot be read Orbax raises no narrower one.)
     folder = manager.directory / str(step)
     hint = '' if (folder / CHECKSUMS).exists() else (
         f'. It has no {CHECKSUMS}, so it may be damaged: move that folder away to '
