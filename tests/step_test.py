@@ -29,6 +29,7 @@ from nanodlm.samplers.prefix_cache import PrefixCache
 from nanodlm.samplers.remask import Remask
 from nanodlm.types import Canvas
 from nanodlm.types import InputError
+from nanodlm.types import Sampler
 from tests import toys
 
 MASK = 11
@@ -532,10 +533,13 @@ class SampleStepTest(parameterized.TestCase):
     halves = sample(PrefixCache(inner, LENGTH // 2, MASK))
     self.assertEqual((whole.num_calls, halves.num_calls), (4, 8))
 
-    def plain(keys, canvas, denoise):  # with PrefixCache's keys of block 0
-      keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
-      return inner(keys, canvas, denoise)
-    np.testing.assert_array_equal(whole.tokens, sample(plain).tokens)
+    class Plain(Sampler):
+      """The inner sampler with PrefixCache's keys of block 0."""
+
+      def __call__(self, keys, canvas, denoise):
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
+        return inner(keys, canvas, denoise)
+    np.testing.assert_array_equal(whole.tokens, sample(Plain()).tokens)
     self.assertLess(halves.tokens.max(), MASK)
 
   @parameterized.parameters(
