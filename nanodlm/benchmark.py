@@ -143,9 +143,9 @@ def _forward_flops(config: model.ModelConfig, length: int) -> float:
   return (model.train_flops_per_token(config, length) - head) / 3
 
 
-def _make_trainer(config, settings, vocab_size: int):
-  """(compiled step, state, batch -> batch on the devices, network, parameters)."""
-  mesh, objective, network = _build(config, settings, vocab_size)
+def _make_trainer(config, settings, vocab_size: int, devices=None):
+  """The training step, what draws its state, and mesh, objective and network."""
+  mesh, objective, network = _build(config, settings, vocab_size, devices)
   num_steps = settings.train.num_steps
   optimizer = optim.make_optimizer(settings.optim, num_steps)
   train_step = steps.make_train_step(
@@ -156,12 +156,7 @@ def _make_trainer(config, settings, vocab_size: int):
   init = lambda: states.init_state(
       network.config, objective, optimizer, settings.seed,
       settings.optim.ema_decay > 0, network.shards)
-  state = jax.jit(init, out_shardings=meshes.shardings(
-      mesh, jax.eval_shape(init)))()
-  put = lambda batch: meshes.shard_whole_batch(mesh, batch)
-  batch = put(_random_batch(np.random.default_rng(0), settings, vocab_size))
-  return (train_step.lower(state, batch).compile(), state, put, network,
-          network.num_params(objective))
+  return train_step, init, mesh, objective, network
 
 
 def _random_batch(generator, settings, vocab_size: int, batch_size: int = 0
@@ -176,10 +171,15 @@ def benchmark_train(config, settings, vocab_size: int
                     ) -> dict[str, float]:
   """Times the training step; see the keys."""
   start = time.perf_counter()
-  train_step, state, put, network, num_params = _make_trainer(
+  train_step, init, mesh, objective, network = _make_trainer(
       config, settings, vocab_size)
+  state = jax.jit(init, out_shardings=meshes.shardings(
+      mesh, jax.eval_shape(init)))()
   state_bytes = meshes.bytes_per_device(state)
   generator = np.random.default_rng(0)
+  put = lambda batch: meshes.shard_whole_batch(mesh, batch)
+  train_step = train_step.lower(
+      state, put(_random_batch(generator, settings, vocab_size))).compile()
 
   def step():
     nonlocal state
@@ -194,7 +194,8 @@ def benchmark_train(config, settings, vocab_size: int
   num_tokens = settings.train.batch_size * length
   flops = model.train_flops_per_token(network.config, length) * num_tokens
   counted = hlo.cost(hlo.parse(train_step.as_text())).flops  # of one device
-  return {'num_params': num_params, 'compile_secs': compile_secs,
+  return {'num_params': network.num_params(objective),
+          'compile_secs': compile_secs,
           **_row(secs, num_tokens), 'least_flops': counted,
           'least_bytes': 2 * state_bytes,
           'flops_per_sec': flops / statistics.median(secs),
@@ -354,18 +355,9 @@ def count_scaling(config, vocab_size: int, num_devices: int) -> dict[str, Any]:
   config = config.copy_and_resolve_references()
   config.train.batch_size *= num_devices
   settings = configs.validate(config)
-  devices = jax.devices()[:num_devices]
-  mesh, objective, network = _build(config, settings, vocab_size, devices)
-  optimizer = optim.make_optimizer(settings.optim, settings.train.num_steps)
-  schedule = optim.make_schedule(settings.optim, settings.train.num_steps)
-  train_step = steps.make_train_step(
-      network, objective, optimizer, schedule, mesh,
-      batch_size=config.train.batch_size,
-      num_microbatches=settings.train.num_microbatches,
-      ema_decay=settings.optim.ema_decay)
-  state = jax.eval_shape(lambda: states.init_state(
-      network.config, objective, optimizer, settings.seed,
-      settings.optim.ema_decay > 0, network.shards))
+  train_step, init, mesh, *_ = _make_trainer(
+      config, settings, vocab_size, jax.devices()[:num_devices])
+  state = jax.eval_shape(init)
   state = meshes.place(meshes.shardings(mesh, state), state)
   batch = meshes.place(
       meshes.batch_sharding(mesh),
@@ -542,6 +534,7 @@ def plot_scaling(results: dict[str, Any], path: pathlib.Path):
           for row in rows]}.items():
     axes.plot(sizes, values, marker='o', label=f'{label} per device')
   axes.set(xscale='log', yscale='log', xlabel='devices, as many times the batch')
+  axes.set_xticks([], minor=True)
   axes.set_xticks(sizes, map(str, sizes))
   axes.grid(alpha=0.3)
   axes.legend()

@@ -149,9 +149,7 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   """
   abstract = jax.eval_shape(
       lambda: run.network.init_params(run.objective, jax.random.key(0)))
-  abstract = jax.tree.map(
-      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-      abstract, meshes.shardings(run.mesh, abstract))
+  abstract = meshes.place(meshes.shardings(run.mesh, abstract), abstract)
   if not (pathlib.Path(workdir) / checkpoint.FOLDER).is_dir():
     raise InputError(f'{workdir!r} holds no run (no {checkpoint.FOLDER} in it)')
   with checkpoint.open_manager(workdir, read_only=True) as manager:
