@@ -19,6 +19,7 @@ from nanodlm import mesh as meshes
 from nanodlm import step as steps
 from nanodlm import tokenizers
 from nanodlm import types
+from nanodlm import watch
 from nanodlm.types import Canvas
 from nanodlm.types import InputError
 
@@ -177,12 +178,15 @@ def shown_tokens(run: evaluate.Run, tokens: np.ndarray) -> np.ndarray:
   return until_end(tokens, run.tokenizer.separator_id)
 
 
-def make_fill(run: evaluate.Run, batch_size: int = 0):
+def make_fill(run: evaluate.Run, batch_size: int = 0,
+              view: watch.View | None = None):
   """Returns fill(params, key, tokens, fixed) -> (tokens, calls), numpy.
 
   Args:
     run: the network, and the sampler in its config.
     batch_size: canvases filled at once; 0 is all of them.
+    view: who watches each call, if anyone; rows that fill the batch up are
+      among those shown.
 
   Returns:
     A function of parameters, a key, and canvases tokens [N, n] int32 and fixed
@@ -192,7 +196,7 @@ def make_fill(run: evaluate.Run, batch_size: int = 0):
   sampler = configs.make_sampler(run.config, run.tokenizer.mask_id,
                                  run.tokenizer.separator_id)
   sample_step = steps.make_sample_step(run.network, run.objective, sampler,
-                                       run.mesh)
+                                       run.mesh, view)
   shards = meshes.num_batch_shards(run.mesh)
 
   def fill(params: Any, key: jax.Array, tokens: np.ndarray, fixed: np.ndarray

@@ -13,7 +13,7 @@ on an axis of one device, so that the network also runs without a mesh.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +182,32 @@ def on_any_device(flag: jax.Array) -> jax.Array:
   except NameError:  # no mesh
     return flag
   return jax.lax.pmax(flag.astype(jnp.int32), FSDP) > 0
+
+
+def on_first_device(make: Callable[[], jax.Array]) -> jax.Array:
+  """make() -> [] int32 on the first of the devices that share their rows.
+
+  All of them have its value: those of the axis `tensor`, and of `fsdp` the
+  smallest of theirs, since they go on together or not at all.
+  """
+  try:
+    index = jax.lax.axis_index(TENSOR)
+  except NameError:  # no mesh
+    return make()
+  # What the host returns counts as the same on all devices, and is not.
+  own = lambda: jax.lax.pcast(make(), AXES, to='varying')
+  value = jax.lax.cond(index == 0, own, lambda: zeros_like(own))
+  return jax.lax.pmin(jax.lax.psum(value, TENSOR), FSDP)
+
+
+def zeros_like(make: Callable[[], Any]) -> Any:
+  """Zeros of the shapes of make(), which vary over devices like its values."""
+  def zeros(x):
+    axes = tuple(x.manual_axis_type.varying)
+    value = jnp.zeros(x.shape, x.dtype)
+    return jax.lax.pcast(value, axes, to='varying') if axes else value
+
+  return jax.tree.map(zeros, jax.eval_shape(make))
 
 
 def padded(size: int, shards: Shards) -> int:

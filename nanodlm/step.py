@@ -19,6 +19,7 @@ from nanodlm import model
 from nanodlm import sharding
 from nanodlm import state as states
 from nanodlm import types
+from nanodlm import watch
 from nanodlm.sharding import Shards
 from nanodlm.state import TrainState
 from nanodlm.types import InputError
@@ -452,18 +453,32 @@ def make_score_step(network: Network, objective: Objective,
 
 
 def make_sample_step(network: Network, objective: Objective,
-                     sampler: types.Sampler, mesh: jax.sharding.Mesh
+                     sampler: types.Sampler, mesh: jax.sharding.Mesh,
+                     view: watch.View | None = None
                      ) -> Callable[[Any, jax.Array, types.Canvas], types.Samples]:
   """Builds the jitted sampler, (params, key, canvas) -> samples.
 
   The canvas's batch is a multiple of the mesh's batch shards. Row i draws from
   fold_in(key, i): its sample does not depend on the rest of the batch.
+
+  Args:
+    network: the network; dropout is off.
+    objective: what it was trained with.
+    sampler: the reverse rule.
+    mesh: the device mesh.
+    view: who watches the calls of the network, if anyone.
   """
   def step(params, key, canvas):
-    keys = _fold_in_each(key, _row_index(canvas.tokens.shape[0]))
+    num_rows = canvas.tokens.shape[0]
+    index = _row_index(num_rows)
+    keys = _fold_in_each(key, index)
     params = model.gather_ends(params, network.shards)
     run = sampler.with_rule(bind(objective, params))
-    samples = run(keys, canvas, Denoiser(network, objective, params))
+    denoise = Denoiser(network, objective, params)
+    if view is not None:
+      denoise = watch.Watched(denoise, view, num_rows, index[0],
+                              shift=-watch.AHEAD if objective.causal else 0)
+    samples = run(keys, canvas, denoise)
     return samples._replace(
         num_calls=jax.lax.pmax(samples.num_calls, meshes.BATCH_AXES))
 
