@@ -48,6 +48,19 @@ _PROMPT = flags.DEFINE_multi_string(
 _PROMPT_FILE = flags.DEFINE_string(
     'prompt_file', None, 'With --mode=sample: a JSONL file of more prompts, in '
     "the field 'prompt' of each line; gaps and braces as in --prompt.")
+_LIVE = flags.DEFINE_bool(
+    'live', None, 'With --mode=sample: show the canvases while they are filled; by '
+    'default where the output is a terminal.')
+_HTML = flags.DEFINE_string(
+    'html', '', 'With --mode=sample: a file for a page that replays how the samples '
+    'came to be.')
+_SAMPLERS = flags.DEFINE_string(
+    'samplers', '', 'With --mode=sample: several samplers, one after the other, as '
+    'fixed_count,confidence:threshold=0.9;num_steps=0 (keys of config.sampler); by '
+    "default the run's own.")
+_ALTERNATIVES = flags.DEFINE_integer(
+    'alternatives', 5, 'With --html: the probable tokens that are listed for each '
+    'position.', lower_bound=1, upper_bound=20)
 _NOISE_EXAMPLES = flags.DEFINE_integer(
     'noise_examples', 0, 'With --mode=eval: held-out rows on which the variance of '
     'the bound over its noise is measured, against independent times; 0: off.',
@@ -140,6 +153,8 @@ def _run() -> int:
   if not workdir and mode not in ('prepare', 'compile'):
     raise InputError(f'--mode={mode} needs --workdir')
   for flag, needed in ((_PROMPT, 'sample'), (_PROMPT_FILE, 'sample'),
+                       (_LIVE, 'sample'), (_HTML, 'sample'),
+                       (_SAMPLERS, 'sample'), (_ALTERNATIVES, 'sample'),
                        (_NOISE_EXAMPLES, 'eval'), (_INFILL, 'eval'),
                        (_TOPOLOGY, 'compile'), (_VOCAB_SIZE, 'compile')):
     if flag.value != flag.default and mode != needed:
@@ -191,11 +206,14 @@ def _run() -> int:
     if ratios:
       infill.infill_subject(subject, ratios, _INFILL_EXAMPLES.value)
   else:
+    from nanodlm import replay  # pylint: disable=g-import-not-at-top
     from nanodlm import sample  # pylint: disable=g-import-not-at-top
     prompts = list(_PROMPT.value)
     if _PROMPT_FILE.value is not None:
       prompts += sample.read_prompts(_PROMPT_FILE.value)
-    sample.sample_workdir(config, settings, workdir, prompts)
+    sample.sample_workdir(config, settings, workdir, prompts,
+                          replay.split_samplers(_SAMPLERS.value), _make_display(),
+                          _make_page())
   return 0
 
 
@@ -216,6 +234,32 @@ def _compile(configs) -> int:
                                 workdir)
   fits = [row['fits'] for row in report['programs'].values()]
   return 1 if False in fits else 0
+
+
+def _make_display():
+  """What --live asks for; None is plain text."""
+  from nanodlm import live  # pylint: disable=g-import-not-at-top
+  import rich.console  # pylint: disable=g-import-not-at-top
+  console = rich.console.Console()
+  is_possible = live.is_possible(console) and jax.process_count() == 1
+  if _LIVE.value and not is_possible:
+    raise InputError('--live needs a terminal that moves its cursor and shows '
+                     'UTF-8, and one process')
+  is_wanted = is_possible if _LIVE.value is None else _LIVE.value
+  return live.Display(console) if is_wanted else None
+
+
+def _make_page():
+  """What --html asks for."""
+  if not _HTML.value:
+    if _ALTERNATIVES.value != _ALTERNATIVES.default:
+      raise InputError(f'--alternatives={_ALTERNATIVES.value} needs --html')
+    return None
+  if jax.process_count() > 1:
+    raise InputError(f'--html={_HTML.value!r} is for one process: each sees its own '
+                     'samples only')
+  from nanodlm import replay  # pylint: disable=g-import-not-at-top
+  return replay.Page(_HTML.value, _ALTERNATIVES.value)
 
 
 def _exit_at_once(number, frame):

@@ -15,7 +15,9 @@ import numpy as np
 
 from nanodlm import config as configs
 from nanodlm import evaluate
+from nanodlm import live
 from nanodlm import mesh as meshes
+from nanodlm import replay
 from nanodlm import step as steps
 from nanodlm import tokenizers
 from nanodlm import types
@@ -217,25 +219,45 @@ def make_fill(run: evaluate.Run, batch_size: int = 0,
   return fill
 
 
-def make_sample(run: evaluate.Run):
-  """Returns sample(params, prompt, num_samples, key, length) -> (tokens, calls).
+class _Watchers:
+  """A `watch.Watch` of several, who change from canvas to canvas."""
 
-  tokens is a numpy array [num_samples, n] and calls the number of network calls.
+  def __init__(self):
+    self.those: list[watch.Watch] = []
+
+  def __call__(self, event: watch.Asked | watch.Answered) -> bool:
+    return all([one(event) for one in self.those])
+
+
+def make_sample(run: evaluate.Run):
+  """Returns sample(params, prompt, num_samples, key, length) -> what came of it.
+
+  That is: tokens [num_samples, n] numpy; fixed [n] bool, the prompt's; and the
+  trajectories of those rows, the first ones, that this process computes.
   """
-  fill = make_fill(run)
+  watchers = _Watchers()
+  fill = make_fill(run, view=watch.View(watchers, run.tokenizer.mask_id))
 
   def sample(params: Any, prompt: str, num_samples: int, key: jax.Array,
-             length: int) -> tuple[np.ndarray, int]:
+             length: int
+             ) -> tuple[np.ndarray, np.ndarray, list[watch.Trajectory]]:
     row, fixed = lay_out(run, prompt, length)
-    tokens, num_calls = fill(params, key, np.tile(row, (num_samples, 1)),
-                             np.tile(fixed, (num_samples, 1)))
-    return tokens, int(num_calls)
+    canvas = np.tile(row, (num_samples, 1))
+    recorder = watch.Recorder(whole_batch(run, canvas))
+    watchers.those = [recorder]
+    tokens, _ = fill(params, key, canvas, np.tile(fixed, (num_samples, 1)))
+    seen = [trajectory for trajectory in recorder.trajectories(tokens)
+            if trajectory.answers]
+    return tokens, fixed, seen
 
   return sample
 
 
 def sample_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
-                   workdir: str, prompts: Sequence[str]):
+                   workdir: str, prompts: Sequence[str],
+                   samplers: Sequence[str] = (),
+                   display: live.Display | None = None,
+                   page: replay.Page | None = None):
   """--mode=sample: prints samples and appends them to workdir/samples.jsonl.
 
   A model of pairs has said what it has to say at the first separator: what is
@@ -247,40 +269,83 @@ def sample_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
     settings: its checked sections.
     workdir: of the run.
     prompts: see `parse_prompt`; none is one blank canvas.
+    samplers: see `replay.with_samplers`; all with the run's number, length and
+      seed of samples.
+    display: shows the canvases while they are filled.
+    page: is written with the making of all of them.
   """
   run = evaluate.make_run(config, settings, tokenizers.load(workdir))
+  runs = replay.with_samplers(run, samplers)
   length = settings.sample.length or settings.data.length
+  prompts = prompts or ['']
   for prompt in prompts:  # before the slow part
     lay_out(run, prompt, length)
   params, step = evaluate.load_params(run, workdir)
-  sample = make_sample(run)
+  watchers = _Watchers()
+  view = None
+  if display or page:
+    view = watch.View(watchers, run.tokenizer.mask_id,
+                      replay.NUM_RECORDED if page else 0)
+  fills = [make_fill(changed, view=view) for _, changed in runs]
   num_samples = settings.sample.num_samples
-  for i, prompt in enumerate(prompts or ['']):
-    key = jax.random.fold_in(jax.random.key(settings.sample.seed), i)
-    start = time.monotonic()
-    tokens, num_calls = sample(params, prompt, num_samples, key, length)
-    secs = time.monotonic() - start
-    if jax.process_index():
-      continue
-    texts = [run.tokenizer.decode(row) for row in tokens]
-    lines = []
-    for j, (text, row) in enumerate(zip(texts, tokens)):
-      shown = shown_tokens(run, row)
-      num_behind = np.sum(row[len(shown):] != run.tokenizer.separator_id)
-      print(f'--- sample {j + 1} of {num_samples}'
-            + (f', prompt {prompt!r}' if prompt else '')
-            + (f', ends after {len(shown)} of {len(row)} tokens'
-               if len(shown) < len(row) else '')
-            + (f', {num_behind} tokens of text behind its end' if num_behind
-               else ''))
-      shown = run.tokenizer.decode(shown)
-      print(shown)
-      lines.append(json.dumps({
-          'prompt': prompt, 'text': text, 'shown': shown,
-          'tokens': row.tolist(), 'step': step,
-          'num_calls': num_calls, 'sampler': {
-              **config.sampler.to_dict(), 'name': configs.sampler_name(config)}}))
-    print(f'--- {tokens.size} tokens, {num_calls} network calls, {secs:.1f} s '
-          'with compilation', flush=True)
-    with open(pathlib.Path(workdir) / 'samples.jsonl', 'a') as file:
-      file.write('\n'.join(lines) + '\n')
+  for i, prompt in enumerate(prompts):
+    tokens, fixed = (np.tile(x, (num_samples, 1))
+                     for x in lay_out(run, prompt, length))
+    for (label, changed), fill in zip(runs, fills):
+      key = jax.random.fold_in(jax.random.key(settings.sample.seed), i)
+      work = lambda: fill(params, key, tokens, fixed)  # pylint: disable=cell-var-from-loop
+      recorder = watch.Recorder(whole_batch(run, tokens))
+      watchers.those = [recorder] if page else []
+      start = time.monotonic()
+      if display:
+        watchers.those.append(display.watch)
+        title = f'{label}, step {step}' + (f', prompt {prompt!r}' if prompt else '')
+        samples, num_calls = display.run(work, run.tokenizer, title, tokens, fixed)
+      else:
+        samples, num_calls = work()
+      secs = time.monotonic() - start
+      if page:
+        page.add(changed, label, prompt, fixed[0],
+                 recorder.trajectories(samples),
+                 [len(shown_tokens(run, row)) for row in samples])
+      if not jax.process_index():
+        _report(changed, workdir, prompt, samples, int(num_calls), step,
+                f', {label}' if len(runs) > 1 else '', secs)
+  if page:
+    size = page.write(
+        run.tokenizer, pathlib.Path(workdir).resolve().name,
+        f'{config.objective.name}, step {step}, {length} tokens, '
+        f'{run.config.tokenizer.name}')
+    print(f'--- {page.path}: {size / 2**20:.2f} MiB', flush=True)
+
+
+def whole_batch(run: evaluate.Run, tokens: np.ndarray) -> np.ndarray:
+  """Tokens [N, n] with the rows that `make_fill` adds for the devices' sake."""
+  shards = meshes.num_batch_shards(run.mesh)
+  return evaluate.pad_rows(tokens, -(-len(tokens) // shards) * shards)
+
+
+def _report(run: evaluate.Run, workdir: str, prompt: str, tokens: np.ndarray,
+            num_calls: int, step: int, label: str, secs: float):
+  """Prints the samples [N, n] of a prompt and appends them to the file."""
+  lines = []
+  for j, row in enumerate(tokens):
+    shown = shown_tokens(run, row)
+    num_behind = np.sum(row[len(shown):] != run.tokenizer.separator_id)
+    print(f'--- sample {j + 1} of {len(tokens)}{label}'
+          + (f', prompt {prompt!r}' if prompt else '')
+          + (f', ends after {len(shown)} of {len(row)} tokens'
+             if len(shown) < len(row) else '')
+          + (f', {num_behind} tokens of text behind its end' if num_behind
+             else ''))
+    shown = run.tokenizer.decode(shown)
+    print(shown)
+    lines.append(json.dumps({
+        'prompt': prompt, 'text': run.tokenizer.decode(row), 'shown': shown,
+        'tokens': row.tolist(), 'step': step, 'num_calls': num_calls, 'sampler': {
+            **run.config.sampler.to_dict(),
+            'name': configs.sampler_name(run.config)}}))
+  print(f'--- {tokens.size} tokens, {num_calls} network calls, {secs:.1f} s '
+        'with compilation', flush=True)
+  with open(pathlib.Path(workdir) / 'samples.jsonl', 'a') as file:
+    file.write('\n'.join(lines) + '\n')

@@ -54,6 +54,8 @@ class Tokenizer(Protocol):
       with the same fingerprint are interchangeable.
     num_bytes: [vocab_size] int32, UTF-8 bytes of text that each id stands for;
       0 for the separator and the mask.
+    pieces: the UTF-8 bytes that ids 0, 1, ... stand for; a separator or mask
+      that is not the underlying tokenizer's own lies behind them.
   """
 
   name: str
@@ -62,6 +64,7 @@ class Tokenizer(Protocol):
   separator_id: int
   fingerprint: str
   num_bytes: np.ndarray
+  pieces: tuple[bytes, ...]
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the ids of `text`, [n] int32; no separator is added."""
@@ -79,6 +82,14 @@ class Tokenizer(Protocol):
 
     Returns:
       The text. A separator is printed as an empty line.
+    """
+
+  def spell(self, tokens: Sequence[int] | np.ndarray,
+            mask_text: str = '_') -> list[str]:
+    """Returns the part of the text that each of the ids [n] stands for.
+
+    A character that several ids spell is the first one's, and '' the others'; a
+    byte that is no part of a character is U+FFFD.
     """
 
   def to_json(self) -> dict[str, Any]:
@@ -129,6 +140,21 @@ class _Table:
     text = b''.join(
         special[i] if i in special else self.pieces[i] for i in ids)
     return text.decode('utf-8', errors='replace')
+
+  def spell(self, tokens: Sequence[int] | np.ndarray,
+            mask_text: str = '_') -> list[str]:
+    special = {self.mask_id: mask_text.encode(),
+               self.separator_id: SEPARATOR_TEXT.encode()}
+    ids = np.asarray(tokens).reshape(-1).tolist()
+    pieces = [special[i] if i in special else self.pieces[i] for i in ids]
+    owners = [i for i, piece in enumerate(pieces) for _ in piece]
+    texts, place = [''] * len(ids), 0
+    # A broken byte becomes a lone surrogate: one character, one byte.
+    for character in b''.join(pieces).decode('utf-8', 'surrogateescape'):
+      is_broken = '\udc80' <= character <= '\udcff'
+      texts[owners[place]] += '\ufffd' if is_broken else character
+      place += 1 if is_broken else len(character.encode())
+    return texts
 
   def to_json(self) -> dict[str, Any]:
     return {

@@ -14,6 +14,7 @@ from typing import Any, Iterator
 
 import jax
 from ml_collections import config_dict
+import numpy as np
 
 from nanodlm import checkpoint
 from nanodlm import config as configs
@@ -24,6 +25,7 @@ from nanodlm import metrics
 from nanodlm import model
 from nanodlm import multihost
 from nanodlm import optim
+from nanodlm import replay
 from nanodlm import sample
 from nanodlm import sharding
 from nanodlm import state as states
@@ -38,6 +40,8 @@ log = logging.getLogger('nanodlm')
 METRICS_FILE = 'metrics.jsonl'
 # The first step of a start that a profile traces: past compilation.
 PROFILE_FIRST_STEP = 10
+# Values of each parameter that its histogram is made of, evenly spaced.
+HISTOGRAM_VALUES = 20_000
 
 
 class TrainingDiverged(RuntimeError):
@@ -139,6 +143,9 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
       with contextlib.ExitStack() as stack:
         caught = stack.enter_context(_catch_signals())
         writer = stack.enter_context(_writers(workdir, config, settings))
+        writer.write_hparams(configs.flatten(config))
+        writer.write_texts(int(state.step), {
+            'config': f'```json\n{configs.to_json(config)}```'})
         _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
               writer, caught, start)
       checkpoint.wait(manager)
@@ -423,11 +430,16 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
     if means is None:
       return
     writer.write_scalars(number, means)
+    if not jax.process_index():
+      writer.write_histograms(number, some_values(params))
     log.info('step %d, %s', number, evaluate.describe(means, run.objective.exact))
     if draw:
       key = jax.random.fold_in(jax.random.key(settings.sample.seed), number)
-      rows, _ = draw(params, prompt, train.num_samples, key,
-                     settings.sample.length or length)
+      rows, fixed, trajectories = draw(params, prompt, train.num_samples, key,
+                                       settings.sample.length or length)
+      if trajectories:
+        writer.write_images(number, {
+            'samples/reveal_order': replay.order_image(trajectories, fixed)[None]})
       texts = [run.tokenizer.decode(sample.shown_tokens(run, row))
                for row in rows]
       writer.write_texts(number, {f'samples/{i}': f'```\n{text}\n```'
@@ -478,6 +490,22 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
     log.info('the run has taken %d of train.num_steps=%d steps', first_step,
              num_steps)
     show(first_step, state.eval_params)
+
+
+def some_values(params: Any) -> dict[str, np.ndarray]:
+  """At most about HISTOGRAM_VALUES of each parameter, by its name.
+
+  Of those that this process's devices hold: nothing is gathered, so that no other
+  process takes part.
+  """
+  values = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    shards = {str(shard.index): shard.data for shard in leaf.addressable_shards}
+    stride = -(-sum(x.size for x in shards.values()) // HISTOGRAM_VALUES)
+    values[f'params/{name}'] = np.concatenate([
+        np.asarray(x.reshape(-1)[::stride]) for x in shards.values()])
+  return values
 
 
 def _first_prompt(run: evaluate.Run, packed: builder.PackedData) -> str:

@@ -181,6 +181,10 @@ def test_fine_tunes_on_pairs_and_answers(finished, tmp_path):
       f'--config.checkpoint.init_from={finished[0]}')
   assert status == 0, output
   assert re.search(r'sample:\n    \{\d+\}\?', output)  # after a held-out prompt
+  (events,) = workdir.glob('events.out.tfevents.*')
+  for tag in (b'samples/reveal_order', b'params/last_layer/query/kernel',
+              b'_hparams_', b'"num_layers": 2'):
+    assert tag in events.read_bytes()
   prompts = tmp_path / 'prompts.jsonl'
   prompts.write_text('{"prompt": "{{7}}?"}\n{"prompt": "{{8}}?"}\n')
   status, output = launch(

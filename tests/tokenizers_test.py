@@ -71,6 +71,25 @@ class TokenizersTest(parameterized.TestCase):
     self.assertEqual(json['fingerprint'], tokenizer.fingerprint)
 
   @parameterized.parameters('bytes', 'sentencepiece', 'gpt2')
+  def test_spell_is_decode_token_by_token(self, name):
+    tokenizer = self.make(name)
+    control = [tokenizer.mask_id, tokenizer.separator_id]
+    for text in TEXTS:
+      tokens = [*tokenizer.encode(text), *control]
+      spelled = tokenizer.spell(tokens, mask_text='[M]')
+      self.assertLen(spelled, len(tokens))
+      self.assertEqual(''.join(spelled), tokenizer.decode(tokens, '[M]'))
+      self.assertEqual(spelled[-2:], ['[M]', '\n\n'])
+
+  def test_spell_of_broken_bytes(self):
+    tokenizer = tokenizers.BytesTokenizer()
+    whole = [*'é😀'.encode()]
+    self.assertEqual(tokenizer.spell([97, *whole]), ['a', 'é', '', '😀', '', '', ''])
+    broken = [whole[0], tokenizer.mask_id, *whole[2:5], 97, 255]
+    self.assertEqual(tokenizer.spell(broken),
+                     ['\ufffd', '_', '\ufffd', '\ufffd', '\ufffd', 'a', '\ufffd'])
+
+  @parameterized.parameters('bytes', 'sentencepiece', 'gpt2')
   def test_decode_prints_mask_and_separator(self, name):
     tokenizer = self.make(name)
     a, b = tokenizer.encode('fox'), tokenizer.encode('dog')

@@ -1,0 +1,25 @@
+"""Tests of what nanodlm.train reports."""
+
+import jax
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from nanodlm import mesh as meshes
+from nanodlm import train
+
+
+def test_some_values_of_each_parameter():
+  mesh = meshes.make_mesh(meshes.MeshConfig(2, 2, 2))
+  big = np.random.default_rng(0).permutation(400_000).reshape(400, 1000)
+  tree = {'small': np.arange(6.0).reshape(2, 3), 'layers': {'kernel': big}}
+  for spec in (P(), P('fsdp', 'tensor')):
+    specs = {'small': P(), 'layers': {'kernel': spec}}
+    params = jax.device_put(tree, jax.tree.map(
+        lambda spec: jax.sharding.NamedSharding(mesh, spec), specs))
+    values = train.some_values(params)
+    assert values.keys() == {'params/small', 'params/layers/kernel'}
+    # Each once, however many devices hold a copy.
+    np.testing.assert_array_equal(values['params/small'], np.arange(6.0))
+    kernel = values['params/layers/kernel']
+    assert len(np.unique(kernel)) == len(kernel) == train.HISTOGRAM_VALUES
+    assert abs(kernel.mean() - 200_000) < 3_000
