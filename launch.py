@@ -194,6 +194,8 @@ def _run() -> int:
   # Nothing is half written in these modes. JAX's runtime can lose the exception
   # of a Ctrl-C, or take long to end.
   signal.signal(signal.SIGINT, _exit_at_once)
+  if jax.process_count() == 1:  # else it is JAX's own
+    signal.signal(signal.SIGTERM, _exit_at_once)
   if mode == 'eval':
     from nanodlm import evaluate  # pylint: disable=g-import-not-at-top
     from nanodlm import infill  # pylint: disable=g-import-not-at-top
@@ -264,7 +266,7 @@ def _make_page():
 
 def _exit_at_once(number, frame):
   del frame
-  os.write(2, b'interrupted\n')
+  os.write(2, f'interrupted by {signal.Signals(number).name}\n'.encode())
   os._exit(128 + number)
 
 

@@ -14,17 +14,21 @@ tokenizer and network. Tried on 4596 questions about Python's standard library
 bits/byte. They look like docstrings and end like them, without their sense.
 """
 
+from ml_collections import config_dict
+
 from configs import quickstart
 
 
 def get_config():
   config = quickstart.get_config()
+  # --config.checkpoint.init_from=OTHER takes that run's tokenizer too.
+  start = config_dict.FieldReference('runs/quickstart')
   config.data.source = 'pairs:pairs.jsonl'
   config.data.crop = 'chunk'
   config.data.eval_fraction = 0.1
-  config.tokenizer.path = 'runs/quickstart/tokenizer.model'
+  config.tokenizer.path = start + '/tokenizer.model'
   config.tokenizer.vocab_size = 0
-  config.checkpoint.init_from = 'runs/quickstart'
+  config.checkpoint.init_from = start
   config.optim.learning_rate = 1e-3
   config.optim.ema_decay = 0.99
   config.eval.max_examples = 0

@@ -47,20 +47,23 @@ _MAX_EXAMPLES = flags.DEFINE_integer(
 _JUDGE = flags.DEFINE_string(
     'judge', '', "For generative perplexity: the workdir of an autoregressive run, "
     "or 'hf:NAME_OR_PATH'.")
+# The benchmark has flags of these names too; both are imported where the reference
+# of the API is made.
 _SAMPLERS = flags.DEFINE_list(
     'samplers', None, "Samplers; each run takes those that fit it. By default "
-    "'auto' with --judge, else none.")
+    "'auto' with --judge, else none.", allow_override=True)
 _NUM_STEPS = flags.DEFINE_list('num_steps', ['16', '64', '256'],
                                'Network calls of the samplers that have a choice.')
 _NUM_SAMPLES = flags.DEFINE_integer('num_samples', 32, 'Texts for each point.',
-                                    lower_bound=2)
+                                    lower_bound=2, allow_override=True)
 _LENGTH = flags.DEFINE_integer(
     'length', 0, "Tokens of a sample; 0: each run's data.length.", lower_bound=0)
 _TEMPERATURE = flags.DEFINE_float('temperature', 1.0, 'As sampler.temperature.')
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'As sampler.top_k.')
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'As sampler.top_p.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the samples.')
-_PLOT = flags.DEFINE_bool('plot', True, 'Whether to draw curves.png.')
+_PLOT = flags.DEFINE_bool('plot', True, 'Whether to draw curves.png.',
+                          allow_override=True)
 
 AUTO = 'auto'
 
@@ -348,6 +351,7 @@ def _without_nan(tree: Any) -> Any:
 
 
 def main(argv):
+  """Compares the runs of the command line; 2 for a mistake in it."""
   # JAX tells on the terminal which devices it did not find.
   logging.set_verbosity(logging.ERROR)
   try:

@@ -30,6 +30,8 @@ CONFIG_FILE = 'config.json'
 EVAL_FILE = 'eval.jsonl'
 # Independent evaluations that the variance of one is measured from.
 NUM_REPEATS = 8
+# On fewer rows the interval of a ratio of variances is a guess itself.
+FEW_NOISE_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,6 +406,12 @@ def evaluate_subject(subject: Subject, noise_examples: int = 0
   if noise_examples:
     noise = measure_noise(run, packed, params, noise_examples)
     log.info('%s', describe_noise(noise))
+    num_rows = min(noise_examples, len(packed.validation))
+    if num_rows < FEW_NOISE_ROWS:
+      log.warning('the noise was measured on %d row%s only, so its figures are rough '
+                  'and their interval may be too narrow; --noise_examples=%d or more '
+                  'says more', num_rows, '' if num_rows == 1 else 's',
+                  2 * FEW_NOISE_ROWS)
     means |= {f'eval/{key}': value for key, value in noise.items()}
   subject.append(metrics.finite_or_none(means))
   return means

@@ -29,6 +29,8 @@ _NAMES = re.compile(r'%([\w.\-]+)')
 _CALLED = re.compile(
     r'(?:calls|to_apply|body|condition|true_computation|false_computation)='
     r'%?([\w.\-]+)|(?:branch_computations|called_computations)=\{([^}]*)\}')
+# {{0,1},{2,3}}, or [groups,size]<=[...]; {} is one group of all.
+_GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])')
 _WINDOW = re.compile(r'window=\{([^}]*)\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -255,7 +257,7 @@ class Cost:
     kernels: calls of kernels, which the compiler does not estimate: {`Kernel`:
       calls}.
     collectives: {kind: [number, bytes]}; bytes are the larger of what goes in
-      and what comes out on one device.
+      and what comes out on one device. Those of a device with itself are none.
     cycles_by_op: cycles by where they come from in the traced program.
     num_unknown_loops: loops whose trips depend on data; their bodies count once.
   """
@@ -310,6 +312,8 @@ class _Walk:
     total.flops += dot_flops(self._module, instruction)
     kind = opcode.removesuffix('-start')
     if kind in COLLECTIVES:
+      if group_size(instruction) == 1:
+        return
       self._count_collective(total, kind, instruction)
       return
     if not is_fused:  # the parts of a fusion are in its own estimate
@@ -343,6 +347,14 @@ class _Walk:
     counted = total.collectives.setdefault(kind, [0, 0])
     counted[0] += 1
     counted[1] += max(into, size)
+
+
+def group_size(instruction: Instruction) -> int | None:
+  """Devices that take part in a collective together; None where all do."""
+  match = _GROUPS.search(instruction.rest)
+  if not match:
+    return None
+  return int(match[2]) if match[2] else len(match[1].split(','))
 
 
 def estimated_cycles(instruction: Instruction) -> float:

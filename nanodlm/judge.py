@@ -98,6 +98,7 @@ class NanodlmJudge:
 
   @property
   def window(self) -> int:
+    """Tokens that it reads at once: those of a row of its training."""
     return self.run.settings.data.length
 
   @functools.cached_property

@@ -356,6 +356,7 @@ def _main(options: flags.FlagValues):
 
 
 def main(argv):
+  """Runs the harness on the workdir of the command line; 2 for a mistake in it."""
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   logging.set_verbosity(logging.ERROR)

@@ -1,4 +1,7 @@
-"""One training run at a time in a workdir."""
+"""One training run at a time in a workdir.
+
+JAX is imported where a run takes the lock, not where somebody looks at it.
+"""
 
 import contextlib
 import fcntl
@@ -6,14 +9,33 @@ import logging
 import os
 import pathlib
 import socket
+import time
 from typing import Iterator
 
-from nanodlm import multihost
-from nanodlm.types import InputError
+from nanodlm.errors import InputError
 
 log = logging.getLogger('nanodlm')
 
 LOCK_FILE = '.lock'
+# `is_held` may have the lock for an instant.
+_RETRY_SECS = 0.1
+
+
+def is_held(workdir: str) -> bool | None:
+  """Whether a training run is going on in `workdir`; None where none can say.
+
+  Without JAX, and without being in the way of a run that starts meanwhile.
+  """
+  try:
+    with open(pathlib.Path(workdir) / LOCK_FILE) as file:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except FileNotFoundError:
+    return False
+  except BlockingIOError:
+    return True
+  except OSError:  # it may not be read, or the file system has no locks
+    return None
+  return False
 
 
 def check_free(workdir: str):
@@ -21,6 +43,7 @@ def check_free(workdir: str):
 
   Before the slow part of a start; `hold` is what keeps others out.
   """
+  from nanodlm import multihost  # pylint: disable=g-import-not-at-top
   if multihost.on_process_0((pathlib.Path(workdir) / LOCK_FILE).exists):
     with hold(workdir):
       pass
@@ -37,6 +60,7 @@ def hold(workdir: str) -> Iterator[None]:
   Raises:
     InputError: another run holds it.
   """
+  from nanodlm import multihost  # pylint: disable=g-import-not-at-top
   with contextlib.ExitStack() as stack:
     multihost.on_process_0(lambda: _lock(workdir, stack))
     yield
@@ -49,7 +73,11 @@ def _lock(workdir: str, stack: contextlib.ExitStack) -> int:
   # could be locked by one run while another locks its successor.
   file = stack.enter_context(open(path, 'a+'))
   try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      time.sleep(_RETRY_SECS)
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
     file.seek(0)
     raise InputError(

@@ -72,10 +72,12 @@ class MaskedNoise(Objective):
 
   @property
   def group_size(self) -> int:
+    """Two where noise by count is drawn in pairs (k, L + 1 - k)."""
     return 2 if self.noise == 'count' else 1
 
   @property
   def process(self) -> processes.Masked:
+    """How tokens become noise."""
     return processes.Masked(self.mask_id)
 
   def evaluation(self) -> 'MaskedNoise':

@@ -144,14 +144,17 @@ class ModelConfig:
 
   @property
   def head_dim(self) -> int:
+    """Width of a head."""
     return self.embed_dim // self.num_heads
 
   @property
   def is_gated(self) -> bool:
+    """Whether the MLP has a second input matrix, its gate."""
     return self.mlp in GATED
 
   @property
   def mlp_width(self) -> int:
+    """Hidden width of the MLP, `mlp_dim` or its default."""
     if self.mlp_dim:
       return self.mlp_dim
     if self.is_gated:

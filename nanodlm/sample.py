@@ -69,6 +69,12 @@ def parse_prompt(prompt: str) -> list[str | Gap]:
   return parts
 
 
+def literal_braces(prompt: str) -> list[str]:
+  """What looks like a gap of a prompt and is none: '{x}', or a single brace."""
+  rest = _PARTS.sub('\0', prompt)
+  return list(dict.fromkeys(re.findall(r'\{[^{}\0]*\}|[{}]', rest)))
+
+
 def make_canvas(prompt: str, tokenizer: tokenizers.Tokenizer, length: int,
                 sees_right: bool) -> tuple[np.ndarray, np.ndarray]:
   """Lays a prompt out on at most `length` tokens.
@@ -280,6 +286,9 @@ def sample_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
   prompts = prompts or ['']
   for prompt in prompts:  # before the slow part
     lay_out(run, prompt, length)
+    if literal := literal_braces(prompt):
+      log.warning('--prompt=%r: %s is text, no gap; a gap is {} or {12}, and doubled '
+                  'braces are braces', prompt, ', '.join(map(repr, literal)))
   params, step = evaluate.load_params(run, workdir)
   watchers = _Watchers()
   view = None

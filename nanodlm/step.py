@@ -47,6 +47,7 @@ class Network:
 
   @property
   def transformer(self) -> model.Transformer:
+    """The module, its parameters apart."""
     return model.Transformer(self.config, self.shards)
 
   def init_params(self, objective: Objective, key: jax.Array):

@@ -4,13 +4,7 @@ from typing import Any, Callable, NamedTuple, Protocol
 
 import jax
 
-
-class InputError(ValueError):
-  """A mistake in what the user gave: a setting, a file, a prompt, a workdir.
-
-  Its message names the key, the value and what is allowed; launch.py prints it
-  without a traceback.
-  """
+from nanodlm.errors import InputError  # pylint: disable=unused-import
 
 
 class Noised(NamedTuple):

@@ -1,5 +1,6 @@
 """The benchmark runs without TensorFlow and prints figures that agree."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -26,10 +27,13 @@ def run(*args):
       text=True, timeout=300, env={**os.environ, 'XLA_FLAGS': ''}, check=False)
 
 
-def test_figures_agree():
+def test_figures_agree(tmp_path):
+  picture = tmp_path / 'shares.png'
+  plot = [f'--plot={picture}'] if importlib.util.find_spec('matplotlib') else []
   done = run('--config=configs/tiny.py', '--json', '--num_timed=2',
-             '--samplers=fixed_count', '--num_samples=2')
+             '--samplers=fixed_count', '--num_samples=2', *plot)
   assert done.returncode == 0, done.stderr
+  assert not plot or picture.read_bytes()[:4] == b'\x89PNG'
   results = json.loads(done.stdout)
   train, sample = results['train'], results['sample/fixed_count']
   # 258 x 64 embeddings; two layers of 4 x 64^2 + 3 x 64 x 192 and norms.

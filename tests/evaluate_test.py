@@ -84,6 +84,7 @@ def test_noise_of_both_estimators(flat, caplog):
     means = evaluate_on(flat, '', noise_examples=16)
   assert means['eval/naive_noise_ci95'] > 0
   assert 'times as many network calls' in caplog.text
+  assert 'measured on 16 rows only' in caplog.text
 
 
 def test_score_takes_any_number_of_rows(tmp_path):

@@ -127,3 +127,20 @@ class CompiledHereTest(parameterized.TestCase):
     cost = cost_of(f, np.ones((16, 100), np.float32))
     self.assertEqual(cost.collectives, {
         'all-reduce': [7, 7 * 2 * 100 * 4], 'all-gather': [1, 8 * 2 * 100 * 4]})
+
+  def test_a_device_sends_itself_nothing(self):
+    for sizes in ((1, 8, 1), (8, 1, 1)):
+      mesh = meshes.make_mesh(meshes.MeshConfig(*sizes))
+      f = jax.shard_map(lambda x: jax.lax.psum(x, 'data'), mesh=mesh,
+                        in_specs=P('data'), out_specs=P())
+      collectives = cost_of(f, np.ones((16, 100), np.float32)).collectives
+      self.assertEqual(list(collectives), ['all-reduce'] if sizes[0] > 1 else [])
+
+  @parameterized.parameters(
+      ('{{0}}', 1), ('{{0},{1}}', 1), ('{{0,1},{2,3}}', 2), ('[4,1]<=[4]', 1),
+      ('[2,4]<=[8]', 4), ('{}', None))
+  def test_size_of_a_group(self, groups, size):
+    (line,) = hlo.parse(
+        'ENTRY %main {\n  ROOT %r = f32[] all-reduce(%x), channel_id=1, '
+        f'replica_groups={groups}, to_apply=%add\n}}').computations['main']
+    self.assertEqual(hlo.group_size(line), size)

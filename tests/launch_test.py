@@ -154,6 +154,19 @@ def test_eval_and_sample_need_only_the_workdir(finished):
     assert sample['text'] in output
 
 
+def test_ended_evaluation_says_so(finished):
+  workdir, _ = finished
+  before = (workdir / 'eval.jsonl').read_bytes()
+  process = start('--mode=eval', f'--workdir={workdir}',
+                  '--config.data.source=text:*.md', '--config.eval.num_draws=100000')
+  assert 'evaluating on' in process.stdout.readline()
+  process.send_signal(signal.SIGTERM)
+  output, _ = process.communicate(timeout=60)
+  assert process.returncode == 128 + signal.SIGTERM
+  assert output.splitlines()[-1] == 'interrupted by SIGTERM'
+  assert (workdir / 'eval.jsonl').read_bytes() == before
+
+
 def test_starts_from_another_runs_weights(finished, tmp_path):
   reference, _ = finished
   status, output = launch(

@@ -8,20 +8,22 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / 'nanodlm'
 LAYERS = {
     0: ('types', 'schedules', 'times', 'processes', 'categorical', 'reveal',
-        'masking', 'sharding', 'hugepages', 'guidance', 'multihost'),
+        'masking', 'sharding', 'hugepages', 'guidance', 'multihost', 'errors',
+        'plots'),
     1: ('objectives', 'samplers', 'attention', 'pallas_attention', 'losses', 'watch',
         'model', 'metrics', 'tokenizers', 'hlo'),
     2: ('mesh', 'optim', 'state', 'checkpoint', 'data', 'config', 'lock'),
     3: ('step',),
     4: ('evaluate', 'sample', 'train', 'benchmark', 'infill', 'judge', 'compare',
-        'lm_eval_adapter', 'compile'),
+        'lm_eval_adapter', 'compile', 'report'),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 # Libraries that few modules may import.
 ONLY_IN = {
     'tensorflow': (), 'tensorflow_datasets': ('data',), 'grain': ('data',),
     'orbax': ('checkpoint',), 'clu': ('train',),
-    'torch': ('judge',), 'transformers': ('judge',), 'matplotlib': ('compare', 'benchmark'),
+    'torch': ('judge',), 'transformers': ('judge',),
+    'matplotlib': ('compare', 'benchmark', 'plots'),
     'lm_eval': ('lm_eval_adapter',),
     # They run what a file tells them to.
     'pickle': (), 'cloudpickle': (), 'dill': (), 'joblib': (), 'marshal': (),

@@ -27,6 +27,15 @@ def test_parse_prompt(prompt, parts):
   assert sample.parse_prompt(prompt) == parts
 
 
+@pytest.mark.parametrize('prompt, literal', [
+    ('', []), ('a {} b {12} c', []), ('{{x}} {}', []),
+    ('a {x} {}', ['{x}']), ('{x} {x} {-1} {1 2}', ['{x}', '{-1}', '{1 2}']),
+    ('if (a) {\n{}', ['{']), ('a } {{b', ['}']), ('{{{x}}} {3}', ['{', '}']),
+])
+def test_braces_that_are_no_gap(prompt, literal):
+  assert sample.literal_braces(prompt) == literal
+
+
 def canvas(prompt, length, sees_right=True):
   tokens, fixed = sample.make_canvas(prompt, BYTES, length, sees_right)
   assert np.all((tokens == BYTES.mask_id) == ~fixed)

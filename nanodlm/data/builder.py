@@ -498,9 +498,9 @@ def _build(work: pathlib.Path, plan: _Plan,
   shutil.rmtree(work / 'downloads', ignore_errors=True)  # TFDS made it, empty
   for split in SPLITS:
     counts = metadata[split]
-    _log.info('%s: %s tokens of %s bytes in %s documents', split,
+    _log.info('%s: %s tokens of %s bytes in %s', split,
               f'{counts["num_tokens"]:,}', f'{counts["num_bytes"]:,}',
-              f'{counts["num_documents"]:,}')
+              _documents(counts['num_documents']))
 
 
 def _id_dtype(tokenizer: tokenizers.Tokenizer) -> np.dtype:
@@ -634,17 +634,21 @@ def _limited(progress: Progress) -> Progress:
   return call
 
 
+def _documents(num: int) -> str:
+  return f'{num:,} document{"" if num == 1 else "s"}'
+
+
 def _log_progress() -> Progress:
   """A callback that logs the counts and the speed since it was made."""
   start = time.monotonic()
 
   def log(num_documents: int, num_tokens: int, num_bytes: int) -> None:
     if not num_tokens:
-      _log.info('reading the source: %d documents', num_documents)
+      _log.info('reading the source: %s', _documents(num_documents))
     else:
       _log.info(
-          'encoding: %d documents, %.1f M tokens, %.1f MB, %.2f M tokens/s',
-          num_documents, num_tokens / 1e6, num_bytes / 1e6,
+          'encoding: %s, %.1f M tokens, %.1f MB, %.2f M tokens/s',
+          _documents(num_documents), num_tokens / 1e6, num_bytes / 1e6,
           num_tokens / 1e6 / (time.monotonic() - start))
 
   return log

@@ -440,6 +440,7 @@ class TfdsSource:
 
   @property
   def splits(self) -> tuple[str, ...]:
+    """See Source; the dataset is prepared first."""
     self._prepare()
     return ('train', 'validation') if self._own_validation() else ('train',)
 

@@ -45,6 +45,7 @@ class D3PM(masking.MaskedNoise):
 
   @property
   def num_steps(self) -> int:
+    """T, `num_timesteps` or its default."""
     return self.num_timesteps or DEFAULT_TIMESTEPS
 
   def evaluation(self) -> 'D3PM':

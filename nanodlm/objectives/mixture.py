@@ -74,6 +74,7 @@ class MixtureNoise(Objective):
 
   @property
   def process(self) -> processes.Mixture:
+    """How tokens become noise."""
     raise NotImplementedError
 
   def evaluation(self) -> 'MixtureNoise':
@@ -173,6 +174,7 @@ class Uniform(MixtureNoise):
 
   @property
   def process(self) -> processes.Uniform:
+    """How tokens become noise: random tokens only."""
     return processes.Uniform(self.mask_id, self.schedule)
 
 
@@ -200,6 +202,7 @@ class Hybrid(MixtureNoise):
 
   @property
   def process(self) -> processes.Hybrid:
+    """How tokens become noise: masks and random tokens."""
     return processes.Hybrid(self.mask_id, self.p_uniform, self.gamma)
 
 

@@ -169,6 +169,12 @@ class BuilderTest(parameterized.TestCase):
       self.prepare()
     self.assertIn('validation has 0.5 of the bytes', logs.output[0])
 
+  def test_counts_of_one_are_in_the_singular(self):
+    self.write('a.txt', 'one text\n' * 50)
+    with self.assertLogs('nanodlm', logging.INFO) as logs:
+      self.prepare()
+    self.assertRegex(logs.output[-1], 'in 1 document$')
+
   def test_one_document_is_cut_near_its_end_at_a_character(self):
     text = 'aé漢😀' * 100
     self.write('a.txt', text)
