@@ -1,9 +1,11 @@
-"""The one command: trains, evaluates, samples, prepares data, compiles ahead.
+"""The one command: trains, evaluates, samples, prepares data, imports, exports.
 
     python launch.py --config=configs/quickstart.py --workdir=runs/quickstart
     python launch.py --mode=eval --workdir=runs/quickstart
     python launch.py --mode=sample --workdir=runs/quickstart --prompt='import {} as'
     python launch.py --mode=compile --config=configs/gpt2_small.py --topology=v5e:4x4
+    python launch.py --mode=import --from=FOLDER --workdir=runs/imported
+    python launch.py --mode=export --workdir=runs/quickstart --output=exported
 
 Any setting: --config.model.num_layers=6. A config file is Python code.
 """
@@ -33,7 +35,7 @@ from nanodlm import multihost
 from nanodlm.types import InputError
 
 BASE = str(pathlib.Path(__file__).parent / 'configs' / 'base.py')
-MODES = ('train', 'eval', 'sample', 'prepare', 'compile')
+MODES = ('train', 'eval', 'sample', 'prepare', 'compile', 'import', 'export')
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The settings. By default those saved in --workdir, else '
@@ -76,6 +78,17 @@ _TOPOLOGY = flags.DEFINE_string(
 _VOCAB_SIZE = flags.DEFINE_integer(
     'vocab_size', 0, 'With --mode=compile: number of ids, the mask included; 0 asks '
     'the tokenizer.', lower_bound=0)
+_FROM = flags.DEFINE_string(
+    'from', '', 'With --mode=import: a folder or file of weights, or the name of a '
+    'repository on the Hugging Face hub.')
+_FAMILY = flags.DEFINE_string(
+    'family', '', 'With --mode=import and export: the form of the checkpoint; '
+    'detected by default.')
+_ALLOW_PICKLE = flags.DEFINE_bool(
+    'allow_pickle', False, "With --mode=import: read PyTorch's own files, as weights "
+    'only.')
+_OUTPUT = flags.DEFINE_string(
+    'output', '', 'With --mode=export: the folder to write.')
 _COORDINATOR = flags.DEFINE_string(
     'coordinator_address', None, 'host:port of process 0, where JAX cannot find '
     'the cluster by itself; needs --num_processes and --process_id.')
@@ -156,11 +169,16 @@ def _run() -> int:
                        (_LIVE, 'sample'), (_HTML, 'sample'),
                        (_SAMPLERS, 'sample'), (_ALTERNATIVES, 'sample'),
                        (_NOISE_EXAMPLES, 'eval'), (_INFILL, 'eval'),
-                       (_TOPOLOGY, 'compile'), (_VOCAB_SIZE, 'compile')):
-    if flag.value != flag.default and mode != needed:
+                       (_TOPOLOGY, 'compile'), (_VOCAB_SIZE, 'compile'),
+                       (_FROM, 'import'), (_ALLOW_PICKLE, 'import'),
+                       (_FAMILY, ('import', 'export')), (_OUTPUT, 'export')):
+    if flag.value != flag.default and mode not in (
+        needed if isinstance(needed, tuple) else (needed,)):
       raise InputError(f'--{flag.name} has no effect with --mode={mode}')
   if mode == 'compile':
     return _compile(configs)
+  if mode in ('import', 'export'):
+    return _convert(mode, workdir)
   _init_distributed()
   defaults = configs.load_base()
   config = _resolve_config(configs, defaults)
@@ -264,6 +282,37 @@ def _make_page():
   return replay.Page(_HTML.value, _ALTERNATIVES.value)
 
 
+def _convert(mode: str, workdir: str) -> int:
+  """--mode=import and --mode=export, on this process's CPU."""
+  from nanodlm import checkpoint  # pylint: disable=g-import-not-at-top
+  from nanodlm import convert  # pylint: disable=g-import-not-at-top
+  from nanodlm import train  # pylint: disable=g-import-not-at-top
+  if _is_config_given():
+    raise InputError(f'--mode={mode} makes or reads the config of --workdir; leave '
+                     '--config out')
+  given = flags.FLAGS['config']
+  changes = config_flags.get_override_values(given)
+  if mode == 'import':
+    if not _FROM.value:
+      raise InputError('--mode=import needs --from')
+    train.check_writable(workdir)
+    try:
+      convert.import_checkpoint(_FROM.value, workdir, family=_FAMILY.value,
+                                allow_pickle=_ALLOW_PICKLE.value, changes=changes)
+    except checkpoint.SaveError as error:
+      print(f'error: {error}', file=sys.stderr)
+      return 1
+    return 0
+  if not _OUTPUT.value:
+    raise InputError('--mode=export needs --output')
+  if changes:
+    raise InputError(f'--config.{sorted(changes)[0]} has no effect with '
+                     '--mode=export')
+  from nanodlm import export  # pylint: disable=g-import-not-at-top
+  export.export_checkpoint(workdir, _OUTPUT.value, family=_FAMILY.value)
+  return 0
+
+
 def _exit_at_once(number, frame):
   del frame
   os.write(2, f'interrupted by {signal.Signals(number).name}\n'.encode())
@@ -271,10 +320,19 @@ def _exit_at_once(number, frame):
 
 
 def _resolve_config(configs, defaults):
-  """The config of --config, or the workdir's own; then the command line's keys."""
+  """The config of --config, or the workdir's own; then the command line's keys.
+
+  For a new run without --config, that of the run whose weights it starts from.
+  """
   flag = flags.FLAGS['config']
   is_given = _is_config_given()
   path = pathlib.Path(_WORKDIR.value or '') / 'config.json'
+  init_from = config_flags.get_override_values(flag).get('checkpoint.init_from')
+  if _MODE.value == 'train' and init_from and not is_given and not path.is_file():
+    path = pathlib.Path(init_from) / 'config.json'
+    if not path.is_file():
+      raise InputError(f'checkpoint.init_from={init_from!r} holds no run (no '
+                       'config.json in it)')
   if not _WORKDIR.value or (
       is_given and _MODE.value in ('train', 'prepare', 'compile')) or not path.is_file():
     if _MODE.value in ('eval', 'sample'):
@@ -289,6 +347,10 @@ def _resolve_config(configs, defaults):
     raise InputError(f'--mode={_MODE.value} reads its config from --workdir; leave '
                       '--config out (--config.SECTION.KEY=VALUE is fine)')
   config = configs.from_json(path.read_text(), defaults, str(path))
+  if path.parent != pathlib.Path(_WORKDIR.value):
+    config.checkpoint.init_step = 0
+    if config.tokenizer.name in ('run', 'sentencepiece'):
+      config.tokenizer.update(name='run', path=init_from, vocab_size=0)
   _check_matters(config_flags.get_override_values(flag))
   for key, value in config_flags.get_override_values(flag).items():
     section, _, leaf = key.rpartition('.')

@@ -38,21 +38,40 @@ def get_config() -> config_dict.ConfigDict:
   data.num_threads = 2  # that read batches
 
   config.tokenizer = tokenizer = config_dict.ConfigDict()
-  tokenizer.name = 'bytes'  # | 'sentencepiece' | a tiktoken encoding: 'gpt2', ...
-  tokenizer.path = ''  # a SentencePiece .model; '': trained on the source
+  # 'bytes' | 'sentencepiece' | a tiktoken encoding: 'gpt2', ... | 'run': another's
+  tokenizer.name = 'bytes'
+  # A SentencePiece .model; '': trained on the source. Of 'run': its workdir
+  tokenizer.path = ''
   tokenizer.vocab_size = 0  # pieces, where SentencePiece is trained on the source
 
   config.model = model = config_dict.ConfigDict()
   model.num_layers = 6
   model.embed_dim = 384
   model.num_heads = 6
+  model.num_kv_heads = 0  # of keys and values, shared by queries; 0: num_heads
+  model.head_size = 0  # 0: embed_dim / num_heads
   model.mlp_dim = 0  # 0: 4 x embed_dim, gated: 8/3 x
-  model.mlp = 'swiglu'  # 'gelu' | 'relu2' | 'geglu' | 'swiglu'
+  # 'gelu' | 'gelu_tanh' | 'relu2' | gated: 'geglu' | 'geglu_tanh' | 'swiglu' | 'glu'
+  model.mlp = 'swiglu'
   model.qk_norm = True
   model.tie_embeddings = True
   model.dropout = 0.0  # in [0, 1)
   model.time_conditioning = False  # adaLN-zero
+  # 'dit': 1000 t | 'sigma': -log(1 - t) | 'unit': t | 'constant': 0 | 'md4': forms
+  # in which published networks are told the time, for imported checkpoints.
+  model.time_form = 'dit'
+  model.time_dim = 0  # width of the embedded time; 0: embed_dim
+  model.output_bias = False
+  model.embedding_dim = 0  # of the embedding, widened by a dense layer; 0: embed_dim
   model.rope_theta = 10_000.0
+  model.num_positions = 0  # learned ones, instead of rotary; >= the length; 0: none
+  model.norm = 'rms'  # 'rms' | 'layer'
+  model.norm_eps = 1e-6
+  model.norm_bias = False  # of 'layer'
+  model.attention_bias = 'none'  # 'none' | 'qkv' | 'all'
+  model.mlp_bias = False
+  # Position i's output is read at i - 1, as of a network that was autoregressive.
+  model.shift_outputs = False
   model.dtype = 'float32'  # of matrix products: 'float32' | 'bfloat16'
   model.remat = 'none'  # recompute in the backward pass: 'none' | 'dots' | 'full'
   model.unroll = False  # True: no scan over layers; faster on a CPU
@@ -122,6 +141,10 @@ def get_config() -> config_dict.ConfigDict:
   train.batch_size = 32  # examples over all devices
   train.num_steps = 2000
   train.num_microbatches = 1  # per step and device, for less memory
+  # A network that was autoregressive (checkpoint.init_from) begins to see to its
+  # right: over so many steps attention goes from causal to full; 0: full at once.
+  # (Evaluation and samples always see all.)
+  train.anneal_steps = 0
   train.chunk_size = 1024  # positions projected to the vocabulary at once
   train.log_every_steps = 50
   train.eval_every_steps = 500  # 0: at the end only

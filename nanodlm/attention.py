@@ -57,15 +57,18 @@ def _choose(backend, platform, q, k, segment_ids) -> str:
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool,
+              seen: jax.Array | None = None,
               segment_ids: jax.Array | None = None, backend: str = 'auto',
               platform: str = '') -> jax.Array:
   """Scaled dot-product attention, softmax in float32.
 
   Args:
     q: [B, Lq, H, Dh]; Lq = Lk where `causal` or with segment ids.
-    k: [B, Lk, H, Dh].
-    v: [B, Lk, H, Dh].
+    k: [B, Lk, K, Dh]; K divides H, and each serves H / K neighbouring queries.
+    v: [B, Lk, K, Dh].
     causal: position i sees positions 0..i only.
+    seen: [B, Lq, Lk] bool, keys that each query sees, in XLA's attention only;
+      None: all, or as `causal` says.
     segment_ids: [B, L] int32; a position sees its own segment only. None: all.
     backend: 'xla', 'cudnn', 'pallas', or 'auto': cuDNN's fused kernel on a GPU in
       16 bits without segment ids, the kernel of `pallas_attention` on a TPU where
@@ -75,7 +78,14 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool,
   Returns:
     [B, Lq, H, Dh] in q's dtype.
   """
+  if seen is not None:
+    if backend not in ('auto', 'xla'):
+      raise InputError(f'model.attention={backend!r} does not know the pattern of '
+                       "train.anneal_steps; 'auto' or 'xla' are allowed")
+    backend, seen = 'xla', seen[:, None]
   backend = _choose(backend, platform or jax.default_backend(), q, k, segment_ids)
+  if backend != 'cudnn':  # which knows of shared keys itself
+    k, v = _one_per_query(q, k, v)
   if backend == 'pallas':
     return pallas_attention.attention(
         q, k, v, pallas_attention.Pattern('causal' if causal else 'all'),
@@ -86,7 +96,6 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool,
       mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal,
                                         implementation='cudnn')
-  seen = None
   if causal:
     seen = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))[None, None]
   if segment_ids is not None:
@@ -109,8 +118,8 @@ def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, block_size: int
 
   Args:
     q: [2B, L, H, Dh], or [B, L, H, Dh] for the noisy rows only.
-    k: [2B, L, H, Dh].
-    v: [2B, L, H, Dh].
+    k: [2B, L, K, Dh], K as in `attention`.
+    v: [2B, L, K, Dh].
     block_size: S, divides L.
     segment_ids: [2B, L] int32 or None, as in `attention`.
     backend: 'xla', 'pallas' (on noisy and clean keys in a row) or 'auto'.
@@ -119,6 +128,7 @@ def block_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, block_size: int
   Returns:
     In q's shape and dtype.
   """
+  k, v = _one_per_query(q, k, v)
   batch, length = k.shape[0] // 2, k.shape[1]
   platform = platform or jax.default_backend()
   if backend == 'pallas' or backend == 'auto' and platform == 'tpu' and (
@@ -182,10 +192,10 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array,
   """Attention of a few tokens to themselves and to what is in a cache; XLA's.
 
   Args:
-    q: [B, S, H, Dh]; k and v too.
-    k: the tokens' own keys.
+    q: [B, S, H, Dh].
+    k: [B, S, K, Dh], the tokens' own keys, K as in `attention`; v too.
     v: the tokens' own values.
-    cached_k: [B, C, H, Dh]; cached_v too.
+    cached_k: [B, C, K, Dh]; cached_v too.
     cached_v: values of the cached positions.
     visible: [C] bool, cached positions that all of the tokens see.
     causal: whether a token sees its predecessors only among its own.
@@ -194,6 +204,7 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array,
     [B, S, H, Dh] in q's dtype.
   """
   seen = jnp.tril(jnp.ones((q.shape[1],) * 2, bool)) if causal else None
+  k, v, cached_k, cached_v = _one_per_query(q, k, v, cached_k, cached_v)
   q, k, v = _heads_first(q, k, v)
   cached_k, cached_v = (x.transpose(0, 2, 1, 3) for x in (cached_k, cached_v))
   scores = jnp.concatenate(
@@ -202,6 +213,13 @@ def cached_attention(q: jax.Array, k: jax.Array, v: jax.Array,
   weights = softmax(scores).astype(v.dtype)
   own, context = jnp.split(weights, [q.shape[2]], axis=-1)
   return (own @ v + context @ cached_v).transpose(0, 2, 1, 3)
+
+
+def _one_per_query(q, *shared):
+  """Keys or values [B, L, K, Dh], each repeated for its H / K queries."""
+  copies = q.shape[2] // shared[0].shape[2]
+  return tuple(x if copies == 1 else jnp.repeat(x, copies, axis=2)
+               for x in shared)
 
 
 def _heads_first(q, k, v):

@@ -152,7 +152,8 @@ def _make_trainer(config, settings, vocab_size: int, devices=None):
       network, objective, optimizer, optim.make_schedule(settings.optim, num_steps),
       mesh, batch_size=settings.train.batch_size,
       num_microbatches=settings.train.num_microbatches,
-      ema_decay=settings.optim.ema_decay)
+      ema_decay=settings.optim.ema_decay,
+      anneal_steps=settings.train.anneal_steps)
   init = lambda: states.init_state(
       network.config, objective, optimizer, settings.seed,
       settings.optim.ema_decay > 0, network.shards)

@@ -22,8 +22,10 @@ from typing import Any
 
 import jax
 from ml_collections import config_dict
+import numpy as np
 import orbax.checkpoint as ocp
 
+from nanodlm import sharding
 from nanodlm.state import TrainState
 from nanodlm.types import InputError
 
@@ -36,6 +38,9 @@ PARAMS = ('params', 'ema_params')
 # Orbax gives up on a save after so long, by the clock of the wall: a laptop that
 # slept, or a clock that was set, would end the run. Several processes may wait for
 # one whose save has failed, so that there it cannot be forever.
+_CONCURRENT_GB = 96  # Orbax's own default
+# Of a large array, that are compressed and written at once by `save_params`.
+_CHUNK_BYTES = 2**25
 _SAVE_TIMEOUT_SECS = {'one': 100 * 365 * 86400, 'several': 3600}
 
 
@@ -44,10 +49,14 @@ class SaveError(RuntimeError):
 
 
 def open_manager(workdir: str, *, max_to_keep: int | None = None,
-                 keep_period: int = 0, read_only: bool = False
-                 ) -> ocp.CheckpointManager:
+                 keep_period: int = 0, read_only: bool = False,
+                 concurrent_gb: int = _CONCURRENT_GB) -> ocp.CheckpointManager:
   """The manager of `workdir`/checkpoints; a half-written checkpoint is no
-  checkpoint to it."""
+  checkpoint to it.
+
+  At most `concurrent_gb` x 10^9 bytes of parameters are being written at a time;
+  the largest array must be smaller.
+  """
   directory = pathlib.Path(workdir).absolute() / FOLDER
   several = 'one' if jax.process_count() == 1 else 'several'
   async_options = None if read_only else ocp.AsyncOptions(
@@ -57,7 +66,8 @@ def open_manager(workdir: str, *, max_to_keep: int | None = None,
       post_finalization_callback=functools.partial(_write_checksums, directory))
   return ocp.CheckpointManager(
       directory, item_handlers={
-          'params': ocp.StandardCheckpointHandler(),
+          'params': ocp.StandardCheckpointHandler(
+              save_concurrent_gb=concurrent_gb),
           'ema_params': ocp.StandardCheckpointHandler(),
           'rest': ocp.StandardCheckpointHandler(),
           'meta': ocp.JsonCheckpointHandler()},
@@ -96,6 +106,37 @@ def save(manager: ocp.CheckpointManager, state: TrainState,
     items['ema_params'] = ocp.args.StandardSave(state.ema_params)
   with _explaining(manager):
     manager.save(int(state.step), args=ocp.args.Composite(**items))
+
+
+def save_params(manager: ocp.CheckpointManager, params: Any,
+                config: config_dict.ConfigDict, origin: dict[str, Any]):
+  """Saves parameters alone, as step 0: to evaluate, sample and start from.
+
+  Args:
+    manager: from `open_manager`.
+    params: arrays, of NumPy or JAX.
+    config: of the network.
+    origin: where they come from, JSON values.
+
+  Raises:
+    SaveError: as `save`.
+  """
+  chunks = jax.tree.map(
+      lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
+  with _explaining(manager):
+    manager.save(0, args=ocp.args.Composite(
+        params=ocp.args.StandardSave(params, save_args=chunks),
+        meta=ocp.args.JsonSave({'config': config.to_dict(), 'data': origin})))
+
+
+def holds_weights_alone(workdir: str) -> bool:
+  """Whether a workdir's only checkpoint is one of `save_params`."""
+  directory = pathlib.Path(workdir) / FOLDER
+  steps = complete_steps(directory)
+  return bool(steps) and (directory / str(steps[-1]) / CHECKSUMS).exists() and (
+      not (directory / str(steps[-1]) / 'rest').exists()) and not any(
+          name.startswith('rest/') for name in json.loads(
+              (directory / str(steps[-1]) / CHECKSUMS).read_bytes()))
 
 
 def wait(manager: ocp.CheckpointManager):
@@ -307,7 +348,7 @@ def check_shapes(manager: ocp.CheckpointManager, step: int, item: str,
   there, here = _shapes(manager.item_metadata(step)[item]), _shapes(params)
   saved, wanted = ({
       name: (min(shape[0], vocab_size), *shape[1:])
-      if name in ('embedding', 'output') else shape
+      if name in sharding.BY_VOCABULARY else shape
       for name, shape in shapes.items()} for shapes in (there, here))
   lines = [f'  {name}: {saved.get(name, "absent")} there, '
            f'{wanted.get(name, "absent")} here'
@@ -321,9 +362,7 @@ def check_shapes(manager: ocp.CheckpointManager, step: int, item: str,
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:
   tree = getattr(tree, 'tree', tree)
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {'/'.join(str(getattr(part, 'key', part)) for part in path):
-          tuple(leaf.shape) for path, leaf in leaves}
+  return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
 
 
 def restore_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -367,3 +406,55 @@ def find_step(manager: ocp.CheckpointManager, step: int = 0,
     log.warning('checkpoint %s is DAMAGED: %s. Using the one before',
                 manager.directory / str(step), damage[step])
   raise InputError(_all_damaged(manager.directory, damage))
+
+
+# The item of other projects' checkpoint managers that holds the parameters.
+_FOREIGN_ITEM = 'train_state'
+
+
+def find_foreign(path: pathlib.Path) -> pathlib.Path | None:
+  """The folder of a whole training state that Orbax saved, or None.
+
+  Args:
+    path: it, the checkpoint that it is an item of, the folder of those, or a
+      workdir; the last checkpoint is taken.
+  """
+  if not path.is_dir():
+    return None
+  if (path / '_METADATA').is_file():
+    return path
+  for folder in (path, path / FOLDER):
+    steps = complete_steps(folder)
+    if steps:
+      folder = folder / str(steps[-1])
+    if (folder / _FOREIGN_ITEM / '_METADATA').is_file():
+      return folder / _FOREIGN_ITEM
+  return None
+
+
+def foreign_metadata(folder: pathlib.Path) -> dict[str, Any]:
+  """The tree of `find_foreign`'s folder, with shapes for leaves."""
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    try:
+      return checkpointer.metadata(folder.absolute()).item_metadata.tree
+    except Exception as error:  # pylint: disable=broad-exception-caught
+      # (For data that cannot be read Orbax raises no narrower one.)
+      raise InputError(f'{folder} cannot be read: {error}') from error
+
+
+def restore_foreign(folder: pathlib.Path, item: str) -> Any:
+  """One entry of that tree, NumPy arrays."""
+  tree = {item: foreign_metadata(folder)[item]}
+  args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    try:
+      return checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(
+          item=tree, restore_args=args, partial_restore=True))[item]
+    except Exception as error:  # pylint: disable=broad-exception-caught
+      raise InputError(f'{folder} cannot be read: {error}') from error
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """{path with '/': leaf}."""
+  return {'/'.join(str(getattr(part, 'key', part)) for part in path): leaf
+          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -181,7 +181,8 @@ def make_plan(config: config_dict.ConfigDict, settings: configs.Settings,
   train_step = steps.make_train_step(
       network, objective, optimizer, optim.make_schedule(settings.optim, num_steps),
       mesh, batch_size=train.batch_size, num_microbatches=train.num_microbatches,
-      ema_decay=settings.optim.ema_decay)
+      ema_decay=settings.optim.ema_decay,
+      anneal_steps=settings.train.anneal_steps)
   steps.check_batch_size(settings.eval.batch_size, mesh, 1, 1, 'eval.batch_size')
   eval_step = steps.make_eval_step(network, objective, mesh,
                                    num_draws=settings.eval.num_draws,

@@ -96,9 +96,13 @@ class TokenizerConfig:
 
   def __post_init__(self):
     is_trained = self.name == 'sentencepiece' and not self.path
-    if self.path and self.name != 'sentencepiece':
+    if self.path and self.name not in ('sentencepiece', 'run'):
       raise InputError(f'tokenizer.path={self.path!r} has no effect with '
-                       f"tokenizer.name={self.name!r}, only with 'sentencepiece'")
+                       f'tokenizer.name={self.name!r}, only with '
+                       "'sentencepiece' and 'run'")
+    if self.name == 'run' and not self.path:
+      raise InputError("tokenizer.path='' must be the workdir of a run with "
+                       "tokenizer.name='run'")
     if self.vocab_size and not is_trained:
       raise InputError(
           f'tokenizer.vocab_size={self.vocab_size!r} has no effect with '
@@ -118,6 +122,7 @@ class TrainConfig:
   batch_size: int
   num_steps: int
   num_microbatches: int
+  anneal_steps: int
   chunk_size: int
   log_every_steps: int
   eval_every_steps: int
@@ -128,6 +133,7 @@ class TrainConfig:
 
   def __post_init__(self):
     _check_at_least(self, 'train', batch_size=1, num_steps=1, num_microbatches=1,
+                    anneal_steps=0,
                     chunk_size=1, log_every_steps=1, eval_every_steps=0,
                     num_samples=0, max_skipped_steps=1, profile_steps=0)
 
@@ -243,8 +249,18 @@ def validate(config: config_dict.ConfigDict, given: Collection[str] = (),
         f'for objective.name={config.objective.name!r}, which sees nothing to '
         'the right of a gap; data.clean_prefix_rate is')
   network = make_model(config, 2, platform)
-  for length in {settings.data.length, settings.sample.length} - {0}:
-    model.check_shards(network, sharding.Shards(), length)
+  for key, length in (('data', settings.data.length),
+                      ('sampler', settings.sample.length)):
+    if length:
+      model.check_shards(network, sharding.Shards(), length)
+    if 0 < network.num_positions < length:
+      raise InputError(f'{key}.length={length!r} must be at most '
+                       f'model.num_positions={network.num_positions!r}')
+  if settings.train.anneal_steps and (objective.causal or objective.block_size):
+    raise InputError(
+        f'train.anneal_steps={settings.train.anneal_steps!r} has no effect with '
+        f'objective.name={config.objective.name!r}, only where the network sees '
+        'the whole text')
   make_sampler(config, mask_id=1)
   reads = {'objective': _objective_reads(config, objective),
            'sampler': _sampler_reads(config, objective.block_size),
@@ -261,11 +277,13 @@ def validate(config: config_dict.ConfigDict, given: Collection[str] = (),
         f'train.batch_size={settings.train.batch_size!r} must be a multiple of '
         f'{objective.group_size}: objective.noise={objective.noise!r} '
         'draws noise for pairs of examples')
-  if objective.needs_time and not config.model.time_conditioning:
+  if objective.needs_time and not network.knows_time:
+    key = 'time_form' if config.model.time_conditioning else 'time_conditioning'
+    wanted = "another than 'constant'" if key == 'time_form' else 'True'
     raise InputError(
-        f'model.time_conditioning={config.model.time_conditioning!r} must be '
-        f'True with objective.name={config.objective.name!r}: nothing in its '
-        'noisy text tells how noisy it is')
+        f'model.{key}={config.model[key]!r} must be {wanted} with objective.name='
+        f'{config.objective.name!r}: nothing in its noisy text tells how noisy it '
+        'is')
   return settings
 
 
@@ -376,6 +394,9 @@ def make_sampler(config: config_dict.ConfigDict, mask_id: int,
   if objective.block_size:
     given['block_size'] = objective.block_size
   sampler = _make_sampler(name, config, objective, given)
+  if name == 'prefix_cache' and config.model.shift_outputs:
+    raise InputError("sampler.name='prefix_cache' does not fit model.shift_outputs="
+                     'True, whose first output of a block is read before it')
   strength = config.sampler.guidance
   if not strength:
     return sampler
@@ -411,7 +432,8 @@ def _make_sampler(name: str, config, objective: Objective, given) -> Sampler:
 FREE_KEYS = frozenset({
     'data.data_dir', 'data.prefetch_batches', 'data.num_threads',
     'model.remat', 'model.unroll', 'model.attention', 'model.dtype'})
-BOUND_KEYS = frozenset({'seed', 'train.batch_size', 'optim.name'})
+BOUND_KEYS = frozenset({'seed', 'train.batch_size', 'train.anneal_steps',
+                        'optim.name'})
 BOUND_SECTIONS = ('data', 'tokenizer', 'model', 'objective')
 # Zero or not decides what the optimiser's state holds.
 BOUND_SWITCHES = ('optim.ema_decay', 'optim.clip_norm')

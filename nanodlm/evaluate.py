@@ -332,6 +332,8 @@ def open_data(settings: configs.Settings, workdir: str,
     InputError: the text has changed since, so that other ids would be made.
   """
   wanted = settings.tokenizer
+  if wanted.name == tokenizers.RUN:  # the copy here; the other may be gone
+    wanted = configs.TokenizerConfig(tokenizers.RUN, workdir, 0)
   if settings.data.source != trained_on:
     log.info('evaluating on %s, not the text it was trained on: its own split '
              'into training and validation is used', settings.data.source)

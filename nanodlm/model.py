@@ -1,6 +1,7 @@
 """The transformer: tokens (and t) -> hidden; hidden -> logits are two calls.
 
-Pre-norm blocks with rotary positions, scanned over all layers but the last. The
+Pre-norm blocks, with rotary positions by default, scanned over all layers but the
+last. The
 last block is on its own because it can be told which positions are wanted: its
 keys and values need every position, its output projection and MLP only those
 that are scored (in training, half of them) or revealed (in sampling, a few).
@@ -25,11 +26,14 @@ from nanodlm.types import InputError
 
 # Standard deviation of the initial weights, as in GPT-2.
 INIT_STD = 0.02
-# Epsilon of RMSNorm: keeps the all-zero vector finite; no effect on the bound.
-NORM_EPS = 1e-6
 TIME_FEATURES = 256
 # The network sees 1000 t, so that the sinusoids below resolve t in [0, 1].
 TIME_SCALE = 1000.0
+# Their longest wave is about 2 pi times it.
+TIME_PERIOD = 10_000.0
+# The least share of kept tokens that 'sigma' tells of, as in SEDD and MDLM, whose
+# schedules end there: behind it -log alpha is infinite.
+MIN_TIME_ALPHA = 1e-3
 
 
 @jax.custom_jvp
@@ -49,11 +53,16 @@ def _relu2_jvp(primals, tangents):
 ATTENTION_OUT = 'attention_out'
 MLPS = {
     'gelu': functools.partial(nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(nn.gelu, approximate=True),
     'relu2': relu2,
     'geglu': functools.partial(nn.gelu, approximate=False),
+    'geglu_tanh': functools.partial(nn.gelu, approximate=True),
     'swiglu': nn.silu,
+    'glu': nn.sigmoid,
 }
-GATED = ('geglu', 'swiglu')
+GATED = ('geglu', 'geglu_tanh', 'swiglu', 'glu')
+NORMS = ('rms', 'layer')
+ATTENTION_BIASES = ('none', 'qkv', 'all')
 REMATS = {
     'none': None,
     'full': jax.checkpoint_policies.nothing_saveable,
@@ -65,6 +74,41 @@ DTYPES = ('float32', 'bfloat16')
 
 
 @dataclasses.dataclass(frozen=True)
+class TimeForm:
+  """How a network is told the time, as one of the published ones is.
+
+  Attributes:
+    clock: t [B] in [0, 1] -> what the sinusoids are of.
+    scales: modulated norms keep scales of their own.
+    final: the final norm is modulated too.
+    is_md4: sinusoids of DDPM's periods (the longest is the period itself), as
+      many as the embedded time is wide; an MLP four times as wide inside; and the
+      embedded time goes through the MLPs' own activation, not SiLU, to the norms.
+  """
+
+  clock: Callable[[jax.Array], jax.Array]
+  scales: bool = False
+  final: bool = False
+  is_md4: bool = False
+
+
+def _sigma(t):
+  return -jnp.log1p(-jnp.minimum(t, 1 - MIN_TIME_ALPHA))
+
+
+# 'dit': 1000 t, DiT's. | 'sigma': -log alpha where t = 1 - alpha, as on the linear
+# schedule: SEDD, MDLM, Duo. | 'unit': t itself: GIDD. | 'constant': always 0, so
+# that the network does not know the time: MDLM and BD3-LM, mostly. | 'md4': MD4's.
+TIME_FORMS = {
+    'dit': TimeForm(lambda t: TIME_SCALE * t),
+    'sigma': TimeForm(_sigma, scales=True, final=True),
+    'unit': TimeForm(lambda t: t, scales=True, final=True),
+    'constant': TimeForm(jnp.zeros_like, scales=True, final=True),
+    'md4': TimeForm(lambda t: TIME_SCALE * t, final=True, is_md4=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The network's shape; each field is a key of `config.model`.
 
@@ -73,17 +117,38 @@ class ModelConfig:
     num_layers: blocks.
     embed_dim: width D.
     num_heads: attention heads; divides embed_dim into an even head size.
+    num_kv_heads: of keys and values, each shared by num_heads / num_kv_heads
+      neighbouring queries (GQA, arXiv 2305.13245); 0: num_heads.
+    head_size: 0 is embed_dim / num_heads.
     mlp_dim: hidden width of the MLP; 0 is 4 D (or 8/3 D where it is gated,
       rounded up to a multiple of 64, for the same number of parameters).
-    mlp: 'gelu' (erf), 'relu2' (squared ReLU), 'geglu' or 'swiglu'.
+    mlp: 'gelu' (erf), 'gelu_tanh' (GPT-2's approximation), 'relu2' (squared
+      ReLU); or gated: 'geglu', 'geglu_tanh', 'swiglu' or 'glu' (sigmoid).
     qk_norm: RMSNorm on queries and keys of each head.
     tie_embeddings: the output projection is the embedding's transpose.
     dropout: rate on each block's two outputs, in [0, 1).
     time_conditioning: adaLN-zero on t (DiT, arXiv 2212.09748).
+    time_form: in which form, of TIME_FORMS.
+    time_dim: width of the embedded time; 0 is embed_dim.
+    output_bias: the output projection has a bias.
+    embedding_dim: width of the embedding, from which a dense layer leads to
+      embed_dim; 0 is embed_dim itself, without that layer.
     causal: from the objective.
     block_size: from the objective; S > 0 is a network of block diffusion, which
       sees a noisy and a clean copy of its text.
     rope_theta: base of the rotary frequencies.
+    num_positions: 0, or so many learned positions that are added to the tokens'
+      embeddings instead of the rotary ones: the longest text.
+    norm: 'rms' (RMSNorm) or 'layer' (LayerNorm), before each branch and at the end.
+    norm_eps: added to the mean square, or the variance; QK-norm's too. It keeps
+      the all-zero vector finite.
+    norm_bias: of LayerNorm.
+    attention_bias: which of the attention's projections have one: 'none', 'qkv'
+      (queries, keys and values) or 'all' (the output too).
+    mlp_bias: whether the MLP's projections have one.
+    shift_outputs: the output at position i is read from position i - 1 (at 0 from
+      0), where a network that was once autoregressive predicts its token
+      (DiffuLLaMA, arXiv 2410.17891; Dream, 2508.15487).
     dtype: of the matrix products; parameters are float32.
     remat: 'none', 'dots' (keeps matrix products) or 'full'.
     unroll: apply the layers one after another instead of in a scan: the same
@@ -99,15 +164,28 @@ class ModelConfig:
   num_layers: int
   embed_dim: int
   num_heads: int
+  num_kv_heads: int
+  head_size: int
   mlp_dim: int
   mlp: str
   qk_norm: bool
   tie_embeddings: bool
   dropout: float
   time_conditioning: bool
+  time_form: str
+  time_dim: int
+  output_bias: bool
+  embedding_dim: int
   causal: bool
   block_size: int
   rope_theta: float
+  num_positions: int
+  norm: str
+  norm_eps: float
+  norm_bias: bool
+  attention_bias: str
+  mlp_bias: bool
+  shift_outputs: bool
   dtype: str
   remat: str
   unroll: bool
@@ -118,26 +196,59 @@ class ModelConfig:
     for key in ('num_layers', 'embed_dim', 'num_heads'):
       if getattr(self, key) < 1:
         raise InputError(f'model.{key}={getattr(self, key)!r} must be >= 1')
-    if self.embed_dim % self.num_heads or self.head_dim % 2:
+    for key in ('num_kv_heads', 'head_size', 'mlp_dim', 'num_positions'):
+      if getattr(self, key) < 0:
+        raise InputError(f'model.{key}={getattr(self, key)!r} must be >= 0 '
+                         f'(0: {"none" if key == "num_positions" else "chosen"})')
+    if not self.head_size and self.embed_dim % self.num_heads or (
+        not self.num_positions and self.head_dim % 2):
       raise InputError(
           f'model.num_heads={self.num_heads!r} must divide model.embed_dim='
-          f'{self.embed_dim!r} into heads of an even size (rotary positions)')
-    if self.mlp_dim < 0:
-      raise InputError(f'model.mlp_dim={self.mlp_dim!r} must be >= 0 (0: chosen)')
-    for key, allowed in (('mlp', MLPS), ('remat', REMATS), ('dtype', DTYPES)):
+          f'{self.embed_dim!r} into heads of an even size (rotary positions)'
+          + (f'; model.head_size={self.head_size!r}' if self.head_size else ''))
+    if self.num_heads % self.kv_heads:
+      raise InputError(f'model.num_kv_heads={self.num_kv_heads!r} must divide '
+                       f'model.num_heads={self.num_heads!r}')
+    for key in ('time_dim', 'embedding_dim'):
+      if getattr(self, key) < 0:
+        raise InputError(
+            f'model.{key}={getattr(self, key)!r} must be >= 0 (0: embed_dim)')
+    for key, allowed in (('mlp', MLPS), ('remat', REMATS), ('dtype', DTYPES),
+                         ('norm', NORMS), ('attention_bias', ATTENTION_BIASES),
+                         ('time_form', TIME_FORMS)):
       if getattr(self, key) not in allowed:
         raise InputError(f'model.{key}={getattr(self, key)!r} is not one of '
                          f'{sorted(allowed)}')
-    if not self.rope_theta > 0:
-      raise InputError(f'model.rope_theta={self.rope_theta!r} must be > 0')
+    for key in ('rope_theta', 'norm_eps'):
+      if not getattr(self, key) > 0:
+        raise InputError(f'model.{key}={getattr(self, key)!r} must be > 0')
+    if self.norm_bias and self.norm != 'layer':
+      raise InputError(f'model.norm_bias=True has no effect with model.norm='
+                       f"{self.norm!r}, only with 'layer'")
+    if self.shift_outputs and (self.causal or self.block_size):
+      raise InputError(
+          'model.shift_outputs=True is for objectives that see a whole noisy text '
+          "('masked', ...); 'ar' shifts its input, and 'block' sees blocks: it must "
+          'be False with them')
     if not 0 <= self.dropout < 1:
       raise InputError(f'model.dropout={self.dropout!r} must be in [0, 1)')
     attention.check_backend(self.attention,
                             self.platform or jax.default_backend())
-    if self.block_size and self.time_conditioning:
+    if not self.time_conditioning and (self.time_form != 'dit' or self.time_dim):
+      raise InputError(
+          f'model.time_form={self.time_form!r} and model.time_dim='
+          f'{self.time_dim!r} have no effect with model.time_conditioning=False; '
+          "they must be 'dit' and 0")
+    if self.time_dim % 2:
+      raise InputError(f'model.time_dim={self.time_dim!r} must be even')
+    if self.embedding_dim and self.tie_embeddings:
+      raise InputError(
+          f'model.embedding_dim={self.embedding_dim!r} does not go with '
+          'model.tie_embeddings=True: the output projection is not as wide')
+    if self.block_size and self.knows_time:
       raise InputError('model.time_conditioning=True does not go with block '
                        'diffusion, whose blocks have times of their own; it must '
-                       'be False')
+                       "be False, or model.time_form be 'constant'")
     if self.block_size and self.attention == 'cudnn':
       raise InputError("model.attention='cudnn' does not know the pattern of "
                        "block diffusion; 'auto', 'xla' or 'pallas' are allowed")
@@ -145,7 +256,22 @@ class ModelConfig:
   @property
   def head_dim(self) -> int:
     """Width of a head."""
-    return self.embed_dim // self.num_heads
+    return self.head_size or self.embed_dim // self.num_heads
+
+  @property
+  def kv_heads(self) -> int:
+    """Heads of keys and values."""
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def knows_time(self) -> bool:
+    """Whether its output depends on the time."""
+    return self.time_conditioning and self.time_form != 'constant'
+
+  @property
+  def time_width(self) -> int:
+    """Width of the embedded time."""
+    return self.time_dim or self.embed_dim
 
   @property
   def is_gated(self) -> bool:
@@ -166,8 +292,8 @@ class Cache(NamedTuple):
   """Keys and values of the positions that a sampler is done with.
 
   Attributes:
-    layers: (keys, values), [num_layers - 1, B, C, H, Dh] each, or None.
-    last: (keys, values) of the last layer, [B, C, H, Dh] each.
+    layers: (keys, values), [num_layers - 1, B, C, K, Dh] each, or None.
+    last: (keys, values) of the last layer, [B, C, K, Dh] each.
   """
 
   layers: Any
@@ -232,40 +358,51 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 
 class Linear(nn.Module):
-  """A dense layer without bias, [..., D] -> [..., features].
+  """A dense layer, [..., D] -> [..., features].
 
   Attributes:
     features: size of the output.
     dtype: of the product.
+    use_bias: whether it has one, zero at the start.
     std: standard deviation of the initial kernel.
+    join: over whose tensor groups the products are summed, before the bias is
+      added once: the kernel is split by its rows. By default nothing is.
   """
 
   features: int
   dtype: Any
+  use_bias: bool = False
   std: float = INIT_STD
+  join: Shards = Shards()
 
   @nn.compact
   def __call__(self, x):
     kernel = self.param('kernel', nn.initializers.normal(self.std),
                         (x.shape[-1], self.features))
     y = linear(x.reshape(-1, x.shape[-1]), kernel.astype(self.dtype))
+    y = sharding.join(y, self.join)
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, (self.features,))
+      y = y + bias.astype(self.dtype)[None]
     return y.reshape(*x.shape[:-1], self.features)
 
 
-class RMSNorm(nn.Module):
-  """x / rms(x), times a learned scale; computed in float32."""
+class Norm(nn.Module):
+  """RMSNorm or LayerNorm, with a learned scale; computed in float32."""
 
-  dtype: Any
+  config: ModelConfig
   use_scale: bool = True
-  platform: str = ''
 
   @nn.compact
   def __call__(self, x):
-    scale = None
+    cfg, scale, bias = self.config, None, None
     if self.use_scale:
       scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    return _keeps_inputs(functools.partial(normalize, dtype=self.dtype),
-                         self.platform)(x, scale)
+      if cfg.norm_bias:
+        bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+    norm = functools.partial(normalize, dtype=jnp.dtype(cfg.dtype),
+                             eps=cfg.norm_eps, is_centred=cfg.norm == 'layer')
+    return _keeps_inputs(norm, cfg.platform)(x, scale, bias=bias)
 
 
 def _keeps_inputs(f: Callable[..., Any], platform: str) -> Callable[..., Any]:
@@ -278,17 +415,26 @@ def _keeps_inputs(f: Callable[..., Any], platform: str) -> Callable[..., Any]:
   return jax.checkpoint(f, prevent_cse=False)
 
 
-def normalize(x: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
-  """x / rms(x) over the last axis, times the scale [D]; computed in float32."""
+def normalize(x: jax.Array, scale: jax.Array | None, dtype: Any, eps: float,
+              is_centred: bool = False, bias: jax.Array | None = None
+              ) -> jax.Array:
+  """x / rms(x) over the last axis, times the scale [D]; computed in float32.
+
+  With `is_centred` of x without its mean: LayerNorm.
+  """
   x = x.astype(jnp.float32)
-  x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + NORM_EPS)
+  if is_centred:
+    x = x - jnp.mean(x, -1, keepdims=True)
+  x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
   if scale is not None:
     x = x * jnp.expand_dims(scale, range(x.ndim - 1))
+  if bias is not None:
+    x = x + jnp.expand_dims(bias, range(x.ndim - 1))
   return x.astype(dtype)
 
 
 class Heads(nn.Module):
-  """Queries or keys [B, L, H, Dh]: QK-norm where configured, then rotated."""
+  """Queries or keys [B, L, H, Dh]: QK-norm and rotated, where configured."""
 
   config: ModelConfig
 
@@ -297,11 +443,12 @@ class Heads(nn.Module):
     cfg, scale = self.config, None
     if cfg.qk_norm:
       scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    if attention.has_kernels(cfg.attention, cfg.platform, x):
-      return pallas_attention.rotate(x, scale, rotary, NORM_EPS)
+    if rotary is not None and attention.has_kernels(
+        cfg.attention, cfg.platform, x):
+      return pallas_attention.rotate(x, scale, rotary, cfg.norm_eps)
     if scale is not None:
-      x = normalize(x, scale, jnp.dtype(cfg.dtype))
-    return rotate(x, rotary)
+      x = normalize(x, scale, jnp.dtype(cfg.dtype), cfg.norm_eps)
+    return x if rotary is None else rotate(x, rotary)
 
 
 class Block(nn.Module):
@@ -316,18 +463,19 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x, layer, cached, time, rotary, segment_ids, dropout_keys,
-               visible, positions=None):
+               visible, seen, positions=None):
     """Applies the block.
 
     Args:
       x: [B, L, D]; B is even with `config.block_size`, noisy rows and clean ones.
       layer: [] int32, the block's index.
-      cached: (keys, values) of other positions, [B, C, H, Dh] each, or None.
+      cached: (keys, values) of other positions, [B, C, K, Dh] each, or None.
       time: [B, D] embedded time, or None.
-      rotary: `rotary_table(L)`.
+      rotary: `rotary_table(L)`, or None where positions are learned.
       segment_ids: [B, L] int32 or None.
       dropout_keys: [B] or None.
       visible: [C] bool, which of the cached positions are seen, or None.
+      seen: [B, L, L] bool, which positions each one sees; None is the config's.
       positions: [N] int32 indices into B * L of the rows wanted; None is all.
 
     Returns:
@@ -339,9 +487,11 @@ class Block(nn.Module):
     dtype = jnp.dtype(cfg.dtype)
     # This device's: a part of the heads and of the MLP.
     num_heads = cfg.num_heads // shards.tensor
+    kv_heads = cfg.kv_heads // shards.tensor
     inner, mlp_width = num_heads * cfg.head_dim, cfg.mlp_width // shards.tensor
-    norm = functools.partial(RMSNorm, dtype, not cfg.time_conditioning,
-                             cfg.platform)
+    norm = functools.partial(
+        Norm, cfg,
+        not cfg.time_conditioning or TIME_FORMS[cfg.time_form].scales)
 
     def pick(y):  # [B, L, D] -> the wanted rows
       return y if positions is None else y.reshape(-1, y.shape[-1])[positions]
@@ -363,7 +513,8 @@ class Block(nn.Module):
     if cfg.time_conditioning:
       modulation = nn.Dense(6 * width // shards.tensor, dtype=dtype,
                             name='modulation',
-                            kernel_init=nn.initializers.zeros)(nn.silu(time))
+                            kernel_init=nn.initializers.zeros)(
+                                _activate_time(cfg, time))
       modulation = sharding.concatenate(modulation, shards)
       shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
           modulation, 6, axis=-1)
@@ -373,9 +524,10 @@ class Block(nn.Module):
       h = h * (1 + scale1[:, None]) + shift1[:, None]
     h = sharding.split(h, shards)
     q, k, v = (
-        Linear(inner, dtype, name=name)(h).reshape(batch, length, num_heads,
-                                                   cfg.head_dim)
-        for name in ('query', 'key', 'value'))
+        Linear(heads * cfg.head_dim, dtype, cfg.attention_bias != 'none',
+               name=name)(h).reshape(batch, length, heads, cfg.head_dim)
+        for name, heads in (('query', num_heads), ('key', kv_heads),
+                            ('value', kv_heads)))
     q, k = Heads(cfg, name='q_norm')(q, rotary), Heads(cfg, name='k_norm')(k, rotary)
     own = None
     if cached is not None:
@@ -389,45 +541,55 @@ class Block(nn.Module):
           q, k, v, block_size=cfg.block_size, segment_ids=segment_ids,
           backend=cfg.attention, platform=cfg.platform)
     else:
-      h = attention.attention(q, k, v, causal=cfg.causal,
+      h = attention.attention(q, k, v, causal=cfg.causal, seen=seen,
                               segment_ids=segment_ids, backend=cfg.attention,
                               platform=cfg.platform)
     h = pick(ad_checkpoint.checkpoint_name(h, ATTENTION_OUT).reshape(
         -1, length, inner))
     out_std = INIT_STD / (2 * cfg.num_layers) ** 0.5
-    out = Linear(width, dtype, out_std, name='attention_out')(h)
-    x = pick(x) + branch(sharding.join(out, shards), gate1, 0)
+    out = Linear(width, dtype, cfg.attention_bias == 'all', out_std, shards,
+                 name='attention_out')(h)
+    x = pick(x) + branch(out, gate1, 0)
 
     h = norm(name='mlp_norm')(x)
     if cfg.time_conditioning:
       h = h * (1 + pick_time(scale2)) + pick_time(shift2)
     h = sharding.split(h, shards)
-    up = Linear(mlp_width, dtype, name='mlp_in')(h)
+    up = Linear(mlp_width, dtype, cfg.mlp_bias, name='mlp_in')(h)
     if cfg.is_gated:
-      gate = Linear(mlp_width, dtype, name='mlp_gate')(h)
+      gate = Linear(mlp_width, dtype, cfg.mlp_bias, name='mlp_gate')(h)
       up = _keeps_inputs(lambda gate, up: MLPS[cfg.mlp](gate) * up,
                          cfg.platform)(gate, up)
     else:
       up = MLPS[cfg.mlp](up)
-    out = Linear(width, dtype, out_std, name='mlp_out')(up)
-    return x + branch(sharding.join(out, shards), gate2, 1), own
+    out = Linear(width, dtype, cfg.mlp_bias, out_std, shards, name='mlp_out')(up)
+    return x + branch(out, gate2, 1), own
+
+
+def _activate_time(config: ModelConfig, time: jax.Array) -> jax.Array:
+  """What the layers that make shifts, scales and gates of the time see."""
+  is_md4 = TIME_FORMS[config.time_form].is_md4
+  return MLPS[config.mlp](time) if is_md4 else nn.silu(time)
 
 
 class TimeEmbedding(nn.Module):
-  """t -> [B, D]: sinusoids and a two-layer MLP (as in DiT)."""
+  """t -> [B, time_width]: sinusoids and a two-layer MLP (as in DiT)."""
 
   config: ModelConfig
 
   @nn.compact
   def __call__(self, t):
-    cfg = self.config
-    half = TIME_FEATURES // 2
-    frequency = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / half)
-    angle = TIME_SCALE * t.astype(jnp.float32)[:, None] * frequency[None]
+    cfg, form = self.config, TIME_FORMS[self.config.time_form]
+    half = (cfg.time_width if form.is_md4 else TIME_FEATURES) // 2
+    last = half - 1 if form.is_md4 else half
+    frequency = jnp.exp(-jnp.log(TIME_PERIOD) * jnp.arange(half) / last)
+    angle = form.clock(t.astype(jnp.float32))[:, None] * frequency[None]
     features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    dense = functools.partial(nn.Dense, cfg.embed_dim, dtype=jnp.dtype(cfg.dtype),
+    dense = functools.partial(nn.Dense, dtype=jnp.dtype(cfg.dtype),
                               kernel_init=nn.initializers.normal(INIT_STD))
-    return dense(name='out')(nn.silu(dense(name='in')(features)))
+    inner = 4 * cfg.time_width if form.is_md4 else cfg.time_width
+    return dense(cfg.time_width, name='out')(
+        nn.silu(dense(inner, name='in')(features)))
 
 
 class Transformer(nn.Module):
@@ -444,23 +606,38 @@ class Transformer(nn.Module):
 
   def setup(self):
     cfg = self.config
-    shape = (sharding.padded(cfg.vocab_size, self.shards) // self.shards.tensor,
-             cfg.embed_dim)
-    self.embedding = self.param('embedding', nn.initializers.normal(INIT_STD),
-                                shape)
+    dtype = jnp.dtype(cfg.dtype)
+    num_ids = sharding.padded(cfg.vocab_size, self.shards) // self.shards.tensor
+    normal = nn.initializers.normal(INIT_STD)
+    self.embedding = self.param(
+        'embedding', normal, (num_ids, cfg.embedding_dim or cfg.embed_dim))
+    if cfg.embedding_dim:
+      self.embedding_in = nn.Dense(cfg.embed_dim, dtype=dtype, kernel_init=normal)
     if not cfg.tie_embeddings:
-      self.output = self.param('output', nn.initializers.normal(INIT_STD), shape)
+      self.output = self.param('output', normal, (num_ids, cfg.embed_dim))
+    if cfg.output_bias:
+      self.output_bias = self.param('output_bias', nn.initializers.zeros,
+                                    (num_ids,))
+    if cfg.num_positions:
+      self.position_embedding = self.param(
+          'position_embedding', normal, (cfg.num_positions, cfg.embed_dim))
+    form = TIME_FORMS[cfg.time_form]
+    is_final = cfg.time_conditioning and form.final
     if cfg.time_conditioning:
       self.time_embedding = TimeEmbedding(cfg)
+    if is_final:
+      self.final_modulation = nn.Dense(2 * cfg.embed_dim, dtype=dtype,
+                                       kernel_init=nn.initializers.zeros)
     if cfg.num_layers > 1:
       self.layers = Block(cfg)
     self.last_layer = Block(cfg)
-    self.final_norm = RMSNorm(jnp.dtype(cfg.dtype), platform=cfg.platform)
+    self.final_norm = Norm(cfg, not is_final or form.scales)
 
   def __call__(self, tokens: jax.Array, t: jax.Array | None = None, *,
                clean: jax.Array | None = None,
                segment_ids: jax.Array | None = None,
                dropout_keys: jax.Array | None = None,
+               seen: jax.Array | None = None,
                positions: jax.Array | None = None) -> jax.Array:
     """The network up to, not including, the output projection.
 
@@ -470,6 +647,8 @@ class Transformer(nn.Module):
       clean: [B, L] int32, the clean text, with `config.block_size` only.
       segment_ids: [B, L] int32; a position attends within its segment.
       dropout_keys: [B], one per example; None turns dropout off.
+      seen: [B, L, L] bool, which positions each one sees, as `opening_mask`;
+        None: as the config says.
       positions: [N] int32 indices into B * L of the rows wanted, None for all.
         The last block computes its output for those only.
 
@@ -486,10 +665,12 @@ class Transformer(nn.Module):
             [jax.vmap(lambda key: jax.random.fold_in(key, copy))(dropout_keys)
              for copy in range(2)])
     wanted = positions
-    if self.config.block_size and positions is None:
+    if (self.config.block_size or self.config.shift_outputs) and wanted is None:
       wanted = jnp.arange(shape[0] * shape[1])
+    if self.config.shift_outputs:
+      wanted = jnp.where(wanted % shape[1] == 0, wanted, wanted - 1)
     hidden, _ = self._layers(tokens, t, jnp.arange(shape[1]), Cache(None, None),
-                             segment_ids, dropout_keys, None, wanted)
+                             segment_ids, dropout_keys, None, seen, wanted)
     if positions is None:
       hidden = hidden.reshape(*shape, -1)
     return hidden
@@ -511,8 +692,11 @@ class Transformer(nn.Module):
       hidden [B, S, D] or [N, D], and the cache with the tokens' own keys and
       values at start .. start + S - 1.
     """
+    if self.config.shift_outputs:
+      raise InputError('model.shift_outputs=True reads outputs from before a block, '
+                       'which a cache of keys and values does not have')
     where = start + jnp.arange(tokens.shape[1])
-    hidden, own = self._layers(tokens, t, where, cache, None, None, visible,
+    hidden, own = self._layers(tokens, t, where, cache, None, None, visible, None,
                                positions)
 
     def write(old, new):
@@ -521,14 +705,18 @@ class Transformer(nn.Module):
     return hidden, jax.tree.map(write, cache, own)
 
   def _layers(self, tokens, t, where, cache, segment_ids, dropout_keys, visible,
-              positions):
+              seen, positions):
     """Hidden states of tokens at `where` [L], and their own keys and values."""
     cfg = self.config
     last_layer = cfg.num_layers - 1
-    x = self._embed(tokens)
-    time = self.time_embedding(t) if cfg.time_conditioning else None
-    rotary = rotary_table(where, cfg.head_dim, cfg.rope_theta)
-    args = (time, rotary, segment_ids, dropout_keys, visible)
+    x = self._embed(tokens, where)
+    time = None
+    if cfg.time_conditioning:
+      time = self.time_embedding(
+          t if cfg.knows_time else jnp.zeros(tokens.shape[:1]))
+    rotary = None if cfg.num_positions else rotary_table(
+        where, cfg.head_dim, cfg.rope_theta)
+    args = (time, rotary, segment_ids, dropout_keys, visible, seen)
     if self.is_initializing():
       self._init_layers(x, args)
     own = None
@@ -545,21 +733,34 @@ class Transformer(nn.Module):
     x, last = self._make_apply(prevent_cse=True)(
         self.last_layer.variables['params'], x, last_layer, cache.last, *args,
         positions)
-    return self.final_norm(x), Cache(own, last)
+    x = self.final_norm(x)
+    if cfg.time_conditioning and TIME_FORMS[cfg.time_form].final:
+      shift, scale = jnp.split(
+          self.final_modulation(_activate_time(cfg, time)), 2, axis=-1)
+      wanted = ((lambda y: y[:, None]) if positions is None
+                else (lambda y: y[positions // tokens.shape[1]]))
+      x = x * (1 + wanted(scale)) + wanted(shift)
+    return x, Cache(own, last)
 
-  def _embed(self, tokens):
-    """[B, L] -> [B, L, D]."""
+  def _embed(self, tokens, where):
+    """[B, L] at positions [L] -> [B, L, D]."""
     # Rows first, then the cast: the gradients of a row, the mask's above all,
     # are summed in float32.
     dtype = jnp.dtype(self.config.dtype)
     if self.shards.tensor == 1:
-      return self.embedding[tokens].astype(dtype)
-    size = self.embedding.shape[0]
-    tokens = tokens - jax.lax.axis_index(sharding.TENSOR) * size
-    is_here = (tokens >= 0) & (tokens < size)
-    rows = self.embedding[jnp.where(is_here, tokens, 0)]
-    rows = jnp.where(is_here[..., None], rows, 0.0)
-    return sharding.join(rows, self.shards).astype(dtype)
+      rows = self.embedding[tokens]
+    else:
+      size = self.embedding.shape[0]
+      tokens = tokens - jax.lax.axis_index(sharding.TENSOR) * size
+      is_here = (tokens >= 0) & (tokens < size)
+      rows = self.embedding[jnp.where(is_here, tokens, 0)]
+      rows = jnp.where(is_here[..., None], rows, 0.0)
+      rows = sharding.join(rows, self.shards)
+    if self.config.embedding_dim:
+      rows = self.embedding_in(rows.astype(dtype))
+    if self.config.num_positions:
+      rows = rows + self.position_embedding[where][None]
+    return rows.astype(dtype)
 
   def _make_apply(self, prevent_cse):
     """apply(params, x, layer, cached, *args) of a block, with remat."""
@@ -597,23 +798,61 @@ def _unrolled_scan(body, carry, xs):
   return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
 
 
+def opening_mask(keys: jax.Array, share: jax.Array, length: int) -> jax.Array:
+  """Attention between causal and full: attention mask annealing.
+
+  Source: DiffuLLaMA, arXiv 2410.17891, section 3.2, by which an autoregressive
+  network becomes a diffusion model.
+  Differs from the paper: each example has a mask of its own, not each batch.
+
+  Args:
+    keys: [B], one per example.
+    share: [] in [0, 1], probability that a position sees one to its right.
+    length: L.
+
+  Returns:
+    [B, L, L] bool, which positions (last axis) each position sees; a position
+    always sees itself and those to its left.
+  """
+  draw = lambda key: jax.random.bernoulli(key, share, (length, length))
+  return jax.vmap(draw)(keys) | jnp.tril(jnp.ones((length, length), bool))[None]
+
+
 def init_cache(config: ModelConfig, batch_size: int, length: int,
                shards: Shards = Shards()) -> Cache:
   """An empty cache of `length` positions, in the compute dtype."""
-  shape = (batch_size, length, config.num_heads // shards.tensor,
+  shape = (batch_size, length, config.kv_heads // shards.tensor,
            config.head_dim)
   zeros = lambda *lead: (jnp.zeros(lead + shape, config.dtype),) * 2
   layers = zeros(config.num_layers - 1) if config.num_layers > 1 else None
   return Cache(layers, zeros())
 
 
-def output_kernel(params) -> jax.Array:
-  """The output projection's kernel [D, V] (float32), tied or not."""
-  return params.get('output', params['embedding']).T
+class Affine(NamedTuple):
+  """An output projection with a bias.
+
+  Attributes:
+    kernel: [D, V].
+    bias: [V].
+  """
+
+  kernel: jax.Array
+  bias: jax.Array
 
 
-def output_logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+def output_kernel(params) -> jax.Array | Affine:
+  """The output projection's kernel [D, V] (float32), tied or not, and its bias."""
+  kernel = params.get('output', params['embedding']).T
+  if 'output_bias' in params:
+    return Affine(kernel, params['output_bias'])
+  return kernel
+
+
+def output_logits(kernel: jax.Array | Affine, hidden: jax.Array) -> jax.Array:
   """hidden [..., D] times kernel [D, V] -> [..., V] float32."""
+  if isinstance(kernel, Affine):
+    bias = jnp.expand_dims(kernel.bias, range(hidden.ndim - 1))
+    return output_logits(kernel.kernel, hidden) + bias
   return jnp.dot(hidden, kernel.astype(hidden.dtype),
                  preferred_element_type=jnp.float32)
 
@@ -629,8 +868,9 @@ def init_params(config: ModelConfig, key: jax.Array, shards: Shards = Shards()):
   tokens = jnp.zeros((1, 2), jnp.int32)
   params = Transformer(config).init(key, tokens, jnp.zeros((1,)))['params']
   padding = sharding.padded(config.vocab_size, shards) - config.vocab_size
-  for name in {'embedding', 'output'} & set(params):
-    params[name] = jnp.pad(params[name], ((0, padding), (0, 0)))
+  for name in sharding.BY_VOCABULARY & set(params):
+    x = params[name]
+    params[name] = jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
   return params
 
 
@@ -642,13 +882,14 @@ def check_shards(config: ModelConfig, shards: Shards, length: int = 0):
     shards: over how many devices.
     length: of the texts, for what kernels ask of a device's part; 0: not checked.
   """
-  for axis, keys in (('fsdp', ('embed_dim',)),
-                     ('tensor', ('num_heads', 'mlp_width'))):
+  for axis, keys in (('fsdp', ('embed_dim', 'embedding_dim', 'time_width')),
+                     ('tensor', ('num_heads', 'kv_heads', 'mlp_width'))):
     size = getattr(shards, axis)
     for key in keys:
       if getattr(config, key) % size:
-        name = 'mlp_dim' if key == 'mlp_width' else key
-        chosen = ' (chosen, for 0)' if key == 'mlp_width' and not config.mlp_dim else ''
+        name = {'mlp_width': 'mlp_dim', 'kv_heads': 'num_kv_heads',
+                'time_width': 'time_dim'}.get(key, key)
+        chosen = '' if getattr(config, name) else ' (chosen, for 0)'
         raise InputError(
             f'mesh.{axis}={size!r} does not divide model.{name}='
             f'{getattr(config, key)!r}{chosen}; it must, as its parts lie on so '
@@ -675,13 +916,14 @@ def num_params(params) -> int:
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
   """Model FLOPs of one token's forward and backward pass.
 
-  6 x (matrix parameters) + 12 x layers x length x width for the attention; a
+  6 x (matrix parameters) + 12 x layers x length x heads' width for the attention; a
   multiply-add is 2. Unreduced: counted as if every position went through every
   layer and the output projection; of block diffusion both copies' layers count.
   """
-  width = config.embed_dim
+  width, inner = config.embed_dim, config.num_heads * config.head_dim
   mlp = (3 if config.is_gated else 2) * width * config.mlp_width
-  layers = config.num_layers * (4 * width**2 + mlp)
+  heads = 2 * width * (inner + config.kv_heads * config.head_dim)
+  layers = config.num_layers * (heads + mlp)
   copies = 2 if config.block_size else 1
-  return (copies * (6 * layers + 12 * config.num_layers * length * width)
+  return (copies * (6 * layers + 12 * config.num_layers * length * inner)
           + 6 * width * config.vocab_size)

@@ -78,7 +78,8 @@ def leaf_name(path) -> str:
 def decay_mask(params):
   """True for the leaves that weight decay applies to: no norms, no biases."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: leaf_name(path) in ('kernel', 'embedding', 'output'),
+      lambda path, _: leaf_name(path) in ('kernel', 'embedding', 'output',
+                                          'position_embedding'),
       params)
 
 
@@ -91,8 +92,8 @@ def muon_dimensions(params):
   """
   def dimensions(path, x):
     names = [part.key for part in path]
-    if (leaf_name(path) != 'kernel' or 'time_embedding' in names
-        or 'modulation' in names):
+    others = {'time_embedding', 'modulation', 'final_modulation', 'embedding_in'}
+    if leaf_name(path) != 'kernel' or others & set(names):
       return None
     return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
   return jax.tree_util.tree_map_with_path(dimensions, params)

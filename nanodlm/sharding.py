@@ -24,7 +24,8 @@ DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = (DATA, FSDP)
 
 _COLUMNS = {'kernel': (FSDP, TENSOR), 'bias': (TENSOR,)}
-_ROWS = {'kernel': (TENSOR, FSDP)}
+_ROWS = {'kernel': (TENSOR, FSDP), 'bias': (FSDP,)}
+_WIDTH = {'scale': (FSDP,), 'bias': (FSDP,)}
 # Mesh axes of the LAST dimensions of a parameter, by its module's name and its
 # own, or by its own alone. What is not listed is replicated.
 _BY_MODULE = {
@@ -33,10 +34,12 @@ _BY_MODULE = {
     'mlp_in': _COLUMNS, 'mlp_gate': _COLUMNS, 'mlp_out': _ROWS,
     'modulation': _COLUMNS,
     'in': {'kernel': (None, FSDP)}, 'out': {'kernel': (None, FSDP)},  # of the time
-    'attention_norm': {'scale': (FSDP,)}, 'mlp_norm': {'scale': (FSDP,)},
-    'final_norm': {'scale': (FSDP,)},
+    'attention_norm': _WIDTH, 'mlp_norm': _WIDTH, 'final_norm': _WIDTH,
 }
-_BY_NAME = {'embedding': (TENSOR, FSDP), 'output': (TENSOR, FSDP)}
+_BY_NAME = {'embedding': (TENSOR, FSDP), 'output': (TENSOR, FSDP),
+            'output_bias': (TENSOR,), 'position_embedding': (None, FSDP)}
+# Those with a row for each id; rows behind the vocabulary are padding.
+BY_VOCABULARY = frozenset({'embedding', 'output', 'output_bias'})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Network:
     return sharding.specs(shapes, self.shards)
 
   def score(self, objective: Objective, params, noised, weight, segment_ids,
-            dropout_keys) -> tuple[jax.Array, dict[str, jax.Array],
+            dropout_keys, seen=None) -> tuple[jax.Array, dict[str, jax.Array],
                                    dict[str, jax.Array]]:
     """Runs the network on a noised batch and sums the objective's terms.
 
@@ -86,7 +86,7 @@ class Network:
     params = model.gather_ends(params, self.shards)
     hidden = self.transformer.apply(
         {'params': params}, noised.tokens, noised.t, clean=noised.clean,
-        segment_ids=segment_ids, dropout_keys=dropout_keys,
+        segment_ids=segment_ids, dropout_keys=dropout_keys, seen=seen,
         positions=positions)
     weight = jnp.where(is_real, take(weight), 0.0)
     vocab = categorical.Vocab(
@@ -204,8 +204,8 @@ def _fold_in_each(key: jax.Array, index: jax.Array) -> jax.Array:
 def make_train_step(network: Network, objective: Objective,
                     optimizer: optax.GradientTransformation,
                     learning_rate: optax.Schedule, mesh: jax.sharding.Mesh, *,
-                    batch_size: int, num_microbatches: int, ema_decay: float
-                    ) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
+                    batch_size: int, num_microbatches: int, ema_decay: float,
+                    anneal_steps: int = 0) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
   """Builds the jitted training step, (state, batch) -> (state, metrics).
 
   The state is donated. The batch holds tokens [B, L] int32, weight [B, L],
@@ -214,6 +214,9 @@ def make_train_step(network: Network, objective: Objective,
   gradient is not finite leaves everything but `step` as it was and has
   metrics['skipped'] = 1.
 
+  With `anneal_steps` = N the network sees a position to its right with probability
+  n / N at step n < N, and all from N on (`model.opening_mask`).
+
   Raises:
     InputError: the batch does not divide into devices, micro-batches and the
       objective's groups.
@@ -221,23 +224,30 @@ def make_train_step(network: Network, objective: Objective,
   check_batch_size(batch_size, mesh, num_microbatches, objective.group_size)
   shards = network.shards
 
-  def local_gradient(params, key, batch):
-    level_key, noise_key, dropout_key = jax.random.split(key, 3)
+  def local_gradient(params, key, share, batch):
+    # (Three keys as ever where there is no annealing: the same noise as ever.)
+    level_key, noise_key, dropout_key, *opening_key = jax.random.split(
+        key, 4 if anneal_steps else 3)
     num_rows, length = batch['tokens'].shape
     index = _row_index(num_rows)
     levels = objective.sample_levels(level_key, batch_size, length)[index]
     rows = {**batch, 'keys': _fold_in_each(noise_key, index), 'levels': levels}
     if network.config.dropout:
       rows['dropout_keys'] = _fold_in_each(dropout_key, index)
+    if anneal_steps:
+      rows['opening_keys'] = _fold_in_each(*opening_key, index)
 
     def loss(params, rows):
       rows = _repeat_rows(rows, objective.num_draws)
       own = bind(objective, params)
       noised = own.corrupt(rows['keys'], rows['levels'], rows['tokens'],
                            rows['weight'])
+      seen = None
+      if anneal_steps:
+        seen = model.opening_mask(rows['opening_keys'], share, length)
       total, per_row, by_level = network.score(
           objective, params, noised, rows['weight'], rows.get('segment_ids'),
-          rows.get('dropout_keys'))
+          rows.get('dropout_keys'), seen)
       total += own.noise_surrogate(noised, rows['tokens'], rows['weight'],
                                    per_row['loss'])
       return total, {**_sums(rows, per_row), **by_level}
@@ -257,15 +267,16 @@ def make_train_step(network: Network, objective: Objective,
     return jax.lax.scan(lambda sums, micro: (add(sums, micro), None), zeros,
                         rows)[0]
 
-  def global_gradient(params, key, batch):
+  def global_gradient(params, key, share, batch):
     """The sums over the global batch, of this device's part of the parameters."""
-    gradient, sums = local_gradient(sharding.local(params, shards), key, batch)
+    gradient, sums = local_gradient(sharding.local(params, shards), key, share,
+                                    batch)
     return (sharding.sum_gradients(gradient, shards),
             jax.lax.psum(sums, meshes.BATCH_AXES))
 
   sharded_gradient = jax.shard_map(
       global_gradient, mesh=mesh,
-      in_specs=(network.specs(objective), P(), P(meshes.BATCH_AXES)),
+      in_specs=(network.specs(objective), P(), P(), P(meshes.BATCH_AXES)),
       out_specs=(network.specs(objective), P()))
   state_shapes = jax.eval_shape(
       lambda: states.init_state(network.config, objective, optimizer, 0,
@@ -273,7 +284,8 @@ def make_train_step(network: Network, objective: Objective,
 
   def step(state, batch):
     key = jax.random.fold_in(state.key, state.step)
-    gradient, sums = sharded_gradient(state.params, key, batch)
+    share = jnp.minimum(state.step / max(anneal_steps, 1), 1.0)
+    gradient, sums = sharded_gradient(state.params, key, share, batch)
     # From here on arrays are whole to the code, and each device updates its part
     # of them: elementwise rules talk to no one, a norm or Muon's products do.
     total_weight = jnp.maximum(sums['weight'], 1.0)

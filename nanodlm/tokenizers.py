@@ -1,8 +1,9 @@
 """Tokenizers: text to token ids and back, behind one protocol.
 
-Three families: UTF-8 bytes (nothing to download), SentencePiece models, and the
-encodings that tiktoken ships. Every one of them adds the same two things: a
-separator that ends a document, and the mask, which is always the last id. Text
+Four families: UTF-8 bytes (nothing to download), SentencePiece models, the
+encodings that tiktoken ships, and the tokenizer.json of imported checkpoints. Every
+one of them has the same two things: a separator that ends a document, and the mask,
+which is always the last id. Text
 is only ever text: '<|endoftext|>' or '</s>' written in a user's file is encoded
 as ordinary characters and can never become a control token.
 """
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -37,6 +39,11 @@ _MAX_SENTENCE_BYTES = 4096
 # fixed seed): more costs gigabytes of memory and changes the pieces very little.
 _MAX_SENTENCES = 1_000_000
 
+
+# The tokenizer.name of another run's tokenizer, whose workdir is tokenizer.path.
+RUN = 'run'
+# The name inside such a workdir of a tokenizer.json of Hugging Face's.
+HUGGING_FACE = 'huggingface'
 
 # What `save` writes into a folder.
 SAVED, SAVED_MODEL = 'tokenizer.json', 'tokenizer.model'
@@ -98,7 +105,7 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Table:
-  """What the three families share: a table of the bytes behind each id.
+  """What the families share: a table of the bytes behind each id.
 
   Attributes:
     name: what config.tokenizer.name said.
@@ -235,13 +242,42 @@ class TiktokenTokenizer(_Table):
     return [np.array(ids, np.int32) for ids in batch]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class HuggingFaceTokenizer(_Table):
+  """The tokenizer.json of an imported checkpoint, with the mask moved to the end.
+
+  Attributes:
+    path: the file, as given.
+    processor: tokenizers.Tokenizer.
+    mask_place: the file's id of the mask; where that is not the last id of the
+      checkpoint's vocabulary, the two change places.
+  """
+
+  path: str
+  processor: Any
+  mask_place: int
+
+  def encode(self, text: str) -> np.ndarray:
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    for text in texts:
+      _utf8(text)
+    encoded = self.processor.encode_batch(list(texts), add_special_tokens=False)
+    ids = [np.array(one.ids, np.int32) for one in encoded]
+    return [np.where(row == self.mask_id, self.mask_place, row) for row in ids]
+
+  def to_json(self) -> dict[str, Any]:
+    return {**super().to_json(), 'path': self.path, 'mask_place': self.mask_place}
+
+
 def make_tokenizer(config: Any) -> Tokenizer:
   """Makes the tokenizer that config.tokenizer describes.
 
   Args:
-    config: has `name` ('bytes', 'sentencepiece' or a tiktoken encoding) and
-      `path` (the .model file of 'sentencepiece', else ignored). Its vocab_size
-      matters only to train_sentencepiece.
+    config: has `name` ('bytes', 'sentencepiece', a tiktoken encoding or 'run') and
+      `path` (the .model file of 'sentencepiece', the workdir of 'run', else
+      ignored). Its vocab_size matters only to train_sentencepiece.
 
   Returns:
     A Tokenizer.
@@ -254,6 +290,8 @@ def make_tokenizer(config: Any) -> Tokenizer:
     return BytesTokenizer()
   if config.name == 'sentencepiece':
     return load_sentencepiece(config.path)
+  if config.name == RUN:
+    return load(config.path)
   return _load_tiktoken(config.name)
 
 
@@ -278,17 +316,45 @@ def load(folder: str | os.PathLike[str]) -> Tokenizer:
     described = json.loads((folder / SAVED).read_text())
   except (OSError, json.JSONDecodeError) as error:
     raise InputError(f'{folder / SAVED} cannot be read: {error}') from error
+  return from_json(described, str(folder / SAVED_MODEL), str(folder / SAVED))
+
+
+def from_json(described: dict[str, Any], model_path: str, where: str) -> Tokenizer:
+  """The tokenizer of a `to_json`.
+
+  Args:
+    described: from `Tokenizer.to_json`.
+    model_path: its file, where it has one.
+    where: for messages.
+
+  Raises:
+    InputError: it no longer makes the ids it made then.
+  """
   if described['name'] == 'sentencepiece':
-    tokenizer = load_sentencepiece(str(folder / SAVED_MODEL))
+    tokenizer = load_sentencepiece(model_path)
   elif described['name'] == 'bytes':
     tokenizer = BytesTokenizer()
+  elif described['name'] == HUGGING_FACE:
+    tokenizer = load_hugging_face(model_path, described['vocab_size'],
+                                  described['mask_place'],
+                                  described['separator_id'])
   else:
     tokenizer = _load_tiktoken(described['name'])
+    spare = described['vocab_size'] - tokenizer.vocab_size
+    if spare > 0:
+      tokenizer = with_spare_ids(tokenizer, spare)
   if tokenizer.fingerprint != described['fingerprint']:
     raise InputError(
-        f'{folder / SAVED}: the {described["name"]} tokenizer found here makes '
+        f'{where}: the {described["name"]} tokenizer found here makes '
         'other ids than the one it was saved from')
   return tokenizer
+
+
+def with_spare_ids(tokenizer: Tokenizer, num: int) -> Tokenizer:
+  """A tiktoken tokenizer with `num` more ids before the mask, of no text."""
+  return dataclasses.replace(
+      tokenizer, pieces=tokenizer.pieces + (b'',) * num,
+      fingerprint=f'{tokenizer.fingerprint}+{num}')
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int,
@@ -427,10 +493,88 @@ def load_sentencepiece(path: str) -> SentencePieceTokenizer:
       ) if byte_ids else ())
 
 
+def load_hugging_face(path: str, vocab_size: int, mask_place: int,
+                      separator_id: int) -> HuggingFaceTokenizer:
+  """Loads a tokenizer.json of Hugging Face's `tokenizers`.
+
+  Args:
+    path: the file.
+    vocab_size: ids of the network, the mask among them; the file may have fewer.
+    mask_place: the file's id of the mask, vocab_size - 1 where it has none.
+    separator_id: OUR id of the token that ends a document.
+
+  Raises:
+    InputError: it is no such file, or has more ids than the network.
+  """
+  if importlib.util.find_spec('tokenizers') is None:
+    raise InputError(f'{path} needs the tokenizers package: '
+                     "pip install -e '.[hub]'")
+  import tokenizers  # pylint: disable=g-import-not-at-top
+  try:
+    content = pathlib.Path(path).read_bytes()
+    processor = tokenizers.Tokenizer.from_buffer(content)
+  except OSError as error:
+    raise InputError(f'{path} cannot be read ({error.strerror})') from error
+  except Exception as error:  # pylint: disable=broad-exception-caught
+    # (The library raises no narrower one.)
+    raise InputError(f'{path} is not a tokenizer.json: {error}') from error
+  processor.no_truncation()
+  processor.no_padding()
+  processor.encode_special_tokens = True  # text is only ever text
+  known = processor.get_vocab(with_added_tokens=True)
+  if known and max(known.values()) >= vocab_size:
+    raise InputError(f'{path} is of another vocabulary: it has ids up to '
+                     f'{max(known.values())}, the network {vocab_size} of them')
+  piece_bytes = _piece_reader(json.loads(content), processor)
+  pieces = [b''] * vocab_size
+  for text, i in known.items():
+    pieces[i] = piece_bytes(text, i)
+  # The mask and the last id change places, and the last one is no piece.
+  pieces[mask_place] = pieces[-1]
+  digest = hashlib.sha256(content)
+  digest.update(f'{vocab_size} {mask_place} {separator_id}'.encode())
+  return HuggingFaceTokenizer(
+      name=HUGGING_FACE, pieces=tuple(pieces[:-1]), separator_id=separator_id,
+      fingerprint=f'{HUGGING_FACE}-{digest.hexdigest()[:16]}', path=path,
+      processor=processor, mask_place=mask_place)
+
+
+def byte_alphabet() -> dict[str, int]:
+  """{character: byte} by which byte-level tokenizers spell their pieces (GPT-2).
+
+  Printable characters are their own byte's; the other bytes follow from 256 on.
+  """
+  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(256) if byte not in plain]
+  return {chr(byte): byte for byte in plain} | {
+      chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _piece_reader(content: dict[str, Any], processor: Any
+                  ) -> Callable[[str, int], bytes]:
+  """(piece, id) -> its UTF-8 bytes, by the kind of decoder in the file."""
+  added = processor.get_added_tokens_decoder()
+  kinds = json.dumps(content.get('decoder') or {})
+  alphabet = byte_alphabet()
+
+  def read(text, i):
+    if i in added:
+      return b'' if added[i].special else text.encode()
+    if 'ByteLevel' in kinds:
+      return bytes(alphabet[c] for c in text)
+    if 'ByteFallback' in kinds and len(text) == 6 and text.startswith('<0x'):
+      return bytes([int(text[3:5], 16)])
+    if 'WordPiece' in kinds:
+      return text[2:].encode() if text.startswith('##') else f' {text}'.encode()
+    return text.replace(_SPACE_MARK, ' ').encode()
+
+  return read
+
+
 def _load_tiktoken(name: str) -> TiktokenTokenizer:
   import tiktoken  # pylint: disable=g-import-not-at-top
 
-  allowed = ['bytes', 'sentencepiece', *tiktoken.list_encoding_names()]
+  allowed = ['bytes', 'sentencepiece', RUN, *tiktoken.list_encoding_names()]
   if name not in allowed:
     raise InputError(f'tokenizer.name={name!r} is not one of {allowed}')
   encoding = _offline_safe(tiktoken.get_encoding, name)

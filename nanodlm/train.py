@@ -77,6 +77,10 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
                      "pip install -e '.[wandb]'")
   saved = evaluate.load_config(workdir, defaults)
   if saved is not None:
+    if checkpoint.holds_weights_alone(workdir):
+      raise InputError(f'workdir={workdir!r} holds imported weights and no run to '
+                       'go on with; give another workdir and start from them with '
+                       f'checkpoint.init_from={workdir!r}')
     configs.check_resumable(saved, config, workdir)
   check_writable(workdir)
   _check_devices(config, settings)
@@ -94,7 +98,8 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
       run.network, run.objective, optimizer, schedule, run.mesh,
       batch_size=settings.train.batch_size,
       num_microbatches=settings.train.num_microbatches,
-      ema_decay=settings.optim.ema_decay)
+      ema_decay=settings.optim.ema_decay,
+      anneal_steps=settings.train.anneal_steps)
   evaluate_params = evaluate.make_evaluate(run, packed)
   _check_same_text(workdir, packed, has_checkpoint)
   initial = None

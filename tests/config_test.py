@@ -50,6 +50,11 @@ class ValidateTest(parameterized.TestCase):
     model = configs.make_model(changed(**changes), vocab_size=9)
     self.assertEqual((model.causal, model.vocab_size), (objective.causal, 9))
 
+  def test_a_constant_is_no_time(self):
+    with self.assertRaisesRegex(InputError, "^model.time_form='constant' must be"):
+      validate(objective__name='uniform', model__time_conditioning=True,
+               model__time_form='constant')
+
   @parameterized.parameters(*samplers.SAMPLERS)
   def test_every_sampler_fits_what_it_says_and_nothing_else(self, name):
     for objective in objectives.OBJECTIVES:
@@ -103,7 +108,8 @@ class ValidateTest(parameterized.TestCase):
       ('data__num_threads', 0), ('data__padding', 'none'),
       ('data__padding', 'masked'), ('data__clean_prefix_rate', -0.1),
       ('data__clean_infill_rate', 1.5), ('train__batch_size', 0),
-      ('train__num_steps', 0),
+      ('train__num_steps', 0), ('train__anneal_steps', -1),
+      ('model__num_kv_heads', 4), ('model__norm', 'group'),
       ('train__num_microbatches', 0), ('train__chunk_size', 0),
       ('train__log_every_steps', 0), ('train__eval_every_steps', -1),
       ('train__num_samples', -1), ('train__max_skipped_steps', 0),
@@ -119,11 +125,30 @@ class ValidateTest(parameterized.TestCase):
       ('sampler__num_steps', 0), ('sampler__num_samples', 0),
       ('sampler__length', -1), ('sampler__guidance', -0.5),
       # Rules across keys.
+      ('model__norm_bias', True),
       ('eval__num_draws', 3), ('train__batch_size', 31))
   def test_errors_name_the_key_and_the_value(self, key, value):
     pattern = rf'^{re.escape(key.replace("__", "."))}={re.escape(repr(value))}'
     with self.assertRaisesRegex(InputError, pattern):
       validate(**{key: value})
+
+  @parameterized.parameters(
+      ({'model__num_positions': 100}, 'data.length=256 must be at most '
+       'model.num_positions=100'),
+      ({'model__num_positions': 256, 'sampler__length': 300}, 'sampler.length=300'),
+      ({'model__shift_outputs': True, 'sampler__name': 'prefix_cache'},
+       "sampler.name='prefix_cache' does not fit model.shift_outputs=True"),
+      ({'model__shift_outputs': True, 'objective__name': 'ar'},
+       'model.shift_outputs=True'),
+      ({'train__anneal_steps': 5, 'objective__name': 'ar'},
+       "train.anneal_steps=5 has no effect with objective.name='ar'"),
+      ({'train__anneal_steps': 5, 'objective__name': 'block'},
+       'train.anneal_steps=5'),
+      ({'tokenizer__name': 'run'}, "tokenizer.path='' must be the workdir"),
+      ({'tokenizer__path': 'runs/x'}, "tokenizer.path='runs/x' has no effect"))
+  def test_options_of_published_networks(self, changes, message):
+    with self.assertRaisesRegex(InputError, f'^{re.escape(message)}'):
+      validate(**changes)
 
   @parameterized.parameters(
       ({'objective__schedule': 'sine', 'objective__noise': 'uniform'},

@@ -188,6 +188,31 @@ class BlockDiffusionTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, message):
       toys.model_config(block_size=2, **changes)
 
+  def test_a_constant_time_goes_with_blocks_and_caches(self):
+    config = toys.model_config(block_size=2, time_conditioning=True,
+                               time_form='constant', time_dim=8)
+    params, clean = params_of(config), TOKENS[::-1]
+    both = hidden_of(config, params, TOKENS, T, clean=clean)
+    np.testing.assert_array_equal(
+        both, hidden_of(config, params, TOKENS, 1 - T, clean=clean))
+    cache = model.init_cache(config, BATCH, LENGTH)
+    apply = functools.partial(model.Transformer(config).apply,
+                              {'params': params}, method='advance')
+    _, cache = apply(clean[:, :2], T, 0, cache, jnp.zeros((LENGTH,), bool))
+    second, _ = apply(TOKENS[:, 2:4], None, 2, cache, jnp.arange(LENGTH) < 2)
+    np.testing.assert_allclose(both[:, 2:4], second, atol=1e-5)
+
+  @parameterized.parameters(
+      (dict(time_form='sigma'), r"time_form='sigma'.*no effect"),
+      (dict(time_dim=8), r'time_dim=8.*no effect'),
+      (dict(time_conditioning=True, time_form='t'), "time_form='t' is not one of"),
+      (dict(time_conditioning=True, time_dim=7), 'time_dim=7 must be even'),
+      (dict(time_dim=-2), 'time_dim=-2 must be >= 0'),
+      (dict(embedding_dim=8), 'embedding_dim=8.*tie_embeddings=True'))
+  def test_forms_of_time_and_embedding(self, changes, message):
+    with self.assertRaisesRegex(InputError, message):
+      toys.model_config(**changes)
+
 
 class NothingChangesTest(parameterized.TestCase):
 
@@ -235,13 +260,158 @@ class NothingChangesTest(parameterized.TestCase):
         picked, np.asarray(full).reshape(-1, 16)[positions], atol=1e-5)
 
 
+SHARED = dict(num_heads=4, num_kv_heads=2, head_size=6)
+# All that published architectures ask for beside the defaults.
+FOREIGN = dict(**SHARED, norm='layer', norm_bias=True, attention_bias='all',
+               mlp_bias=True, num_positions=8, norm_eps=1e-5)
+
+
+class OptionsTest(parameterized.TestCase):
+
+  @parameterized.parameters(dict(), dict(causal=True), dict(block_size=2))
+  def test_shared_keys_are_repeated_keys(self, **kind):
+    # Each key and value repeated for the queries that share it: plain attention.
+    shared = toys.model_config(**SHARED, qk_norm=True, **kind)
+    plain = toys.model_config(**{**SHARED, 'num_kv_heads': 0}, qk_norm=True, **kind)
+    params, clean = params_of(shared), TOKENS[::-1] if shared.block_size else None
+
+    def widen(path, x):
+      if path[-2:] not in ([jax.tree_util.DictKey(name), jax.tree_util.DictKey(
+          'kernel')] for name in ('key', 'value')):
+        return x
+      x = x.reshape(*x.shape[:-1], 2, 6)
+      return np.repeat(x, 2, axis=-2).reshape(*x.shape[:-2], -1)
+
+    wide = jax.tree_util.tree_map_with_path(
+        lambda path, x: widen(list(path), x), params)
+    self.assertEqual(params['last_layer']['key']['kernel'].shape, (16, 12))
+    self.assertEqual(wide['last_layer']['key']['kernel'].shape, (16, 24))
+    np.testing.assert_allclose(
+        hidden_of(shared, params, TOKENS, None, clean=clean),
+        hidden_of(plain, wide, TOKENS, None, clean=clean), atol=1e-5)
+
+  def test_positions_that_are_learned(self):
+    config = toys.model_config(num_positions=8)
+    params = params_of(config)
+    table = params['position_embedding']
+    self.assertEqual(table.shape, (8, 16))
+    # Adding a row of the table to all of them is adding it to the tokens.
+    moved = {**params, 'position_embedding': table + table[:1],
+             'embedding': params['embedding'] - table[:1]}
+    hidden = hidden_of(config, params)
+    np.testing.assert_allclose(hidden_of(config, moved), hidden, atol=1e-5)
+    # And there is no rotation: the same positions everywhere, and no order is seen.
+    same = {**params, 'position_embedding': np.tile(table[:1], (8, 1))}
+    turned = hidden_of(config, same, tokens=TOKENS[:, ::-1].copy())
+    np.testing.assert_allclose(turned[:, ::-1], hidden_of(config, same), atol=1e-5)
+    self.assertGreater(np.abs(hidden - hidden_of(config, same)).max(), 0.01)
+
+  def test_layer_norm_and_biases(self):
+    x = np.random.default_rng(0).normal(2, 3, size=(5, 16)).astype(np.float32)
+    scale, bias = np.linspace(1, 2, 16), np.linspace(-1, 1, 16)
+    centred = x - x.mean(-1, keepdims=True)
+    expected = centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-2)
+    np.testing.assert_allclose(
+        model.normalize(x, scale, jnp.float32, 1e-2, True, bias),
+        expected * scale + bias, atol=1e-5)
+    params = params_of(toys.model_config(**FOREIGN, mlp='swiglu'))
+    shapes = {'/'.join(part.key for part in path): x.shape for path, x
+              in jax.tree_util.tree_leaves_with_path(params['last_layer'])
+              if path[-1].key == 'bias'}
+    self.assertEqual(shapes, {
+        'attention_norm/bias': (16,), 'mlp_norm/bias': (16,), 'query/bias': (24,),
+        'key/bias': (12,), 'value/bias': (12,), 'attention_out/bias': (16,),
+        'mlp_in/bias': (32,), 'mlp_gate/bias': (32,), 'mlp_out/bias': (16,)})
+
+  @parameterized.parameters(dict(), FOREIGN)
+  def test_a_cache_of_them(self, **options):
+    config = toys.model_config(causal=True, **{**SHARED, **options})
+    params = params_of(config)
+    full = hidden_of(config, params, TOKENS, None)
+
+    @jax.jit
+    def by_cache(params):
+      cache, hidden = model.init_cache(config, BATCH, LENGTH), []
+      self.assertEqual(cache.last[0].shape, (BATCH, LENGTH, 2, 6))
+      for start, stop in ((0, 4), (4, 5), (5, 6)):
+        part, cache = model.Transformer(config).apply(
+            {'params': params}, TOKENS[:, start:stop], None, start, cache,
+            jnp.arange(LENGTH) < start, method='advance')
+        hidden.append(part)
+      return jnp.concatenate(hidden, axis=1)
+
+    np.testing.assert_allclose(full, by_cache(params), atol=1e-5)
+
+  def test_shifted_outputs(self):
+    plain, shifted = (toys.model_config(shift_outputs=shift)
+                      for shift in (False, True))
+    params = params_of(plain)
+    hidden = np.asarray(hidden_of(plain, params))
+    expected = np.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
+    np.testing.assert_allclose(hidden_of(shifted, params), expected, atol=1e-5)
+    positions = np.array([0, 3, 17, 8, 6, 12])
+    np.testing.assert_allclose(
+        hidden_of(shifted, params, positions=positions),
+        expected.reshape(-1, 16)[positions], atol=1e-5)
+    with self.assertRaisesRegex(InputError, 'which a cache .* does not have'):
+      model.Transformer(shifted).apply(
+          {'params': params}, TOKENS[:, :2], None, 0,
+          model.init_cache(shifted, BATCH, LENGTH), np.zeros(LENGTH, bool),
+          method='advance')
+
+  def test_opening_attention(self):
+    keys, length = dropout_keys(4), 40
+    seen = np.asarray(model.opening_mask(keys, 0.25, length))
+    left = np.tri(length, dtype=bool)
+    self.assertTrue(seen[:, left].all())
+    right = seen[:, ~left]
+    deviation = (0.25 * 0.75 / right[0].size) ** 0.5
+    np.testing.assert_allclose(right.mean(1), 0.25, atol=4 * deviation)
+    self.assertFalse(np.array_equal(seen[0], seen[1]))
+    for share, expected in ((0.0, left), (1.0, np.ones_like(left))):
+      seen = model.opening_mask(dropout_keys(4), share, length)
+      np.testing.assert_array_equal(seen, np.tile(expected, (4, 1, 1)))
+    # From the causal network to the bidirectional one, through what is between.
+    full, causal = toys.model_config(), toys.model_config(causal=True)
+    params = params_of(full)
+    opening = lambda share: hidden_of(
+        full, params, seen=model.opening_mask(dropout_keys(), share, LENGTH))
+    np.testing.assert_allclose(opening(0.0), hidden_of(causal, params), atol=1e-5)
+    np.testing.assert_allclose(opening(1.0), hidden_of(full, params), atol=1e-5)
+    self.assertGreater(np.abs(opening(0.5) - opening(1.0)).max(), 1e-3)
+    self.assertGreater(np.abs(opening(0.5) - opening(0.0)).max(), 1e-3)
+
+  @parameterized.parameters(
+      ('num_kv_heads', 3, 'must divide model.num_heads=2'),
+      ('num_kv_heads', -1, 'must be >= 0'), ('head_size', -2, 'must be >= 0'),
+      ('num_positions', -1, 'must be >= 0'), ('norm', 'batch', 'is not one of'),
+      ('norm_eps', 0.0, 'must be > 0'), ('norm_bias', True, 'no effect'),
+      ('attention_bias', 'some', 'is not one of'))
+  def test_errors(self, key, value, message):
+    with self.assertRaisesRegex(InputError, f'^model.{key}={value!r}.*{message}'):
+      toys.model_config(**{key: value})
+
+  def test_what_does_not_go_together(self):
+    for kind in (dict(causal=True), dict(block_size=2)):
+      with self.assertRaisesRegex(InputError, '^model.shift_outputs=True'):
+        toys.model_config(shift_outputs=True, **kind)
+    with self.assertRaisesRegex(InputError, 'model.head_size=5'):
+      toys.model_config(head_size=5)
+    toys.model_config(head_size=5, num_positions=8)  # nothing to rotate
+
+
 class PartsTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('gelu', lambda x: x * special.ndtr(x)),
+      ('gelu_tanh', lambda x: 0.5 * x * (1 + np.tanh(
+          np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))),
       ('relu2', lambda x: np.maximum(x, 0) ** 2),
       ('geglu', lambda x: x * special.ndtr(x)),
-      ('swiglu', lambda x: x * special.expit(x)))
+      ('geglu_tanh', lambda x: 0.5 * x * (1 + np.tanh(
+          np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))),
+      ('swiglu', lambda x: x * special.expit(x)),
+      ('glu', special.expit))
   def test_activations(self, mlp, reference):
     x = np.linspace(-4, 4, 101)
     np.testing.assert_allclose(model.MLPS[mlp](jnp.asarray(x, jnp.float32)),
@@ -251,7 +421,8 @@ class PartsTest(parameterized.TestCase):
     np.testing.assert_allclose(gradient, slope, atol=1e-4)
 
   def test_every_mlp_is_tested(self):
-    self.assertEqual(set(model.MLPS), {'gelu', 'relu2', 'geglu', 'swiglu'})
+    self.assertEqual(set(model.MLPS), {'gelu', 'gelu_tanh', 'relu2', 'geglu',
+                                       'geglu_tanh', 'swiglu', 'glu'})
 
   @parameterized.product(mlp=sorted(model.MLPS), tie_embeddings=(True, False))
   def test_every_mlp_and_its_size(self, mlp, tie_embeddings):
@@ -296,7 +467,7 @@ class PartsTest(parameterized.TestCase):
     start = initial_params(config)
     # adaLN-zero: at the start each block adds nothing, whatever the time.
     x = start['embedding'][TOKENS]
-    x = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + model.NORM_EPS)
+    x = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + config.norm_eps)
     for t in (T, T[::-1]):
       np.testing.assert_allclose(hidden_of(config, start, t=t.copy()), x,
                                  atol=1e-5)

@@ -23,7 +23,8 @@ def shapes():
   return jax.eval_shape(
       lambda: model.init_params(
           toys.model_config(qk_norm=True, time_conditioning=True,
-                            tie_embeddings=False, mlp='swiglu'),
+                            time_form='sigma', embedding_dim=8, output_bias=True,
+                            num_positions=4, tie_embeddings=False, mlp='swiglu'),
           jax.random.key(0)))
 
 

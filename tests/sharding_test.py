@@ -78,8 +78,9 @@ def make_params(network, mesh, name, scale=3):
   params = dict(initial_params(network.config, scale))
   if name == 'genmd4':
     params['objective'] = {'rate': np.linspace(-1, 2, MASK, dtype=np.float32)}
-  for name in {'embedding', 'output'} & set(params):
-    params[name] = np.pad(params[name], ((0, padding), (0, 0)))
+  for name in sharding.BY_VOCABULARY & set(params):
+    x = params[name]
+    params[name] = np.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
   return jax.device_put(params, meshes.shardings(mesh, params))
 
 
@@ -105,17 +106,21 @@ def unpadded(tree):
   """On the host, without the rows that only pad the vocabulary."""
   def cut(path, x):
     name = getattr(path[-1], 'key', '')
-    return np.asarray(x)[:VOCAB] if name in ('embedding', 'output') else np.asarray(x)
+    x = np.asarray(x)
+    return x[:VOCAB] if name in sharding.BY_VOCABULARY else x
   return jax.tree_util.tree_map_with_path(cut, jax.device_get(tree))
 
 
-def train(name, shape, num_microbatches=1, scale=3, **changes):
+def train(name, shape, num_microbatches=1, scale=3, anneal_steps=0, **changes):
   """A step: how parameters and average changed, and its metrics."""
   mesh, network = make_mesh(shape), make_network(name, shape, **changes)
   train_step = step.make_train_step(
       network, OBJECTIVES[name], make_optimizer(), optax.constant_schedule(LEARNING_RATE),
-      mesh, batch_size=BATCH, num_microbatches=num_microbatches, ema_decay=0.5)
+      mesh, batch_size=BATCH, num_microbatches=num_microbatches, ema_decay=0.5,
+      anneal_steps=anneal_steps)
   state = make_state(network, mesh, name, scale)
+  if anneal_steps:  # half open
+    state = state.replace(step=state.step + 1)
   initial = unpadded((state.params, state.ema_params))
   batch = meshes.shard_whole_batch(mesh, make_batch(0))
   state, metrics = train_step(state, batch)
@@ -156,6 +161,26 @@ class TrainTest(parameterized.TestCase):
       self, name, shape, num_microbatches, remat, unroll):
     jax.tree.map(assert_close, on_one_device(name), train(
         name, shape, num_microbatches, remat=remat, unroll=unroll))
+
+  def test_is_the_same_with_what_imported_networks_have(self):
+    changes = dict(time_form='sigma', time_dim=16, output_bias=True,
+                   embedding_dim=24, tie_embeddings=False, norm='layer',
+                   mlp='gelu_tanh', mlp_bias=True, num_layers=2)
+    one, four = (train('hybrid', shape, **changes)
+                 for shape in ((1, 1, 1), (1, 2, 2)))
+    jax.tree.map(assert_close, one, four)
+
+  @parameterized.parameters(('ar', (1, 2, 2)), ('masked', (2, 2, 2)))
+  def test_options_of_published_networks(self, name, shape):
+    # Keys shared by two queries each, biases, LayerNorm, learned positions; and
+    # what makes a masked network of an autoregressive one.
+    options = dict(num_layers=2, num_kv_heads=4, attention_bias='all', mlp_bias=True)
+    if name == 'ar':
+      options |= dict(norm='layer', norm_bias=True, num_positions=LENGTH)
+    else:
+      options |= dict(shift_outputs=True, anneal_steps=2)
+    jax.tree.map(assert_close, train(name, (1, 1, 1), **options),
+                 train(name, shape, **options))
 
   @parameterized.parameters('d3pm', 'genmd4', 'sedd')
   def test_other_losses_sum_over_a_split_vocabulary(self, name):
@@ -262,10 +287,13 @@ class MemoryTest(parameterized.TestCase):
 class SpecTest(parameterized.TestCase):
 
   def test_every_matrix_is_split(self):
-    network = make_network('hybrid', (1, 2, 2), tie_embeddings=False)
+    network = make_network('hybrid', (1, 2, 2), tie_embeddings=False,
+                           num_positions=LENGTH)
     params = jax.eval_shape(lambda: network.init_params(
         OBJECTIVES['hybrid'], jax.random.key(0)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+      if path[-1].key == 'position_embedding':
+        self.assertIn('fsdp', sharding.spec(path, leaf.ndim, network.shards))
       if path[-1].key not in ('kernel', 'embedding', 'output'):
         continue
       spec = sharding.spec(path, leaf.ndim, network.shards)
@@ -275,10 +303,11 @@ class SpecTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ((1, 3, 1), r'mesh.fsdp=3 does not divide model.embed_dim=32'),
-      ((1, 1, 3), r'mesh.tensor=3 does not divide model.num_heads=8'))
+      ((1, 1, 3), r'mesh.tensor=3 does not divide model.num_heads=8'),
+      ((1, 1, 4), r'mesh.tensor=4 does not divide model.num_kv_heads=2'))
   def test_a_network_that_cannot_be_split(self, shape, message):
     with self.assertRaisesRegex(InputError, message):
-      make_network('masked', shape)
+      make_network('masked', shape, num_kv_heads=2)
 
   @parameterized.parameters(
       ((-1, 2, 2), (2, 2, 2)), ((2, -1, 1), (2, 4, 1)), ((1, 1, -1), (1, 1, 8)))

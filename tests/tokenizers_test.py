@@ -112,6 +112,17 @@ class TokenizersTest(parameterized.TestCase):
     np.testing.assert_array_equal(tokenizer.encode('hello world'),
                                   [31373, 995])
 
+  def test_spare_ids_of_gpt2_are_of_no_text_and_are_saved(self):
+    tokenizer = tokenizers.with_spare_ids(self.make('gpt2'), 2)
+    self.assertEqual((tokenizer.separator_id, tokenizer.mask_id), (50256, 50259))
+    self.assertEqual(tokenizer.decode([31373, 50257, 50259, 50258]), 'hello_')
+    self.assertEqual(tokenizer.num_bytes[50257:].sum(), 0)
+    folder = self.folder()
+    tokenizers.save(tokenizer, folder)
+    again = tokenizers.load(folder)
+    self.assertEqual(again.to_json(), tokenizer.to_json())
+    np.testing.assert_array_equal(again.encode('hello world'), [31373, 995])
+
   def test_sentencepiece_extra_ids_and_training_is_deterministic(self):
     one, two = self.make('sentencepiece'), self.make('sentencepiece')
     self.assertEqual((one.separator_id, one.mask_id), (320, 321))

@@ -188,8 +188,11 @@ def chi_square(counts, expected):
 def model_config(**changes):
   """A network of 3 layers and width 16 over 12 ids."""
   fields = dict(
-      vocab_size=12, num_layers=3, embed_dim=16, num_heads=2, mlp_dim=32,
+      vocab_size=12, num_layers=3, embed_dim=16, num_heads=2, num_kv_heads=0,
+      head_size=0, num_positions=0, norm='rms', norm_eps=1e-6, norm_bias=False,
+      attention_bias='none', mlp_bias=False, shift_outputs=False, mlp_dim=32,
       mlp='relu2', qk_norm=False, tie_embeddings=True, dropout=0.0,
-      time_conditioning=False, causal=False, block_size=0, rope_theta=1e4, dtype='float32',
+      time_conditioning=False, time_form='dit', time_dim=0, output_bias=False,
+      embedding_dim=0, causal=False, block_size=0, rope_theta=1e4, dtype='float32',
       remat='none', unroll=False, attention='auto')
   return model.ModelConfig(**{**fields, **changes})

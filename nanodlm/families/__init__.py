@@ -1,0 +1,51 @@
+"""Families of published checkpoints by name: one file each, one line here.
+
+A family is a module of three functions, and two more where runs can be exported
+in its form:
+
+  detect(config, names) -> bool: whether a checkpoint is of it; `config` is its
+    config.json ({} where there is none), `names` the names of its tensors (in
+    `describe` the keys of a dict of their shapes).
+  describe(config, names) -> layout.Description: our settings for it. Raises
+    InputError naming what it has and our network has not.
+  layout(network, names) -> layout.Layout: the mapping, for the `ModelConfig`
+    that those settings make.
+
+  misfit(network, objective) -> str: what of one of OUR networks, with that
+    objective.name, it cannot express; '' where it fits.
+  to_config(network, export) -> dict: the config.json of an export; `export` is a
+    `layout.Export`.
+
+Modules here import `layout`, `types` and each other, nothing of the network.
+"""
+
+from nanodlm.families import bd3lm
+from nanodlm.families import dream
+from nanodlm.families import duo
+from nanodlm.families import gidd
+from nanodlm.families import gpt2
+from nanodlm.families import llada
+from nanodlm.families import llama
+from nanodlm.families import md4
+from nanodlm.families import mdlm
+from nanodlm.families import native
+from nanodlm.families import qwen2
+from nanodlm.families import qwen3
+from nanodlm.families import sedd
+
+# An export takes the first that fits, in this order.
+FAMILIES = {
+    'gpt2': gpt2,
+    'llama': llama,
+    'qwen2': qwen2,
+    'qwen3': qwen3,
+    'llada': llada,
+    'dream': dream,
+    'mdlm': mdlm,
+    'bd3lm': bd3lm,
+    'sedd': sedd,
+    'duo': duo,
+    'gidd': gidd,
+    'md4': md4,
+    'nanodlm': native,
+}
