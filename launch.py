@@ -89,6 +89,15 @@ _ALLOW_PICKLE = flags.DEFINE_bool(
     'only.')
 _OUTPUT = flags.DEFINE_string(
     'output', '', 'With --mode=export: the folder to write.')
+_PREPARE_WORKERS = flags.DEFINE_integer(
+    'prepare_workers', 0, 'With --mode=prepare: processes that encode the text; 0: '
+    'the threads of this one.', lower_bound=0)
+_PREPARE_ENGINE = flags.DEFINE_enum(
+    'prepare_engine', 'local', ['local', 'beam'], 'With --mode=prepare: this machine '
+    'or Apache Beam.')
+_BEAM_OPTIONS = flags.DEFINE_list(
+    'beam_options', [], 'With --prepare_engine=beam: options of the pipeline, as '
+    "runner=FlinkRunner,flink_master=HOST:8081; by default Beam's local runner.")
 _COORDINATOR = flags.DEFINE_string(
     'coordinator_address', None, 'host:port of process 0, where JAX cannot find '
     'the cluster by itself; needs --num_processes and --process_id.')
@@ -171,7 +180,9 @@ def _run() -> int:
                        (_NOISE_EXAMPLES, 'eval'), (_INFILL, 'eval'),
                        (_TOPOLOGY, 'compile'), (_VOCAB_SIZE, 'compile'),
                        (_FROM, 'import'), (_ALLOW_PICKLE, 'import'),
-                       (_FAMILY, ('import', 'export')), (_OUTPUT, 'export')):
+                       (_FAMILY, ('import', 'export')), (_OUTPUT, 'export'),
+                       (_PREPARE_WORKERS, 'prepare'),
+                       (_PREPARE_ENGINE, 'prepare'), (_BEAM_OPTIONS, 'prepare')):
     if flag.value != flag.default and mode not in (
         needed if isinstance(needed, tuple) else (needed,)):
       raise InputError(f'--{flag.name} has no effect with --mode={mode}')
@@ -190,7 +201,8 @@ def _run() -> int:
   settings = configs.validate(config, given)
   if mode == 'prepare':
     from nanodlm.data import builder  # pylint: disable=g-import-not-at-top
-    packed = builder.prepare(settings.data, settings.tokenizer)
+    packed = builder.prepare(settings.data, settings.tokenizer,
+                             engine=_make_engine())
     logging.getLogger('nanodlm').info('prepared: %s', packed.path)
     return 0
   from nanodlm import checkpoint  # pylint: disable=g-import-not-at-top
@@ -235,6 +247,21 @@ def _run() -> int:
                           replay.split_samplers(_SAMPLERS.value), _make_display(),
                           _make_page())
   return 0
+
+
+def _make_engine():
+  """Who prepares the data: see nanodlm/data/encoder.py."""
+  from nanodlm.data import encoder  # pylint: disable=g-import-not-at-top
+  workers, options = _PREPARE_WORKERS.value, _BEAM_OPTIONS.value
+  if _PREPARE_ENGINE.value == 'beam':
+    if workers:
+      raise InputError(f'--prepare_workers={workers} has no effect with '
+                       "--prepare_engine='beam'; its runner has its own options")
+    return encoder.Beam(tuple(options))
+  if options:
+    raise InputError(f'--beam_options={options} has no effect with '
+                     "--prepare_engine='local'; add --prepare_engine=beam")
+  return encoder.Workers(workers) if workers else encoder.ThisProcess()
 
 
 def _compile(configs) -> int:

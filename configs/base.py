@@ -15,11 +15,22 @@ def get_config() -> config_dict.ConfigDict:
   config.seed = 0  # of the initial weights, the noise and the order of the data
 
   config.data = data = config_dict.ConfigDict()
-  # 'embedded' | 'text:GLOB' | 'jsonl:GLOB[:FIELD]' | 'tfds:NAME[:FEATURE]' |
-  # 'pairs:GLOB[:PROMPT_FIELD:RESPONSE_FIELD]', JSONL to fine-tune on
+  # 'embedded' | 'text:GLOB' | 'jsonl:GLOB[:FIELD]' | 'parquet:GLOB[:FIELD]' |
+  # 'tfds:NAME[:FEATURE]' | 'hf:NAME[[:CONFIG]:FEATURE]', NAME also a folder |
+  # 'tokens:GLOB[:FIELD]', 'hf_tokens:NAME[[:CONFIG]:FEATURE]', rows of ids that
+  # tokenizer.name made | 'pairs:GLOB[:PROMPT_FIELD:RESPONSE_FIELD]', JSONL to
+  # fine-tune on | a mixture, 'mix:0.7*text:a/*.txt+0.3*jsonl:b/*.jsonl', its
+  # weights the shares of the examples, in training and in what is held out
   data.source = 'embedded'
   data.length = 256  # tokens per example
-  data.eval_fraction = 0.05  # held out, in (0, 1); unused where a TFDS set has its own
+  # Held out, unless a TFDS or Hugging Face set has its own split: a share of the
+  # bytes in (0, 1), or a number of tokens; one of the two is 0. Of a mixture, of
+  # each of its sources.
+  data.eval_fraction = 0.05
+  data.eval_tokens = 0
+  # With eval_tokens, of one document or of rows of ids: neither trained nor
+  # evaluated on, the last ones of the text; in front of them those held out.
+  data.test_tokens = 0
   data.data_dir = ''  # prepared data; '': $NANODLM_DATA_DIR or ~/.cache/nanodlm
   data.crop = 'chunk'  # 'chunk': fixed rows | 'random': random windows
   # True: no attention across documents. Where they end is then known to the

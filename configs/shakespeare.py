@@ -3,9 +3,11 @@
     python launch.py --config=configs/shakespeare.py --workdir=runs/shakespeare \
         --config.data.source=text:tinyshakespeare.txt
 
-char-rnn's corpus. A file of it is cut as nanoGPT cuts it (first 90% to train
-on); tfds:tiny_shakespeare has a split of its own. The autoregressive baseline:
---config.objective.name=ar. The figures stand in the README.
+Source: char-rnn's corpus, 1.1M characters, by default from TFDS, which has a split
+of its own. A file of it is cut as nanoGPT cuts it (first 90% to train on). There is
+no paper's number; nanoGPT's own autoregressive model of 10.6M parameters has 2.12
+bits/char (1.47 nats) on that split. Run on that split on a CPU: the bound was 2.81
+bits/char, 2.11 with --config.objective.name=ar (more in the README).
 """
 
 from configs import base

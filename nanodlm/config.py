@@ -35,6 +35,8 @@ class DataConfig:
   source: str
   length: int
   eval_fraction: float
+  eval_tokens: int
+  test_tokens: int
   data_dir: str
   crop: str
   segment_ids: bool
@@ -53,9 +55,9 @@ class DataConfig:
     _check_at_least(self, 'data', length=2, prefetch_batches=1, num_threads=1)
     if self.crop not in ('chunk', 'random'):
       raise InputError(f"data.crop={self.crop!r} is not one of ['chunk', 'random']")
-    if not 0 < self.eval_fraction < 1:
-      raise InputError(
-          f'data.eval_fraction={self.eval_fraction!r} must be in (0, 1)')
+    sources.check_held_out(self)
+    if self.source.startswith(sources.MIX):
+      sources.parse_mixture(self.source)
     if self.padding not in ('eos', 'masked'):
       raise InputError(
           f"data.padding={self.padding!r} is not one of ['eos', 'masked']")

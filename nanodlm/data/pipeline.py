@@ -16,6 +16,7 @@ a network that is not causal).
 
 from collections.abc import Iterator
 import dataclasses
+import itertools
 import math
 import sys
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from nanodlm.data.builder import PackedData, PackedRows
+from nanodlm.data.builder import MixedRows, PackedData, PackedRows
 from nanodlm.types import InputError
 
 Batch = dict[str, np.ndarray]
@@ -38,7 +39,8 @@ def make_train_iterator(packed: PackedData, data_config: Any, *, seed: int,
                         ) -> Iterator[Batch]:
   """Makes the endless iterator of training batches.
 
-  Every epoch visits every row once, in an order of its own. With crop='chunk' an
+  Every epoch visits every row once, in an order of its own; in a mixture, the
+  epochs of its datasets have the lengths that the weights give them. With crop='chunk' an
   example is a row; with 'random' it is the L tokens that start at a random place
   inside the row, running into the next one, so that epochs differ in where texts
   are cut. With probability `clean_prefix_rate` an example is conditioned on a
@@ -78,8 +80,7 @@ def make_train_iterator(packed: PackedData, data_config: Any, *, seed: int,
     raise InputError(f'data.crop={data_config.crop!r} is not one of {CROPS}')
   start, stop = _local_rows(rows, batch_size)
   rates = data_config.clean_prefix_rate, data_config.clean_infill_rate
-  stream = grain.MapDataset.range(
-      len(packed.train)).seed(seed).shuffle().repeat()
+  stream = _shuffled(packed, seed)
   if data_config.crop == 'random':
     # random_map's generator depends on (seed, global index) only.
     read = _Crops(packed)
@@ -181,7 +182,7 @@ class EvalBatches:
 
   packed: PackedData
   data_config: Any
-  examples: PackedRows
+  examples: PackedRows | MixedRows
   num_examples: int
   batch_size: int
   start: int
@@ -202,6 +203,16 @@ class EvalBatches:
     return iter(steps.to_iter_dataset(_read_options(self.data_config)))
 
 
+def _shuffled(packed: PackedData, seed: int) -> grain.MapDataset:
+  """The rows to train on: epochs of each dataset in turn, mixed by weight."""
+  streams = [
+      grain.MapDataset.range(start, stop).seed(seed).shuffle().repeat()
+      for start, stop in itertools.pairwise(packed.train_borders)]
+  if len(streams) == 1:
+    return streams[0]
+  return grain.MapDataset.mix(streams, packed.weights)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Crops:
   """Reads the L tokens that begin `offset` tokens into a row."""
@@ -211,7 +222,8 @@ class _Crops:
   def __call__(self, row_and_offset: tuple[int, int]) -> dict[str, Any]:
     row, offset = row_and_offset
     rows = self.packed.train
-    if offset == 0 or row + 1 == len(rows):  # the last row has no next one
+    # The last row of a dataset has no next one.
+    if offset == 0 or row + 1 in self.packed.train_borders:
       return rows[row]
     tokens = np.concatenate([rows[row]['tokens'][offset:],
                              rows[row + 1]['tokens'][:offset]])

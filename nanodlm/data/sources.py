@@ -1,10 +1,12 @@
-"""Where text comes from: files, TFDS datasets, or what ships with Python.
+"""Where text comes from: files, TFDS, Hugging Face, or what ships with Python.
 
 A source is a sequence of documents in a fixed order, read as a stream: a document
 is opened, as often as needed, as an iterator of pieces of about a million
 characters, so a 20 GB file and a corpus of 8 million articles both need a few
 megabytes of memory. A pair of a prompt and a response is a document of exactly
-those two pieces.
+those two pieces. The sequence is cut into parts, the same ones always, that
+several processes or machines can read at once; what they read are token ids
+already where the source holds those.
 """
 
 import ast
@@ -23,6 +25,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
 import pathlib
 import re
@@ -33,6 +36,7 @@ import warnings
 import zlib
 
 from absl import logging
+import numpy as np
 
 from nanodlm.tokenizers import is_reachable
 from nanodlm.types import InputError
@@ -42,16 +46,30 @@ PIECE_CHARS = 1 << 20
 # Files are fingerprinted by content up to this many bytes in all (under a second
 # to read), and by path, size and times beyond it.
 _MAX_HASHED_BYTES = 256 << 20
+# A part has about so many bytes, or so many rows of a dataset. Everything is
+# read and encoded part by part, so this is the unit of work and of a restart.
+PART_BYTES = 16 << 20
+PART_ROWS = 4096
 # A piece ends with one newline after a visible character, and the next begins with
 # a letter or digit: bytes and tiktoken's encodings never merge across such a
 # place, so cutting there changes no token (SentencePiece: rarely one per piece).
 _CUT = re.compile(r'.*\S\n(?=\w)', re.DOTALL)
 
+# The same place in bytes, at an ASCII character on each side.
+_CUT_BYTES = re.compile(rb'[!-~]\n(?=[0-9A-Za-z])')
+
 _ALLOWED = ("'embedded', 'text:GLOB', 'jsonl:GLOB', 'jsonl:GLOB:FIELD', "
             "'pairs:GLOB', 'pairs:GLOB:PROMPT_FIELD:RESPONSE_FIELD', "
-            "'tfds:NAME' or 'tfds:NAME:FEATURE'")
-# What config.data.source begins with where it names pairs.
-PAIRS = 'pairs:'
+            "'tfds:NAME', 'tfds:NAME:FEATURE', 'hf:NAME', 'hf:NAME:FEATURE', "
+            "'hf:NAME:CONFIG:FEATURE', the same with 'hf_tokens:', "
+            "'parquet:GLOB', 'parquet:GLOB:FIELD', 'tokens:GLOB', "
+            "'tokens:GLOB:FIELD' or a mixture 'mix:0.7*SOURCE+0.3*SOURCE'")
+# What config.data.source begins with where it names pairs, or a mixture.
+PAIRS, MIX = 'pairs:', 'mix:'
+# Where a mixture's next source begins; '+' and '*' may stand in a glob, too.
+_MIX_KINDS = ('embedded|text:|jsonl:|tfds:|hf:|hf_tokens:|parquet:|tokens:|'
+              'pairs:|mix:')
+_MIX_BORDER = re.compile(rf'\+(?=[^+*:/]*\*(?:{_MIX_KINDS}))')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +77,34 @@ class Document:
   """A text that can be read again and again.
 
   Attributes:
-    name: where it is, for messages.
+    name: where it is, for messages; str() says it.
     open: returns a fresh iterator of the text's pieces, in order; str.
+    is_end: False where the text goes on in the next document, which is then the
+      first of the next part; only in a source of one document.
   """
 
-  name: str
+  name: Any
   open: Callable[[], Iterator[str]]
+  is_end: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A slice of a source that can be read on its own; it can be pickled.
+
+  Attributes:
+    split: the one it belongs to.
+    size: its share of the work, in bytes or rows.
+    where: what the source needs to find it.
+  """
+
+  split: str
+  size: int
+  where: tuple[Any, ...]
 
 
 class Source(Protocol):
-  """A fixed sequence of documents.
+  """A fixed sequence of documents, in parts; it can be pickled.
 
   Attributes:
     spec: the config.data.source it was made from.
@@ -82,8 +118,17 @@ class Source(Protocol):
   def fingerprint(self) -> str:
     """Returns a hash that changes whenever the text may have changed."""
 
-  def documents(self, split: str) -> Iterator[Document]:
-    """Yields the documents of one of `splits`, always in the same order."""
+  def parts(self, split: str) -> Iterator[Part]:
+    """Yields the parts of one of `splits`, always the same ones in order."""
+
+  def read(self, part: Part) -> Iterator[Any]:
+    """Yields the documents of a part, or TokenRows where it holds ids."""
+
+
+def documents(source: Source, split: str) -> Iterator[Document]:
+  """Yields the documents of one of a source's splits, in order."""
+  for part in source.parts(split):
+    yield from source.read(part)
 
 
 def make_source(spec: str, data_dir: str = '') -> Source:
@@ -91,9 +136,12 @@ def make_source(spec: str, data_dir: str = '') -> Source:
 
   Args:
     spec: 'embedded', 'text:GLOB', 'jsonl:GLOB', 'jsonl:GLOB:FIELD',
-      'pairs:GLOB', 'pairs:GLOB:PROMPT_FIELD:RESPONSE_FIELD', 'tfds:NAME' or
-      'tfds:NAME:FEATURE'. Globs know '**'; files may be compressed (.gz, .bz2,
-      .xz, .zst).
+      'pairs:GLOB', 'pairs:GLOB:PROMPT_FIELD:RESPONSE_FIELD', 'tfds:NAME',
+      'tfds:NAME:FEATURE', 'parquet:GLOB', 'parquet:GLOB:FIELD', 'hf:NAME',
+      'hf:NAME:FEATURE' or 'hf:NAME:CONFIG:FEATURE', NAME being a dataset of the
+      Hugging Face Hub or a folder. Rows of token ids: 'tokens:GLOB',
+      'tokens:GLOB:FIELD' (Parquet files) and 'hf_tokens:...'. Globs know '**';
+      text and JSONL files may be compressed (.gz, .bz2, .xz, .zst).
     data_dir: a folder that may hold TFDS datasets or their downloads, asked
       before TFDS's own folder ($TFDS_DATA_DIR or ~/tensorflow_datasets).
 
@@ -117,7 +165,65 @@ def make_source(spec: str, data_dir: str = '') -> Source:
   if kind == 'tfds' and rest:
     name, _, feature = rest.partition(':')
     return _make_tfds_source(spec, name, feature, data_dir)
+  if kind in ('parquet', 'tokens') and rest:
+    is_tokens = kind == 'tokens'
+    pattern, (field,) = _split_fields(rest, 'tokens' if is_tokens else 'text')
+    return ParquetSource(spec, is_tokens, field, _find_files(spec, pattern))
+  if kind in ('hf', 'hf_tokens') and rest:
+    return _make_hf_source(spec, kind == 'hf_tokens', rest)
   raise InputError(f'data.source={spec!r} is not one of {_ALLOWED}')
+
+
+def check_held_out(data_config: Any) -> None:
+  """Raises InputError where config.data holds out nothing, or in two ways."""
+  fraction, tokens = data_config.eval_fraction, data_config.eval_tokens
+  if tokens < 0 or data_config.test_tokens < 0:
+    raise InputError(f'data.eval_tokens={tokens!r} and data.test_tokens='
+                     f'{data_config.test_tokens!r} must be >= 0')
+  if tokens and fraction:
+    raise InputError(
+        f'data.eval_tokens={tokens!r} and data.eval_fraction={fraction!r} both '
+        'say how much is held out; set one of them to 0')
+  if not tokens and not 0 < fraction < 1:
+    raise InputError(
+        f'data.eval_fraction={fraction!r} must be in (0, 1), or 0 with '
+        'data.eval_tokens: every run is evaluated on text it was not trained on')
+  if data_config.test_tokens and not tokens:
+    raise InputError(f'data.test_tokens={data_config.test_tokens!r} needs '
+                     'data.eval_tokens, the tokens in front of them')
+
+
+def parse_mixture(spec: str) -> tuple[tuple[float, str], ...]:
+  """Returns the (weight, source) pairs of 'mix:WEIGHT*SOURCE+...'.
+
+  The weights are shares of the training examples and are divided by their sum.
+
+  Raises:
+    InputError: it is not of this form, or a weight is not positive.
+  """
+  form = "write it as 'mix:0.7*text:a/*.txt+0.3*jsonl:b/*.jsonl'"
+  parts = []
+  for item in _MIX_BORDER.split(spec.removeprefix(MIX)):
+    number, star, source = item.partition('*')
+    try:
+      weight = float(number)
+    except ValueError:
+      weight = math.nan
+    if not star or not source or not 0 < weight < math.inf:
+      raise InputError(f'data.source={spec!r}: {item!r} is no positive weight, '
+                       f"'*' and a source; {form}")
+    if source.startswith((PAIRS, MIX)):
+      raise InputError(f'data.source={spec!r}: {source!r} cannot be part of a '
+                       'mixture; texts and rows of tokens can')
+    parts.append((weight, source))
+  if len(parts) < 2:
+    raise InputError(f'data.source={spec!r} mixes one source only; {form}')
+  names = [source for _, source in parts]
+  if len(set(names)) < len(names):
+    raise InputError(f'data.source={spec!r} names a source twice; add up its '
+                     'weights')
+  total = sum(weight for weight, _ in parts)
+  return tuple((weight / total, source) for weight, source in parts)
 
 
 # ------------------------------------------------------------------- files
@@ -138,33 +244,65 @@ class _Files:
 
 @dataclasses.dataclass(frozen=True)
 class TextSource(_Files):
-  """Text files in UTF-8, one document each; see Source."""
+  """Text files in UTF-8, one document each; see Source.
 
-  def documents(self, split: str) -> Iterator[Document]:
-    del split  # there is only one
-    for path in self.paths:
-      yield Document(path, functools.partial(self._pieces, path))
+  Several files make a part, or a single one several.
+  """
 
-  def _pieces(self, path: str) -> Iterator[str]:
+  def parts(self, split: str) -> Iterator[Part]:
+    if len(self.paths) == 1 and not _is_compressed(self.paths[0]):
+      path, = self.paths
+      for start, stop in itertools.pairwise(_borders(self.spec, path, _CUT_BYTES)):
+        yield Part(split, stop - start, (path, start, stop))
+      return
+    for paths, size in _grouped(self.paths):
+      yield Part(split, size, (paths,))
+
+  def read(self, part: Part) -> Iterator[Document]:
+    if len(part.where) == 1:
+      for path in part.where[0]:
+        yield Document(path, functools.partial(self._pieces, path))
+      return
+    path, start, stop = part.where
+    yield Document(path, functools.partial(self._pieces, path, start, stop),
+                   stop == os.path.getsize(path))
+
+  def _pieces(self, path: str, start: int = 0,
+              stop: int | None = None) -> Iterator[str]:
     with _open_binary(self.spec, path) as file:
-      yield from _cut_at_lines(_decode(self.spec, path, file))
+      if start:
+        file.seek(start)
+      yield from _cut_at_lines(_decode(self.spec, path, file, start, stop))
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonlSource(_Files):
+class _LineFiles(_Files):
+  """What sources that are lines share: a part is some lines of a file."""
+
+  def parts(self, split: str) -> Iterator[Part]:
+    for path in self.paths:
+      if _is_compressed(path):
+        yield Part(split, os.path.getsize(path), (path, 0, None))
+        continue
+      for start, stop in itertools.pairwise(
+          _borders(self.spec, path, re.compile(b'\n'))):
+        yield Part(split, stop - start, (path, start, stop))
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlSource(_LineFiles):
   """JSON objects, one per line and one document each; see Source."""
 
   field: str
 
-  def documents(self, split: str) -> Iterator[Document]:
-    del split  # there is only one
-    for where, record in _json_lines(self.spec, self.paths):
+  def read(self, part: Part) -> Iterator[Document]:
+    for where, record in _json_lines(self.spec, *part.where):
       yield document_of(where, _text_field(
           self.spec, where, record, self.field, 'jsonl:GLOB:FIELD'))
 
 
 @dataclasses.dataclass(frozen=True)
-class PairsSource(_Files):
+class PairsSource(_LineFiles):
   """Prompts with their responses, one JSON object a line; see Source.
 
   A document is a pair: its pieces are the prompt and the response, in this
@@ -174,9 +312,8 @@ class PairsSource(_Files):
   prompt_field: str
   response_field: str
 
-  def documents(self, split: str) -> Iterator[Document]:
-    del split  # there is only one
-    for where, record in _json_lines(self.spec, self.paths):
+  def read(self, part: Part) -> Iterator[Document]:
+    for where, record in _json_lines(self.spec, *part.where):
       pair = []
       for field in (self.prompt_field, self.response_field):
         text = _text_field(self.spec, where, record, field,
@@ -189,28 +326,51 @@ class PairsSource(_Files):
       yield Document(where, functools.partial(iter, tuple(pair)))
 
 
-def _json_lines(spec: str, paths: Iterable[str]) -> Iterator[tuple[str, Any]]:
-  """('path:line', value) of every line that is not blank."""
-  for path in paths:
-    with _open_binary(spec, path) as file:
-      for number, line in enumerate(file, start=1):
-        if not line.strip():
-          continue
-        where = f'{path}:{number}'
-        try:
-          record = json.loads(line.decode('utf-8-sig'))
-        except UnicodeDecodeError as error:
-          raise InputError(
-              f'data.source={spec!r}: {where} is not UTF-8 text at byte '
-              f'{error.start} of the line; convert the file to UTF-8'
-          ) from error
-        except json.JSONDecodeError as error:
-          raise InputError(f'data.source={spec!r}: {where} is not a JSON '
-                           f'object: {error}') from error
-        yield where, record
+@dataclasses.dataclass(frozen=True)
+class _Line:
+  """A line of a file, for messages: 'path:line', counted only when printed."""
+
+  path: str
+  start: int  # where the part begins, in bytes
+  number: int  # of the line in the part, from 1
+
+  def __str__(self) -> str:
+    number = self.number
+    if self.start:
+      with open(self.path, 'rb') as file:
+        number += sum(file.read(min(PIECE_CHARS, self.start - i)).count(b'\n')
+                      for i in range(0, self.start, PIECE_CHARS))
+    return f'{self.path}:{number}'
 
 
-def _text_field(spec: str, where: str, record: Any, field: str,
+def _json_lines(spec: str, path: str, start: int,
+                stop: int | None) -> Iterator[tuple[_Line, Any]]:
+  """(place, value) of every line in bytes [start, stop) that is not blank."""
+  with _open_binary(spec, path) as file:
+    if start:
+      file.seek(start)
+    position = start
+    for number, line in enumerate(file, start=1):
+      if stop is not None and position >= stop:
+        break
+      position += len(line)
+      if not line.strip():
+        continue
+      where = _Line(path, start, number)
+      try:
+        record = json.loads(line.decode('utf-8-sig'))
+      except UnicodeDecodeError as error:
+        raise InputError(
+            f'data.source={spec!r}: {where} is not UTF-8 text at byte '
+            f'{error.start} of the line; convert the file to UTF-8'
+        ) from error
+      except json.JSONDecodeError as error:
+        raise InputError(f'data.source={spec!r}: {where} is not a JSON '
+                         f'object: {error}') from error
+      yield where, record
+
+
+def _text_field(spec: str, where: Any, record: Any, field: str,
                 form: str) -> str:
   """record[field], which must be text; `form` says how fields are named."""
   if not isinstance(record, dict) or not isinstance(record.get(field), str):
@@ -229,7 +389,7 @@ def _text_field(spec: str, where: str, record: Any, field: str,
   return text
 
 
-def document_of(name: str, text: str) -> Document:
+def document_of(name: Any, text: str) -> Document:
   """Returns a document whose text is in memory."""
   return Document(name, lambda: _cut_at_lines(
       text[i:i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS)))
@@ -249,6 +409,47 @@ def _cut_at_lines(chunks: Iterable[str]) -> Iterator[str]:
     rest = text
   if rest:
     yield rest
+
+
+def _is_compressed(path: str) -> bool:
+  return pathlib.Path(path).suffix in ('.gz', '.bz2', '.xz', '.zst')
+
+
+def _borders(spec: str, path: str, place: re.Pattern[bytes]) -> Iterator[int]:
+  """Where the parts of a file begin, in bytes, and its size at last.
+
+  They are about PART_BYTES apart, each at the end of a match of `place`.
+  """
+  yield 0
+  with _open_binary(spec, path) as file:
+    size, last = os.fstat(file.fileno()).st_size, 0
+    while last + PART_BYTES < size:
+      start = last + PART_BYTES
+      while start < size:
+        file.seek(start)
+        block = file.read(PIECE_CHARS)
+        found = place.search(block)
+        if found:
+          break
+        start += max(len(block) - 1, 1)  # a place may lie across two blocks
+      if not found or start + found.end() >= size:
+        break
+      last = start + found.end()
+      yield last
+  yield size
+
+
+def _grouped(paths: Iterable[str]) -> Iterator[tuple[tuple[str, ...], int]]:
+  """Groups of consecutive files of about PART_BYTES together, and their size."""
+  group, size = [], 0
+  for path in paths:
+    group.append(path)
+    size += os.path.getsize(path)
+    if size >= PART_BYTES:
+      yield tuple(group), size
+      group, size = [], 0
+  if group:
+    yield tuple(group), size
 
 
 def _find_files(spec: str, pattern: str) -> tuple[str, ...]:
@@ -304,12 +505,15 @@ def _open_binary(spec: str, path: str) -> Iterator[Any]:
         f'data.source={spec!r}: {path} cannot be read: {error}') from error
 
 
-def _decode(spec: str, path: str, file: Any) -> Iterator[str]:
-  """The text of a binary file in chunks of about PIECE_CHARS bytes."""
-  decoder = codecs.getincrementaldecoder('utf-8-sig')()  # drops a BOM
-  num_bytes = 0
+def _decode(spec: str, path: str, file: Any, start: int = 0,
+            stop: int | None = None) -> Iterator[str]:
+  """The text of bytes [start, stop), in chunks of about PIECE_CHARS bytes."""
+  # At the beginning of a file, a byte order mark is dropped.
+  decoder = codecs.getincrementaldecoder('utf-8' if start else 'utf-8-sig')()
+  num_bytes = start
   try:
-    while block := file.read(PIECE_CHARS):
+    while block := file.read(
+        PIECE_CHARS if stop is None else min(PIECE_CHARS, stop - num_bytes)):
       if b'\0' in block:
         raise InputError(
             f'data.source={spec!r}: {path} holds NUL bytes (the first at byte '
@@ -374,8 +578,10 @@ class EmbeddedSource:
     files = [(name, os.path.getsize(path)) for name, path in _stdlib_files()]
     return hashlib.sha256(repr((sys.version, files)).encode()).hexdigest()
 
-  def documents(self, split: str) -> Iterator[Document]:
-    del split  # there is only one
+  def parts(self, split: str) -> Iterator[Part]:
+    yield Part(split, 1, ())
+
+  def read(self, part: Part) -> Iterator[Document]:
     for name, text in _embedded_texts():
       yield document_of(name, text)
 
@@ -447,15 +653,23 @@ class TfdsSource:
   def fingerprint(self) -> str:
     return self.builder.info.full_name  # name/config/version
 
-  def documents(self, split: str) -> Iterator[Document]:
+  def parts(self, split: str) -> Iterator[Part]:
     self._prepare()
     own = self._own_validation() if split == 'validation' else split
+    num_rows = self.builder.info.splits[own].num_examples
+    for start, stop in _row_ranges(num_rows):
+      yield Part(split, stop - start, (own, start, stop))
+
+  def read(self, part: Part) -> Iterator[Document]:
+    own, start, stop = part.where
     if self.builder.info.file_format.value == 'array_record':
-      examples = self.builder.as_data_source(own)
+      rows = self.builder.as_data_source(own)
+      examples = (rows[i] for i in range(start, stop))
     else:  # somebody prepared it as TFRecord, which only TensorFlow reads
       import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
-      examples = tfds.as_numpy(self.builder.as_dataset(own))
-    for i, example in enumerate(examples):
+      examples = tfds.as_numpy(
+          self.builder.as_dataset(f'{own}[{start}:{stop}]'))
+    for i, example in enumerate(examples, start):
       yield document_of(f'{self.builder.name} {own} {i}',
                         example[self.feature].decode())
 
@@ -544,3 +758,214 @@ def quiet_tfds() -> Iterator[None]:
       yield
   finally:
     logging.set_verbosity(verbosity)
+
+
+# ------------------------------------------------- Arrow: Parquet, Hugging Face
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenRows:
+  """Consecutive rows of token ids.
+
+  Attributes:
+    name: of the file or split.
+    first_row: number of the first row in it.
+    sizes: [rows] ids in each row.
+    ids: [sum(sizes)] int64.
+  """
+
+  name: str
+  first_row: int
+  sizes: np.ndarray
+  ids: np.ndarray
+
+  def place(self, i: int) -> str:
+    """Which row id number i belongs to, for messages."""
+    row = int(np.searchsorted(np.cumsum(self.sizes), i, 'right'))
+    return f'row {self.first_row + row} of {self.name}'
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrowSource:
+  """Rows of a table, one document each, or rows of token ids; see Source.
+
+  With is_tokens, `read` yields TokenRows instead of documents. Nothing is put
+  between the rows: they are one stream of tokens that ends its documents itself.
+
+  Attributes:
+    spec: see Source.
+    is_tokens: whether a row is ids instead of text.
+    field: the column.
+  """
+
+  spec: str
+  is_tokens: bool
+  field: str
+
+  def read(self, part: Part) -> Iterator[Any]:
+    for name, first_row, column in self._columns(part):
+      self._check_type(name, column)
+      if column.null_count:
+        row = first_row + column.is_null().to_pylist().index(True)
+        raise InputError(f'data.source={self.spec!r}: row {row} of {name} has '
+                         f'nothing in field {self.field!r}')
+      if self.is_tokens:
+        for chunk in column.chunks:
+          ids = chunk.flatten().to_numpy(zero_copy_only=False)
+          sizes = chunk.value_lengths().to_numpy(zero_copy_only=False)
+          yield TokenRows(name, first_row, sizes, ids.astype(np.int64))
+          first_row += len(chunk)
+      else:
+        for row, text in enumerate(column.to_pylist(), first_row):
+          yield document_of(f'row {row} of {name}', text)
+
+  def _columns(self, part: Part) -> Iterator[tuple[str, int, Any]]:
+    """Yields (name, number of the first row, pyarrow.ChunkedArray) of a part."""
+    raise NotImplementedError
+
+  def _check_type(self, name: str, column: Any) -> None:
+    from pyarrow import types  # pylint: disable=g-import-not-at-top
+
+    kind = column.type
+    if self.is_tokens:
+      is_right = (types.is_list(kind) or types.is_large_list(kind)
+                  or types.is_fixed_size_list(kind)) and types.is_integer(
+                      kind.value_type)
+    else:
+      is_right = types.is_string(kind) or types.is_large_string(kind)
+    if not is_right:
+      wanted = 'lists of integers' if self.is_tokens else 'text'
+      raise InputError(f'data.source={self.spec!r}: field {self.field!r} of '
+                       f'{name} holds {kind}, not {wanted}')
+
+
+def _row_ranges(num_rows: int) -> Iterator[tuple[int, int]]:
+  for start in range(0, num_rows, PART_ROWS):
+    yield start, min(start + PART_ROWS, num_rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetSource(ArrowSource):
+  """Parquet files; a part is a row group. See ArrowSource."""
+
+  paths: tuple[str, ...]
+
+  splits = ('train',)
+
+  def fingerprint(self) -> str:
+    return _fingerprint_files(self.paths)
+
+  def parts(self, split: str) -> Iterator[Part]:
+    for path in self.paths:
+      with self._open(path) as file:
+        if self.field not in file.schema_arrow.names:
+          kind = 'tokens' if self.is_tokens else 'parquet'
+          raise InputError(
+              f'data.source={self.spec!r}: {path} has no field {self.field!r}, '
+              f"but {file.schema_arrow.names}; name one as '{kind}:GLOB:FIELD'")
+        for group in range(file.num_row_groups):
+          yield Part(split, file.metadata.row_group(group).num_rows,
+                     (path, group))
+
+  def _columns(self, part: Part) -> Iterator[tuple[str, int, Any]]:
+    import pyarrow as pa  # pylint: disable=g-import-not-at-top
+
+    path, group = part.where
+    with self._open(path) as file:
+      first = sum(file.metadata.row_group(i).num_rows for i in range(group))
+      # Row groups may be large: a few thousand rows at a time.
+      for batch in file.iter_batches(PART_ROWS, [group], [self.field]):
+        yield path, first, pa.chunked_array([batch.column(0)])
+        first += batch.num_rows
+
+  @contextlib.contextmanager
+  def _open(self, path: str) -> Iterator[Any]:
+    import pyarrow as pa  # pylint: disable=g-import-not-at-top
+    import pyarrow.parquet as pq  # pylint: disable=g-import-not-at-top
+    try:
+      with pq.ParquetFile(path) as file:
+        yield file
+    except (pa.ArrowException, OSError) as error:
+      raise InputError(f'data.source={self.spec!r}: {path} cannot be read as '
+                       f'Parquet: {error}') from error
+
+
+@dataclasses.dataclass(frozen=True)
+class HfSource(ArrowSource):
+  """A dataset of the Hugging Face Hub, or of a folder; see ArrowSource.
+
+  Its own validation split (or, lacking one, its test split) is the validation
+  text, as with TFDS.
+
+  Attributes:
+    dataset: datasets.DatasetDict.
+  """
+
+  dataset: Any
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    return ('train', 'validation') if self._own_validation() else ('train',)
+
+  def fingerprint(self) -> str:
+    rows = [(split, data.num_rows, sorted(
+        # The cache's folders carry the version's hash; not where the cache is.
+        '/'.join(pathlib.Path(file['filename']).parts[-5:])
+        for file in data.cache_files))
+            for split, data in sorted(self.dataset.items())]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+  def parts(self, split: str) -> Iterator[Part]:
+    own = self._own_validation() if split == 'validation' else split
+    for start, stop in _row_ranges(self.dataset[own].num_rows):
+      yield Part(split, stop - start, (own, start, stop))
+
+  def _columns(self, part: Part) -> Iterator[tuple[str, int, Any]]:
+    own, start, stop = part.where
+    data = self.dataset[own].select_columns([self.field]).with_format('arrow')
+    yield f'split {own!r}', start, data[start:stop].column(0)
+
+  def _own_validation(self) -> str:
+    return next((s for s in ('validation', 'test') if s in self.dataset), '')
+
+
+def _make_hf_source(spec: str, is_tokens: bool, rest: str) -> HfSource:
+  """Loads (which may download) a dataset, or fails within seconds."""
+  name, *middle, field = (rest.split(':') if ':' in rest
+                          else (rest, 'tokens' if is_tokens else 'text'))
+  if not name or len(middle) > 1:
+    raise InputError(f"data.source={spec!r} is not of the form 'hf:NAME', "
+                     "'hf:NAME:FEATURE' or 'hf:NAME:CONFIG:FEATURE'")
+  is_folder = os.path.isdir(os.path.expanduser(name))
+  endpoint = os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
+  is_online = is_folder or is_reachable(endpoint)
+  if not is_online:
+    # Else it retries for most of a minute before it looks into its cache.
+    os.environ['HF_HUB_OFFLINE'] = '1'
+  try:
+    import datasets  # pylint: disable=g-import-not-at-top
+  except ModuleNotFoundError as error:
+    raise InputError(f'data.source={spec!r} needs the package datasets; pip '
+                     "install 'nanodlm[hf]'") from error
+  if not sys.stderr.isatty():
+    datasets.disable_progress_bars()
+  try:
+    dataset = datasets.load_dataset(
+        os.path.expanduser(name) if is_folder else name, *middle)
+  # Whatever goes wrong in files and networks that belong to somebody else.
+  except Exception as error:  # pylint: disable=broad-exception-caught
+    advice = '' if is_online else (
+        f'; {endpoint} does not answer, and the dataset is not in the cache: '
+        'connect to the network once, or give a folder that holds it')
+    raise InputError(
+        f'data.source={spec!r}: Hugging Face datasets cannot load {name!r}: '
+        f'{" ".join(str(error).split())}{advice}') from error
+  if 'train' not in dataset:
+    raise InputError(f"data.source={spec!r} has no split 'train', but "
+                     f'{sorted(dataset)}')
+  for split, data in dataset.items():
+    if field not in data.column_names:
+      raise InputError(
+          f'data.source={spec!r}: split {split!r} has no feature {field!r}, but '
+          f"{data.column_names}; name one as 'hf:NAME:FEATURE'")
+  return HfSource(spec, is_tokens, field, dataset)

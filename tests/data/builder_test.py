@@ -18,6 +18,7 @@ import numpy as np
 
 from nanodlm import tokenizers
 from nanodlm.data import builder
+from nanodlm.data import encoder
 from nanodlm.data import sources
 from nanodlm.types import InputError
 
@@ -44,7 +45,8 @@ def progress(*counts):
     time.sleep({sleep})
 builder._PROGRESS_SECS = 0
 data = types.SimpleNamespace(
-    source={source!r}, length=16, eval_fraction=0.1, data_dir={data_dir!r},
+    source={source!r}, length=16, eval_fraction=0.1, eval_tokens=0,
+    test_tokens=0, data_dir={data_dir!r},
     crop='random', segment_ids=True, padding='eos', clean_prefix_rate=0.0,
     clean_infill_rate=0.0, num_threads=1, prefetch_batches=1)
 tokenizer = types.SimpleNamespace(name='bytes', path='', vocab_size=0)
@@ -80,7 +82,8 @@ class BuilderTest(parameterized.TestCase):
 
   def config(self, source=None, **changes):
     values = dict(source=source or f'text:{self.folder}/*.txt', length=16,
-                  eval_fraction=0.1, data_dir=self.data_dir)
+                  eval_fraction=0.1, eval_tokens=0, test_tokens=0,
+                  data_dir=self.data_dir)
     return types.SimpleNamespace(**{**values, **changes})
 
   def prepare(self, source=None, tokenizer=BYTES, **changes):
@@ -188,7 +191,7 @@ class BuilderTest(parameterized.TestCase):
     text = ''.join(f'line {i}\n' for i in range(2000))
     self.write('a.txt', text)
     with mock.patch.object(sources, 'PIECE_CHARS', 1000), \
-        mock.patch.object(builder, '_BATCH_CHARS', 3000), \
+        mock.patch.object(encoder, 'BATCH_CHARS', 3000), \
         mock.patch.object(builder, '_SHARD_ROWS', 500):
       packed = self.prepare(length=8)
     tokens = np.concatenate([stream(packed.train), stream(packed.validation)])
@@ -252,7 +255,7 @@ class BuilderTest(parameterized.TestCase):
   def test_a_pair_is_a_row(self):
     pairs = [(f'{i}é:', 'r' * (i % 9 + 1)) for i in range(50)]
     # Small groups: a prompt and its response are then in two of them.
-    with mock.patch.object(builder, '_BATCH_CHARS', 5), \
+    with mock.patch.object(encoder, 'BATCH_CHARS', 5), \
         mock.patch.object(builder, '_SHARD_ROWS', 20):
       packed = self.prepare(self.write_pairs(pairs))
     self.assertTrue(packed.is_pairs)
@@ -397,10 +400,16 @@ class BuilderTest(parameterized.TestCase):
     self.assertLen([name for name in left if '.incomplete-' in name], 2, left)
     self.assertIn(os.path.basename(other), left)
     self.assertNotIn(os.path.basename(stale), left)
-    nine = self.prepare(length=9)  # now it is dead
+    # Now it is dead. Somebody may go on with it, but not after a day.
+    mine = next(pathlib.Path(self.data_dir).glob('*.incomplete-*-work'))
+    seven = self.prepare(length=7)
+    self.assertTrue(mine.exists())
+    for path in (mine, *mine.rglob('*')):
+      os.utime(path, (time.time() - 1e6,) * 2)
+    nine = self.prepare(length=9)
     self.assertSameElements(
         [name for name in self.left_in_data_dir() if name[0] != '.'],
-        [os.path.basename(path) for path in (packed.path, nine.path, other)])
+        [os.path.basename(path) for path in (packed.path, seven.path, nine.path, other)])
 
   def test_two_processes_at_once(self):
     self.write_documents()
@@ -433,14 +442,15 @@ class BuilderTest(parameterized.TestCase):
     self.write_documents()
     calls = []
     with mock.patch.object(builder, '_PROGRESS_SECS', 0), \
-        mock.patch.object(builder, '_BATCH_CHARS', 500):
+        mock.patch.object(sources, 'PART_BYTES', 500):
       builder.prepare(self.config(), BYTES, lambda *counts: calls.append(counts))
-    self.assertEqual(calls[-1], (40, 40 * 57, 40 * 56))
-    self.assertEqual(calls, sorted(calls[:40]) + sorted(calls[40:]))
+    self.assertEqual(calls[-1], (40, 40 * 57, 40 * 56, 1.0))
+    self.assertGreater(len(calls), 3)
+    self.assertEqual(calls, sorted(calls))
     calls.clear()
     builder.prepare(self.config(length=17), BYTES,
                     lambda *counts: calls.append(counts))
-    self.assertEmpty(calls)  # it took less than a second
+    self.assertEmpty(calls)  # it took less than three seconds
 
   def test_prints_nothing(self):
     self.write_documents()
@@ -522,8 +532,9 @@ class BuilderTest(parameterized.TestCase):
     split_texts = {'train': 'training text ' * 20, 'validation': 'held out ' * 9}
     source = types.SimpleNamespace(
         spec='tfds:x', splits=builder.SPLITS, fingerprint=lambda: 'x/1.0.0',
-        documents=lambda split: iter(
-            [sources.document_of('x', split_texts[split])]))
+        parts=lambda split: iter([sources.Part(split, 1, ())]),
+        read=lambda part: iter(
+            [sources.document_of('x', split_texts[part.split])]))
     with mock.patch.object(sources, 'make_source', return_value=source):
       packed = self.prepare('tfds:x', length=9)
     self.assertEqual(packed.tokenizer.decode(stream(packed.validation)),

@@ -19,7 +19,7 @@ LENGTH = 16
 
 
 def config(**changes):
-  values = dict(source='', length=LENGTH, eval_fraction=0.1, data_dir='',
+  values = dict(source='', length=LENGTH, eval_fraction=0.1, eval_tokens=0, test_tokens=0, data_dir='',
                 crop='chunk', segment_ids=False, padding='eos',
                 clean_prefix_rate=0.0, clean_infill_rate=0.0, num_threads=0,
                 prefetch_batches=2)

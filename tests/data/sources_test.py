@@ -23,7 +23,7 @@ SHARED = os.path.join(
 
 
 def texts(source, split='train'):
-  return [''.join(document.open()) for document in source.documents(split)]
+  return [''.join(document.open()) for document in sources.documents(source, split)]
 
 
 class FilesTest(parameterized.TestCase):
@@ -85,7 +85,8 @@ class FilesTest(parameterized.TestCase):
     text = line * (3 * sources.PIECE_CHARS // len(line))
     self.write('a.txt', text)
     self.write('b.txt', 'x' * (9 * sources.PIECE_CHARS))  # nowhere to cut
-    one, two = sources.make_source(f'text:{self.folder}/*').documents('train')
+    one, two = sources.documents(
+        sources.make_source(f'text:{self.folder}/*'), 'train')
     pieces = list(one.open())
     self.assertEqual(''.join(pieces), text)
     self.assertLen(pieces, 3)
@@ -143,16 +144,16 @@ class FilesTest(parameterized.TestCase):
     self.write('x.jsonl', data)
     self.write('y.jsonl.gz', gzip.compress(data))
     pairs = lambda spec: [list(document.open()) for document in
-                          sources.make_source(spec).documents('train')]
+                          sources.documents(sources.make_source(spec), 'train')]
     default = [['p', 'r\n'], ['é', ' ']]
     self.assertEqual(pairs(f'pairs:{self.folder}/x.jsonl'), default)
     self.assertEqual(pairs(f'pairs:{self.folder}/*'), default * 2)
     self.assertEqual(pairs(f'pairs:{self.folder}/x.jsonl:q:a'),
                      [['q1', 'a1'], ['q2', 'a2']])
-    document = next(sources.make_source(
-        f'pairs:{self.folder}/x.jsonl').documents('train'))
+    document = next(sources.documents(
+        sources.make_source(f'pairs:{self.folder}/x.jsonl'), 'train'))
     self.assertEqual(list(document.open()), list(document.open()))
-    self.assertEndsWith(document.name, 'x.jsonl:1')
+    self.assertEndsWith(str(document.name), 'x.jsonl:1')
     os.rename(f'{self.folder}/x.jsonl', f'{self.folder}/x:q:a')  # a file's name
     self.assertEqual(pairs(f'pairs:{self.folder}/x:q:a'), default)
 
@@ -241,7 +242,7 @@ class EmbeddedTest(absltest.TestCase):
     self.assertGreater(text.count(' the '), 10_000)
     self.assertEqual(source.fingerprint(),
                      sources.make_source('embedded').fingerprint())
-    names = [document.name for document in source.documents('train')]
+    names = [document.name for document in sources.documents(source, 'train')]
     self.assertFalse([name for name in names if 'test' in name.split('/')])
 
 
