@@ -59,6 +59,14 @@ def import_checkpoint(source: str, workdir: str, *, family: str = '',
   Raises:
     InputError: the checkpoint will not do, and why. Nothing is left then.
   """
+  with tempfile.TemporaryDirectory() as scratch:
+    _import_checkpoint(source, workdir, family, allow_pickle, changes or {},
+                       pathlib.Path(scratch))
+
+
+def _import_checkpoint(source: str, workdir: str, family: str, allow_pickle: bool,
+                       changes: dict[str, Any], scratch: pathlib.Path):
+  """`import_checkpoint`, with an empty folder for what is needed meanwhile."""
   target = pathlib.Path(workdir)
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise InputError(f'--workdir={workdir!r} is not empty; what is there is never '
@@ -81,7 +89,8 @@ def import_checkpoint(source: str, workdir: str, *, family: str = '',
     _update(config, changes or {})
     tokenizer = make_tokenizer(
         config, described, folder,
-        is_given=any(key.startswith('tokenizer.') for key in changes or ()))
+        is_given=any(key.startswith('tokenizer.') for key in changes or ()),
+        path=find_tokenizer(FAMILIES[family], folder, scratch))
   config.tokenizer.update(name=tokenizers.RUN, path=os.path.abspath(workdir),
                           vocab_size=0)
   configs.validate(config, changes or ())
@@ -175,7 +184,8 @@ def find_source(source: str, allow_pickle: bool) -> pathlib.Path:
                      "Hugging Face hub, 'ORGANISATION/NAME'")
   tensor_files.require('huggingface_hub')
   import huggingface_hub  # pylint: disable=g-import-not-at-top
-  endpoint = huggingface_hub.constants.ENDPOINT
+  from huggingface_hub import constants  # pylint: disable=g-import-not-at-top
+  endpoint = constants.ENDPOINT
   is_online = tokenizers.is_reachable(endpoint)
   wanted = [*_WANTED, *(f'*{end}' for end in tensor_files.PICKLES if allow_pickle)]
   try:
@@ -214,24 +224,42 @@ def detect(foreign: dict[str, Any], tensors: tensor_files.Tensors) -> str:
       f'{sorted(FAMILIES)}. --family=NAME reads it as one of them')
 
 
+def find_tokenizer(family: Any, folder: pathlib.Path, scratch: pathlib.Path
+                   ) -> pathlib.Path | None:
+  """The tokenizer.json beside the weights, or one made in `scratch`, if any."""
+  folder = folder if folder.is_dir() else folder.parent
+  if (folder / HF_TOKENIZER).is_file():
+    return folder / HF_TOKENIZER
+  try:
+    content = (family.tokenizer_json(folder)
+               if hasattr(family, 'tokenizer_json') else None)
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise InputError(f'the tokenizer in {folder} cannot be read: {error!r}'
+                     ) from error
+  if content is None:
+    return None
+  (scratch / HF_TOKENIZER).write_text(json.dumps(content))
+  return scratch / HF_TOKENIZER
+
+
 def make_tokenizer(config: config_dict.ConfigDict,
                    described: layouts.Description, folder: pathlib.Path,
-                   is_given: bool) -> tokenizers.Tokenizer:
+                   is_given: bool, path: pathlib.Path | None
+                   ) -> tokenizers.Tokenizer:
   """The tokenizer of an imported checkpoint, of just its vocabulary.
 
-  Its tokenizer.json; or, where `is_given`, that of config.tokenizer; or, where
+  Its tokenizer.json at `path`; or, where `is_given`, that of config.tokenizer; or, where
   there is no such file, the family's.
   """
   has_mask = described.mask_id is not None
   vocab_size = described.vocab_size + (not has_mask)
   place = described.mask_id if has_mask else vocab_size - 1
-  path = (folder if folder.is_dir() else folder.parent) / HF_TOKENIZER
-  if path.is_file() and not is_given:
+  if path and not is_given:
     return tokenizers.load_hugging_face(
         str(path), vocab_size, place,
         moved(described.separator_id, place, vocab_size))
   if not is_given and not described.tokenizer:
-    raise InputError(f'there is no {path}; name a tokenizer of {vocab_size} ids by '
+    raise InputError(f'there is no {HF_TOKENIZER} in {folder}; name a tokenizer of {vocab_size} ids by '
                      '--config.tokenizer.name')
   if not is_given:
     config.tokenizer.name = described.tokenizer

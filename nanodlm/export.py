@@ -29,7 +29,7 @@ from nanodlm.types import InputError
 log = logging.getLogger('nanodlm')
 
 # Of one file; as many bytes of tensors are copied at a time.
-SHARD_BYTES = 2**31
+SHARD_BYTES = 2**30
 MASK_TEXT, SEPARATOR_TEXT = '<|mask|>', '<|separator|>'
 # What transformers knows without our help.
 STOCK = ('gpt2', 'llama', 'qwen2', 'qwen3')
@@ -121,6 +121,7 @@ def write_tensors(folder: pathlib.Path, run: evaluate.Run, params: Any,
                   layout: layouts.Layout, place: int):
   """Writes the safetensors files, SHARD_BYTES at a time, and their index."""
   from safetensors import numpy as safetensors  # pylint: disable=g-import-not-at-top
+  params = jax.tree.map(np.asarray, params)  # on a CPU the same memory
   pieces = {}
   for path, piece in layout.ends.items():
     pieces.setdefault(piece.name, []).append((path, None, piece))
@@ -143,6 +144,7 @@ def write_tensors(folder: pathlib.Path, run: evaluate.Run, params: Any,
     arrays = {name: _tensor(run, params, pieces[name], place) for name in shard}
     total += sum(x.nbytes for x in arrays.values())
     safetensors.save_file(arrays, folder / file, metadata={'format': 'pt'})
+    (folder / file).chmod(0o666 & ~convert.umask())
     names.update(dict.fromkeys(shard, file))
   if len(shards) > 1:
     write_json(folder / 'model.safetensors.index.json', {

@@ -299,6 +299,28 @@ class ImportTest(FolderTest):
     with self.assertRaisesRegex(InputError, 'is not a tokenizer.json'):
       tokenizers.load_hugging_face(str(path), V + 1, 100, 1)
 
+  def test_dreams_vocabulary_and_merges(self):
+    folder = self.folder()
+    source = pathlib.Path(write(folder / 'theirs', 'dream', vocab_size=300,
+                                mask_token_id=290))
+    alphabet = list(tokenizers.byte_alphabet())
+    # '11' is never made: numbers are cut into digits.
+    vocab = {text: i for i, text
+             in enumerate([*alphabet, 'he', 'll', 'hell', '11'])}
+    (source / 'vocab.json').write_text(json.dumps(vocab))
+    (source / 'merges.txt').write_text('#version: 0.2\nh e\nl l\nhe ll\n1 1\n')
+    (source / 'tokenizer_config.json').write_text(json.dumps({
+        'added_tokens_decoder': {'290': {'content': '<mask>', 'special': True}}}))
+    path = convert.find_tokenizer(FAMILIES['dream'], source, folder)
+    tokenizer = tokenizers.load_hugging_face(str(path), 300, 290, 289)
+    ids = tokenizer.encode('hello 11<mask>')
+    texts = {i: text for text, i in vocab.items()}
+    self.assertEqual([texts[i] for i in ids.tolist()],
+                     ['hell', 'o', 'Ġ', '1', '1', *'<mask>'])
+    self.assertEqual(tokenizer.decode(ids), 'hello 11<mask>')
+    self.assertEqual(tokenizer.decode([299]), '_')
+    self.assertIsNone(convert.find_tokenizer(FAMILIES['llama'], source, folder))
+
   @parameterized.parameters(
       (dict(model_type='bert'), {}, r"no known family \(model_type='bert'.*known: "
        r"\[.*'dream', .*'gpt2', .*'llada', 'llama'"),

@@ -11,6 +11,9 @@ in its form:
   layout(network, names) -> layout.Layout: the mapping, for the `ModelConfig`
     that those settings make.
 
+  tokenizer_json(folder) -> dict: the content of a tokenizer.json for a folder that
+    has none, or None. Only where a family publishes another form.
+
   misfit(network, objective) -> str: what of one of OUR networks, with that
     objective.name, it cannot express; '' where it fits.
   to_config(network, export) -> dict: the config.json of an export; `export` is a
