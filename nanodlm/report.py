@@ -684,8 +684,9 @@ figure{margin:0;min-width:0}
 .scroll:focus-visible{outline:2px solid var(--s0)}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding:.3rem 0}
-th,td{text-align:left;white-space:nowrap;padding:.25rem .7rem .25rem 0;vertical-align:top;
+th,td{text-align:left;padding:.25rem .7rem .25rem 0;vertical-align:top;
 border-bottom:1px solid var(--rule)}
+.short{white-space:nowrap}
 summary{cursor:pointer;color:var(--soft)}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid var(--rule);
 padding:.6rem;margin:.3rem 0 1rem;max-height:24rem;overflow-y:auto}
@@ -707,10 +708,12 @@ def _escape(text: str) -> str:
 
 
 def _html_table(table: Table) -> str:
+  short = ' class="short"'  # not broken after the sign of an interval
   head = ''.join(f'<th scope="col">{_escape(cell)}</th>' for cell in table.header)
   rows = ''.join(
       '<tr>' + f'<th scope="row">{_escape(row[0])}</th>'
-      + ''.join(f'<td>{_escape(cell)}</td>' for cell in row[1:]) + '</tr>\n'
+      + ''.join(f'<td{short if len(cell) <= 20 else ""}>{_escape(cell)}</td>'
+                for cell in row[1:]) + '</tr>\n'
       for row in table.rows)
   title = _escape(table.title)
   # Reachable by keyboard, since it may be wider than the page.

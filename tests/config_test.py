@@ -6,6 +6,7 @@ from absl.testing import parameterized
 from ml_collections import config_dict
 
 from configs import base
+from configs import sft
 from nanodlm import config as configs
 from nanodlm import guidance
 from nanodlm import objectives
@@ -361,6 +362,12 @@ class ResumableTest(parameterized.TestCase):
         configs.differing_keys(config, changed(seed=2, model__num_layers=1)),
         {'seed': (config.seed, 2),
          'model.num_layers': (config.model.num_layers, 1)})
+
+  def test_fine_tuning_takes_the_tokenizer_of_where_it_starts(self):
+    config = sft.get_config()
+    self.assertEqual(config.tokenizer.path, 'runs/quickstart/tokenizer.model')
+    config.checkpoint.init_from = 'elsewhere'
+    self.assertEqual(config.tokenizer.path, 'elsewhere/tokenizer.model')
 
   def test_free_and_bound_keys_exist(self):
     known = configs.flatten(base.get_config())

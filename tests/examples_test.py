@@ -24,8 +24,8 @@ QUICKSTART = re.search(r'&& (python launch\.py --config=configs/quickstart\.py '
 SMALLER = ' '.join(f'--config.{change}' for change in (
     'train.num_steps=4', 'train.eval_every_steps=0', 'train.batch_size=4',
     'train.num_samples=0', 'model.num_layers=1', 'model.embed_dim=32',
-    'model.num_heads=2', 'optim.warmup_steps=1', 'eval.num_draws=2',
-    'eval.batch_size=16', 'data.eval_fraction=0.01'))
+    'model.num_heads=2', 'optim.name=adamw', 'optim.warmup_steps=1',
+    'eval.num_draws=2', 'eval.batch_size=16', 'data.eval_fraction=0.01'))
 PYTHON = f'''#!/bin/bash
 case " $* " in
   *" --mode="*) ;;
@@ -111,4 +111,6 @@ def test_fine_tune_and_answer(examples):
   assert 'starting from the weights of runs/quickstart, step 4' in output
   samples = samples_of(folder / 'runs' / 'sft')
   assert [sample['shown'].split('\n')[0] for sample in samples] == [
-      'Reverse: red green blue', 'Reverse: white pink black silver']
+      'Reverse: white gold red blue', 'Reverse: pink brown silver black']
+  assert not {sample['prompt'] for sample in samples} & {
+      pair['prompt'] for pair in pairs}
