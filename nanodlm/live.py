@@ -40,7 +40,8 @@ _HIDDEN = re.compile('[\0-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e'
 
 def is_possible(console: consoles.Console) -> bool:
   """Whether a console is a terminal that can move its cursor, in UTF-8."""
-  return (console.file.isatty() and not console.is_dumb_terminal
+  return (console.file.isatty() and console.is_terminal
+          and not console.is_dumb_terminal
           and console.encoding.startswith('utf'))
 
 

@@ -155,6 +155,7 @@ class Page:
       temporary.write_bytes(page)
       temporary.replace(file)
     except OSError as error:
+      temporary.unlink(missing_ok=True)
       raise InputError(f'--html={self.path!r} could not be written: {error}'
                        ) from error
     return len(page)

@@ -238,23 +238,21 @@ class _Watchers:
 def make_sample(run: evaluate.Run):
   """Returns sample(params, prompt, num_samples, key, length) -> what came of it.
 
-  That is: tokens [num_samples, n] numpy; fixed [n] bool, the prompt's; and the
-  trajectories of those rows, the first ones, that this process computes.
+  That is: tokens [num_samples, n], numpy, and the trajectories of those rows, the
+  first ones, that this process computes.
   """
   watchers = _Watchers()
   fill = make_fill(run, view=watch.View(watchers, run.tokenizer.mask_id))
 
   def sample(params: Any, prompt: str, num_samples: int, key: jax.Array,
-             length: int
-             ) -> tuple[np.ndarray, np.ndarray, list[watch.Trajectory]]:
+             length: int) -> tuple[np.ndarray, list[watch.Trajectory]]:
     row, fixed = lay_out(run, prompt, length)
     canvas = np.tile(row, (num_samples, 1))
     recorder = watch.Recorder(whole_batch(run, canvas))
     watchers.those = [recorder]
     tokens, _ = fill(params, key, canvas, np.tile(fixed, (num_samples, 1)))
-    seen = [trajectory for trajectory in recorder.trajectories(tokens)
-            if trajectory.answers]
-    return tokens, fixed, seen
+    return tokens, [trajectory for trajectory in recorder.trajectories(tokens)
+                    if trajectory.answers]
 
   return sample
 

@@ -440,9 +440,11 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
     log.info('step %d, %s', number, evaluate.describe(means, run.objective.exact))
     if draw:
       key = jax.random.fold_in(jax.random.key(settings.sample.seed), number)
-      rows, fixed, trajectories = draw(params, prompt, train.num_samples, key,
-                                       settings.sample.length or length)
+      canvas_length = settings.sample.length or length
+      rows, trajectories = draw(params, prompt, train.num_samples, key,
+                                canvas_length)
       if trajectories:
+        _, fixed = sample.lay_out(run, prompt, canvas_length)
         writer.write_images(number, {
             'samples/reveal_order': replay.order_image(trajectories, fixed)[None]})
       texts = [run.tokenizer.decode(sample.shown_tokens(run, row))

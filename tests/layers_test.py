@@ -27,7 +27,7 @@ ONLY_IN = {
     'torch': ('judge', 'tensors'), 'transformers': ('judge',),
     'safetensors': ('tensors', 'export'), 'huggingface_hub': ('convert',),
     'matplotlib': ('compare', 'benchmark', 'plots'),
-    'lm_eval': ('lm_eval_adapter',),
+    'lm_eval': ('lm_eval_adapter',), 'rich': ('live',),
     # They run what a file tells them to.
     'pickle': (), 'cloudpickle': (), 'dill': (), 'joblib': (), 'marshal': (),
     'shelve': (), 'yaml': (),

@@ -229,8 +229,9 @@ def test_samples_in_training_come_with_their_making(run):
       opened.objective, jax.random.key(0)))()
   draw = sample.make_sample(opened)
   for prompt in ('', 'The '):
-    tokens, fixed, trajectories = draw(params, prompt, 2, jax.random.key(1), 12)
-    assert tokens.shape == (2, 12) and fixed.sum() == len(prompt)
+    tokens, trajectories = draw(params, prompt, 2, jax.random.key(1), 12)
+    assert tokens.shape == (2, 12)
+    assert bytes(tokens[1][:len(prompt)].tolist()).decode() == prompt
     assert len(trajectories) == 2  # not of the rows that fill the batch up
     for row, trajectory in zip(tokens, trajectories):
       np.testing.assert_array_equal(trajectory.frames[-1], row)
@@ -369,7 +370,6 @@ def test_browser_alternatives(visit):
   page.keyboard.press('ArrowRight')
   assert 'changed from z at call 5' in tip.inner_text()
   assert tokens.nth(1).get_attribute('aria-describedby') == 'tip'
-  assert page.locator('.tok[aria-label]').count() == 1
   assert page.locator('.canvas .tok[tabindex="0"]').count() == 4
   page.keyboard.press('ArrowDown')
   below = page.evaluate('document.activeElement.position')
@@ -382,7 +382,12 @@ def test_browser_alternatives(visit):
   assert tip.is_hidden()
   page.keyboard.press('Home')
   assert 'given' in tip.inner_text()
+  # What is said of a shape.
+  spoken = {page.locator('.tok', has_text=text).first.get_attribute('aria-label')
+            for text in ('→', '😀', '<', '‹U+0000›')}
+  assert spoken == {'space', '‹F0›', '<', '‹U+0000›'}
   page.locator('#first').click()
+  assert tokens.nth(5).get_attribute('aria-label') == 'masked'
   tokens.nth(5).hover()
   assert 'Position 6: masked, not yet asked for' in tip.inner_text()
 
@@ -445,13 +450,19 @@ def test_browser_colours(visit, scheme):
 
 
 def test_browser_phone(visit):
-  page = visit(viewport={'width': 360, 'height': 640}, has_touch=True)
+  page = visit(viewport={'width': 360, 'height': 560}, has_touch=True)
   assert page.evaluate('document.documentElement.scrollWidth') == 360
-  page.locator('.pane .tok').nth(3).tap()
-  box = page.locator('#tip').bounding_box()
-  assert 0 <= box['x'] and box['x'] + box['width'] <= 360
-  assert box['y'] + box['height'] <= 640
-  assert 'Position 4' in page.locator('#tip').inner_text()
+  token = page.locator('.pane .tok').nth(3)
+  for top in (150, 450):  # the token's, in the window
+    token.evaluate('(e, top) => scrollBy(0, e.getBoundingClientRect().top - top)', top)
+    token.tap()
+    box, own = page.locator('#tip').bounding_box(), token.bounding_box()
+    assert abs(own['y'] - top) < 30
+    assert 0 <= box['x'] and box['x'] + box['width'] <= 360
+    assert 0 <= box['y'] and box['y'] + box['height'] <= 560
+    assert box['y'] > own['y'] + own['height'] or box['y'] + box['height'] < own['y']
+    assert 'Position 4' in page.locator('#tip').inner_text()
+    page.keyboard.press('Escape')
   assert page.evaluate('document.documentElement.scrollWidth') == 360
   for label in page.locator('button:visible, select:visible').all():
     assert label.bounding_box()['height'] >= 32
@@ -465,7 +476,6 @@ def test_browser_samples_and_samplers(visit):
   page.select_option('#sample', '2')
   assert page.locator('.pane:visible h2').all_inner_texts() == [
       'block', 'remask: eta=0.5']
-  names = page.locator('.pane:visible').evaluate_all(
-      'all => all.map(e => document.getElementById('
-      'e.getAttribute("aria-labelledby")).textContent)')
-  assert names == ['block', 'remask: eta=0.5']
+  names = [pane.get_attribute('aria-label') for pane in page.locator('.pane').all()]
+  assert names == ['block, sample 1', 'remask, eta=0.5, sample 1',
+                   'block, sample 2', 'remask, eta=0.5, sample 2']
