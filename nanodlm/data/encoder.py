@@ -8,17 +8,17 @@ alone, so that any engine with any number of workers leaves the same files.
 
 import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent import futures
-from concurrent.futures import process
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import multiprocessing
 from multiprocessing import connection
 import os
 import pathlib
 import re
 import signal
-import threading
+import traceback
 from typing import Any, Protocol
 
 import numpy as np
@@ -282,50 +282,56 @@ class Workers:
 
   def map(self, function: Callable[[Any], Any],
           tasks: Sequence[Any]) -> Iterator[Any]:
-    # Forking would copy the threads' locks of JAX and TFDS.
-    pool = futures.ProcessPoolExecutor(
-        min(self.num_workers, max(len(tasks), 1)),
-        mp_context=multiprocessing.get_context('spawn'),
-        initializer=_start_worker, initargs=(function,))
-    waiting, rest = set(), iter(tasks)
+    # Forking would copy the locks of JAX's and TFDS's threads. An executor of
+    # concurrent.futures can wait for its workers forever after two Ctrl-C.
+    context = multiprocessing.get_context('spawn')
+    rest, busy, workers = iter(tasks), [], []
     try:
-      # Few are handed out at a time, so that memory does not grow with tasks.
-      for task in rest:
-        waiting.add(pool.submit(_work, task))
-        if len(waiting) >= 2 * self.num_workers:
-          done, waiting = futures.wait(
-              waiting, return_when=futures.FIRST_COMPLETED)
-          for future in done:
-            yield future.result()
-      for future in futures.as_completed(waiting):
-        yield future.result()
-    except process.BrokenProcessPool as error:
+      for task in itertools.islice(rest, self.num_workers):
+        ours, theirs = context.Pipe()
+        worker = context.Process(target=_serve, args=(theirs, function),
+                                 daemon=True)
+        worker.start()
+        theirs.close()  # so that the end of the worker is the end of the pipe
+        workers.append(worker)
+        busy.append(ours)
+        ours.send(task)
+      while busy:
+        for pipe in connection.wait(busy):
+          error, result = pipe.recv()
+          if error is not None:
+            raise error
+          busy.remove(pipe)
+          for task in itertools.islice(rest, 1):
+            busy.append(pipe)
+            pipe.send(task)
+          yield result
+    except (EOFError, ConnectionError) as error:
       raise WorkerLost(
           'a process of the preparation was killed, most likely for want of '
           'memory. Run again, with a smaller --prepare_workers: what is finished '
           'is kept') from error
     finally:
-      pool.shutdown(cancel_futures=True)
+      for worker in workers:
+        worker.kill()  # idle, or at work for nobody
+      for worker in workers:
+        worker.join()
 
 
-_function: Callable[[Any], Any] | None = None  # of this worker
-
-
-def _start_worker(function: Callable[[Any], Any]) -> None:
-  """Runs once in each worker: the function is big, and sent only once."""
-  global _function
-  _function = function
+def _serve(pipe: connection.Connection, function: Callable[[Any], Any]) -> None:
+  """A worker: answers tasks with (error, result), until the pipe ends."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
-
-  def end_with_parent() -> None:
-    connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-  threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _work(task: Any) -> Any:
-  return _function(task)
+  with contextlib.suppress(EOFError, ConnectionError):  # so is its own end
+    while True:
+      task = pipe.recv()
+      try:
+        answer = None, function(task)
+      # Raised again by the parent.
+      except Exception as error:  # pylint: disable=broad-exception-caught
+        if not isinstance(error, InputError):
+          error.add_note(traceback.format_exc())
+        answer = error, None
+      pipe.send(answer)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -195,6 +195,13 @@ class EnginesTest(DataTest):
                       None, engine)
 
 
+  def test_mistake_in_a_worker(self):
+    (self.folder / 'a.jsonl').write_text('{"text": "a"}\n' * 9 + '{"text": 3}\n')
+    with self.assertRaisesRegex(InputError, r'a\.jsonl:10 has no text'):
+      self.prepare(f'jsonl:{self.folder}/a.jsonl', engine=encoder.Workers(1))
+    self.assertEmpty(os.listdir(self.folder / 'prepared'))
+
+
 class _Deadly(tokenizers.BytesTokenizer):
   """Kills the process that it encodes in."""
 
