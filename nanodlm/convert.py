@@ -259,8 +259,8 @@ def make_tokenizer(config: config_dict.ConfigDict,
         str(path), vocab_size, place,
         moved(described.separator_id, place, vocab_size))
   if not is_given and not described.tokenizer:
-    raise InputError(f'there is no {HF_TOKENIZER} in {folder}; name a tokenizer of {vocab_size} ids by '
-                     '--config.tokenizer.name')
+    raise InputError(f'there is no {HF_TOKENIZER} in {folder}; name a tokenizer of '
+                     f'{vocab_size} ids by --config.tokenizer.name')
   if not is_given:
     config.tokenizer.name = described.tokenizer
   tokenizer = tokenizers.make_tokenizer(config.tokenizer)
