@@ -181,6 +181,7 @@ def benchmark_train(config, settings, vocab_size: int
   put = lambda batch: meshes.shard_whole_batch(mesh, batch)
   train_step = train_step.lower(
       state, put(_random_batch(generator, settings, vocab_size))).compile()
+  hugepages.release_free_memory()
 
   def step():
     nonlocal state

@@ -4,8 +4,12 @@ XLA's CPU backend allocates its temporary memory anew at every step, about 1 GB 
 the sizes in the README, and the kernel then hands it out in 4 kB pages: 260,000
 page faults a step. With 2 MB pages the same training steps took 8% (6 layers,
 width 384) and 17% (50k vocabulary) less time on two cores.
+
+What the allocator keeps for later is another matter: compiling the training step
+of 16M parameters left 200 MB with it that no step ever asked for.
 """
 
+import ctypes
 import os
 import sys
 
@@ -24,3 +28,11 @@ def restart_with_huge_pages():
     return
   os.environ[_TUNABLES] = _SETTING
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def release_free_memory():
+  """Gives the allocator's free memory back to the system; with glibc only."""
+  if sys.platform == 'linux':
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if trim is not None:
+      trim(0)

@@ -832,7 +832,7 @@ class Affine(NamedTuple):
   """An output projection with a bias.
 
   Attributes:
-    kernel: [D, V].
+    kernel: [V, D].
     bias: [V].
   """
 
@@ -841,20 +841,22 @@ class Affine(NamedTuple):
 
 
 def output_kernel(params) -> jax.Array | Affine:
-  """The output projection's kernel [D, V] (float32), tied or not, and its bias."""
-  kernel = params.get('output', params['embedding']).T
+  """The output projection's kernel [V, D] (float32), tied or not, and its bias."""
+  kernel = params.get('output', params['embedding'])
   if 'output_bias' in params:
     return Affine(kernel, params['output_bias'])
   return kernel
 
 
 def output_logits(kernel: jax.Array | Affine, hidden: jax.Array) -> jax.Array:
-  """hidden [..., D] times kernel [D, V] -> [..., V] float32."""
+  """hidden [..., D] times kernel [V, D], transposed, -> [..., V] float32."""
   if isinstance(kernel, Affine):
     bias = jnp.expand_dims(kernel.bias, range(hidden.ndim - 1))
     return output_logits(kernel.kernel, hidden) + bias
-  return jnp.dot(hidden, kernel.astype(hidden.dtype),
-                 preferred_element_type=jnp.float32)
+  # Not a transposed kernel: where the product is in a loop XLA would make one.
+  last = ((hidden.ndim - 1,), (1,))
+  return jax.lax.dot_general(hidden, kernel.astype(hidden.dtype), (last, ((), ())),
+                             preferred_element_type=jnp.float32)
 
 
 def init_params(config: ModelConfig, key: jax.Array, shards: Shards = Shards()):

@@ -92,13 +92,11 @@ class Network:
     vocab = categorical.Vocab(
         sharding.TENSOR if self.shards.tensor > 1 else None)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    # What the objective has learned goes with the kernel: a gradient flows to it.
-    project = lambda kernel, h: (model.output_logits(kernel[0], h), kernel[1])
-    terms_of = lambda out, fields: objective.bind(out[1]).terms(
-        out[0], fields, vocab=vocab)
+    terms_of = lambda logits, learned, fields: objective.bind(learned).terms(
+        logits, fields, vocab=vocab)
     total, terms = losses.projected_terms(
-        project, terms_of, self.chunk_size,
-        (model.output_kernel(params), params.get('objective', {})),
+        model.output_logits, terms_of, self.chunk_size,
+        model.output_kernel(params), params.get('objective', {}),
         sharding.split(hidden, self.shards),
         jax.tree.map(take, noised.fields), weight)
     row = (jnp.arange(batch * length) if positions is None else positions
@@ -267,17 +265,23 @@ def make_train_step(network: Network, objective: Objective,
     return jax.lax.scan(lambda sums, micro: (add(sums, micro), None), zeros,
                         rows)[0]
 
+  # Of one part of the batch the gradient is the sum: XLA's CPU backend would copy it.
+  is_whole = meshes.num_batch_shards(mesh) == 1
+
   def global_gradient(params, key, share, batch):
     """The sums over the global batch, of this device's part of the parameters."""
     gradient, sums = local_gradient(sharding.local(params, shards), key, share,
                                     batch)
-    return (sharding.sum_gradients(gradient, shards),
-            jax.lax.psum(sums, meshes.BATCH_AXES))
+    gradient = (jax.tree.map(lambda g: g[None], gradient) if is_whole
+                else sharding.sum_gradients(gradient, shards))
+    return gradient, jax.lax.psum(sums, meshes.BATCH_AXES)
 
+  specs = network.specs(objective)
   sharded_gradient = jax.shard_map(
       global_gradient, mesh=mesh,
-      in_specs=(network.specs(objective), P(), P(), P(meshes.BATCH_AXES)),
-      out_specs=(network.specs(objective), P()))
+      in_specs=(specs, P(), P(), P(meshes.BATCH_AXES)),
+      out_specs=(jax.tree.map(lambda spec: P(meshes.BATCH_AXES, *spec), specs)
+                 if is_whole else specs, P()))
   state_shapes = jax.eval_shape(
       lambda: states.init_state(network.config, objective, optimizer, 0,
                                 ema_decay > 0, shards))
@@ -286,23 +290,37 @@ def make_train_step(network: Network, objective: Objective,
     key = jax.random.fold_in(state.key, state.step)
     share = jnp.minimum(state.step / max(anneal_steps, 1), 1.0)
     gradient, sums = sharded_gradient(state.params, key, share, batch)
+    if is_whole:
+      gradient = jax.tree.map(lambda g: g[0], gradient)
     # From here on arrays are whole to the code, and each device updates its part
     # of them: elementwise rules talk to no one, a norm or Muon's products do.
     total_weight = jnp.maximum(sums['weight'], 1.0)
     gradient = jax.tree.map(lambda g: g / total_weight, gradient)
     grad_norm = optax.tree.norm(gradient)
     is_finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums['loss'])
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema_params = state.ema_params
-    if ema_params is not None:
-      decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-      ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e),
-                                ema_params, params)
-    new = (params, ema_params, opt_state)
-    old = (state.params, state.ema_params, state.opt_state)
-    params, ema_params, opt_state = jax.tree.map(
-        lambda n, o: jnp.where(is_finite, n, o), new, old)
+
+    def update(gradient, old):
+      params, ema_params, opt_state = old
+      updates, opt_state = optimizer.update(gradient, opt_state, params)
+      params = optax.apply_updates(params, updates)
+      if ema_params is not None:
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e),
+                                  ema_params, params)
+      return params, ema_params, opt_state
+
+    def branch(gradient, old):
+      return jax.lax.cond(is_finite, update, lambda _, old: old, gradient, old)
+
+    def select(gradient, old):
+      return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o),
+                          update(gradient, old), old)
+
+    # On a CPU XLA would copy what is read and overwritten at once, the state, and
+    # that at the step's start; in a branch it finds an order that needs no copies.
+    params, ema_params, opt_state = jax.lax.platform_dependent(
+        gradient, (state.params, state.ema_params, state.opt_state), cpu=branch,
+        default=select)
     metrics = {**sums, 'grad_norm': grad_norm,
                'param_norm': optax.tree.norm(params),
                'learning_rate': jnp.asarray(learning_rate(state.step)),

@@ -19,6 +19,7 @@ import numpy as np
 from nanodlm import checkpoint
 from nanodlm import config as configs
 from nanodlm import evaluate
+from nanodlm import hugepages
 from nanodlm import lock
 from nanodlm import mesh as meshes
 from nanodlm import metrics
@@ -465,7 +466,11 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
     waiting = time.monotonic()
     batch = next(batches)
     window.waited_secs += time.monotonic() - waiting
-    state, values = train_step(state, meshes.shard_batch(mesh, batch))
+    batch = meshes.shard_batch(mesh, batch)
+    if step == first_step:
+      train_step = train_step.lower(state, batch).compile()
+      hugepages.release_free_memory()
+    state, values = train_step(state, batch)
     step += 1
     in_flight.append((step, values))
     is_log = step % train.log_every_steps == 0 or step == num_steps

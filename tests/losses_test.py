@@ -6,6 +6,7 @@ from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from nanodlm import losses
 from nanodlm import model
@@ -16,7 +17,7 @@ NUM, WIDTH, VOCAB = 22, 6, 9
 
 def inputs(num_real=NUM):
   rng = np.random.default_rng(0)
-  kernel = rng.normal(size=(WIDTH, VOCAB)).astype(np.float32)
+  kernel = rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)
   hidden = rng.normal(size=(NUM, WIDTH)).astype(np.float32)
   fields = {'target': rng.integers(VOCAB - 1, size=NUM),
             'scale': rng.random(NUM).astype(np.float32)}
@@ -26,14 +27,16 @@ def inputs(num_real=NUM):
 
 
 def dense(kernel, hidden, fields, weight):
-  terms = Masked(VOCAB - 1).terms(hidden @ kernel, fields)
+  terms = Masked(VOCAB - 1).terms(hidden @ kernel.T, fields)
   return jnp.sum(terms.loss * weight), terms
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def chunked(chunk_size, *args):
-  return losses.projected_terms(model.output_logits, Masked(VOCAB - 1).terms,
-                                chunk_size, *args)
+def chunked(chunk_size, kernel, *args):
+  return losses.projected_terms(
+      model.output_logits,
+      lambda logits, learned, fields: Masked(VOCAB - 1).terms(logits, fields),
+      chunk_size, kernel, (), *args)
 
 
 class ProjectedTermsTest(parameterized.TestCase):
@@ -66,6 +69,42 @@ class ProjectedTermsTest(parameterized.TestCase):
     for ours, theirs in zip(only_terms, terms):
       np.testing.assert_allclose(ours[real], theirs[real], rtol=1e-5, atol=1e-6)
 
+  @parameterized.parameters(3, 7, NUM)
+  def test_blocks_and_parts_change_nothing(self, chunk_size):
+    # As a CPU does with large vocabularies; 9 ids are 2 parts of 5, which share
+    # one.
+    kernel, hidden, fields, weight = inputs()
+    learned = np.float32(1.5)
+
+    def terms(logits, learned, fields):
+      ours = Masked(VOCAB - 1).terms(logits, fields)
+      return ours._replace(loss=learned**2 * ours.loss)
+
+    @jax.jit
+    def in_chunks(*args):
+      total = lambda *args: losses.projected_terms(
+          model.output_logits, terms, chunk_size, *args, fields, weight)
+      return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*args)
+
+    def plain(kernel, learned, hidden):
+      ours = terms(hidden @ kernel.T, learned, fields)
+      return jnp.sum(ours.loss * weight), ours
+
+    args = kernel, learned, hidden
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(losses, 'BLOCK_SIZE', 2 * VOCAB)
+      patch.setattr(losses, 'PART_SIZE', 5 * WIDTH)
+      ours = in_chunks(*args)
+      jaxpr = str(jax.make_jaxpr(in_chunks)(*args))
+    for array in (f'f32[2,{VOCAB}]', f'f32[5,{WIDTH}]'):
+      self.assertTrue(array in jaxpr, array)
+    theirs = jax.value_and_grad(plain, (0, 1, 2), has_aux=True)(*args)
+    for leaf, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs),
+                              strict=True):
+      is_per_position = leaf.shape == (NUM,)
+      real = (weight != 0) if is_per_position else ...
+      np.testing.assert_allclose(leaf[real], expected[real], rtol=1e-5, atol=1e-5)
+
   def test_terms_carry_no_gradient(self):
     kernel, hidden, fields, weight = inputs()
     gradient = jax.grad(lambda kernel: jnp.sum(
@@ -92,16 +131,17 @@ class ProjectedTermsTest(parameterized.TestCase):
     # Compiled, not run: 16k positions of 50k ids are 3.3 GB of logits.
     num, width, vocab = 16_384, 768, 50_258
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    args = (array(width, vocab), array(num, width), array(num))
+    args = (array(vocab, width), array(num, width), array(num))
     terms = Masked(vocab - 1).terms
     target = lambda weight: {'target': jnp.zeros(num, jnp.int32), 'scale': weight}
 
     def fused(kernel, hidden, weight):
-      return losses.projected_terms(model.output_logits, terms, 1024, kernel,
-                                    hidden, target(weight), weight)[0]
+      return losses.projected_terms(
+          model.output_logits, lambda logits, _, fields: terms(logits, fields),
+          1024, kernel, (), hidden, target(weight), weight)[0]
 
     def plain(kernel, hidden, weight):
-      return jnp.sum(terms(hidden @ kernel, target(weight)).loss * weight)
+      return jnp.sum(terms(hidden @ kernel.T, target(weight)).loss * weight)
 
     fused_bytes, plain_bytes = (
         jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile()
@@ -113,11 +153,13 @@ class ProjectedTermsTest(parameterized.TestCase):
     kernel, hidden, fields, weight = inputs()
     fields['scale'] += 0.1
 
-    def terms(logits, fields):
+    def terms(logits, learned, fields):
+      del learned
       ours = Masked(VOCAB - 1).terms(logits, fields)
       return ours._replace(loss=ours.loss / fields['scale'])
     gradient = jax.grad(lambda kernel, hidden: losses.projected_terms(
-        model.output_logits, terms, 5, kernel, hidden, fields, weight)[0], (0, 1))
+        model.output_logits, terms, 5, kernel, (), hidden, fields, weight)[0],
+        (0, 1))
     for leaf in gradient(kernel, hidden):
       self.assertTrue(np.isfinite(leaf).all())
 
