@@ -3,6 +3,7 @@
     python launch.py --config=configs/quickstart.py --workdir=runs/quickstart
     python launch.py --mode=eval --workdir=runs/quickstart
     python launch.py --mode=sample --workdir=runs/quickstart --prompt='import {} as'
+    python launch.py --mode=serve --workdir=runs/quickstart
     python launch.py --mode=compile --config=configs/gpt2_small.py --topology=v5e:4x4
     python launch.py --mode=import --from=FOLDER --workdir=runs/imported
     python launch.py --mode=export --workdir=runs/quickstart --output=exported
@@ -35,7 +36,10 @@ from nanodlm import multihost
 from nanodlm.types import InputError
 
 BASE = str(pathlib.Path(__file__).parent / 'configs' / 'base.py')
-MODES = ('train', 'eval', 'sample', 'prepare', 'compile', 'import', 'export')
+MODES = ('train', 'eval', 'sample', 'serve', 'prepare', 'compile', 'import',
+         'export')
+# They read their config from the workdir, and do not change it.
+READING = ('eval', 'sample', 'serve')
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The settings. By default those saved in --workdir, else '
@@ -72,6 +76,12 @@ _INFILL = flags.DEFINE_list(
     'and fill in with config.sampler, as 0.1,0.3,0.5.')
 _INFILL_EXAMPLES = flags.DEFINE_integer(
     'infill_examples', 256, 'Held-out rows for --infill; 0: all.', lower_bound=0)
+_HOST = flags.DEFINE_string(
+    'host', '127.0.0.1', 'With --mode=serve: the address to listen on. Another '
+    'than the default lets others in: nothing asks for a password.')
+_PORT = flags.DEFINE_integer(
+    'port', 8000, 'With --mode=serve: the port to listen on; 0: any.',
+    lower_bound=0, upper_bound=65535)
 _TOPOLOGY = flags.DEFINE_string(
     'topology', '', 'With --mode=compile: the pod to compile for, as v5e:4x4; by '
     'default the devices at hand.')
@@ -178,6 +188,7 @@ def _run() -> int:
                        (_LIVE, 'sample'), (_HTML, 'sample'),
                        (_SAMPLERS, 'sample'), (_ALTERNATIVES, 'sample'),
                        (_NOISE_EXAMPLES, 'eval'), (_INFILL, 'eval'),
+                       (_HOST, 'serve'), (_PORT, 'serve'),
                        (_TOPOLOGY, 'compile'), (_VOCAB_SIZE, 'compile'),
                        (_FROM, 'import'), (_ALLOW_PICKLE, 'import'),
                        (_FAMILY, ('import', 'export')), (_OUTPUT, 'export'),
@@ -194,7 +205,7 @@ def _run() -> int:
   defaults = configs.load_base()
   config = _resolve_config(configs, defaults)
   given = config_flags.get_override_values(flags.FLAGS['config'])
-  if mode in ('eval', 'sample') and not any(
+  if mode in READING and not any(
       key.startswith('mesh.') for key in given):
     from nanodlm import evaluate  # pylint: disable=g-import-not-at-top
     evaluate.fit_mesh(config)
@@ -237,6 +248,14 @@ def _run() -> int:
     evaluate.evaluate_subject(subject, _NOISE_EXAMPLES.value)
     if ratios:
       infill.infill_subject(subject, ratios, _INFILL_EXAMPLES.value)
+  elif mode == 'serve':
+    if jax.process_count() > 1:
+      raise InputError('--mode=serve runs in one process; there are '
+                       f'{jax.process_count()}')
+    from nanodlm import serve  # pylint: disable=g-import-not-at-top
+    number = serve.serve_workdir(config, settings, workdir, _HOST.value,
+                                 _PORT.value)
+    return 128 + number if number else 0
   else:
     from nanodlm import replay  # pylint: disable=g-import-not-at-top
     from nanodlm import sample  # pylint: disable=g-import-not-at-top
@@ -362,7 +381,7 @@ def _resolve_config(configs, defaults):
                        'config.json in it)')
   if not _WORKDIR.value or (
       is_given and _MODE.value in ('train', 'prepare', 'compile')) or not path.is_file():
-    if _MODE.value in ('eval', 'sample'):
+    if _MODE.value in READING:
       raise InputError(f'--workdir={_WORKDIR.value!r} holds no run (no config.json '
                         'in it)')
     if _MODE.value == 'train' and not is_given:
@@ -370,7 +389,7 @@ def _resolve_config(configs, defaults):
           f'--workdir={_WORKDIR.value!r} holds no run to go on with; a new one '
           'needs a --config, as configs/quickstart.py')
     return _CONFIG.value
-  if is_given and _MODE.value in ('eval', 'sample'):
+  if is_given and _MODE.value in READING:
     raise InputError(f'--mode={_MODE.value} reads its config from --workdir; leave '
                       '--config out (--config.SECTION.KEY=VALUE is fine)')
   config = configs.from_json(path.read_text(), defaults, str(path))
@@ -381,7 +400,7 @@ def _resolve_config(configs, defaults):
   _check_matters(config_flags.get_override_values(flag))
   for key, value in config_flags.get_override_values(flag).items():
     section, _, leaf = key.rpartition('.')
-    if _MODE.value in ('eval', 'sample') and configs.is_bound(key) and not (
+    if _MODE.value in READING and configs.is_bound(key) and not (
         key.startswith('data.')):
       raise InputError(f'--config.{key}={value!r}: the network in --workdir was '
                         'trained with its own; it cannot be changed here')
@@ -394,10 +413,14 @@ def _check_matters(given):
   """Raises InputError where --mode does not read a setting given by hand."""
   sampler = ('sampler.',) if _INFILL.value else ()
   read = {'eval': ('data.', 'eval.', 'mesh.', 'model.', 'objective.', *sampler),
-          'sample': ('sampler.', 'mesh.', 'model.', 'objective.')}
+          'sample': ('sampler.', 'mesh.', 'model.', 'objective.'),
+          'serve': ('sampler.', 'mesh.', 'model.', 'objective.')}
+  unread = {'eval.max_examples'}
+  if _MODE.value == 'serve':  # each request has its own
+    unread |= {'sampler.num_samples', 'sampler.seed'}
   for key in sorted(given):
     if _MODE.value in read and key != 'train.chunk_size' and (
-        not key.startswith(read[_MODE.value]) or key == 'eval.max_examples'):
+        not key.startswith(read[_MODE.value]) or key in unread):
       raise InputError(f'--config.{key}={given[key]!r} has no effect with '
                        f'--mode={_MODE.value}')
 

@@ -102,17 +102,7 @@ class Draw:
       kth = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
       logits = jnp.where(logits < kth, NEG_INF, logits)
     log_p = jax.nn.log_softmax(logits)
-    if self.top_p < 1:
-      descending = -jnp.sort(-log_p, axis=-1)
-      p = jnp.exp(descending)
-      # A token stays if the probability of all better ones is below top_p, so
-      # the best always stays.
-      kept = jnp.cumsum(p, axis=-1) - p < self.top_p
-      threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1,
-                          keepdims=True)
-      log_p = jax.nn.log_softmax(
-          jnp.where(log_p < threshold, NEG_INF, log_p))
-    return log_p
+    return _keep_top_p(log_p, self.top_p) if self.top_p < 1 else log_p
 
   def sample(self, keys: jax.Array, logits: jax.Array) -> jax.Array:
     """Draws one token for each of K positions of each example.
@@ -128,6 +118,67 @@ class Draw:
     if self.temperature == 0:
       return jnp.argmax(log_p, axis=-1).astype(jnp.int32)
     return jax.vmap(sample_categorical)(keys, log_p)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowDraw:
+  """A `Draw` whose settings are each row's own, and not compiled in.
+
+  A row is drawn as a `Draw` with its settings would draw it, whatever those of
+  the other rows are.
+
+  Attributes:
+    mask_id: as in `Draw`.
+    temperature: [B] float32.
+    top_k: [B] int32.
+    top_p: [B] float32.
+  """
+
+  mask_id: int
+  temperature: jax.Array
+  top_k: jax.Array
+  top_p: jax.Array
+
+  def log_prob(self, logits: jax.Array) -> jax.Array:
+    """As `Draw.log_prob`, of logits [B, K, V]."""
+    logits = exclude_mask(logits, self.mask_id)
+    column = lambda x: x[:, None, None]
+    is_greedy = column(self.temperature == 0)
+    best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1],
+                          dtype=bool)
+    logits = logits / jnp.where(is_greedy, 1.0, column(self.temperature))
+    has_k, has_p = column(self.top_k > 0), column(self.top_p < 1)
+
+    def cut(logits):
+      k = jnp.clip(column(self.top_k) - 1, 0, logits.shape[-1] - 1)
+      descending = -jnp.sort(-logits, axis=-1)
+      kth = jnp.take_along_axis(descending, k, axis=-1)
+      log_p = jax.nn.log_softmax(
+          jnp.where(has_k & (logits < kth), NEG_INF, logits))
+      return jnp.where(has_p, _keep_top_p(log_p, column(self.top_p)), log_p)
+
+    # Sorting the vocabulary is what costs.
+    log_p = jax.lax.cond(jnp.any(has_k | has_p), cut, jax.nn.log_softmax, logits)
+    return jnp.where(is_greedy, jnp.where(best, 0.0, NEG_INF), log_p)
+
+  def sample(self, keys: jax.Array, logits: jax.Array) -> jax.Array:
+    """As `Draw.sample`."""
+    log_p = self.log_prob(logits)
+    drawn = jax.vmap(sample_categorical)(keys, log_p)
+    greedy = jnp.argmax(log_p, axis=-1).astype(jnp.int32)
+    return jnp.where(self.temperature[:, None] == 0, greedy, drawn)
+
+
+def _keep_top_p(log_p: jax.Array, top_p: jax.Array | float) -> jax.Array:
+  """log_p [..., V] of the smallest set with probability `top_p`, normalised."""
+  descending = -jnp.sort(-log_p, axis=-1)
+  p = jnp.exp(descending)
+  # A token stays if the probability of all better ones is below top_p, so
+  # the best always stays.
+  kept = jnp.cumsum(p, axis=-1) - p < top_p
+  threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1,
+                      keepdims=True)
+  return jax.nn.log_softmax(jnp.where(log_p < threshold, NEG_INF, log_p))
 
 
 def exclude_mask(logits: jax.Array, mask_id: int, vocab: Vocab = WHOLE

@@ -320,6 +320,12 @@ def _sampler_reads(config, block_size) -> set[str]:
   return names | ({'stop_at_eos'} if 'eos_id' in names else set())
 
 
+def reads_steps(config: config_dict.ConfigDict) -> bool:
+  """Whether the sampler of a valid config reads sampler.num_steps."""
+  block_size = make_objective(config, mask_id=1).block_size
+  return 'num_steps' in _sampler_reads(config, block_size)
+
+
 def _check_read(key: str, config, reads: dict[str, set[str]]):
   section, _, leaf = key.partition('.')
   if section not in reads or leaf == 'name' or leaf in reads[section]:

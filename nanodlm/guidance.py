@@ -1,6 +1,7 @@
 """Classifier-free guidance without a class: the prompt is what is dropped."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,9 @@ class Guided(Sampler):
 
   def with_rule(self, rule: ReverseRule) -> 'Guided':
     return dataclasses.replace(self, sampler=self.sampler.with_rule(rule))
+
+  def with_draw(self, draw: Any) -> 'Guided':
+    return dataclasses.replace(self, sampler=self.sampler.with_draw(draw))
 
   def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
                ) -> Samples:

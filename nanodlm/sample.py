@@ -55,7 +55,8 @@ def parse_prompt(prompt: str) -> list[str | Gap]:
       continue
     if text:
       parts.append(text)
-    size = int(match.group(1)) if match.group(1) else None
+    # Too long a number for any canvas; int() of a very long one is refused.
+    size = int(match.group(1)[:18]) if match.group(1) else None
     if size == 0:
       raise InputError(f'--prompt={prompt!r}: a gap of 0 tokens; give at least 1, '
                        'or {} for a share of the room')

@@ -5,7 +5,7 @@ with noise tied to each row's GLOBAL index, and sums, never means, cross devices
 """
 
 import dataclasses
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,17 +121,22 @@ class Denoiser:
     network: the transformer.
     objective: what it was trained with.
     params: its parameters, of `model.gather_ends`.
+    segment_ids: [B, L] int32 or None; what the plain call sees of each other.
   """
 
   network: Network
   objective: Objective
   params: Any
+  segment_ids: jax.Array | None = None
 
   def __call__(self, tokens, level, positions):
     clean = tokens if self.objective.block_size else None
+    segment_ids = self.segment_ids
+    if segment_ids is not None:  # a guided call has the rows twice
+      segment_ids = jnp.tile(segment_ids, (len(tokens) // len(segment_ids), 1))
     hidden = self.network.transformer.apply(
         {'params': self.params}, self.objective.network_input(tokens),
-        self.objective.network_time(level), clean=clean,
+        self.objective.network_time(level), clean=clean, segment_ids=segment_ids,
         positions=_flat(positions, tokens.shape[1]))
     return self._logits(hidden, positions)
 
@@ -500,23 +505,86 @@ def make_sample_step(network: Network, objective: Objective,
     view: who watches the calls of the network, if anyone.
   """
   def step(params, key, canvas):
-    num_rows = canvas.tokens.shape[0]
-    index = _row_index(num_rows)
-    keys = _fold_in_each(key, index)
-    params = model.gather_ends(params, network.shards)
-    run = sampler.with_rule(bind(objective, params))
-    denoise = Denoiser(network, objective, params)
-    if view is not None:
-      denoise = watch.Watched(denoise, view, num_rows, index[0],
-                              shift=-watch.AHEAD if objective.causal else 0)
-    samples = run(keys, canvas, denoise)
-    return samples._replace(
-        num_calls=jax.lax.pmax(samples.num_calls, meshes.BATCH_AXES))
+    keys = _fold_in_each(key, _row_index(canvas.tokens.shape[0]))
+    return _sample(network, objective, sampler, view, params, keys, canvas)
 
   rows = P(meshes.BATCH_AXES)
   return jax.jit(jax.shard_map(
       step, mesh=mesh, in_specs=(network.specs(objective), P(), types.Canvas(rows, rows)),
       out_specs=types.Samples(tokens=rows, num_calls=P())))
+
+
+def _sample(network, objective, sampler, view, params, keys, canvas,
+            segment_ids=None) -> types.Samples:
+  """This device's rows of a batch, under shard_map; keys [B]."""
+  num_rows = canvas.tokens.shape[0]
+  params = model.gather_ends(params, network.shards)
+  run = sampler.with_rule(bind(objective, params))
+  denoise = Denoiser(network, objective, params, segment_ids)
+  if view is not None:
+    denoise = watch.Watched(denoise, view, num_rows, _row_index(num_rows)[0],
+                            shift=-watch.AHEAD if objective.causal else 0)
+  samples = run(keys, canvas, denoise)
+  return samples._replace(
+      num_calls=jax.lax.pmax(samples.num_calls, meshes.BATCH_AXES))
+
+
+class Rows(NamedTuple):
+  """Canvases that have nothing to do with each other, sampled together.
+
+  Attributes:
+    key_data: [B, 2] uint32, `jax.random.key_data` of each row's own key.
+    tokens: [B, L] int32; anything from each row's length on.
+    fixed: [B, L] bool; True from there on.
+    length: [B] int32, tokens of the row that are not padding.
+    temperature: [B] float32, top_k: [B] int32, top_p: [B] float32; see
+      `categorical.Draw`.
+  """
+
+  key_data: Any
+  tokens: Any
+  fixed: Any
+  length: Any
+  temperature: Any
+  top_k: Any
+  top_p: Any
+
+
+def make_rows_step(network: Network, objective: Objective,
+                   sampler: types.Sampler, mesh: jax.sharding.Mesh,
+                   view: watch.View | None = None
+                   ) -> Callable[[Any, Rows], types.Samples]:
+  """Builds the jitted sampler of `Rows`, (params, rows) -> samples.
+
+  As `make_sample_step`, with the key and the draw of each row its own: a row's
+  sample depends on nothing but that row and L. Where the network reads to the
+  right, it does not see the padding.
+
+  Args:
+    network: the network; dropout is off.
+    objective: what it was trained with.
+    sampler: the reverse rule; its own draw is not used.
+    mesh: the device mesh.
+    view: who watches the calls of the network, if anyone.
+  """
+  is_one_way = objective.causal or objective.block_size
+
+  def step(params, rows):
+    segment_ids = None
+    if not is_one_way:
+      where = jnp.arange(rows.tokens.shape[1])[None]
+      segment_ids = (where >= rows.length[:, None]).astype(jnp.int32)
+    draw = categorical.RowDraw(objective.mask_id, rows.temperature, rows.top_k,
+                               rows.top_p)
+    return _sample(network, objective, sampler.with_draw(draw), view, params,
+                   jax.random.wrap_key_data(rows.key_data),
+                   types.Canvas(rows.tokens, rows.fixed), segment_ids)
+
+  split = P(meshes.BATCH_AXES)
+  return jax.jit(jax.shard_map(
+      step, mesh=mesh,
+      in_specs=(network.specs(objective), Rows(*[split] * len(Rows._fields))),
+      out_specs=types.Samples(tokens=split, num_calls=P())))
 
 
 def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh,

@@ -1,5 +1,6 @@
 """The protocols that objectives, samplers and their callers agree on."""
 
+import dataclasses
 from typing import Any, Callable, NamedTuple, Protocol
 
 import jax
@@ -205,6 +206,10 @@ class Sampler(Protocol):
     """The sampler with the objective as training left it, where it asks for it."""
     del rule
     return self
+
+  def with_draw(self, draw: Any) -> 'Sampler':
+    """The sampler with another `categorical.Draw` or `RowDraw`."""
+    return dataclasses.replace(self, draw=draw)
 
   def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
                ) -> Samples:

@@ -111,6 +111,23 @@ class DrawTest(parameterized.TestCase):
     counts = np.bincount(both, minlength=8)
     self.assertGreater(toys.chi_square(counts, np.full(8, 1 / 8)), 1e-3)
 
+  def test_settings_of_each_row(self):
+    settings = [(1.0, 0, 1.0), (0.0, 0, 1.0), (0.7, 3, 1.0), (1.3, 0, 0.6),
+                (0.5, 4, 0.9), (1.0, 99, 0.01)]
+    keys = lambda: jax.random.split(jax.random.key(5), len(settings))
+    logits = 2 * jax.random.normal(jax.random.key(6), (len(settings), 4, MASK + 2))
+    temperature, top_k, top_p = map(np.array, zip(*settings))
+    for rows in (slice(None), slice(0, 1), slice(0, 2)):  # cut or not
+      draw = categorical.RowDraw(MASK, temperature[rows], top_k[rows], top_p[rows])
+      log_p = draw.log_prob(logits[rows])
+      tokens = draw.sample(keys()[rows], logits[rows])
+      for i, setting in enumerate(settings[rows]):
+        one = Draw(MASK, *setting)
+        np.testing.assert_allclose(log_p[i], one.log_prob(logits[i]), rtol=1e-5,
+                                   atol=1e-5)
+        np.testing.assert_array_equal(
+            tokens[i], one.sample(keys()[i:i + 1], logits[i:i + 1])[0])
+
   def test_low_precision_logits(self):
     # Normalised in float32: 1000 equal logits and not the sum of their bf16.
     logits = jnp.zeros(1001, jnp.bfloat16)

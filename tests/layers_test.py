@@ -17,7 +17,7 @@ LAYERS = {
     3: ('step',),
     4: ('evaluate', 'sample', 'train', 'benchmark', 'infill', 'judge', 'compare',
         'lm_eval_adapter', 'compile', 'report', 'live', 'replay', 'convert',
-        'export'),
+        'export', 'serve', 'serve_engine'),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 # Libraries that few modules may import.

@@ -543,6 +543,40 @@ class SampleStepTest(parameterized.TestCase):
     self.assertLess(halves.tokens.max(), MASK)
 
   @parameterized.parameters(
+      ('count', lambda draw: Guided(Remask(draw, 3, remask='conf', eta=1.0), 0.5,
+                                    MASK)),
+      ('count', lambda draw: PrefixCache(FixedCount(draw, 2), 4, MASK)),
+      ('block', lambda draw: BlockSampler(FixedCount(draw, 3), 4, MASK)),
+      ('ar', LeftToRight))
+  def test_rows_with_settings_of_their_own(self, name, make_sampler):
+    # As the same rows with those settings compiled in, on one device.
+    fixed = np.arange(LENGTH)[None] < np.full((BATCH, 1), 3)
+    tokens = np.where(fixed, 3, MASK).astype(np.int32)
+    settings = [(1.0, 0, 1.0), (0.7, 3, 0.9)]
+    mine = np.arange(BATCH) % 2  # which of the two
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0),
+                                                   np.arange(BATCH))
+    rows = step.Rows(
+        np.asarray(jax.random.key_data(keys)), tokens, fixed,
+        np.full(BATCH, LENGTH, np.int32),
+        *(np.array(x)[mine] for x in zip(*settings)))
+    expected = np.zeros_like(tokens)
+    for i, setting in enumerate(settings):
+      mesh = make_mesh(1)
+      params = jax.device_put(initial_params(), meshes.replicated(mesh))
+      sample = step.make_sample_step(network(name), OBJECTIVES[name],
+                                     make_sampler(Draw(MASK, *setting)), mesh)
+      expected[mine == i] = host(sample(
+          params, jax.random.key(0), meshes.shard_batch(
+              mesh, Canvas(tokens, fixed)))).tokens[mine == i]
+    mesh = make_mesh(8)
+    params = jax.device_put(initial_params(), meshes.replicated(mesh))
+    sample = step.make_rows_step(network(name), OBJECTIVES[name],
+                                 make_sampler(Draw(MASK)), mesh)
+    samples = host(sample(params, meshes.shard_batch(mesh, rows)))
+    np.testing.assert_array_equal(samples.tokens, expected)
+
+  @parameterized.parameters(
       (FixedCount(Draw(MASK), num_steps=3), 3),
       (Confidence(Draw(MASK), num_steps=4, block_size=2), 4),
       (Guided(Remask(Draw(MASK), 3, remask='conf', eta=1.0), 0.5, MASK), 6))

@@ -15,6 +15,7 @@ from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block
 from nanodlm.objectives.masked import Masked
 from nanodlm.objectives.mixture import Uniform
+from nanodlm.samplers import FINAL
 from nanodlm.samplers import SAMPLERS
 from nanodlm.sharding import Shards
 from nanodlm.types import Canvas
@@ -100,6 +101,8 @@ class WatchTest(parameterized.TestCase):
           self.assertContainsSubset(np.flatnonzero(change), answer.positions)
       self.assertTrue(np.all(changed.any(0) | fixed[row] |
                              (objective == 'uniform')))
+      if name in FINAL:
+        self.assertEqual(changed.sum(0).max(), 1)
       changed_at = trajectory.changed_at()
       np.testing.assert_array_equal(changed_at[fixed[row]], -1)
       for position, call in enumerate(changed_at):

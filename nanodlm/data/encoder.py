@@ -57,6 +57,7 @@ class Job:
 
   @property
   def is_pairs(self) -> bool:
+    """Whether each document is a row: a prompt and its response."""
     return isinstance(self.source, sources.PairsSource)
 
 

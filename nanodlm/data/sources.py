@@ -905,6 +905,7 @@ class HfSource(ArrowSource):
 
   @property
   def splits(self) -> tuple[str, ...]:
+    """The splits that the dataset has itself."""
     return ('train', 'validation') if self._own_validation() else ('train',)
 
   def fingerprint(self) -> str:

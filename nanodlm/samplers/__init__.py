@@ -58,3 +58,7 @@ FITS = {
 # Where sampler.guidance may be > 0: the network knows masks, in prompts too.
 GUIDED = frozenset(
     {'ancestral', 'confidence', 'first_hitting', 'fixed_count', 'remask'})
+
+# Samplers whose tokens are final once they are revealed.
+FINAL = frozenset(
+    {'ancestral', 'ar', 'confidence', 'first_hitting', 'fixed_count'})

@@ -63,6 +63,9 @@ class Block(Sampler):
   def with_rule(self, rule: ReverseRule) -> 'Block':
     return dataclasses.replace(self, inner=self.inner.with_rule(rule))
 
+  def with_draw(self, draw: Any) -> 'Block':
+    return dataclasses.replace(self, inner=self.inner.with_draw(draw))
+
   def __call__(self, keys: jax.Array, canvas: Canvas, denoise: CachedDenoise
                ) -> Samples:
     length = canvas.tokens.shape[1]

@@ -1,6 +1,7 @@
 """Block by block sampling of a plain masked model with a stale cache: approximate."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,9 @@ class PrefixCache(Sampler):
 
   def with_rule(self, rule: ReverseRule) -> 'PrefixCache':
     return dataclasses.replace(self, inner=self.inner.with_rule(rule))
+
+  def with_draw(self, draw: Any) -> 'PrefixCache':
+    return dataclasses.replace(self, inner=self.inner.with_draw(draw))
 
   def __call__(self, keys: jax.Array, canvas: Canvas, denoise: CachedDenoise
                ) -> Samples:
