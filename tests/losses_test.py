@@ -69,11 +69,13 @@ class ProjectedTermsTest(parameterized.TestCase):
     for ours, theirs in zip(only_terms, terms):
       np.testing.assert_allclose(ours[real], theirs[real], rtol=1e-5, atol=1e-6)
 
-  @parameterized.parameters(3, 7, NUM)
-  def test_blocks_and_parts_change_nothing(self, chunk_size):
+  @parameterized.product(chunk_size=(3, 7, NUM), has_bias=(False, True))
+  def test_blocks_and_parts_change_nothing(self, chunk_size, has_bias):
     # As a CPU does with large vocabularies; 9 ids are 2 parts of 5, which share
     # one.
     kernel, hidden, fields, weight = inputs()
+    bias = np.linspace(-1, 2, VOCAB, dtype=np.float32)
+    kernel = model.Affine(kernel, bias) if has_bias else kernel
     learned = np.float32(1.5)
 
     def terms(logits, learned, fields):
@@ -87,13 +89,15 @@ class ProjectedTermsTest(parameterized.TestCase):
       return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*args)
 
     def plain(kernel, learned, hidden):
-      ours = terms(hidden @ kernel.T, learned, fields)
+      logits = (hidden @ kernel.kernel.T + kernel.bias[None] if has_bias
+                else hidden @ kernel.T)
+      ours = terms(logits, learned, fields)
       return jnp.sum(ours.loss * weight), ours
 
     args = kernel, learned, hidden
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(losses, 'BLOCK_SIZE', 2 * VOCAB)
-      patch.setattr(losses, 'PART_SIZE', 5 * WIDTH)
+      patch.setattr(losses, 'PART_SIZE', 5 * (WIDTH + has_bias))
       ours = in_chunks(*args)
       jaxpr = str(jax.make_jaxpr(in_chunks)(*args))
     for array in (f'f32[2,{VOCAB}]', f'f32[5,{WIDTH}]'):
