@@ -269,12 +269,19 @@ class HuggingFaceTokenizer(_Table):
   mask_place: int
 
   def encode(self, text: str) -> np.ndarray:
-    return self.encode_batch([text])[0]
+    return self.encode_batch([text], 1)[0]
 
-  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+  def encode_batch(self, texts: Sequence[str],
+                   num_threads: int = 0) -> list[np.ndarray]:
     for text in texts:
       _utf8(text)
-    encoded = self.processor.encode_batch(list(texts), add_special_tokens=False)
+    # Text is only ever text. (A pickled copy forgets it.)
+    self.processor.encode_special_tokens = True
+    if num_threads == 1:  # the library has one thread, or one for each core
+      encoded = [self.processor.encode(text, add_special_tokens=False)
+                 for text in texts]
+    else:
+      encoded = self.processor.encode_batch(list(texts), add_special_tokens=False)
     ids = [np.array(one.ids, np.int32) for one in encoded]
     return [np.where(row == self.mask_id, self.mask_place, row) for row in ids]
 
@@ -531,7 +538,6 @@ def load_hugging_face(path: str, vocab_size: int, mask_place: int,
     raise InputError(f'{path} is not a tokenizer.json: {error}') from error
   processor.no_truncation()
   processor.no_padding()
-  processor.encode_special_tokens = True  # text is only ever text
   known = processor.get_vocab(with_added_tokens=True)
   if known and max(known.values()) >= vocab_size:
     raise InputError(f'{path} is of another vocabulary: it has ids up to '
@@ -571,7 +577,7 @@ def _piece_reader(content: dict[str, Any], processor: Any
   def read(text, i):
     if i in added:
       return b'' if added[i].special else text.encode()
-    if 'ByteLevel' in kinds:
+    if 'ByteLevel' in kinds and all(c in alphabet for c in text):
       return bytes(alphabet[c] for c in text)
     if 'ByteFallback' in kinds and len(text) == 6 and text.startswith('<0x'):
       return bytes([int(text[3:5], 16)])

@@ -1,6 +1,9 @@
 """Tests of nanodlm.tokenizers: nothing is lost, and text never becomes control."""
 
+import json
 import os
+import pathlib
+import pickle
 import tempfile
 import time
 import types
@@ -10,6 +13,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
+from nanodlm import export
 from nanodlm import tokenizers
 from nanodlm.types import InputError
 
@@ -44,11 +48,20 @@ class TokenizersTest(parameterized.TestCase):
       texts = [' '.join(words[i % 5:]) + '\n' for i in range(200)]
       tokenizers.train_sentencepiece(iter(texts), 320, path)
       return tokenizers.make_tokenizer(config(name, path))
+    if name == 'hugging_face':
+      content = export.bytes_tokenizer()
+      content['added_tokens'] = [
+          {'id': i, 'content': text, 'single_word': False, 'lstrip': False,
+           'rstrip': False, 'normalized': False, 'special': True}
+          for i, text in ((256, '<|endoftext|>'), (257, '<mask>'))]
+      path = pathlib.Path(self.folder()) / 'tokenizer.json'
+      path.write_text(json.dumps(content))
+      return tokenizers.load_hugging_face(str(path), 258, 257, 256)
     if name == 'gpt2' and not os.path.isdir(TIKTOKEN_CACHE):
       self.skipTest('no tiktoken files')
     return tokenizers.make_tokenizer(config(name))
 
-  @parameterized.parameters('bytes', 'sentencepiece', 'gpt2')
+  @parameterized.parameters('bytes', 'sentencepiece', 'gpt2', 'hugging_face')
   def test_round_trip_and_protocol(self, name):
     tokenizer = self.make(name)
     self.assertEqual(tokenizer.mask_id, tokenizer.vocab_size - 1)
@@ -58,19 +71,23 @@ class TokenizersTest(parameterized.TestCase):
     self.assertEqual(tokenizer.num_bytes[tokenizer.mask_id], 0)
     self.assertEqual(tokenizer.num_bytes[tokenizer.separator_id], 0)
     control = {tokenizer.mask_id, tokenizer.separator_id}
-    batch = tokenizer.encode_batch(TEXTS)
-    for text, from_batch in zip(TEXTS, batch, strict=True):
+    # As other processes have it.
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    for text, *batches in zip(TEXTS, tokenizer.encode_batch(TEXTS),
+                              copy.encode_batch(TEXTS, 1),
+                              copy.encode_batch(TEXTS, 2), strict=True):
       tokens = tokenizer.encode(text)
       self.assertEqual(tokens.dtype, np.int32)
-      np.testing.assert_array_equal(tokens, from_batch)
+      for from_batch in batches:
+        np.testing.assert_array_equal(tokens, from_batch)
       self.assertEqual(tokenizer.decode(tokens), text)
       self.assertEqual(tokenizer.num_bytes[tokens].sum(), len(text.encode()))
       self.assertEmpty(control & set(tokens.tolist()))
-    json = tokenizer.to_json()
-    self.assertEqual(json['vocab_size'], tokenizer.vocab_size)
-    self.assertEqual(json['fingerprint'], tokenizer.fingerprint)
+    described = tokenizer.to_json()
+    self.assertEqual(described['vocab_size'], tokenizer.vocab_size)
+    self.assertEqual(described['fingerprint'], tokenizer.fingerprint)
 
-  @parameterized.parameters('bytes', 'sentencepiece', 'gpt2')
+  @parameterized.parameters('bytes', 'sentencepiece', 'gpt2', 'hugging_face')
   def test_spell_is_decode_token_by_token(self, name):
     tokenizer = self.make(name)
     control = [tokenizer.mask_id, tokenizer.separator_id]
@@ -89,7 +106,7 @@ class TokenizersTest(parameterized.TestCase):
     self.assertEqual(tokenizer.spell(broken),
                      ['\ufffd', '_', '\ufffd', '\ufffd', '\ufffd', 'a', '\ufffd'])
 
-  @parameterized.parameters('bytes', 'sentencepiece', 'gpt2')
+  @parameterized.parameters('bytes', 'sentencepiece', 'gpt2', 'hugging_face')
   def test_decode_prints_mask_and_separator(self, name):
     tokenizer = self.make(name)
     a, b = tokenizer.encode('fox'), tokenizer.encode('dog')
@@ -191,7 +208,7 @@ class TokenizersTest(parameterized.TestCase):
       tokenizers.BytesTokenizer().encode('a\ud800')
 
 
-  @parameterized.parameters('bytes', 'sentencepiece', 'gpt2')
+  @parameterized.parameters('bytes', 'sentencepiece', 'gpt2', 'hugging_face')
   def test_saved_folder_is_enough(self, name):
     tokenizer, folder = self.make(name), self.folder()
     tokenizers.save(tokenizer, folder)
