@@ -263,6 +263,10 @@ def validate(config: config_dict.ConfigDict, given: Collection[str] = (),
         f'train.anneal_steps={settings.train.anneal_steps!r} has no effect with '
         f'objective.name={config.objective.name!r}, only where the network sees '
         'the whole text')
+  if settings.train.anneal_steps and network.attention not in ('auto', 'xla'):
+    raise InputError(
+        f'model.attention={network.attention!r} does not know the pattern of '
+        f"train.anneal_steps={settings.train.anneal_steps!r}; 'auto' and 'xla' do")
   make_sampler(config, mask_id=1)
   reads = {'objective': _objective_reads(config, objective),
            'sampler': _sampler_reads(config, objective.block_size),

@@ -317,6 +317,15 @@ def describe(means: dict[str, float], exact: bool) -> str:
           f'interval, {value["num_examples"]:.0f} examples)')
 
 
+def own_tokenizer(settings: configs.Settings, workdir: str
+                  ) -> configs.TokenizerConfig:
+  """Of a workdir with a tokenizer: where that is another run's, the copy here."""
+  wanted = settings.tokenizer
+  if wanted.name == tokenizers.RUN:  # the other run may be gone
+    return configs.TokenizerConfig(tokenizers.RUN, workdir, 0)
+  return wanted
+
+
 def open_data(settings: configs.Settings, workdir: str,
               tokenizer: tokenizers.Tokenizer, trained_on: str
               ) -> builder.PackedData:
@@ -331,9 +340,7 @@ def open_data(settings: configs.Settings, workdir: str,
   Raises:
     InputError: the text has changed since, so that other ids would be made.
   """
-  wanted = settings.tokenizer
-  if wanted.name == tokenizers.RUN:  # the copy here; the other may be gone
-    wanted = configs.TokenizerConfig(tokenizers.RUN, workdir, 0)
+  wanted = own_tokenizer(settings, workdir)
   if settings.data.source != trained_on:
     log.info('evaluating on %s, not the text it was trained on: its own split '
              'into training and validation is used', settings.data.source)

@@ -5,6 +5,7 @@ with noise tied to each row's GLOBAL index, and sums, never means, cross devices
 """
 
 import dataclasses
+import functools
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -208,7 +209,8 @@ def make_train_step(network: Network, objective: Objective,
                     optimizer: optax.GradientTransformation,
                     learning_rate: optax.Schedule, mesh: jax.sharding.Mesh, *,
                     batch_size: int, num_microbatches: int, ema_decay: float,
-                    anneal_steps: int = 0) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
+                    anneal_steps: int = 0
+                    ) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
   """Builds the jitted training step, (state, batch) -> (state, metrics).
 
   The state is donated. The batch holds tokens [B, L] int32, weight [B, L],
@@ -227,7 +229,7 @@ def make_train_step(network: Network, objective: Objective,
   check_batch_size(batch_size, mesh, num_microbatches, objective.group_size)
   shards = network.shards
 
-  def local_gradient(params, key, share, batch):
+  def local_gradient(params, key, share, batch, is_opening):
     # (Three keys as ever where there is no annealing: the same noise as ever.)
     level_key, noise_key, dropout_key, *opening_key = jax.random.split(
         key, 4 if anneal_steps else 3)
@@ -237,7 +239,7 @@ def make_train_step(network: Network, objective: Objective,
     rows = {**batch, 'keys': _fold_in_each(noise_key, index), 'levels': levels}
     if network.config.dropout:
       rows['dropout_keys'] = _fold_in_each(dropout_key, index)
-    if anneal_steps:
+    if is_opening:
       rows['opening_keys'] = _fold_in_each(*opening_key, index)
 
     def loss(params, rows):
@@ -246,7 +248,7 @@ def make_train_step(network: Network, objective: Objective,
       noised = own.corrupt(rows['keys'], rows['levels'], rows['tokens'],
                            rows['weight'])
       seen = None
-      if anneal_steps:
+      if is_opening:
         seen = model.opening_mask(rows['opening_keys'], share, length)
       total, per_row, by_level = network.score(
           objective, params, noised, rows['weight'], rows.get('segment_ids'),
@@ -275,8 +277,12 @@ def make_train_step(network: Network, objective: Objective,
 
   def global_gradient(params, key, share, batch):
     """The sums over the global batch, of this device's part of the parameters."""
-    gradient, sums = local_gradient(sharding.local(params, shards), key, share,
-                                    batch)
+    of = functools.partial(local_gradient, sharding.local(params, shards), key,
+                           share, batch)
+    if anneal_steps:  # past it, attention without a pattern, by any kernel
+      gradient, sums = jax.lax.cond(share < 1, lambda: of(True), lambda: of(False))
+    else:
+      gradient, sums = of(False)
     gradient = (jax.tree.map(lambda g: g[None], gradient) if is_whole
                 else sharding.sum_gradients(gradient, shards))
     return gradient, jax.lax.psum(sums, meshes.BATCH_AXES)

@@ -91,7 +91,9 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
   if init_from and not (has_checkpoint or _has_tokenizer(init_from)):
     raise InputError(f'checkpoint.init_from={init_from!r} holds no run (no '
                      f'{tokenizers.SAVED} in it)')
-  packed = builder.prepare(settings.data, settings.tokenizer)
+  packed = builder.prepare(
+      settings.data, evaluate.own_tokenizer(settings, workdir)
+      if _has_tokenizer(workdir) else settings.tokenizer)
   run = evaluate.make_run(config, settings, packed.tokenizer)
   optimizer = optim.make_optimizer(settings.optim, settings.train.num_steps)
   schedule = optim.make_schedule(settings.optim, settings.train.num_steps)

@@ -56,6 +56,14 @@ class ValidateTest(parameterized.TestCase):
       validate(objective__name='uniform', model__time_conditioning=True,
                model__time_form='constant')
 
+  def test_kernels_do_not_know_the_pattern_of_annealing(self):
+    config = changed(model__attention='cudnn', model__dtype='bfloat16')
+    configs.validate(config, platform='gpu')
+    config.train.anneal_steps = 5
+    with self.assertRaisesRegex(InputError, "'cudnn' does not know the pattern of "
+                                'train.anneal_steps=5'):
+      configs.validate(config, platform='gpu')
+
   @parameterized.parameters(*samplers.SAMPLERS)
   def test_every_sampler_fits_what_it_says_and_nothing_else(self, name):
     for objective in objectives.OBJECTIVES:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from absl.testing import absltest
 from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
@@ -476,6 +477,31 @@ class ScoreStepTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'eval.num_draws=3'):
       step.make_score_step(network('count'), OBJECTIVES['count'], make_mesh(1),
                            num_draws=3)
+
+
+class AnnealTest(absltest.TestCase):
+
+  def test_attention_opens_and_is_then_as_without(self):
+    mesh = make_mesh(8)
+
+    def losses_at(anneal_steps, numbers):
+      train = step.make_train_step(
+          network('count'), OBJECTIVES['count'], optax.sgd(LEARNING_RATE, momentum=0.9),
+          optax.constant_schedule(1e-3), mesh, batch_size=BATCH,
+          num_microbatches=1, ema_decay=EMA_DECAY, anneal_steps=anneal_steps)
+      batch = meshes.shard_batch(mesh, make_batch())
+      values = []
+      for number in numbers:
+        state = make_state(mesh)
+        state = state.replace(step=state.step + number)
+        values.append(float(train(state, batch)[1]['loss']))
+      return values
+
+    opening = losses_at(2, (0, 1, 2, 7))
+    plain = losses_at(0, (0, 1, 2, 7))
+    np.testing.assert_allclose(opening[2:], plain[2:], rtol=1e-6)
+    for ours, theirs in zip(opening[:2], plain[:2]):
+      self.assertNotAlmostEqual(ours, theirs, places=3)
 
 
 class SampleStepTest(parameterized.TestCase):
