@@ -35,12 +35,12 @@ FOLDER = 'checkpoints'
 # {path: [bytes, SHA-256]} of the files of a checkpoint's items.
 CHECKSUMS = 'checksums.json'
 PARAMS = ('params', 'ema_params')
-# Orbax gives up on a save after so long, by the clock of the wall: a laptop that
-# slept, or a clock that was set, would end the run. Several processes may wait for
-# one whose save has failed, so that there it cannot be forever.
 _CONCURRENT_GB = 96  # Orbax's own default
 # Of a large array, that are compressed and written at once by `save_params`.
 _CHUNK_BYTES = 2**25
+# Orbax gives up on a save after so long, by the clock of the wall: a laptop that
+# slept, or a clock that was set, would end the run. Several processes may wait for
+# one whose save has failed, so that there it cannot be forever.
 _SAVE_TIMEOUT_SECS = {'one': 100 * 365 * 86400, 'several': 3600}
 
 

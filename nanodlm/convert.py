@@ -340,12 +340,12 @@ def _read(tensors: tensor_files.Tensors, piece: layouts.Piece, layer: int | None
   """One parameter, or one layer of it, float32."""
   name = name_of(piece, layer)
   array = tensors.read(name)
-  if piece.cut is not None:
-    axis, start, stop = piece.cut
-    array = array[(slice(None),) * axis + (slice(start, stop),)]
   try:
+    if piece.cut is not None:
+      axis, start, stop = piece.cut
+      array = array[(slice(None),) * axis + (slice(start, stop),)]
     array = piece.how.read(array).astype(np.float32)
-  except ValueError:  # a reshape or a transposition that does not fit
+  except (ValueError, IndexError):  # a cut or a reshape that does not fit
     array = np.empty(0)
   if piece.vocab:
     array = _rows_to_ours(array, shape[0], described)

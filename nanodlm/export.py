@@ -13,6 +13,7 @@ import tempfile
 from typing import Any
 
 import jax
+from ml_collections import config_dict
 import numpy as np
 
 from nanodlm import checkpoint
@@ -76,7 +77,7 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     own = work / convert.OWN
     own.mkdir()
     tokenizers.save(run.tokenizer, own)
-    (own / evaluate.CONFIG_FILE).write_text(configs.to_json(run.config))
+    (own / evaluate.CONFIG_FILE).write_text(configs.to_json(published(run.config)))
     write_json(own / convert.ORIGIN, {'family': family, 'step': step})
     (work / 'README.md').write_text(
         card(run, workdir, step, family, foreign, has_tokenizer))
@@ -85,6 +86,13 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
   finally:
     shutil.rmtree(work, ignore_errors=True)
   log.info('exported %s, step %d, as %s into %s', workdir, step, family, output)
+
+
+def published(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+  """A run's settings without the places of this machine, which nobody else has."""
+  config = config.copy_and_resolve_references()
+  config.data.data_dir = config.checkpoint.init_from = config.tokenizer.path = ''
+  return config
 
 
 def choose_family(run: evaluate.Run, family: str = '') -> str:

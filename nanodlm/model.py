@@ -1,10 +1,10 @@
 """The transformer: tokens (and t) -> hidden; hidden -> logits are two calls.
 
-Pre-norm blocks, with rotary positions by default, scanned over all layers but the
-last. The
-last block is on its own because it can be told which positions are wanted: its
-keys and values need every position, its output projection and MLP only those
-that are scored (in training, half of them) or revealed (in sampling, a few).
+Pre-norm blocks, with rotary positions by default, scanned over all layers but
+the last. That one is on its own because it can be told which positions are
+wanted: its keys and values need every position, its output projection and MLP
+only those that are scored (in training, half of them) or revealed (in sampling,
+a few).
 """
 
 import dataclasses

@@ -100,7 +100,7 @@ class TorchTensors:
       except Exception as error:  # pylint: disable=broad-exception-caught
         raise InputError(
             f'{path} is not a file of weights alone: '
-            f'{str(error).strip().splitlines()[0]}. Nothing else is unpickled'
+            f'{(str(error).strip().splitlines() or [repr(error)])[0]}. Nothing else is unpickled'
         ) from error
       for key in _NESTED:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):

@@ -520,6 +520,15 @@ class ExportTest(FolderTest):
     self.assertEqual((foreign['mask_token_id'], foreign['eos_token_id']),
                      (PLACE, END))
 
+  def test_no_places_of_this_machine(self):
+    config = configs.load_base()
+    config.update_from_flattened_dict({
+        'data.data_dir': '/here', 'checkpoint.init_from': '/other/run',
+        'tokenizer.path': '/a/file.model'})
+    published = configs.to_json(export.published(config))
+    self.assertNotRegex(published, '/(here|other|a)/?')
+    self.assertEqual(config.data.data_dir, '/here')
+
   def test_a_family_that_does_not_fit(self):
     folder = self.folder()
     workdir, _ = make_run(folder / 'run')
