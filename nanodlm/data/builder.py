@@ -39,7 +39,6 @@ import socket
 import sys
 import tempfile
 import time
-import types
 from typing import Any
 
 import grain
@@ -61,6 +60,8 @@ _SHARD_BYTES = 64 << 20
 # Rows are read so many bytes at a time.
 _BLOCK_BYTES = 1 << 20
 _PROGRESS_SECS = 3.0
+# Of a mixture, so few rows are too few to evaluate on.
+_FEW_ROWS = 32
 # Leftovers of another machine that shares the folder cannot be told from work in
 # progress, except by not having been touched for this long; and those of this one
 # may be gone on with.
@@ -285,11 +286,11 @@ def prepare(data_config: Any, tokenizer_config: Any,
   to finish wins).
 
   Args:
-    data_config: config.data: `source`, `length` (tokens per row), what is held
-      out where the source has no validation split of its own: `eval_fraction`
-      (of the text's bytes, in (0, 1)) or `eval_tokens`, the other being 0, and
-      `test_tokens` behind those; `data_dir` ('' is $NANODLM_DATA_DIR or
-      ~/.cache/nanodlm).
+    data_config: config.data, a dataclass: `source`, `length` (tokens per row),
+      what is held out where the source has no validation split of its own:
+      `eval_fraction` (of the text's bytes, in (0, 1)) or `eval_tokens`, the
+      other being 0, and `test_tokens` behind those; `data_dir` ('' is
+      $NANODLM_DATA_DIR or ~/.cache/nanodlm).
     tokenizer_config: config.tokenizer: `name`, `path`, `vocab_size`. With name
       'sentencepiece' and no path, a model of vocab_size pieces is trained on
       the training text and kept with the dataset.
@@ -348,7 +349,7 @@ def prepare(data_config: Any, tokenizer_config: Any,
     # Where nothing can be locked, several processes may be at work at once.
     work = root / (f'{path.name}{_INCOMPLETE}{socket.gethostname()}-'
                    + ('work' if is_held else str(os.getpid())))
-    _remove_leftovers(root, path, keep=work)
+    _remove_leftovers(root, path, keep=work, is_held=is_held)
     work.mkdir(exist_ok=True)
     try:
       tasks = _plan(source, data_config)
@@ -398,21 +399,30 @@ def _prepare_mixture(data_config: Any, tokenizer_config: Any,
         f"tokenizer.path='' trains a SentencePiece model on the source, but "
         f'data.source={data_config.source!r} has several; name a model')
   weights = tuple(weight for weight, _ in mixture)
-  names = ('length', 'eval_fraction', 'eval_tokens', 'test_tokens', 'data_dir')
-  common = {name: getattr(data_config, name) for name in names}
-  all_packed = [prepare(types.SimpleNamespace(source=source, **common),
+  all_packed = [prepare(dataclasses.replace(data_config, source=source),
                         tokenizer_config, progress, engine)
                 for _, source in mixture]
   first = all_packed[0]
   held_out = [packed.validation for packed in all_packed]
-  borders = itertools.pairwise(
-      itertools.accumulate(map(len, held_out), initial=0))
+  borders = list(itertools.accumulate(map(len, held_out), initial=0))
   # As many of each as its weight says, and in turn, so that the first few are
   # a sample of the mixture, too.
-  order = grain.MapDataset.mix(
-      [grain.MapDataset.range(start, stop) for start, stop in borders], weights)
+  mixed = grain.MapDataset.mix(
+      [grain.MapDataset.range(start, stop)
+       for start, stop in itertools.pairwise(borders)], weights)
+  order = np.array([mixed[i] for i in range(len(mixed))], np.int64)
   _log.info('mixture: %d of the %d rows held out are evaluated on, in the shares '
-            'of the weights', len(order), sum(map(len, held_out)))
+            'of the weights', len(order), borders[-1])
+  nums = np.histogram(order, borders)[0]
+  if len(order) < _FEW_ROWS or not nums.all():
+    _log.warning(
+        'data.source=%r: rows evaluated on: %d, for they end where keeping to the '
+        'weights needs more of a source than is held out: %s. Hold out more '
+        '(data.eval_fraction, data.eval_tokens), or change the weights',
+        data_config.source, len(order), ', '.join(
+            f'{num} of {len(rows)} of {source!r} (weight {weight:g})'
+            for num, rows, (weight, source) in zip(
+                nums, held_out, mixture, strict=True)))
   fingerprints = [packed.metadata['source_fingerprint'] for packed in all_packed]
   metadata = {
       **first.metadata,
@@ -425,8 +435,7 @@ def _prepare_mixture(data_config: Any, tokenizer_config: Any,
   return PackedData(
       path=first.path, length=first.length, tokenizer=first.tokenizer,
       train=MixedRows(tuple(packed.train for packed in all_packed)),
-      validation=MixedRows(tuple(held_out),
-                           np.array([order[i] for i in range(len(order))])),
+      validation=MixedRows(tuple(held_out), order),
       metadata=metadata, weights=weights)
 
 
@@ -1126,28 +1135,49 @@ def _same_file(descriptor: int, path: pathlib.Path) -> bool:
 
 
 def _remove_leftovers(root: pathlib.Path, path: pathlib.Path,
-                      keep: pathlib.Path) -> None:
-  """Removes what interrupted preparations left in `root`; `path` is locked.
+                      keep: pathlib.Path, is_held: bool) -> None:
+  """Removes what interrupted preparations left in `root`.
 
-  What is left of this same preparation is kept, as it will go on in it. So are
-  others of this machine that are younger than a day: they may, too.
+  With the lock of `path` held, what this machine left of this same preparation
+  goes at once, except `keep`, in which it will go on; of others of this machine,
+  which may be gone on with, what is older than a day and locked by nobody. What
+  another machine left goes by its age alone, and so does everything where
+  nothing can be locked.
+
+  Args:
+    root: the folder of all datasets.
+    path: the dataset to be prepared.
+    keep: where it is prepared.
+    is_held: whether its lock is held; see _lock.
   """
   for work in root.glob(f'*{_INCOMPLETE}*'):
     if work == keep:
       continue
     name, _, owner = work.name.partition(_INCOMPLETE)
-    is_here = owner.rpartition('-')[0] == socket.gethostname()
+    abandoned = time.time() - _last_change(work) > _STALE_SECS
     # A lock may not be seen by other machines.
-    newest = max(os.stat(file).st_mtime for file in (work, *work.rglob('*')))
-    abandoned = time.time() - newest > _STALE_SECS
-    if is_here and name == path.name:
-      abandoned = True
-    elif is_here and abandoned:
-      with _lock(root / name, wait=False) as abandoned:
-        pass
+    if is_held and owner.rpartition('-')[0] == socket.gethostname():
+      if name == path.name:
+        abandoned = True
+      elif abandoned:
+        with _lock(root / name, wait=False) as abandoned:
+          pass
     if abandoned:
       _log.info('removing what an interrupted preparation left: %s', work)
       shutil.rmtree(work, ignore_errors=True)
+
+
+def _last_change(folder: pathlib.Path) -> float:
+  """When something in it last changed, in seconds; inf if it is gone.
+
+  Whoever works in it renames and removes files meanwhile.
+  """
+  newest = []
+  for parent, _, names in os.walk(folder):
+    for path in (parent, *(os.path.join(parent, name) for name in names)):
+      with contextlib.suppress(OSError):
+        newest.append(os.stat(path).st_mtime)
+  return max(newest, default=math.inf)
 
 
 def _publish(work: pathlib.Path, path: pathlib.Path) -> None:

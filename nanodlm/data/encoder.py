@@ -16,6 +16,7 @@ import multiprocessing
 from multiprocessing import connection
 import os
 import pathlib
+import pickle
 import re
 import signal
 import traceback
@@ -329,10 +330,20 @@ def _serve(pipe: connection.Connection, function: Callable[[Any], Any]) -> None:
         answer = None, function(task)
       # Raised again by the parent.
       except Exception as error:  # pylint: disable=broad-exception-caught
-        if not isinstance(error, InputError):
-          error.add_note(traceback.format_exc())
-        answer = error, None
+        answer = _sendable(error, traceback.format_exc()), None
       pipe.send(answer)
+
+
+def _sendable(error: Exception, text: str) -> Exception:
+  """The error and its traceback, or only that where it cannot be pickled."""
+  if not isinstance(error, InputError):
+    error.add_note(text)
+  try:
+    pickle.loads(pickle.dumps(error))  # some can be written, but not be read
+  # Whatever the methods of somebody else's class raise.
+  except Exception:  # pylint: disable=broad-exception-caught
+    return RuntimeError(text)
+  return error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,8 +362,8 @@ class Beam:
     try:
       import apache_beam  # pylint: disable=g-import-not-at-top
     except ModuleNotFoundError as error:
-      raise InputError("--prepare_engine='beam' needs the package apache-beam; "
-                       "pip install 'nanodlm[beam]'") from error
+      raise InputError("--prepare_engine='beam' needs the package apache-beam: "
+                       "pip install -e '.[beam]'") from error
     for option in self.options:
       if option.startswith('-'):
         raise InputError(f'--beam_options: write {option.lstrip("-")!r} instead '

@@ -498,7 +498,7 @@ def _open_binary(spec: str, path: str) -> Iterator[Any]:
       yield file
   except ModuleNotFoundError as error:
     raise InputError(f'data.source={spec!r}: {path} needs the package '
-                     'zstandard; pip install zstandard, or decompress the '
+                     "zstandard: pip install -e '.[zstd]', or decompress the "
                      'file') from error
   except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
     raise InputError(
@@ -946,8 +946,8 @@ def _make_hf_source(spec: str, is_tokens: bool, rest: str) -> HfSource:
   try:
     import datasets  # pylint: disable=g-import-not-at-top
   except ModuleNotFoundError as error:
-    raise InputError(f'data.source={spec!r} needs the package datasets; pip '
-                     "install 'nanodlm[hf]'") from error
+    raise InputError(f'data.source={spec!r} needs the package datasets: pip '
+                     "install -e '.[hf]'") from error
   if not sys.stderr.isatty():
     datasets.disable_progress_bars()
   try:

@@ -1,10 +1,12 @@
 """Tests of nanodlm.data.builder: what is packed, when, and what a crash leaves."""
 
+import dataclasses
 import json
 import logging
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,13 +40,14 @@ if {no_tensorflow}:
   find = finder.find_spec
   finder.find_spec = lambda name, path=None, target=None: (
       None if name.split('.')[0] == 'tensorflow' else find(name, path, target))
+from nanodlm import config
 from nanodlm.data import builder, pipeline
 def progress(*counts):
   if counts[1]:
     print('working', flush=True)
     time.sleep({sleep})
 builder._PROGRESS_SECS = 0
-data = types.SimpleNamespace(
+data = config.DataConfig(
     source={source!r}, length=16, eval_fraction=0.1, eval_tokens=0,
     test_tokens=0, data_dir={data_dir!r},
     crop='random', segment_ids=True, padding='eos', clean_prefix_rate=0.0,
@@ -57,6 +60,18 @@ assert len(list(pipeline.make_eval_batches(packed, data, batch_size=2)))
 assert 'tensorflow' not in sys.modules
 print('rows', len(packed.train), flush=True)
 '''
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What builder reads of config.data, without the checks of its type."""
+
+  source: str
+  data_dir: str
+  length: int = 16
+  eval_fraction: float = 0.1
+  eval_tokens: int = 0
+  test_tokens: int = 0
 
 
 def stream(rows):
@@ -81,10 +96,9 @@ class BuilderTest(parameterized.TestCase):
       self.write(f'{i:04d}.txt', f'<{i:04d}>' + chr(97 + i % 26) * size)
 
   def config(self, source=None, **changes):
-    values = dict(source=source or f'text:{self.folder}/*.txt', length=16,
-                  eval_fraction=0.1, eval_tokens=0, test_tokens=0,
+    values = dict(source=source or f'text:{self.folder}/*.txt',
                   data_dir=self.data_dir)
-    return types.SimpleNamespace(**{**values, **changes})
+    return DataConfig(**{**values, **changes})
 
   def prepare(self, source=None, tokenizer=BYTES, **changes):
     return builder.prepare(self.config(source, **changes), tokenizer)
@@ -410,6 +424,37 @@ class BuilderTest(parameterized.TestCase):
     self.assertSameElements(
         [name for name in self.left_in_data_dir() if name[0] != '.'],
         [os.path.basename(path) for path in (packed.path, seven.path, nine.path, other)])
+
+  @parameterized.parameters(False, True)
+  def test_age_decides_where_nothing_can_be_locked(self, is_old):
+    self.write_documents()
+    path = self.prepare().path
+    os.rename(path, path + f'.incomplete-{socket.gethostname()}-1')
+    theirs, = pathlib.Path(self.data_dir).iterdir()
+    if is_old:
+      for file in (theirs, *theirs.rglob('*')):
+        os.utime(file, (time.time() - 1e6,) * 2)
+    with mock.patch.object(builder.fcntl, 'flock', side_effect=OSError(95, '')):
+      self.assertEqual(self.prepare().path, path)
+    self.assertEqual(theirs.exists(), not is_old)
+
+  @parameterized.parameters(False, True)
+  def test_leftover_that_changes_while_it_is_looked_at(self, all_gone):
+    self.write_documents()
+    theirs = pathlib.Path(self.data_dir) / 'text-x.incomplete-otherhost-work'
+    theirs.mkdir(parents=True)
+    for name in ('part-0.partial-1', 'part-1.tokens'):
+      (theirs / name).write_text('')
+      os.utime(theirs / name, (time.time() - 1e6,) * 2)
+    os.utime(theirs, (time.time() - 1e6,) * 2)
+    stat = os.stat
+    def gone(path, *args, **kwargs):
+      if 'partial' in str(path) or all_gone and theirs.name in str(path):
+        raise FileNotFoundError(2, 'gone')
+      return stat(path, *args, **kwargs)
+    with mock.patch.object(os, 'stat', gone):
+      self.prepare()
+    self.assertEqual(theirs.exists(), all_gone)
 
   def test_two_processes_at_once(self):
     self.write_documents()

@@ -1,5 +1,6 @@
 """Tests of nanodlm.data.encoder and of what prepares data at scale."""
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -36,6 +37,7 @@ BYTES = types.SimpleNamespace(name='bytes', path='', vocab_size=0)
 # Prepares with two workers, and is killed when it is half through.
 PROGRAM = '''
 import os, signal, types
+from nanodlm import config
 from nanodlm.data import builder, encoder, sources
 if __name__ == '__main__':
   sources.PART_BYTES = 2000
@@ -43,11 +45,33 @@ if __name__ == '__main__':
   def progress(*counts):
     if counts[-1] > 0.5:
       os.kill(os.getpid(), signal.SIGKILL)
-  builder.prepare(types.SimpleNamespace(
+  data = config.DataConfig(
       source={source!r}, length=16, eval_fraction=0.1, eval_tokens=0,
-      test_tokens=0, data_dir={data_dir!r}), types.SimpleNamespace(
+      test_tokens=0, data_dir={data_dir!r}, crop='chunk', segment_ids=False,
+      padding='eos', clean_prefix_rate=0.0, clean_infill_rate=0.0,
+      num_threads=1, prefetch_batches=1)
+  builder.prepare(data, types.SimpleNamespace(
       name='bytes', path='', vocab_size=0), progress, encoder.Workers(2))
 '''
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """config.data without the checks of its type."""
+
+  source: str
+  data_dir: str
+  length: int = 16
+  eval_fraction: float = 0.1
+  eval_tokens: int = 0
+  test_tokens: int = 0
+  crop: str = 'chunk'
+  segment_ids: bool = False
+  padding: str = 'eos'
+  clean_prefix_rate: float = 0.0
+  clean_infill_rate: float = 0.0
+  num_threads: int = 0
+  prefetch_batches: int = 2
 
 
 def stream(rows):
@@ -68,9 +92,8 @@ class DataTest(parameterized.TestCase):
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
 
   def config(self, source, **changes):
-    values = dict(source=source, length=16, eval_fraction=0.1, eval_tokens=0,
-                  test_tokens=0, data_dir=str(self.folder / 'prepared'))
-    return types.SimpleNamespace(**{**values, **changes})
+    values = dict(source=source, data_dir=str(self.folder / 'prepared'))
+    return DataConfig(**{**values, **changes})
 
   def prepare(self, source, tokenizer=BYTES, engine=encoder.ThisProcess(),
               **changes):
@@ -180,7 +203,7 @@ class EnginesTest(DataTest):
 
   def test_beam_is_an_extra_and_its_options_have_one_form(self):
     with mock.patch.dict(sys.modules, {'apache_beam': None}):
-      with self.assertRaisesRegex(InputError, r"pip install 'nanodlm\[beam\]'"):
+      with self.assertRaisesRegex(InputError, r"pip install -e '\.\[beam\]'"):
         encoder.Beam(())
     with mock.patch.dict(sys.modules, {'apache_beam': types.ModuleType('b')}):
       with self.assertRaisesRegex(InputError, "write 'runner=X' instead of"):
@@ -194,6 +217,10 @@ class EnginesTest(DataTest):
       builder._encode(job, [encoder.Task(0, next(job.source.parts('train')), '')],
                       None, engine)
 
+  @parameterized.parameters('write', 'read')
+  def test_error_of_a_worker_that_cannot_be_sent(self, what):
+    with self.assertRaisesRegex(RuntimeError, '(?s)Traceback.*broken: a task'):
+      list(encoder.Workers(1).map(_fail, [f'a task to {what}']))
 
   def test_mistake_in_a_worker(self):
     (self.folder / 'a.jsonl').write_text('{"text": "a"}\n' * 9 + '{"text": 3}\n')
@@ -207,6 +234,19 @@ class _Deadly(tokenizers.BytesTokenizer):
 
   def encode(self, text):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _BrokenError(Exception):
+  """Cannot be pickled, or what comes of it cannot be read."""
+
+  def __init__(self, text, what):
+    super().__init__(f'broken: {text}')
+    if what == 'write':
+      self.not_data = lambda: None
+
+
+def _fail(task):
+  raise _BrokenError(task, task.split()[-1])
 
 
 class PartsTest(DataTest):
@@ -429,7 +469,7 @@ class HuggingFaceAbsentTest(absltest.TestCase):
     with mock.patch.dict(sys.modules, {'datasets': None}), \
         mock.patch.dict(os.environ), \
         mock.patch.object(sources, 'is_reachable', return_value=False):
-      with self.assertRaisesRegex(InputError, r"pip install 'nanodlm\[hf\]'"):
+      with self.assertRaisesRegex(InputError, r"pip install -e '\.\[hf\]'"):
         sources.make_source('hf:x/y')
     with self.assertRaisesRegex(InputError, 'not of the form'):
       sources.make_source('hf:a:b:c:d')
@@ -443,10 +483,7 @@ class MixtureTest(DataTest):
       (self.folder / f'{letter}.txt').write_text(letter * 16 * number)
     self.spec = (f'mix:0.75*text:{self.folder}/a*.txt'
                  f'+0.25*text:{self.folder}/b.txt')
-    self.settings = dict(
-        eval_fraction=0.2, crop='chunk', segment_ids=False, padding='eos',
-        clean_prefix_rate=0.0, clean_infill_rate=0.0, num_threads=0,
-        prefetch_batches=2)
+    self.settings = dict(eval_fraction=0.2)
 
   def letters(self, batch):
     return ''.join(chr(row[0]) for row in batch['tokens'])
@@ -475,6 +512,21 @@ class MixtureTest(DataTest):
                                                    batch_size=size)))
       self.assertEqual(self.letters(batch).count('a'), share)
 
+  @parameterized.parameters(
+      (0.2, 0.75, 'rows evaluated on: 10,.*: 8 of 8 of .*0.75.*, 2 of 32 of '),
+      (0.9, 0.99, 'rows evaluated on: 36,.*: 36 of 36 of .*, 0 of 144 of '),
+      (0.2, 0.2, None))  # 40 rows, 8 of them of a
+  def test_few_rows_are_told(self, eval_fraction, weight, message):
+    spec = (f'mix:{weight}*text:{self.folder}/a.txt'
+            f'+{1 - weight}*text:{self.folder}/b.txt')
+    with self.assertLogs('nanodlm') as logs:
+      self.prepare(spec, eval_fraction=eval_fraction)
+    warnings = [record.getMessage() for record in logs.records
+                if record.levelname == 'WARNING']
+    self.assertLen(warnings, 0 if message is None else 1)
+    for warning in warnings:
+      self.assertRegex(warning, message)
+
   def test_random_windows_stay_in_their_source(self):
     config = self.config(self.spec, **{**self.settings, 'crop': 'random'})
     packed = builder.prepare(config, BYTES)
@@ -486,11 +538,13 @@ class MixtureTest(DataTest):
   def test_each_source_is_prepared_once_and_alone(self):
     config = self.config(self.spec, **self.settings)
     packed = builder.prepare(config, BYTES)
-    with mock.patch.object(builder, '_build', side_effect=AssertionError):
-      alone = builder.prepare(
-          self.config(f'text:{self.folder}/b.txt', **self.settings), BYTES)
+    b = self.config(f'text:{self.folder}/b.txt', **self.settings)
+    with mock.patch.object(builder, '_build', side_effect=AssertionError), \
+        mock.patch.object(builder, 'prepare', wraps=builder.prepare) as prepare:
+      alone = builder.prepare(b, BYTES)
       builder.prepare(config, BYTES)
     self.assertEqual(packed.train.parts[1].files, alone.train.files)
+    self.assertEqual(prepare.call_args.args[0], b)  # nothing else of it changes
     json.dumps(packed.metadata)
 
   @parameterized.parameters(

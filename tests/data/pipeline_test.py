@@ -1,5 +1,6 @@
 """Tests of nanodlm.data.pipeline: the batch is a function of (seed, step)."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -18,12 +19,23 @@ from nanodlm.types import InputError
 LENGTH = 16
 
 
-def config(**changes):
-  values = dict(source='', length=LENGTH, eval_fraction=0.1, eval_tokens=0, test_tokens=0, data_dir='',
-                crop='chunk', segment_ids=False, padding='eos',
-                clean_prefix_rate=0.0, clean_infill_rate=0.0, num_threads=0,
-                prefetch_batches=2)
-  return types.SimpleNamespace(**{**values, **changes})
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """config.data without its checks, which have no num_threads=0."""
+
+  source: str = ''
+  length: int = LENGTH
+  eval_fraction: float = 0.1
+  eval_tokens: int = 0
+  test_tokens: int = 0
+  data_dir: str = ''
+  crop: str = 'chunk'
+  segment_ids: bool = False
+  padding: str = 'eos'
+  clean_prefix_rate: float = 0.0
+  clean_infill_rate: float = 0.0
+  num_threads: int = 0
+  prefetch_batches: int = 2
 
 
 def take(iterator, number):
@@ -53,7 +65,7 @@ class PipelineTest(parameterized.TestCase):
       with open(os.path.join(folder, f'{i:02d}.txt'), 'w') as file:
         file.write(f'document {i:02d} é ' * (i % 7 + 1))
     cls.packed = builder.prepare(
-        config(source=f'text:{folder}/*.txt', data_dir=folder),
+        DataConfig(source=f'text:{folder}/*.txt', data_dir=folder),
         types.SimpleNamespace(name='bytes', path='', vocab_size=0))
     cls.rows = np.stack([cls.packed.train[i]['tokens']
                          for i in range(len(cls.packed.train))])
@@ -61,7 +73,7 @@ class PipelineTest(parameterized.TestCase):
   def train(self, number=5, seed=0, batch_size=8, start_step=0, rows=None,
             **changes):
     return take(pipeline.make_train_iterator(
-        self.packed, config(**changes), seed=seed, batch_size=batch_size,
+        self.packed, DataConfig(**changes), seed=seed, batch_size=batch_size,
         start_step=start_step, rows=rows), number)
 
   @parameterized.parameters('chunk', 'random')
@@ -146,7 +158,7 @@ class PipelineTest(parameterized.TestCase):
                          split=('validation', 'train'))
   def test_evaluation_is_the_split_once_in_order(
       self, num_hosts, num_threads, split):
-    settings = config(segment_ids=True, num_threads=num_threads)
+    settings = DataConfig(segment_ids=True, num_threads=num_threads)
     share = 8 // num_hosts
     shards = [pipeline.make_eval_batches(
         self.packed, settings, batch_size=8, split=split,
@@ -173,7 +185,7 @@ class PipelineTest(parameterized.TestCase):
   @parameterized.parameters((1, 1), (8, 1), (9, 2), (10**9, None))
   def test_max_examples(self, max_examples, num_batches):
     batches = pipeline.make_eval_batches(
-        self.packed, config(), batch_size=8, max_examples=max_examples)
+        self.packed, DataConfig(), batch_size=8, max_examples=max_examples)
     weight = sum(batch['weight'].sum() / LENGTH for batch in batches)
     self.assertEqual(weight, min(max_examples, len(self.packed.validation)))
     if num_batches:
@@ -205,10 +217,11 @@ class PipelineTest(parameterized.TestCase):
                          batches[3:])
 
   def test_nothing_stays_clean_in_evaluation(self):
-    settings = config(clean_prefix_rate=0.5, clean_infill_rate=0.5)
+    settings = DataConfig(clean_prefix_rate=0.5, clean_infill_rate=0.5)
     assert_batches_equal(
         list(pipeline.make_eval_batches(self.packed, settings, batch_size=8)),
-        list(pipeline.make_eval_batches(self.packed, config(), batch_size=8)))
+        list(pipeline.make_eval_batches(self.packed, DataConfig(),
+                                        batch_size=8)))
 
   @parameterized.parameters((4, 4), (-1, 4), (0, 9), (5, 3))
   def test_rows_that_make_no_sense(self, start, stop):
@@ -224,10 +237,10 @@ class PipelineTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'contiguous'):
       self.train(rows=slice(0, 8, 2))
     with self.assertRaisesRegex(InputError, "split='test'"):
-      pipeline.make_eval_batches(self.packed, config(), batch_size=8,
+      pipeline.make_eval_batches(self.packed, DataConfig(), batch_size=8,
                                  split='test')
     with self.assertRaisesRegex(InputError, 'max_examples=0'):
-      pipeline.make_eval_batches(self.packed, config(), batch_size=8,
+      pipeline.make_eval_batches(self.packed, DataConfig(), batch_size=8,
                                  max_examples=0)
 
   def test_one_row_is_enough(self):
@@ -235,8 +248,8 @@ class PipelineTest(parameterized.TestCase):
       path = os.path.join(folder, 'a.txt')
       with open(path, 'w') as file:
         file.write('x' * 40)
-      settings = config(source=f'text:{path}', data_dir=folder,
-                        eval_fraction=0.5, crop='random')
+      settings = DataConfig(source=f'text:{path}', data_dir=folder,
+                            eval_fraction=0.5, crop='random')
       packed = builder.prepare(settings, types.SimpleNamespace(
           name='bytes', path='', vocab_size=0))
       self.assertLen(packed.train, 1)
@@ -291,11 +304,11 @@ class PairsTest(parameterized.TestCase):
         file.write(json.dumps(pair) + '\n')
     cls.source = f'pairs:{path}'
     cls.packed = builder.prepare(
-        config(source=cls.source, data_dir=folder, eval_fraction=0.2),
+        DataConfig(source=cls.source, data_dir=folder, eval_fraction=0.2),
         types.SimpleNamespace(name='bytes', path='', vocab_size=0))
 
   def batches(self, split, padding, batch_size=4):
-    settings = config(source=self.source, padding=padding)
+    settings = DataConfig(source=self.source, padding=padding)
     if split == 'train':
       return take(pipeline.make_train_iterator(
           self.packed, settings, seed=0, batch_size=batch_size), 7)

@@ -72,7 +72,7 @@ class FilesTest(parameterized.TestCase):
   def test_zst(self):
     self.write('a.zst', b'x')
     with mock.patch.dict(sys.modules, {'zstandard': None}):
-      with self.assertRaisesRegex(InputError, 'pip install zstandard'):
+      with self.assertRaisesRegex(InputError, r"install -e '\.\[zstd\]'"):
         texts(sources.make_source(f'text:{self.folder}/*'))
     if importlib.util.find_spec('zstandard'):
       import zstandard
