@@ -10,6 +10,7 @@ import dataclasses
 import html
 import math
 import pathlib
+import re
 from typing import Iterator, Sequence
 
 LIGHT = ('#0072b2', '#c44900', '#00805c', '#a8447f', '#8a6500', '#3a3a3a')
@@ -25,6 +26,9 @@ MAX_MARKERS = 12
 # In units of the picture; on a phone one is a little less than a pixel.
 _WIDTH, _HEIGHT = 420, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 44
+# What XML and HTML have no place for, and halves of surrogate pairs.
+_UNPRINTABLE = re.compile(r'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff'
+                          r'\ufffe\uffff]')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,16 @@ class Plot:
   series: tuple[Series, ...]
   x_log: bool = False
   x_ticks: tuple[float, ...] = ()
+
+
+def printable(text: str) -> str:
+  """The text with a U+FFFD for what a page cannot hold."""
+  return _UNPRINTABLE.sub('\ufffd', text)
+
+
+def escape(text: str) -> str:
+  """The text as HTML or XML has it, in an element or an attribute."""
+  return html.escape(printable(text))
 
 
 def format_number(value: float) -> str:
@@ -209,8 +223,8 @@ def to_svg(plot: Plot) -> str:
   parts = [
       f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" class="plot" '
       f'aria-labelledby="{plot.name}-title {plot.name}-desc">'
-      f'<title id="{plot.name}-title">{html.escape(plot.title)}</title>'
-      f'<desc id="{plot.name}-desc">{html.escape(describe(plot))}</desc>']
+      f'<title id="{plot.name}-title">{escape(plot.title)}</title>'
+      f'<desc id="{plot.name}-desc">{escape(describe(plot))}</desc>']
   ticks = plot.x_ticks or round_ticks(x_axis.low, x_axis.high, 5)
   for value in ticks:
     x = x_axis(value)
@@ -226,8 +240,8 @@ def to_svg(plot: Plot) -> str:
   parts.append(
       f'<path class="frame" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>'
       f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">'
-      f'{html.escape(plot.x_label)}</text><text transform="translate(13 {middle}) '
-      f'rotate(-90)" text-anchor="middle">{html.escape(plot.y_label)}</text>')
+      f'{escape(plot.x_label)}</text><text transform="translate(13 {middle}) '
+      f'rotate(-90)" text-anchor="middle">{escape(plot.y_label)}</text>')
   for series in plot.series:
     parts += _draw_series(series, x_axis, y_axis)
   return '\n'.join([*parts, '</svg>'])
@@ -249,7 +263,7 @@ def to_legend(plot: Plot) -> str:
         f'<li><svg viewBox="0 0 34 16" class="key" aria-hidden="true"><g class='
         f'"s{style % len(LIGHT)}{hollow}">{line}'
         f'{_marker(MARKERS[style % len(MARKERS)], 17, 8)}</g></svg>'
-        f'{html.escape(series.name)}</li>')
+        f'{escape(series.name)}</li>')
   return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -293,14 +307,15 @@ def save_png(plot: Plot, path: pathlib.Path):
              'markerfacecolor': 'white' if series.hollow else None,
              'linestyle': 'none' if not series.joined else (
                  (0, tuple(map(float, dash.split()))) if dash else '-'),
-             'label': series.name if series.in_legend else None}
+             'label': printable(series.name) if series.in_legend else None}
     if any(len(p) > 2 for p in points):
       style |= {'yerr': [p[2] if len(p) > 2 else 0 for p in points], 'capsize': 3,
                 'markevery': 1}
       axes.errorbar(xs, ys, **style)
     else:
       axes.plot(xs, ys, **style)
-  axes.set(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title)
+  axes.set(xlabel=printable(plot.x_label), ylabel=printable(plot.y_label),
+           title=printable(plot.title))
   if plot.x_log:
     axes.set_xscale('log')
   if plot.x_ticks:

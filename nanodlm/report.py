@@ -11,6 +11,7 @@ is not imported, so that the page is there in a second.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import html
 import importlib.util
@@ -27,6 +28,8 @@ from typing import Any, Iterator, Sequence
 from nanodlm import lock
 from nanodlm import plots
 from nanodlm.errors import InputError
+from nanodlm.plots import escape
+from nanodlm.plots import printable
 
 CONFIG_FILE, METRICS_FILE = 'config.json', 'metrics.jsonl'
 EVAL_FILE, SAMPLES_FILE = 'eval.jsonl', 'samples.jsonl'
@@ -693,29 +696,15 @@ padding:.6rem;margin:.3rem 0 1rem;max-height:24rem;overflow-y:auto}
 '''
 
 
-# What XML and HTML have no place for, and halves of surrogate pairs.
-_UNPRINTABLE = re.compile(r'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff'
-                          r'\ufffe\uffff]')
-
-
-def printable(text: str) -> str:
-  """The text with a U+FFFD for what a page cannot hold."""
-  return _UNPRINTABLE.sub('\ufffd', text)
-
-
-def _escape(text: str) -> str:
-  return html.escape(printable(text))
-
-
 def _html_table(table: Table) -> str:
   short = ' class="short"'  # not broken after the sign of an interval
-  head = ''.join(f'<th scope="col">{_escape(cell)}</th>' for cell in table.header)
+  head = ''.join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
   rows = ''.join(
-      '<tr>' + f'<th scope="row">{_escape(row[0])}</th>'
-      + ''.join(f'<td{short if len(cell) <= 20 else ""}>{_escape(cell)}</td>'
+      '<tr>' + f'<th scope="row">{escape(row[0])}</th>'
+      + ''.join(f'<td{short if len(cell) <= 20 else ""}>{escape(cell)}</td>'
                 for cell in row[1:]) + '</tr>\n'
       for row in table.rows)
-  title = _escape(table.title)
+  title = escape(table.title)
   # Reachable by keyboard, since it may be wider than the page.
   return (f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">'
           f'<table><caption>{title}</caption><thead><tr>{head}</tr></thead>\n'
@@ -724,9 +713,9 @@ def _html_table(table: Table) -> str:
 
 def _html_figure(figure: Figure) -> str:
   plot = figure.plot
-  return (f'<figure><h3>{_escape(plot.title)}</h3>{plots.to_svg(plot)}'
-          f'{plots.to_legend(plot)}<figcaption>{_escape(plot.text)}</figcaption>'
-          f'<details><summary>{_escape(figure.table.title)}</summary>'
+  return (f'<figure><h3>{escape(plot.title)}</h3>{plots.to_svg(plot)}'
+          f'{plots.to_legend(plot)}<figcaption>{escape(plot.text)}</figcaption>'
+          f'<details><summary>{escape(figure.table.title)}</summary>'
           f'{_html_table(figure.table)}</details></figure>')
 
 
@@ -739,11 +728,11 @@ def to_html(sections: Sequence[Section], title: str) -> str:
       # Whatever a sample holds: no script, no request.
       '<meta http-equiv="Content-Security-Policy" '
       'content="default-src \'none\'; style-src \'unsafe-inline\'">\n'
-      f'<title>{_escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n'
-      f'<main>\n<h1>{_escape(title)}</h1>']
+      f'<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n'
+      f'<main>\n<h1>{escape(title)}</h1>']
   for section in sections:
-    parts.append(f'<section>\n<h2>{_escape(section.title)}</h2>')
-    parts += [f'<p>{_escape(note)}</p>' for note in section.notes]
+    parts.append(f'<section>\n<h2>{escape(section.title)}</h2>')
+    parts += [f'<p>{escape(note)}</p>' for note in section.notes]
     is_open = False
     for part in section.parts:
       if isinstance(part, Figure) != is_open:
@@ -754,8 +743,8 @@ def to_html(sections: Sequence[Section], title: str) -> str:
       elif isinstance(part, Table):
         parts.append(_html_table(part))
       else:
-        parts.append(f'<h3>{_escape(part.title)}</h3>\n<pre>\n{_escape(part.text)}'
-                     '</pre>')
+        parts.append(f'<h3>{escape(part.title)}</h3>\n<pre>\n'
+                     f'{escape(part.text)}</pre>')
     parts.append(('</div>\n' if is_open else '') + '</section>')
   return '\n'.join([*parts, '</main>\n</body>\n</html>\n'])
 
@@ -822,6 +811,9 @@ def check_output(path: pathlib.Path, may_overwrite: bool):
   if path.suffix == '.md' and importlib.util.find_spec('matplotlib') is None:
     raise InputError(f"--output={str(path)!r} needs matplotlib: pip install -e "
                      "'.[plots]'; or take an .html file, which needs nothing")
+  if path.suffix == '.md' and printable(path.stem) != path.stem:
+    raise InputError(f'--output={str(path)!r}: a page cannot name its pictures so; '
+                     'give a name without control characters, in UTF-8')
   if path.is_dir() or not path.resolve().parent.is_dir():
     raise InputError(f'--output={str(path)!r} must be a file in a folder that '
                      'exists')
@@ -861,9 +853,11 @@ def _replace(path: pathlib.Path, text: str):
     temporary.write_text(text, encoding='utf-8')
     temporary.replace(path)
   except OSError as error:
-    temporary.unlink(missing_ok=True)
     raise InputError(f'--output={str(path)!r} cannot be written: '
                      f'{error.strerror}') from error
+  finally:
+    with contextlib.suppress(OSError):  # it is in its place
+      temporary.unlink()
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -912,7 +906,8 @@ def _main(args: argparse.Namespace):
   for run in runs:
     for problem in run.problems:
       print(f'{run.path}: {problem}', file=sys.stderr)
-  print(f'{output}: {len(runs)} run{"s" if len(runs) > 1 else ""}')
+  print(f'{printable(str(output))}: {len(runs)} '
+        f'run{"s" if len(runs) > 1 else ""}')
 
 
 def main(argv: Sequence[str]) -> int:

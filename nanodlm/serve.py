@@ -215,6 +215,8 @@ class ApiError(Exception):
 def error_body(status: int, message: str, code: str | None = None
                ) -> dict[str, Any]:
   """In OpenAI's form, which their clients show."""
+  # JSON can spell half a surrogate pair; quoted as it is it could not be sent.
+  message = message.encode('utf-8', 'replace').decode()
   kind = 'invalid_request_error' if status < 500 else 'server_error'
   return {'error': {'message': message[:1000], 'type': kind, 'param': None,
                     'code': code}}
@@ -568,22 +570,37 @@ async def _changes(waiting: Waiting) -> AsyncIterator[bool]:
       yield False
 
 
+class _Stream(responses.StreamingResponse):
+  """A stream of events; its end cancels the rows.
+
+  Not the generator's end: one that was never begun, as the client had left, has
+  none.
+  """
+
+  def __init__(self, waiting: Waiting, events: AsyncIterator[bytes]):
+    super().__init__(events, media_type='text/event-stream',
+                     headers=STREAM_HEADERS)
+    self._waiting = waiting
+
+  async def __call__(self, scope, receive, send):
+    try:
+      await super().__call__(scope, receive, send)
+    finally:
+      self._waiting.cancel()
+
+
 def _streamed(waiting: Waiting, events: AsyncIterator[bytes],
               error_event: str | None):
-  """The response of a stream of events; its end cancels the rows."""
+  """The response of a stream of events."""
   async def guarded():
+    yield b': nanodlm\n\n'
     try:
-      yield b': nanodlm\n\n'
-      try:
-        async for event in events:
-          yield event
-      except ApiError as error:
-        yield _event(error_event, error_body(error.status, str(error)))
-    finally:
-      waiting.cancel()
+      async for event in events:
+        yield event
+    except ApiError as error:
+      yield _event(error_event, error_body(error.status, str(error)))
 
-  return responses.StreamingResponse(guarded(), media_type='text/event-stream',
-                                     headers=STREAM_HEADERS)
+  return _Stream(waiting, guarded())
 
 
 def _client(request: fastapi.Request, user: str | None):
@@ -797,7 +814,7 @@ class Guard:
         _host_name(f'//{host}') not in self._allowed_hosts):
       raise ApiError(421, f'this is not {host[:100]!r}', 'wrong_host')
     origin = headers.get('origin')
-    if origin is not None and urllib.parse.urlsplit(origin).netloc != host:
+    if origin is not None and _origin_host(origin) != host:
       raise ApiError(403, 'a page of another origin may not ask here',
                      'wrong_origin')
     if scope['method'] == 'POST' and headers.get('content-type', '').partition(
@@ -835,6 +852,13 @@ class Guard:
     if max(size, announced) > MAX_BODY_BYTES:
       raise too_large
     return bytes(body)
+
+
+def _origin_host(origin: str) -> str | None:
+  try:
+    return urllib.parse.urlsplit(origin).netloc
+  except ValueError:
+    return None
 
 
 def _host_name(address: str) -> str:

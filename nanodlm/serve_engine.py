@@ -272,7 +272,12 @@ class Engine:
 
     Raises:
       FullError: the queue, or this client's part of it, has no room.
+      InputError: there are more than it ever has room for.
     """
+    most = min(self.limits.max_client_rows, self.limits.max_rows)
+    if len(tasks) > most:
+      raise InputError(f'{len(tasks)} texts in one request (num_samples, or n for '
+                       f'each prompt); at most {most} are allowed')
     rows = [Row(task, self._group(task), on_change) for task in tasks]
     with self._changed:
       if self._is_closing:
@@ -439,8 +444,13 @@ class Engine:
         values('top_p', np.float32, 1)))
 
   def _fill(self, rows: list[Row], program: Any, size: int):
+    with self._changed:
+      if self._is_closing:  # `close` has failed them
+        return
+      for row in rows:
+        row.state = RUNNING
     for row in rows:
-      row.change(state=RUNNING)
+      row.change()  # those who wait are not called under the lock
     tokens, num_calls = self._call(program, rows, rows[0].group, size)
     for row, canvas in zip(rows, tokens):
       if not self._is_closing:

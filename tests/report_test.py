@@ -3,6 +3,7 @@
 import fcntl
 import html.parser
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -140,6 +141,32 @@ def test_nothing_in_a_page_runs_or_loads(tmp_path):
   shown = EVIL.replace('\x00', '\ufffd').replace('\ud800', '\ufffd')
   assert shown in ''.join(page.texts)
   assert 'a<b>&"c' in ''.join(page.texts)
+
+
+@pytest.mark.parametrize('suffix', ['.html', '.md'])
+def test_names_that_are_no_text(tmp_path, capsys, suffix):
+  if suffix == '.md':
+    pytest.importorskip('matplotlib')
+  runs = [write_run(tmp_path / os.fsdecode(name)) for name in (b'r\xe9', b'r\x1b')]
+  output = tmp_path / f'rep{suffix}'
+  assert run_main(runs, output=output) == 0
+  assert capsys.readouterr().err == ''
+  text = output.read_text(encoding='utf-8')
+  assert 'r\ufffd' in text and '\x1b' not in text
+  if suffix == '.html':
+    for svg in re.findall(r'<svg [^>]*class="plot".*?</svg>', text, re.DOTALL):
+      assert 'r\ufffd' in ET.fromstring(svg)[1].text
+  assert not list(tmp_path.glob('.rep*'))
+  odd = tmp_path / os.fsdecode(b'p\xe9' + suffix.encode())
+  status = run_main(runs, output=odd)
+  assert (status, odd.exists()) == ((0, True) if suffix == '.html' else (2, False))
+  capsys.readouterr().out.encode()
+
+
+def test_nothing_is_left_of_a_page_that_failed(tmp_path):
+  with pytest.raises(UnicodeEncodeError):
+    report._replace(tmp_path / 'page.html', '\ud800')
+  assert not list(tmp_path.iterdir())
 
 
 def test_pictures_are_whole_and_described(tmp_path):

@@ -1,8 +1,11 @@
 """Serving: the worker's batches and turns, the two APIs, and what is refused."""
 
+import asyncio
 import contextlib
 import http.client
+import importlib.resources
 import json
+import re
 import shutil
 import signal
 import socket
@@ -197,6 +200,22 @@ def test_cancelled_rows_stop_the_network(opened):
     engine.submit('me', [task(engine, 'a{}')], lambda: None)
 
 
+def test_rows_taken_as_the_engine_closes_have_failed(opened, monkeypatch):
+  _, run, params, _ = opened
+  engine = serve_engine.Engine(run, params)
+  states = []
+  (row,) = engine.submit('me', [task(engine, 'a{}')],
+                         lambda: states.append(row.state))
+  engine._programs[row.group, engine._sizes[0]] = 'program'
+  with engine._changed:
+    rows, program, size = engine._take()
+  engine._current = rows
+  assert engine.close()
+  monkeypatch.setattr(engine, '_call', lambda *args: ([row.canvas], 1))
+  engine._fill(rows, program, size)
+  assert states == [serve_engine.FAILED] and row.is_over
+
+
 def test_padding_is_not_seen(opened, monkeypatch):
   _, run, params, _ = opened
   greedy = Draw(run.tokenizer.mask_id, 0.0)
@@ -364,6 +383,10 @@ LONG = 'x' * 17
     ('/api/generate', [], 422, 'body'),
     ('/v1/completions', {'prompt': 'a', 'logprobs': 0}, 400, 'logprobs'),
     ('/v1/completions', {'prompt': 'a', 'stop': ['']}, 400, 'stop'),
+    ('/v1/completions', {'prompt': ['a'] * 5, 'n': 16, 'max_tokens': 3}, 400,
+     '80 texts in one request (num_samples, or n for each prompt); at most 64'),
+    ('/v1/completions', {'prompt': ['a'] * 5, 'n': 16, 'max_tokens': 3,
+                         'stream': True}, 400, 'at most 64'),
 ])
 def test_refuses(running, path, body, status, words):
   _, server = running
@@ -377,12 +400,14 @@ def test_refuses(running, path, body, status, words):
 @pytest.mark.parametrize('body, headers, status', [
     (b'{bad', {}, 400), (b'[' * 100_000, {}, 400), (b'', {}, 422),
     (b'{"prompt": "\\ud800"}', {}, 400), (b'\xff\xfe', {}, 400),
+    (b'{"\\ud800": 1}', {}, 422),
     (b' ' * 10_000_000, {}, 413),
     (iter([b' ' * 1_000_000] * 10), {}, 413),  # in chunks of unknown number
     (b'{}', {'Content-Length': '99999999999'}, 413),
     (b'{}', {'Content-Type': 'text/plain'}, 415),
     (b'{}', {'Host': 'attacker.example:80'}, 421),
     (b'{}', {'Origin': 'http://attacker.example'}, 403),
+    (b'{}', {'Origin': 'http://['}, 403),
 ])
 def test_refuses_raw(running, body, headers, status):
   _, server = running
@@ -390,6 +415,16 @@ def test_refuses_raw(running, body, headers, status):
   assert actual == status
   assert answer['error']['message']
   assert ask(server, 'GET', '/health')[0] == 200
+
+
+def test_errors_with_half_a_surrogate_pair_are_sent(running, monkeypatch):
+  service, server = running
+
+  def refuse(*args):
+    raise InputError('\ud800 is none')
+  monkeypatch.setattr(service.engine, 'choose', refuse)
+  status, answer = post(server, '/api/generate', {'prompt': 'a'})
+  assert (status, answer['error']['message']) == (400, '? is none')
 
 
 def test_slow_and_unreading_clients_are_cut_off(running, monkeypatch):
@@ -447,11 +482,54 @@ def test_who_leaves_is_not_waited_for(running):
 def test_waits_no_longer_than_there_is_room(running, monkeypatch):
   service, server = running
   monkeypatch.setattr(service.engine, 'limits',
-                      serve_engine.Limits(max_client_rows=3))
-  status, headers, text = ask(server, 'POST', '/api/generate',
-                              {'prompt': 'a', 'num_samples': 4})
+                      serve_engine.Limits(max_rows=3))
+  engine = service.engine
+  hold, go_on = threading.Event(), threading.Event()
+
+  def block():
+    hold.set()
+    go_on.wait(NEVER)
+  engine.submit('blocker', [task(engine, 'a{}')], block)
+  assert hold.wait(NEVER)
+  try:
+    engine.submit('other', [task(engine, 'a{}')], lambda: None)
+    status, headers, text = ask(server, 'POST', '/api/generate',
+                                {'prompt': 'a', 'num_samples': 3})
+  finally:
+    go_on.set()
   assert status == 429 and int(headers['Retry-After']) > 0
   assert 'waiting' in json.loads(text)['error']['message']
+  # However long it waits: there is never room for these.
+  status, headers, _ = ask(server, 'POST', '/api/generate',
+                           {'prompt': 'a', 'num_samples': 4})
+  assert status == 400 and 'Retry-After' not in headers
+
+
+@pytest.mark.parametrize('path', ['/api/stream', '/v1/completions'])
+def test_who_leaves_before_the_first_byte_is_not_waited_for(opened, path):
+  _, run, params, step = opened
+  engine = serve_engine.Engine(run, params)  # not started: all rows wait
+  submitted, submit = [], engine.submit
+  engine.submit = lambda *args: submitted.extend(submit(*args)) or submitted
+  app = serve.make_app(serve.Service(run, step, 'tiny', engine))
+  body = {'prompt': 'a'} | ({'max_tokens': 3, 'stream': True} if 'v1' in path
+                            else {})
+  messages = [{'type': 'http.request', 'body': json.dumps(body).encode()}]
+  sent = []
+
+  async def receive():
+    return messages.pop() if messages else {'type': 'http.disconnect'}
+
+  async def send(message):
+    sent.append(message)
+    await asyncio.sleep(0.01)  # as where the connection takes no more
+  scope = {'type': 'http', 'method': 'POST', 'path': path, 'query_string': b'',
+           'headers': [(b'content-type', b'application/json')],
+           'asgi': {'version': '3.0', 'spec_version': '2.3'}, 'root_path': '',
+           'http_version': '1.1', 'scheme': 'http', 'client': ('127.0.0.1', 1)}
+  asyncio.run(app(scope, receive, send))
+  assert submitted and not [m for m in sent if m.get('body')]
+  assert engine.num_waiting() == 0
 
 
 def test_pages_ask_nobody_else(running):
@@ -468,6 +546,13 @@ def test_pages_ask_nobody_else(running):
   assert {'fixed_count', 'remask'} <= {one['name'] for one in info['samplers']}
   assert post(server, '/api/tokenize', {'text': 'é{}'})[1] == {
       'tokens': [0xc3, 0xa9, 123, 125], 'texts': ['é', '', '{', '}']}
+
+
+def test_pages_show_characters_without_a_shape_alike():
+  shown = [re.search(r'function visible.*?\n}\nconst point.*?;\n', (
+      importlib.resources.files('nanodlm') / name).read_text('utf-8'), re.DOTALL)
+           for name in ('replay.html', 'playground.html')]
+  assert shown[0] and shown[1] and shown[0][0] == shown[1][0]
 
 
 def test_left_to_right_models(tmp_path):
@@ -567,5 +652,11 @@ def test_in_a_browser(running):
     page.fill('#text', LONG)
     page.keyboard.press('Control+Enter')
     playwright.expect(page.locator('#error')).to_contain_text('has 16 tokens')
+    page.evaluate(r"show([1, 2, null], ['a\u202eb\u200b', '\x07\n', ''], "
+                  '[true, false, false])')
+    assert page.locator('#result .token').all_text_contents() == [
+        'a\u2039U+202E\u203ab\u2039U+200B\u203a', '\u2039U+0007\u203a\u21b5\n', '']
+    # To be edited and copied they are what they are.
+    assert page.evaluate('asText()') == 'a\u202eb\u200b\x07\n{1}'
     assert not wrong
     browser.close()
