@@ -27,6 +27,7 @@ from nanodlm import categorical
 from nanodlm import config as configs
 from nanodlm import evaluate
 from nanodlm import multihost
+from nanodlm import plots
 from nanodlm import sample
 from nanodlm import serve_engine
 from nanodlm import tokenizers
@@ -1008,7 +1009,8 @@ def serve_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
   log.info('compiling the sampler ...')
   start = time.monotonic()
   engine.start()
-  service = Service(run, step, pathlib.Path(workdir).resolve().name, engine)
+  name = plots.printable(pathlib.Path(workdir).resolve().name)
+  service = Service(run, step, name, engine)
   server = make_server(service, host)
   received = []
   for number in (signal.SIGINT, signal.SIGTERM):

@@ -16,7 +16,6 @@ import multiprocessing
 from multiprocessing import connection
 import os
 import pathlib
-import pickle
 import re
 import signal
 import traceback
@@ -335,15 +334,14 @@ def _serve(pipe: connection.Connection, function: Callable[[Any], Any]) -> None:
 
 
 def _sendable(error: Exception, text: str) -> Exception:
-  """The error and its traceback, or only that where it cannot be pickled."""
-  if not isinstance(error, InputError):
+  """An error that any process can read; `text` is its traceback."""
+  if isinstance(error, InputError):
+    return error
+  if type(error) in (OSError, FileNotFoundError, PermissionError, MemoryError):
     error.add_note(text)
-  try:
-    pickle.loads(pickle.dumps(error))  # some can be written, but not be read
-  # Whatever the methods of somebody else's class raise.
-  except Exception:  # pylint: disable=broad-exception-caught
-    return RuntimeError(text)
-  return error
+    return error
+  # Of a class of somebody else's, which may not survive the way.
+  return RuntimeError(text)
 
 
 @dataclasses.dataclass(frozen=True)
