@@ -135,13 +135,16 @@ def parse_flags(argv):
   for arg in argv[1:]:
     name, _, path = arg.partition('=')
     if name in ('--config', '-config') and path and not os.path.isfile(path):
-      _exit_with(f'--config={path!r} is no file; try configs/quickstart.py')
+      _exit_with(f'--config={path!r} is no file, seen from {os.getcwd()}; try '
+                 f'{os.path.join(os.path.dirname(BASE), "quickstart.py")}')
   try:
     rest = flags.FLAGS(argv)
     _CONFIG.value.seed  # pylint: disable=pointless-statement
     if rest[1:]:
       _exit_with(f'unexpected arguments: {rest[1:]}; every setting is a flag')
     return rest
+  except BrokenPipeError:
+    _leave_closed_pipe()
   except (flags.Error, AttributeError, KeyError, OSError) as error:
     while error.args and isinstance(error.args[0], Exception):
       error = error.args[0]
@@ -154,6 +157,11 @@ def _exit_with(message: str):
   print(f'error: {message}\n--help lists the flags, configs/base.py the settings',
         file=sys.stderr)
   sys.exit(2)
+
+
+def _leave_closed_pipe():
+  """Ends as a program does that SIGPIPE ends, which Python ignores."""
+  os._exit(128 + signal.SIGPIPE)
 
 
 def _is_config_given() -> bool:
@@ -174,6 +182,8 @@ def main(argv):
     print('error: a computation of several processes failed, most likely because '
           f'another one is lost: {str(error).splitlines()[0]}', file=sys.stderr)
     multihost.leave(1)
+  except BrokenPipeError:  # `| head` has seen enough
+    _leave_closed_pipe()
   except KeyboardInterrupt:  # before training has its own way to stop
     print('interrupted', file=sys.stderr)
     return 130
@@ -188,6 +198,7 @@ def _run() -> int:
                        (_LIVE, 'sample'), (_HTML, 'sample'),
                        (_SAMPLERS, 'sample'), (_ALTERNATIVES, 'sample'),
                        (_NOISE_EXAMPLES, 'eval'), (_INFILL, 'eval'),
+                       (_INFILL_EXAMPLES, 'eval'),
                        (_HOST, 'serve'), (_PORT, 'serve'),
                        (_TOPOLOGY, 'compile'), (_VOCAB_SIZE, 'compile'),
                        (_FROM, 'import'), (_ALLOW_PICKLE, 'import'),
@@ -197,6 +208,9 @@ def _run() -> int:
     if flag.value != flag.default and mode not in (
         needed if isinstance(needed, tuple) else (needed,)):
       raise InputError(f'--{flag.name} has no effect with --mode={mode}')
+  if _INFILL_EXAMPLES.value != _INFILL_EXAMPLES.default and not _INFILL.value:
+    raise InputError(f'--infill_examples={_INFILL_EXAMPLES.value} has no effect '
+                     'without --infill')
   if mode == 'compile':
     return _compile(configs)
   if mode in ('import', 'export'):

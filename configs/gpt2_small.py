@@ -20,7 +20,7 @@ Other sources, with --config.data.source=
     text:'my/*.txt.gz'
 
 On TPUs, by the compiler's estimate only (--mode=compile, v5e, 8 rows a chip): a step
-takes 90 Mcycles, 59% of the peak rate in model FLOPs, and 4.7 GiB; 131 Mcycles
+takes 88 Mcycles, 60% of the peak rate in model FLOPs, and 4.7 GiB; 131 Mcycles
 in a scan over the layers (unroll=False), which compiles in a quarter of the time.
 """
 

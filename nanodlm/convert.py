@@ -78,7 +78,10 @@ def _import_checkpoint(source: str, workdir: str, family: str, allow_pickle: boo
   tensors = tensor_files.open_tensors(folder, allow_pickle)
   own = folder / OWN
   if (own / ORIGIN).is_file():
-    family, config, tokenizer, described = read_own(own)
+    asked, (family, config, tokenizer, described) = family, read_own(own)
+    if asked not in ('', family):
+      raise InputError(f'--family={asked!r}: {source!r} is an export of this project, '
+                       f'as {family!r}; leave --family out')
     _update(config, changes or {})
   else:
     family = family or detect(foreign, tensors)

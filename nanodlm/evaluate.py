@@ -319,11 +319,14 @@ def describe(means: dict[str, float], exact: bool) -> str:
 
 def own_tokenizer(settings: configs.Settings, workdir: str
                   ) -> configs.TokenizerConfig:
-  """Of a workdir with a tokenizer: where that is another run's, the copy here."""
+  """Of a workdir with a tokenizer: where that came from a file, the copy here."""
   wanted = settings.tokenizer
-  if wanted.name == tokenizers.RUN:  # the other run may be gone
-    return configs.TokenizerConfig(tokenizers.RUN, workdir, 0)
-  return wanted
+  if not wanted.path:
+    return wanted
+  # The file, of another run perhaps, may be gone.
+  path = workdir if wanted.name == tokenizers.RUN else str(
+      pathlib.Path(workdir) / tokenizers.SAVED_MODEL)
+  return configs.TokenizerConfig(wanted.name, path, 0)
 
 
 def open_data(settings: configs.Settings, workdir: str,

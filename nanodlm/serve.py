@@ -689,15 +689,17 @@ class Completions:
     body, room = self._body, self._body.max_tokens or 16
     braces = str.maketrans({'{': '{{', '}': '}}'})
     suffix = (body.suffix or '').translate(braces)
-    length = self._service.engine.length
+    length, encode = self._service.engine.length, self._service.tokenizer.encode
+    ids = encode(prompt) if isinstance(prompt, str) else prompt
+    around = len(ids) + len(encode(body.suffix or ''))
+    if around + room > length:
+      raise InputError(f'max_tokens={room} beside {around} tokens of prompt and '
+                       f'suffix: the canvas has {length} tokens')
     if isinstance(prompt, str):
       return sample.lay_out(
           self._service.run, f'{prompt.translate(braces)}{{{room}}}{suffix}',
           length)
-    if len(prompt) + room > length:
-      raise InputError(f'prompt and max_tokens take {len(prompt)} + {room} '
-                       f'tokens; the canvas has {length}')
-    suffix = self._service.tokenizer.encode(body.suffix or '').tolist()
+    suffix = encode(body.suffix or '').tolist()
     return self._service.lay_out_ids([*prompt, *[None] * room, *suffix])
 
   def _completion(self, row: Row) -> tuple[str, str | None, int]:
@@ -988,7 +990,8 @@ def open_socket(host: str, port: int) -> socket.socket:
       raise
   except OSError as error:
     raise InputError(f'--host={host!r} --port={port!r}: cannot listen there '
-                     f'({error.strerror}); another --port may be free') from error
+                     f'({error.strerror}). --host must be an address of this machine, '
+                     'and --port a free one') from error
 
 
 def serve_workdir(config: config_dict.ConfigDict, settings: configs.Settings,

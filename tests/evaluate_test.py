@@ -34,6 +34,20 @@ def evaluate_on(workdir, source, **options):
   return evaluate.evaluate_subject(subject, **options)
 
 
+def test_a_workdir_has_its_own_tokenizer(tmp_path):
+  # The run or the file that it came from may be gone.
+  for name, path, expected in (
+      ('run', '/gone/run', str(tmp_path)),
+      ('sentencepiece', '/gone/a.model', str(tmp_path / 'tokenizer.model')),
+      ('sentencepiece', '', ''), ('bytes', '', '')):
+    config = configs.load_base()
+    config.tokenizer.name, config.tokenizer.path = name, path
+    config.tokenizer.vocab_size = 300 * (name == 'sentencepiece' and not path)
+    own = evaluate.own_tokenizer(configs.validate(config), str(tmp_path))
+    assert (own.name, own.path) == (name, expected)
+    assert own.vocab_size == config.tokenizer.vocab_size
+
+
 @pytest.mark.parametrize('tokenizer', ['bytes', 'sentencepiece'])
 def test_other_texts_in_bytes(tokenizer, tmp_path):
   changes = {'tokenizer__name': tokenizer}

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from nanodlm import checkpoint
+from tests import launches
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=configs/tiny.py'
@@ -291,6 +292,13 @@ def test_other_settings_on_one_workdir_are_refused(finished):
   assert (workdir / 'config.json').read_text() == before
 
 
+def test_a_reader_that_has_seen_enough():
+  process = launches.start('--help')
+  process.stdout.readline()
+  process.stdout.close()
+  assert process.wait(60) == 128 + signal.SIGPIPE
+
+
 def test_misused_modes(finished, tmp_path):
   workdir, _ = finished
   for args, words in (
@@ -306,6 +314,8 @@ def test_misused_modes(finished, tmp_path):
        'takes 65 tokens'),
       (('--mode=sample', f'--workdir={workdir}', '--config.sampler.name=ar'),
        'does not fit'),
+      (('--mode=eval', f'--workdir={workdir}', '--infill_examples=8'),
+       '--infill_examples=8 has no effect without --infill'),
       (('--mode=eval', f'--workdir={workdir}', '--infill=0.5,2'),
        "--infill='0.5,2'"),
       ((TINY, f'--workdir={workdir}/config.json/run'), 'cannot be written')):
