@@ -196,14 +196,18 @@ def write_json(path: pathlib.Path, value: Any):
 
 def write_tokenizer(folder: pathlib.Path, run: evaluate.Run,
                     export: layouts.Export) -> bool:
-  """Writes tokenizer.json and its config; False where there is no such form."""
+  """Writes tokenizer.json and its config; False where it would make other ids."""
   tokenizer = run.tokenizer
   if isinstance(tokenizer, tokenizers.HuggingFaceTokenizer):
     content = json.loads(pathlib.Path(tokenizer.path).read_bytes())
   elif isinstance(tokenizer, tokenizers.BytesTokenizer):
     content = bytes_tokenizer()
   else:
-    return False
+    content = (tiktoken_tokenizer(tokenizer.encoding)
+               if isinstance(tokenizer, tokenizers.TiktokenTokenizer)
+               else sentencepiece_tokenizer(tokenizer.processor))
+    if not _makes_the_same_ids(content, tokenizer):
+      return False
   texts = {token['id']: token['content'] for token in content['added_tokens']}
   for i, text in ((export.separator_id, SEPARATOR_TEXT),
                   (export.mask_id, MASK_TEXT)):
@@ -232,6 +236,87 @@ def _vocabulary(content: dict[str, Any]) -> dict[str, int]:
   if isinstance(vocab, list):
     return {piece[0]: i for i, piece in enumerate(vocab)}
   return vocab
+
+
+def _makes_the_same_ids(content: dict[str, Any],
+                        tokenizer: tokenizers.Tokenizer) -> bool:
+  """Whether a tokenizer.json agrees on English text and on some odd ones."""
+  tensor_files.require('tokenizers')
+  import tokenizers as library  # pylint: disable=g-import-not-at-top
+  from pydoc_data import topics  # pylint: disable=g-import-not-at-top
+  theirs = library.Tokenizer.from_str(json.dumps(content))
+  texts = (*list(topics.topics.values())[:40], '', '  two  spaces ', '\ttab\r\n\n',
+           'na\u00efve \u6f22\u5b57 \U0001f600', 'e\u0301 12345 I\'ll')
+  return all(theirs.encode(text, add_special_tokens=False).ids
+             == tokenizer.encode(text).tolist() for text in texts)
+
+
+def tiktoken_tokenizer(encoding: Any) -> dict[str, Any]:
+  """The tokenizer.json of a tiktoken.Encoding, but for its control tokens.
+
+  tiktoken keeps the rank of each piece and not which two it was merged from: those
+  are what the merges of lower ranks make of its bytes.
+  """
+  ranks = encoding._mergeable_ranks  # pylint: disable=protected-access
+  chars = {byte: char for char, byte in tokenizers.byte_alphabet().items()}
+  spell = lambda piece: ''.join(chars[byte] for byte in piece)
+  merges = []
+  for piece, rank in sorted(ranks.items(), key=lambda item: item[1]):
+    if len(piece) > 1:
+      merges.append([spell(part) for part in _halves(ranks, piece, rank)])
+  pattern = encoding._pat_str  # pylint: disable=protected-access
+  byte_level = {'type': 'ByteLevel', 'add_prefix_space': False,
+                'trim_offsets': True, 'use_regex': False}
+  split = {'type': 'Split', 'pattern': {'Regex': pattern},
+           'behavior': 'Isolated', 'invert': False}
+  content = bytes_tokenizer()
+  content['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': [split, byte_level]}
+  content['model'] |= {'vocab': {spell(piece): i for piece, i in ranks.items()},
+                       'merges': merges}
+  return content
+
+
+def _halves(ranks: dict[bytes, int], piece: bytes, rank: int) -> list[bytes]:
+  """The two pieces that `piece` was merged from."""
+  parts = [bytes([byte]) for byte in piece]
+  while len(parts) > 2:
+    pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+    best = min(range(len(pairs)), key=pairs.__getitem__)
+    if pairs[best] >= rank:
+      break
+    parts[best:best + 2] = [parts[best] + parts[best + 1]]
+  return parts
+
+
+def sentencepiece_tokenizer(processor: Any) -> dict[str, Any]:
+  """The tokenizer.json of a SentencePiece BPE model as `train_sentencepiece` makes.
+
+  It takes U+2581 for a space, which the run's does not. Of a model that normalises
+  its text or is no BPE, other ids come out.
+  """
+  pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+  vocab = {piece: i for i, piece in enumerate(pieces)}
+  known = {piece for i, piece in enumerate(pieces)
+           if not (processor.is_byte(i) or processor.is_unknown(i)
+                   or processor.is_control(i))}
+  # In the order of the pieces that they make.
+  merges = [[piece[:cut], piece[cut:]]
+            for piece in pieces if piece in known
+            for cut in range(1, len(piece))
+            if piece[:cut] in known and piece[cut:] in known]
+  space, mark = {'String': ' '}, '\u2581'
+  return {
+      'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': [],
+      'normalizer': {'type': 'Replace', 'pattern': space, 'content': mark},
+      'pre_tokenizer': None, 'post_processor': None,
+      'decoder': {'type': 'Sequence', 'decoders': [
+          {'type': 'Replace', 'pattern': {'String': mark}, 'content': ' '},
+          {'type': 'ByteFallback'}, {'type': 'Fuse'}]},
+      'model': {'type': 'BPE', 'dropout': None,
+                'unk_token': pieces[processor.unk_id()],
+                'continuing_subword_prefix': None, 'end_of_word_suffix': None,
+                'fuse_unk': True, 'byte_fallback': True, 'vocab': vocab,
+                'merges': merges}}
 
 
 def bytes_tokenizer() -> dict[str, Any]:

@@ -30,11 +30,12 @@ from tests import decoder_reference
 from tests import workdirs
 
 safetensors = pytest.importorskip('safetensors.numpy')
-pytest.importorskip('tokenizers')
+library = pytest.importorskip('tokenizers')
 
 D, F, V, LAYERS, LENGTH = 16, 24, 257, 3, 7
 START, END, PLACE = 5, 9, 200  # PLACE: a mask inside the vocabulary
 BYTES = {'tokenizer.name': 'bytes'}
+CACHE = (pathlib.Path(__file__).parents[2] / 'shared' / 'data' / 'tiktoken_cache')
 LLAMA = dict(vocab_size=V, hidden_size=D, intermediate_size=F,
              num_hidden_layers=LAYERS, num_attention_heads=4,
              num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=500.0,
@@ -425,7 +426,7 @@ EXPORTS = {
 }
 
 
-def make_run(folder, **changes):
+def make_run(folder, tokenizer=tokenizers.BytesTokenizer(), **changes):
   """A workdir with random weights, no two parameters alike; and the weights."""
   config = configs.load_base()
   config.data.length = LENGTH
@@ -433,7 +434,6 @@ def make_run(folder, **changes):
   for key, value in changes.items():
     section, _, leaf = key.partition('__')
     config[section][leaf] = value
-  tokenizer = tokenizers.BytesTokenizer()
   rng = np.random.default_rng(2)
   shapes = jax.eval_shape(lambda: states.init_params(
       configs.make_model(config, tokenizer.vocab_size),
@@ -519,6 +519,47 @@ class ExportTest(FolderTest):
     foreign = convert.read_config(folder / 'out')
     self.assertEqual((foreign['mask_token_id'], foreign['eos_token_id']),
                      (PLACE, END))
+
+  @parameterized.parameters('sentencepiece', 'gpt2')
+  def test_the_tokenizer_goes_with_it(self, name):
+    folder = self.folder()
+    if name == 'gpt2' and not CACHE.is_dir():
+      self.skipTest('no tiktoken files')
+    texts = ['the cat sat on the mats, 12345 of them\n', '  two  spaces', '',
+             "I'll na\u00efve \u6f22\u5b57 \U0001f600\t<mask></s> <unk><0x41>"]
+    path = ''
+    if name == 'sentencepiece':
+      path = str(folder / 'a.model')
+      tokenizers.train_sentencepiece(
+          (f'{text} {text[::2]}' for text in 20 * texts[:2]), 290, path)
+    with mock.patch.dict('os.environ', TIKTOKEN_CACHE_DIR=str(CACHE)):
+      tokenizer = tokenizers.make_tokenizer(configs.TokenizerConfig(name, path, 0))
+      workdir, _ = make_run(folder / 'run', tokenizer)
+      export.export_checkpoint(workdir, str(folder / 'out'))
+    theirs = library.Tokenizer.from_file(str(folder / 'out' / 'tokenizer.json'))
+    theirs.encode_special_tokens = True
+    for text in texts:
+      ids = tokenizer.encode(text).tolist()
+      self.assertEqual(theirs.encode(text, add_special_tokens=False).ids, ids)
+      self.assertEqual(theirs.decode(ids), text)
+    special = json.loads((folder / 'out' / 'tokenizer_config.json').read_text())
+    self.assertEqual(theirs.token_to_id(special['mask_token']), tokenizer.mask_id)
+    self.assertEqual(theirs.token_to_id(special['eos_token']),
+                     tokenizer.separator_id)
+
+  def test_a_tokenizer_that_would_make_other_ids_stays_out(self):
+    folder = self.folder()
+    path = str(folder / 'a.model')
+    tokenizers.train_sentencepiece(iter(['the cat sat on the mat'] * 9), 270, path)
+    tokenizer = tokenizers.make_tokenizer(
+        configs.TokenizerConfig('sentencepiece', path, 0))
+    workdir, _ = make_run(folder / 'run', tokenizer)
+    with mock.patch.object(export, 'sentencepiece_tokenizer',
+                           lambda processor: export.bytes_tokenizer()):
+      export.export_checkpoint(workdir, str(folder / 'out'))
+    self.assertFalse((folder / 'out' / 'tokenizer.json').exists())
+    self.assertIn('There is no tokenizer.json',
+                  (folder / 'out' / 'README.md').read_text())
 
   def test_no_places_of_this_machine(self):
     config = configs.load_base()
