@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from nanodlm import checkpoint
-from tests import launches
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=configs/tiny.py'
@@ -293,10 +292,14 @@ def test_other_settings_on_one_workdir_are_refused(finished):
 
 
 def test_a_reader_that_has_seen_enough():
-  process = launches.start('--help')
-  process.stdout.readline()
-  process.stdout.close()
-  assert process.wait(60) == 128 + signal.SIGPIPE
+  read, write = os.pipe()
+  os.close(read)
+  try:
+    process = subprocess.run([sys.executable, 'launch.py', '--help'], cwd=ROOT,
+                             stdout=write, stderr=subprocess.PIPE, text=True)
+  finally:
+    os.close(write)
+  assert (process.returncode, process.stderr) == (128 + signal.SIGPIPE, '')
 
 
 def test_misused_modes(finished, tmp_path):
