@@ -1,5 +1,6 @@
 """Workdirs of runs that were never trained, made in a second."""
 
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,25 @@ from nanodlm.data import builder
 
 LENGTH = 16
 TEXT = 'The quick brown fox jumps over the lazy dog, and so on. \u00e9\n' * 60
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """config.data without the checks of its type."""
+
+  source: str
+  data_dir: str
+  length: int = 16
+  eval_fraction: float = 0.1
+  eval_tokens: int = 0
+  test_tokens: int = 0
+  crop: str = 'chunk'
+  segment_ids: bool = False
+  padding: str = 'eos'
+  clean_prefix_rate: float = 0.0
+  clean_infill_rate: float = 0.0
+  num_threads: int = 0
+  prefetch_batches: int = 2
 
 
 def make_workdir(folder, *, scale=3.0, **changes):

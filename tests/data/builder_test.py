@@ -1,6 +1,5 @@
 """Tests of nanodlm.data.builder: what is packed, when, and what a crash leaves."""
 
-import dataclasses
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ from nanodlm.data import builder
 from nanodlm.data import encoder
 from nanodlm.data import sources
 from nanodlm.types import InputError
+from tests import workdirs
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 SHAKESPEARE = REPO.parent / 'shared' / 'data' / 'tinyshakespeare.txt'
@@ -62,18 +62,6 @@ print('rows', len(packed.train), flush=True)
 '''
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """What builder reads of config.data, without the checks of its type."""
-
-  source: str
-  data_dir: str
-  length: int = 16
-  eval_fraction: float = 0.1
-  eval_tokens: int = 0
-  test_tokens: int = 0
-
-
 def stream(rows):
   return np.concatenate([rows[i]['tokens'] for i in range(len(rows))])
 
@@ -98,7 +86,7 @@ class BuilderTest(parameterized.TestCase):
   def config(self, source=None, **changes):
     values = dict(source=source or f'text:{self.folder}/*.txt',
                   data_dir=self.data_dir)
-    return DataConfig(**{**values, **changes})
+    return workdirs.DataConfig(**{**values, **changes})
 
   def prepare(self, source=None, tokenizer=BYTES, **changes):
     return builder.prepare(self.config(source, **changes), tokenizer)

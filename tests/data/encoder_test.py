@@ -1,6 +1,5 @@
 """Tests of nanodlm.data.encoder and of what prepares data at scale."""
 
-import dataclasses
 import importlib.util
 import itertools
 import json
@@ -30,6 +29,7 @@ from nanodlm.data import encoder
 from nanodlm.data import pipeline
 from nanodlm.data import sources
 from nanodlm.types import InputError
+from tests import workdirs
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 BYTES = types.SimpleNamespace(name='bytes', path='', vocab_size=0)
@@ -55,25 +55,6 @@ if __name__ == '__main__':
 '''
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """config.data without the checks of its type."""
-
-  source: str
-  data_dir: str
-  length: int = 16
-  eval_fraction: float = 0.1
-  eval_tokens: int = 0
-  test_tokens: int = 0
-  crop: str = 'chunk'
-  segment_ids: bool = False
-  padding: str = 'eos'
-  clean_prefix_rate: float = 0.0
-  clean_infill_rate: float = 0.0
-  num_threads: int = 0
-  prefetch_batches: int = 2
-
-
 def stream(rows):
   return np.concatenate([rows[i]['tokens'] for i in range(len(rows))])
 
@@ -93,7 +74,7 @@ class DataTest(parameterized.TestCase):
 
   def config(self, source, **changes):
     values = dict(source=source, data_dir=str(self.folder / 'prepared'))
-    return DataConfig(**{**values, **changes})
+    return workdirs.DataConfig(**{**values, **changes})
 
   def prepare(self, source, tokenizer=BYTES, engine=encoder.ThisProcess(),
               **changes):
