@@ -23,8 +23,8 @@ TEXT = 'The quick brown fox jumps over the lazy dog, and so on. \u00e9\n' * 60
 class DataConfig:
   """config.data without the checks of its type."""
 
-  source: str
-  data_dir: str
+  source: str = ''
+  data_dir: str = ''
   length: int = 16
   eval_fraction: float = 0.1
   eval_tokens: int = 0

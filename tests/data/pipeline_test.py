@@ -1,6 +1,5 @@
 """Tests of nanodlm.data.pipeline: the batch is a function of (seed, step)."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -15,27 +14,9 @@ import numpy as np
 from nanodlm.data import builder
 from nanodlm.data import pipeline
 from nanodlm.types import InputError
+from tests import workdirs
 
 LENGTH = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """config.data without its checks, which have no num_threads=0."""
-
-  source: str = ''
-  length: int = LENGTH
-  eval_fraction: float = 0.1
-  eval_tokens: int = 0
-  test_tokens: int = 0
-  data_dir: str = ''
-  crop: str = 'chunk'
-  segment_ids: bool = False
-  padding: str = 'eos'
-  clean_prefix_rate: float = 0.0
-  clean_infill_rate: float = 0.0
-  num_threads: int = 0
-  prefetch_batches: int = 2
 
 
 def take(iterator, number):
@@ -65,7 +46,7 @@ class PipelineTest(parameterized.TestCase):
       with open(os.path.join(folder, f'{i:02d}.txt'), 'w') as file:
         file.write(f'document {i:02d} é ' * (i % 7 + 1))
     cls.packed = builder.prepare(
-        DataConfig(source=f'text:{folder}/*.txt', data_dir=folder),
+        workdirs.DataConfig(source=f'text:{folder}/*.txt', data_dir=folder),
         types.SimpleNamespace(name='bytes', path='', vocab_size=0))
     cls.rows = np.stack([cls.packed.train[i]['tokens']
                          for i in range(len(cls.packed.train))])
@@ -73,7 +54,7 @@ class PipelineTest(parameterized.TestCase):
   def train(self, number=5, seed=0, batch_size=8, start_step=0, rows=None,
             **changes):
     return take(pipeline.make_train_iterator(
-        self.packed, DataConfig(**changes), seed=seed, batch_size=batch_size,
+        self.packed, workdirs.DataConfig(**changes), seed=seed, batch_size=batch_size,
         start_step=start_step, rows=rows), number)
 
   @parameterized.parameters('chunk', 'random')
@@ -158,7 +139,7 @@ class PipelineTest(parameterized.TestCase):
                          split=('validation', 'train'))
   def test_evaluation_is_the_split_once_in_order(
       self, num_hosts, num_threads, split):
-    settings = DataConfig(segment_ids=True, num_threads=num_threads)
+    settings = workdirs.DataConfig(segment_ids=True, num_threads=num_threads)
     share = 8 // num_hosts
     shards = [pipeline.make_eval_batches(
         self.packed, settings, batch_size=8, split=split,
@@ -185,7 +166,7 @@ class PipelineTest(parameterized.TestCase):
   @parameterized.parameters((1, 1), (8, 1), (9, 2), (10**9, None))
   def test_max_examples(self, max_examples, num_batches):
     batches = pipeline.make_eval_batches(
-        self.packed, DataConfig(), batch_size=8, max_examples=max_examples)
+        self.packed, workdirs.DataConfig(), batch_size=8, max_examples=max_examples)
     weight = sum(batch['weight'].sum() / LENGTH for batch in batches)
     self.assertEqual(weight, min(max_examples, len(self.packed.validation)))
     if num_batches:
@@ -217,10 +198,10 @@ class PipelineTest(parameterized.TestCase):
                          batches[3:])
 
   def test_nothing_stays_clean_in_evaluation(self):
-    settings = DataConfig(clean_prefix_rate=0.5, clean_infill_rate=0.5)
+    settings = workdirs.DataConfig(clean_prefix_rate=0.5, clean_infill_rate=0.5)
     assert_batches_equal(
         list(pipeline.make_eval_batches(self.packed, settings, batch_size=8)),
-        list(pipeline.make_eval_batches(self.packed, DataConfig(),
+        list(pipeline.make_eval_batches(self.packed, workdirs.DataConfig(),
                                         batch_size=8)))
 
   @parameterized.parameters((4, 4), (-1, 4), (0, 9), (5, 3))
@@ -237,10 +218,10 @@ class PipelineTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'contiguous'):
       self.train(rows=slice(0, 8, 2))
     with self.assertRaisesRegex(InputError, "split='test'"):
-      pipeline.make_eval_batches(self.packed, DataConfig(), batch_size=8,
+      pipeline.make_eval_batches(self.packed, workdirs.DataConfig(), batch_size=8,
                                  split='test')
     with self.assertRaisesRegex(InputError, 'max_examples=0'):
-      pipeline.make_eval_batches(self.packed, DataConfig(), batch_size=8,
+      pipeline.make_eval_batches(self.packed, workdirs.DataConfig(), batch_size=8,
                                  max_examples=0)
 
   def test_one_row_is_enough(self):
@@ -248,7 +229,7 @@ class PipelineTest(parameterized.TestCase):
       path = os.path.join(folder, 'a.txt')
       with open(path, 'w') as file:
         file.write('x' * 40)
-      settings = DataConfig(source=f'text:{path}', data_dir=folder,
+      settings = workdirs.DataConfig(source=f'text:{path}', data_dir=folder,
                             eval_fraction=0.5, crop='random')
       packed = builder.prepare(settings, types.SimpleNamespace(
           name='bytes', path='', vocab_size=0))
@@ -304,11 +285,11 @@ class PairsTest(parameterized.TestCase):
         file.write(json.dumps(pair) + '\n')
     cls.source = f'pairs:{path}'
     cls.packed = builder.prepare(
-        DataConfig(source=cls.source, data_dir=folder, eval_fraction=0.2),
+        workdirs.DataConfig(source=cls.source, data_dir=folder, eval_fraction=0.2),
         types.SimpleNamespace(name='bytes', path='', vocab_size=0))
 
   def batches(self, split, padding, batch_size=4):
-    settings = DataConfig(source=self.source, padding=padding)
+    settings = workdirs.DataConfig(source=self.source, padding=padding)
     if split == 'train':
       return take(pipeline.make_train_iterator(
           self.packed, settings, seed=0, batch_size=batch_size), 7)
