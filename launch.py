@@ -228,7 +228,7 @@ def _run() -> int:
     from nanodlm.data import builder  # pylint: disable=g-import-not-at-top
     packed = builder.prepare(settings.data, settings.tokenizer,
                              engine=_make_engine())
-    logging.getLogger('nanodlm').info('prepared: %s', packed.path)
+    logging.getLogger('nanodlm').info('prepared: %s', ', '.join(packed.folders))
     return 0
   from nanodlm import checkpoint  # pylint: disable=g-import-not-at-top
   from nanodlm import lock  # pylint: disable=g-import-not-at-top

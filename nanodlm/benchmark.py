@@ -50,7 +50,6 @@ from nanodlm import hlo
 from nanodlm import mesh as meshes
 from nanodlm import model
 from nanodlm import optim
-from nanodlm import state as states
 from nanodlm import step as steps
 from nanodlm import tokenizers
 from nanodlm.samplers import prefix_cache
@@ -143,23 +142,6 @@ def _forward_flops(config: model.ModelConfig, length: int) -> float:
   return (model.train_flops_per_token(config, length) - head) / 3
 
 
-def _make_trainer(config, settings, vocab_size: int, devices=None):
-  """The training step, what draws its state, and mesh, objective and network."""
-  mesh, objective, network = _build(config, settings, vocab_size, devices)
-  num_steps = settings.train.num_steps
-  optimizer = optim.make_optimizer(settings.optim, num_steps)
-  train_step = steps.make_train_step(
-      network, objective, optimizer, optim.make_schedule(settings.optim, num_steps),
-      mesh, batch_size=settings.train.batch_size,
-      num_microbatches=settings.train.num_microbatches,
-      ema_decay=settings.optim.ema_decay,
-      anneal_steps=settings.train.anneal_steps)
-  init = lambda: states.init_state(
-      network.config, objective, optimizer, settings.seed,
-      settings.optim.ema_decay > 0, network.shards)
-  return train_step, init, mesh, objective, network
-
-
 def _random_batch(generator, settings, vocab_size: int, batch_size: int = 0
                   ) -> dict[str, np.ndarray]:
   shape = (batch_size or settings.train.batch_size, settings.data.length)
@@ -172,14 +154,14 @@ def benchmark_train(config, settings, vocab_size: int
                     ) -> dict[str, float]:
   """Times the training step; see the keys."""
   start = time.perf_counter()
-  train_step, init, mesh, objective, network = _make_trainer(
-      config, settings, vocab_size)
-  state = jax.jit(init, out_shardings=meshes.shardings(
-      mesh, jax.eval_shape(init)))()
+  mesh, objective, network = _build(config, settings, vocab_size)
+  training = steps.make_training(settings, network, objective, mesh)
+  state = jax.jit(training.init_state, out_shardings=meshes.shardings(
+      mesh, jax.eval_shape(training.init_state)))()
   state_bytes = meshes.bytes_per_device(state)
   generator = np.random.default_rng(0)
   put = lambda batch: meshes.shard_whole_batch(mesh, batch)
-  train_step = train_step.lower(
+  train_step = training.step.lower(
       state, put(_random_batch(generator, settings, vocab_size))).compile()
   hugepages.release_free_memory()
 
@@ -357,14 +339,15 @@ def count_scaling(config, vocab_size: int, num_devices: int) -> dict[str, Any]:
   config = config.copy_and_resolve_references()
   config.train.batch_size *= num_devices
   settings = configs.validate(config)
-  train_step, init, mesh, *_ = _make_trainer(
-      config, settings, vocab_size, jax.devices()[:num_devices])
-  state = jax.eval_shape(init)
+  mesh, objective, network = _build(config, settings, vocab_size,
+                                    jax.devices()[:num_devices])
+  training = steps.make_training(settings, network, objective, mesh)
+  state = jax.eval_shape(training.init_state)
   state = meshes.place(meshes.shardings(mesh, state), state)
   batch = meshes.place(
       meshes.batch_sharding(mesh),
       _random_batch(np.random.default_rng(0), settings, vocab_size))
-  compiled = train_step.lower(state, batch).compile()
+  compiled = training.step.lower(state, batch).compile()
   cost, memory = hlo.cost(hlo.parse(compiled.as_text())), compiled.memory_analysis()
   return {'mesh': dict(mesh.shape), 'batch_size': config.train.batch_size,
           'flops_per_device': cost.flops,

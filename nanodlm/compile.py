@@ -36,8 +36,6 @@ from nanodlm import hlo
 from nanodlm import mesh as meshes
 from nanodlm import metrics
 from nanodlm import model
-from nanodlm import optim
-from nanodlm import state as states
 from nanodlm import step as steps
 from nanodlm import tokenizers
 from nanodlm.types import Canvas
@@ -176,13 +174,7 @@ def make_plan(config: config_dict.ConfigDict, settings: configs.Settings,
   network = steps.Network(configs.make_model(config, vocab_size, platform),
                           settings.train.chunk_size, meshes.shards(mesh))
   objective = configs.make_objective(config, vocab_size - 1)
-  train, num_steps = settings.train, settings.train.num_steps
-  optimizer = optim.make_optimizer(settings.optim, num_steps)
-  train_step = steps.make_train_step(
-      network, objective, optimizer, optim.make_schedule(settings.optim, num_steps),
-      mesh, batch_size=train.batch_size, num_microbatches=train.num_microbatches,
-      ema_decay=settings.optim.ema_decay,
-      anneal_steps=settings.train.anneal_steps)
+  training = steps.make_training(settings, network, objective, mesh)
   steps.check_batch_size(settings.eval.batch_size, mesh, 1, 1, 'eval.batch_size')
   eval_step = steps.make_eval_step(network, objective, mesh,
                                    num_draws=settings.eval.num_draws,
@@ -190,12 +182,10 @@ def make_plan(config: config_dict.ConfigDict, settings: configs.Settings,
   sample_step = steps.make_sample_step(
       network, objective, configs.make_sampler(config, vocab_size - 1), mesh)
 
-  state = jax.eval_shape(lambda: states.init_state(
-      network.config, objective, optimizer, settings.seed,
-      settings.optim.ema_decay > 0, network.shards))
+  state = jax.eval_shape(training.init_state)
   state = meshes.place(meshes.shardings(mesh, state), state)
   rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-  batch = meshes.place(rows, _batch(settings, train.batch_size))
+  batch = meshes.place(rows, _batch(settings, settings.train.batch_size))
   eval_batch = meshes.place(rows, _batch(settings, settings.eval.batch_size) | {
       'index': jax.ShapeDtypeStruct((settings.eval.batch_size,), jnp.int32)})
   shards = meshes.num_batch_shards(mesh)
@@ -204,7 +194,7 @@ def make_plan(config: config_dict.ConfigDict, settings: configs.Settings,
   canvas = meshes.place(rows, Canvas(jax.ShapeDtypeStruct(shape, jnp.int32),
                               jax.ShapeDtypeStruct(shape, bool)))
   key = meshes.place(everywhere, jax.eval_shape(lambda: jax.random.key(0)))
-  lowered = {'train': train_step.lower(state, batch),
+  lowered = {'train': training.step.lower(state, batch),
              'eval': eval_step.lower(state.eval_params, eval_batch),
              'sample': sample_step.lower(state.eval_params, key, canvas)}
   parts = {'parameters': state.params, 'average': state.ema_params,

@@ -124,8 +124,8 @@ def infill_subject(subject: evaluate.Subject, ratios: Sequence[float],
   """
   run = subject.run
   rows = evaluate.validation_rows(run, subject.packed, num_examples)
-  log.info('infilling %d rows at %d ratios (--infill_examples for fewer rows)',
-           len(rows['tokens']), len(ratios))
+  log.info('infilling %d of %d held-out rows (--infill_examples) at %d ratios',
+           len(rows['tokens']), len(subject.packed.validation), len(ratios))
   results = measure_infilling(run, subject.params, rows, ratios)
   sampler = {**run.config.sampler.to_dict(),
              'name': configs.sampler_name(run.config)}

@@ -1,6 +1,5 @@
 """A page that replays how samples came to be: one HTML file, nothing beside it."""
 
-import importlib.resources
 import json
 import os
 import pathlib
@@ -11,6 +10,7 @@ import numpy as np
 
 from nanodlm import config as configs
 from nanodlm import evaluate
+from nanodlm import pages
 from nanodlm import tokenizers
 from nanodlm import watch
 from nanodlm.types import InputError
@@ -241,11 +241,9 @@ def _piece(tokenizer: tokenizers.Tokenizer, token: int) -> str | list[int]:
 
 def make_page(data: dict[str, Any]) -> bytes:
   """The HTML file."""
-  template = importlib.resources.files('nanodlm').joinpath(
-      'replay.html').read_text(encoding='utf-8')
   # ASCII without '<': no text can end the element or begin another one.
   text = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')
-  before, after = template.split(_PLACE)
+  before, after = pages.read('replay.html').split(_PLACE)
   return (before + text + after).encode()
 
 

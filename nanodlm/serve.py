@@ -7,7 +7,6 @@ pip install -e '.[serve]'.
 import asyncio
 import dataclasses
 import functools
-import importlib.resources
 import ipaddress
 import json
 import logging
@@ -17,7 +16,7 @@ import signal
 import socket
 import threading
 import time
-from typing import Annotated, Any, AsyncIterator, Callable
+from typing import Annotated, Any, AsyncIterator
 import urllib.parse
 
 from ml_collections import config_dict
@@ -27,6 +26,7 @@ from nanodlm import categorical
 from nanodlm import config as configs
 from nanodlm import evaluate
 from nanodlm import multihost
+from nanodlm import pages
 from nanodlm import plots
 from nanodlm import sample
 from nanodlm import serve_engine
@@ -431,11 +431,11 @@ def _add_pages(app, service: Service):
 
   @app.get('/', include_in_schema=False)
   async def playground():
-    return responses.HTMLResponse(_page('playground.html'), headers=PAGE_HEADERS)
+    return responses.HTMLResponse(pages.read('playground.html'), headers=PAGE_HEADERS)
 
   @app.get('/docs', include_in_schema=False)
   async def docs():
-    return responses.HTMLResponse(_page('api.html'), headers=PAGE_HEADERS)
+    return responses.HTMLResponse(pages.read('api.html'), headers=PAGE_HEADERS)
 
   @app.get('/favicon.ico', include_in_schema=False)
   async def icon():
@@ -451,10 +451,6 @@ def _add_pages(app, service: Service):
 
 
 @functools.cache
-def _page(name: str) -> str:
-  return (importlib.resources.files('nanodlm') / name).read_text('utf-8')
-
-
 def _add_native(app, service: Service):
 
   def make_tasks(body: GenerateRequest) -> list[Task]:

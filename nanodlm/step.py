@@ -14,9 +14,11 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 from nanodlm import categorical
+from nanodlm import config as configs
 from nanodlm import losses
 from nanodlm import mesh as meshes
 from nanodlm import model
+from nanodlm import optim
 from nanodlm import sharding
 from nanodlm import state as states
 from nanodlm import types
@@ -203,6 +205,37 @@ def _row_index(num_rows: int) -> jax.Array:
 
 def _fold_in_each(key: jax.Array, index: jax.Array) -> jax.Array:
   return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+class Training(NamedTuple):
+  """What a run trains with.
+
+  Attributes:
+    step: see `make_train_step`.
+    init_state: () -> TrainState at step 0, whole; to be traced.
+  """
+
+  step: Callable[[TrainState, Any], tuple[TrainState, Any]]
+  init_state: Callable[[], TrainState]
+
+
+def make_training(settings: configs.Settings, network: Network,
+                  objective: Objective, mesh: jax.sharding.Mesh) -> Training:
+  """Puts a run's training together from its settings.
+
+  Raises:
+    InputError: see `make_train_step`.
+  """
+  num_steps, ema_decay = settings.train.num_steps, settings.optim.ema_decay
+  optimizer = optim.make_optimizer(settings.optim, num_steps)
+  step = make_train_step(
+      network, objective, optimizer, optim.make_schedule(settings.optim, num_steps),
+      mesh, batch_size=settings.train.batch_size,
+      num_microbatches=settings.train.num_microbatches, ema_decay=ema_decay,
+      anneal_steps=settings.train.anneal_steps)
+  return Training(step, lambda: states.init_state(
+      network.config, objective, optimizer, settings.seed, ema_decay > 0,
+      network.shards))
 
 
 def make_train_step(network: Network, objective: Objective,

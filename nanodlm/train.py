@@ -25,7 +25,6 @@ from nanodlm import mesh as meshes
 from nanodlm import metrics
 from nanodlm import model
 from nanodlm import multihost
-from nanodlm import optim
 from nanodlm import replay
 from nanodlm import sample
 from nanodlm import sharding
@@ -95,14 +94,7 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
       settings.data, evaluate.own_tokenizer(settings, workdir)
       if _has_tokenizer(workdir) else settings.tokenizer)
   run = evaluate.make_run(config, settings, packed.tokenizer)
-  optimizer = optim.make_optimizer(settings.optim, settings.train.num_steps)
-  schedule = optim.make_schedule(settings.optim, settings.train.num_steps)
-  train_step = steps.make_train_step(
-      run.network, run.objective, optimizer, schedule, run.mesh,
-      batch_size=settings.train.batch_size,
-      num_microbatches=settings.train.num_microbatches,
-      ema_decay=settings.optim.ema_decay,
-      anneal_steps=settings.train.anneal_steps)
+  training = steps.make_training(settings, run.network, run.objective, run.mesh)
   evaluate_params = evaluate.make_evaluate(run, packed)
   _check_same_text(workdir, packed, has_checkpoint)
   initial = None
@@ -116,11 +108,8 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
                                          settings.checkpoint.init_step)
     log.info('starting from the weights of %s, step %d',
              settings.checkpoint.init_from, step)
-  init = lambda: states.init_state(
-      run.network.config, run.objective, optimizer, settings.seed,
-      settings.optim.ema_decay > 0, run.network.shards)
-  state = jax.jit(init, out_shardings=meshes.shardings(
-      run.mesh, jax.eval_shape(init)))()
+  state = jax.jit(training.init_state, out_shardings=meshes.shardings(
+      run.mesh, jax.eval_shape(training.init_state)))()
   if initial is not None:
     if state.ema_params is not None:
       state = state.replace(ema_params=jax.tree.map(lambda x: x.copy(), initial))
@@ -154,7 +143,7 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
         writer.write_hparams(configs.flatten(config))
         writer.write_texts(int(state.step), {
             'config': f'```json\n{configs.to_json(config)}```'})
-        _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
+        _loop(run, packed, workdir, state, training.step, evaluate_params, manager,
               writer, caught, start)
       checkpoint.wait(manager)
   return caught.number

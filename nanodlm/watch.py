@@ -7,7 +7,7 @@ keeps what it is shown as a `Trajectory`.
 """
 
 import dataclasses
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 from jax.experimental import io_callback

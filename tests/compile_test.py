@@ -17,7 +17,6 @@ from configs import tiny
 from nanodlm import compile as ahead
 from nanodlm import config as configs
 from nanodlm import hlo
-from nanodlm import model
 from nanodlm.types import InputError
 
 ROOT = pathlib.Path(__file__).parent.parent

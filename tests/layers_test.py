@@ -9,7 +9,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'nanodlm'
 LAYERS = {
     0: ('types', 'schedules', 'times', 'processes', 'categorical', 'reveal',
         'masking', 'sharding', 'hugepages', 'guidance', 'multihost', 'errors',
-        'plots', 'families'),
+        'plots', 'families', 'pages'),
     1: ('objectives', 'samplers', 'attention', 'pallas_attention', 'losses', 'watch',
         'model', 'metrics', 'tokenizers', 'hlo'),
     2: ('mesh', 'optim', 'state', 'checkpoint', 'data', 'config', 'lock',

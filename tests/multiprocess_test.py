@@ -18,7 +18,6 @@ from nanodlm import mesh as meshes
 from nanodlm import optim
 from nanodlm import state as states
 from nanodlm import step as steps
-from nanodlm import tokenizers
 from nanodlm.data import builder
 from nanodlm.data import pipeline
 from tests import launches

@@ -150,7 +150,7 @@ class PackedData:
   """A prepared dataset, or a mixture of some.
 
   Attributes:
-    path: its folder; of a mixture, that of its first dataset.
+    folders: where it lies; of a mixture, of each of its datasets.
     length: L, tokens per row.
     tokenizer: what made the tokens.
     train: rows of the training text.
@@ -164,7 +164,7 @@ class PackedData:
       'num_dropped_documents' (pairs longer than a row).
   """
 
-  path: str
+  folders: tuple[str, ...]
   length: int
   tokenizer: tokenizers.Tokenizer
   train: PackedRows | MixedRows
@@ -433,7 +433,8 @@ def _prepare_mixture(data_config: Any, tokenizer_config: Any,
                  for key in first.metadata[split]} for split in SPLITS},
   }
   return PackedData(
-      path=first.path, length=first.length, tokenizer=first.tokenizer,
+      folders=sum((packed.folders for packed in all_packed), ()),
+      length=first.length, tokenizer=first.tokenizer,
       train=MixedRows(tuple(packed.train for packed in all_packed)),
       validation=MixedRows(tuple(held_out), order),
       metadata=metadata, weights=weights)
@@ -460,8 +461,8 @@ def _open(path: pathlib.Path,
   # key and assertion errors.
   except Exception as error:  # pylint: disable=broad-exception-caught
     raise _damaged(folder, error) from error
-  return PackedData(path=str(path), length=metadata['length'], tokenizer=tokenizer,
-                    metadata=metadata, **rows)
+  return PackedData(folders=(str(path),), length=metadata['length'],
+                    tokenizer=tokenizer, metadata=metadata, **rows)
 
 
 def _checked_files(split: Any, num_rows: int) -> tuple[tuple[pathlib.Path, int], ...]:

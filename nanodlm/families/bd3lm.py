@@ -14,7 +14,7 @@ def detect(config: dict[str, Any], names: Collection[str]) -> bool:
 
 def describe(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
              ) -> layouts.Description:
-  ddit.require(config, 'block_size')
+  layouts.require(config, 'block_size')
   ddit.refuse(config, {
       'cross_attn': (True,), 'causal': (False,), 'adaln': (True,),
       # Blocks have times of their own, and they give the network their mean.

@@ -60,7 +60,7 @@ def describe(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], *,
     InputError: it is no such transformer.
   """
   prefix = prefix_of(shapes)
-  require(config, num_heads_key)
+  layouts.require(config, num_heads_key)
   for name in (EMBEDDING, 'blocks.0.mlp.0.weight',
                'blocks.0.adaLN_modulation.weight'):
     if len(shapes.get(f'{prefix}{name}', ())) != 2:
@@ -165,15 +165,6 @@ def to_config(network: Any, export: layouts.Export, model_type: str
       'n_heads': network.num_heads, 'dropout': network.dropout,
       'time_conditioning': network.knows_time, 'mask_token_id': export.mask_id,
       'eos_token_id': export.separator_id}
-
-
-def require(config: dict[str, Any], *keys: str):
-  """Raises InputError naming the keys that config.json lacks."""
-  missing = [key for key in keys if config.get(key) is None]
-  if missing:
-    raise InputError(
-        f'config.json has no {missing}, or is missing: the tensors do not say it. '
-        'Write one beside them, with model_type too')
 
 
 def is_of(config: dict[str, Any], model_type: str, names: Collection[str]) -> bool:

@@ -30,7 +30,7 @@ def detect(config: dict[str, Any], names: Collection[str]) -> bool:
 def describe(config: dict[str, Any], names: Collection[str]
              ) -> layouts.Description:
   del names
-  llama.require(config, 'vocab_size', 'n_positions', 'n_embd', 'n_layer', 'n_head')
+  layouts.require(config, 'vocab_size', 'n_positions', 'n_embd', 'n_layer', 'n_head')
   config = {**DEFAULTS, **config}
   for key, value in FIXED.items():
     if config[key] != value:

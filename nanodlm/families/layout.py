@@ -9,6 +9,8 @@ from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
+from nanodlm.types import InputError
+
 # Of the layer's number, in the names of tensors.
 LAYER = '{layer}'
 
@@ -162,3 +164,12 @@ class Description:
   max_length: int
   tokenizer: str = ''
   spare_ids: int = 0
+
+
+def require(config: dict[str, Any], *keys: str):
+  """Raises InputError naming the keys that config.json lacks."""
+  missing = [key for key in keys if config.get(key) is None]
+  if missing:
+    raise InputError(
+        f'config.json has no {missing}, or is missing: the tensors do not say it. '
+        'Write one beside them, with model_type too')

@@ -33,7 +33,7 @@ def detect(config: dict[str, Any], names: Collection[str]) -> bool:
 def describe(config: dict[str, Any], names: Collection[str]
              ) -> layouts.Description:
   del names
-  llama.require(config, 'vocab_size', 'd_model', 'n_layers', 'n_heads')
+  layouts.require(config, 'vocab_size', 'd_model', 'n_layers', 'n_heads')
   config = {**DEFAULTS, **config}
   for key, value in (*FIXED.items(), *((key, None) for key in FALSY)):
     if config.get(key) != value and not (value is None and not config.get(key)):

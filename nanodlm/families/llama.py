@@ -73,7 +73,7 @@ def decoder_config(network: Any, export: layouts.Export) -> dict[str, Any]:
 def describe_decoder(config: dict[str, Any], settings: dict[str, Any],
                      mask_id: int | None = None) -> layouts.Description:
   """What the Llama-like families share; `settings` are a family's own."""
-  require(config, 'vocab_size', 'hidden_size', 'num_hidden_layers',
+  layouts.require(config, 'vocab_size', 'hidden_size', 'num_hidden_layers',
           'num_attention_heads', 'intermediate_size')
   activation = config.get('hidden_act', 'silu')
   if activation not in GATED:
@@ -155,13 +155,6 @@ def shared_heads(config: dict[str, Any]) -> int:
 def prefix_of(names: Collection[str]) -> str:
   """'model.', or '' where the file holds the decoder alone."""
   return '' if 'embed_tokens.weight' in names else 'model.'
-
-
-def require(config: dict[str, Any], *keys: str):
-  """Raises InputError naming the keys that config.json lacks."""
-  missing = [key for key in keys if config.get(key) is None]
-  if missing:
-    raise InputError(f'config.json has no {missing}')
 
 
 def token_id(config: dict[str, Any], *keys: str) -> int:

@@ -40,7 +40,7 @@ def detect(config: dict[str, Any], names: Collection[str]) -> bool:
 
 def describe(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
              ) -> layouts.Description:
-  ddit.require(config, 'model_type', 'vocab_size', 'data_shape', 'noise_schedule',
+  layouts.require(config, 'model_type', 'vocab_size', 'data_shape', 'noise_schedule',
                'outside_embed', 'time_features', 'n_layers', 'feature_dim',
                'num_heads', 'mlp_type')
   ddit.refuse(config, {

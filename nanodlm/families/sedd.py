@@ -25,7 +25,7 @@ def detect(config: dict[str, Any], names: Collection[str]) -> bool:
 
 def describe(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
              ) -> layouts.Description:
-  ddit.require(config, 'model', 'graph', 'noise')
+  layouts.require(config, 'model', 'graph', 'noise')
   model = config['model']
   for name, section, allowed in (
       ('graph', config['graph'], {'type': ('absorb',)}),
@@ -35,7 +35,7 @@ def describe(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
     if not isinstance(section, dict):
       raise InputError(f'{name}={section!r} in config.json is not a section')
     ddit.refuse(section, allowed)
-  ddit.require(model, 'n_heads')
+  layouts.require(model, 'n_heads')
   return ddit.describe(
       model, shapes, num_heads_key='n_heads', has_mask=True,
       length=model.get('length', 1024), objective__name='sedd',

@@ -203,7 +203,7 @@ class BuilderTest(parameterized.TestCase):
         for part in (text[:cut], text[cut:])]).astype(np.int32)
     expected = np.where(expected == ord('?'), 256, expected)
     np.testing.assert_array_equal(tokens, expected)
-    shards = list(pathlib.Path(packed.path).rglob('*train.array_record*'))
+    shards = list(pathlib.Path(packed.folders[0]).rglob('*train.array_record*'))
     self.assertGreater(len(shards), 3)
 
   def test_nanogpts_split_of_tiny_shakespeare(self):
@@ -239,9 +239,9 @@ class BuilderTest(parameterized.TestCase):
       packed = self.prepare(tokenizer=SENTENCEPIECE)
       again = self.prepare(tokenizer=SENTENCEPIECE)
     self.assertEqual(train.call_count, 1)
-    self.assertEqual(again.path, packed.path)
+    self.assertEqual(again.folders[0], packed.folders[0])
     self.assertEqual(packed.tokenizer.vocab_size, 302)
-    self.assertTrue(packed.tokenizer.path.startswith(packed.path))
+    self.assertTrue(packed.tokenizer.path.startswith(packed.folders[0]))
     self.assertEqual(packed.metadata['tokenizer'], packed.tokenizer.to_json())
     self.assertEqual(again.tokenizer.to_json(), packed.tokenizer.to_json())
     self.assertNotIn('\u0416'.encode(), packed.tokenizer.pieces)
@@ -337,31 +337,31 @@ class BuilderTest(parameterized.TestCase):
     first = self.prepare()
     with mock.patch.object(builder, '_build', side_effect=AssertionError):
       again = self.prepare()
-    self.assertEqual(again.path, first.path)
+    self.assertEqual(again.folders[0], first.folders[0])
     np.testing.assert_array_equal(stream(again.train), stream(first.train))
-    self.assertEqual(self.left_in_data_dir(), [os.path.basename(first.path)])
+    self.assertEqual(self.left_in_data_dir(), [os.path.basename(first.folders[0])])
 
   def test_anything_that_matters_makes_another_dataset(self):
     self.write_documents()
-    paths = [self.prepare().path]
-    paths.append(self.prepare(length=17).path)
-    paths.append(self.prepare(eval_fraction=0.2).path)
-    paths.append(self.prepare(tokenizer=SENTENCEPIECE).path)
+    paths = [self.prepare().folders[0]]
+    paths.append(self.prepare(length=17).folders[0])
+    paths.append(self.prepare(eval_fraction=0.2).folders[0])
+    paths.append(self.prepare(tokenizer=SENTENCEPIECE).folders[0])
     paths.append(self.prepare(tokenizer=types.SimpleNamespace(
-        name='sentencepiece', path='', vocab_size=301)).path)
+        name='sentencepiece', path='', vocab_size=301)).folders[0])
     self.write('0000.txt', 'another text of whatever length')
-    paths.append(self.prepare().path)
+    paths.append(self.prepare().folders[0])
     self.write('9999.txt', 'one more')
-    paths.append(self.prepare().path)
+    paths.append(self.prepare().folders[0])
     os.remove(os.path.join(self.folder, '9999.txt'))
     self.assertLen(set(paths), len(paths))
-    self.assertIn(self.prepare().path, paths)
+    self.assertIn(self.prepare().folders[0], paths)
 
   def test_environment_says_where(self):
     self.write_documents()
     with mock.patch.dict(os.environ, NANODLM_DATA_DIR=self.data_dir):
       packed = self.prepare(data_dir='')
-    self.assertEqual(os.path.dirname(packed.path), self.data_dir)
+    self.assertEqual(os.path.dirname(packed.folders[0]), self.data_dir)
 
   def test_without_tensorflow(self):
     self.write_documents()
@@ -383,7 +383,7 @@ class BuilderTest(parameterized.TestCase):
     self.assertTrue(any('.incomplete-' in name for name in left), left)
     packed = self.prepare()
     self.assertLen(packed.train, 128)
-    self.assertEqual(self.left_in_data_dir(), [os.path.basename(packed.path)])
+    self.assertEqual(self.left_in_data_dir(), [os.path.basename(packed.folders[0])])
 
   def test_leftovers_of_another_dataset_and_another_machine(self):
     self.write_documents()
@@ -411,19 +411,20 @@ class BuilderTest(parameterized.TestCase):
     nine = self.prepare(length=9)
     self.assertSameElements(
         [name for name in self.left_in_data_dir() if name[0] != '.'],
-        [os.path.basename(path) for path in (packed.path, seven.path, nine.path, other)])
+        [os.path.basename(path) for path in (
+            packed.folders[0], seven.folders[0], nine.folders[0], other)])
 
   @parameterized.parameters(False, True)
   def test_age_decides_where_nothing_can_be_locked(self, is_old):
     self.write_documents()
-    path = self.prepare().path
+    path = self.prepare().folders[0]
     os.rename(path, path + f'.incomplete-{socket.gethostname()}-1')
     theirs, = pathlib.Path(self.data_dir).iterdir()
     if is_old:
       for file in (theirs, *theirs.rglob('*')):
         os.utime(file, (time.time() - 1e6,) * 2)
     with mock.patch.object(builder.fcntl, 'flock', side_effect=OSError(95, '')):
-      self.assertEqual(self.prepare().path, path)
+      self.assertEqual(self.prepare().folders[0], path)
     self.assertEqual(theirs.exists(), not is_old)
 
   @parameterized.parameters(False, True)
@@ -469,7 +470,7 @@ class BuilderTest(parameterized.TestCase):
     with mock.patch.object(builder, '_publish', late):
       packed = self.prepare()
     self.assertLen(packed.train, 128)
-    self.assertEqual(self.left_in_data_dir(), [os.path.basename(packed.path)])
+    self.assertEqual(self.left_in_data_dir(), [os.path.basename(packed.folders[0])])
 
   def test_progress_is_limited_and_counts(self):
     self.write_documents()

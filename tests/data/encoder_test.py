@@ -127,9 +127,9 @@ class EnginesTest(DataTest):
     plain = self.prepare(source, data_dir=str(self.folder / 'plain'))
     workers = self.prepare(source, data_dir=str(self.folder / 'workers'),
                            engine=encoder.Workers(2))
-    self.assertIn('manifest.json', files_of(plain.path))
-    self.assertEqual(files_of(workers.path), files_of(plain.path))
-    self.assertEqual(files_of(resumed.path), files_of(plain.path))
+    self.assertIn('manifest.json', files_of(plain.folders[0]))
+    self.assertEqual(files_of(workers.folders[0]), files_of(plain.folders[0]))
+    self.assertEqual(files_of(resumed.folders[0]), files_of(plain.folders[0]))
 
   def test_parts_of_another_size_are_not_gone_on_with(self):
     source = self.write_jsonl()
@@ -141,11 +141,11 @@ class EnginesTest(DataTest):
     work, = (self.folder / 'prepared').glob('*.incomplete-*')
     self.assertGreater(len(list(work.glob('*.npz'))), 3)
     again = self.prepare(source)
-    self.assertEqual(files_of(again.path), files_of(plain.path))
+    self.assertEqual(files_of(again.folders[0]), files_of(plain.folders[0]))
 
   def test_manifest(self):
     packed = self.prepare(self.write_jsonl())
-    manifest = json.loads(pathlib.Path(packed.path, 'manifest.json').read_text())
+    manifest = json.loads(pathlib.Path(packed.folders[0], 'manifest.json').read_text())
     texts = [json.loads(line)['text'] for line in open(self.folder / 'a.jsonl')]
     size = sum(map(len, texts))
     self.assertEqual(manifest['num_documents'], 300)
@@ -170,7 +170,7 @@ class EnginesTest(DataTest):
       self.assertEqual([rows for _, rows in one.files],
                        [rows for _, rows in other.files])
     self.assertEqual(beam.metadata, plain.metadata)
-    self.assertEqual(files_of(beam.path).keys(), files_of(plain.path).keys())
+    self.assertEqual(files_of(beam.folders[0]).keys(), files_of(plain.folders[0]).keys())
 
   def test_mistakes_on_beam(self):
     if not importlib.util.find_spec('apache_beam'):
@@ -249,7 +249,7 @@ class PartsTest(DataTest):
     self.assertGreater(len(parts), 5)
     self.assertLessEqual(max(part.size for part in parts), 5100)
     whole = self.prepare(f'text:{path}', data_dir=str(self.folder / 'whole'))
-    self.assertEqual(files_of(cut.path), files_of(whole.path))
+    self.assertEqual(files_of(cut.folders[0]), files_of(whole.folders[0]))
     self.assertEqual(cut.metadata['train']['num_documents'], 1)
 
   def test_parts_of_files_and_lines_are_all_of_them_in_order(self):
@@ -473,6 +473,8 @@ class MixtureTest(DataTest):
     config = self.config(self.spec, **self.settings)
     packed = builder.prepare(config, BYTES)
     self.assertEqual(packed.weights, (0.75, 0.25))
+    self.assertLen({path for folder in packed.folders
+                    for path in pathlib.Path(folder).glob('manifest.json')}, 2)
     make = lambda **k: pipeline.make_train_iterator(
         packed, config, seed=3, batch_size=40, **k)
     batches = [next(it) for it in [make()] for _ in range(8)]
