@@ -6,6 +6,8 @@ from absl import flags
 from absl.testing import flagsaver
 import pytest
 
+# First: where it is imported later (docs_test), its flags replace compare's.
+from nanodlm import benchmark  # pylint: disable=unused-import
 from nanodlm import compare
 from nanodlm import samplers
 from tests import workdirs

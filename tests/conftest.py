@@ -25,6 +25,13 @@ def pytest_configure(config):
   config.addinivalue_line('filterwarnings', r'error:::nanodlm(\.|$)')
 
 
+@pytest.fixture(autouse=True, scope='module')
+def forget_programs():
+  """A file's compiled programs go with it: of all files they take 5 GB."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
   """Connections may not leave this machine."""
