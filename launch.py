@@ -406,7 +406,7 @@ def _resolve_config(configs, defaults):
   if is_given and _MODE.value in READING:
     raise InputError(f'--mode={_MODE.value} reads its config from --workdir; leave '
                       '--config out (--config.SECTION.KEY=VALUE is fine)')
-  config = configs.from_json(path.read_text(), defaults, str(path))
+  config = configs.from_json(path.read_bytes(), defaults, str(path))
   if path.parent != pathlib.Path(_WORKDIR.value):
     config.checkpoint.init_step = 0
     if config.tokenizer.name in ('run', 'sentencepiece'):

@@ -7,6 +7,8 @@ from nanodlm import pallas_attention
 from nanodlm.types import InputError
 
 BACKENDS = ('auto', 'xla', 'cudnn', 'pallas')
+# Of a head in cuDNN's kernel on every GPU that has it (twice as much from Hopper on).
+CUDNN_MAX_HEAD = 128
 
 
 def check_backend(backend: str, platform: str):
@@ -22,9 +24,19 @@ def check_backend(backend: str, platform: str):
                      f"{platform!r}: 'auto' or 'xla' are allowed")
 
 
+def _fits_cudnn(head_dim: int, itemsize: int) -> bool:
+  """Whether cuDNN's kernel takes heads of this size and these bytes a number."""
+  return itemsize == 2 and head_dim % 8 == 0 and head_dim <= CUDNN_MAX_HEAD
+
+
 def check_sizes(backend: str, num_heads: int, head_dim: int, num_queries: int,
                 num_keys: int, itemsize: int):
-  """Raises InputError where the Pallas kernel is asked for and cannot do it."""
+  """Raises InputError where a kernel is asked for that cannot do it."""
+  if backend == 'cudnn' and not _fits_cudnn(head_dim, itemsize):
+    raise InputError(
+        f"model.attention='cudnn' cannot take heads of {head_dim} in {8 * itemsize} "
+        "bits: it needs model.dtype='bfloat16' and heads of a multiple of 8, at "
+        f"most {CUDNN_MAX_HEAD}; 'auto' or 'xla' are allowed")
   if backend == 'pallas' and not pallas_attention.fits(
       num_heads, head_dim, num_queries, num_keys, itemsize):
     raise InputError(
@@ -48,7 +60,8 @@ def _choose(backend, platform, q, k, segment_ids) -> str:
   if backend != 'auto':
     check_sizes(backend, *q.shape[2:], q.shape[1], k.shape[1], q.dtype.itemsize)
     return backend
-  if platform == 'gpu' and q.dtype.itemsize == 2 and segment_ids is None:
+  if platform == 'gpu' and segment_ids is None and _fits_cudnn(
+      q.shape[-1], q.dtype.itemsize):
     return 'cudnn'
   if platform == 'tpu' and pallas_attention.fits(
       *q.shape[2:], q.shape[1], k.shape[1], q.dtype.itemsize):
@@ -71,8 +84,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool,
       None: all, or as `causal` says.
     segment_ids: [B, L] int32; a position sees its own segment only. None: all.
     backend: 'xla', 'cudnn', 'pallas', or 'auto': cuDNN's fused kernel on a GPU in
-      16 bits without segment ids, the kernel of `pallas_attention` on a TPU where
-      it takes the sizes, else XLA.
+      16 bits without segment ids, the kernel of `pallas_attention` on a TPU, each
+      where it takes the sizes, else XLA.
     platform: that the program is for, 'cpu', 'gpu' or 'tpu'; '' is this one.
 
   Returns:

@@ -377,6 +377,13 @@ def _main(config):
   if _PLOT.value and importlib.util.find_spec('matplotlib') is None:
     raise InputError(f"--plot={_PLOT.value!r} needs matplotlib: pip install -e "
                      "'.[plots]'")
+  plot = pathlib.Path(_PLOT.value)
+  if _PLOT.value and not (plot.suffix == '.png' and plot.parent.is_dir()):
+    raise InputError(f'--plot={_PLOT.value!r} must be a .png file in a folder that '
+                     'exists')
+  if _VOCAB_SIZE.value == 1:
+    raise InputError('--vocab_size=1 must be >= 2, an id and the mask; 0 asks the '
+                     'tokenizer')
   sizes = _parse_scaling()
   if sizes:
     jax.config.update('jax_num_cpu_devices', max(sizes))
@@ -396,7 +403,7 @@ def _main(config):
     print(format_scaling(results) if sizes else format_table(results, config))
   if _PLOT.value:
     draw = plot_scaling if sizes else plot_shares
-    draw(results, pathlib.Path(_PLOT.value))
+    draw(results, plot)
 
 
 def _parse_scaling() -> list[int]:

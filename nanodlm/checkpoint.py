@@ -133,10 +133,11 @@ def holds_weights_alone(workdir: str) -> bool:
   """Whether a workdir's only checkpoint is one of `save_params`."""
   directory = pathlib.Path(workdir) / FOLDER
   steps = complete_steps(directory)
-  return bool(steps) and (directory / str(steps[-1]) / CHECKSUMS).exists() and (
-      not (directory / str(steps[-1]) / 'rest').exists()) and not any(
-          name.startswith('rest/') for name in json.loads(
-              (directory / str(steps[-1]) / CHECKSUMS).read_bytes()))
+  if not steps or (directory / str(steps[-1]) / 'rest').exists():
+    return False
+  written = _read_checksums(directory / str(steps[-1]))
+  return written is not None and not any(
+      name.startswith('rest/') for name in written)
 
 
 def wait(manager: ocp.CheckpointManager):
@@ -179,6 +180,15 @@ def _write_checksums(directory: pathlib.Path):
     os.fsync(file.fileno())
 
 
+def _read_checksums(folder: pathlib.Path) -> dict[str, tuple[int, str]] | None:
+  """{name: (bytes, SHA-256)}; None where CHECKSUMS is absent or unreadable."""
+  try:
+    return {name: (int(size), str(digest)) for name, (size, digest)
+            in json.loads((folder / CHECKSUMS).read_bytes()).items()}
+  except (OSError, ValueError, TypeError, AttributeError):
+    return None
+
+
 def _digests(folder: pathlib.Path, names: list[str]
              ) -> list[tuple[str, int, str]]:
   """(name, bytes, SHA-256) of files."""
@@ -209,12 +219,11 @@ def find_damage(folder: pathlib.Path, items: tuple[str, ...] = ()) -> str:
     if any((folder.parent / str(step) / CHECKSUMS).exists() for step in before):
       return f'{CHECKSUMS} is missing'
     return ''
-  try:
-    written = {name: (int(size), str(digest)) for name, (size, digest)
-               in json.loads(path.read_bytes()).items()
-               if not items or name.split('/')[0] in items}
-  except (ValueError, TypeError, AttributeError):
+  written = _read_checksums(folder)
+  if written is None:
     return f'{CHECKSUMS} is unreadable'
+  written = {name: said for name, said in written.items()
+             if not items or name.split('/')[0] in items}
   try:
     for name, (size, _) in written.items():
       if not (folder / name).is_file():

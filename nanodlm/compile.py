@@ -128,6 +128,9 @@ def find_chip(device_kind: str) -> Chip | None:
 
 def find_vocab_size(settings: configs.Settings, given: int) -> int:
   """`given`, or what the tokenizer has where no data is needed to make it."""
+  if given == 1:
+    raise InputError('--vocab_size=1 must be >= 2, an id and the mask; 0 asks the '
+                     'tokenizer')
   if given:
     return given
   tokenizer = settings.tokenizer

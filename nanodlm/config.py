@@ -516,16 +516,17 @@ def load_base() -> config_dict.ConfigDict:
   return module.get_config()
 
 
-def from_json(text: str, defaults: config_dict.ConfigDict, where: str
+def from_json(text: str | bytes, defaults: config_dict.ConfigDict, where: str
               ) -> config_dict.ConfigDict:
   """A saved config; keys that it lacks take their defaults.
 
   Raises:
-    InputError: not a config, or a key that this version does not know.
+    InputError: not a config, a key that this version does not know, or a value
+      of another type than its default.
   """
   try:
     saved = json.loads(text)
-  except json.JSONDecodeError as error:
+  except ValueError as error:  # no UTF-8, or no JSON
     raise InputError(f'{where} is not JSON: {error}') from error
   if not isinstance(saved, dict):
     raise InputError(f'{where} is not a config but {type(saved).__name__}')
@@ -535,13 +536,21 @@ def from_json(text: str, defaults: config_dict.ConfigDict, where: str
       raise InputError(f'{where}: unknown section {section!r}; known: '
                        f'{sorted(config)}')
     if not isinstance(value, dict):
-      config[section] = value
+      _set(config, section, value, f'{where}: {section}')
       continue
     for key, leaf in value.items():
       if key not in config[section]:
         raise InputError(f'{where}: unknown key {section}.{key}{suggest(key, config[section])}')
-      config[section][key] = leaf
+      _set(config[section], key, leaf, f'{where}: {section}.{key}')
   return config
+
+
+def _set(section: config_dict.ConfigDict, key: str, value: Any, name: str):
+  try:
+    section[key] = value
+  except TypeError as error:
+    raise InputError(f'{name}={value!r} must be of type '
+                     f'{type(section[key]).__name__}') from error
 
 
 def suggest(key: str, known) -> str:

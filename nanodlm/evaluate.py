@@ -64,7 +64,7 @@ def load_config(workdir: str, defaults: config_dict.ConfigDict
   """
   path = pathlib.Path(workdir) / CONFIG_FILE
   if path.is_file():
-    return configs.from_json(path.read_text(), defaults, str(path))
+    return configs.from_json(path.read_bytes(), defaults, str(path))
   if (pathlib.Path(workdir) / checkpoint.FOLDER).exists():
     raise InputError(f'workdir={workdir!r} has checkpoints but no {CONFIG_FILE}; '
                      'give another workdir')

@@ -331,10 +331,15 @@ def load(folder: str | os.PathLike[str]) -> Tokenizer:
   """
   folder = pathlib.Path(folder)
   try:
-    described = json.loads((folder / SAVED).read_text())
-  except (OSError, json.JSONDecodeError) as error:
+    described = json.loads((folder / SAVED).read_bytes())
+  except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no JSON
     raise InputError(f'{folder / SAVED} cannot be read: {error}') from error
-  return from_json(described, str(folder / SAVED_MODEL), str(folder / SAVED))
+  try:
+    return from_json(described, str(folder / SAVED_MODEL), str(folder / SAVED))
+  except (KeyError, TypeError) as error:
+    raise InputError(
+        f'{folder / SAVED} is not what a tokenizer was saved as: {error!r}'
+        ) from error
 
 
 def from_json(described: dict[str, Any], model_path: str, where: str) -> Tokenizer:

@@ -254,14 +254,18 @@ def _catch_signals() -> Iterator[_Caught]:
   """Turns the first SIGTERM or SIGINT into a flag; a second one acts as usual."""
   caught = _Caught()
   # With several processes SIGTERM is JAX's own, which makes all of them stop at
-  # the same step; see _should_stop.
-  handled = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+  # the same step (see _should_stop), and SIGINT is made one.
+  is_one = jax.process_count() == 1
+  handled = (signal.SIGTERM, signal.SIGINT) if is_one else (signal.SIGINT,)
 
   def handle(number, frame):
     del frame
-    caught.number = number
     for other in handled:
       signal.signal(other, before[other])
+    if is_one:
+      caught.number = number
+    else:
+      signal.raise_signal(signal.SIGTERM)
     log.info('%s: saving a checkpoint, then exiting',
              signal.Signals(number).name)
 

@@ -88,6 +88,14 @@ def test_scaling_to_no_number(value):
   assert 'must be whole numbers >= 1' in done.stderr
 
 
+@pytest.mark.parametrize('args', [
+    '--plot=x.gif', '--plot=no/such/folder/x.png', '--vocab_size=1'])
+def test_bad_flags_are_told_before_anything_is_timed(args):
+  done = run('--config=configs/tiny.py', args)
+  assert done.returncode == 2
+  assert done.stderr.startswith('error: --') and ' must be ' in done.stderr
+
+
 def test_sampler_that_does_not_fit():
   done = run('--config=configs/tiny.py', '--samplers=ar')
   assert done.returncode == 2

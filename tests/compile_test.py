@@ -95,6 +95,8 @@ class ReportTest(parameterized.TestCase):
     settings = configs.validate(config)
     self.assertEqual(ahead.find_vocab_size(settings, 0), 2050)
     self.assertEqual(ahead.find_vocab_size(settings, 7), 7)
+    with self.assertRaisesRegex(InputError, '--vocab_size=1 must be >= 2'):
+      ahead.find_vocab_size(settings, 1)
 
 
 class RefusedTest(parameterized.TestCase):

@@ -64,6 +64,14 @@ class ValidateTest(parameterized.TestCase):
                                 'train.anneal_steps=5'):
       configs.validate(config, platform='gpu')
 
+  @parameterized.parameters(('float32', 64), ('bfloat16', 12), ('bfloat16', 136))
+  def test_sizes_that_cudnn_refuses(self, dtype, head_size):
+    config = changed(model__attention='cudnn', model__dtype=dtype,
+                     model__head_size=head_size)
+    with self.assertRaisesRegex(
+        InputError, f"model.attention='cudnn' cannot take heads of {head_size} in"):
+      configs.validate(config, platform='gpu')
+
   @parameterized.parameters(*samplers.SAMPLERS)
   def test_every_sampler_fits_what_it_says_and_nothing_else(self, name):
     for objective in objectives.OBJECTIVES:
@@ -327,7 +335,11 @@ class JsonTest(parameterized.TestCase):
       ('{', 'is not JSON'),
       ('{"modle": {}}', "unknown section 'modle'"),
       ('{"model": {"num_layer": 2}}',
-       "model.num_layer; did you mean 'num_layers'?"))
+       "model.num_layer; did you mean 'num_layers'?"),
+      (b'{"seed\xf3": 3}', 'is not JSON'),
+      ('{"seed": "x"}', "seed='x' must be of type int"),
+      ('{"model": {"num_layers": "x"}}',
+       "model.num_layers='x' must be of type int"))
   def test_errors_name_the_file(self, text, message):
     with self.assertRaisesRegex(InputError,
                                 'x/config.json.*' + re.escape(message)):

@@ -248,6 +248,17 @@ def test_checkpoint_of_an_older_version_has_no_checksums(steps_to_damage):
       checkpoint.restore_params(manager, shape, 3, vocab_size=258)
 
 
+@pytest.mark.parametrize('content', [b'', b'{"rest/\xf4": 3}', b'[]'])
+def test_damage_in_two_places_is_no_import(steps_to_damage, content):
+  folder = steps_to_damage / checkpoint.FOLDER / '3'
+  assert not checkpoint.holds_weights_alone(str(steps_to_damage))
+  shutil.rmtree(folder / 'rest')
+  assert not checkpoint.holds_weights_alone(str(steps_to_damage))  # it is listed
+  (folder / checkpoint.CHECKSUMS).write_bytes(content)
+  assert not checkpoint.holds_weights_alone(str(steps_to_damage))
+  assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 2
+
+
 @pytest.mark.parametrize('lost', [checkpoint.CHECKSUMS, 'everything'])
 def test_checkpoint_that_lost_its_checksums_is_damaged(steps_to_damage, lost):
   folder = steps_to_damage / checkpoint.FOLDER / '3'

@@ -1,6 +1,7 @@
 """Tests of nanodlm.model and attention: who sees whom, and what is the same."""
 
 import functools
+from unittest import mock
 
 from absl.testing import parameterized
 import jax
@@ -183,7 +184,8 @@ class BlockDiffusionTest(parameterized.TestCase):
 
   @parameterized.parameters(
       (dict(time_conditioning=True), 'time_conditioning'),
-      (dict(attention='cudnn'), 'cudnn'))
+      (dict(attention='cudnn', platform='gpu'),
+       "'cudnn' does not know the pattern of block diffusion"))
   def test_what_does_not_go_together(self, changes, message):
     with self.assertRaisesRegex(InputError, message):
       toys.model_config(block_size=2, **changes)
@@ -565,6 +567,18 @@ class PartsTest(parameterized.TestCase):
 
 
 class AttentionTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (64, 'bfloat16', True), (12, 'bfloat16', False), (136, 'bfloat16', False),
+      (64, 'float32', False))
+  def test_a_gpu_takes_cudnn_where_it_can(self, head_dim, dtype, is_cudnn):
+    q = jnp.zeros((1, 8, 2, head_dim), dtype)
+    seen = []
+    with mock.patch.object(
+        jax.nn, 'dot_product_attention',
+        lambda q, *_, implementation, **__: seen.append(implementation) or q):
+      attention.attention(q, q, q, causal=False, platform='gpu')
+    self.assertEqual(seen, ['cudnn'] * is_cudnn)
 
   @parameterized.product(causal=(False, True), segments=(False, True))
   def test_agrees_with_jax(self, causal, segments):

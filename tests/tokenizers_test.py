@@ -229,6 +229,16 @@ class TokenizersTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'cannot be read'):
       tokenizers.load(self.folder())
 
+  @parameterized.parameters(
+      (b'{"name": "by\xf4es"}', 'cannot be read'), (b'{', 'cannot be read'),
+      (b'{"nbme": "bytes"}', "is not what .* KeyError\\('name'"), (b'[]', 'is not what'))
+  def test_saved_tokenizer_that_is_damaged_is_refused(self, content, message):
+    folder = self.folder()
+    with open(os.path.join(folder, tokenizers.SAVED), 'wb') as file:
+      file.write(content)
+    with self.assertRaisesRegex(InputError, f'{tokenizers.SAVED} {message}'):
+      tokenizers.load(folder)
+
 
 if __name__ == '__main__':
   absltest.main()

@@ -1,8 +1,11 @@
 """Tests of what nanodlm.train reports."""
 
+import signal
+
 import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import pytest
 
 from nanodlm import mesh as meshes
 from nanodlm import train
@@ -23,3 +26,17 @@ def test_some_values_of_each_parameter():
     kernel = values['params/layers/kernel']
     assert len(np.unique(kernel)) == len(kernel) == train.HISTOGRAM_VALUES
     assert abs(kernel.mean() - 200_000) < 3_000
+
+
+def test_ctrl_c_of_one_of_several_processes_is_a_sigterm(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  arrived = []
+  before = signal.signal(signal.SIGTERM, lambda number, _: arrived.append(number))
+  try:
+    with train._catch_signals():
+      signal.raise_signal(signal.SIGINT)
+      assert arrived == [signal.SIGTERM]
+      with pytest.raises(KeyboardInterrupt):  # the second one
+        signal.raise_signal(signal.SIGINT)
+  finally:
+    signal.signal(signal.SIGTERM, before)
