@@ -5,6 +5,7 @@ NANODLM_PROCESSES=4 pytest tests/multiprocess_test.py takes four processes.
 
 import os
 import re
+import shutil
 import signal
 
 import jax
@@ -120,6 +121,22 @@ def test_a_lost_process_ends_the_others_and_one_process_goes_on(runs):
     # A line is the mean since the last one, or since the start.
     if not any(step - LOG_EVERY_STEPS < start < step for start in (first, last)):
       assert ours[step] == pytest.approx(theirs[step], rel=1e-2)
+
+
+def test_several_processes_go_on_where_one_stood(runs, tmp_path):
+  one, _, _ = runs
+  copy = tmp_path / 'copy'
+  shutil.copytree(one, copy)
+  last = steps_of(one)[-2]
+  shutil.rmtree(copy / checkpoint.FOLDER / str(NUM_STEPS))
+  (copy / 'metrics.jsonl').unlink()
+  for process in start(copy, '--config.mesh.fsdp=2'):
+    status, output = launches.finish(process)
+    assert status == 0, output
+  ours, theirs = losses(copy), losses(one)
+  assert min(ours) > last and max(ours) == NUM_STEPS
+  for step, loss in ours.items():
+    assert loss == pytest.approx(theirs[step], rel=1e-3)
 
 
 # Devices along (data, fsdp, tensor).
