@@ -526,7 +526,8 @@ def from_json(text: str | bytes, defaults: config_dict.ConfigDict, where: str
   """
   try:
     saved = json.loads(text)
-  except ValueError as error:  # no UTF-8, or no JSON
+  # No UTF-8, no JSON, or thousands of brackets.
+  except (ValueError, RecursionError) as error:
     raise InputError(f'{where} is not JSON: {error}') from error
   if not isinstance(saved, dict):
     raise InputError(f'{where} is not a config but {type(saved).__name__}')
@@ -536,20 +537,24 @@ def from_json(text: str | bytes, defaults: config_dict.ConfigDict, where: str
       raise InputError(f'{where}: unknown section {section!r}; known: '
                        f'{sorted(config)}')
     if not isinstance(value, dict):
-      _set(config, section, value, f'{where}: {section}')
+      set_value(config, section, value, f'{where}: {section}')
       continue
+    if not isinstance(config[section], config_dict.ConfigDict):
+      raise InputError(f'{where}: {section}={value!r} is not of type '
+                       f'{type(config[section]).__name__}')
     for key, leaf in value.items():
       if key not in config[section]:
         raise InputError(f'{where}: unknown key {section}.{key}{suggest(key, config[section])}')
-      _set(config[section], key, leaf, f'{where}: {section}.{key}')
+      set_value(config[section], key, leaf, f'{where}: {section}.{key}')
   return config
 
 
-def _set(section: config_dict.ConfigDict, key: str, value: Any, name: str):
+def set_value(section: config_dict.ConfigDict, key: str, value: Any, name: str):
+  """Sets a key; InputError with its `name` where the value is of another type."""
   try:
     section[key] = value
   except TypeError as error:
-    raise InputError(f'{name}={value!r} must be of type '
+    raise InputError(f'{name}={value!r} is not of type '
                      f'{type(section[key]).__name__}') from error
 
 

@@ -85,7 +85,7 @@ def _import_checkpoint(source: str, workdir: str, family: str, allow_pickle: boo
     _update(config, changes or {})
   else:
     family = family or detect(foreign, tensors)
-    described = FAMILIES[family].describe(foreign, tensors.shapes)
+    described = describe(family, foreign, tensors)
     config = configs.load_base()
     config.data.length = min(described.max_length, _LENGTH)
     _update(config, described.settings)
@@ -141,7 +141,7 @@ def read_own(own: pathlib.Path) -> tuple[
     text = (own / evaluate.CONFIG_FILE).read_text()
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError(f'{own} cannot be read: {error!r}') from error
-  if family not in FAMILIES:
+  if family not in list(FAMILIES):  # which may be no text
     raise InputError(f'{own / ORIGIN}: family={family!r} is not one of '
                      f'{sorted(FAMILIES)}')
   config = configs.from_json(text, configs.load_base(), str(own))
@@ -170,7 +170,7 @@ def umask() -> int:
 def _update(config: config_dict.ConfigDict, settings: dict[str, Any]):
   for key, value in settings.items():
     section, _, leaf = key.rpartition('.')
-    (config[section] if section else config)[leaf] = value
+    configs.set_value(config[section] if section else config, leaf, value, key)
 
 
 def find_source(source: str, allow_pickle: bool) -> pathlib.Path:
@@ -209,7 +209,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     return {}
   try:
     config = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise InputError(f'{path} cannot be read: {error}') from error
   if not isinstance(config, dict):
     raise InputError(f'{path} is not a config but {type(config).__name__}')
@@ -225,6 +225,38 @@ def detect(foreign: dict[str, Any], tensors: tensor_files.Tensors) -> str:
       f'--from={tensors.where!r} is of no known family (model_type='
       f'{foreign.get("model_type")!r} in its config.json); known: '
       f'{sorted(FAMILIES)}. --family=NAME reads it as one of them')
+
+
+def describe(family: str, foreign: dict[str, Any], tensors: tensor_files.Tensors
+             ) -> layouts.Description:
+  """What a family reads from config.json.
+
+  Raises:
+    InputError: a value is of another type, an id is none of the vocabulary, or the
+      family has what our network has not.
+  """
+  try:
+    described = FAMILIES[family].describe(foreign, tensors.shapes)
+  except InputError:
+    raise
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise InputError(f'{tensors.where}: config.json cannot be read as one of family '
+                     f'{family!r}: {error!r}') from error
+  for key in ('vocab_size', 'max_length'):
+    value = getattr(described, key)
+    if not isinstance(value, int) or value < 1:
+      raise InputError(f'{tensors.where}: config.json gives {key}={value!r}, which '
+                       'must be an integer >= 1')
+  has_mask = described.mask_id is not None
+  for key in ('separator_id', 'mask_id' if has_mask else 'start_id'):
+    value = getattr(described, key)
+    if not isinstance(value, int) or not 0 <= value < described.vocab_size:
+      raise InputError(f'{tensors.where}: config.json gives {key}={value!r}, which '
+                       f'is not in [0, {described.vocab_size}), its ids')
+  if described.mask_id == described.separator_id:
+    raise InputError(f'{tensors.where}: config.json gives {described.mask_id} as the '
+                     'mask and as the end of a document; the mask is an id of its own')
+  return described
 
 
 def find_tokenizer(family: Any, folder: pathlib.Path, scratch: pathlib.Path
@@ -343,6 +375,9 @@ def _read(tensors: tensor_files.Tensors, piece: layouts.Piece, layer: int | None
   """One parameter, or one layer of it, float32."""
   name = name_of(piece, layer)
   array = tensors.read(name)
+  if array.dtype.kind in 'biu':
+    raise InputError(f'{tensors.where}: tensor {name} holds {array.dtype}; quantised '
+                     'weights are not read, only floating-point ones')
   try:
     if piece.cut is not None:
       axis, start, stop = piece.cut

@@ -367,14 +367,15 @@ def card(run: evaluate.Run, workdir: str, step: int, family: str,
   lines += ['## Training', '']
   origin = _origin(workdir)
   if origin:
-    lines += [f'Weights imported from `{origin["source"]}` (family '
+    lines += [f'Weights imported from `{_public(origin["source"])}` (family '
               f'`{origin["imported"]}`); not trained since.', '']
   else:
     lines += [f'{step} steps of {config.train.batch_size} x {config.data.length} '
               f'tokens of `{config.data.source}`, optimiser '
               f'`{config.optim.name}`, seed {config.seed}.', '']
     if config.checkpoint.init_from:
-      lines += [f'Started from the weights of `{config.checkpoint.init_from}`.', '']
+      lines += ['Started from the weights of '
+                f'`{_public(config.checkpoint.init_from)}`.', '']
   lines += ['## Measured', '', *_measured(run, pathlib.Path(workdir), step), '']
   return '\n'.join(lines)
 
@@ -386,6 +387,12 @@ def _stock_lines(run, foreign):
           "model = AutoModelForCausalLM.from_pretrained('THIS_FOLDER')", '```', '',
           f'A text begins with the token {foreign["bos_token_id"]} (the mask), whose '
           'own logit means nothing.']
+
+
+def _public(place: str) -> str:
+  """A name on the hub as it is; of a folder of this machine its last part."""
+  path = pathlib.Path(place)
+  return path.name if path.is_absolute() else place
 
 
 def _origin(workdir: str) -> dict[str, Any]:
@@ -407,7 +414,8 @@ def _measured(run: evaluate.Run, workdir: pathlib.Path, step: int) -> list[str]:
         entry = json.loads(line)
       except ValueError:  # cut off by a kill
         continue
-      if entry.get('step') == step and entry.get('eval/nll') is not None:
+      if isinstance(entry, dict) and entry.get('step') == step and isinstance(
+          entry.get('eval/nll'), (int, float)):
         found[entry.get('source', run.config.data.source)] = entry
     for source, entry in found.items():
       if source not in {row[0] for row in rows}:

@@ -101,7 +101,7 @@ class Run:
     """Rows times their length, where the config is known."""
     size, length = (self.config.get(key)
                     for key in ('train.batch_size', 'data.length'))
-    return size * length if size and length else None
+    return size * length if _is_number(size) and _is_number(length) else None
 
 
 def _is_number(value: Any) -> bool:
@@ -223,7 +223,11 @@ def read_run(path: str, name: str) -> Run:
   except OSError:
     age = None
   held = lock.is_held(path)
-  last, num_steps = max(metrics, default=0), config.get('train.num_steps')
+  num_steps = config.get('train.num_steps')
+  if num_steps is not None and not _is_number(num_steps):
+    problems.append(f'train.num_steps={num_steps!r} in {CONFIG_FILE} is no number')
+    num_steps = config['train.num_steps'] = None
+  last = max(metrics, default=0)
   if held:
     state = 'in progress'
   elif held is None:
@@ -267,10 +271,11 @@ def read_comparison(path: pathlib.Path) -> Comparison:
   try:
     value = json.loads(file.read_bytes())
     runs = tuple(value['runs'])
+    # Whatever is not as it is written raises one of the errors below.
     for run in runs:
       for point in run['points']:
-        point['sampler']['name'], point['num_calls']
-      run['workdir'], run['nll']
+        point['sampler']['name'], (point['num_calls'] or 0) + 0
+      pathlib.Path(run['workdir']), run['nll']
     return Comparison(str(file), str(value['judge']), runs)
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError(f'--compare={str(path)!r} is no {COMPARISON_FILE} of '
@@ -377,7 +382,8 @@ def runs_section(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Sect
     held_out = run.held_out()
     if held_out:
       step, split, line = held_out
-      rows_said = f'{line.get(f"{split}/num_examples", 0):.0f} rows'
+      num = line.get(f'{split}/num_examples')
+      rows_said = (f'{num:.0f}' if _is_number(num) else '?') + ' rows'
       bound = (f'{_interval(line, f"{split}/nll")} (step {step}, '
                + ('a subset of ' if split == 'eval_subset' else '')
                + f'{rows_said})')
@@ -585,11 +591,13 @@ def _infill_figures(runs: Sequence[Run]) -> tuple[Figure, ...]:
   series = {}
   for run in runs:
     for line in run.evals:
-      for row in line.get('infill') or ():
-        if not (_is_number(row.get('accuracy')) and row.get('num_calls')):
+      rows = line.get('infill')
+      for row in rows if isinstance(rows, list) else ():
+        if not (isinstance(row, dict) and row.get('num_calls') and all(
+            _is_number(row.get(key)) for key in ('accuracy', 'num_calls', 'ratio'))):
           continue
         width = row.get('accuracy_ci95')
-        name = f'{run.name}, {row["ratio"]:.0%} masked, {row["pattern"]}'
+        name = f'{run.name}, {row["ratio"]:.0%} masked, {row.get("pattern")}'
         # Measured again with as many calls: the later one counts.
         series.setdefault(name, {})[row['num_calls']] = (
             row['num_calls'], row['accuracy'], width if _is_number(width) else 0.0)
@@ -879,22 +887,30 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
+_NO_RUN = f'holds no run (no {CONFIG_FILE} or {METRICS_FILE} in it)'
+
+
 def _main(args: argparse.Namespace):
   output = pathlib.Path(args.output)
   if args.num_samples < 0:
     raise InputError(f'--num_samples={args.num_samples!r} must be >= 0')
   check_output(output, args.overwrite)
-  workdirs, comparisons = [], [pathlib.Path(path) for path in args.compare]
+  workdirs, others = [], []
+  comparisons = [pathlib.Path(path) for path in args.compare]
   for path in dict.fromkeys(str(pathlib.Path(path)) for path in args.workdirs):
     folder = pathlib.Path(path)
     if is_run(folder):
       workdirs.append(path)
     elif (folder / COMPARISON_FILE).is_file():
       comparisons.append(folder)
+    elif folder.is_dir():
+      # Of RUNS/* perhaps a run that is about to begin.
+      others.append(path)
     elif not (folder.is_file() and (folder.suffix == '.png' or _is_ours(folder))):
       # Of RUNS/* an earlier report is neither.
-      raise InputError(f'{path!r} holds no run (no {CONFIG_FILE} or {METRICS_FILE} '
-                       'in it)')
+      raise InputError(f'{path!r} {_NO_RUN}')
+  if others and not workdirs:
+    raise InputError(f'{others[0]!r} {_NO_RUN}')
   if not workdirs:
     raise InputError('name at least one workdir of a run')
   runs = [read_run(path, name) for path, name in zip(workdirs,
@@ -903,6 +919,8 @@ def _main(args: argparse.Namespace):
                            args.num_samples)
   names = ', '.join(run.name for run in runs)
   write_page(output, sections, f'nanodlm: {names}', args.overwrite)
+  for path in others:
+    print(f'{path} {_NO_RUN}: left out', file=sys.stderr)
   for run in runs:
     for problem in run.problems:
       print(f'{run.path}: {problem}', file=sys.stderr)

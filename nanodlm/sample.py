@@ -161,7 +161,7 @@ def read_prompts(path: str) -> list[str]:
       continue
     try:
       prompt = json.loads(line)['prompt']
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
       prompt = None
     if not isinstance(prompt, str) or not prompt:
       raise InputError(

@@ -396,9 +396,7 @@ def make_app(service: Service, allowed_hosts: tuple[str, ...] | None = None):
           InputError: lambda request, error: _error_response(
               400, _in_words(error), 'invalid_value'),
           exceptions.RequestValidationError: _invalid,
-          starlette.exceptions.HTTPException: lambda request, error: (
-              _error_response(error.status_code, str(error.detail), None,
-                              error.headers)),
+          starlette.exceptions.HTTPException: _http_error,
           Exception: lambda request, error: _error_response(
               500, 'something is wrong here; the log of the server has more')})
   _add_pages(app, service)
@@ -410,6 +408,16 @@ def make_app(service: Service, allowed_hosts: tuple[str, ...] | None = None):
 def _in_words(error: InputError) -> str:
   """Its message, which speaks of a flag of the command line."""
   return str(error).replace('--prompt=', 'prompt=')
+
+
+def _http_error(request, error):
+  """An error of the framework's own; its 400 is a body that json cannot read."""
+  del request
+  if error.status_code == 400:
+    return _error_response(
+        400, 'the body is not JSON that can be read: it is not UTF-8, is nested too '
+        'deeply, or has a number of too many digits', 'malformed_json')
+  return _error_response(error.status_code, str(error.detail), None, error.headers)
 
 
 def _invalid(request, error):
@@ -424,6 +432,8 @@ def _invalid(request, error):
   message = first['msg']
   if first['type'] == 'extra_forbidden':
     message = 'no such field'
+  elif isinstance(first.get('input'), (bool, int, float, str)):
+    message += f', not {first["input"]!r:.100}'
   return _error_response(422, f'{where or "body"}: {message}', 'invalid_field')
 
 

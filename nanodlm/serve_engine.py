@@ -164,8 +164,9 @@ class Engine:
     self._queues: dict[Hashable, collections.deque[Row]] = (
         collections.OrderedDict())
     self._programs = collections.OrderedDict()  # of (group, size)
-    self._wanted = collections.OrderedDict()  # programs to compile, in order
-    self._broken = {}  # group: why it cannot be compiled
+    # Programs to compile, in order, and whether also with nobody waiting.
+    self._wanted = collections.OrderedDict()
+    self._broken = {}  # (group, size): why it cannot be compiled
     self._current: list[Row] = []
     self._is_closing = False
     self._threads = [threading.Thread(target=target, daemon=True, name=name)
@@ -191,9 +192,9 @@ class Engine:
       self._current = [Row(blank, groups[0], lambda: None)]
       self._fill(self._current, program, self._sizes[0])
       for size in self._sizes[1:]:
-        self._wanted[groups[0], size] = None
+        self._wanted[groups[0], size] = True
       for group in groups[1:]:
-        self._wanted[group, self._sizes[0]] = None
+        self._wanted[group, self._sizes[0]] = True
     for thread in self._threads:
       thread.start()
 
@@ -294,9 +295,9 @@ class Engine:
       self._changed.notify_all()
     return rows
 
-  def _num_waiting(self) -> int:
-    return sum(not row.is_cancelled for queue in self._queues.values()
-               for row in queue)
+  def _num_waiting(self, group: _Group | None = None) -> int:
+    return sum(not row.is_cancelled and group in (None, row.group)
+               for queue in self._queues.values() for row in queue)
 
   def _lengths(self, choice: Choice) -> list[int]:
     """The lengths that canvases are padded to, ascending."""
@@ -347,12 +348,12 @@ class Engine:
         del self._queues[client]
     for client, queue in self._queues.items():
       group = queue[0].group
-      if group in self._broken:
-        queue.popleft().change(state=FAILED, error=self._broken[group])
+      if (group, self._sizes[0]) in self._broken:
+        queue.popleft().change(state=FAILED,
+                               error=self._broken[group, self._sizes[0]])
         return self._take()
       sizes = [size for size in self._sizes if (group, size) in self._programs]
-      waiting = sum(row.group == group and not row.is_cancelled
-                    for rows in self._queues.values() for row in rows)
+      waiting = self._num_waiting(group)
       self._want(group, waiting, sizes)
       if sizes:
         break
@@ -380,10 +381,11 @@ class Engine:
 
   def _want(self, group: _Group, waiting: int, sizes: list[int]):
     """Has programs compiled that `waiting` rows could use."""
-    best = _best_size(self._sizes, waiting)
+    best = _best_size([size for size in self._sizes
+                       if (group, size) not in self._broken], waiting)
     for size in ([] if sizes else [self._sizes[0]]) + [best]:
       if size not in sizes and (group, size) not in self._wanted:
-        self._wanted[group, size] = None
+        self._wanted[group, size] = False
         # What someone waits for comes before what would be faster.
         if not sizes and size == self._sizes[0]:
           self._wanted.move_to_end((group, size), last=False)
@@ -398,6 +400,9 @@ class Engine:
         if self._is_closing:
           return
         group, size = next(iter(self._wanted))
+        if not (self._wanted[group, size] or self._num_waiting(group)):
+          del self._wanted[group, size]  # who asked has left, or was served
+          continue
       program, error = None, ''
       try:
         program = self._compile(group, size)
@@ -412,8 +417,8 @@ class Engine:
           self._programs[group, size] = program
           while len(self._programs) > self.limits.max_programs:
             self._programs.popitem(last=False)
-        elif size == self._sizes[0]:
-          self._broken[group] = error
+        else:
+          self._broken[group, size] = error
         self._changed.notify_all()
 
   def _compile(self, group: _Group, size: int):

@@ -332,7 +332,7 @@ def load(folder: str | os.PathLike[str]) -> Tokenizer:
   folder = pathlib.Path(folder)
   try:
     described = json.loads((folder / SAVED).read_bytes())
-  except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no JSON
+  except (OSError, ValueError, RecursionError) as error:
     raise InputError(f'{folder / SAVED} cannot be read: {error}') from error
   try:
     return from_json(described, str(folder / SAVED_MODEL), str(folder / SAVED))

@@ -333,13 +333,15 @@ class JsonTest(parameterized.TestCase):
 
   @parameterized.parameters(
       ('{', 'is not JSON'),
+      ('[' * 100_000, 'is not JSON'),
       ('{"modle": {}}', "unknown section 'modle'"),
+      ('{"model": 3}', 'model=3 is not of type ConfigDict'),
+      ('{"seed": {"a": 1}}', "seed={'a': 1} is not of type int"),
+      ('{"model": {"num_layers": "2"}}', "model.num_layers='2' is not of type int"),
       ('{"model": {"num_layer": 2}}',
        "model.num_layer; did you mean 'num_layers'?"),
       (b'{"seed\xf3": 3}', 'is not JSON'),
-      ('{"seed": "x"}', "seed='x' must be of type int"),
-      ('{"model": {"num_layers": "x"}}',
-       "model.num_layers='x' must be of type int"))
+      ('{"seed": "x"}', "seed='x' is not of type int"))
   def test_errors_name_the_file(self, text, message):
     with self.assertRaisesRegex(InputError,
                                 'x/config.json.*' + re.escape(message)):

@@ -200,7 +200,8 @@ class SettingsTest(parameterized.TestCase):
       ('sedd', dict(noise='loglinear'), "noise='loglinear'.* not a section"),
       ('sedd', dict(model=dict(n_heads=2, scale_by_sigma=False)),
        'scale_by_sigma=False'),
-      ('gidd', dict(p_uniform=1.5), 'p_uniform=1.5'))
+      ('gidd', dict(p_uniform=1.5), 'p_uniform=1.5'),
+      ('gidd', dict(p_uniform=None), "no .'p_uniform'."))
   def test_refused(self, family, changes, message):
     folder = new_folder(self)
     source = write(folder / 'theirs', family, **changes)

@@ -334,6 +334,12 @@ class ImportTest(FolderTest):
       (dict(intermediate_size=25), {},
        r'mlp.*_proj.weight of shape \(24, 16\) does not fit'),
       (dict(vocab_size=256), {}, 'bytes.* has 258 ids .*another vocabulary, 257'),
+      (dict(eos_token_id=500), {}, r'separator_id=500, which is not in \[0, 257\)'),
+      (dict(bos_token_id=500), {}, r'start_id=500, which is not in \[0, 257\)'),
+      (dict(bos_token_id=-1), {}, r'start_id=-1, which is not in \[0, 257\)'),
+      (dict(vocab_size='257'), {}, "vocab_size='257', which must be an integer"),
+      (dict(num_hidden_layers='3'), {}, "model.num_layers='3' is not of type int"),
+      (dict(rope_theta='x'), {}, "cannot be read as one of family 'llama'"),
       (dict(attention_bias=True), {}, r"missing: \['model.layers.0.self_attn.k_proj.b"),
       (dict(tie_word_embeddings=True), {}, 'lm_head.weight must be the same as'),
       ({}, {'tokenizer.name': 'words'}, "tokenizer.name='words' is not one of"),
@@ -347,10 +353,28 @@ class ImportTest(FolderTest):
                                 changes={**BYTES, **changes})
     self.assertEqual([path.name for path in folder.iterdir()], ['theirs'])
 
+  @parameterized.parameters((V + 1, 'not in'), (-1, 'not in'), (END, 'id of its own'))
+  def test_a_mask_that_is_no_id_or_another_ones(self, mask_id, message):
+    folder = self.folder()
+    source = write(folder / 'theirs', 'dream', mask_token_id=mask_id)
+    with self.assertRaisesRegex(InputError, f'gives .*{mask_id}.*{message}'):
+      convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
+
+  def test_integers_are_no_weights(self):
+    folder = self.folder()
+    tensors = tensors_of('llama')
+    name = 'model.layers.0.mlp.up_proj.weight'
+    tensors[name] = (100 * tensors[name]).astype(np.int8)
+    source = write(folder / 'theirs', 'llama', tensors)
+    with self.assertRaisesRegex(InputError, f'{name} holds int8'):
+      convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
+    self.assertFalse((folder / 'ours').exists())
+
   @parameterized.parameters(
       ('llada', dict(block_type='sequential'), "block_type='sequential'"),
       ('llada', dict(scale_logits=True), 'scale_logits=True'),
       ('llada', dict(bias_for_layer_norm=True), 'bias_for_layer_norm=True'),
+      ('llada', dict(clip_qkv=8.0), 'clip_qkv=8.0'),
       ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'inverse_layer_idx=True'),
       ('gpt2', dict(activation_function='relu'), "activation_function='relu'"),
       ('qwen2', dict(use_sliding_window=True, sliding_window=8), 'sliding_window=8'))
@@ -367,6 +391,14 @@ class ImportTest(FolderTest):
     (folder / 'model.safetensors').write_bytes(b'\x10' + bytes(40))
     with self.assertRaisesRegex(InputError, 'not a whole safetensors file'):
       convert.import_checkpoint(str(folder), str(folder / 'ours'))
+    (folder / 'config.json').write_text('[' * 100_000)
+    with self.assertRaisesRegex(InputError, 'config.json cannot be read'):
+      convert.import_checkpoint(str(folder), str(folder / 'ours'))
+    (folder / 'config.json').unlink()
+    (folder / 'origin.json').write_text('{"family": ["gpt2"]}')
+    (folder / 'config.json').write_text('{}')
+    with self.assertRaisesRegex(InputError, "family=.'gpt2'. is not one of"):
+      convert.read_own(folder)
     with self.assertRaisesRegex(InputError, "--family='gpt5' is not one of"):
       convert.import_checkpoint(str(folder), str(folder / 'ours'), family='gpt5')
 
@@ -457,7 +489,7 @@ class ExportTest(FolderTest):
     folder = self.folder()
     workdir, params = make_run(folder / 'run', **EXPORTS[family])
     log = pathlib.Path(workdir) / evaluate.EVAL_FILE
-    log.write_text(json.dumps({
+    log.write_text('[1]\n{"step": 0, "eval/nll": "x"}\n' + json.dumps({
         'step': 0, 'source': 'text:somewhere', 'eval/nll': 1.2345,
         'eval/nll_ci95': 0.01, 'eval/ppl': 3.44, 'eval/bits_per_byte': 1.5,
         'eval/num_examples': 7}) + '\n')
@@ -581,11 +613,13 @@ class ExportTest(FolderTest):
 
   def test_the_card_of_a_trained_run(self):
     folder = self.folder()
-    workdir = workdirs.make_workdir(folder / 'run', train__batch_size=6)
+    workdir = workdirs.make_workdir(folder / 'run', train__batch_size=6,
+                                    checkpoint__init_from='/here/is/another')
     export.export_checkpoint(workdir, str(folder / 'out'))
     card = (folder / 'out' / 'README.md').read_text()
     self.assertIn('0 steps of 6 x 16 tokens of `text:', card)
     self.assertIn('Nothing was measured at this step.', card)
+    self.assertIn('Started from the weights of `another`.', card)
     self.assertIn('`nanodlm`', card)
 
 

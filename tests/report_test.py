@@ -301,6 +301,33 @@ def test_missing_files_are_told(tmp_path, capsys):
   assert 'no metrics.jsonl' in capsys.readouterr().err
 
 
+def test_a_folder_among_the_runs_that_is_none_is_left_out(tmp_path, capsys):
+  a, empty = write_run(tmp_path / 'a'), tmp_path / 'begins'
+  (empty / 'compilation_cache').mkdir(parents=True)
+  assert run_main([empty], output=tmp_path / 'page.html') == 2
+  assert "begins' holds no run" in capsys.readouterr().err
+  assert run_main([a, empty], output=tmp_path / 'page.html') == 0
+  assert 'begins holds no run' in capsys.readouterr().err
+
+
+def test_values_of_other_kinds_are_left_out(tmp_path, capsys):
+  a = write_run(tmp_path / 'a', num_steps='many')
+  (a / 'metrics.jsonl').write_text(
+      '{"step": 20, "eval/nll": 3, "eval/num_examples": null, "train/loss": "a"}\n'
+      '{"step": "x", "train/loss": 1}\n')
+  (tmp_path / 'comparison.json').write_text(json.dumps(
+      {'judge': 'a', 'runs': [{'workdir': 5, 'nll': 1, 'points': []}]}))
+  row = {'ratio': 0.5, 'pattern': 'span', 'num_calls': 4, 'accuracy': 0.25}
+  (a / 'eval.jsonl').write_text(''.join(json.dumps({'infill': each}) + '\n' for each in (
+      5, [5], [{'accuracy': 1, 'num_calls': 4}], [row])))
+  output = tmp_path / 'page.html'
+  assert run_main([a], output=output) == 0
+  text = output.read_text()
+  assert '20 / ?' in text and '3.0000 (step 20, ? rows)' in text
+  assert 'a, 50% masked, span' in text
+  assert "train.num_steps=&#x27;many&#x27;" in text or "num_steps='many'" in text
+
+
 def test_parameters_of_the_last_checkpoint(tmp_path):
   folder = tmp_path / 'checkpoints' / '100' / 'params'
   folder.mkdir(parents=True)

@@ -77,6 +77,7 @@ def test_read_prompts(tmp_path):
 @pytest.mark.parametrize('text, message', [
     ('', 'holds no prompt'), ('\n \n', 'holds no prompt'),
     ('{"prompt": "a"}\nplain', 'line 2 must be'),
+    ('{"prompt": "a", "id": ' + '1' * 5000 + '}', 'line 1 must be'),
     ('["prompt"]', 'line 1 must be'), ('{"text": "a"}', 'line 1 must be'),
     ('{"prompt": 3}', 'line 1 must be'), ('{"prompt": ""}', 'line 1 must be')])
 def test_prompt_file_that_will_not_do(tmp_path, text, message):

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
+import random
 import shutil
 import signal
 import socket
@@ -230,6 +232,49 @@ def test_rows_taken_as_the_engine_closes_have_failed(opened, monkeypatch):
   assert states == [serve_engine.FAILED] and row.is_over
 
 
+def test_programs_are_compiled_for_who_waits(opened):
+  _, run, params, _ = opened
+  engine = serve_engine.Engine(run, params)
+  compile_one, holds, go_on = engine._compile, threading.Event(), threading.Event()
+  compiled = []
+
+  def compile_held(group, size):
+    compiled.append((group.sampler.num_steps, size))
+    holds.set()
+    go_on.wait(NEVER)
+    return compile_one(group, size)
+  engine._compile = compile_held
+  engine.start(warm_up=False)
+  (first,) = engine.submit('me', [task(engine, 'a{}', num_steps=2)], lambda: None)
+  assert holds.wait(NEVER)
+  (second,) = engine.submit('them', [task(engine, 'a{}', num_steps=3)], lambda: None)
+  (third,) = engine.submit('you', [task(engine, 'a{}', num_steps=4)], lambda: None)
+  wait_for(lambda: len(engine._wanted) == 3)
+  second.cancel()
+  go_on.set()
+  wait_for(lambda: first.is_over and third.is_over and not engine._wanted)
+  assert [num_steps for num_steps, _ in compiled] == [2, 4]
+  assert engine.close()
+
+
+def test_a_size_that_does_not_compile_is_tried_once(opened):
+  _, run, params, _ = opened
+  engine = serve_engine.Engine(run, params)
+  compile_one, tried = engine._compile, []
+
+  def compile_small(group, size):
+    tried.append(size)
+    if size > engine._sizes[0]:
+      raise RuntimeError('out of memory')
+    return compile_one(group, size)
+  engine._compile = compile_small
+  engine.start(warm_up=False)
+  for _ in range(2):
+    finish(engine, *(task(engine, 'a{}', i) for i in range(4 * engine._sizes[0])))
+  assert len(tried) == len(set(tried)) > 1
+  assert engine.close()
+
+
 def test_padding_is_not_seen(opened, monkeypatch):
   _, run, params, _ = opened
   greedy = Draw(run.tokenizer.mask_id, 0.0)
@@ -389,11 +434,13 @@ LONG = 'x' * 17
                        'num_steps': 3}, 400, 'has no effect'),
     ('/api/generate', {'prompt': 'a', 'tempratur': 1}, 422, 'tempratur'),
     ('/v1/completions', {'prompt': 'a', 'messages': []}, 422, 'messages'),
-    ('/api/generate', {'prompt': 'a', 'num_samples': 17}, 422, 'num_samples'),
+    ('/api/generate', {'prompt': 'a', 'num_samples': 17}, 422,
+     'num_samples: Input should be less than or equal to 16, not 17'),
     ('/api/generate', {'prompt': 'a', 'num_steps': 10**9}, 422, 'num_steps'),
     ('/api/generate', {'prompt': 'a', 'top_p': 0}, 422, 'top_p'),
     ('/api/generate', {'prompt': 'a', 'temperature': float('nan')}, 422, 'temp'),
     ('/api/generate', {'prompt': 3}, 422, 'prompt'),
+    ('/api/generate', {'prompt': 'a', 'user': 'u' * 10_000}, 422, f", not '{'u' * 99}"),
     ('/api/generate', [], 422, 'body'),
     ('/v1/completions', {'prompt': 'a', 'logprobs': 0}, 400, 'logprobs'),
     ('/v1/completions', {'prompt': 'a', 'stop': ['']}, 400, 'stop'),
@@ -428,6 +475,8 @@ def test_refuses_raw(running, body, headers, status):
   actual, answer = post(server, '/api/generate', body, headers=headers, raw=True)
   assert actual == status
   assert answer['error']['message']
+  if status == 400 and b'surrogate' not in answer['error']['message'].encode():
+    assert answer['error']['code'] == 'malformed_json'
   assert ask(server, 'GET', '/health')[0] == 200
 
 
@@ -482,6 +531,54 @@ def test_who_leaves_is_not_waited_for(running):
       client.close()
     wait_for(lambda: engine.num_waiting() == 0)
   assert finish(engine, task(engine, 'b{}'))
+
+
+def test_many_clients_lose_nothing_and_are_served_alike(opened, capsys):
+  """With NANODLM_CLIENTS=50 for a minute, of NANODLM_WORKDIR; prints what came."""
+  is_load = 'NANODLM_CLIENTS' in os.environ
+  num_clients = int(os.environ.get('NANODLM_CLIENTS', 6))
+  secs, num_steps = (60.0, 16) if is_load else (1.0, 4)
+  _, run, params, step = opened
+  if 'NANODLM_WORKDIR' in os.environ:
+    run, params, step = evaluate.open_run(os.environ['NANODLM_WORKDIR'])
+  answers = [[] for _ in range(num_clients)]  # (status, seconds, whether whole)
+
+  def ask_on(server, client, end):
+    rng = random.Random(client)
+    while (start := time.monotonic()) < end:
+      body = {'prompt': ''.join(rng.choices('abc ', k=rng.randint(0, 8))),
+              'temperature': rng.choice([0.0, 0.7, 1.0]), 'num_steps': num_steps,
+              'user': f'client {client}'}
+      path = rng.choice(['/api/generate', '/api/stream', '/v1/completions'])
+      if path.startswith('/v1'):
+        body['max_tokens'] = 8
+      status, _, text = ask(server, 'POST', path, body)
+      whole = {'/api/generate': b'"samples"', '/api/stream': b'event: done',
+               '/v1/completions': b'"finish_reason":"length"'}[path] in text
+      answers[client].append((status, time.monotonic() - start, whole))
+
+  with serving(run, params, step) as (service, server):
+    wait_for(lambda: not service.engine._wanted)  # no compilation in between
+    post(server, '/api/generate', {'prompt': 'a', 'num_steps': num_steps})
+    wait_for(lambda: not service.engine._wanted)
+    end = time.monotonic() + secs
+    threads = [threading.Thread(target=ask_on, args=(server, client, end))
+               for client in range(num_clients)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join(secs + NEVER)
+  numbers = sorted(map(len, answers))
+  all_answers = [each for own in answers for each in own]
+  assert {(status, whole) for status, _, whole in all_answers} == {(200, True)}
+  assert numbers[0] >= 1 and numbers[-1] <= 2 * numbers[0] + 2
+  with capsys.disabled():
+    if is_load:
+      delays = sorted(delay for _, delay, _ in all_answers)
+      print(f'\n{num_clients} clients, {secs:g} s: {len(delays)} requests, '
+            f'{numbers[0]} to {numbers[-1]} each, latency '
+            f'{delays[len(delays) // 2]:.2f} s (median), '
+            f'{delays[len(delays) * 95 // 100]:.2f} s (95%)')
 
 
 def test_waits_no_longer_than_there_is_room(running, monkeypatch):

@@ -364,7 +364,8 @@ def _json_lines(spec: str, path: str, start: int,
             f'data.source={spec!r}: {where} is not UTF-8 text at byte '
             f'{error.start} of the line; convert the file to UTF-8'
         ) from error
-      except json.JSONDecodeError as error:
+      # Numbers of thousands of digits and thousands of brackets are not read.
+      except (ValueError, RecursionError) as error:
         raise InputError(f'data.source={spec!r}: {where} is not a JSON '
                          f'object: {error}') from error
       yield where, record
@@ -811,8 +812,14 @@ class ArrowSource:
                          f'nothing in field {self.field!r}')
       if self.is_tokens:
         for chunk in column.chunks:
-          ids = chunk.flatten().to_numpy(zero_copy_only=False)
+          ids = chunk.flatten()
           sizes = chunk.value_lengths().to_numpy(zero_copy_only=False)
+          if ids.null_count:
+            rows = TokenRows(name, first_row, sizes, np.zeros([0], np.int64))
+            place = rows.place(ids.is_null().to_pylist().index(True))
+            raise InputError(f'data.source={self.spec!r}: {place} has nothing in a '
+                             f'place of field {self.field!r}')
+          ids = ids.to_numpy(zero_copy_only=False)
           yield TokenRows(name, first_row, sizes, ids.astype(np.int64))
           first_row += len(chunk)
       else:

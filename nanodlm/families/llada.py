@@ -19,7 +19,7 @@ FIXED = {'block_type': 'llama', 'block_group_size': 1, 'alibi': False, 'rope': T
          'attention_layer_norm': False, 'input_emb_norm': False,
          'scale_logits': False, 'layer_norm_type': 'rms',
          'layer_norm_with_affine': True, 'activation_type': 'silu'}
-FALSY = ('bias_for_layer_norm', 'multi_query_attention')
+FALSY = ('bias_for_layer_norm', 'multi_query_attention', 'clip_qkv')
 DEFAULTS = {'rms_norm_eps': 1e-5, 'rope_theta': 10_000.0, 'include_bias': False,
             'include_qkv_bias': False, 'weight_tying': True, 'mlp_ratio': 4,
             'max_sequence_length': 1024, 'mask_token_id': MASK_ID, **FIXED}

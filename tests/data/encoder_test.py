@@ -352,7 +352,8 @@ class TokenRowsTest(DataTest):
       ([[1]] * 5 + [[2, 257]], r'row 5 of .*a\.parquet holds the id 257, but those '
        "of tokenizer.name='bytes' are 0 to 256"),
       ([[1], [-1]], 'row 1 of .* holds the id -1'),
-      ([[1], None], "row 1 of .* has nothing in field 'tokens'"))
+      ([[1], None], "row 1 of .* has nothing in field 'tokens'"),
+      ([[1], [], [2, 3, None]], "row 2 of .* has nothing in a place of field 'tok"))
   def test_bad_rows(self, rows, message):
     with self.assertRaisesRegex(InputError, 'data.source=.*' + message):
       self.prepare(self.write_tokens(rows))

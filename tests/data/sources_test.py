@@ -127,6 +127,9 @@ class FilesTest(parameterized.TestCase):
 
   @parameterized.parameters(
       (b'{"text": "ok"}\n{"text": \n', r'a\.jsonl:2 is not a JSON object'),
+      (b'{"text": "ok"}\n{"text": "", "id": ' + b'1' * 5000 + b'}\n',
+       r'a\.jsonl:2 is not a JSON object: Exceeds the limit'),
+      (b'{"text": "ok"}\n' + b'[' * 100_000, r'a\.jsonl:2 is not a JSON object'),
       (b'{"text": "ok"}\n["text"]\n', r'a\.jsonl:2 has no text in field'),
       (b'{"body": "ok"}\n', r"a\.jsonl:1 has no text in field 'text'.*body"),
       (b'{"text": 3}\n', r'a\.jsonl:1 has no text'),
