@@ -233,10 +233,11 @@ def _run() -> int:
   from nanodlm import checkpoint  # pylint: disable=g-import-not-at-top
   from nanodlm import lock  # pylint: disable=g-import-not-at-top
   from nanodlm import train  # pylint: disable=g-import-not-at-top
-  train.check_writable(workdir)
-  if mode == 'train':  # before the compilation cache makes the workdir
+  if mode != 'serve':  # which writes nothing
+    train.check_writable(workdir)
+  if mode == 'train':  # before the slow part
     lock.check_free(workdir)
-  _set_up_compilation_cache(workdir)
+  _set_up_compilation_cache()
   if mode == 'train':
     try:
       number = train.train(config, settings, workdir, defaults)
@@ -477,10 +478,19 @@ def _is_cluster() -> bool:
   return len(hosts) > 1 or any(n.isdigit() and int(n) > 1 for n in tasks)
 
 
-def _set_up_compilation_cache(workdir):
-  """Compiled programs are kept in the workdir: the second start is faster."""
-  jax.config.update('jax_compilation_cache_dir',
-                    os.path.join(os.path.abspath(workdir), 'compilation_cache'))
+def _set_up_compilation_cache():
+  """Compiled programs are kept: the second start is faster.
+
+  With the user's own files, unless JAX_COMPILATION_CACHE_DIR says where: they are
+  code, and a workdir or prepared data may be somebody else's.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = pathlib.Path(
+        os.path.expanduser('~/.cache/nanodlm/compilation_cache')).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+      return
+    jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 

@@ -103,7 +103,6 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
     if other.fingerprint != run.tokenizer.fingerprint:
       raise InputError(f'checkpoint.init_from={settings.checkpoint.init_from!r} has '
                        'another tokenizer than this run')
-    # Before anything is compiled: the compilation cache lies in the workdir.
     initial, step = evaluate.load_params(run, settings.checkpoint.init_from,
                                          settings.checkpoint.init_step)
     log.info('starting from the weights of %s, step %d',

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tempfile
 
 import jax
 import pytest
@@ -13,6 +14,10 @@ flags = ['--xla_force_host_platform_device_count=8',
          '--xla_backend_optimization_level=0']
 if jax.__version_info__ < (0, 11):
   flags.append('--xla_cpu_use_fusion_emitters=false')
+# Of the processes that tests start: they share what they compile, for one suite.
+if 'PYTEST_XDIST_WORKER' not in os.environ:
+  _programs = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _programs.name
 os.environ['XLA_FLAGS'] = ' '.join([*flags, os.environ.get('XLA_FLAGS', '')])
 
 jax.config.update('jax_platforms', 'cpu')

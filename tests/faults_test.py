@@ -305,7 +305,7 @@ def prepared(tmp_path_factory):
                      data_dir=str(root / 'data'))
   settings = configs.validate(config)
   open_data = lambda: builder.prepare(settings.data, settings.tokenizer)
-  return open_data, pathlib.Path(open_data().path), settings.data
+  return open_data, pathlib.Path(open_data().folders[0]), settings.data
 
 
 def read_all(open_data, data_config):
