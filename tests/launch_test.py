@@ -89,7 +89,9 @@ def finished(tmp_path_factory):
 def test_train_leaves_what_people_look_for(finished):
   workdir, output = finished
   names = {path.name.split('.')[0] for path in workdir.iterdir()}
-  assert {'config', 'metrics', 'checkpoints', 'events'} <= names
+  # And no compiled programs, which a workdir from somebody else could bring.
+  assert names == {'config', 'metrics', 'checkpoints', 'events', 'tokenizer'}
+  assert list(pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR']).glob('jit_step*'))
   for words in ('nats/token', 'bits/byte', 'tokens/s', ' left', 'held-out bound'):
     assert words in output
   assert 'Traceback' not in output
