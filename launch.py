@@ -487,7 +487,8 @@ def _set_up_compilation_cache():
   if jax.config.jax_compilation_cache_dir is None:
     folder = pathlib.Path(
         os.path.expanduser('~/.cache/nanodlm/compilation_cache')).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents)
+                    if os.path.exists(path))  # not where it may not be looked at
     if not os.access(existing, os.W_OK | os.X_OK):
       return
     jax.config.update('jax_compilation_cache_dir', str(folder))

@@ -185,7 +185,7 @@ def _read_checksums(folder: pathlib.Path) -> dict[str, tuple[int, str]] | None:
   try:
     return {name: (int(size), str(digest)) for name, (size, digest)
             in json.loads((folder / CHECKSUMS).read_bytes()).items()}
-  except (OSError, ValueError, TypeError, AttributeError):
+  except (OSError, ValueError, TypeError, AttributeError, RecursionError):
     return None
 
 

@@ -552,6 +552,8 @@ def from_json(text: str | bytes, defaults: config_dict.ConfigDict, where: str
 def set_value(section: config_dict.ConfigDict, key: str, value: Any, name: str):
   """Sets a key; InputError with its `name` where the value is of another type."""
   try:
+    if value is None and section[key] is not None:  # which ml_collections takes
+      raise TypeError(f'{name} has no value')
     section[key] = value
   except TypeError as error:
     raise InputError(f'{name}={value!r} is not of type '

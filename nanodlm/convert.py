@@ -239,7 +239,9 @@ def describe(family: str, foreign: dict[str, Any], tensors: tensor_files.Tensors
     described = FAMILIES[family].describe(foreign, tensors.shapes)
   except InputError:
     raise
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+  # Lists may be empty and numbers too large.
+  except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError
+          ) as error:
     raise InputError(f'{tensors.where}: config.json cannot be read as one of family '
                      f'{family!r}: {error!r}') from error
   for key in ('vocab_size', 'max_length'):

@@ -409,10 +409,10 @@ def _measured(run: evaluate.Run, workdir: pathlib.Path, step: int) -> list[str]:
   rows = []
   for file in (evaluate.EVAL_FILE, 'metrics.jsonl'):
     path, found = workdir / file, {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
       try:
         entry = json.loads(line)
-      except ValueError:  # cut off by a kill
+      except (ValueError, RecursionError):  # cut off by a kill, or damaged
         continue
       if isinstance(entry, dict) and entry.get('step') == step and isinstance(
           entry.get('eval/nll'), (int, float)):

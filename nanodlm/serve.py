@@ -460,7 +460,6 @@ def _add_pages(app, service: Service):
         200 if is_well else 503)
 
 
-@functools.cache
 def _add_native(app, service: Service):
 
   def make_tasks(body: GenerateRequest) -> list[Task]:

@@ -341,7 +341,9 @@ class JsonTest(parameterized.TestCase):
       ('{"model": {"num_layer": 2}}',
        "model.num_layer; did you mean 'num_layers'?"),
       (b'{"seed\xf3": 3}', 'is not JSON'),
-      ('{"seed": "x"}', "seed='x' is not of type int"))
+      ('{"seed": "x"}', "seed='x' is not of type int"),
+      ('{"model": {"num_layers": null}}', 'model.num_layers=None is not of type int'),
+      ('{"data": null}', 'data=None is not of type ConfigDict'))
   def test_errors_name_the_file(self, text, message):
     with self.assertRaisesRegex(InputError,
                                 'x/config.json.*' + re.escape(message)):

@@ -14,7 +14,8 @@ flags = ['--xla_force_host_platform_device_count=8',
          '--xla_backend_optimization_level=0']
 if jax.__version_info__ < (0, 11):
   flags.append('--xla_cpu_use_fusion_emitters=false')
-# Of the processes that tests start: they share what they compile, for one suite.
+# Of the processes that tests start, and of pytest's own with -n: they share what
+# they compile, for one suite.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
   _programs = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _programs.name

@@ -340,6 +340,7 @@ class ImportTest(FolderTest):
       (dict(vocab_size='257'), {}, "vocab_size='257', which must be an integer"),
       (dict(num_hidden_layers='3'), {}, "model.num_layers='3' is not of type int"),
       (dict(rope_theta='x'), {}, "cannot be read as one of family 'llama'"),
+      (dict(rms_norm_eps=10**400), {}, "cannot be read as one of family 'llama'"),
       (dict(attention_bias=True), {}, r"missing: \['model.layers.0.self_attn.k_proj.b"),
       (dict(tie_word_embeddings=True), {}, 'lm_head.weight must be the same as'),
       ({}, {'tokenizer.name': 'words'}, "tokenizer.name='words' is not one of"),
@@ -489,10 +490,10 @@ class ExportTest(FolderTest):
     folder = self.folder()
     workdir, params = make_run(folder / 'run', **EXPORTS[family])
     log = pathlib.Path(workdir) / evaluate.EVAL_FILE
-    log.write_text('[1]\n{"step": 0, "eval/nll": "x"}\n' + json.dumps({
+    log.write_bytes(b'\xf4\n[1]\n{"step": 0, "eval/nll": "x"}\n' + json.dumps({
         'step': 0, 'source': 'text:somewhere', 'eval/nll': 1.2345,
         'eval/nll_ci95': 0.01, 'eval/ppl': 3.44, 'eval/bits_per_byte': 1.5,
-        'eval/num_examples': 7}) + '\n')
+        'eval/num_examples': 7}).encode() + b'\n')
     with mock.patch.object(export, 'SHARD_BYTES', 5000):
       export.export_checkpoint(workdir, str(folder / 'out'))
     out = folder / 'out'

@@ -248,7 +248,8 @@ def test_checkpoint_of_an_older_version_has_no_checksums(steps_to_damage):
       checkpoint.restore_params(manager, shape, 3, vocab_size=258)
 
 
-@pytest.mark.parametrize('content', [b'', b'{"rest/\xf4": 3}', b'[]'])
+@pytest.mark.parametrize('content', [
+    b'', b'{"rest/\xf4": 3}', b'[]', b'[' * 100_000])
 def test_damage_in_two_places_is_no_import(steps_to_damage, content):
   folder = steps_to_damage / checkpoint.FOLDER / '3'
   assert not checkpoint.holds_weights_alone(str(steps_to_damage))

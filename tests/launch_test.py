@@ -329,3 +329,32 @@ def test_misused_modes(finished, tmp_path):
     assert words in output
     assert 'Traceback' not in output
 
+
+
+CACHES = """
+import os, sys
+sys.path.insert(0, '')
+stat, hidden = os.stat, os.path.expanduser('~/.cache')
+def refusing(path, *args, **kwargs):
+  if os.fspath(path).startswith(hidden):
+    raise PermissionError(path)
+  return stat(path, *args, **kwargs)
+import jax
+import launch
+os.stat, access = refusing, os.access
+os.access = lambda path, mode: False  # which root may never be told
+launch._set_up_compilation_cache()
+print(jax.config.jax_compilation_cache_dir)
+os.stat, os.access = stat, access
+launch._set_up_compilation_cache()
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+def test_compiled_programs_are_kept_in_the_home_that_can_be_written(tmp_path):
+  env = {key: value for key, value in os.environ.items()
+         if key != 'JAX_COMPILATION_CACHE_DIR'} | {'HOME': str(tmp_path)}
+  done = subprocess.run([sys.executable, '-c', CACHES], cwd=ROOT, env=env,
+                        capture_output=True, text=True)
+  assert done.stdout.split() == [
+      'None', str(tmp_path / '.cache' / 'nanodlm' / 'compilation_cache')], done.stderr

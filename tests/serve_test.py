@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ pytest.importorskip('fastapi')
 pytest.importorskip('uvicorn')
 
 from nanodlm import evaluate
+from nanodlm import pages
 from nanodlm import sample
 from nanodlm import serve
 from nanodlm import serve_engine
@@ -639,6 +641,13 @@ def test_pages_ask_nobody_else(running):
   assert {'fixed_count', 'remask'} <= {one['name'] for one in info['samplers']}
   assert post(server, '/api/tokenize', {'text': 'é{}'})[1] == {
       'tokens': [0xc3, 0xa9, 123, 125], 'texts': ['é', '', '{', '}']}
+
+
+def test_pages_are_read_once(running):
+  ask(running[1], 'GET', '/')
+  with mock.patch.object(pages.importlib.resources, 'files',
+                         side_effect=AssertionError):
+    assert ask(running[1], 'GET', '/')[0] == 200
 
 
 def test_left_to_right_models(tmp_path):

@@ -19,7 +19,7 @@ def detect(config: dict[str, Any], names: Collection[str]) -> bool:
 
 def describe(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
              ) -> layouts.Description:
-  ddit.require(config, 'p_uniform')
+  layouts.require(config, 'p_uniform')
   return ddit.describe(
       config, shapes, num_heads_key='num_attention_heads', has_mask=True,
       length=config.get('max_seq_len', 512), objective__name='hybrid',

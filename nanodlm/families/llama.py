@@ -74,7 +74,7 @@ def describe_decoder(config: dict[str, Any], settings: dict[str, Any],
                      mask_id: int | None = None) -> layouts.Description:
   """What the Llama-like families share; `settings` are a family's own."""
   layouts.require(config, 'vocab_size', 'hidden_size', 'num_hidden_layers',
-          'num_attention_heads', 'intermediate_size')
+                  'num_attention_heads', 'intermediate_size')
   activation = config.get('hidden_act', 'silu')
   if activation not in GATED:
     raise InputError(f'hidden_act={activation!r} is not one of {sorted(GATED)}')

@@ -41,8 +41,8 @@ def detect(config: dict[str, Any], names: Collection[str]) -> bool:
 def describe(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
              ) -> layouts.Description:
   layouts.require(config, 'model_type', 'vocab_size', 'data_shape', 'noise_schedule',
-               'outside_embed', 'time_features', 'n_layers', 'feature_dim',
-               'num_heads', 'mlp_type')
+                  'outside_embed', 'time_features', 'n_layers', 'feature_dim',
+                  'num_heads', 'mlp_type')
   ddit.refuse(config, {
       'model_type': ('md4',), 'task_type': ('text',), 'mlp_type': tuple(_MLPS),
       'time_features': ('t', 'none'), 'model_sharding': (False, None)})
