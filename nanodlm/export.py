@@ -8,6 +8,7 @@ which --mode=import reads it back exactly.
 import json
 import logging
 import pathlib
+import re
 import shutil
 import tempfile
 from typing import Any
@@ -92,6 +93,7 @@ def published(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
   """A run's settings without the places of this machine, which nobody else has."""
   config = config.copy_and_resolve_references()
   config.data.data_dir = config.checkpoint.init_from = config.tokenizer.path = ''
+  config.data.source = _public_source(config.data.source)
   return config
 
 
@@ -351,8 +353,7 @@ def card(run: evaluate.Run, workdir: str, step: int, family: str,
     lines += _stock_lines(run, foreign) + ['', 'Dropout is left out.']
   else:
     lines += [f'No architecture of transformers fits this network; the tensors have '
-              f'the names of the family `{family}`'
-              + (', whose own code loads them.' if family != 'nanodlm' else '.')]
+              f'the names and shapes of the family `{family}`.']
   lines += ['', 'In nanodlm, exactly:', '', '```',
             'python launch.py --mode=import --from=THIS_FOLDER '
             '--workdir=runs/imported', '```', '']
@@ -371,7 +372,7 @@ def card(run: evaluate.Run, workdir: str, step: int, family: str,
               f'`{origin["imported"]}`); not trained since.', '']
   else:
     lines += [f'{step} steps of {config.train.batch_size} x {config.data.length} '
-              f'tokens of `{config.data.source}`, optimiser '
+              f'tokens of `{_public_source(config.data.source)}`, optimiser '
               f'`{config.optim.name}`, seed {config.seed}.', '']
     if config.checkpoint.init_from:
       lines += ['Started from the weights of '
@@ -393,6 +394,11 @@ def _public(place: str) -> str:
   """A name on the hub as it is; of a folder of this machine its last part."""
   path = pathlib.Path(place)
   return path.name if path.is_absolute() else place
+
+
+def _public_source(source: str) -> str:
+  """A data.source without the folders of this machine that its files lie in."""
+  return re.sub(r'(?<=:)[/~][^:+]*/', '', source)
 
 
 def _origin(workdir: str) -> dict[str, Any]:
@@ -426,6 +432,7 @@ def _measured(run: evaluate.Run, workdir: pathlib.Path, step: int) -> list[str]:
            '| text | nats/token | perplexity | bits/byte | examples |',
            '|---|---|---|---|---|']
   for source, entry in rows:
+    source = _public_source(source)
     def shown(key, digits=4):
       value, width = entry.get(f'eval/{key}'), entry.get(f'eval/{key}_ci95')
       if value is None:

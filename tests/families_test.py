@@ -598,9 +598,11 @@ class ExportTest(FolderTest):
     config = configs.load_base()
     config.update_from_flattened_dict({
         'data.data_dir': '/here', 'checkpoint.init_from': '/other/run',
-        'tokenizer.path': '/a/file.model'})
+        'tokenizer.path': '/a/file.model',
+        'data.source': 'mix:0.5*jsonl:/mine/b/**/*.jsonl:body+0.5*text:~/mine/*.txt'})
     published = configs.to_json(export.published(config))
-    self.assertNotRegex(published, '/(here|other|a)/?')
+    self.assertNotRegex(published, '/(here|other|a|mine)/?')
+    self.assertIn('mix:0.5*jsonl:*.jsonl:body+0.5*text:*.txt', published)
     self.assertEqual(config.data.data_dir, '/here')
 
   def test_a_family_that_does_not_fit(self):
@@ -618,7 +620,7 @@ class ExportTest(FolderTest):
                                     checkpoint__init_from='/here/is/another')
     export.export_checkpoint(workdir, str(folder / 'out'))
     card = (folder / 'out' / 'README.md').read_text()
-    self.assertIn('0 steps of 6 x 16 tokens of `text:', card)
+    self.assertRegex(card, r'0 steps of 6 x 16 tokens of `text:[^/]+`')
     self.assertIn('Nothing was measured at this step.', card)
     self.assertIn('Started from the weights of `another`.', card)
     self.assertIn('`nanodlm`', card)

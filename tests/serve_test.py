@@ -547,7 +547,7 @@ def test_many_clients_lose_nothing_and_are_served_alike(opened, capsys):
 
   def ask_on(server, client, end):
     rng = random.Random(client)
-    while (start := time.monotonic()) < end:
+    while (start := time.monotonic()) < end or len(answers[client]) < 2:
       body = {'prompt': ''.join(rng.choices('abc ', k=rng.randint(0, 8))),
               'temperature': rng.choice([0.0, 0.7, 1.0]), 'num_steps': num_steps,
               'user': f'client {client}'}
@@ -573,7 +573,7 @@ def test_many_clients_lose_nothing_and_are_served_alike(opened, capsys):
   numbers = sorted(map(len, answers))
   all_answers = [each for own in answers for each in own]
   assert {(status, whole) for status, _, whole in all_answers} == {(200, True)}
-  assert numbers[0] >= 1 and numbers[-1] <= 2 * numbers[0] + 2
+  assert numbers[-1] <= 2 * numbers[0] + (2 if is_load else 10)
   with capsys.disabled():
     if is_load:
       delays = sorted(delay for _, delay, _ in all_answers)
