@@ -45,13 +45,13 @@ from ml_collections import config_flags
 import numpy as np
 import optax
 
+from nanodlm import compile as ahead
 from nanodlm import config as configs
 from nanodlm import hlo
 from nanodlm import mesh as meshes
 from nanodlm import model
 from nanodlm import optim
 from nanodlm import step as steps
-from nanodlm import tokenizers
 from nanodlm.samplers import prefix_cache
 from nanodlm.types import Canvas
 from nanodlm.types import InputError
@@ -381,15 +381,11 @@ def _main(config):
   if _PLOT.value and not (plot.suffix == '.png' and plot.parent.is_dir()):
     raise InputError(f'--plot={_PLOT.value!r} must be a .png file in a folder that '
                      'exists')
-  if _VOCAB_SIZE.value == 1:
-    raise InputError('--vocab_size=1 must be >= 2, an id and the mask; 0 asks the '
-                     'tokenizer')
   sizes = _parse_scaling()
   if sizes:
     jax.config.update('jax_num_cpu_devices', max(sizes))
   settings = configs.validate(config)
-  vocab_size = _VOCAB_SIZE.value or tokenizers.make_tokenizer(
-      settings.tokenizer).vocab_size
+  vocab_size = ahead.find_vocab_size(settings, _VOCAB_SIZE.value)
   if sizes:
     if len(jax.devices()) < max(sizes):
       raise InputError(f'--scaling={_SCALING.value}: there are '

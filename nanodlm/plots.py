@@ -255,7 +255,7 @@ def to_legend(plot: Plot) -> str:
       continue
     style = series.style
     dash = DASHES[style % len(DASHES)]
-    line = (f'<polyline points="0,8 34,8"'
+    line = ('<polyline points="0,8 34,8"'
             + (f' stroke-dasharray="{dash}"' if dash else '') + '/>'
             if series.joined else '')
     hollow = ' hollow' if series.hollow else ''
