@@ -150,7 +150,30 @@ def parse_flags(argv):
       error = error.args[0]
     # str() of a KeyError quotes its message.
     text = error.args[0] if isinstance(error, KeyError) else str(error)
-    _exit_with(' '.join(str(text).split()))
+    _exit_with(_unknown_key(argv) or ' '.join(str(text).split()))
+
+
+def _unknown_key(argv) -> str:
+  """What is wrong with the first setting of the command line that does not exist."""
+  from nanodlm import config as configs  # pylint: disable=g-import-not-at-top
+  base = configs.load_base()
+  sections = {name: part for name, part in base.items() if hasattr(part, 'keys')}
+  for arg in argv:
+    path = arg.partition('=')[0].lstrip('-')
+    _, _, path = path.partition('config.')
+    section, _, key = path.rpartition('.')
+    known = sections.get(section) if section else base
+    if not path or (known is not None and key in known):
+      continue
+    if known is None:
+      section, _, _ = path.partition('.')
+      return f'--config.{path}: there is no section {section!r}' + configs.suggest(
+          section, sections)
+    others = [f'config.{name}.{key}' for name, part in sections.items() if key in part]
+    return f'--config.{path}: there is no such key' + (
+        f'; {" and ".join(others)} is there' if others
+        else configs.suggest(key, known))
+  return ''
 
 
 def _exit_with(message: str):

@@ -314,6 +314,11 @@ def _main(workdirs: Sequence[str]):
   request = _parse_request()
   if not workdirs:
     raise InputError('name at least one workdir')
+  for name in ('num_steps', 'num_samples', 'length', 'temperature', 'top_k', 'top_p',
+               'seed'):
+    if flags.FLAGS[name].present and not request.samplers:
+      raise InputError(f'--{name}={flags.FLAGS[name].value!r} has no effect without '
+                       '--samplers or --judge: nothing is sampled')
   if not _OUTPUT.value:
     raise InputError('--output is needed: a new or empty folder')
   output = pathlib.Path(_OUTPUT.value)

@@ -515,15 +515,19 @@ def _add_native(app, service: Service):
         if not changed:
           yield b': waiting\n\n'
         for i, row in enumerate(waiting.rows):
-          if row.state not in (states[i], serve_engine.FAILED):
-            states[i] = row.state
-            yield _event('state', {'row': i, 'state': row.state})
+          state = row.state
+          is_new = state not in (states[i], serve_engine.FAILED)
+          states[i] = state
+          if is_new and state != serve_engine.DONE:
+            yield _event('state', {'row': i, 'state': state})
           canvas, num_calls = row.canvas, row.num_calls
           if seen[i] is not canvas:
             event = _difference(service, i, row, seen[i], canvas, num_calls)
             seen[i] = canvas
             if event:
               yield event
+          if is_new and state == serve_engine.DONE:  # behind its last tokens
+            yield _event('state', {'row': i, 'state': state})
         if waiting.is_over:
           waiting.check()
           yield _event('done', make_response(waiting).model_dump())

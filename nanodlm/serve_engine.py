@@ -191,10 +191,11 @@ class Engine:
                    categorical.Draw(self.run.tokenizer.mask_id), 0, 0)
       self._current = [Row(blank, groups[0], lambda: None)]
       self._fill(self._current, program, self._sizes[0])
-      for size in self._sizes[1:]:
-        self._wanted[groups[0], size] = True
+      # Shorter canvases have to wait for theirs; more rows need not.
       for group in groups[1:]:
         self._wanted[group, self._sizes[0]] = True
+      for size in self._sizes[1:]:
+        self._wanted[groups[0], size] = True
     for thread in self._threads:
       thread.start()
 

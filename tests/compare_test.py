@@ -89,6 +89,13 @@ def test_two_runs(runs, tmp_path, capsys):
   assert (output / 'comparison.txt').read_text() == before
 
 
+def test_settings_of_samples_that_nobody_asked_for(runs, tmp_path, capsys):
+  with flagsaver.as_parsed(output=str(tmp_path / 'new'), num_steps='4'):
+    assert compare.main(['compare', *runs]) == 2
+  assert "--num_steps=['4'] has no effect without" in capsys.readouterr().err
+  assert not (tmp_path / 'new').exists()
+
+
 def test_common_source(runs, tmp_path):
   source = tmp_path / 'other.txt'
   source.write_text('Something else entirely, once more.\n' * 40)

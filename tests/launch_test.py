@@ -245,7 +245,12 @@ def test_diverging_run_stops_and_keeps_its_checkpoint(finished, tmp_path):
 
 
 @pytest.mark.parametrize('named, args', [
-    ('num_layer', ['--config.model.num_layer=2']),
+    ("--config.model.num_layer: there is no such key; did you mean 'num_layers'?",
+     ['--config.model.num_layer=2']),
+    ('--config.train.learning_rate: there is no such key; config.optim.learning_rate '
+     'is there', ['--config.seed=2', '--config.train.learning_rate=1']),
+    ("--config.optimizer.name: there is no section 'optimizer'; did you mean 'optim'?",
+     ['--config.optimizer.name=adamw']),
     ('model.num_heads=3', ['--config.model.num_heads=3']),
     ('/no/such/*.txt', ['--config.data.source=text:/no/such/*.txt']),
     ('lm1b', ['--config.data.source=tfds:lm1b']),

@@ -357,6 +357,11 @@ def test_streams_what_it_generates(running):
   _, headers, text = ask(server, 'POST', '/api/stream', body)
   assert headers['Content-Type'].startswith('text/event-stream')
   found = events(text)
+  # A row is done behind its last tokens.
+  for i in range(2):
+    kinds = [data.get('state', name) for name, data in found if data.get('row') == i]
+    assert kinds[-1] == 'done' and kinds.index('canvas') < kinds.index('reveal')
+    assert 'running' in kinds
   canvases = {}
   num_reveals = 0
   for name, data in found[:-1]:
@@ -368,7 +373,8 @@ def test_streams_what_it_generates(running):
         canvases[data['row']]['tokens'][i] = token
         canvases[data['row']]['texts'][i] = part
   name, done = found[-1]
-  assert name == 'done' and num_reveals >= 4
+  # How many depends on the time there was to send them.
+  assert name == 'done' and num_reveals >= 1
   assert done == post(server, '/api/generate', body)[1]
   for i, one in enumerate(done['samples']):
     assert canvases[i]['tokens'] == one['tokens']
