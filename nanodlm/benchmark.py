@@ -374,13 +374,13 @@ def main(argv):
 
 
 def _main(config):
-  if _PLOT.value and importlib.util.find_spec('matplotlib') is None:
-    raise InputError(f"--plot={_PLOT.value!r} needs matplotlib: pip install -e "
-                     "'.[plots]'")
   plot = pathlib.Path(_PLOT.value)
   if _PLOT.value and not (plot.suffix == '.png' and plot.parent.is_dir()):
     raise InputError(f'--plot={_PLOT.value!r} must be a .png file in a folder that '
                      'exists')
+  if _PLOT.value and importlib.util.find_spec('matplotlib') is None:
+    raise InputError(f"--plot={_PLOT.value!r} needs matplotlib: pip install -e "
+                     "'.[plots]'")
   sizes = _parse_scaling()
   if sizes:
     jax.config.update('jax_num_cpu_devices', max(sizes))

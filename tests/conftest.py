@@ -29,6 +29,10 @@ jax.config.update('jax_debug_key_reuse', True)
 def pytest_configure(config):
   # The last matching filter wins: a warning that points at our code fails.
   config.addinivalue_line('filterwarnings', r'error:::nanodlm(\.|$)')
+  # What Orbax and asyncio leave behind of a restore that failed.
+  config.addinivalue_line(
+      'filterwarnings', 'ignore:Exception ignored in. (<coroutine object _read_array|'
+      'None):pytest.PytestUnraisableExceptionWarning')
 
 
 @pytest.fixture(autouse=True, scope='module')

@@ -31,7 +31,11 @@ def test_some_values_of_each_parameter():
 def test_ctrl_c_of_one_of_several_processes_is_a_sigterm(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   arrived = []
-  before = signal.signal(signal.SIGTERM, lambda number, _: arrived.append(number))
+  before = {
+      signal.SIGTERM: signal.signal(signal.SIGTERM,
+                                    lambda number, _: arrived.append(number)),
+      # Ignored in what a shell runs in the background.
+      signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
   try:
     with train._catch_signals():
       signal.raise_signal(signal.SIGINT)
@@ -39,4 +43,5 @@ def test_ctrl_c_of_one_of_several_processes_is_a_sigterm(monkeypatch):
       with pytest.raises(KeyboardInterrupt):  # the second one
         signal.raise_signal(signal.SIGINT)
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+      signal.signal(number, handler)
