@@ -158,21 +158,21 @@ def _unknown_key(argv) -> str:
   from nanodlm import config as configs  # pylint: disable=g-import-not-at-top
   base = configs.load_base()
   sections = {name: part for name, part in base.items() if hasattr(part, 'keys')}
-  for arg in argv:
+  for arg in argv[1:]:
     path = arg.partition('=')[0].lstrip('-')
-    _, _, path = path.partition('config.')
-    section, _, key = path.rpartition('.')
-    known = sections.get(section) if section else base
-    if not path or (known is not None and key in known):
+    if not path.startswith('config.'):
       continue
-    if known is None:
-      section, _, _ = path.partition('.')
-      return f'--config.{path}: there is no section {section!r}' + configs.suggest(
+    section, _, key = path.removeprefix('config.').rpartition('.')
+    if section and section not in sections:
+      return f'--{path}: there is no section {section!r}' + configs.suggest(
           section, sections)
-    others = [f'config.{name}.{key}' for name, part in sections.items() if key in part]
-    return f'--config.{path}: there is no such key' + (
-        f'; {" and ".join(others)} is there' if others
-        else configs.suggest(key, known))
+    known = sections[section] if section else base
+    if key not in known:
+      others = [f'config.{name}.{key}' for name, part in sections.items()
+                if key in part]
+      return f'--{path}: there is no such key' + (
+          f'; {" and ".join(others)} is there' if others
+          else configs.suggest(key, known))
   return ''
 
 

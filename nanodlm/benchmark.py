@@ -156,8 +156,7 @@ def benchmark_train(config, settings, vocab_size: int
   start = time.perf_counter()
   mesh, objective, network = _build(config, settings, vocab_size)
   training = steps.make_training(settings, network, objective, mesh)
-  state = jax.jit(training.init_state, out_shardings=meshes.shardings(
-      mesh, jax.eval_shape(training.init_state)))()
+  state = meshes.init_sharded(mesh, training.init_state)
   state_bytes = meshes.bytes_per_device(state)
   generator = np.random.default_rng(0)
   put = lambda batch: meshes.shard_whole_batch(mesh, batch)
@@ -210,9 +209,8 @@ def benchmark_eval(config, settings, vocab_size: int
 
 
 def _init_params(network: steps.Network, objective, mesh):
-  init = lambda: network.init_params(objective, jax.random.key(0))
-  return jax.jit(init, out_shardings=meshes.shardings(
-      mesh, jax.eval_shape(init)))()
+  return meshes.init_sharded(
+      mesh, lambda: network.init_params(objective, jax.random.key(0)))
 
 
 def _tokens_per_call(sampler: Any, length: int) -> int:
@@ -342,8 +340,7 @@ def count_scaling(config, vocab_size: int, num_devices: int) -> dict[str, Any]:
   mesh, objective, network = _build(config, settings, vocab_size,
                                     jax.devices()[:num_devices])
   training = steps.make_training(settings, network, objective, mesh)
-  state = jax.eval_shape(training.init_state)
-  state = meshes.place(meshes.shardings(mesh, state), state)
+  state = meshes.shapes_sharded(mesh, training.init_state)
   batch = meshes.place(
       meshes.batch_sharding(mesh),
       _random_batch(np.random.default_rng(0), settings, vocab_size))

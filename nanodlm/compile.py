@@ -185,8 +185,7 @@ def make_plan(config: config_dict.ConfigDict, settings: configs.Settings,
   sample_step = steps.make_sample_step(
       network, objective, configs.make_sampler(config, vocab_size - 1), mesh)
 
-  state = jax.eval_shape(training.init_state)
-  state = meshes.place(meshes.shardings(mesh, state), state)
+  state = meshes.shapes_sharded(mesh, training.init_state)
   rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
   batch = meshes.place(rows, _batch(settings, settings.train.batch_size))
   eval_batch = meshes.place(rows, _batch(settings, settings.eval.batch_size) | {

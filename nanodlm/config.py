@@ -536,12 +536,10 @@ def from_json(text: str | bytes, defaults: config_dict.ConfigDict, where: str
     if section not in config:
       raise InputError(f'{where}: unknown section {section!r}; known: '
                        f'{sorted(config)}')
-    if not isinstance(value, dict):
+    if not (isinstance(value, dict)
+            and isinstance(config[section], config_dict.ConfigDict)):
       set_value(config, section, value, f'{where}: {section}')
       continue
-    if not isinstance(config[section], config_dict.ConfigDict):
-      raise InputError(f'{where}: {section}={value!r} is not of type '
-                       f'{type(config[section]).__name__}')
     for key, leaf in value.items():
       if key not in config[section]:
         raise InputError(f'{where}: unknown key {section}.{key}{suggest(key, config[section])}')

@@ -149,9 +149,8 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   Raises:
     InputError: there is no such checkpoint, it is damaged or of another shape.
   """
-  abstract = jax.eval_shape(
-      lambda: run.network.init_params(run.objective, jax.random.key(0)))
-  abstract = meshes.place(meshes.shardings(run.mesh, abstract), abstract)
+  abstract = meshes.shapes_sharded(
+      run.mesh, lambda: run.network.init_params(run.objective, jax.random.key(0)))
   if not (pathlib.Path(workdir) / checkpoint.FOLDER).is_dir():
     raise InputError(f'{workdir!r} holds no run (no {checkpoint.FOLDER} in it)')
   with checkpoint.open_manager(workdir, read_only=True) as manager:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Callable
 
 import jax
 from jax.sharding import AxisType
@@ -86,6 +86,17 @@ def place(shardings: Any, tree: Any) -> Any:
   return jax.tree.map(
       lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
       tree, shardings)
+
+
+def init_sharded(mesh: jax.sharding.Mesh, init: Callable[[], Any]) -> Any:
+  """What `init` makes, parameters or a state of some, each device its part."""
+  return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init)))()
+
+
+def shapes_sharded(mesh: jax.sharding.Mesh, init: Callable[[], Any]) -> Any:
+  """`init_sharded` as abstract arrays: nothing is computed."""
+  shapes = jax.eval_shape(init)
+  return place(shardings(mesh, shapes), shapes)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -107,8 +107,7 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
                                          settings.checkpoint.init_step)
     log.info('starting from the weights of %s, step %d',
              settings.checkpoint.init_from, step)
-  state = jax.jit(training.init_state, out_shardings=meshes.shardings(
-      run.mesh, jax.eval_shape(training.init_state)))()
+  state = meshes.init_sharded(run.mesh, training.init_state)
   if initial is not None:
     if state.ema_params is not None:
       state = state.replace(ema_params=jax.tree.map(lambda x: x.copy(), initial))

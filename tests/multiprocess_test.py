@@ -158,9 +158,8 @@ class Trainer:
     objective = configs.make_objective(self.config, self.packed.tokenizer.mask_id)
     optimizer = optim.make_optimizer(settings.optim, settings.train.num_steps)
     shards = meshes.shards(self.mesh)
-    init = lambda: states.init_state(shape, objective, optimizer, 0, True, shards)
-    self.state = jax.jit(init, out_shardings=meshes.shardings(
-        self.mesh, jax.eval_shape(init)))()
+    self.state = meshes.init_sharded(self.mesh, lambda: states.init_state(
+        shape, objective, optimizer, 0, True, shards))
     self.train_step = steps.make_train_step(
         steps.Network(shape, settings.train.chunk_size, shards),
         objective, optimizer, optim.make_schedule(settings.optim, settings.train.num_steps),

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -351,8 +352,14 @@ def test_generates(running):
       token for token in masked if token is not None]
 
 
-def test_streams_what_it_generates(running):
+def test_streams_what_it_generates(running, monkeypatch):
   _, server = running
+  change = serve_engine.Row.change
+
+  def slow(row, **values):  # so that there is time to send each
+    change(row, **values)
+    time.sleep(0.1)
+  monkeypatch.setattr(serve_engine.Row, 'change', slow)
   body = {'prompt': 'a{}b', 'seed': 5, 'num_samples': 2}
   _, headers, text = ask(server, 'POST', '/api/stream', body)
   assert headers['Content-Type'].startswith('text/event-stream')
@@ -373,8 +380,7 @@ def test_streams_what_it_generates(running):
         canvases[data['row']]['tokens'][i] = token
         canvases[data['row']]['texts'][i] = part
   name, done = found[-1]
-  # How many depends on the time there was to send them.
-  assert name == 'done' and num_reveals >= 1
+  assert name == 'done' and num_reveals >= 4
   assert done == post(server, '/api/generate', body)[1]
   for i, one in enumerate(done['samples']):
     assert canvases[i]['tokens'] == one['tokens']
@@ -647,6 +653,13 @@ def test_pages_ask_nobody_else(running):
   assert {'fixed_count', 'remask'} <= {one['name'] for one in info['samplers']}
   assert post(server, '/api/tokenize', {'text': 'é{}'})[1] == {
       'tokens': [0xc3, 0xa9, 123, 125], 'texts': ['é', '', '{', '}']}
+
+
+@pytest.mark.parametrize('name', ['replay.html', 'playground.html'])
+def test_pages_have_the_script_that_they_share(name):
+  page = pages.read(name)
+  assert re.search(r'function visible.*?\n}\nconst point.*?;\n', page, re.DOTALL)
+  assert '.js*/' not in page
 
 
 def test_pages_are_read_once(running):

@@ -256,8 +256,7 @@ class MemoryTest(parameterized.TestCase):
     init = lambda: states.init_state(
         network.config, OBJECTIVES['masked'], optax.adamw(1e-3), 0, True,
         network.shards)
-    state = jax.jit(init, out_shardings=meshes.shardings(
-        mesh, jax.eval_shape(init)))()
+    state = meshes.init_sharded(mesh, init)
     leaves = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
     whole = sum(x.nbytes for x in leaves)
     own = sum(x.addressable_shards[0].data.nbytes for x in leaves)
