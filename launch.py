@@ -17,7 +17,7 @@ import pathlib
 import signal
 import sys
 
-from nanodlm import hugepages
+from nanodlm.devices import hugepages
 
 if __name__ == '__main__':
   hugepages.restart_with_huge_pages()
@@ -32,7 +32,7 @@ from absl import logging as absl_logging
 import jax
 from ml_collections import config_flags
 
-from nanodlm import multihost
+from nanodlm.devices import multihost
 from nanodlm.types import InputError
 
 BASE = str(pathlib.Path(__file__).parent / 'configs' / 'base.py')
@@ -248,13 +248,13 @@ def _run() -> int:
     evaluate.fit_mesh(config)
   settings = configs.validate(config, given)
   if mode == 'prepare':
-    from nanodlm.data import builder  # pylint: disable=g-import-not-at-top
-    packed = builder.prepare(settings.data, settings.tokenizer,
+    from nanodlm.data import prepare  # pylint: disable=g-import-not-at-top
+    packed = prepare.prepare(settings.data, settings.tokenizer,
                              engine=_make_engine())
     logging.getLogger('nanodlm').info('prepared: %s', ', '.join(packed.folders))
     return 0
-  from nanodlm import checkpoint  # pylint: disable=g-import-not-at-top
-  from nanodlm import lock  # pylint: disable=g-import-not-at-top
+  from nanodlm.training import checkpoint  # pylint: disable=g-import-not-at-top
+  from nanodlm.devices import lock  # pylint: disable=g-import-not-at-top
   from nanodlm import train  # pylint: disable=g-import-not-at-top
   if mode != 'serve':  # which writes nothing
     train.check_writable(workdir)
@@ -277,7 +277,7 @@ def _run() -> int:
     signal.signal(signal.SIGTERM, _exit_at_once)
   if mode == 'eval':
     from nanodlm import evaluate  # pylint: disable=g-import-not-at-top
-    from nanodlm import infill  # pylint: disable=g-import-not-at-top
+    from nanodlm.evals import infill  # pylint: disable=g-import-not-at-top
     ratios = infill.parse_ratios(_INFILL.value)
     trained_on = evaluate.load_config(workdir, defaults).data.source
     subject = evaluate.open_subject(config, settings, workdir, trained_on)
@@ -290,12 +290,12 @@ def _run() -> int:
     if jax.process_count() > 1:
       raise InputError('--mode=serve runs in one process; there are '
                        f'{jax.process_count()}')
-    from nanodlm import serve  # pylint: disable=g-import-not-at-top
-    number = serve.serve_workdir(config, settings, workdir, _HOST.value,
+    from nanodlm.serving import app  # pylint: disable=g-import-not-at-top
+    number = app.serve_workdir(config, settings, workdir, _HOST.value,
                                  _PORT.value)
     return 128 + number if number else 0
   else:
-    from nanodlm import replay  # pylint: disable=g-import-not-at-top
+    from nanodlm.show import replay  # pylint: disable=g-import-not-at-top
     from nanodlm import sample  # pylint: disable=g-import-not-at-top
     prompts = list(_PROMPT.value)
     if _PROMPT_FILE.value is not None:
@@ -323,7 +323,7 @@ def _make_engine():
 
 def _compile(configs) -> int:
   """--mode=compile, with no device or process but this one."""
-  from nanodlm import compile as ahead  # pylint: disable=g-import-not-at-top
+  from nanodlm.perf import compile as ahead  # pylint: disable=g-import-not-at-top
   topology, workdir = _TOPOLOGY.value, _WORKDIR.value
   if workdir:
     from nanodlm import train  # pylint: disable=g-import-not-at-top
@@ -342,7 +342,7 @@ def _compile(configs) -> int:
 
 def _make_display():
   """What --live asks for; None is plain text."""
-  from nanodlm import live  # pylint: disable=g-import-not-at-top
+  from nanodlm.show import live  # pylint: disable=g-import-not-at-top
   import rich.console  # pylint: disable=g-import-not-at-top
   console = rich.console.Console()
   is_possible = live.is_possible(console) and jax.process_count() == 1
@@ -362,14 +362,14 @@ def _make_page():
   if jax.process_count() > 1:
     raise InputError(f'--html={_HTML.value!r} is for one process: each sees its own '
                      'samples only')
-  from nanodlm import replay  # pylint: disable=g-import-not-at-top
+  from nanodlm.show import replay  # pylint: disable=g-import-not-at-top
   return replay.Page(_HTML.value, _ALTERNATIVES.value)
 
 
 def _convert(mode: str, workdir: str) -> int:
   """--mode=import and --mode=export, on this process's CPU."""
-  from nanodlm import checkpoint  # pylint: disable=g-import-not-at-top
-  from nanodlm import convert  # pylint: disable=g-import-not-at-top
+  from nanodlm.training import checkpoint  # pylint: disable=g-import-not-at-top
+  from nanodlm.interop import convert  # pylint: disable=g-import-not-at-top
   from nanodlm import train  # pylint: disable=g-import-not-at-top
   if _is_config_given():
     raise InputError(f'--mode={mode} makes or reads the config of --workdir; leave '
@@ -392,7 +392,7 @@ def _convert(mode: str, workdir: str) -> int:
   if changes:
     raise InputError(f'--config.{sorted(changes)[0]} has no effect with '
                      '--mode=export')
-  from nanodlm import export  # pylint: disable=g-import-not-at-top
+  from nanodlm.interop import export  # pylint: disable=g-import-not-at-top
   export.export_checkpoint(workdir, _OUTPUT.value, family=_FAMILY.value)
   return 0
 

@@ -1,6 +1,6 @@
 """Shape S2 of the speed comparison: a small network under a 50k vocabulary.
 
-    python -m nanodlm.benchmark --config=configs/bpe_small.py --vocab_size=50258
+    python -m nanodlm.perf.benchmark --config=configs/bpe_small.py --vocab_size=50258
 
 4 layers, width 256, length 256, batch 8. The figures stand in the README.
 """

@@ -1,6 +1,6 @@
 """Shape S1 of the speed comparison: 6 layers, width 384, length 256, batch 16.
 
-    python -m nanodlm.benchmark --config=configs/chars_small.py --vocab_size=67
+    python -m nanodlm.perf.benchmark --config=configs/chars_small.py --vocab_size=67
 
 nanoGPT's character-level Shakespeare model. The figures stand in the README.
 """

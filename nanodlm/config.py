@@ -10,16 +10,16 @@ from typing import Collection
 
 from ml_collections import config_dict
 
-from nanodlm import categorical
-from nanodlm import guidance
-from nanodlm import mesh
-from nanodlm import model
+from nanodlm.noise import categorical
+from nanodlm.samplers import guidance
+from nanodlm.devices import mesh
+from nanodlm.model import transformer
 from nanodlm import objectives
-from nanodlm import optim
+from nanodlm.training import optim
 from nanodlm import samplers
-from nanodlm import schedules
-from nanodlm import sharding
-from nanodlm import times
+from nanodlm.noise import schedules
+from nanodlm.devices import sharding
+from nanodlm.noise import times
 from nanodlm import types
 from nanodlm.data import sources
 from nanodlm.samplers import block
@@ -254,7 +254,7 @@ def validate(config: config_dict.ConfigDict, given: Collection[str] = (),
   for key, length in (('data', settings.data.length),
                       ('sampler', settings.sample.length)):
     if length:
-      model.check_shards(network, sharding.Shards(), length)
+      transformer.check_shards(network, sharding.Shards(), length)
     if 0 < network.num_positions < length:
       raise InputError(f'{key}.length={length!r} must be at most '
                        f'model.num_positions={network.num_positions!r}')
@@ -363,10 +363,10 @@ def make_objective(config: config_dict.ConfigDict, mask_id: int) -> Objective:
 
 
 def make_model(config: config_dict.ConfigDict, vocab_size: int,
-               platform: str = '') -> model.ModelConfig:
+               platform: str = '') -> transformer.ModelConfig:
   """The network's shape, causal where the objective is."""
   objective = make_objective(config, vocab_size - 1)
-  return _build(model.ModelConfig, config.model, vocab_size=vocab_size,
+  return _build(transformer.ModelConfig, config.model, vocab_size=vocab_size,
                 causal=objective.causal, block_size=objective.block_size,
                 platform=platform)
 

@@ -11,15 +11,15 @@ import jax
 from ml_collections import config_dict
 import numpy as np
 
-from nanodlm import checkpoint
+from nanodlm.training import checkpoint
 from nanodlm import config as configs
-from nanodlm import mesh as meshes
-from nanodlm import metrics
-from nanodlm import multihost
-from nanodlm import step as steps
-from nanodlm import times
-from nanodlm import tokenizers
-from nanodlm.data import builder
+from nanodlm.devices import mesh as meshes
+from nanodlm.training import metrics
+from nanodlm.devices import multihost
+from nanodlm.steps import train as steps
+from nanodlm.noise import times
+from nanodlm.data import tokenizers
+from nanodlm.data import prepare
 from nanodlm.data import pipeline
 from nanodlm.types import InputError
 from nanodlm.types import Objective
@@ -99,7 +99,7 @@ def make_run(config: config_dict.ConfigDict, settings: configs.Settings,
              configs.make_objective(config, tokenizer.mask_id))
 
 
-def make_evaluate(run: Run, packed: builder.PackedData
+def make_evaluate(run: Run, packed: prepare.PackedData
                   ) -> Callable[..., dict[str, float] | None]:
   """Builds evaluate(params, max_examples=0, should_stop=never) -> means.
 
@@ -242,7 +242,7 @@ def pad_rows(x: np.ndarray, num_rows: int) -> np.ndarray:
   return np.pad(x, ((0, num_rows - len(x)),) + ((0, 0),) * (x.ndim - 1))
 
 
-def validation_rows(run: Run, packed: builder.PackedData, num_examples: int
+def validation_rows(run: Run, packed: prepare.PackedData, num_examples: int
                     ) -> dict[str, np.ndarray]:
   """The first rows of the validation split, at most `num_examples` (0: all)."""
   num = min(num_examples or len(packed.validation), len(packed.validation))
@@ -257,7 +257,7 @@ def check_noisy(run: Run, num_examples: int):
                      f'{run.config.objective.name!r} is exact, without noise')
 
 
-def measure_noise(run: Run, packed: builder.PackedData, params: Any,
+def measure_noise(run: Run, packed: prepare.PackedData, params: Any,
                   num_examples: int) -> dict[str, float]:
   """How much of the bound's uncertainty is noise, against the naive estimator.
 
@@ -330,7 +330,7 @@ def own_tokenizer(settings: configs.Settings, workdir: str
 
 def open_data(settings: configs.Settings, workdir: str,
               tokenizer: tokenizers.Tokenizer, trained_on: str
-              ) -> builder.PackedData:
+              ) -> prepare.PackedData:
   """The text of settings.data.source as ids of the run's own tokenizer.
 
   Args:
@@ -350,7 +350,7 @@ def open_data(settings: configs.Settings, workdir: str,
       # The run's tokenizer, not a new one for this text.
       wanted = configs.TokenizerConfig(
           wanted.name, str(pathlib.Path(workdir) / tokenizers.SAVED_MODEL), 0)
-  packed = builder.prepare(settings.data, wanted)
+  packed = prepare.prepare(settings.data, wanted)
   if packed.tokenizer.fingerprint != tokenizer.fingerprint:
     raise InputError(
         f'data.source={settings.data.source!r} has changed since the run in '
@@ -372,7 +372,7 @@ class Subject:
 
   workdir: str
   run: Run
-  packed: builder.PackedData
+  packed: prepare.PackedData
   params: Any
   step: int
 

@@ -15,13 +15,13 @@ import numpy as np
 
 from nanodlm import config as configs
 from nanodlm import evaluate
-from nanodlm import live
-from nanodlm import mesh as meshes
-from nanodlm import replay
-from nanodlm import step as steps
-from nanodlm import tokenizers
+from nanodlm.show import live
+from nanodlm.devices import mesh as meshes
+from nanodlm.show import replay
+from nanodlm.steps import train as steps
+from nanodlm.data import tokenizers
 from nanodlm import types
-from nanodlm import watch
+from nanodlm.show import watch
 from nanodlm.types import Canvas
 from nanodlm.types import InputError
 

@@ -16,22 +16,22 @@ import jax
 from ml_collections import config_dict
 import numpy as np
 
-from nanodlm import checkpoint
+from nanodlm.training import checkpoint
 from nanodlm import config as configs
 from nanodlm import evaluate
-from nanodlm import hugepages
-from nanodlm import lock
-from nanodlm import mesh as meshes
-from nanodlm import metrics
-from nanodlm import model
-from nanodlm import multihost
-from nanodlm import replay
+from nanodlm.devices import hugepages
+from nanodlm.devices import lock
+from nanodlm.devices import mesh as meshes
+from nanodlm.training import metrics
+from nanodlm.model import transformer
+from nanodlm.devices import multihost
+from nanodlm.show import replay
 from nanodlm import sample
-from nanodlm import sharding
-from nanodlm import state as states
-from nanodlm import step as steps
-from nanodlm import tokenizers
-from nanodlm.data import builder
+from nanodlm.devices import sharding
+from nanodlm.training import state as states
+from nanodlm.steps import train as steps
+from nanodlm.data import tokenizers
+from nanodlm.data import prepare
 from nanodlm.data import pipeline
 from nanodlm.types import InputError
 
@@ -90,7 +90,7 @@ def train(config: config_dict.ConfigDict, settings: configs.Settings,
   if init_from and not (has_checkpoint or _has_tokenizer(init_from)):
     raise InputError(f'checkpoint.init_from={init_from!r} holds no run (no '
                      f'{tokenizers.SAVED} in it)')
-  packed = builder.prepare(
+  packed = prepare.prepare(
       settings.data, evaluate.own_tokenizer(settings, workdir)
       if _has_tokenizer(workdir) else settings.tokenizer)
   run = evaluate.make_run(config, settings, packed.tokenizer)
@@ -155,7 +155,7 @@ def _has_tokenizer(workdir: str) -> bool:
   return (pathlib.Path(workdir) / tokenizers.SAVED).is_file()
 
 
-def _check_same_text(workdir: str, packed: builder.PackedData,
+def _check_same_text(workdir: str, packed: prepare.PackedData,
                      has_checkpoint: bool):
   """Raises InputError where the run in `workdir` was trained on other tokens."""
   if (_has_tokenizer(workdir) and tokenizers.load(workdir).fingerprint
@@ -179,7 +179,7 @@ def _check_same_text(workdir: str, packed: builder.PackedData,
 def _check_devices(config: config_dict.ConfigDict, settings: configs.Settings):
   """Checks batch sizes and network against the devices, before data is prepared."""
   mesh = meshes.make_mesh(settings.mesh)
-  model.check_shards(configs.make_model(config, vocab_size=2),
+  transformer.check_shards(configs.make_model(config, vocab_size=2),
                      meshes.shards(mesh), settings.data.length)
   group_size = configs.make_objective(config, mask_id=1).group_size
   steps.check_batch_size(settings.train.batch_size, mesh,
@@ -218,7 +218,7 @@ def write_config(workdir: str, config: config_dict.ConfigDict,
   temporary.replace(path)
 
 
-def _describe(run: evaluate.Run, data: builder.PackedData,
+def _describe(run: evaluate.Run, data: prepare.PackedData,
               state: states.TrainState):
   tokenizer = run.tokenizer
   device = jax.devices()[0]
@@ -364,7 +364,7 @@ def _loop(run, packed, workdir, state, train_step, evaluate_params, manager,
   draw = sample.make_sample(run) if train.num_samples else None
   prompt = _first_prompt(run, packed)
   peak = metrics.peak_flops(jax.devices()[0].device_kind)
-  flops = model.train_flops_per_token(run.network.config, length)
+  flops = transformer.train_flops_per_token(run.network.config, length)
   actions = _make_actions(settings, workdir, first_step)
   window, in_flight, skipped, in_a_row = _Window(), collections.deque(), 0, 0
 
@@ -513,7 +513,7 @@ def some_values(params: Any) -> dict[str, np.ndarray]:
   return values
 
 
-def _first_prompt(run: evaluate.Run, packed: builder.PackedData) -> str:
+def _first_prompt(run: evaluate.Run, packed: prepare.PackedData) -> str:
   """What samples in training start from: of pairs the first held-out prompt.
 
   Nothing where it cannot be laid out: it holds characters that the tokenizer

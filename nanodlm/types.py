@@ -5,7 +5,13 @@ from typing import Any, Callable, NamedTuple, Protocol
 
 import jax
 
-from nanodlm.errors import InputError  # pylint: disable=unused-import
+
+class InputError(ValueError):
+  """An error caused by user input: a setting, a file, a prompt, a workdir.
+
+  The message names the key, the value and what is allowed; launch.py prints it
+  without a traceback.
+  """
 
 
 class Noised(NamedTuple):

@@ -8,7 +8,7 @@ from ml_collections import config_dict
 from configs import base
 from configs import sft
 from nanodlm import config as configs
-from nanodlm import guidance
+from nanodlm.samplers import guidance
 from nanodlm import objectives
 from nanodlm import samplers
 from nanodlm.types import InputError
@@ -290,7 +290,7 @@ class ValidateTest(parameterized.TestCase):
         'train': configs.TrainConfig, 'eval': configs.EvalConfig,
         'checkpoint': configs.CheckpointConfig,
         'optim': configs.optim.OptimConfig, 'mesh': configs.mesh.MeshConfig,
-        'model': configs.model.ModelConfig}
+        'model': configs.transformer.ModelConfig}
     for section, values in base.get_config().items():
       if section in read:
         fields = set(read[section].__dataclass_fields__)

@@ -9,7 +9,7 @@ import re
 import pytest
 
 import nanodlm
-from nanodlm import families
+from nanodlm.interop import families
 
 MODULES = ['nanodlm', *sorted(
     module.name for module in pkgutil.walk_packages(nanodlm.__path__, 'nanodlm.'))]

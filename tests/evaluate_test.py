@@ -11,7 +11,7 @@ import pytest
 
 from nanodlm import config as configs
 from nanodlm import evaluate
-from nanodlm import masking
+from nanodlm.objectives import masking
 from nanodlm.types import InputError
 from tests import workdirs
 

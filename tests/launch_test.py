@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from nanodlm import checkpoint
+from nanodlm.training import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=configs/tiny.py'

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nanodlm import sample
-from nanodlm import tokenizers
+from nanodlm.data import tokenizers
 from nanodlm.sample import Gap
 from nanodlm.types import InputError
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from nanodlm import model
+from nanodlm.model import transformer
 
 # Tokens 0, 1, 2 and the mask; texts of three tokens.
 VOCAB = 3
@@ -195,4 +195,4 @@ def model_config(**changes):
       time_conditioning=False, time_form='dit', time_dim=0, output_bias=False,
       embedding_dim=0, causal=False, block_size=0, rope_theta=1e4, dtype='float32',
       remat='none', unroll=False, attention='auto')
-  return model.ModelConfig(**{**fields, **changes})
+  return transformer.ModelConfig(**{**fields, **changes})

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from nanodlm import mesh as meshes
+from nanodlm.devices import mesh as meshes
 from nanodlm import train
 
 

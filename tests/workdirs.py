@@ -6,14 +6,14 @@ import functools
 import jax
 import numpy as np
 
-from nanodlm import checkpoint
+from nanodlm.training import checkpoint
 from nanodlm import config as configs
 from nanodlm import evaluate
-from nanodlm import model
-from nanodlm import optim
-from nanodlm import state as states
-from nanodlm import tokenizers
-from nanodlm.data import builder
+from nanodlm.model import transformer
+from nanodlm.training import optim
+from nanodlm.training import state as states
+from nanodlm.data import tokenizers
+from nanodlm.data import prepare
 
 LENGTH = 16
 TEXT = 'The quick brown fox jumps over the lazy dog, and so on. \u00e9\n' * 60
@@ -61,7 +61,7 @@ def make_workdir(folder, *, scale=3.0, **changes):
   if config.objective.name != 'ar':
     config.sampler.num_steps = 4
   settings = configs.validate(config)
-  packed = builder.prepare(settings.data, settings.tokenizer)
+  packed = prepare.prepare(settings.data, settings.tokenizer)
   shape = configs.make_model(config, packed.tokenizer.vocab_size)
   optimizer = optim.make_optimizer(settings.optim, 1)
   state = states.init_state(
@@ -89,6 +89,6 @@ def log_probs(run, params, tokens):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, tokens):
-  hidden = model.Transformer(config).apply({'params': params}, tokens,
+  hidden = transformer.Transformer(config).apply({'params': params}, tokens,
                                            np.zeros(1))
-  return model.output_logits(model.output_kernel(params), hidden)
+  return transformer.output_logits(transformer.output_kernel(params), hidden)

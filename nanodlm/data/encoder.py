@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanodlm import tokenizers
+from nanodlm.data import tokenizers
 from nanodlm.data import sources
 from nanodlm.types import InputError
 

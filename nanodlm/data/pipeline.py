@@ -24,7 +24,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from nanodlm.data.builder import MixedRows, PackedData, PackedRows
+from nanodlm.data.prepare import MixedRows
+from nanodlm.data.prepare import PackedData
+from nanodlm.data.prepare import PackedRows
 from nanodlm.types import InputError
 
 Batch = dict[str, np.ndarray]

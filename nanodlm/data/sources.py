@@ -38,7 +38,7 @@ import zlib
 from absl import logging
 import numpy as np
 
-from nanodlm.tokenizers import is_reachable
+from nanodlm.data.tokenizers import is_reachable
 from nanodlm.types import InputError
 
 # Documents longer than this many characters are read and encoded in pieces.

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm import categorical
+from nanodlm.noise import categorical
 from nanodlm.types import Noised
 from nanodlm.types import Objective
 from nanodlm.types import Terms

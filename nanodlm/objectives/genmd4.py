@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanodlm import categorical
-from nanodlm import processes
-from nanodlm import times
+from nanodlm.noise import categorical
+from nanodlm.noise import processes
+from nanodlm.noise import times
 from nanodlm.types import Noised
 from nanodlm.types import Objective
 from nanodlm.types import Terms

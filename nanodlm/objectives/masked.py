@@ -4,8 +4,8 @@ import dataclasses
 
 import jax
 
-from nanodlm import categorical
-from nanodlm import masking
+from nanodlm.noise import categorical
+from nanodlm.objectives import masking
 from nanodlm.types import Terms
 
 

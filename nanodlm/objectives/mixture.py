@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm import categorical
-from nanodlm import processes
-from nanodlm import schedules
-from nanodlm import times
+from nanodlm.noise import categorical
+from nanodlm.noise import processes
+from nanodlm.noise import schedules
+from nanodlm.noise import times
 from nanodlm.types import InputError
 from nanodlm.types import Noised
 from nanodlm.types import Objective

@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm import categorical
-from nanodlm import masking
+from nanodlm.noise import categorical
+from nanodlm.objectives import masking
 from nanodlm.types import Terms
 
 

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm import reveal
-from nanodlm import schedules
-from nanodlm import times
-from nanodlm.categorical import Draw
+from nanodlm.samplers import reveal
+from nanodlm.noise import schedules
+from nanodlm.noise import times
+from nanodlm.noise.categorical import Draw
 from nanodlm.types import Canvas
 from nanodlm.types import Denoise
 from nanodlm.types import Sampler

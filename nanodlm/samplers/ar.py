@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm import reveal
-from nanodlm import sharding
-from nanodlm.categorical import Draw
+from nanodlm.samplers import reveal
+from nanodlm.devices import sharding
+from nanodlm.noise.categorical import Draw
 from nanodlm.types import CachedDenoise
 from nanodlm.types import Canvas
 from nanodlm.types import Sampler

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm import categorical
-from nanodlm import processes
-from nanodlm import sharding
-from nanodlm.categorical import Draw
+from nanodlm.noise import categorical
+from nanodlm.noise import processes
+from nanodlm.devices import sharding
+from nanodlm.noise.categorical import Draw
 from nanodlm.types import Canvas
 from nanodlm.types import Denoise
 from nanodlm.types import InputError

@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm import processes
-from nanodlm import reveal
-from nanodlm.categorical import Draw
+from nanodlm.noise import processes
+from nanodlm.samplers import reveal
+from nanodlm.noise.categorical import Draw
 from nanodlm.types import Canvas
 from nanodlm.types import Denoise
 from nanodlm.types import Sampler

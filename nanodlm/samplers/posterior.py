@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm import categorical
-from nanodlm import reveal
-from nanodlm import sharding
-from nanodlm import times
-from nanodlm.categorical import Draw
+from nanodlm.noise import categorical
+from nanodlm.samplers import reveal
+from nanodlm.devices import sharding
+from nanodlm.noise import times
+from nanodlm.noise.categorical import Draw
 from nanodlm.types import Canvas
 from nanodlm.types import Denoise
 from nanodlm.types import InputError

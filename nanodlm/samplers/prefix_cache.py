@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nanodlm import reveal
-from nanodlm import sharding
+from nanodlm.samplers import reveal
+from nanodlm.devices import sharding
 from nanodlm.types import CachedDenoise
 from nanodlm.types import Canvas
 from nanodlm.types import InputError

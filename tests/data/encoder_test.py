@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanodlm import tokenizers
-from nanodlm.data import builder
+from nanodlm.data import tokenizers
+from nanodlm.data import prepare
 from nanodlm.data import encoder
 from nanodlm.data import pipeline
 from nanodlm.data import sources
@@ -38,7 +38,9 @@ BYTES = types.SimpleNamespace(name='bytes', path='', vocab_size=0)
 PROGRAM = '''
 import os, signal, types
 from nanodlm import config
-from nanodlm.data import builder, encoder, sources
+from nanodlm.data import prepare
+from nanodlm.data import encoder
+from nanodlm.data import sources
 if __name__ == '__main__':
   sources.PART_BYTES = 2000
   builder._PROGRESS_SECS = 0
@@ -78,7 +80,7 @@ class DataTest(parameterized.TestCase):
 
   def prepare(self, source, tokenizer=BYTES, engine=encoder.ThisProcess(),
               **changes):
-    return builder.prepare(self.config(source, **changes), tokenizer,
+    return prepare.prepare(self.config(source, **changes), tokenizer,
                            engine=engine)
 
   def write_jsonl(self, name='a.jsonl', number=300):
@@ -159,12 +161,12 @@ class EnginesTest(DataTest):
       self.skipTest('no apache-beam')
     source = self.write_jsonl()
     with mock.patch.object(sources, 'PART_BYTES', 2000), \
-        mock.patch.object(builder, '_SHARD_ROWS', 200):
+        mock.patch.object(prepare, '_SHARD_ROWS', 200):
       plain = self.prepare(source, data_dir=str(self.folder / 'plain'))
       beam = self.prepare(source, data_dir=str(self.folder / 'beam'),
                           engine=encoder.Beam(('runner=DirectRunner',)))
     self.assertGreater(len(beam.train.files), 1)
-    for split in builder.SPLITS:  # TFDS's records have their fields in any order
+    for split in prepare.SPLITS:  # TFDS's records have their fields in any order
       one, other = getattr(plain, split), getattr(beam, split)
       np.testing.assert_array_equal(stream(one), stream(other))
       self.assertEqual([rows for _, rows in one.files],
@@ -195,7 +197,7 @@ class EnginesTest(DataTest):
     engine = encoder.Workers(1)
     job = encoder.Job(sources.make_source(source), _Deadly(), self.folder, 1)
     with self.assertRaisesRegex(InputError, 'was killed, .*--prepare_workers'):
-      builder._encode(job, [encoder.Task(0, next(job.source.parts('train')), '')],
+      prepare._encode(job, [encoder.Task(0, next(job.source.parts('train')), '')],
                       None, engine)
 
   @parameterized.parameters('write', 'read')
@@ -383,7 +385,7 @@ class TokenRowsTest(DataTest):
     jsonl = self.folder / 'same.jsonl'
     jsonl.write_text(''.join(json.dumps({'text': t}) + '\n' for t in texts))
     same = self.prepare(f'jsonl:{jsonl}', length=4)
-    for split in builder.SPLITS:
+    for split in prepare.SPLITS:
       np.testing.assert_array_equal(stream(getattr(packed, split)),
                                     stream(getattr(same, split)))
 
@@ -414,12 +416,12 @@ class HuggingFaceTest(DataTest):
     with mock.patch.object(sources, 'PART_ROWS', 30):
       packed = self.prepare(f'hf:{self.data}', engine=encoder.Workers(1))
       rows = self.prepare(f'hf_tokens:{self.data}:tokens')
-    for split in builder.SPLITS:
+    for split in prepare.SPLITS:
       np.testing.assert_array_equal(stream(getattr(packed, split)),
                                     stream(getattr(same, split)))
     everything = ''.join(text + '\n\n' for text in texts)
     decoded = ''.join(rows.tokenizer.decode(stream(getattr(rows, split)))
-                      for split in builder.SPLITS)
+                      for split in prepare.SPLITS)
     self.assertStartsWith(everything, decoded)
 
   def test_its_own_validation_split(self):
@@ -472,7 +474,7 @@ class MixtureTest(DataTest):
 
   def test_shares_order_and_resuming(self):
     config = self.config(self.spec, **self.settings)
-    packed = builder.prepare(config, BYTES)
+    packed = prepare.prepare(config, BYTES)
     self.assertEqual(packed.weights, (0.75, 0.25))
     self.assertLen({path for folder in packed.folders
                     for path in pathlib.Path(folder).glob('manifest.json')}, 2)
@@ -488,7 +490,7 @@ class MixtureTest(DataTest):
 
   def test_what_is_held_out_has_the_same_shares(self):
     config = self.config(self.spec, **self.settings)
-    packed = builder.prepare(config, BYTES)
+    packed = prepare.prepare(config, BYTES)
     # 8 rows of a, 32 of b: 3 to 1 as long as there are both.
     self.assertLen(packed.validation, 10)
     for size, share in ((4, 3), (8, 6)):
@@ -513,7 +515,7 @@ class MixtureTest(DataTest):
 
   def test_random_windows_stay_in_their_source(self):
     config = self.config(self.spec, **{**self.settings, 'crop': 'random'})
-    packed = builder.prepare(config, BYTES)
+    packed = prepare.prepare(config, BYTES)
     batches = pipeline.make_train_iterator(packed, config, seed=0, batch_size=64)
     for _ in range(5):
       for row in next(batches)['tokens']:
@@ -521,12 +523,12 @@ class MixtureTest(DataTest):
 
   def test_each_source_is_prepared_once_and_alone(self):
     config = self.config(self.spec, **self.settings)
-    packed = builder.prepare(config, BYTES)
+    packed = prepare.prepare(config, BYTES)
     b = self.config(f'text:{self.folder}/b.txt', **self.settings)
-    with mock.patch.object(builder, '_build', side_effect=AssertionError), \
-        mock.patch.object(builder, 'prepare', wraps=builder.prepare) as prepare:
-      alone = builder.prepare(b, BYTES)
-      builder.prepare(config, BYTES)
+    with mock.patch.object(prepare, '_build', side_effect=AssertionError), \
+        mock.patch.object(prepare, 'prepare', wraps=prepare.prepare) as prepare:
+      alone = prepare.prepare(b, BYTES)
+      prepare.prepare(config, BYTES)
     self.assertEqual(packed.train.parts[1].files, alone.train.files)
     self.assertEqual(prepare.call_args.args[0], b)  # nothing else of it changes
     json.dumps(packed.metadata)

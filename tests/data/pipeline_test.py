@@ -11,7 +11,7 @@ from absl.testing import absltest
 from absl.testing import parameterized
 import numpy as np
 
-from nanodlm.data import builder
+from nanodlm.data import prepare
 from nanodlm.data import pipeline
 from nanodlm.types import InputError
 from tests import workdirs
@@ -45,7 +45,7 @@ class PipelineTest(parameterized.TestCase):
     for i in range(60):
       with open(os.path.join(folder, f'{i:02d}.txt'), 'w') as file:
         file.write(f'document {i:02d} é ' * (i % 7 + 1))
-    cls.packed = builder.prepare(
+    cls.packed = prepare.prepare(
         workdirs.DataConfig(source=f'text:{folder}/*.txt', data_dir=folder),
         types.SimpleNamespace(name='bytes', path='', vocab_size=0))
     cls.rows = np.stack([cls.packed.train[i]['tokens']
@@ -231,7 +231,7 @@ class PipelineTest(parameterized.TestCase):
         file.write('x' * 40)
       settings = workdirs.DataConfig(source=f'text:{path}', data_dir=folder,
                             eval_fraction=0.5, crop='random')
-      packed = builder.prepare(settings, types.SimpleNamespace(
+      packed = prepare.prepare(settings, types.SimpleNamespace(
           name='bytes', path='', vocab_size=0))
       self.assertLen(packed.train, 1)
       batch = next(pipeline.make_train_iterator(
@@ -284,7 +284,7 @@ class PairsTest(parameterized.TestCase):
         pair = {'prompt': f'{i}?', 'response': 'é' * (i % 6 + 1)}
         file.write(json.dumps(pair) + '\n')
     cls.source = f'pairs:{path}'
-    cls.packed = builder.prepare(
+    cls.packed = prepare.prepare(
         workdirs.DataConfig(source=cls.source, data_dir=folder, eval_fraction=0.2),
         types.SimpleNamespace(name='bytes', path='', vocab_size=0))
 

@@ -1,0 +1,1 @@
+"""Evaluation suites on top of a trained run."""

@@ -1,0 +1,1 @@
+"""Noise processes, their schedules and times, and draws from categorical laws."""

@@ -1,0 +1,1 @@
+"""Performance tools: benchmark, ahead-of-time compilation."""

@@ -1,0 +1,1 @@
+"""Views of samples and runs: terminal, replay page, report."""

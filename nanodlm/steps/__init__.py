@@ -1,0 +1,1 @@
+"""The jitted steps: training, evaluation, sampling."""

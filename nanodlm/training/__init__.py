@@ -1,0 +1,1 @@
+"""Training state, optimiser, metrics and checkpoints."""

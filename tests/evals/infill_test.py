@@ -1,0 +1,64 @@
+"""Infilling: which tokens are masked, and what counts as restored."""
+
+import numpy as np
+import pytest
+
+from nanodlm import evaluate
+from nanodlm.evals import infill
+from nanodlm.types import InputError
+from tests import workdirs
+
+
+@pytest.mark.parametrize('pattern', infill.PATTERNS)
+@pytest.mark.parametrize('ratio, num', [(0.1, 1), (0.25, 3), (1.0, 12)])
+def test_gaps(pattern, ratio, num):
+  eligible = np.ones((50, 16), bool)
+  eligible[:, :4] = False
+  eligible[7] = False
+  gaps = infill.sample_gaps(np.random.default_rng(0), eligible, ratio, pattern)
+  assert not np.any(gaps & ~eligible)
+  expected = np.where(np.arange(50) == 7, 0, num)
+  np.testing.assert_array_equal(gaps.sum(1), expected)
+  # Every eligible place is used by some row.
+  np.testing.assert_array_equal(gaps.any(0), eligible[0])
+  runs = np.sum(np.diff(gaps.astype(int), axis=1, prepend=0) == 1, axis=1)
+  assert pattern == 'uniform' or runs.max() == 1
+  assert pattern == 'span' or num in (1, 12) or runs.max() > 1
+
+
+def test_accuracy(tmp_path):
+  workdir = workdirs.make_workdir(tmp_path, scale=0.0, sampler__temperature=0.0)
+  run, params, _ = evaluate.open_run(workdir)
+  # Equal logits at temperature 0: the sampler writes 0 everywhere.
+  tokens = np.zeros((20, 16), np.int32)
+  tokens[15:] = 65
+  tokens[:5, 0] = 65  # given, not asked for
+  weight = np.ones(tokens.shape, np.float32)
+  weight[:5, 0] = 0
+  results = infill.measure_infilling(
+      run, params, {'tokens': tokens, 'weight': weight}, [0.25, 1.0])
+  assert [(r['pattern'], r['ratio']) for r in results] == [
+      ('uniform', 0.25), ('uniform', 1.0), ('span', 0.25), ('span', 1.0)]
+  for result in results:
+    assert result['exact_match'] == 0.75
+    assert result['num_examples'] == 20
+    assert abs(result['accuracy'] - 0.75) < 0.01
+    assert 0.1 < result['accuracy_ci95'] < 0.3
+    assert result['num_calls'] == 4
+  assert results[1]['num_tokens'] == 20 * 16 - 5
+
+
+@pytest.mark.parametrize('changes', [
+    {'objective__name': 'ar'},
+    {'objective__name': 'block', 'objective__block_size': 4}])
+def test_networks_that_do_not_see_what_is_behind_are_refused(changes, tmp_path):
+  run, params, _ = evaluate.open_run(workdirs.make_workdir(tmp_path, **changes))
+  with pytest.raises(InputError, match='both sides'):
+    infill.measure_infilling(run, params, {}, [0.5])
+
+
+@pytest.mark.parametrize('texts', [['x'], ['0'], ['0.5', '1.5'], ['nan']])
+def test_ratios(texts):
+  assert infill.parse_ratios(['0.1', '1']) == [0.1, 1.0]
+  with pytest.raises(InputError, match='--infill='):
+    infill.parse_ratios(texts)

@@ -1,0 +1,963 @@
+"""Tests of nanodlm.samplers and reveal: an exact posterior, exact laws."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Callable
+
+from absl.testing import parameterized
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanodlm.samplers import guidance
+from nanodlm.objectives import masking
+from nanodlm.noise import processes
+from nanodlm.samplers import reveal
+from nanodlm import samplers
+from nanodlm.noise import schedules
+from nanodlm.noise import times
+from nanodlm.noise.categorical import Draw
+from nanodlm.samplers.guidance import Guided
+from nanodlm.objectives.d3pm import D3PM
+from nanodlm.objectives.genmd4 import GenMD4
+from nanodlm.objectives.masked import Masked
+from nanodlm.objectives.mixture import Hybrid
+from nanodlm.objectives.mixture import Uniform
+from nanodlm.objectives.sedd import ScoreEntropy
+from nanodlm.samplers.ancestral import Ancestral
+from nanodlm.samplers.ar import LeftToRight
+from nanodlm.samplers.block import Block
+from nanodlm.samplers.confidence import Confidence
+from nanodlm.samplers.first_hitting import FirstHitting
+from nanodlm.samplers.fixed_count import FixedCount
+from nanodlm.samplers.posterior import CORRECTION_TIME
+from nanodlm.samplers.posterior import Posterior
+from nanodlm.samplers.prefix_cache import PrefixCache
+from nanodlm.samplers.remask import Remask
+from nanodlm.types import Canvas
+from nanodlm.types import InputError
+from tests import toys
+from tests.toys import LENGTH
+from tests.toys import MASK
+from tests.toys import TEXTS
+
+DRAW = Draw(MASK)
+NUM_ROWS = 8_000
+JOINT = toys.random_joint(0)
+POSTERIOR = toys.posterior_table(JOINT)
+# Further from a product of marginals, and less even.
+SHARP_JOINT = JOINT ** 2.5 / np.sum(JOINT ** 2.5)
+SHARP = toys.posterior_table(SHARP_JOINT)
+SHARP_NETWORK = toys.CachedTable(SHARP)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A sampler's row.
+
+  Attributes:
+    exact: set so that its law is the joint (or closer than the test sees).
+    num_calls: (free positions) -> (least, most) calls of `exact`.
+    fixed: a prompt that it can work with.
+    network: what stands for the model.
+  """
+
+  exact: object
+  num_calls: Callable[[int], tuple[int, int]]
+  fixed: tuple[bool, ...] = (False, True, False)
+  network: object = toys.CachedTable(POSTERIOR)
+
+
+CASES = {
+    # One slot: a step that reveals n tokens of a row takes n calls.
+    'ancestral': Case(Ancestral(DRAW, num_steps=128), lambda n: (n, n * 128)),
+    # One call for the prompt.
+    'ar': Case(LeftToRight(DRAW), lambda n: (n, n + (n < LENGTH)),
+               (True, False, False), toys.CachedTable(POSTERIOR, causal=True)),
+    # Two blocks, the second shorter; one call more to cache the first.
+    'block': Case(Block(FixedCount(DRAW, 2), 2, MASK), lambda n: (n, n + 1),
+                  network=toys.CachedTable(POSTERIOR, block_size=2)),
+    'confidence': Case(Confidence(DRAW, num_steps=LENGTH, score='random'),
+                       lambda n: (n, n)),
+    'first_hitting': Case(FirstHitting(DRAW), lambda n: (n, n)),
+    'fixed_count': Case(FixedCount(DRAW, num_steps=LENGTH), lambda n: (n, n)),
+    'posterior': Case(Posterior(DRAW, 64, Masked(MASK)), lambda n: (64, 64)),
+    # A table's "keys" do not depend on other positions: never stale.
+    'prefix_cache': Case(PrefixCache(FixedCount(DRAW, 2), 2, MASK),
+                         lambda n: (n + 1, n + 2)),
+    'remask': Case(Remask(DRAW, num_steps=128, remask='cap', eta=0.01),
+                   lambda n: (n, n * 128)),
+}
+ROWS = list(CASES.items())
+
+
+def canvas_of(fixed, token=2):
+  """A canvas [B, L] with `token` wherever it is fixed."""
+  fixed = jnp.asarray(fixed)
+  return Canvas(jnp.where(fixed, token, MASK), fixed)
+
+
+def blank(num, length=LENGTH):
+  return canvas_of(np.zeros((num, length), bool))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def run(sampler, canvas, keys, network=toys.CachedTable(POSTERIOR)):
+  """Samples with the exact posterior as the denoiser."""
+  return sampler(keys, canvas, network)
+
+
+def keys_of(num, seed=0):
+  return jax.random.split(jax.random.key(seed), num)
+
+
+def histogram(tokens):
+  """Counts of the 27 texts; a mask among the tokens is an error."""
+  np.testing.assert_array_less(tokens, MASK)
+  return np.bincount(toys.text_index(tokens), minlength=len(TEXTS))
+
+
+def product_of_marginals():
+  """The law where all tokens are drawn at once from the blank canvas."""
+  p = np.exp(toys.log_softmax(POSTERIOR[-1]))
+  return np.prod([p[i, TEXTS[:, i]] for i in range(LENGTH)], axis=0)
+
+
+def chain_law(noise, table=POSTERIOR):
+  """The law of the reverse chain over a grid of noise levels, enumerated."""
+  one_hot = np.eye(MASK + 1)
+  p_x0 = np.concatenate([np.exp(toys.log_softmax(table)),
+                         np.zeros((len(toys.CANVASES), LENGTH, 1))], axis=-1)
+  law = np.zeros(len(toys.CANVASES))
+  law[-1] = 1  # all masks
+  for noise_t, noise_s in itertools.pairwise(np.asarray(noise)):
+    shown = jnp.full(toys.CANVASES.shape, (noise_t - noise_s) / noise_t)
+    q = np.asarray(processes.Masked(MASK).reveal(toys.CANVASES, p_x0, shown),
+                   np.float64)
+    # p(xs | xt) = prod_i q_i(xs_i), for every pair of canvases.
+    step = np.prod(q[:, None] * one_hot[toys.CANVASES][None], axis=-1,
+                   where=one_hot[toys.CANVASES][None] > 0).prod(-1)
+    law = law @ step
+  return law[toys.canvas_index(TEXTS)]
+
+
+class ConformanceTest(parameterized.TestCase):
+
+  def test_every_sampler_has_a_row(self):
+    self.assertEqual(set(CASES), set(samplers.SAMPLERS))
+    self.assertEqual(set(samplers.FITS), set(samplers.SAMPLERS))
+    self.assertContainsSubset(samplers.GUIDED, samplers.SAMPLERS)
+    for name, case in ROWS:
+      self.assertIsInstance(case.exact, samplers.SAMPLERS[name])
+
+  @parameterized.named_parameters(ROWS)
+  def test_law(self, case):
+    # Blank canvases: the joint.
+    least, most = case.num_calls(LENGTH)
+    free = run(case.exact, blank(NUM_ROWS), keys_of(NUM_ROWS), case.network)
+    self.assertGreater(toys.chi_square(histogram(free.tokens), JOINT), 1e-3)
+    self.assertBetween(free.num_calls, least, most)
+
+    # A prompt: the joint given the prompt.
+    fixed = np.array(case.fixed)
+    canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)))
+    prompted = run(case.exact, canvas, keys_of(NUM_ROWS), case.network)
+    given = JOINT * np.all(~fixed | (TEXTS == 2), axis=1)
+    self.assertGreater(toys.chi_square(histogram(prompted.tokens), given), 1e-3)
+    least, most = case.num_calls(LENGTH - 1)
+    self.assertBetween(prompted.num_calls, least, most)
+
+    # Every pattern of prompts side by side: a row is what it is elsewhere.
+    pattern = np.array(list(itertools.product([False, True], repeat=LENGTH)))
+    if fixed[0]:  # left to right: the free positions are the end
+      pattern = np.arange(LENGTH)[None] < np.arange(8)[:, None] // 2
+    pattern = np.tile(pattern, (NUM_ROWS // 8, 1))
+    # (What a canvas holds where it is free does not matter.)
+    canvas = canvas_of(pattern)
+    canvas = canvas._replace(tokens=jnp.where(pattern, canvas.tokens, 1))
+    mixed = run(case.exact, canvas, keys_of(NUM_ROWS), case.network).tokens
+    histogram(mixed)  # no mask is left
+    np.testing.assert_array_equal(np.asarray(mixed)[pattern], 2)
+    for same, other in ((~pattern.any(1), free),
+                        (np.all(pattern == fixed, axis=1), prompted)):
+      self.assertGreater(same.sum(), 0)
+      np.testing.assert_array_equal(mixed[same], other.tokens[same])
+
+    # Nothing to do is no call.
+    full = run(case.exact, canvas_of(np.ones((NUM_ROWS, LENGTH), bool)),
+               keys_of(NUM_ROWS), case.network)
+    self.assertEqual(full.num_calls, 0)
+
+  @parameterized.named_parameters(ROWS)
+  def test_draws_as_it_is_told(self, case):
+    # p(0), p(1), p(2) = .6, .3, .1 everywhere.
+    logits = np.log(np.float32([0.6, 0.3, 0.1, 10.0]))
+    network = toys.CachedTable(np.tile(logits, (64, LENGTH, 1)),
+                               case.network.block_size, case.network.causal)
+    # At temperature 0.5: .783, .196, .022 before the nucleus is cut out.
+    for draw, law in ((Draw(MASK, temperature=0.0), [1, 0, 0]),
+                      (Draw(MASK, top_k=2), [2 / 3, 1 / 3, 0]),
+                      (Draw(MASK, temperature=0.5, top_p=0.9), [0.8, 0.2, 0])):
+      if hasattr(case.exact, 'inner'):
+        inner = dataclasses.replace(case.exact.inner, draw=draw)
+        sampler = dataclasses.replace(case.exact, inner=inner)
+      else:
+        sampler = dataclasses.replace(case.exact, draw=draw)
+      tokens = run(sampler, blank(1000), keys_of(1000), network).tokens
+      counts = np.bincount(np.ravel(tokens), minlength=MASK)
+      np.testing.assert_array_equal(counts[np.array(law) == 0], 0)
+      if np.max(law) < 1:
+        self.assertGreater(toys.chi_square(counts, np.array(law)), 1e-3)
+
+
+LISTED = '1,0.7,0.6,0.05,0'  # in uneven steps
+
+
+class StepsTest(parameterized.TestCase):
+  """Few steps: the law is that of the chain, not the joint's."""
+
+  @parameterized.parameters(
+      ('linear', 'uniform', 2), ('sqrt', 'uniform', 3), ('cosine', 'cosine', 4),
+      ('linear', LISTED, 128), ('cosine', LISTED, 1))
+  def test_ancestral_follows_its_chain(self, schedule, grid, num_steps):
+    alpha = schedules.make_schedule(schedule)
+    sampler = Ancestral(DRAW, num_steps, alpha, grid)
+    samples = run(sampler, blank(NUM_ROWS), keys_of(NUM_ROWS))
+    law = chain_law(sampler.noise_levels())
+    np.testing.assert_allclose(law.sum(), 1, rtol=1e-5)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+    self.assertLess(toys.chi_square(histogram(samples.tokens), JOINT), 1e-3)
+
+  @parameterized.parameters(Ancestral, FixedCount)
+  def test_one_step_is_the_product_of_marginals(self, cls):
+    samples = run(cls(DRAW, num_steps=1), blank(NUM_ROWS),
+                  keys_of(NUM_ROWS))
+    self.assertEqual(samples.num_calls, 1)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens),
+                                       product_of_marginals()), 1e-3)
+
+  @parameterized.parameters(1, 2)
+  def test_overflow_does_not_change_the_law(self, num_slots):
+    plan = reveal.Plan(jnp.zeros((NUM_ROWS, LENGTH), jnp.int32),
+                       jnp.ones((NUM_ROWS, 1)))
+    sampler = lambda keys, canvas, denoise: reveal.sample_plan(
+        keys, canvas, plan, denoise, DRAW, num_slots)
+    samples = run(sampler, blank(NUM_ROWS), keys_of(NUM_ROWS))
+    self.assertEqual(samples.num_calls, -(-LENGTH // num_slots))
+    self.assertGreater(toys.chi_square(histogram(samples.tokens),
+                                       product_of_marginals()), 1e-3)
+
+  @parameterized.named_parameters(
+      ('fixed_count', FixedCount(DRAW, 7), 7),
+      ('fixed_count_of_fewer', FixedCount(DRAW, 40), 16),
+      ('ancestral', Ancestral(DRAW, 8), 8),
+      ('ancestral_listed', Ancestral(DRAW, 8, grid='1,0.6,0.3,0'), 3))
+  def test_calls_of_a_long_canvas(self, sampler, num_calls):
+    denoise = lambda tokens, level, positions: jnp.zeros((*positions.shape, 4))
+    sample = jax.jit(lambda keys: sampler(keys, blank(4, 16), denoise))
+    samples = sample(keys_of(4))
+    self.assertEqual(samples.num_calls, num_calls)
+    self.assertLess(np.max(samples.tokens), MASK)
+
+  @parameterized.product(schedule=sorted(schedules.SCHEDULES), grid=times.GRIDS)
+  def test_every_grid_runs_from_noise_to_clean(self, schedule, grid):
+    for num_steps in (1, 2, 7, 1000):
+      alpha = schedules.make_schedule(schedule)
+      noise = np.asarray(Ancestral(DRAW, num_steps, alpha, grid).noise_levels())
+      j = np.arange(num_steps + 1) / num_steps
+      t = {'uniform': 1 - j, 'cosine': np.cos(np.pi / 2 * j)}[grid]
+      np.testing.assert_allclose(
+          noise, alpha.noise(t.astype(np.float32).clip(0)), atol=1e-5)
+      self.assertEqual((noise[0], noise[-1]), (1.0, 0.0))
+      self.assertLess(np.max(np.diff(noise)), 1e-7)
+      if num_steps < 10:  # with more, float32 cannot tell some from 1
+        self.assertLess(np.max(np.diff(noise)), 0)
+
+
+PROMPTS = ((False, False, False), (False, True, False))
+MIXTURES = {
+    'uniform': Uniform(MASK),
+    'uniform_cosine': Uniform(MASK, schedule=schedules.Cosine()),
+    'hybrid': Hybrid(MASK, p_uniform=0.3),
+}
+RULES = {'masked': Masked(MASK, schedules.Cosine()),
+         'd3pm': D3PM(MASK, schedules.Polynomial(2.0)),
+         'sedd': ScoreEntropy(MASK), 'genmd4': GenMD4(MASK, rates=(0.6, 1.0, 2.5)),
+         **MIXTURES}
+
+
+def exact_tables(rule, grid, fixed=(False,) * LENGTH):
+  """The exact denoiser at each time of a grid, [T, 64, L, V + 1]."""
+  if isinstance(rule, GenMD4):
+    laws = [toys.token_law(float(t) ** np.array(rule.rates)) for t in grid]
+    return np.stack([toys.whole_posterior_table(JOINT, law, fixed)
+                     for law in laws])
+  laws = toys.mixture_law(*(np.float64(x) for x in rule.process.parts(grid)))
+  return np.stack([toys.leave_one_out_table(JOINT, law, fixed) for law in laws])
+
+
+def timed_denoiser(tables, grid):
+  """A denoiser that looks up the table of the level's place on the grid."""
+  tables, grid = jnp.asarray(tables), jnp.asarray(grid)
+
+  def denoise(tokens, level, positions):
+    step = jnp.argmin(jnp.abs(level[:, None] - grid[None]), axis=1)[:, None]
+    return tables[step, toys.canvas_index(tokens)[:, None], positions]
+
+  return denoise
+
+
+def posterior_chain(rule, t, tables, fixed):
+  """The law [27] of the chain over times t [T + 1], enumerated; prompt: 2."""
+  fixed = np.array(fixed)
+  at_prompt = toys.CANVASES == 2
+  if isinstance(rule, Uniform):
+    start = toys.CANVASES < MASK
+  else:
+    start = toys.CANVASES == MASK
+  law = np.where(fixed, at_prompt, start).all(1).astype(float)
+  law /= law.sum()
+  reverse = jax.jit(lambda table, s, t: jnp.exp(rule.reverse(
+      table, jnp.asarray(toys.CANVASES), s, t, DRAW)))
+  row, position = np.arange(64)[:, None, None], np.arange(LENGTH)[None, None]
+  for j, table in enumerate(tables):
+    q = np.asarray(reverse(jnp.asarray(table), t[j + 1], t[j]), np.float64)
+    np.testing.assert_allclose(q.sum(-1), 1, rtol=1e-5)
+    step = q[row, position, toys.CANVASES[None]]
+    step = np.where(fixed, at_prompt[None], step)
+    law = law @ step.prod(-1)
+  np.testing.assert_allclose(law.sum(), 1, rtol=1e-4)
+  return law[toys.canvas_index(TEXTS)]
+
+
+class PosteriorTest(parameterized.TestCase):
+
+  @parameterized.product(rule=['genmd4', *MIXTURES], fixed=PROMPTS)
+  def test_many_steps_of_the_exact_denoiser_are_the_joint(self, rule, fixed):
+    rule = RULES[rule]
+    given = JOINT * np.all(~np.array(fixed) | (TEXTS == 2), axis=1)
+    distance = []
+    for num_steps in (16, 256):
+      t = times.reverse_grid(num_steps, 'uniform')
+      law = posterior_chain(rule, t, exact_tables(rule, t[:-1], fixed), fixed)
+      distance.append(abs(law - given / given.sum()).sum() / 2)
+    self.assertLess(distance[1], 0.012)  # total variation
+    self.assertLess(distance[1], distance[0] / 4)
+
+  @parameterized.product(rule=list(RULES), grid=(*times.GRIDS, LISTED),
+                         fixed=PROMPTS)
+  def test_few_steps_follow_their_chain(self, rule, grid, fixed):
+    if any(fixed) and grid != 'uniform':
+      return  # one grid will do
+    rule, t = RULES[rule], times.reverse_grid(3, grid)
+    num_steps = t.size - 1
+    if rule.can_correct or isinstance(rule, GenMD4):
+      tables = exact_tables(rule, t[:-1], fixed)
+    else:
+      tables = np.stack([toys.random_table(seed) for seed in range(num_steps)])
+    levels = rule.level_at(t[:-1], jnp.full(num_steps, 1 - np.mean(fixed)))
+    sampler = Posterior(DRAW, 3, rule, grid)
+    canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)))
+    samples = jax.jit(lambda keys: sampler(
+        keys, canvas, timed_denoiser(tables, levels)))(keys_of(NUM_ROWS))
+    law = posterior_chain(rule, t, tables, fixed)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+    self.assertEqual(samples.num_calls, num_steps)
+
+  def test_temperature_is_of_the_prediction(self):
+    # At temperature 0 the prediction is one token, but not the time of reveal.
+    draw, rule = Draw(MASK, temperature=0.0), Masked(MASK)
+    logits = jnp.array([[[0.0, 1.0, 0.5, 9.0]]])
+    log_p = rule.reverse(logits, jnp.array([[MASK]]), jnp.float32(0.25),
+                         jnp.float32(1.0), draw)
+    np.testing.assert_allclose(np.exp(log_p[0, 0]), [0, 0.75, 0, 0.25],
+                               atol=1e-6)
+
+  def test_genmd4_reverse_is_bayes_rule(self):
+    rule, s, t = RULES['genmd4'], 0.3, 0.8
+    logits, rates = toys.random_table(0)[:1], np.array(RULES['genmd4'].rates)
+    x = np.exp(toys.log_softmax(logits))[0, 0]
+    hidden = np.append(x * (s / t) ** rates, 0)  # q(mask at s | mask at t, v)
+    expected = np.append(x, hidden.sum()) - hidden
+    log_p = rule.reverse(jnp.asarray(logits), jnp.array([[MASK, 1, MASK]]),
+                         jnp.float32(s), jnp.float32(t), DRAW)
+    np.testing.assert_allclose(np.exp(log_p[0, 0]), expected, atol=1e-6)
+    np.testing.assert_allclose(np.exp(log_p[0, 1]), [0, 1, 0, 0])
+    end = rule.reverse(jnp.asarray(logits), jnp.array([[MASK, 1, MASK]]),
+                       jnp.float32(0), jnp.float32(t), DRAW)
+    np.testing.assert_allclose(np.exp(end[0, 0]), np.append(x, 0), atol=1e-6)
+
+  def test_d3pm_reverse_is_bayes_rule(self):
+    rule, s, t = RULES['d3pm'], 0.3, 0.8  # alpha = 1 - t^2
+    logits = toys.random_table(0)[:1]
+    x = np.exp(logits[0, 0]) / np.exp(logits[0, 0]).sum()
+    to_mask = 1 - (1 - t**2) / (1 - s**2)
+    before = (1 - s**2) * x + s**2 * np.eye(4)[MASK] * (1 - x[MASK])
+    before[MASK] = s**2 * (1 - x[MASK]) + x[MASK]
+    bayes = before * np.array([to_mask] * 3 + [1])
+    log_p = rule.reverse(jnp.asarray(logits), jnp.full((1, LENGTH), MASK),
+                         jnp.float32(s), jnp.float32(t), DRAW)
+    np.testing.assert_allclose(np.exp(log_p[0, 0]), bayes / bayes.sum(),
+                               rtol=1e-5)
+
+  def test_sedd_reverse_is_the_analytic_step(self):
+    # p(y) = (exp(-dsigma Q) score)_y q_{t|s}(mask | y), linear schedule.
+    rule, s, t = RULES['sedd'], 0.3, 0.8
+    raw = np.random.default_rng(0).normal(size=(1, 1, 4)) * 0.5
+    score = np.append(np.exp(raw[0, 0, :3]) * (1 - t) / t / 3, 1.0)
+    rise = (1 - s) / (1 - t)  # exp(dsigma)
+    staggered = score * rise
+    staggered[MASK] += (1 - rise) * score.sum()
+    p = staggered * np.array([1 - 1 / rise] * 3 + [1.0])
+    np.testing.assert_allclose(p.sum(), 1)
+    log_p = rule.reverse(jnp.asarray(raw, jnp.float32), jnp.array([[MASK]]),
+                         jnp.float32(s), jnp.float32(t), DRAW)
+    np.testing.assert_allclose(np.exp(log_p[0, 0]), p, rtol=1e-5)
+    # Ratios far too large: clipped; none at all: the last step still reveals.
+    for shift, end, revealed in ((9.0, s, 1.0), (-9.0, 0.0, 1.0)):
+      log_p = rule.reverse(
+          jnp.asarray(raw + shift, jnp.float32), jnp.array([[MASK]]),
+          jnp.float32(end), jnp.float32(t), DRAW)
+      np.testing.assert_allclose(np.exp(log_p[0, 0, :3]).sum(), revealed,
+                                 rtol=1e-5)
+
+  @parameterized.named_parameters(RULES.items())
+  def test_the_level_it_tells(self, rule):
+    free_share = jnp.array([1.0, 0.5])
+    level = rule.level_at(jnp.float32(0.5), free_share)
+    expected = [0.5, 0.5]
+    if isinstance(rule, masking.MaskedNoise):
+      expected = free_share * rule.schedule.noise(0.5)
+    np.testing.assert_allclose(level, expected, rtol=1e-6)
+    # A row without a prompt gets the time itself.
+    np.testing.assert_allclose(rule.network_time(level)[0], 0.5, rtol=1e-5)
+
+  @parameterized.parameters((0, 0, [1, 1, 1]), (1, 1, [1, 2, 1]),
+                            (2, 2, [0, 2, 1]), (3, 3, [0, 2, 2]),
+                            (9, 4, [0, 2, 2]))
+  def test_corrections(self, num_corrections, num_calls, expected):
+    # The chain says 1 everywhere, the corrections 0, 2, 2: the surest first.
+    text = np.float32([[0, 0, 0, 0]] * LENGTH)
+    text[:, 1] = 50
+
+    def denoise(tokens, level, positions):
+      is_end = jnp.isclose(level, CORRECTION_TIME)[:, None, None]
+      better = jnp.array([[3.0, 0, 0, 0], [0, 0, 4, 0], [0, 0, 2, 0]])
+      logits = jnp.where(is_end, better[None], jnp.asarray(text)[None])
+      return jnp.broadcast_to(logits, (*tokens.shape, 4))
+
+    draw = Draw(MASK, temperature=0.0)
+    sample = lambda rule, fixed: Posterior(
+        draw, 4, rule, num_corrections=num_corrections)(
+            keys_of(2), canvas_of([fixed] * 2, token=1), denoise)
+    samples = sample(MIXTURES['hybrid'], [False] * 3)
+    self.assertEqual(samples.num_calls, 4 + num_calls)
+    np.testing.assert_array_equal(samples.tokens, [expected] * 2)
+    fixed = sample(MIXTURES['uniform'], [True, False, True])
+    np.testing.assert_array_equal(
+        fixed.tokens, [[1, 2 if num_corrections else 1, 1]] * 2)
+
+  def test_corrections_are_for_networks_that_predict_all(self):
+    for rule in RULES.values():
+      if rule.can_correct:
+        Posterior(DRAW, 4, rule, num_corrections=1)
+      else:
+        with self.assertRaisesRegex(InputError, 'sampler.num_corrections=1'):
+          Posterior(DRAW, 4, rule, num_corrections=1)
+    with self.assertRaisesRegex(InputError, 'sampler.num_corrections=-1'):
+      Posterior(DRAW, 4, Hybrid(MASK), num_corrections=-1)
+
+
+class LevelTest(parameterized.TestCase):
+  """The noise level that the network is told: it draws what it is told.
+
+  The level is the expected masked share of the whole row, prompt included.
+  """
+
+  def tell(self, sampler, num, fixed, num_bins):
+    """Tokens at the free positions: their level when revealed, in bins."""
+
+    def denoise(tokens, level, positions):
+      del tokens
+      told = (level * num_bins + 1e-4).astype(jnp.int32)[:, None, None]
+      is_told = jnp.arange(num_bins + 2)[None, None] == told
+      return jnp.broadcast_to(jnp.where(is_told, 0.0, -1e9),
+                              (*positions.shape, num_bins + 2))
+
+    canvas = canvas_of(np.tile(fixed, (num, 1)), token=0)
+    sample = jax.jit(lambda keys: sampler(keys, canvas, denoise))
+    return np.asarray(sample(keys_of(num)).tokens)[:, ~np.array(fixed)]
+
+  @parameterized.parameters(1, 2)
+  def test_first_hitting_levels_are_uniform(self, row_per_free):
+    # Each position's time of reveal is U(0, 1), independent of the others'.
+    fixed = np.arange(2 * row_per_free) >= 2
+    tokens = self.tell(FirstHitting(Draw(11)), 4000, fixed, 10 * row_per_free)
+    counts = np.histogram2d(tokens[:, 0], tokens[:, 1], range(11))[0]
+    self.assertGreater(toys.chi_square(counts, np.full((10, 10), 0.01)), 1e-3)
+
+  @parameterized.parameters(
+      (8, [8, 8, 6, 6, 4, 4, 2, 2]), (4, [4, 3, 2, 1]), (2, [2, 1]))
+  def test_fixed_count_is_told_the_share_of_masks(self, num_free, levels):
+    fixed = np.arange(8) >= num_free
+    tokens = self.tell(FixedCount(Draw(9), 4), 16, fixed, 8)
+    np.testing.assert_array_equal(np.sort(tokens)[:, ::-1], [levels] * 16)
+
+  @parameterized.parameters(1, 2)
+  def test_ancestral_is_told_the_level_before_the_step(self, row_per_free):
+    fixed = np.arange(2 * row_per_free) >= 2
+    tokens = self.tell(Ancestral(Draw(5), 4), 2000, fixed, 4 * row_per_free)
+    counts = np.histogram2d(tokens[:, 0], tokens[:, 1], range(1, 6))[0]
+    self.assertGreater(toys.chi_square(counts, np.full((4, 4), 1 / 16)), 1e-3)
+
+
+def kept_positions(sampler, log_p, drawn, masked, num_calls, num_free):
+  """Confidence's rule for one canvas, in plain Python; `masked` in order."""
+  entropy, confidence = {}, {}
+  for i in masked:
+    p = np.exp(log_p[i])
+    entropy[i] = -np.sum(p * log_p[i])
+    largest = np.sort(p)[::-1]
+    confidence[i] = {'max_prob': p[drawn[i]], 'margin': largest[0] - largest[1],
+                     'entropy': -entropy[i]}[sampler.score]
+  size = sampler.block_size or LENGTH
+  first = num_free - len(masked)  # blocks are filled in order
+  end = min((first // size + 1) * size, num_free)
+  block = masked[:end - first] if sampler.block_size else masked
+  order = sorted(block, key=lambda i: -confidence[i])
+  if sampler.num_steps:
+    calls_left = max(sampler.num_steps * end // num_free - num_calls, 1)
+    return order[:-(-len(block) // calls_left)]
+  kept = order[:1]
+  for i in order[1:]:
+    h = [entropy[j] for j in kept] + [entropy[i]]
+    if (confidence[i] < sampler.threshold if sampler.threshold
+        else sum(h) - max(h) > sampler.entropy_budget):
+      break
+    kept.append(i)
+  return kept
+
+
+def confidence_law(sampler, canvas=(MASK,) * LENGTH):
+  """The law of the texts, and of the number of calls, by enumeration."""
+  log_p_x0 = toys.log_softmax(SHARP)
+  start = tuple(int(v) for v in canvas)
+  num_free, chain = start.count(MASK), {start: 1.0}
+  law, calls = np.zeros(len(TEXTS)), np.zeros(LENGTH + 1)
+  for num_calls in range(LENGTH):
+    following = {}
+    for state, weight in chain.items():
+      log_p = log_p_x0[toys.canvas_index(np.array(state))]
+      masked = [i for i in range(LENGTH) if state[i] == MASK]
+      for values in itertools.product(range(MASK), repeat=len(masked)):
+        drawn = dict(zip(masked, values))
+        p = weight * np.exp(sum(log_p[i, v] for i, v in drawn.items()))
+        kept = kept_positions(sampler, log_p, drawn, masked, num_calls,
+                              num_free)
+        new = tuple(drawn[i] if i in kept else v for i, v in enumerate(state))
+        following[new] = following.get(new, 0.0) + p
+    done = {s: p for s, p in following.items() if MASK not in s}
+    for state, p in done.items():
+      law[toys.text_index(state)] += p
+    calls[num_calls + 1] = sum(done.values())
+    chain = {s: p for s, p in following.items() if MASK in s}
+  return law, calls
+
+
+class ConfidenceTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      dict(num_steps=3), dict(num_steps=2), dict(num_steps=1),
+      dict(num_steps=3, score='margin'), dict(num_steps=2, score='entropy'),
+      dict(num_steps=3, block_size=2), dict(num_steps=2, block_size=2),
+      dict(num_steps=1, block_size=1), dict(num_steps=0, threshold=0.5),
+      dict(num_steps=0, threshold=0.1, score='margin'),
+      dict(num_steps=0, threshold=0.4, block_size=2),
+      dict(num_steps=0, entropy_budget=0.6, score='entropy'),
+      dict(num_steps=0, entropy_budget=0.7, score='max_prob'))
+  def test_follows_its_chain(self, **fields):
+    sampler = Confidence(DRAW, **fields)
+    law, calls = confidence_law(sampler)
+    np.testing.assert_allclose(law.sum(), 1, rtol=1e-5)
+    samples = run(sampler, blank(NUM_ROWS), keys_of(NUM_ROWS), SHARP_NETWORK)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+    if np.abs(law - SHARP_JOINT).sum() > 0.05:
+      self.assertLess(
+          toys.chi_square(histogram(samples.tokens), SHARP_JOINT), 1e-3)
+    # All rows go on until the last is done.
+    self.assertEqual(samples.num_calls, np.flatnonzero(calls)[-1])
+
+  @parameterized.parameters(
+      ('random', True), ('margin', True), ('entropy', True),
+      ('max_prob', False))
+  def test_one_per_call_is_exact_but_for_max_prob(self, score, is_exact):
+    samples = run(Confidence(DRAW, num_steps=LENGTH, score=score),
+                  blank(NUM_ROWS), keys_of(NUM_ROWS), SHARP_NETWORK)
+    p_value = toys.chi_square(histogram(samples.tokens), SHARP_JOINT)
+    self.assertEqual(p_value > 1e-3, is_exact)
+
+  def test_follows_its_chain_after_a_prompt(self):
+    sampler = Confidence(DRAW, num_steps=0, threshold=0.6)
+    canvas = canvas_of(np.tile([False, True, False], (NUM_ROWS, 1)))
+    law, calls = confidence_law(sampler, canvas.tokens[0])
+    self.assertBetween(calls[1], 0.1, 0.9)  # some rows take one call, some two
+    samples = run(sampler, canvas, keys_of(NUM_ROWS), SHARP_NETWORK)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+
+  def test_the_budget_bounds_the_divergence(self):
+    for table, joint in ((POSTERIOR, JOINT), (SHARP, SHARP_JOINT)):
+      log_p = toys.log_softmax(table[-1])
+      entropy = -np.sum(np.exp(log_p) * log_p, axis=-1)
+      log_product = sum(log_p[i, TEXTS[:, i]] for i in range(LENGTH))
+      divergence = np.sum(joint * (np.log(joint) - log_product))
+      self.assertBetween(divergence, 0.0, entropy.sum() - entropy.max())
+
+  def test_temperature_0_is_deterministic(self):
+    # And not blind: the confidence is the network's, not the draw's.
+    table = toys.random_table(2)
+    log_p = toys.log_softmax(table)
+
+    def greedy(order=None):
+      canvas = np.full(LENGTH, MASK)
+      for step in range(LENGTH):
+        p = np.where((canvas == MASK)[:, None],
+                     log_p[toys.canvas_index(canvas)], -np.inf)
+        i = order[step] if order else np.argmax(p.max(1))
+        canvas[i] = np.argmax(p[i])
+      return canvas
+
+    sampler = Confidence(Draw(MASK, temperature=0.0), num_steps=3)
+    tokens = run(sampler, blank(64), keys_of(64),
+                 toys.CachedTable(table)).tokens
+    np.testing.assert_array_equal(tokens, np.tile(greedy(), (64, 1)))
+    self.assertNotEqual(list(greedy()), list(greedy((0, 1, 2))))
+
+  @parameterized.parameters(
+      (dict(num_steps=0, threshold=1.01), 16),
+      (dict(num_steps=0, threshold=1e-9), 1),
+      (dict(num_steps=0, entropy_budget=1e-6), 16),
+      (dict(num_steps=0, entropy_budget=100.0), 1),
+      # 15 of 16 entropies of log 3 may be counted; log 3 = 1.0986.
+      (dict(num_steps=0, entropy_budget=15 * 1.0987), 1),
+      (dict(num_steps=0, entropy_budget=15 * 1.0985), 2),
+      (dict(num_steps=0, threshold=1e-9, block_size=4), 4),
+      (dict(num_steps=7), 7), (dict(num_steps=40), 16),
+      (dict(num_steps=7, block_size=4), 7),
+      (dict(num_steps=2, block_size=4), 4),
+      (dict(num_steps=5, block_size=6), 5),
+      (dict(num_steps=9, block_size=99), 9))
+  def test_calls_of_a_long_canvas(self, fields, num_calls):
+    denoise = lambda tokens, level, positions: jnp.zeros((*positions.shape, 4))
+    sampler = Confidence(DRAW, **fields)
+    sample = jax.jit(lambda keys: sampler(keys, blank(4, 16), denoise))
+    samples = sample(keys_of(4))
+    self.assertEqual(samples.num_calls, num_calls)
+    self.assertLess(np.max(samples.tokens), MASK)
+
+  def test_blocks_are_filled_in_order(self):
+    # Tokens say the share of masks at their reveal: 16ths of the whole row.
+    fixed = np.isin(np.arange(16), [0, 1, 7, 12])
+    for num_steps, told in ((3, [[12] * 5, [7] * 5, [2] * 2]),
+                            (6, [[12, 12, 12, 9, 9], [7, 7, 5, 5, 3], [2, 2]])):
+      sampler = Confidence(Draw(17), num_steps=num_steps, block_size=5,
+                           score='random')
+      tokens = LevelTest.tell(self, sampler, 32, fixed, 16)
+      blocks = slice(0, 5), slice(5, 10), slice(10, 12)
+      for block, expected in zip(blocks, told):
+        np.testing.assert_array_equal(
+            np.sort(tokens[:, block])[:, ::-1], [expected] * 32)
+
+  def test_only_a_block_is_projected(self):
+    shapes = []
+
+    def denoise(tokens, level, positions):
+      shapes.append(positions.shape)
+      return jnp.zeros((*positions.shape, 4))
+
+    for block_size in (0, 5):
+      sampler = Confidence(DRAW, num_steps=16, block_size=block_size)
+      jax.eval_shape(lambda keys: sampler(keys, blank(4, 16), denoise),
+                     keys_of(4))
+    self.assertEqual(set(shapes), {(4, 16), (4, 5)})
+
+
+def remask_law(sampler):
+  """The law of the texts by enumeration, from the paper's formulas.
+
+  And P(masked) at each point of the grid, [T + 1, L].
+  """
+  p_x0 = np.exp(toys.log_softmax(SHARP))
+  noise = np.asarray(sampler.noise_levels(), np.float64)
+  # A state is the canvas and the probability that each token was drawn with.
+  chain = {((MASK,) * LENGTH, (0.0,) * LENGTH): 1.0}
+  masked_share = [np.ones(LENGTH)]
+  for j, (a_t, a_s) in enumerate(itertools.pairwise(1 - noise)):
+    following = {}
+    sigma_max = min(1, (1 - a_s) / a_t) if a_t else 1.0
+    is_held = j / sampler.num_steps >= 0.449 and (
+        (j + 1) / sampler.num_steps <= 0.951)
+    for (canvas, prob), weight in chain.items():
+      revealed = np.array(canvas) != MASK
+      sigma = {'cap': min(sampler.eta, sigma_max),
+               'rescale': sampler.eta * sigma_max,
+               'loop': min(sampler.eta, sigma_max) * is_held,
+               'conf': 0.0}[sampler.remask]
+      reveal_prob = (a_s - (1 - sigma) * a_t) / (1 - a_t)
+      mask_prob = (1 - a_s - sigma * a_t) / (1 - a_t)
+      np.testing.assert_allclose(reveal_prob + mask_prob, 1)
+      sigmas = np.full(LENGTH, sigma)
+      if sampler.remask == 'conf' and revealed.any():
+        w = np.exp(-np.array(prob)) * revealed
+        sigmas = sampler.eta * sigma_max * w / w.sum()
+      choices = []
+      for i, v in enumerate(canvas):
+        if v == MASK:
+          p = p_x0[toys.canvas_index(np.array(canvas)), i]
+          choices.append([(MASK, 0.0, mask_prob)] + [
+              (u, p[u] if sampler.remask == 'conf' else 0.0, reveal_prob * p[u])
+              for u in range(MASK)])
+        else:
+          choices.append([(MASK, 0.0, sigmas[i]), (v, prob[i], 1 - sigmas[i])])
+      for choice in itertools.product(*choices):
+        values, probs, shares = zip(*choice)
+        p = weight * np.prod(shares)
+        if p:
+          following[values, probs] = following.get((values, probs), 0.0) + p
+    chain = following
+    masked_share.append(sum(p * (np.array(canvas) == MASK)
+                            for (canvas, _), p in chain.items()))
+  law = np.zeros(len(TEXTS))
+  for (canvas, _), p in chain.items():
+    law[toys.text_index(canvas)] += p
+  return law, np.array(masked_share)
+
+
+class RemaskTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      ('cap', 0.3, 4, 'linear', 'uniform'), ('cap', 1.0, 3, 'sqrt', 'uniform'),
+      ('rescale', 0.5, 4, 'cosine', 'cosine'),
+      ('conf', 1.0, 3, 'linear', 'uniform'),
+      ('conf', 0.6, 3, 'linear', 'cosine'),
+      ('loop', 0.1, 10, 'linear', 'uniform'),
+      ('cap', 0.3, 1, 'linear', LISTED))
+  def test_follows_its_chain(self, kind, eta, num_steps, schedule, grid):
+    sampler = Remask(DRAW, num_steps, schedules.make_schedule(schedule), grid,
+                     kind, eta)
+    law, masked_share = remask_law(sampler)
+    np.testing.assert_allclose(law.sum(), 1, rtol=1e-5)
+    if kind != 'conf':  # the noise that the network was trained on
+      expected = np.tile(sampler.noise_levels()[:, None], (1, LENGTH))
+      np.testing.assert_allclose(masked_share, expected, atol=1e-6)
+    else:
+      excess = masked_share - sampler.noise_levels()[:, None]
+      self.assertBetween(excess.min(), -1e-6, 1e-6)
+      self.assertBetween(excess.max(), 0.01, 0.25)
+    samples = run(sampler, blank(40_000), keys_of(40_000), SHARP_NETWORK)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+    without, _ = remask_law(dataclasses.replace(sampler, eta=0.0))
+    self.assertLess(toys.chi_square(histogram(samples.tokens), without), 1e-3)
+
+  @parameterized.parameters('cap', 'rescale', 'conf')
+  def test_eta_0_is_ancestral(self, kind):
+    sampler = Remask(DRAW, 3, remask=kind, eta=0.0)
+    law = chain_law(Ancestral(DRAW, 3).noise_levels(), SHARP)
+    np.testing.assert_allclose(remask_law(sampler)[0], law, atol=1e-6)
+    samples = run(sampler, blank(NUM_ROWS), keys_of(NUM_ROWS), SHARP_NETWORK)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+    self.assertLessEqual(samples.num_calls, 9)
+
+  @parameterized.parameters('cap', 'rescale')
+  def test_the_law_nears_the_joint_with_steps_and_little_eta(self, kind):
+    distance = lambda eta, num_steps: np.abs(remask_law(
+        Remask(DRAW, num_steps, remask=kind, eta=eta))[0] - SHARP_JOINT).sum()
+    for eta in (0.1, 0.5):
+      self.assertLess(distance(eta, 16), 0.7 * distance(eta, 4))
+      self.assertLess(distance(eta, 64), 0.7 * distance(eta, 16))
+    distances = [distance(eta, 16) for eta in (0.0, 0.1, 0.5, 1.0)]
+    self.assertEqual(distances, sorted(distances))
+
+  @parameterized.product(kind=['cap', 'rescale', 'loop'],
+                         grid=times.GRIDS, eta=[0.0, 0.04, 1.0])
+  def test_probabilities_keep_the_noise(self, kind, grid, eta):
+    for schedule in sorted(schedules.SCHEDULES):
+      for num_steps in (1, 7, 100):
+        sampler = Remask(DRAW, num_steps, schedules.make_schedule(schedule),
+                         grid, kind, eta)
+        noise = np.asarray(sampler.noise_levels())
+        sigma, reveal_prob = sampler.remask_probs(), sampler.reveal_probs()
+        self.assertEqual((noise[0], noise[-1]), (1.0, 0.0))
+        self.assertEqual((sigma[-1], reveal_prob[-1]), (0.0, 1.0))
+        for p in (sigma, reveal_prob):
+          self.assertBetween(np.min(p), 0.0, 1.0)
+          self.assertBetween(np.max(p), 0.0, 1.0 + 1e-6)
+        following = noise[:-1] * (1 - reveal_prob) + (1 - noise[:-1]) * sigma
+        np.testing.assert_allclose(following, noise[1:], atol=1e-6)
+
+  def test_loop_holds_the_level(self):
+    sampler = Remask(DRAW, 20, remask='loop', eta=0.02)
+    expected = np.interp(np.arange(21) / 20, [0, 0.45, 0.95, 1],
+                         [1, 0.1, 0.1, 0])
+    np.testing.assert_allclose(sampler.noise_levels(), expected, atol=1e-6)
+    is_held = (np.arange(20) >= 9) & (np.arange(20) < 19)
+    np.testing.assert_allclose(sampler.remask_probs(), 0.02 * is_held)
+
+  def test_is_told_the_level_before_the_step(self):
+    # A free position's last reveal, from its chain of two states.
+    sampler = Remask(Draw(5), 4, remask='cap', eta=0.5)
+    tokens = LevelTest.tell(self, sampler, 4000, np.arange(4) >= 2, 8)
+    p = np.zeros(5)  # by the level (of 4) when last revealed; p[0] is masked
+    p[0] = 1
+    noise = np.array([4, 3, 2, 1, 0]) / 4
+    for j in range(4):
+      sigma, shown = sampler.remask_probs()[j], sampler.reveal_probs()[j]
+      self.assertAlmostEqual(p[0], noise[j], places=5)
+      p[1:], p[0], p[4 - j] = (p[1:] * (1 - sigma),
+                               p[0] * (1 - shown) + (1 - p[0]) * sigma,
+                               p[0] * shown)
+    counts = np.histogram2d(tokens[:, 0], tokens[:, 1], np.arange(1, 6))[0]
+    self.assertGreater(toys.chi_square(counts, np.outer(p[1:], p[1:])), 1e-3)
+
+  def test_conf_takes_back_what_was_unsure(self):
+    # Position 0 is certain, position 1 uniform over three tokens; the tokens say
+    # the step of their reveal.
+    sampler = Remask(Draw(12), 4, remask='conf', eta=1.0)
+
+    def denoise(tokens, level, positions):
+      step = (4 - level * 4 + 0.5).astype(jnp.int32)[:, None, None]
+      ids = jnp.arange(13)[None, None]
+      is_told = (ids // 3 == step) & ((ids % 3 == 0) | (positions[..., None] == 1))
+      return jnp.where(is_told, 0.0, -1e9)
+
+    num, prob = 20_000, np.array([1, 1 / 3])
+    sample = jax.jit(lambda keys: sampler(keys, blank(num, 2), denoise))
+    tokens = np.asarray(sample(keys_of(num)).tokens) // 3
+    chain = {(-1, -1): 1.0}  # the steps of the last reveals, -1 where masked
+    for j in range(4):
+      following = {}
+      a_t, a_s = j / 4, (j + 1) / 4
+      for state, weight in chain.items():
+        w = np.exp(-prob) * (np.array(state) >= 0)
+        sigma = min(1, (1 - a_s) / max(a_t, 1e-9)) * w / max(w.sum(), 1e-9)
+        shown = (a_s - a_t) / (1 - a_t)
+        choices = [((-1, 1 - shown), (j, shown)) if last < 0 else
+                   ((-1, sigma[i]), (last, 1 - sigma[i]))
+                   for i, last in enumerate(state)]
+        for (x, p), (y, q) in itertools.product(*choices):
+          following[x, y] = following.get((x, y), 0.0) + weight * p * q
+      chain = following
+    law = np.array([[chain.get((x, y), 0.0) for y in range(4)] for x in range(4)])
+    counts = np.histogram2d(tokens[:, 0], tokens[:, 1], np.arange(5))[0]
+    self.assertGreater(toys.chi_square(counts, law), 1e-3)
+
+  @parameterized.parameters(('cap', 0.04), ('rescale', 0.015), ('conf', 1.0),
+                            ('loop', 0.02))
+  def test_calls_of_a_long_canvas(self, kind, eta):
+    denoise = lambda tokens, level, positions: jnp.zeros((*positions.shape, 4))
+    sampler = Remask(DRAW, 16, remask=kind, eta=eta)
+    sample = jax.jit(lambda keys: sampler(keys, blank(4, 64), denoise))
+    samples = sample(keys_of(4))
+    self.assertBetween(samples.num_calls, 14, 17)
+    self.assertLess(np.max(samples.tokens), MASK)
+
+
+class GuidanceTest(parameterized.TestCase):
+
+  FIXED = np.array([False, True, False])
+
+  def guided_law(self, weight):
+    """p(x | c)^(1 + w) / p(x)^w position by position, over random orders."""
+    log_p = toys.log_softmax(POSTERIOR)
+    law = np.zeros(len(TEXTS))
+    for order in ((0, 2), (2, 0)):
+      for text in TEXTS[TEXTS[:, 1] == 2]:
+        canvas, p = np.array([MASK, 2, MASK]), 0.5
+        for i in order:
+          without = np.where(self.FIXED, MASK, canvas)
+          q = np.exp((1 + weight) * log_p[toys.canvas_index(canvas), i]
+                     - weight * log_p[toys.canvas_index(without), i])
+          p *= q[text[i]] / q.sum()
+          canvas[i] = text[i]
+        law[toys.text_index(text)] += p
+    return law
+
+  @parameterized.parameters(0.0, 0.7, 2.0)
+  def test_law(self, weight):
+    sampler = Guided(FixedCount(DRAW, num_steps=LENGTH), weight, MASK)
+    canvas = canvas_of(np.tile(self.FIXED, (NUM_ROWS, 1)))
+    samples = run(sampler, canvas, keys_of(NUM_ROWS))
+    counts = histogram(samples.tokens)
+    self.assertGreater(toys.chi_square(counts, self.guided_law(weight)), 1e-3)
+    plain = toys.chi_square(counts, self.guided_law(0.0))
+    self.assertEqual(plain > 1e-3, weight == 0)
+    self.assertEqual(samples.num_calls, 4)  # two steps of two evaluations
+
+  @parameterized.parameters(0.5, 3.0)
+  def test_last_position(self, weight):
+    # p(x_0 | x_1 = c, x_2)^(1 + w) / p(x_0 | x_2)^w.
+    rows = np.array([[MASK, c, x] for c in range(3) for x in range(3)],
+                    np.int32)
+    fixed = np.tile([False, True, False], (9, 1))
+    guided = guidance.guide(toys.CachedTable(POSTERIOR), fixed, weight, MASK)
+    logits = guided(rows, jnp.full(9, 1 / 3), jnp.zeros((9, 1), jnp.int32))
+    p = np.exp(toys.log_softmax(logits))[:, 0]
+    joint = JOINT.reshape(3, 3, 3)
+    for (_, c, x), row in zip(rows, p):
+      with_c = joint[:, c, x] / joint[:, c, x].sum()
+      without = joint.sum(1)[:, x] / joint.sum(1)[:, x].sum()
+      expected = with_c ** (1 + weight) / without ** weight
+      np.testing.assert_allclose(row, expected / expected.sum(), rtol=1e-3)
+
+  def test_weight_0_and_blank_canvases_change_nothing(self):
+    plain = toys.CachedTable(POSTERIOR)
+    positions = jnp.tile(jnp.arange(LENGTH), (64, 1))
+    level = jnp.zeros(64)
+    p = toys.log_softmax(plain(toys.CANVASES, level, positions))
+    for fixed, weight in ((self.FIXED, 0.0), (np.zeros(LENGTH, bool), 5.0)):
+      guided = guidance.guide(plain, np.tile(fixed, (64, 1)), weight, MASK)
+      np.testing.assert_allclose(
+          toys.log_softmax(guided(toys.CANVASES, level, positions)), p,
+          atol=1e-4)
+
+  def test_levels_and_the_mask(self):
+    seen = {}
+
+    def denoise(tokens, level, positions):
+      seen.update(tokens=tokens, level=level)
+      return jnp.zeros((*positions.shape, 4)).at[..., MASK].set(50.0)
+
+    fixed = np.array([[True, True, False, False], [False] * 4])
+    tokens = jnp.array([[1, 2, MASK, 0], [MASK, MASK, 0, MASK]])
+    guided = guidance.guide(denoise, fixed, 1.0, MASK)
+    logits = guided(tokens, jnp.array([0.25, 0.75]), jnp.array([[2], [0]]))
+    np.testing.assert_array_equal(
+        seen['tokens'], [*tokens, [MASK, MASK, MASK, 0], tokens[1]])
+    np.testing.assert_allclose(seen['level'], [0.25, 0.75, 0.75, 0.75])
+    self.assertLess(np.max(logits[..., MASK]), -1e20)
+
+
+class ErrorsTest(parameterized.TestCase):
+
+  @parameterized.parameters(
+      (lambda: Ancestral(DRAW, 0), 'sampler.num_steps=0'),
+      (lambda: FixedCount(DRAW, 0), 'sampler.num_steps=0'),
+      (lambda: Ancestral(DRAW, 8, grid='log'), "sampler.grid='log'"),
+      (lambda: Remask(DRAW, 0), 'sampler.num_steps=0'),
+      (lambda: Remask(DRAW, 8, grid='log'), "sampler.grid='log'"),
+      (lambda: Remask(DRAW, 8, remask='all'), "sampler.remask='all'"),
+      (lambda: Remask(DRAW, 8, eta=-0.1), 'sampler.eta=-0.1'),
+      (lambda: Confidence(DRAW, 8, score='sure'), "sampler.score='sure'"),
+      (lambda: Confidence(DRAW, -8), 'sampler.num_steps=-8'),
+      (lambda: Confidence(DRAW, 8, block_size=-1), 'sampler.block_size=-1'),
+      (lambda: Confidence(DRAW, 0), 'sampler.num_steps=0.* exactly one'),
+      (lambda: Confidence(DRAW, 8, threshold=0.9),
+       'sampler.num_steps=8, sampler.threshold=0.9.* exactly one'),
+      (lambda: Confidence(DRAW, 0, threshold=0.9, entropy_budget=0.1),
+       'threshold=0.9, sampler.entropy_budget=0.1: exactly one'),
+      (lambda: Confidence(DRAW, 0, 'entropy', threshold=0.9),
+       "threshold=0.9.*score='entropy'"),
+      (lambda: Guided(FirstHitting(DRAW), -1.0, MASK), 'sampler.guidance=-1.0'))
+  def test_names_the_key(self, make, message):
+    with self.assertRaisesRegex(InputError, message):
+      make()

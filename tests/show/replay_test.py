@@ -1,0 +1,481 @@
+"""Tests of nanodlm.show.replay: the page holds the trajectory, and works in a browser.
+
+The tests with a browser need Chromium and pip install -e '.[browser]'.
+"""
+
+import html.parser
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from nanodlm import config as configs
+from nanodlm import evaluate
+from nanodlm.show import replay
+from nanodlm import sample
+from nanodlm.data import tokenizers
+from nanodlm.show import watch
+from nanodlm.types import InputError
+from tests import workdirs
+
+BYTES = tokenizers.BytesTokenizer()
+MASK = BYTES.mask_id
+# What could end the element, the string or the line, hide, or turn the text around.
+NASTY = '</script><script>hacked=1</script><!--"\'\\\0\u2028\u05d0\u05d1\u202e😀\té&lt;'
+PROMPT = 'a'
+
+
+def one_by_one(text, order):
+  """A trajectory that writes the bytes of `text` in an order; PROMPT is given.
+
+  The third call takes back what the second wrote; the fourth writes it again,
+  and the fifth changes the first written byte from 'z'.
+  """
+  final = BYTES.encode(PROMPT + text)
+  frames = [np.full(final.shape, MASK, np.int32)]
+  frames[0][:len(PROMPT)] = final[:len(PROMPT)]
+  first, second = order[0], order[1]
+  steps = [(first, ord('z')), (second, final[second]), (second, MASK),
+           (second, final[second]), (first, final[first])]
+  steps += [(i, final[i]) for i in order[2:]]
+  answers = []
+  for position, token in steps:
+    frame = frames[-1].copy()
+    frame[position] = token
+    frames.append(frame)
+    top = [token if token != MASK else final[position], 65, 66]
+    answers.append(watch.Answer(
+        np.array([position]), np.array([top]),
+        np.array([[0.5, 0.25, 0.0001]], np.float32)))
+  return watch.Trajectory(np.stack(frames), answers)
+
+
+def make_takes():
+  length = len(BYTES.encode(PROMPT + NASTY))
+  fixed = np.arange(length) < len(PROMPT)
+  forward = list(range(1, length))
+  return [replay.Take(name, settings, NASTY, number, fixed,
+                      one_by_one(NASTY, order), length)
+          for name, settings, order in (('block', '', forward),
+                                        ('remask', 'eta=0.5', forward[::-1]))
+          for number in (1, 2)]
+
+
+class Scripts(html.parser.HTMLParser):
+  """The texts of a page's script elements, and all attributes."""
+
+  def __init__(self, page):
+    super().__init__()
+    self.scripts, self.attributes, self.open = [], [], []
+    self.feed(page.decode())
+    self.close()
+
+  def handle_starttag(self, tag, attrs):
+    self.attributes.extend(attrs)
+    if tag not in ('meta', 'link', 'input'):
+      self.open.append(tag)
+    if tag == 'script':
+      self.scripts.append('')
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if self.open and self.open[-1] == 'script':
+      self.scripts[-1] += data
+
+
+def test_page_is_whole_and_asks_for_nothing():
+  data = replay.make_data(make_takes(), BYTES, 5, NASTY, NASTY)
+  page = replay.make_page(data)
+  parsed = Scripts(page)
+  assert not parsed.open  # every element is closed, in order
+  first, program = parsed.scripts
+  assert json.loads(first) == data
+  assert first.isascii() and '<' not in first
+  assert 'hacked' not in program
+  # Nothing is loaded: no address anywhere but in the recorded text.
+  assert not re.search(rb'https?:|//[a-z]|url\(|@import', page.replace(
+      first.encode(), b''))
+  assert {value for name, value in parsed.attributes
+          if name in ('src', 'href')} == {'data:,'}
+  assert page.startswith(b'<!doctype html>') and replay.MARK.encode() in page[:1024]
+
+
+def test_data_is_the_trajectory():
+  takes = make_takes()
+  data = replay.make_data(takes, BYTES, 2, 'title', 'facts')
+  assert [(take['sampler'], take['sample']) for take in data['takes']] == [
+      ('block', 1), ('remask', 1), ('block', 2), ('remask', 2)]
+  assert data['takes_back'] and data['changes'] and data['prompts'] == [NASTY]
+  # Bytes that are no text alone are numbers.
+  spelled = [piece if isinstance(piece, str) else bytes(piece).decode('latin1')
+             for piece in data['vocab']]
+  assert data['vocab'][0] == '' and 'h' in spelled and [0xF0] in data['vocab']
+  ids = {0: MASK, **{i: ord(text) for i, text in enumerate(spelled) if text}}
+  for take, shown in zip(sorted(takes, key=lambda take: take.sample), data['takes']):
+    frames = take.trajectory.frames
+    canvas = np.array([ids[i] for i in shown['start']])
+    np.testing.assert_array_equal(canvas, frames[0])
+    assert shown['text'] == PROMPT + NASTY
+    for call, after in zip(shown['calls'], frames[1:]):
+      (position, token, probability), = np.reshape(call['c'], (-1, 3))
+      canvas[position] = ids[token]
+      np.testing.assert_array_equal(canvas, after)
+      assert probability == (-1 if ids[token] == MASK else 500)
+      # Two of three alternatives are listed: of the others there is too little.
+      where, num, first, half, other, quarter = call['a']
+      assert (where, num, half, quarter) == (position, 2, 500, 250)
+      assert ids[other] == 65
+      assert ids[first] == take.trajectory.frames[-1][position] or (
+          ids[first] == ord('z'))
+
+
+def test_order_image():
+  takes = make_takes()[:2]
+  trajectories = [take.trajectory for take in takes]
+  image = replay.order_image(trajectories, takes[0].fixed)
+  length = len(takes[0].fixed)
+  assert image.dtype == np.uint8 and image.shape == (12 + 2 + 12, 4 * length, 3)
+  assert image[0, 0].tolist() == [128] * 3  # the prompt
+  last = 4 * (length - 1)
+  assert image[0, last].tolist() == [253, 231, 37]
+  np.testing.assert_array_equal(image[12:14], 255)
+  assert image[0, 8].sum() < image[0, last - 8].sum()
+
+
+@pytest.mark.parametrize('text, parts', [
+    ('', []), ('ar', ['ar']), ('fixed_count,block', ['fixed_count', 'block']),
+    ('remask:grid=1,0.5,0;eta=1,ancestral:num_steps=8',
+     ['remask:grid=1,0.5,0;eta=1', 'ancestral:num_steps=8'])])
+def test_split_samplers(text, parts):
+  assert replay.split_samplers(text) == parts
+
+
+def test_parse_sampler():
+  assert replay.parse_sampler('confidence:threshold=0.9; num_steps=0') == {
+      'name': 'confidence', 'threshold': 0.9, 'num_steps': 0}
+  assert replay.parse_sampler('block:cache=False')['cache'] is False
+
+
+@pytest.mark.parametrize('text, message', [
+    ('confidence:treshold=1', 'threshold'), ('remask:eta', 'KEY=VALUE'),
+    ('remask:name=ar', 'KEY=VALUE'), ('remask:eta=high', "eta='high'.*float"),
+    ('block:cache=maybe', 'cache'), ('warp', "'warp' is not one of"),
+    ('ar', 'does not fit'), ('fixed_count:eta=1', 'no effect'),
+    ('remask:eta=2', 'eta')])
+def test_samplers_that_will_not_do(run, text, message):
+  with pytest.raises(InputError, match=f'(?s)--samplers=.*{message}'):
+    replay.with_samplers(run[1], [text])
+
+
+def test_path(tmp_path):
+  mine = tmp_path / 'notes.html'
+  mine.write_text('<!doctype html><p>mine</p>')
+  for path in (mine, tmp_path, tmp_path / 'no' / 'a.html'):
+    with pytest.raises(InputError, match='--html='):
+      replay.Page(str(path), 5)
+  assert 'mine' in mine.read_text()
+  takes = make_takes()
+  page = replay.Page(str(tmp_path / 'a.html'), 5)
+  page.takes.extend(takes)
+  assert page.write(BYTES, 't', 'f') == (tmp_path / 'a.html').stat().st_size
+  again = replay.Page(str(tmp_path / 'a.html'), 5)  # one of ours may be replaced
+  again.takes.extend(takes[:1])
+  again.write(BYTES, 't', 'f')
+  assert {path.name for path in tmp_path.iterdir()} == {'a.html', 'notes.html'}
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A workdir and the run in it."""
+  workdir = workdirs.make_workdir(tmp_path_factory.mktemp('replay'))
+  return workdir, evaluate.open_run(workdir)[0]
+
+
+def test_sampling_is_recorded_as_it_is(run, tmp_path, capsys):
+  workdir, opened = run
+  opened.config.sampler.num_samples = 3
+  settings = configs.validate(opened.config)
+  prompts = ['The {} fox', '']
+  sample.sample_workdir(opened.config, settings, workdir, prompts)
+  plain = capsys.readouterr().out
+  page = replay.Page(str(tmp_path / 'a.html'), 3)
+  sample.sample_workdir(opened.config, settings, workdir, prompts,
+                        ['fixed_count', 'remask:num_steps=6'], page=page)
+  recorded = capsys.readouterr().out
+  assert 'MiB' in recorded and ', remask:num_steps=6' in recorded
+  with open(f'{workdir}/samples.jsonl') as file:
+    lines = [json.loads(line) for line in file]
+  own, kept = lines[:6], [line for line in lines[6:]
+                          if line['sampler']['name'] == 'fixed_count']
+  assert [a['tokens'] for a in own] == [a['tokens'] for a in kept]
+  assert all(line['text'] in plain for line in own)
+  parsed = Scripts((tmp_path / 'a.html').read_bytes())
+  takes = json.loads(parsed.scripts[0])['takes']
+  assert len(takes) == 12
+  texts = {take['text'] for take in takes}
+  assert texts == {line['text'] for line in lines[6:]}
+  assert {len(take['calls']) for take in takes
+          if take['sampler'] == 'fixed_count'} == {4}
+
+
+def test_samples_in_training_come_with_their_making(run):
+  _, opened = run
+  params = jax.jit(lambda: opened.network.init_params(
+      opened.objective, jax.random.key(0)))()
+  draw = sample.make_sample(opened)
+  for prompt in ('', 'The '):
+    tokens, trajectories = draw(params, prompt, 2, jax.random.key(1), 12)
+    assert tokens.shape == (2, 12)
+    assert bytes(tokens[1][:len(prompt)].tolist()).decode() == prompt
+    assert len(trajectories) == 2  # not of the rows that fill the batch up
+    for row, trajectory in zip(tokens, trajectories):
+      np.testing.assert_array_equal(trajectory.frames[-1], row)
+      assert len(trajectory.answers) == 4
+
+
+# In a browser.
+
+
+@pytest.fixture(scope='module')
+def browser():
+  api = pytest.importorskip('playwright.sync_api')
+  path = shutil.which('chromium') or shutil.which('chromium-browser')
+  if not path:
+    pytest.skip('no chromium')
+  with api.sync_playwright() as playwright:
+    opened = playwright.chromium.launch(executable_path=path,
+                                        args=['--no-sandbox'])
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope='module')
+def path(tmp_path_factory):
+  file = tmp_path_factory.mktemp('page') / 'a.html'
+  file.write_bytes(replay.make_page(replay.make_data(
+      make_takes(), BYTES, 5, NASTY, NASTY)))
+  return file
+
+
+@pytest.fixture
+def visit(browser, path):
+  """Opens the page; fails where it complains or asks for anything."""
+  contexts, heard = [], []
+
+  def open_page(**settings):
+    contexts.append(browser.new_context(**settings))
+    page = contexts[-1].new_page()
+    page.on('console', lambda message: heard.append(message.text))
+    page.on('pageerror', lambda error: heard.append(str(error)))
+    page.on('request', lambda request: request.url.startswith('file:') or
+            request.url.startswith('data:') or heard.append(request.url))
+    page.goto(path.as_uri())
+    return page
+
+  yield open_page
+  assert not contexts[-1].pages[0].evaluate('window.hacked')
+  for context in contexts:
+    context.close()
+  assert not heard
+
+
+def calls(page):
+  return page.locator('#where').inner_text()
+
+
+def until(page, condition):
+  # The page's own policy forbids what wait_for_function does.
+  for _ in range(200):
+    if page.evaluate(condition):
+      return
+    page.wait_for_timeout(25)
+  raise AssertionError(f'never: {condition}')
+
+
+def test_browser_slider_and_keys(visit):
+  page = visit()
+  num = len(make_takes()[0].trajectory.answers)
+  assert calls(page) == f'call {num} of {num}'  # opens with the finished text
+  pane = page.locator('.pane').first
+  text = pane.locator('.canvas').inner_text()
+  for shown in ('</script>', '‹U+0000›', '‹U+2028›', '‹U+202E›', '😀', 'é', '→',
+                '&lt;'):
+    assert shown in text
+  press = page.keyboard.press
+  press('Home')
+  assert calls(page) == f'call 0 of {num}'
+  assert pane.locator('.masked').count() == len(BYTES.encode(NASTY))
+  assert pane.locator('.given').inner_text() == PROMPT
+  press('ArrowRight')
+  assert pane.locator('.new').all_inner_texts() == ['z']
+  press('ArrowRight'), press('ArrowRight')
+  assert pane.locator('.back').all_inner_texts() == ['×']
+  assert '1 of' in pane.locator('.count').inner_text()
+  press('ArrowRight'), press('ArrowRight')
+  assert pane.locator('.changed').all_inner_texts() == ['<']
+  press('ArrowLeft'), press('.'), press(',')
+  assert calls(page) == f'call 4 of {num}'
+  until(page, "document.getElementById('status').textContent"
+        f".startsWith('call 4 of {num}')")
+  page.locator('#slider').fill('7')
+  assert calls(page) == f'call 7 of {num}'
+  page.locator('#slider').focus()
+  press('ArrowRight')
+  assert calls(page) == f'call 8 of {num}'
+  press('End')
+  assert calls(page) == f'call {num} of {num}'
+  # A character of four bytes is one cell's, and three have nothing to show.
+  assert pane.locator('.tok', has_text='😀').count() == 1
+  assert pane.locator('.tok:empty').count() == len(
+      BYTES.encode(NASTY)) - len(NASTY)
+
+
+def test_browser_plays(visit):
+  page = visit()
+  num = len(make_takes()[0].trajectory.answers)
+  page.select_option('#speed', '4')
+  page.keyboard.press(' ')
+  assert page.locator('#play').inner_text() == 'Pause'
+  until(page, 'at > 2 && at < steps')
+  page.locator('#play').click()
+  stopped = calls(page)
+  page.wait_for_timeout(150)
+  assert calls(page) == stopped != f'call {num} of {num}'
+  assert page.locator('#play').inner_text() == 'Play'
+  page.locator('#play').click()
+  until(page, 'at === steps')
+  assert page.locator('#play').inner_text() == 'Play'
+
+
+def test_browser_alternatives(visit):
+  page = visit()
+  tip, tokens = page.locator('#tip'), page.locator('.pane').first.locator('.tok')
+  assert tip.is_hidden()
+  tokens.nth(2).hover()
+  assert 'Position 3: revealed at call 4 of' in tip.inner_text()
+  assert 'probability 50%' in tip.inner_text()
+  assert [row.split() for row in tip.locator('tr').all_inner_texts()] == [
+      ['✓', '/', '50%'], ['A', '25%']]
+  page.mouse.move(2, 2)
+  tip.wait_for(state='hidden')
+  # One stop of the tab key for each text; the arrows go on from there.
+  assert page.locator('.canvas .tok[tabindex="0"]').count() == 4
+  tokens.nth(0).focus()
+  assert 'given' in tip.inner_text()
+  page.keyboard.press('ArrowRight')
+  assert 'changed from z at call 5' in tip.inner_text()
+  assert tokens.nth(1).get_attribute('aria-describedby') == 'tip'
+  assert page.locator('.canvas .tok[tabindex="0"]').count() == 4
+  page.keyboard.press('ArrowDown')
+  below = page.evaluate('document.activeElement.position')
+  assert below > 10
+  page.keyboard.press('ArrowUp')
+  assert page.evaluate('document.activeElement.position') == 1
+  page.keyboard.press('End')
+  assert page.evaluate('document.activeElement.position') == tokens.count() - 1
+  page.keyboard.press('Escape')
+  assert tip.is_hidden()
+  page.keyboard.press('Home')
+  assert 'given' in tip.inner_text()
+  # What is said of a shape.
+  spoken = {page.locator('.tok', has_text=text).first.get_attribute('aria-label')
+            for text in ('→', '😀', '<', '‹U+0000›')}
+  assert spoken == {'space', '‹F0›', '<', '‹U+0000›'}
+  page.locator('#first').click()
+  assert tokens.nth(5).get_attribute('aria-label') == 'masked'
+  tokens.nth(5).hover()
+  assert 'Position 6: masked, not yet asked for' in tip.inner_text()
+
+
+# The least contrast of text on what lies behind it, over all elements of a kind.
+CONTRAST = '''selectors => {
+  const context = Object.assign(document.createElement('canvas'),
+                                {width: 1, height: 1}).getContext('2d', {willReadFrequently: true});
+  const rgb = colour => {
+    context.clearRect(0, 0, 1, 1);
+    context.fillStyle = colour;
+    context.fillRect(0, 0, 1, 1);
+    return [...context.getImageData(0, 0, 1, 1).data];
+  };
+  const light = colour => {
+    const [r, g, b] = colour.map(
+        c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  let least = 99;
+  for (const element of document.querySelectorAll(selectors)) {
+    if (!element.textContent.trim() || !element.checkVisibility()) continue;
+    const text = light(rgb(getComputedStyle(element).color));
+    let behind = element;
+    while (!rgb(getComputedStyle(behind).backgroundColor)[3])
+      behind = behind.parentElement;
+    const ground = light(rgb(getComputedStyle(behind).backgroundColor));
+    least = Math.min(least, (Math.max(text, ground) + 0.05) /
+                            (Math.min(text, ground) + 0.05));
+  }
+  return least;
+}'''
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_browser_colours(visit, scheme):
+  page = visit(color_scheme=scheme, reduced_motion='reduce')
+  theme = 'document.documentElement.dataset.theme'
+  assert page.evaluate(theme) == scheme
+  # Every probability and call there could be.
+  stretch = '''document.querySelectorAll('.said').forEach((token, i, all) => {
+    for (const name of ['--c', '--o'])
+      token.style.setProperty(name, i / (all.length - 1));
+  })'''
+  for step in (3, 20, 99):
+    page.evaluate(f'go({step})')
+    page.evaluate(stretch)
+    for mode in ('confidence', 'order', 'none'):
+      page.select_option('#colour', mode)
+      assert page.evaluate(CONTRAST, '.tok, p, .soft, button, select, h1, h2, '
+                           'summary, kbd, label, #legend span') >= 4.5, mode
+  assert page.locator('.bar span').first.evaluate(
+      'element => getComputedStyle(element).transitionDuration') == '0s'
+  colours = "[...document.querySelectorAll('.said')].map(e => getComputedStyle(e)" \
+      '.backgroundColor)'
+  page.select_option('#colour', 'order')
+  assert len(set(page.evaluate(colours))) > 10
+  page.locator('#theme').click()
+  assert page.evaluate(theme) != scheme
+
+
+def test_browser_phone(visit):
+  page = visit(viewport={'width': 360, 'height': 560}, has_touch=True)
+  assert page.evaluate('document.documentElement.scrollWidth') == 360
+  token = page.locator('.pane .tok').nth(3)
+  for top in (150, 450):  # the token's, in the window
+    token.evaluate('(e, top) => scrollBy(0, e.getBoundingClientRect().top - top)', top)
+    token.tap()
+    box, own = page.locator('#tip').bounding_box(), token.bounding_box()
+    assert abs(own['y'] - top) < 30
+    assert 0 <= box['x'] and box['x'] + box['width'] <= 360
+    assert 0 <= box['y'] and box['y'] + box['height'] <= 560
+    assert box['y'] > own['y'] + own['height'] or box['y'] + box['height'] < own['y']
+    assert 'Position 4' in page.locator('#tip').inner_text()
+    page.keyboard.press('Escape')
+  assert page.evaluate('document.documentElement.scrollWidth') == 360
+  for label in page.locator('button:visible, select:visible').all():
+    assert label.bounding_box()['height'] >= 32
+
+
+def test_browser_samples_and_samplers(visit):
+  page = visit(viewport={'width': 1200, 'height': 800})
+  boxes = [pane.bounding_box() for pane in page.locator('.pane').all()]
+  assert len(boxes) == 4
+  assert boxes[0]['y'] == boxes[1]['y'] and boxes[0]['x'] < boxes[1]['x']
+  page.select_option('#sample', '2')
+  assert page.locator('.pane:visible h2').all_inner_texts() == [
+      'block', 'remask: eta=0.5']
+  names = [pane.get_attribute('aria-label') for pane in page.locator('.pane').all()]
+  assert names == ['block, sample 1', 'remask, eta=0.5, sample 1',
+                   'block, sample 2', 'remask, eta=0.5, sample 2']

@@ -1,0 +1,361 @@
+"""What a run survives: kills, damaged files, NaN, a second run, a wild clock.
+
+NANODLM_KILLS=50 pytest tests/faults_test.py -k killed -s kills one run 50 times.
+"""
+
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from nanodlm.training import checkpoint
+from nanodlm import config as configs
+from nanodlm.devices import lock
+from nanodlm.data import prepare
+from nanodlm.data import pipeline
+from nanodlm.types import InputError
+from tests import launches
+from tests import workdirs
+from tests.launch_test import arrays
+from tests.launch_test import assert_identical
+from tests.launch_test import data_dir  # pylint: disable=unused-import
+from tests.launch_test import metric_lines
+from tests.launch_test import wait_for
+
+NUM_KILLS = int(os.environ.get('NANODLM_KILLS', 2))
+NUM_STEPS = 100 + 20 * NUM_KILLS
+EVERY_STEPS = 5
+# Most of the time a save is under way, and old checkpoints go.
+ARGS = (*launches.TINY, f'--config.train.num_steps={NUM_STEPS}',
+        f'--config.checkpoint.every_steps={EVERY_STEPS}',
+        '--config.checkpoint.max_to_keep=2')
+# The clock of the wall goes back and forth by a year several times a second.
+WILD_CLOCK = '''
+import time
+real, real_ns = time.time, time.time_ns
+jump = lambda: 31536000 * (-1) ** int(7 * time.monotonic())
+time.time = lambda: real() + jump()
+time.time_ns = lambda: real_ns() + jump() * 10 ** 9
+'''
+
+
+def complete(workdir):
+  return checkpoint.complete_steps(workdir / checkpoint.FOLDER)
+
+
+def flip_bit(path, at=0.5):
+  content = bytearray(path.read_bytes())
+  content[int(at * len(content))] ^= 16
+  path.write_bytes(content)
+
+
+def largest_file(folder):
+  return max((path for path in folder.rglob('*') if path.is_file()),
+             key=lambda path: path.stat().st_size)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run of ARGS that nothing disturbed, and what others made of it meanwhile."""
+  workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  process = launches.start(*ARGS, f'--workdir={workdir}')
+  wait_for(lambda: complete(workdir), process)
+  process.send_signal(signal.SIGSTOP)  # it goes on; this takes no part of it away
+  second = launches.start(*ARGS, f'--workdir={workdir}')
+  reader = launches.start('--mode=eval', f'--workdir={workdir}')
+  others = [launches.finish(other) for other in (second, reader)]
+  process.send_signal(signal.SIGCONT)
+  status, output = launches.finish(process)
+  assert status == 0, output
+  return workdir, *others
+
+
+def test_second_run_on_a_workdir_is_refused_and_evaluation_is_not(finished):
+  _, (status, output), (eval_status, eval_output) = finished
+  assert status == 2, output
+  assert re.search(r'error: --workdir=.* is in use by another training run '
+                   r'\(process \d+ on ', output), output
+  assert 'Traceback' not in output
+  assert eval_status == 0 and 'held-out bound' in eval_output, eval_output
+
+
+def test_lock_is_left_by_the_one_who_has_it(tmp_path):
+  lock.check_free(str(tmp_path))  # writes nothing
+  assert not list(tmp_path.iterdir())
+  with lock.hold(str(tmp_path)):
+    with pytest.raises(InputError, match=f'process {os.getpid()} on'):
+      lock.check_free(str(tmp_path))
+  lock.check_free(str(tmp_path))
+  with lock.hold(str(tmp_path)):
+    pass
+
+
+def test_file_system_without_locks_lets_everyone_in(tmp_path, monkeypatch, caplog):
+  def flock(*_):
+    raise OSError(95, 'Operation not supported')
+  monkeypatch.setattr(lock.fcntl, 'flock', flock)
+  with lock.hold(str(tmp_path)), lock.hold(str(tmp_path)):
+    assert 'nothing stops a second run' in caplog.text
+
+
+def test_killed_and_damaged_run_ends_bit_identical(finished, tmp_path):
+  reference, *_ = finished
+  workdir = tmp_path / 'run'
+  folder = workdir / checkpoint.FOLDER
+  seed = int(os.environ.get('NANODLM_KILLS_SEED', 0))
+  rng = random.Random(seed)
+  unfinished = lambda: list(folder.glob('*.orbax-checkpoint-tmp'))
+  last, kills, in_saves = None, 0, 0
+
+  while kills < NUM_KILLS:
+    process = launches.start(*ARGS, f'--workdir={workdir}', before=WILD_CLOCK)
+    if kills % 3 < 2:  # in a save; at some time of the training; or of the start
+      wait_for(lambda: complete(workdir)[-1:] not in ([], [last]), process)
+    if kills % 3 == 0:
+      while process.poll() is None and not unfinished():
+        time.sleep(0.0005)  # or this takes one of two cores
+    time.sleep(rng.uniform(0, (0.03, 0.2, 6)[kills % 3]))
+    process.kill()
+    status, output = launches.finish(process)
+    assert 'DAMAGED' not in output and 'Traceback' not in output, output
+    if kills % 3 < 2 and last is not None:
+      assert f'at step {last}' in output, output
+    assert status == -signal.SIGKILL, f'ended after {kills} kills: {output}'
+    kills, in_saves = kills + 1, in_saves + bool(unfinished())
+    last = complete(workdir)[-1]
+  damaged = folder / str(last)
+  flip_bit(largest_file(damaged / 'rest'))
+  status, output = launches.launch(*ARGS, f'--workdir={workdir}',
+                                   before=WILD_CLOCK)
+  assert status == 0, output
+  assert f'checkpoint {damaged} is DAMAGED: the content of rest/' in output
+  assert (f'now called {last}.damaged; going on from step {last - EVERY_STEPS}, '
+          f'{EVERY_STEPS} steps are lost') in output
+  assert (folder / f'{last}.damaged' / 'rest').is_dir()
+  print(f'{kills} kills, {in_saves} of them in a save, {NUM_STEPS} steps')
+  assert not unfinished()
+  assert complete(workdir) == [NUM_STEPS - EVERY_STEPS, NUM_STEPS]
+  assert_identical(arrays(reference, NUM_STEPS), arrays(workdir, NUM_STEPS))
+
+
+def damage_checksums(folder):
+  flip_bit(folder / checkpoint.CHECKSUMS)
+
+
+def empty_checksums(folder):
+  (folder / checkpoint.CHECKSUMS).write_bytes(b'')
+
+
+def flip(folder):
+  flip_bit(largest_file(folder / 'params'))
+
+
+def flip_meta(folder):
+  flip_bit(folder / 'meta' / 'metadata')
+
+
+def truncate(folder):
+  os.truncate(largest_file(folder / 'params'), 100)
+
+
+def lose(folder):
+  largest_file(folder / 'params').unlink()
+
+
+def lose_item(folder):
+  shutil.rmtree(folder / 'params')
+
+
+@pytest.fixture(scope='module')
+def three_steps(tmp_path_factory):
+  """The checkpoints of steps 1, 2 and 3 of a run."""
+  workdir = workdirs.make_workdir(tmp_path_factory.mktemp('three'))
+  folder = pathlib.Path(workdir) / checkpoint.FOLDER
+  for step in (1, 2, 3):
+    shutil.copytree(folder / '0', folder / str(step))
+  shutil.rmtree(folder / '0')
+  return workdir
+
+
+@pytest.fixture
+def steps_to_damage(three_steps, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(three_steps, workdir)
+  return workdir
+
+
+@pytest.mark.parametrize('damage, words', [
+    (damage_checksums, '(has changed|is missing|unreadable|bytes instead)'),
+    (empty_checksums, 'is unreadable'), (flip, 'the content of params/.* has'),
+    (flip_meta, 'the content of meta/metadata has'),
+    (truncate, 'has 100 bytes instead of'), (lose, 'is missing'),
+    (lose_item, 'is missing')])
+def test_every_damage_is_found(steps_to_damage, damage, words, caplog):
+  workdir = str(steps_to_damage)
+  folder = steps_to_damage / checkpoint.FOLDER
+  damage(folder / '3')
+  items = checkpoint.PARAMS if damage in (flip, truncate, lose, lose_item) else ()
+  with checkpoint.open_manager(workdir, read_only=True) as manager:
+    assert checkpoint.find_step(manager, items=items) == 2
+    assert f'{folder}/3 is DAMAGED' in caplog.text
+    with pytest.raises(InputError, match=f'{folder}/3 is damaged: .*{words}'):
+      checkpoint.find_step(manager, 3, items)
+  assert complete(steps_to_damage) == [1, 2, 3]  # readers change nothing
+  assert checkpoint.set_damaged_aside(workdir) == 2
+  assert complete(steps_to_damage) == [1, 2]
+  assert '3.damaged' in caplog.text and '1 steps are lost' in caplog.text
+  damage(folder / '2')
+  damage(folder / '1')
+  before = sorted(folder.rglob('*'))
+  with pytest.raises(InputError, match='no checkpoint that is not damaged'):
+    checkpoint.set_damaged_aside(workdir)
+  assert before == sorted(folder.rglob('*'))
+
+
+def test_damaged_names_do_not_collide(steps_to_damage):
+  folder = steps_to_damage / checkpoint.FOLDER
+  flip(folder / '3')
+  shutil.copytree(folder / '3', folder / 'again')
+  assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 2
+  (folder / 'again').rename(folder / '3')
+  assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 2
+  assert {'3.damaged', '3.damaged.damaged'} <= {p.name for p in folder.iterdir()}
+
+
+def test_checkpoint_of_an_older_version_has_no_checksums(steps_to_damage):
+  folder = steps_to_damage / checkpoint.FOLDER / '3'
+  for other in folder.parent.iterdir():
+    (other / checkpoint.CHECKSUMS).unlink()
+  assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 3
+  with checkpoint.open_manager(str(steps_to_damage), read_only=True) as manager:
+    assert checkpoint.find_step(manager) == 3
+    assert checkpoint.restore_meta(manager, 3)['data']['step'] == 0
+    shape = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype,
+            sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
+        manager.item_metadata(3)['params'].tree)
+    checkpoint.restore_params(manager, shape, 3, vocab_size=258)
+    truncate(folder)
+    with pytest.raises(InputError, match='move that folder away'):
+      checkpoint.restore_params(manager, shape, 3, vocab_size=258)
+
+
+@pytest.mark.parametrize('content', [
+    b'', b'{"rest/\xf4": 3}', b'[]', b'[' * 100_000])
+def test_damage_in_two_places_is_no_import(steps_to_damage, content):
+  folder = steps_to_damage / checkpoint.FOLDER / '3'
+  assert not checkpoint.holds_weights_alone(str(steps_to_damage))
+  shutil.rmtree(folder / 'rest')
+  assert not checkpoint.holds_weights_alone(str(steps_to_damage))  # it is listed
+  (folder / checkpoint.CHECKSUMS).write_bytes(content)
+  assert not checkpoint.holds_weights_alone(str(steps_to_damage))
+  assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 2
+
+
+@pytest.mark.parametrize('lost', [checkpoint.CHECKSUMS, 'everything'])
+def test_checkpoint_that_lost_its_checksums_is_damaged(steps_to_damage, lost):
+  folder = steps_to_damage / checkpoint.FOLDER / '3'
+  if lost == 'everything':
+    shutil.rmtree(folder)
+    folder.mkdir()
+  else:
+    (folder / lost).unlink()
+  assert 'is missing' in checkpoint.find_damage(folder)
+  assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 2
+
+
+def test_a_step_with_nan_is_skipped_and_the_run_goes_on(tmp_path):
+  before = '''
+import nanodlm.data.pipeline as pipeline
+make = pipeline.make_train_iterator
+def make_with_nan(*args, start_step=0, **kwargs):
+  for step, batch in enumerate(make(*args, start_step=start_step, **kwargs)):
+    if step + start_step in (6, 9, 10):
+      batch["weight"][0, 3] = float("nan")
+    yield batch
+pipeline.make_train_iterator = make_with_nan
+'''
+  status, output = launches.launch(
+      *launches.TINY, f'--workdir={tmp_path}/run', '--config.train.num_steps=20',
+      '--config.train.log_every_steps=20', before=before)
+  assert status == 0, output
+  assert re.findall(r'step (\d+) skipped', output) == ['7', '10', '11'], output
+  (line,) = [line for line in metric_lines(tmp_path / 'run')
+             if 'train/loss' in line]
+  assert line['train/skipped_steps'] == 3
+  assert np.isfinite(line['train/loss'])
+  assert all(np.isfinite(value).all() for name, value
+             in arrays(tmp_path / 'run', 20).items() if name[:4] != 'rest')
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+  """A small prepared dataset: what opens it, and its folder."""
+  root = tmp_path_factory.mktemp('damaged_data')
+  (root / 'text.txt').write_text(workdirs.TEXT * 20)
+  config = configs.load_base()
+  config.data.update(source=f'text:{root}/text.txt', length=16,
+                     data_dir=str(root / 'data'))
+  settings = configs.validate(config)
+  open_data = lambda: prepare.prepare(settings.data, settings.tokenizer)
+  return open_data, pathlib.Path(open_data().folders[0]), settings.data
+
+
+def read_all(open_data, data_config):
+  packed = open_data()
+  batches = pipeline.make_train_iterator(packed, data_config, seed=0, batch_size=64)
+  for _ in range(len(packed.train) // 64 + 1):
+    next(batches)
+
+
+def halve(path):
+  os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path):
+  path.write_bytes(b'')
+
+
+def remove(path):
+  path.unlink()
+
+
+def flip_start(path):
+  flip_bit(path, 0.1)
+
+
+def flip_end(path):  # the bracket that ends a JSON file
+  flip_bit(path, 0.9999)
+
+
+@pytest.mark.parametrize('name, damage', [
+    *(('*-train.array_record*', damage)
+      for damage in (flip_start, flip_bit, halve, empty, remove)),
+    *((name, damage)
+      for name in ('dataset_info.json', 'features.json', 'metadata.json')
+      for damage in (flip_end, halve, empty, remove))])
+def test_damaged_data_is_an_error_that_says_what_to_do(prepared, name, damage):
+  open_data, folder, data_config = prepared
+  (path,) = folder.rglob(name)
+  content = path.read_bytes()
+  read_all(open_data, data_config)
+  try:
+    damage(path)
+    with pytest.raises(InputError) as raised:
+      if damage not in (flip_start, flip_bit):  # found at once, not when it is read
+        open_data()
+      else:
+        read_all(open_data, data_config)
+  finally:
+    path.write_bytes(content)
+  message = str(raised.value)
+  assert str(path if 'array_record' in name else path.parent) in message
+  assert f'Delete {folder}, and the next start prepares it again' in message

@@ -1,0 +1,94 @@
+"""Means, units and the interval."""
+
+import math
+
+import numpy as np
+
+from nanodlm.training import metrics
+
+
+def sums_of(nll, weight, num_bytes):
+  nll, weight, num_bytes = (
+      np.asarray(x, float) for x in (nll, weight, num_bytes))
+  return {'nll': nll.sum(), 'weight': weight.sum(), 'nll2': (nll**2).sum(),
+          'nll_weight': (nll * weight).sum(), 'weight2': (weight**2).sum(),
+          'num_examples': float(np.sum(weight > 0)), 'num_bytes': num_bytes.sum(),
+          'nll_num_bytes': (nll * num_bytes).sum(),
+          'num_bytes2': (num_bytes**2).sum(),
+          'correct': 3.0, 'scored': 4.0, 'bin_cross_entropy': np.array([2.0, 0.0]),
+          'bin_scored': np.array([4.0, 0.0])}
+
+
+def test_units():
+  means = metrics.eval_means(sums_of([8.0, 12.0], [10, 10], [20, 20]))
+  assert means['eval/nll'] == 1.0
+  assert math.isclose(means['eval/ppl'], math.e)
+  assert math.isclose(means['eval/bits_per_token'], 1 / math.log(2))
+  assert math.isclose(means['eval/bits_per_byte'], 0.5 / math.log(2))
+  assert means['eval/accuracy'] == 0.75
+  assert means['eval_by_level/cross_entropy_0'] == 0.5
+  assert 'eval_by_level/cross_entropy_1' not in means
+
+
+def test_interval_covers_the_mean_about_19_times_in_20():
+  generator = np.random.default_rng(0)
+  hits, byte_hits = 0, 0
+  for _ in range(2000):
+    weight = np.full(60, 16.0)
+    num_bytes = generator.integers(20, 60, 60)  # mean 39.5 a row
+    nll = generator.gamma(4.0, 4.0, 60)  # mean 16: 1 nat per token
+    means = metrics.eval_means(sums_of(nll, weight, num_bytes))
+    hits += abs(means['eval/nll'] - 1.0) < means['eval/nll_ci95']
+    byte_hits += (abs(means['eval/bits_per_byte'] - 16 / 39.5 / math.log(2))
+                  < means['eval/bits_per_byte_ci95'])
+  assert 0.92 < hits / 2000 < 0.97
+  assert 0.92 < byte_hits / 2000 < 0.97
+
+
+def test_interval_per_byte_holds_the_spread_of_bytes_alone():
+  means = metrics.eval_means(sums_of([8, 8, 8], [8, 8, 8], [10, 20, 30]))
+  assert means['eval/nll_ci95'] == 0
+  assert means['eval/bits_per_byte_ci95'] > 0
+
+
+def test_empty_rows_change_nothing():
+  full = metrics.eval_means(sums_of([8.0, 12.0], [10, 10], [20, 20]))
+  padded = metrics.eval_means(sums_of([8.0, 12.0, 0.0], [10, 10, 0], [20, 20, 0]))
+  assert full == padded
+
+
+def test_add():
+  total = metrics.add([{'a': np.ones(2)}, {'a': np.ones(2)}])
+  np.testing.assert_array_equal(total['a'], [2.0, 2.0])
+
+
+def test_peak_flops():
+  assert metrics.peak_flops('NVIDIA H100 80GB HBM3') == 989e12
+  assert metrics.peak_flops('TPU v5 lite') == 197e12
+  assert metrics.peak_flops('cpu') is None
+
+
+def test_ratio_interval_is_that_of_the_evaluation():
+  nll, num_bytes = np.array([8.0, 12.0, 5.0]), np.array([20, 20, 7])
+  means = metrics.eval_means(sums_of(nll, [10, 10, 4], num_bytes))
+  ratio, half_width = metrics.ratio_interval(np.append(nll, 3.0),
+                                             np.append(num_bytes, 0))
+  assert math.isclose(ratio / math.log(2), means['eval/bits_per_byte'])
+  assert math.isclose(half_width / math.log(2), means['eval/bits_per_byte_ci95'])
+  assert math.isnan(metrics.ratio_interval([1.0], [2.0])[1])
+
+
+def test_text_statistics():
+  same = metrics.text_statistics(np.full((2, 8), 5))
+  assert same['unigram_entropy'] == same['sample_entropy'] == 0
+  assert [same[f'distinct_{n}'] for n in (1, 2, 3)] == [1 / 16, 1 / 14, 1 / 12]
+  # Each text repeats one token, of two in all.
+  two = metrics.text_statistics(np.repeat([[3], [9]], 8, axis=1))
+  assert math.isclose(two['unigram_entropy'], math.log(2))
+  assert two['sample_entropy'] == 0 and two['distinct_2'] == 2 / 14
+  varied = metrics.text_statistics(np.arange(16).reshape(2, 8))
+  assert math.isclose(varied['unigram_entropy'], math.log(16))
+  assert math.isclose(varied['sample_entropy'], math.log(8))
+  # n-grams do not cross from one text into the next.
+  assert varied['distinct_1'] == varied['distinct_3'] == 1
+  assert math.isnan(metrics.text_statistics(np.zeros((3, 2)))['distinct_3'])
