@@ -53,7 +53,9 @@ def get_config() -> config_dict.ConfigDict:
   tokenizer.name = 'bytes'
   # A SentencePiece .model; '': trained on the source. Of 'run': its workdir
   tokenizer.path = ''
-  tokenizer.vocab_size = 0  # pieces, where SentencePiece is trained on the source
+  tokenizer.vocab_size = (
+    0  # pieces, where SentencePiece is trained on the source
+  )
 
   config.model = model = config_dict.ConfigDict()
   model.num_layers = 6
@@ -73,9 +75,13 @@ def get_config() -> config_dict.ConfigDict:
   model.time_form = 'dit'
   model.time_dim = 0  # width of the embedded time; 0: embed_dim
   model.output_bias = False
-  model.embedding_dim = 0  # of the embedding, widened by a dense layer; 0: embed_dim
+  model.embedding_dim = (
+    0  # of the embedding, widened by a dense layer; 0: embed_dim
+  )
   model.rope_theta = 10_000.0
-  model.num_positions = 0  # learned ones, instead of rotary; >= the length; 0: none
+  model.num_positions = (
+    0  # learned ones, instead of rotary; >= the length; 0: none
+  )
   model.norm = 'rms'  # 'rms' | 'layer'
   model.norm_eps = 1e-6
   model.norm_bias = False  # of 'layer'
@@ -84,7 +90,9 @@ def get_config() -> config_dict.ConfigDict:
   # Position i's output is read at i - 1, as of a network that was autoregressive.
   model.shift_outputs = False
   model.dtype = 'float32'  # of matrix products: 'float32' | 'bfloat16'
-  model.remat = 'none'  # recompute in the backward pass: 'none' | 'dots' | 'full'
+  model.remat = (
+    'none'  # recompute in the backward pass: 'none' | 'dots' | 'full'
+  )
   model.unroll = False  # True: no scan over layers; faster on a CPU
   model.attention = 'auto'  # 'auto' | 'xla' | 'cudnn' (GPU) | 'pallas' (TPU)
 
@@ -95,7 +103,9 @@ def get_config() -> config_dict.ConfigDict:
   # 'count' (masked, block, sedd) | 'stratified' | 'uniform' times | 'auto': the
   # first of these that the objective has
   objective.noise = 'auto'
-  objective.schedule = 'linear'  # 'linear' | 'cosine' | 'md4_cosine' | 'sqrt' | 'polynomial'
+  objective.schedule = (
+    'linear'  # 'linear' | 'cosine' | 'md4_cosine' | 'sqrt' | 'polynomial'
+  )
   objective.power = 2.0  # of the polynomial schedule, > 0
   objective.num_timesteps = 0  # discrete time; 0: continuous, d3pm: 1000
   objective.min_time = 0.0  # times below it are not trained on, in [0, 1)

@@ -5,27 +5,18 @@ import difflib
 import importlib.util
 import json
 import pathlib
-from typing import Any
-from typing import Collection
+from typing import Any, Collection
 
 from ml_collections import config_dict
 
-from nanodlm.noise import categorical
-from nanodlm.samplers import guidance
-from nanodlm.devices import mesh
-from nanodlm.model import transformer
-from nanodlm import objectives
-from nanodlm.training import optim
-from nanodlm import samplers
-from nanodlm.noise import schedules
-from nanodlm.devices import sharding
-from nanodlm.noise import times
-from nanodlm import types
+from nanodlm import objectives, samplers, types
 from nanodlm.data import sources
-from nanodlm.samplers import block
-from nanodlm.types import InputError
-from nanodlm.types import Objective
-from nanodlm.types import Sampler
+from nanodlm.devices import mesh, sharding
+from nanodlm.model import transformer
+from nanodlm.noise import categorical, schedules, times
+from nanodlm.samplers import block, guidance
+from nanodlm.training import optim
+from nanodlm.types import InputError, Objective, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,38 +45,47 @@ class DataConfig:
   def __post_init__(self):
     _check_at_least(self, 'data', length=2, prefetch_batches=1, num_threads=1)
     if self.crop not in ('chunk', 'random'):
-      raise InputError(f"data.crop={self.crop!r} is not one of ['chunk', 'random']")
+      raise InputError(
+        f"data.crop={self.crop!r} is not one of ['chunk', 'random']"
+      )
     sources.check_held_out(self)
     if self.source.startswith(sources.MIX):
       sources.parse_mixture(self.source)
     if self.padding not in ('eos', 'masked'):
       raise InputError(
-          f"data.padding={self.padding!r} is not one of ['eos', 'masked']")
+        f"data.padding={self.padding!r} is not one of ['eos', 'masked']"
+      )
     rates = ('clean_prefix_rate', 'clean_infill_rate')
     for key in rates:
       if not 0 <= getattr(self, key) <= 1:
         raise InputError(f'data.{key}={getattr(self, key)!r} must be in [0, 1]')
     if self.clean_prefix_rate + self.clean_infill_rate > 1:
       raise InputError(
-          f'data.clean_prefix_rate={self.clean_prefix_rate!r} and '
-          f'data.clean_infill_rate={self.clean_infill_rate!r} may not add up '
-          'to more than 1')
+        f'data.clean_prefix_rate={self.clean_prefix_rate!r} and '
+        f'data.clean_infill_rate={self.clean_infill_rate!r} may not add up '
+        'to more than 1'
+      )
     if self.clean_infill_rate and self.length < 3:
       raise InputError(
-          f'data.clean_infill_rate={self.clean_infill_rate!r} needs '
-          f'data.length of at least 3, not {self.length!r}')
+        f'data.clean_infill_rate={self.clean_infill_rate!r} needs '
+        f'data.length of at least 3, not {self.length!r}'
+      )
     if not self.is_pairs and self.padding != 'eos':
-      raise InputError(f'data.padding={self.padding!r} has no effect with '
-                       f"data.source={self.source!r}, only with 'pairs:...'")
+      raise InputError(
+        f'data.padding={self.padding!r} has no effect with '
+        f"data.source={self.source!r}, only with 'pairs:...'"
+      )
     for key in ('segment_ids', *rates):
       if self.is_pairs and getattr(self, key):
         raise InputError(
-            f'data.{key}={getattr(self, key)!r} is not for data.source='
-            f'{self.source!r}: a row is one pair, given its prompt')
+          f'data.{key}={getattr(self, key)!r} is not for data.source='
+          f'{self.source!r}: a row is one pair, given its prompt'
+        )
     if self.is_pairs and self.crop != 'chunk':
       raise InputError(
-          f"data.crop={self.crop!r} must be 'chunk' with data.source="
-          f'{self.source!r}: a window would begin inside one pair')
+        f"data.crop={self.crop!r} must be 'chunk' with data.source="
+        f'{self.source!r}: a window would begin inside one pair'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,22 +99,28 @@ class TokenizerConfig:
   def __post_init__(self):
     is_trained = self.name == 'sentencepiece' and not self.path
     if self.path and self.name not in ('sentencepiece', 'run'):
-      raise InputError(f'tokenizer.path={self.path!r} has no effect with '
-                       f'tokenizer.name={self.name!r}, only with '
-                       "'sentencepiece' and 'run'")
+      raise InputError(
+        f'tokenizer.path={self.path!r} has no effect with '
+        f'tokenizer.name={self.name!r}, only with '
+        "'sentencepiece' and 'run'"
+      )
     if self.name == 'run' and not self.path:
-      raise InputError("tokenizer.path='' must be the workdir of a run with "
-                       "tokenizer.name='run'")
+      raise InputError(
+        "tokenizer.path='' must be the workdir of a run with "
+        "tokenizer.name='run'"
+      )
     if self.vocab_size and not is_trained:
       raise InputError(
-          f'tokenizer.vocab_size={self.vocab_size!r} has no effect with '
-          f'tokenizer.name={self.name!r}, tokenizer.path={self.path!r}: it is the '
-          "size of a SentencePiece model trained on the source; leave it at 0")
+        f'tokenizer.vocab_size={self.vocab_size!r} has no effect with '
+        f'tokenizer.name={self.name!r}, tokenizer.path={self.path!r}: it is the '
+        'size of a SentencePiece model trained on the source; leave it at 0'
+      )
     if is_trained and self.vocab_size < 257:
       raise InputError(
-          f'tokenizer.vocab_size={self.vocab_size!r}: a SentencePiece model '
-          'trained on the source needs at least 257 pieces (2048, say); or name a '
-          'model in tokenizer.path')
+        f'tokenizer.vocab_size={self.vocab_size!r}: a SentencePiece model '
+        'trained on the source needs at least 257 pieces (2048, say); or name a '
+        'model in tokenizer.path'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +140,20 @@ class TrainConfig:
   wandb_project: str
 
   def __post_init__(self):
-    _check_at_least(self, 'train', batch_size=1, num_steps=1, num_microbatches=1,
-                    anneal_steps=0,
-                    chunk_size=1, log_every_steps=1, eval_every_steps=0,
-                    num_samples=0, max_skipped_steps=1, profile_steps=0)
+    _check_at_least(
+      self,
+      'train',
+      batch_size=1,
+      num_steps=1,
+      num_microbatches=1,
+      anneal_steps=0,
+      chunk_size=1,
+      log_every_steps=1,
+      eval_every_steps=0,
+      num_samples=0,
+      max_skipped_steps=1,
+      profile_steps=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +180,19 @@ class CheckpointConfig:
   init_step: int
 
   def __post_init__(self):
-    _check_at_least(self, 'checkpoint', every_steps=1, max_to_keep=1,
-                    keep_period=0, init_step=0)
+    _check_at_least(
+      self,
+      'checkpoint',
+      every_steps=1,
+      max_to_keep=1,
+      keep_period=0,
+      init_step=0,
+    )
     if self.init_step and not self.init_from:
-      raise InputError(f'checkpoint.init_step={self.init_step!r} has no effect '
-                       "with checkpoint.init_from=''; name a workdir there")
+      raise InputError(
+        f'checkpoint.init_step={self.init_step!r} has no effect '
+        "with checkpoint.init_from=''; name a workdir there"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,19 +226,26 @@ def _check_at_least(section: Any, name: str, **bounds: int):
   for key, bound in bounds.items():
     if getattr(section, key) < bound:
       raise InputError(
-          f'{name}.{key}={getattr(section, key)!r} must be >= {bound}')
+        f'{name}.{key}={getattr(section, key)!r} must be >= {bound}'
+      )
 
 
 def _build(cls: type, section: config_dict.ConfigDict, **given: Any):
   """cls from the section's values of its fields, and `given` ones."""
   names = [field.name for field in dataclasses.fields(cls)]
-  values = {name: section[name] for name in names
-            if name not in given and name in section}
+  values = {
+    name: section[name]
+    for name in names
+    if name not in given and name in section
+  }
   return cls(**values, **given)
 
 
-def validate(config: config_dict.ConfigDict, given: Collection[str] = (),
-             platform: str = '') -> Settings:
+def validate(
+  config: config_dict.ConfigDict,
+  given: Collection[str] = (),
+  platform: str = '',
+) -> Settings:
   """Checks every section, and the rules that cross sections.
 
   Args:
@@ -233,63 +264,78 @@ def validate(config: config_dict.ConfigDict, given: Collection[str] = (),
   if not 0 <= config.seed < 2**32:
     raise InputError(f'seed={config.seed!r} must be in [0, 2^32)')
   settings = Settings(
-      seed=config.seed,
-      data=_build(DataConfig, config.data),
-      tokenizer=_build(TokenizerConfig, config.tokenizer),
-      optim=_build(optim.OptimConfig, config.optim),
-      train=_build(TrainConfig, config.train),
-      eval=_build(EvalConfig, config.eval),
-      checkpoint=_build(CheckpointConfig, config.checkpoint),
-      sample=_build(SampleConfig, config.sampler),
-      mesh=make_mesh_config(config))
+    seed=config.seed,
+    data=_build(DataConfig, config.data),
+    tokenizer=_build(TokenizerConfig, config.tokenizer),
+    optim=_build(optim.OptimConfig, config.optim),
+    train=_build(TrainConfig, config.train),
+    eval=_build(EvalConfig, config.eval),
+    checkpoint=_build(CheckpointConfig, config.checkpoint),
+    sample=_build(SampleConfig, config.sampler),
+    mesh=make_mesh_config(config),
+  )
   # With a stand-in vocabulary: the tokenizer may not exist yet.
   objective = make_objective(config, mask_id=1)
   if settings.data.clean_infill_rate and not types.sees_right(
-      objective, settings.data.length):
+    objective, settings.data.length
+  ):
     raise InputError(
-        f'data.clean_infill_rate={settings.data.clean_infill_rate!r} is not '
-        f'for objective.name={config.objective.name!r}, which sees nothing to '
-        'the right of a gap; data.clean_prefix_rate is')
+      f'data.clean_infill_rate={settings.data.clean_infill_rate!r} is not '
+      f'for objective.name={config.objective.name!r}, which sees nothing to '
+      'the right of a gap; data.clean_prefix_rate is'
+    )
   network = make_model(config, 2, platform)
-  for key, length in (('data', settings.data.length),
-                      ('sampler', settings.sample.length)):
+  for key, length in (
+    ('data', settings.data.length),
+    ('sampler', settings.sample.length),
+  ):
     if length:
       transformer.check_shards(network, sharding.Shards(), length)
     if 0 < network.num_positions < length:
-      raise InputError(f'{key}.length={length!r} must be at most '
-                       f'model.num_positions={network.num_positions!r}')
+      raise InputError(
+        f'{key}.length={length!r} must be at most '
+        f'model.num_positions={network.num_positions!r}'
+      )
   if settings.train.anneal_steps and (objective.causal or objective.block_size):
     raise InputError(
-        f'train.anneal_steps={settings.train.anneal_steps!r} has no effect with '
-        f'objective.name={config.objective.name!r}, only where the network sees '
-        'the whole text')
+      f'train.anneal_steps={settings.train.anneal_steps!r} has no effect with '
+      f'objective.name={config.objective.name!r}, only where the network sees '
+      'the whole text'
+    )
   if settings.train.anneal_steps and network.attention not in ('auto', 'xla'):
     raise InputError(
-        f'model.attention={network.attention!r} does not know the pattern of '
-        f"train.anneal_steps={settings.train.anneal_steps!r}; 'auto' and 'xla' do")
+      f'model.attention={network.attention!r} does not know the pattern of '
+      f"train.anneal_steps={settings.train.anneal_steps!r}; 'auto' and 'xla' do"
+    )
   make_sampler(config, mask_id=1)
-  reads = {'objective': _objective_reads(config, objective),
-           'sampler': _sampler_reads(config, objective.block_size),
-           'optim': optim.reads(config.optim.name, config.optim.schedule)}
+  reads = {
+    'objective': _objective_reads(config, objective),
+    'sampler': _sampler_reads(config, objective.block_size),
+    'optim': optim.reads(config.optim.name, config.optim.schedule),
+  }
   for key in sorted(given):
     _check_read(key, config, reads)
   objective.max_scored(objective.group_size, settings.data.length)  # or raises
   shared = objective.evaluation().group_size
   if settings.eval.num_draws % shared:
-    raise InputError(f'eval.num_draws={settings.eval.num_draws!r} must be a '
-                     f'multiple of {shared} with this objective')
+    raise InputError(
+      f'eval.num_draws={settings.eval.num_draws!r} must be a '
+      f'multiple of {shared} with this objective'
+    )
   if settings.train.batch_size % objective.group_size:
     raise InputError(
-        f'train.batch_size={settings.train.batch_size!r} must be a multiple of '
-        f'{objective.group_size}: objective.noise={objective.noise!r} '
-        'draws noise for pairs of examples')
+      f'train.batch_size={settings.train.batch_size!r} must be a multiple of '
+      f'{objective.group_size}: objective.noise={objective.noise!r} '
+      'draws noise for pairs of examples'
+    )
   if objective.needs_time and not network.knows_time:
     key = 'time_form' if config.model.time_conditioning else 'time_conditioning'
     wanted = "another than 'constant'" if key == 'time_form' else 'True'
     raise InputError(
-        f'model.{key}={config.model[key]!r} must be {wanted} with objective.name='
-        f'{config.objective.name!r}: nothing in its noisy text tells how noisy it '
-        'is')
+      f'model.{key}={config.model[key]!r} must be {wanted} with objective.name='
+      f'{config.objective.name!r}: nothing in its noisy text tells how noisy it '
+      'is'
+    )
   return settings
 
 
@@ -301,8 +347,12 @@ def _reads(cls: type) -> set[str]:
 def _objective_reads(config, objective) -> set[str]:
   names = _reads(type(objective))
   walks = 'rule' in _reads(samplers.SAMPLERS[sampler_name(config)])
-  if 'noise' in names and objective.noise == 'count' and not walks and (
-      not config.model.time_conditioning):
+  if (
+    'noise' in names
+    and objective.noise == 'count'
+    and not walks
+    and (not config.model.time_conditioning)
+  ):
     names -= {'schedule', 'power'}  # a count has no time
   if config.objective.schedule != 'polynomial':
     names -= {'power'}
@@ -319,8 +369,15 @@ def _sampler_reads(config, block_size) -> set[str]:
     names -= {'num_steps'}
   if block_size:  # the objective's
     names -= {'block_size'}
-  names |= {'num_samples', 'length', 'seed', 'temperature', 'top_k', 'top_p',
-            'guidance'}
+  names |= {
+    'num_samples',
+    'length',
+    'seed',
+    'temperature',
+    'top_k',
+    'top_p',
+    'guidance',
+  }
   return names | ({'stop_at_eos'} if 'eos_id' in names else set())
 
 
@@ -334,12 +391,12 @@ def _check_read(key: str, config, reads: dict[str, set[str]]):
   section, _, leaf = key.partition('.')
   if section not in reads or leaf == 'name' or leaf in reads[section]:
     return
-  name = (sampler_name(config) if section == 'sampler'
-          else config[section].name)
+  name = sampler_name(config) if section == 'sampler' else config[section].name
   used = sorted(k for k in config[section] if k in reads[section])
   raise InputError(
-      f'{key}={config[section][leaf]!r} has no effect with {section}.name='
-      f'{name!r} and the other settings as they are; {used} have')
+    f'{key}={config[section][leaf]!r} has no effect with {section}.name='
+    f'{name!r} and the other settings as they are; {used} have'
+  )
 
 
 def make_mesh_config(config: config_dict.ConfigDict) -> mesh.MeshConfig:
@@ -351,8 +408,10 @@ def make_objective(config: config_dict.ConfigDict, mask_id: int) -> Objective:
   """The training objective of `config.objective`."""
   section = config.objective
   if section.name not in objectives.OBJECTIVES:
-    raise InputError(f'objective.name={section.name!r} is not one of '
-                     f'{sorted(objectives.OBJECTIVES)}')
+    raise InputError(
+      f'objective.name={section.name!r} is not one of '
+      f'{sorted(objectives.OBJECTIVES)}'
+    )
   cls = objectives.OBJECTIVES[section.name]
   given = {}
   if 'schedule' in _reads(cls):
@@ -362,13 +421,19 @@ def make_objective(config: config_dict.ConfigDict, mask_id: int) -> Objective:
   return _build(cls, section, mask_id=mask_id, **given)
 
 
-def make_model(config: config_dict.ConfigDict, vocab_size: int,
-               platform: str = '') -> transformer.ModelConfig:
+def make_model(
+  config: config_dict.ConfigDict, vocab_size: int, platform: str = ''
+) -> transformer.ModelConfig:
   """The network's shape, causal where the objective is."""
   objective = make_objective(config, vocab_size - 1)
-  return _build(transformer.ModelConfig, config.model, vocab_size=vocab_size,
-                causal=objective.causal, block_size=objective.block_size,
-                platform=platform)
+  return _build(
+    transformer.ModelConfig,
+    config.model,
+    vocab_size=vocab_size,
+    causal=objective.causal,
+    block_size=objective.block_size,
+    platform=platform,
+  )
 
 
 def sampler_name(config: config_dict.ConfigDict) -> str:
@@ -380,12 +445,16 @@ def sampler_name(config: config_dict.ConfigDict) -> str:
 
 def fitting_samplers(objective_name: str) -> list[str]:
   """The samplers that can be used with an objective's network."""
-  return [name for name in sorted(samplers.SAMPLERS)
-          if objective_name in samplers.FITS[name]]
+  return [
+    name
+    for name in sorted(samplers.SAMPLERS)
+    if objective_name in samplers.FITS[name]
+  ]
 
 
-def make_sampler(config: config_dict.ConfigDict, mask_id: int,
-                 separator_id: int = block.NO_EOS) -> Sampler:
+def make_sampler(
+  config: config_dict.ConfigDict, mask_id: int, separator_id: int = block.NO_EOS
+) -> Sampler:
   """The sampler of `config.sampler`, which must fit the objective.
 
   A sampler's field `rule` gets the objective itself, `inner` the sampler of a
@@ -393,12 +462,16 @@ def make_sampler(config: config_dict.ConfigDict, mask_id: int,
   """
   name = sampler_name(config)
   if name not in samplers.SAMPLERS:
-    raise InputError(f'sampler.name={name!r} is not one of '
-                     f"{['auto', *sorted(samplers.SAMPLERS)]}")
+    raise InputError(
+      f'sampler.name={name!r} is not one of '
+      f'{["auto", *sorted(samplers.SAMPLERS)]}'
+    )
   if config.objective.name not in samplers.FITS[name]:
-    raise InputError(f'sampler.name={name!r} does not fit objective.name='
-                     f'{config.objective.name!r}; these do: '
-                     f'{fitting_samplers(config.objective.name)}')
+    raise InputError(
+      f'sampler.name={name!r} does not fit objective.name='
+      f'{config.objective.name!r}; these do: '
+      f'{fitting_samplers(config.objective.name)}'
+    )
   given = {'mask_id': mask_id, 'eos_id': block.NO_EOS}
   if config.sampler.stop_at_eos:
     given['eos_id'] = separator_id
@@ -407,16 +480,19 @@ def make_sampler(config: config_dict.ConfigDict, mask_id: int,
     given['block_size'] = objective.block_size
   sampler = _make_sampler(name, config, objective, given)
   if name == 'prefix_cache' and config.model.shift_outputs:
-    raise InputError("sampler.name='prefix_cache' does not fit model.shift_outputs="
-                     'True, whose first output of a block is read before it')
+    raise InputError(
+      "sampler.name='prefix_cache' does not fit model.shift_outputs="
+      'True, whose first output of a block is read before it'
+    )
   strength = config.sampler.guidance
   if not strength:
     return sampler
   if name not in samplers.GUIDED:
     raise InputError(
-        f'sampler.guidance={strength!r} does not fit sampler.name={name!r}, whose '
-        'network knows no masks in place of a prompt; these do: '
-        f'{sorted(samplers.GUIDED)}')
+      f'sampler.guidance={strength!r} does not fit sampler.name={name!r}, whose '
+      'network knows no masks in place of a prompt; these do: '
+      f'{sorted(samplers.GUIDED)}'
+    )
   return guidance.Guided(sampler, strength, mask_id)
 
 
@@ -427,25 +503,37 @@ def _make_sampler(name: str, config, objective: Objective, given) -> Sampler:
   if 'draw' in reads:
     given['draw'] = _build(categorical.Draw, section, mask_id=objective.mask_id)
   if 'schedule' in reads:
-    given['schedule'] = schedules.make_schedule(section.schedule, section.power,
-                                                'sampler')
+    given['schedule'] = schedules.make_schedule(
+      section.schedule, section.power, 'sampler'
+    )
   if 'rule' in reads:
     given['rule'] = objective
   if 'inner' in reads:
     if section.inner not in samplers.INNER:
-      raise InputError(f'sampler.inner={section.inner!r} is not one of '
-                       f'{sorted(samplers.INNER)}')
+      raise InputError(
+        f'sampler.inner={section.inner!r} is not one of '
+        f'{sorted(samplers.INNER)}'
+      )
     given['inner'] = _make_sampler(section.inner, config, objective, {})
   return _build(cls, section, **given)
 
 
 # What decides the batches, the noise and the shape of the state: a workdir goes
 # on only with the same. These keys may change between two starts of one run.
-FREE_KEYS = frozenset({
-    'data.data_dir', 'data.prefetch_batches', 'data.num_threads',
-    'model.remat', 'model.unroll', 'model.attention', 'model.dtype'})
-BOUND_KEYS = frozenset({'seed', 'train.batch_size', 'train.anneal_steps',
-                        'optim.name'})
+FREE_KEYS = frozenset(
+  {
+    'data.data_dir',
+    'data.prefetch_batches',
+    'data.num_threads',
+    'model.remat',
+    'model.unroll',
+    'model.attention',
+    'model.dtype',
+  }
+)
+BOUND_KEYS = frozenset(
+  {'seed', 'train.batch_size', 'train.anneal_steps', 'optim.name'}
+)
 BOUND_SECTIONS = ('data', 'tokenizer', 'model', 'objective')
 # Zero or not decides what the optimiser's state holds.
 BOUND_SWITCHES = ('optim.ema_decay', 'optim.clip_norm')
@@ -462,12 +550,16 @@ def flatten(config: config_dict.ConfigDict) -> dict[str, Any]:
   return flat
 
 
-def differing_keys(saved: config_dict.ConfigDict, config: config_dict.ConfigDict
-                   ) -> dict[str, tuple[Any, Any]]:
+def differing_keys(
+  saved: config_dict.ConfigDict, config: config_dict.ConfigDict
+) -> dict[str, tuple[Any, Any]]:
   """{key: (saved, new)} for all keys whose values differ."""
   old, new = flatten(saved), flatten(config)
-  return {key: (old.get(key), new.get(key)) for key in sorted(old | new)
-          if old.get(key) != new.get(key)}
+  return {
+    key: (old.get(key), new.get(key))
+    for key in sorted(old | new)
+    if old.get(key) != new.get(key)
+  }
 
 
 def is_bound(key: str) -> bool:
@@ -477,19 +569,27 @@ def is_bound(key: str) -> bool:
   return key in BOUND_KEYS or key.split('.')[0] in BOUND_SECTIONS
 
 
-def check_resumable(saved: config_dict.ConfigDict, config: config_dict.ConfigDict,
-                    workdir: str):
+def check_resumable(
+  saved: config_dict.ConfigDict, config: config_dict.ConfigDict, workdir: str
+):
   """Raises InputError where `config` cannot continue the run in `workdir`."""
-  bound = {key: values for key, values in differing_keys(saved, config).items()
-           if is_bound(key)
-           or key in BOUND_SWITCHES and bool(values[0]) != bool(values[1])}
+  bound = {
+    key: values
+    for key, values in differing_keys(saved, config).items()
+    if is_bound(key)
+    or key in BOUND_SWITCHES
+    and bool(values[0]) != bool(values[1])
+  }
   if bound:
-    lines = [f'  {key}: {old!r} there, {new!r} here'
-             for key, (old, new) in bound.items()]
+    lines = [
+      f'  {key}: {old!r} there, {new!r} here'
+      for key, (old, new) in bound.items()
+    ]
     raise InputError(
-        f'workdir={workdir!r} holds a run with other settings:\n'
-        + '\n'.join(lines)
-        + '\nUse the same settings to go on with it, or another workdir')
+      f'workdir={workdir!r} holds a run with other settings:\n'
+      + '\n'.join(lines)
+      + '\nUse the same settings to go on with it, or another workdir'
+    )
 
 
 def to_json(config: config_dict.ConfigDict) -> str:
@@ -508,16 +608,19 @@ def load_base() -> config_dict.ConfigDict:
     InputError: it does not lie beside the package.
   """
   if not BASE.is_file():
-    raise InputError(f'{BASE} is missing; install the package from its source '
-                     'folder: pip install -e .')
+    raise InputError(
+      f'{BASE} is missing; install the package from its source '
+      'folder: pip install -e .'
+    )
   spec = importlib.util.spec_from_file_location('nanodlm_base_config', BASE)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config()
 
 
-def from_json(text: str | bytes, defaults: config_dict.ConfigDict, where: str
-              ) -> config_dict.ConfigDict:
+def from_json(
+  text: str | bytes, defaults: config_dict.ConfigDict, where: str
+) -> config_dict.ConfigDict:
   """A saved config; keys that it lacks take their defaults.
 
   Raises:
@@ -534,15 +637,20 @@ def from_json(text: str | bytes, defaults: config_dict.ConfigDict, where: str
   config = config_dict.ConfigDict(defaults.to_dict())
   for section, value in saved.items():
     if section not in config:
-      raise InputError(f'{where}: unknown section {section!r}; known: '
-                       f'{sorted(config)}')
-    if not (isinstance(value, dict)
-            and isinstance(config[section], config_dict.ConfigDict)):
+      raise InputError(
+        f'{where}: unknown section {section!r}; known: {sorted(config)}'
+      )
+    if not (
+      isinstance(value, dict)
+      and isinstance(config[section], config_dict.ConfigDict)
+    ):
       set_value(config, section, value, f'{where}: {section}')
       continue
     for key, leaf in value.items():
       if key not in config[section]:
-        raise InputError(f'{where}: unknown key {section}.{key}{suggest(key, config[section])}')
+        raise InputError(
+          f'{where}: unknown key {section}.{key}{suggest(key, config[section])}'
+        )
       set_value(config[section], key, leaf, f'{where}: {section}.{key}')
   return config
 
@@ -554,11 +662,14 @@ def set_value(section: config_dict.ConfigDict, key: str, value: Any, name: str):
       raise TypeError(f'{name} has no value')
     section[key] = value
   except TypeError as error:
-    raise InputError(f'{name}={value!r} is not of type '
-                     f'{type(section[key]).__name__}') from error
+    raise InputError(
+      f'{name}={value!r} is not of type {type(section[key]).__name__}'
+    ) from error
 
 
 def suggest(key: str, known) -> str:
   """'; did you mean ...?', or the known keys."""
   close = difflib.get_close_matches(key, list(known), n=1)
-  return f'; did you mean {close[0]!r}?' if close else f'; known: {sorted(known)}'
+  return (
+    f'; did you mean {close[0]!r}?' if close else f'; known: {sorted(known)}'
+  )

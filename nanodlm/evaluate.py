@@ -11,18 +11,14 @@ import jax
 from ml_collections import config_dict
 import numpy as np
 
-from nanodlm.training import checkpoint
 from nanodlm import config as configs
+from nanodlm.data import pipeline, prepare, tokenizers
 from nanodlm.devices import mesh as meshes
-from nanodlm.training import metrics
 from nanodlm.devices import multihost
-from nanodlm.steps import train as steps
 from nanodlm.noise import times
-from nanodlm.data import tokenizers
-from nanodlm.data import prepare
-from nanodlm.data import pipeline
-from nanodlm.types import InputError
-from nanodlm.types import Objective
+from nanodlm.steps import train as steps
+from nanodlm.training import checkpoint, metrics
+from nanodlm.types import InputError, Objective
 
 log = logging.getLogger('nanodlm')
 
@@ -55,8 +51,9 @@ class Run:
   objective: Objective
 
 
-def load_config(workdir: str, defaults: config_dict.ConfigDict
-                ) -> config_dict.ConfigDict | None:
+def load_config(
+  workdir: str, defaults: config_dict.ConfigDict
+) -> config_dict.ConfigDict | None:
   """The config of the run in `workdir`, or None where there is no run.
 
   Raises:
@@ -66,8 +63,10 @@ def load_config(workdir: str, defaults: config_dict.ConfigDict
   if path.is_file():
     return configs.from_json(path.read_bytes(), defaults, str(path))
   if (pathlib.Path(workdir) / checkpoint.FOLDER).exists():
-    raise InputError(f'workdir={workdir!r} has checkpoints but no {CONFIG_FILE}; '
-                     'give another workdir')
+    raise InputError(
+      f'workdir={workdir!r} has checkpoints but no {CONFIG_FILE}; '
+      'give another workdir'
+    )
   return None
 
 
@@ -80,27 +79,44 @@ def fit_mesh(config: config_dict.ConfigDict):
   try:
     meshes.make_mesh(configs.make_mesh_config(config))
   except InputError:
-    log.info('the mesh of the training, %s, does not fit the devices here: using '
-             'mesh.data=%d', dict(config.mesh), jax.device_count())
+    log.info(
+      'the mesh of the training, %s, does not fit the devices here: using '
+      'mesh.data=%d',
+      dict(config.mesh),
+      jax.device_count(),
+    )
     config.mesh.update(data=-1, fsdp=1, tensor=1)
 
 
-def make_run(config: config_dict.ConfigDict, settings: configs.Settings,
-             tokenizer: tokenizers.Tokenizer) -> Run:
+def make_run(
+  config: config_dict.ConfigDict,
+  settings: configs.Settings,
+  tokenizer: tokenizers.Tokenizer,
+) -> Run:
   """Builds what does not depend on the data.
 
   Raises:
     InputError: see `mesh.make_mesh`.
   """
   mesh = meshes.make_mesh(settings.mesh)
-  network = steps.Network(configs.make_model(config, tokenizer.vocab_size),
-                          settings.train.chunk_size, meshes.shards(mesh))
-  return Run(config, settings, mesh, tokenizer, network,
-             configs.make_objective(config, tokenizer.mask_id))
+  network = steps.Network(
+    configs.make_model(config, tokenizer.vocab_size),
+    settings.train.chunk_size,
+    meshes.shards(mesh),
+  )
+  return Run(
+    config,
+    settings,
+    mesh,
+    tokenizer,
+    network,
+    configs.make_objective(config, tokenizer.mask_id),
+  )
 
 
-def make_evaluate(run: Run, packed: prepare.PackedData
-                  ) -> Callable[..., dict[str, float] | None]:
+def make_evaluate(
+  run: Run, packed: prepare.PackedData
+) -> Callable[..., dict[str, float] | None]:
   """Builds evaluate(params, max_examples=0, should_stop=never) -> means.
 
   The means are those of `metrics.eval_means` over `packed`'s validation rows;
@@ -109,30 +125,44 @@ def make_evaluate(run: Run, packed: prepare.PackedData
   settings = run.settings.eval
   batch_size = settings.batch_size
   steps.check_batch_size(batch_size, run.mesh, 1, 1, 'eval.batch_size')
-  eval_step = steps.make_eval_step(run.network, run.objective, run.mesh,
-                                   num_draws=settings.num_draws,
-                                   seed=settings.seed)
+  eval_step = steps.make_eval_step(
+    run.network,
+    run.objective,
+    run.mesh,
+    num_draws=settings.num_draws,
+    seed=settings.seed,
+  )
   rows = meshes.local_rows(run.mesh, batch_size)
 
-  def evaluate(params: Any, max_examples: int = 0,
-               should_stop: Callable[[], bool] = lambda: False
-               ) -> dict[str, float] | None:
+  def evaluate(
+    params: Any,
+    max_examples: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+  ) -> dict[str, float] | None:
     batches = pipeline.make_eval_batches(
-        packed, run.settings.data, batch_size=batch_size, rows=rows,
-        max_examples=max_examples or None)
+      packed,
+      run.settings.data,
+      batch_size=batch_size,
+      rows=rows,
+      max_examples=max_examples or None,
+    )
     sums = []
     for i, batch in enumerate(batches):
       if should_stop():
         return None
       first = i * batch_size
       index = np.arange(first + rows.start, first + rows.stop, dtype=np.int32)
-      sums.append(eval_step(
-          params, meshes.shard_batch(run.mesh, {**batch, 'index': index})))
+      sums.append(
+        eval_step(
+          params, meshes.shard_batch(run.mesh, {**batch, 'index': index})
+        )
+      )
       if len(sums) > 1:  # one in flight, so that a signal is seen soon
         jax.block_until_ready(sums[-2])
     return metrics.eval_means(
-        metrics.add(jax.device_get(sums)),
-        'eval_subset' if max_examples else 'eval')
+      metrics.add(jax.device_get(sums)),
+      'eval_subset' if max_examples else 'eval',
+    )
 
   return evaluate
 
@@ -150,13 +180,15 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
     InputError: there is no such checkpoint, it is damaged or of another shape.
   """
   abstract = meshes.shapes_sharded(
-      run.mesh, lambda: run.network.init_params(run.objective, jax.random.key(0)))
+    run.mesh, lambda: run.network.init_params(run.objective, jax.random.key(0))
+  )
   if not (pathlib.Path(workdir) / checkpoint.FOLDER).is_dir():
     raise InputError(f'{workdir!r} holds no run (no {checkpoint.FOLDER} in it)')
   with checkpoint.open_manager(workdir, read_only=True) as manager:
     step = multihost.on_process_0(lambda: checkpoint.find_step(manager, step))
-    return checkpoint.restore_params(manager, abstract, step,
-                                     run.tokenizer.vocab_size), step
+    return checkpoint.restore_params(
+      manager, abstract, step, run.tokenizer.vocab_size
+    ), step
 
 
 def open_run(workdir: str) -> tuple[Run, Any, int]:
@@ -193,12 +225,18 @@ def with_sampler(run: Run, changes: dict[str, Any]) -> Run:
   if 'num_steps' in changes and times.is_listed(config.sampler.grid):
     config.sampler.grid = defaults.sampler.grid
   config.sampler.update(changes)
-  return dataclasses.replace(run, config=config,
-                             settings=configs.validate(config))
+  return dataclasses.replace(
+    run, config=config, settings=configs.validate(config)
+  )
 
 
-def make_score(run: Run, *, num_draws: int, batch_size: int,
-               objective: Objective | None = None) -> Callable[..., Any]:
+def make_score(
+  run: Run,
+  *,
+  num_draws: int,
+  batch_size: int,
+  objective: Objective | None = None,
+) -> Callable[..., Any]:
   """Builds score(params, key, batch) -> values [N], numpy, for any N.
 
   Args:
@@ -215,24 +253,36 @@ def make_score(run: Run, *, num_draws: int, batch_size: int,
   """
   if objective is None:
     objective = run.objective.evaluation()
-  score_step = steps.make_score_step(run.network, objective, run.mesh,
-                                     num_draws=num_draws)
+  score_step = steps.make_score_step(
+    run.network, objective, run.mesh, num_draws=num_draws
+  )
   shards = meshes.num_batch_shards(run.mesh)
   batch_size = -(-batch_size // shards) * shards
 
-  def score(params: Any, key: jax.Array, batch: dict[str, np.ndarray]
-            ) -> dict[str, np.ndarray]:
+  def score(
+    params: Any, key: jax.Array, batch: dict[str, np.ndarray]
+  ) -> dict[str, np.ndarray]:
     num = len(batch['tokens'])
     batch = {'index': np.arange(num, dtype=np.int32), **batch}
     parts = []
     for first in range(0, num, batch_size):
-      part = {name: pad_rows(x[first:first + batch_size], batch_size)
-              for name, x in batch.items()}
-      parts.append(jax.device_get(score_step(
-          params, jax.random.clone(key),
-          meshes.shard_whole_batch(run.mesh, part))))
-    return {name: np.concatenate([part[name] for part in parts])[:num]
-            for name in parts[0]}
+      part = {
+        name: pad_rows(x[first : first + batch_size], batch_size)
+        for name, x in batch.items()
+      }
+      parts.append(
+        jax.device_get(
+          score_step(
+            params,
+            jax.random.clone(key),
+            meshes.shard_whole_batch(run.mesh, part),
+          )
+        )
+      )
+    return {
+      name: np.concatenate([part[name] for part in parts])[:num]
+      for name in parts[0]
+    }
 
   return score
 
@@ -242,23 +292,32 @@ def pad_rows(x: np.ndarray, num_rows: int) -> np.ndarray:
   return np.pad(x, ((0, num_rows - len(x)),) + ((0, 0),) * (x.ndim - 1))
 
 
-def validation_rows(run: Run, packed: prepare.PackedData, num_examples: int
-                    ) -> dict[str, np.ndarray]:
+def validation_rows(
+  run: Run, packed: prepare.PackedData, num_examples: int
+) -> dict[str, np.ndarray]:
   """The first rows of the validation split, at most `num_examples` (0: all)."""
   num = min(num_examples or len(packed.validation), len(packed.validation))
-  return next(iter(pipeline.make_eval_batches(
-      packed, run.settings.data, batch_size=num, max_examples=num)))
+  return next(
+    iter(
+      pipeline.make_eval_batches(
+        packed, run.settings.data, batch_size=num, max_examples=num
+      )
+    )
+  )
 
 
 def check_noisy(run: Run, num_examples: int):
   """Raises InputError where there is no noise to measure."""
   if run.objective.exact:
-    raise InputError(f'--noise_examples={num_examples!r}: the objective '
-                     f'{run.config.objective.name!r} is exact, without noise')
+    raise InputError(
+      f'--noise_examples={num_examples!r}: the objective '
+      f'{run.config.objective.name!r} is exact, without noise'
+    )
 
 
-def measure_noise(run: Run, packed: prepare.PackedData, params: Any,
-                  num_examples: int) -> dict[str, float]:
+def measure_noise(
+  run: Run, packed: prepare.PackedData, params: Any, num_examples: int
+) -> dict[str, float]:
   """How much of the bound's uncertainty is noise, against the naive estimator.
 
   Scores `num_examples` rows NUM_REPEATS times with fresh noise, by the estimator
@@ -274,32 +333,48 @@ def measure_noise(run: Run, packed: prepare.PackedData, params: Any,
   check_noisy(run, num_examples)
   settings = run.settings.eval
   rows = validation_rows(run, packed, num_examples)
-  batch = {name: rows[name] for name in ('tokens', 'weight', 'segment_ids')
-           if name in rows}
+  batch = {
+    name: rows[name]
+    for name in ('tokens', 'weight', 'segment_ids')
+    if name in rows
+  }
   variance = {}
-  for name, form in (('own', run.objective.evaluation()),
-                     ('naive', run.objective.naive())):
-    score = make_score(run, num_draws=settings.num_draws,
-                       batch_size=settings.batch_size, objective=form)
+  for name, form in (
+    ('own', run.objective.evaluation()),
+    ('naive', run.objective.naive()),
+  ):
+    score = make_score(
+      run,
+      num_draws=settings.num_draws,
+      batch_size=settings.batch_size,
+      objective=form,
+    )
     key = jax.random.key(settings.seed)
-    nll = [score(params, jax.random.fold_in(key, repeat), batch)['nll']
-           for repeat in range(NUM_REPEATS)]
+    nll = [
+      score(params, jax.random.fold_in(key, repeat), batch)['nll']
+      for repeat in range(NUM_REPEATS)
+    ]
     variance[name] = np.var(np.asarray(nll, np.float64), axis=0, ddof=1)
   ratio, half_width = metrics.ratio_interval(variance['naive'], variance['own'])
   # Of sum(nll) / sum(weight) over the split, were all its rows like these.
   num_tokens = float(steps.num_tokens(rows).mean())
   scale = 1.96 / (len(packed.validation) ** 0.5 * num_tokens)
-  return {'noise_ci95': float(scale * variance['own'].mean() ** 0.5),
-          'naive_noise_ci95': float(scale * variance['naive'].mean() ** 0.5),
-          'calls_ratio': ratio, 'calls_ratio_ci95': half_width}
+  return {
+    'noise_ci95': float(scale * variance['own'].mean() ** 0.5),
+    'naive_noise_ci95': float(scale * variance['naive'].mean() ** 0.5),
+    'calls_ratio': ratio,
+    'calls_ratio_ci95': half_width,
+  }
 
 
 def describe_noise(noise: dict[str, float]) -> str:
   """One line for people, of `measure_noise`."""
-  return (f'of the interval ± {noise["noise_ci95"]:.4f} nats/token is noise; at '
-          f'independent times it would be ± {noise["naive_noise_ci95"]:.4f}, so '
-          f'{noise["calls_ratio"]:.1f} ± {noise["calls_ratio_ci95"]:.1f} times as '
-          'many network calls for the same')
+  return (
+    f'of the interval ± {noise["noise_ci95"]:.4f} nats/token is noise; at '
+    f'independent times it would be ± {noise["naive_noise_ci95"]:.4f}, so '
+    f'{noise["calls_ratio"]:.1f} ± {noise["calls_ratio_ci95"]:.1f} times as '
+    'many network calls for the same'
+  )
 
 
 def describe(means: dict[str, float], exact: bool) -> str:
@@ -310,27 +385,39 @@ def describe(means: dict[str, float], exact: bool) -> str:
 
   def interval(key):  # one example has none
     width = value[f'{key}_ci95']
-    return f'{value[key]:.4f}' + ('' if math.isnan(width) else f' ± {width:.4f}')
-  return (f'held-out {kind}{subset}: {interval("nll")} nats/token, perplexity '
-          f'{value["ppl"]:.2f}, {interval("bits_per_byte")} bits/byte (95% '
-          f'interval, {value["num_examples"]:.0f} examples)')
+    return f'{value[key]:.4f}' + (
+      '' if math.isnan(width) else f' ± {width:.4f}'
+    )
+
+  return (
+    f'held-out {kind}{subset}: {interval("nll")} nats/token, perplexity '
+    f'{value["ppl"]:.2f}, {interval("bits_per_byte")} bits/byte (95% '
+    f'interval, {value["num_examples"]:.0f} examples)'
+  )
 
 
-def own_tokenizer(settings: configs.Settings, workdir: str
-                  ) -> configs.TokenizerConfig:
+def own_tokenizer(
+  settings: configs.Settings, workdir: str
+) -> configs.TokenizerConfig:
   """Of a workdir with a tokenizer: where that came from a file, the copy here."""
   wanted = settings.tokenizer
   if not wanted.path:
     return wanted
   # The file, of another run perhaps, may be gone.
-  path = workdir if wanted.name == tokenizers.RUN else str(
-      pathlib.Path(workdir) / tokenizers.SAVED_MODEL)
+  path = (
+    workdir
+    if wanted.name == tokenizers.RUN
+    else str(pathlib.Path(workdir) / tokenizers.SAVED_MODEL)
+  )
   return configs.TokenizerConfig(wanted.name, path, 0)
 
 
-def open_data(settings: configs.Settings, workdir: str,
-              tokenizer: tokenizers.Tokenizer, trained_on: str
-              ) -> prepare.PackedData:
+def open_data(
+  settings: configs.Settings,
+  workdir: str,
+  tokenizer: tokenizers.Tokenizer,
+  trained_on: str,
+) -> prepare.PackedData:
   """The text of settings.data.source as ids of the run's own tokenizer.
 
   Args:
@@ -344,17 +431,22 @@ def open_data(settings: configs.Settings, workdir: str,
   """
   wanted = own_tokenizer(settings, workdir)
   if settings.data.source != trained_on:
-    log.info('evaluating on %s, not the text it was trained on: its own split '
-             'into training and validation is used', settings.data.source)
+    log.info(
+      'evaluating on %s, not the text it was trained on: its own split '
+      'into training and validation is used',
+      settings.data.source,
+    )
     if wanted.name == 'sentencepiece':
       # The run's tokenizer, not a new one for this text.
       wanted = configs.TokenizerConfig(
-          wanted.name, str(pathlib.Path(workdir) / tokenizers.SAVED_MODEL), 0)
+        wanted.name, str(pathlib.Path(workdir) / tokenizers.SAVED_MODEL), 0
+      )
   packed = prepare.prepare(settings.data, wanted)
   if packed.tokenizer.fingerprint != tokenizer.fingerprint:
     raise InputError(
-        f'data.source={settings.data.source!r} has changed since the run in '
-        f'{workdir!r} was trained: its tokenizer makes other ids now')
+      f'data.source={settings.data.source!r} has changed since the run in '
+      f'{workdir!r} was trained: its tokenizer makes other ids now'
+    )
   return packed
 
 
@@ -379,13 +471,21 @@ class Subject:
   def append(self, result: dict[str, Any]):
     """Appends a line to workdir/eval.jsonl."""
     if jax.process_index() == 0:
-      line = {'step': self.step, 'source': self.run.settings.data.source, **result}
+      line = {
+        'step': self.step,
+        'source': self.run.settings.data.source,
+        **result,
+      }
       with open(pathlib.Path(self.workdir) / EVAL_FILE, 'a') as file:
         file.write(json.dumps(line) + '\n')
 
 
-def open_subject(config: config_dict.ConfigDict, settings: configs.Settings,
-                 workdir: str, trained_on: str) -> Subject:
+def open_subject(
+  config: config_dict.ConfigDict,
+  settings: configs.Settings,
+  workdir: str,
+  trained_on: str,
+) -> Subject:
   """Opens the last checkpoint of a workdir, and the text.
 
   Args:
@@ -399,8 +499,9 @@ def open_subject(config: config_dict.ConfigDict, settings: configs.Settings,
   return Subject(workdir, run, packed, *load_params(run, workdir))
 
 
-def evaluate_subject(subject: Subject, noise_examples: int = 0
-                     ) -> dict[str, float]:
+def evaluate_subject(
+  subject: Subject, noise_examples: int = 0
+) -> dict[str, float]:
   """--mode=eval: the whole validation split with the averaged weights.
 
   Prints the result and appends it to workdir/eval.jsonl.
@@ -419,10 +520,14 @@ def evaluate_subject(subject: Subject, noise_examples: int = 0
     log.info('%s', describe_noise(noise))
     num_rows = min(noise_examples, len(packed.validation))
     if num_rows < FEW_NOISE_ROWS:
-      log.warning('the noise was measured on %d row%s only, so its figures are rough '
-                  'and their interval may be too narrow; --noise_examples=%d or more '
-                  'says more', num_rows, '' if num_rows == 1 else 's',
-                  2 * FEW_NOISE_ROWS)
+      log.warning(
+        'the noise was measured on %d row%s only, so its figures are rough '
+        'and their interval may be too narrow; --noise_examples=%d or more '
+        'says more',
+        num_rows,
+        '' if num_rows == 1 else 's',
+        2 * FEW_NOISE_ROWS,
+      )
     means |= {f'eval/{key}': value for key, value in noise.items()}
   subject.append(metrics.finite_or_none(means))
   return means

@@ -14,16 +14,12 @@ from ml_collections import config_dict
 import numpy as np
 
 from nanodlm import config as configs
-from nanodlm import evaluate
-from nanodlm.show import live
-from nanodlm.devices import mesh as meshes
-from nanodlm.show import replay
-from nanodlm.steps import train as steps
+from nanodlm import evaluate, types
 from nanodlm.data import tokenizers
-from nanodlm import types
-from nanodlm.show import watch
-from nanodlm.types import Canvas
-from nanodlm.types import InputError
+from nanodlm.devices import mesh as meshes
+from nanodlm.show import live, replay, watch
+from nanodlm.steps import train as steps
+from nanodlm.types import Canvas, InputError
 
 log = logging.getLogger('nanodlm')
 
@@ -48,7 +44,7 @@ def parse_prompt(prompt: str) -> list[str | Gap]:
   """
   parts, text, end = [], '', 0
   for match in _PARTS.finditer(prompt):
-    text += prompt[end:match.start()]
+    text += prompt[end : match.start()]
     end = match.end()
     if match.group() in ('{{', '}}'):
       text += match.group()[0]
@@ -58,8 +54,10 @@ def parse_prompt(prompt: str) -> list[str | Gap]:
     # Too long a number for any canvas; int() of a very long one is refused.
     size = int(match.group(1)[:18]) if match.group(1) else None
     if size == 0:
-      raise InputError(f'--prompt={prompt!r}: a gap of 0 tokens; give at least 1, '
-                       'or {} for a share of the room')
+      raise InputError(
+        f'--prompt={prompt!r}: a gap of 0 tokens; give at least 1, '
+        'or {} for a share of the room'
+      )
     parts.append(Gap(size))
     text = ''
   text += prompt[end:]
@@ -76,8 +74,9 @@ def literal_braces(prompt: str) -> list[str]:
   return list(dict.fromkeys(re.findall(r'\{[^{}\0]*\}|[{}]', rest)))
 
 
-def make_canvas(prompt: str, tokenizer: tokenizers.Tokenizer, length: int,
-                sees_right: bool) -> tuple[np.ndarray, np.ndarray]:
+def make_canvas(
+  prompt: str, tokenizer: tokenizers.Tokenizer, length: int, sees_right: bool
+) -> tuple[np.ndarray, np.ndarray]:
   """Lays a prompt out on at most `length` tokens.
 
   Args:
@@ -96,20 +95,29 @@ def make_canvas(prompt: str, tokenizer: tokenizers.Tokenizer, length: int,
   """
   parts = parse_prompt(prompt)
   if not sees_right and any(isinstance(part, Gap) for part in parts[:-1]):
-    raise InputError(f'--prompt={prompt!r}: a model that reads from left to right '
-                     '(by tokens or blocks) fills one gap at the end; text after a '
-                     'gap needs objective.name=masked')
-  pieces = [part if isinstance(part, Gap) else _encode(part, prompt, tokenizer)
-            for part in parts]
-  used = sum((piece.size or 0) if isinstance(piece, Gap) else len(piece)
-             for piece in pieces)
-  automatic = sum(isinstance(piece, Gap) and piece.size is None
-                  for piece in pieces)
+    raise InputError(
+      f'--prompt={prompt!r}: a model that reads from left to right '
+      '(by tokens or blocks) fills one gap at the end; text after a '
+      'gap needs objective.name=masked'
+    )
+  pieces = [
+    part if isinstance(part, Gap) else _encode(part, prompt, tokenizer)
+    for part in parts
+  ]
+  used = sum(
+    (piece.size or 0) if isinstance(piece, Gap) else len(piece)
+    for piece in pieces
+  )
+  automatic = sum(
+    isinstance(piece, Gap) and piece.size is None for piece in pieces
+  )
   if used + automatic > length:
     shown = prompt if len(prompt) < 60 else prompt[:60] + '...'
-    raise InputError(f'--prompt={shown!r} takes {used} tokens and has {automatic} '
-                     f'gap(s) of automatic size; the canvas has {length} tokens '
-                     '(sampler.length, by default data.length)')
+    raise InputError(
+      f'--prompt={shown!r} takes {used} tokens and has {automatic} '
+      f'gap(s) of automatic size; the canvas has {length} tokens '
+      '(sampler.length, by default data.length)'
+    )
   room, share = length - used, 0
   tokens, fixed = [], []
   for piece in pieces:
@@ -127,19 +135,25 @@ def make_canvas(prompt: str, tokenizer: tokenizers.Tokenizer, length: int,
   return np.asarray(tokens, np.int32), np.asarray(fixed, bool)
 
 
-def lay_out(run: evaluate.Run, prompt: str, length: int
-            ) -> tuple[np.ndarray, np.ndarray]:
+def lay_out(
+  run: evaluate.Run, prompt: str, length: int
+) -> tuple[np.ndarray, np.ndarray]:
   """`make_canvas` for a run's tokenizer and network."""
-  return make_canvas(prompt, run.tokenizer, length,
-                     types.sees_right(run.objective, length))
+  return make_canvas(
+    prompt, run.tokenizer, length, types.sees_right(run.objective, length)
+  )
 
 
-def _encode(text: str, prompt: str, tokenizer: tokenizers.Tokenizer) -> np.ndarray:
+def _encode(
+  text: str, prompt: str, tokenizer: tokenizers.Tokenizer
+) -> np.ndarray:
   tokens = tokenizer.encode(text)
   # Only control tokens and the unknown token stand for no text at all.
   if np.any(tokenizer.num_bytes[tokens] == 0):
-    raise InputError(f'--prompt={prompt!r}: {text!r} holds characters that the '
-                     f'{tokenizer.name} tokenizer does not know')
+    raise InputError(
+      f'--prompt={prompt!r}: {text!r} holds characters that the '
+      f'{tokenizer.name} tokenizer does not know'
+    )
   return tokens
 
 
@@ -155,7 +169,8 @@ def read_prompts(path: str) -> list[str]:
     lines = pathlib.Path(path).read_text(encoding='utf-8-sig').split('\n')
   except (OSError, UnicodeDecodeError) as error:
     raise InputError(
-        f'--prompt_file={path!r} cannot be read: {error}') from error
+      f'--prompt_file={path!r} cannot be read: {error}'
+    ) from error
   for number, line in enumerate(lines, start=1):
     if not line.strip():
       continue
@@ -165,19 +180,22 @@ def read_prompts(path: str) -> list[str]:
       prompt = None
     if not isinstance(prompt, str) or not prompt:
       raise InputError(
-          f'--prompt_file={path!r}: line {number} must be a JSON object with a '
-          "text in its field 'prompt', as {\"prompt\": \"def f(\"}")
+        f'--prompt_file={path!r}: line {number} must be a JSON object with a '
+        'text in its field \'prompt\', as {"prompt": "def f("}'
+      )
     prompts.append(prompt)
   if not prompts:
-    raise InputError(f'--prompt_file={path!r} holds no prompt; give a JSON '
-                     "object a line, with a text in its field 'prompt'")
+    raise InputError(
+      f'--prompt_file={path!r} holds no prompt; give a JSON '
+      "object a line, with a text in its field 'prompt'"
+    )
   return prompts
 
 
 def until_end(tokens: np.ndarray, separator_id: int) -> np.ndarray:
   """The tokens [n] before the first separator: what a response is."""
   ends = np.flatnonzero(tokens == separator_id)
-  return tokens[:ends[0]] if ends.size else tokens
+  return tokens[: ends[0]] if ends.size else tokens
 
 
 def shown_tokens(run: evaluate.Run, tokens: np.ndarray) -> np.ndarray:
@@ -187,8 +205,9 @@ def shown_tokens(run: evaluate.Run, tokens: np.ndarray) -> np.ndarray:
   return until_end(tokens, run.tokenizer.separator_id)
 
 
-def make_fill(run: evaluate.Run, batch_size: int = 0,
-              view: watch.View | None = None):
+def make_fill(
+  run: evaluate.Run, batch_size: int = 0, view: watch.View | None = None
+):
   """Returns fill(params, key, tokens, fixed) -> (tokens, calls), numpy.
 
   Args:
@@ -202,26 +221,34 @@ def make_fill(run: evaluate.Run, batch_size: int = 0,
     [N, n] bool, the same on every process. calls is the number of network calls
     of a batch, the mean over batches.
   """
-  sampler = configs.make_sampler(run.config, run.tokenizer.mask_id,
-                                 run.tokenizer.separator_id)
-  sample_step = steps.make_sample_step(run.network, run.objective, sampler,
-                                       run.mesh, view)
+  sampler = configs.make_sampler(
+    run.config, run.tokenizer.mask_id, run.tokenizer.separator_id
+  )
+  sample_step = steps.make_sample_step(
+    run.network, run.objective, sampler, run.mesh, view
+  )
   shards = meshes.num_batch_shards(run.mesh)
 
-  def fill(params: Any, key: jax.Array, tokens: np.ndarray, fixed: np.ndarray
-           ) -> tuple[np.ndarray, float]:
+  def fill(
+    params: Any, key: jax.Array, tokens: np.ndarray, fixed: np.ndarray
+  ) -> tuple[np.ndarray, float]:
     size = -(-(batch_size or len(tokens)) // shards) * shards
     filled, calls = [], []
     for i, first in enumerate(range(0, len(tokens), size)):
-      rows = evaluate.pad_rows(tokens[first:first + size], size)
+      rows = evaluate.pad_rows(tokens[first : first + size], size)
       # Rows that fill the batch up have nothing to fill in.
-      free = evaluate.pad_rows(~fixed[first:first + size], size)
+      free = evaluate.pad_rows(~fixed[first : first + size], size)
       canvas = meshes.shard_whole_batch(run.mesh, Canvas(rows, ~free))
       samples = sample_step(params, jax.random.fold_in(key, i), canvas)
-      filled.append(jax.device_get(jax.jit(
-          jnp.asarray, out_shardings=meshes.replicated(run.mesh))(samples.tokens)))
+      filled.append(
+        jax.device_get(
+          jax.jit(jnp.asarray, out_shardings=meshes.replicated(run.mesh))(
+            samples.tokens
+          )
+        )
+      )
       calls.append(int(samples.num_calls))
-    return np.concatenate(filled)[:len(tokens)], float(np.mean(calls))
+    return np.concatenate(filled)[: len(tokens)], float(np.mean(calls))
 
   return fill
 
@@ -245,24 +272,32 @@ def make_sample(run: evaluate.Run):
   watchers = _Watchers()
   fill = make_fill(run, view=watch.View(watchers, run.tokenizer.mask_id))
 
-  def sample(params: Any, prompt: str, num_samples: int, key: jax.Array,
-             length: int) -> tuple[np.ndarray, list[watch.Trajectory]]:
+  def sample(
+    params: Any, prompt: str, num_samples: int, key: jax.Array, length: int
+  ) -> tuple[np.ndarray, list[watch.Trajectory]]:
     row, fixed = lay_out(run, prompt, length)
     canvas = np.tile(row, (num_samples, 1))
     recorder = watch.Recorder(whole_batch(run, canvas))
     watchers.those = [recorder]
     tokens, _ = fill(params, key, canvas, np.tile(fixed, (num_samples, 1)))
-    return tokens, [trajectory for trajectory in recorder.trajectories(tokens)
-                    if trajectory.answers]
+    return tokens, [
+      trajectory
+      for trajectory in recorder.trajectories(tokens)
+      if trajectory.answers
+    ]
 
   return sample
 
 
-def sample_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
-                   workdir: str, prompts: Sequence[str],
-                   samplers: Sequence[str] = (),
-                   display: live.Display | None = None,
-                   page: replay.Page | None = None):
+def sample_workdir(
+  config: config_dict.ConfigDict,
+  settings: configs.Settings,
+  workdir: str,
+  prompts: Sequence[str],
+  samplers: Sequence[str] = (),
+  display: live.Display | None = None,
+  page: replay.Page | None = None,
+):
   """--mode=sample: prints samples and appends them to workdir/samples.jsonl.
 
   A model of pairs has said what it has to say at the first separator: what is
@@ -286,19 +321,25 @@ def sample_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
   for prompt in prompts:  # before the slow part
     lay_out(run, prompt, length)
     if literal := literal_braces(prompt):
-      log.warning('--prompt=%r: %s is text, no gap; a gap is {} or {12}, and doubled '
-                  'braces are braces', prompt, ', '.join(map(repr, literal)))
+      log.warning(
+        '--prompt=%r: %s is text, no gap; a gap is {} or {12}, and doubled '
+        'braces are braces',
+        prompt,
+        ', '.join(map(repr, literal)),
+      )
   params, step = evaluate.load_params(run, workdir)
   watchers = _Watchers()
   view = None
   if display or page:
-    view = watch.View(watchers, run.tokenizer.mask_id,
-                      replay.NUM_RECORDED if page else 0)
+    view = watch.View(
+      watchers, run.tokenizer.mask_id, replay.NUM_RECORDED if page else 0
+    )
   fills = [make_fill(changed, view=view) for _, changed in runs]
   num_samples = settings.sample.num_samples
   for i, prompt in enumerate(prompts):
-    tokens, fixed = (np.tile(x, (num_samples, 1))
-                     for x in lay_out(run, prompt, length))
+    tokens, fixed = (
+      np.tile(x, (num_samples, 1)) for x in lay_out(run, prompt, length)
+    )
     for (label, changed), fill in zip(runs, fills):
       key = jax.random.fold_in(jax.random.key(settings.sample.seed), i)
       work = lambda: fill(params, key, tokens, fixed)  # pylint: disable=cell-var-from-loop
@@ -307,23 +348,42 @@ def sample_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
       start = time.monotonic()
       if display:
         watchers.those.append(display.watch)
-        title = f'{label}, step {step}' + (f', prompt {prompt!r}' if prompt else '')
-        samples, num_calls = display.run(work, run.tokenizer, title, tokens, fixed)
+        title = f'{label}, step {step}' + (
+          f', prompt {prompt!r}' if prompt else ''
+        )
+        samples, num_calls = display.run(
+          work, run.tokenizer, title, tokens, fixed
+        )
       else:
         samples, num_calls = work()
       secs = time.monotonic() - start
       if page:
-        page.add(changed, label, prompt, fixed[0],
-                 recorder.trajectories(samples),
-                 [len(shown_tokens(run, row)) for row in samples])
+        page.add(
+          changed,
+          label,
+          prompt,
+          fixed[0],
+          recorder.trajectories(samples),
+          [len(shown_tokens(run, row)) for row in samples],
+        )
       if not jax.process_index():
-        _report(changed, workdir, prompt, samples, int(num_calls), step,
-                f', {label}' if len(runs) > 1 else '', secs)
+        _report(
+          changed,
+          workdir,
+          prompt,
+          samples,
+          int(num_calls),
+          step,
+          f', {label}' if len(runs) > 1 else '',
+          secs,
+        )
   if page:
     size = page.write(
-        run.tokenizer, pathlib.Path(workdir).resolve().name,
-        f'{config.objective.name}, step {step}, {length} tokens, '
-        f'{run.config.tokenizer.name}')
+      run.tokenizer,
+      pathlib.Path(workdir).resolve().name,
+      f'{config.objective.name}, step {step}, {length} tokens, '
+      f'{run.config.tokenizer.name}',
+    )
     print(f'--- {page.path}: {size / 2**20:.2f} MiB', flush=True)
 
 
@@ -333,27 +393,53 @@ def whole_batch(run: evaluate.Run, tokens: np.ndarray) -> np.ndarray:
   return evaluate.pad_rows(tokens, -(-len(tokens) // shards) * shards)
 
 
-def _report(run: evaluate.Run, workdir: str, prompt: str, tokens: np.ndarray,
-            num_calls: int, step: int, label: str, secs: float):
+def _report(
+  run: evaluate.Run,
+  workdir: str,
+  prompt: str,
+  tokens: np.ndarray,
+  num_calls: int,
+  step: int,
+  label: str,
+  secs: float,
+):
   """Prints the samples [N, n] of a prompt and appends them to the file."""
   lines = []
   for j, row in enumerate(tokens):
     shown = shown_tokens(run, row)
-    num_behind = np.sum(row[len(shown):] != run.tokenizer.separator_id)
-    print(f'--- sample {j + 1} of {len(tokens)}{label}'
-          + (f', prompt {prompt!r}' if prompt else '')
-          + (f', ends after {len(shown)} of {len(row)} tokens'
-             if len(shown) < len(row) else '')
-          + (f', {num_behind} tokens of text behind its end' if num_behind
-             else ''))
+    num_behind = np.sum(row[len(shown) :] != run.tokenizer.separator_id)
+    print(
+      f'--- sample {j + 1} of {len(tokens)}{label}'
+      + (f', prompt {prompt!r}' if prompt else '')
+      + (
+        f', ends after {len(shown)} of {len(row)} tokens'
+        if len(shown) < len(row)
+        else ''
+      )
+      + (f', {num_behind} tokens of text behind its end' if num_behind else '')
+    )
     shown = run.tokenizer.decode(shown)
     print(shown)
-    lines.append(json.dumps({
-        'prompt': prompt, 'text': run.tokenizer.decode(row), 'shown': shown,
-        'tokens': row.tolist(), 'step': step, 'num_calls': num_calls, 'sampler': {
+    lines.append(
+      json.dumps(
+        {
+          'prompt': prompt,
+          'text': run.tokenizer.decode(row),
+          'shown': shown,
+          'tokens': row.tolist(),
+          'step': step,
+          'num_calls': num_calls,
+          'sampler': {
             **run.config.sampler.to_dict(),
-            'name': configs.sampler_name(run.config)}}))
-  print(f'--- {tokens.size} tokens, {num_calls} network calls, {secs:.1f} s '
-        'with compilation', flush=True)
+            'name': configs.sampler_name(run.config),
+          },
+        }
+      )
+    )
+  print(
+    f'--- {tokens.size} tokens, {num_calls} network calls, {secs:.1f} s '
+    'with compilation',
+    flush=True,
+  )
   with open(pathlib.Path(workdir) / 'samples.jsonl', 'a') as file:
     file.write('\n'.join(lines) + '\n')

@@ -89,8 +89,9 @@ class Objective(Protocol):
     del params
     return self
 
-  def noise_surrogate(self, noised: Noised, x0: jax.Array, weight: jax.Array,
-                      loss: jax.Array) -> jax.Array | float:
+  def noise_surrogate(
+    self, noised: Noised, x0: jax.Array, weight: jax.Array, loss: jax.Array
+  ) -> jax.Array | float:
     """A term [] whose gradient is the training loss's by the noise's own law.
 
     Args:
@@ -102,15 +103,19 @@ class Objective(Protocol):
     del noised, x0, weight, loss
     return 0.0
 
-  def sample_levels(self, key: jax.Array, batch_size: int, length: int
-                    ) -> jax.Array:
+  def sample_levels(
+    self, key: jax.Array, batch_size: int, length: int
+  ) -> jax.Array:
     """Draws the GLOBAL batch's noise levels, [B, ...] float32 in [0, 1)."""
 
-  def eval_levels(self, key: jax.Array, num_draws: int, length: int) -> jax.Array:
+  def eval_levels(
+    self, key: jax.Array, num_draws: int, length: int
+  ) -> jax.Array:
     """Draws one example's stratified levels for evaluation, [num_draws, ...]."""
 
-  def corrupt(self, keys: jax.Array, levels: jax.Array, x0: jax.Array,
-              weight: jax.Array) -> Noised:
+  def corrupt(
+    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, weight: jax.Array
+  ) -> Noised:
     """Noises x0 [B, L]; keys [B] and levels [B, ...] are each example's own."""
 
   def terms(self, logits: jax.Array, fields: Any, vocab: Any) -> Terms:
@@ -179,23 +184,36 @@ Denoise = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 class CachedDenoise(Protocol):
   """A `Denoise` that can also keep keys and values of finished positions."""
 
-  def __call__(self, tokens: jax.Array, level: jax.Array, positions: jax.Array
-               ) -> jax.Array:
+  def __call__(
+    self, tokens: jax.Array, level: jax.Array, positions: jax.Array
+  ) -> jax.Array:
     """See `Denoise`."""
 
   def init_cache(self, tokens: jax.Array) -> Any:
     """An empty cache for a canvas of the shape of tokens [B, C]."""
 
-  def advance(self, cache: Any, tokens: jax.Array, start: jax.Array,
-              visible: jax.Array, level: jax.Array | None = None) -> Any:
+  def advance(
+    self,
+    cache: Any,
+    tokens: jax.Array,
+    start: jax.Array,
+    visible: jax.Array,
+    level: jax.Array | None = None,
+  ) -> Any:
     """Writes the network's inputs [B, S] at start .. start + S - 1.
 
     They see each other and the cached positions that `visible` [C] marks.
     """
 
-  def within(self, cache: Any, tokens: jax.Array, start: jax.Array,
-             level: jax.Array, positions: jax.Array, visible: jax.Array
-             ) -> tuple[jax.Array, Any]:
+  def within(
+    self,
+    cache: Any,
+    tokens: jax.Array,
+    start: jax.Array,
+    level: jax.Array,
+    positions: jax.Array,
+    visible: jax.Array,
+  ) -> tuple[jax.Array, Any]:
     """Logits [B, K, V] at `positions` [B, K] among inputs [B, S] at `start`.
 
     And the cache as `advance` would leave it.
@@ -217,8 +235,9 @@ class Sampler(Protocol):
     """The sampler with another `categorical.Draw` or `RowDraw`."""
     return dataclasses.replace(self, draw=draw)
 
-  def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-               ) -> Samples:
+  def __call__(
+    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
+  ) -> Samples:
     """Fills the canvas; keys [B], one per example."""
 
 
@@ -245,8 +264,14 @@ class ReverseRule(Protocol):
       free_share: [B], the share of positions that are not a prompt.
     """
 
-  def reverse(self, logits: jax.Array, xt: jax.Array, s: jax.Array,
-              t: jax.Array, draw: Any) -> jax.Array:
+  def reverse(
+    self,
+    logits: jax.Array,
+    xt: jax.Array,
+    s: jax.Array,
+    t: jax.Array,
+    draw: Any,
+  ) -> jax.Array:
     """The law of xs given xt, each position's on its own.
 
     Args:

@@ -5,12 +5,10 @@ import re
 from absl.testing import parameterized
 from ml_collections import config_dict
 
-from configs import base
-from configs import sft
+from configs import base, sft
 from nanodlm import config as configs
+from nanodlm import objectives, samplers
 from nanodlm.samplers import guidance
-from nanodlm import objectives
-from nanodlm import samplers
 from nanodlm.types import InputError
 
 
@@ -28,7 +26,6 @@ def validate(**changes):
 
 
 class ValidateTest(parameterized.TestCase):
-
   def test_the_defaults_are_valid(self):
     settings, config = validate(), base.get_config()
     self.assertEqual(settings.train.batch_size, config.train.batch_size)
@@ -52,24 +49,34 @@ class ValidateTest(parameterized.TestCase):
     self.assertEqual((model.causal, model.vocab_size), (objective.causal, 9))
 
   def test_a_constant_is_no_time(self):
-    with self.assertRaisesRegex(InputError, "^model.time_form='constant' must be"):
-      validate(objective__name='uniform', model__time_conditioning=True,
-               model__time_form='constant')
+    with self.assertRaisesRegex(
+      InputError, "^model.time_form='constant' must be"
+    ):
+      validate(
+        objective__name='uniform',
+        model__time_conditioning=True,
+        model__time_form='constant',
+      )
 
   def test_kernels_do_not_know_the_pattern_of_annealing(self):
     config = changed(model__attention='cudnn', model__dtype='bfloat16')
     configs.validate(config, platform='gpu')
     config.train.anneal_steps = 5
-    with self.assertRaisesRegex(InputError, "'cudnn' does not know the pattern of "
-                                'train.anneal_steps=5'):
+    with self.assertRaisesRegex(
+      InputError, "'cudnn' does not know the pattern of train.anneal_steps=5"
+    ):
       configs.validate(config, platform='gpu')
 
-  @parameterized.parameters(('float32', 64), ('bfloat16', 12), ('bfloat16', 136))
+  @parameterized.parameters(
+    ('float32', 64), ('bfloat16', 12), ('bfloat16', 136)
+  )
   def test_sizes_that_cudnn_refuses(self, dtype, head_size):
-    config = changed(model__attention='cudnn', model__dtype=dtype,
-                     model__head_size=head_size)
+    config = changed(
+      model__attention='cudnn', model__dtype=dtype, model__head_size=head_size
+    )
     with self.assertRaisesRegex(
-        InputError, f"model.attention='cudnn' cannot take heads of {head_size} in"):
+      InputError, f"model.attention='cudnn' cannot take heads of {head_size} in"
+    ):
       configs.validate(config, platform='gpu')
 
   @parameterized.parameters(*samplers.SAMPLERS)
@@ -85,8 +92,9 @@ class ValidateTest(parameterized.TestCase):
         drawing = getattr(sampler, 'inner', sampler)
         self.assertEqual(drawing.draw.mask_id, 7)
       else:
-        with self.assertRaisesRegex(InputError,
-                                    r'sampler\.name=.*does not fit'):
+        with self.assertRaisesRegex(
+          InputError, r'sampler\.name=.*does not fit'
+        ):
           validate(**changes)
 
   @parameterized.parameters(*samplers.GUIDED)
@@ -94,16 +102,25 @@ class ValidateTest(parameterized.TestCase):
     plain = changed(sampler__name=name)
     config = changed(sampler__name=name, sampler__guidance=1.5)
     sampler = configs.make_sampler(config, mask_id=7)
-    self.assertEqual(sampler, guidance.Guided(
-        configs.make_sampler(plain, mask_id=7), weight=1.5, mask_id=7))
+    self.assertEqual(
+      sampler,
+      guidance.Guided(
+        configs.make_sampler(plain, mask_id=7), weight=1.5, mask_id=7
+      ),
+    )
     configs.validate(config)
 
   def test_values_reach_their_objects(self):
-    config = changed(objective__noise='uniform',
-                     objective__schedule='polynomial',
-                     objective__power=3.0, sampler__name='ancestral',
-                     sampler__num_steps=17, sampler__schedule='cosine',
-                     sampler__temperature=0.5, sampler__top_k=4)
+    config = changed(
+      objective__noise='uniform',
+      objective__schedule='polynomial',
+      objective__power=3.0,
+      sampler__name='ancestral',
+      sampler__num_steps=17,
+      sampler__schedule='cosine',
+      sampler__temperature=0.5,
+      sampler__top_k=4,
+    )
     objective = configs.make_objective(config, mask_id=7)
     self.assertEqual(objective.noise, 'uniform')
     self.assertEqual(objective.schedule.power, 3.0)
@@ -113,112 +130,199 @@ class ValidateTest(parameterized.TestCase):
     self.assertEqual((sampler.draw.temperature, sampler.draw.top_k), (0.5, 4))
 
   @parameterized.parameters(
-      # Names.
-      ('objective__name', 'maskd'), ('objective__noise', 'counts'),
-      ('sampler__name', 'greedy'), ('optim__name', 'sgd'),
-      ('optim__schedule', 'linear'), ('model__mlp', 'relu'),
-      ('model__dtype', 'int8'), ('model__remat', 'yes'),
-      ('model__attention', 'flash'), ('data__crop', 'middle'),
-      # Ranges.
-      ('data__length', 1), ('data__eval_fraction', 0.0),
-      ('data__eval_fraction', 1.0), ('data__prefetch_batches', 0),
-      ('data__num_threads', 0), ('data__padding', 'none'),
-      ('data__padding', 'masked'), ('data__clean_prefix_rate', -0.1),
-      ('data__clean_infill_rate', 1.5), ('train__batch_size', 0),
-      ('train__num_steps', 0), ('train__anneal_steps', -1),
-      ('model__num_kv_heads', 4), ('model__norm', 'group'),
-      ('train__num_microbatches', 0), ('train__chunk_size', 0),
-      ('train__log_every_steps', 0), ('train__eval_every_steps', -1),
-      ('train__num_samples', -1), ('train__max_skipped_steps', 0),
-      ('train__profile_steps', -1), ('eval__batch_size', 0),
-      ('eval__num_draws', 0), ('eval__max_examples', -1),
-      ('checkpoint__every_steps', 0), ('checkpoint__max_to_keep', 0),
-      ('checkpoint__keep_period', -1), ('checkpoint__init_step', -1),
-      ('mesh__data', 0), ('mesh__data', -2), ('mesh__fsdp', 0),
-      ('mesh__tensor', -2), ('model__num_layers', 0), ('model__num_heads', 5),
-      ('model__dropout', 1.0),
-      ('optim__learning_rate', 0.0), ('optim__ema_decay', 1.0),
-      ('sampler__temperature', -1.0), ('sampler__top_p', 0.0),
-      ('sampler__num_steps', 0), ('sampler__num_samples', 0),
-      ('sampler__length', -1), ('sampler__guidance', -0.5),
-      # Rules across keys.
-      ('model__norm_bias', True),
-      ('eval__num_draws', 3), ('train__batch_size', 31))
+    # Names.
+    ('objective__name', 'maskd'),
+    ('objective__noise', 'counts'),
+    ('sampler__name', 'greedy'),
+    ('optim__name', 'sgd'),
+    ('optim__schedule', 'linear'),
+    ('model__mlp', 'relu'),
+    ('model__dtype', 'int8'),
+    ('model__remat', 'yes'),
+    ('model__attention', 'flash'),
+    ('data__crop', 'middle'),
+    # Ranges.
+    ('data__length', 1),
+    ('data__eval_fraction', 0.0),
+    ('data__eval_fraction', 1.0),
+    ('data__prefetch_batches', 0),
+    ('data__num_threads', 0),
+    ('data__padding', 'none'),
+    ('data__padding', 'masked'),
+    ('data__clean_prefix_rate', -0.1),
+    ('data__clean_infill_rate', 1.5),
+    ('train__batch_size', 0),
+    ('train__num_steps', 0),
+    ('train__anneal_steps', -1),
+    ('model__num_kv_heads', 4),
+    ('model__norm', 'group'),
+    ('train__num_microbatches', 0),
+    ('train__chunk_size', 0),
+    ('train__log_every_steps', 0),
+    ('train__eval_every_steps', -1),
+    ('train__num_samples', -1),
+    ('train__max_skipped_steps', 0),
+    ('train__profile_steps', -1),
+    ('eval__batch_size', 0),
+    ('eval__num_draws', 0),
+    ('eval__max_examples', -1),
+    ('checkpoint__every_steps', 0),
+    ('checkpoint__max_to_keep', 0),
+    ('checkpoint__keep_period', -1),
+    ('checkpoint__init_step', -1),
+    ('mesh__data', 0),
+    ('mesh__data', -2),
+    ('mesh__fsdp', 0),
+    ('mesh__tensor', -2),
+    ('model__num_layers', 0),
+    ('model__num_heads', 5),
+    ('model__dropout', 1.0),
+    ('optim__learning_rate', 0.0),
+    ('optim__ema_decay', 1.0),
+    ('sampler__temperature', -1.0),
+    ('sampler__top_p', 0.0),
+    ('sampler__num_steps', 0),
+    ('sampler__num_samples', 0),
+    ('sampler__length', -1),
+    ('sampler__guidance', -0.5),
+    # Rules across keys.
+    ('model__norm_bias', True),
+    ('eval__num_draws', 3),
+    ('train__batch_size', 31),
+  )
   def test_errors_name_the_key_and_the_value(self, key, value):
     pattern = rf'^{re.escape(key.replace("__", "."))}={re.escape(repr(value))}'
     with self.assertRaisesRegex(InputError, pattern):
       validate(**{key: value})
 
   @parameterized.parameters(
-      ({'model__num_positions': 100}, 'data.length=256 must be at most '
-       'model.num_positions=100'),
-      ({'model__num_positions': 256, 'sampler__length': 300}, 'sampler.length=300'),
-      ({'model__shift_outputs': True, 'sampler__name': 'prefix_cache'},
-       "sampler.name='prefix_cache' does not fit model.shift_outputs=True"),
-      ({'model__shift_outputs': True, 'objective__name': 'ar'},
-       'model.shift_outputs=True'),
-      ({'train__anneal_steps': 5, 'objective__name': 'ar'},
-       "train.anneal_steps=5 has no effect with objective.name='ar'"),
-      ({'train__anneal_steps': 5, 'objective__name': 'block'},
-       'train.anneal_steps=5'),
-      ({'tokenizer__name': 'run'}, "tokenizer.path='' must be the workdir"),
-      ({'tokenizer__path': 'runs/x'}, "tokenizer.path='runs/x' has no effect"))
+    (
+      {'model__num_positions': 100},
+      'data.length=256 must be at most model.num_positions=100',
+    ),
+    (
+      {'model__num_positions': 256, 'sampler__length': 300},
+      'sampler.length=300',
+    ),
+    (
+      {'model__shift_outputs': True, 'sampler__name': 'prefix_cache'},
+      "sampler.name='prefix_cache' does not fit model.shift_outputs=True",
+    ),
+    (
+      {'model__shift_outputs': True, 'objective__name': 'ar'},
+      'model.shift_outputs=True',
+    ),
+    (
+      {'train__anneal_steps': 5, 'objective__name': 'ar'},
+      "train.anneal_steps=5 has no effect with objective.name='ar'",
+    ),
+    (
+      {'train__anneal_steps': 5, 'objective__name': 'block'},
+      'train.anneal_steps=5',
+    ),
+    ({'tokenizer__name': 'run'}, "tokenizer.path='' must be the workdir"),
+    ({'tokenizer__path': 'runs/x'}, "tokenizer.path='runs/x' has no effect"),
+  )
   def test_options_of_published_networks(self, changes, message):
     with self.assertRaisesRegex(InputError, f'^{re.escape(message)}'):
       validate(**changes)
 
   @parameterized.parameters(
-      ({'objective__schedule': 'sine', 'objective__noise': 'uniform'},
-       'objective.schedule'),
-      ({'objective__min_time': 1.0, 'objective__noise': 'uniform'},
-       'objective.min_time'),
-      ({'objective__num_timesteps': -1, 'objective__noise': 'uniform'},
-       'objective.num_timesteps'),
-      ({'objective__power': -1.0, 'objective__schedule': 'polynomial'},
-       'objective.power'),
-      ({'objective__num_timesteps': 10}, "objective.noise='count'"),
-      ({'sampler__name': 'ancestral', 'sampler__grid': 'log'}, 'sampler.grid'),
-      ({'sampler__name': 'posterior', 'sampler__grid': '1,0.2,0.4,0'},
-       "sampler.grid='1,0.2,0.4,0'"),
-      ({'sampler__name': 'confidence', 'sampler__threshold': 0.9},
-       'sampler.num_steps=128, sampler.threshold=0.9'),
-      ({'sampler__name': 'remask', 'sampler__eta': 1.1}, 'sampler.eta=1.1'),
-      ({'objective__name': 'ar', 'sampler__guidance': 1.0},
-       "sampler.guidance=1.0 does not fit sampler.name='ar'"),
-      ({'objective__name': 'hybrid', 'objective__p_uniform': 1.0},
-       'objective.p_uniform=1.0'),
-      ({'objective__name': 'd3pm', 'sampler__num_corrections': 4},
-       'sampler.num_corrections=4'))
+    (
+      {'objective__schedule': 'sine', 'objective__noise': 'uniform'},
+      'objective.schedule',
+    ),
+    (
+      {'objective__min_time': 1.0, 'objective__noise': 'uniform'},
+      'objective.min_time',
+    ),
+    (
+      {'objective__num_timesteps': -1, 'objective__noise': 'uniform'},
+      'objective.num_timesteps',
+    ),
+    (
+      {'objective__power': -1.0, 'objective__schedule': 'polynomial'},
+      'objective.power',
+    ),
+    ({'objective__num_timesteps': 10}, "objective.noise='count'"),
+    ({'sampler__name': 'ancestral', 'sampler__grid': 'log'}, 'sampler.grid'),
+    (
+      {'sampler__name': 'posterior', 'sampler__grid': '1,0.2,0.4,0'},
+      "sampler.grid='1,0.2,0.4,0'",
+    ),
+    (
+      {'sampler__name': 'confidence', 'sampler__threshold': 0.9},
+      'sampler.num_steps=128, sampler.threshold=0.9',
+    ),
+    ({'sampler__name': 'remask', 'sampler__eta': 1.1}, 'sampler.eta=1.1'),
+    (
+      {'objective__name': 'ar', 'sampler__guidance': 1.0},
+      "sampler.guidance=1.0 does not fit sampler.name='ar'",
+    ),
+    (
+      {'objective__name': 'hybrid', 'objective__p_uniform': 1.0},
+      'objective.p_uniform=1.0',
+    ),
+    (
+      {'objective__name': 'd3pm', 'sampler__num_corrections': 4},
+      'sampler.num_corrections=4',
+    ),
+  )
   def test_errors_of_combinations(self, changes, message):
     with self.assertRaisesRegex(InputError, f'^{message}'):
       validate(**changes)
 
   @parameterized.parameters(
-      ({'objective__name': 'ar', 'objective__noise': 'uniform'},
-       'objective.noise'),
-      ({'objective__p_uniform': 0.2}, 'objective.p_uniform'),
-      ({'objective__name': 'hybrid', 'objective__min_time': 0.1},
-       'objective.min_time'),
-      ({'sampler__num_corrections': 4}, 'sampler.num_corrections'),
-      ({'sampler__grid': 'cosine'}, 'sampler.grid'),
-      ({'sampler__name': 'first_hitting', 'sampler__num_steps': 4},
-       'sampler.num_steps'),
-      ({'sampler__name': 'ancestral', 'sampler__grid': '1,0.5,0',
-        'sampler__num_steps': 2}, 'sampler.num_steps'),
-      ({'objective__name': 'block', 'sampler__inner': 'remask',
-        'sampler__grid': '1,0.5,0', 'sampler__num_steps': 2},
-       'sampler.num_steps'),
-      ({'sampler__schedule': 'cosine'}, 'sampler.schedule'),
-      ({'sampler__threshold': 0.9}, 'sampler.threshold'),
-      ({'sampler__eta': 0.5}, 'sampler.eta'),
-      ({'objective__schedule': 'cosine'}, 'objective.schedule'),
-      ({'objective__noise': 'uniform', 'objective__power': 3.0},
-       'objective.power'),
-      ({'optim__name': 'lion', 'optim__momentum': 0.9}, 'optim.momentum'),
-      ({'optim__schedule': 'constant', 'optim__final_fraction': 0.5},
-       'optim.final_fraction'),
-      ({'objective__name': 'block', 'sampler__block_size': 4},
-       'sampler.block_size'))
+    (
+      {'objective__name': 'ar', 'objective__noise': 'uniform'},
+      'objective.noise',
+    ),
+    ({'objective__p_uniform': 0.2}, 'objective.p_uniform'),
+    (
+      {'objective__name': 'hybrid', 'objective__min_time': 0.1},
+      'objective.min_time',
+    ),
+    ({'sampler__num_corrections': 4}, 'sampler.num_corrections'),
+    ({'sampler__grid': 'cosine'}, 'sampler.grid'),
+    (
+      {'sampler__name': 'first_hitting', 'sampler__num_steps': 4},
+      'sampler.num_steps',
+    ),
+    (
+      {
+        'sampler__name': 'ancestral',
+        'sampler__grid': '1,0.5,0',
+        'sampler__num_steps': 2,
+      },
+      'sampler.num_steps',
+    ),
+    (
+      {
+        'objective__name': 'block',
+        'sampler__inner': 'remask',
+        'sampler__grid': '1,0.5,0',
+        'sampler__num_steps': 2,
+      },
+      'sampler.num_steps',
+    ),
+    ({'sampler__schedule': 'cosine'}, 'sampler.schedule'),
+    ({'sampler__threshold': 0.9}, 'sampler.threshold'),
+    ({'sampler__eta': 0.5}, 'sampler.eta'),
+    ({'objective__schedule': 'cosine'}, 'objective.schedule'),
+    (
+      {'objective__noise': 'uniform', 'objective__power': 3.0},
+      'objective.power',
+    ),
+    ({'optim__name': 'lion', 'optim__momentum': 0.9}, 'optim.momentum'),
+    (
+      {'optim__schedule': 'constant', 'optim__final_fraction': 0.5},
+      'optim.final_fraction',
+    ),
+    (
+      {'objective__name': 'block', 'sampler__block_size': 4},
+      'sampler.block_size',
+    ),
+  )
   def test_a_key_that_nobody_reads_is_an_error(self, changes, key):
     with self.assertRaisesRegex(InputError, f'^{key}=.*has no effect'):
       validate(**changes)
@@ -227,17 +331,25 @@ class ValidateTest(parameterized.TestCase):
 
   def test_a_key_that_matters_with_the_others(self):
     validate(objective__schedule='cosine', model__time_conditioning=True)
-    validate(objective__schedule='polynomial', objective__power=3.0,
-             objective__noise='uniform')
+    validate(
+      objective__schedule='polynomial',
+      objective__power=3.0,
+      objective__noise='uniform',
+    )
     validate(optim__name='muon', optim__momentum=0.9)
     validate(objective__name='sedd', objective__schedule='cosine')
     validate(sampler__name='ancestral', sampler__grid='1,0.5,0')
-    validate(sampler__name='ancestral', sampler__grid='cosine',
-             sampler__num_steps=2)
+    validate(
+      sampler__name='ancestral', sampler__grid='cosine', sampler__num_steps=2
+    )
 
   @parameterized.parameters(
-      ('masked', 'count'), ('sedd', 'count'), ('d3pm', 'stratified'),
-      ('uniform', 'stratified'), ('hybrid', 'stratified'))
+    ('masked', 'count'),
+    ('sedd', 'count'),
+    ('d3pm', 'stratified'),
+    ('uniform', 'stratified'),
+    ('hybrid', 'stratified'),
+  )
   def test_auto_noise_is_the_first_that_the_objective_has(self, name, noise):
     config = changed(objective__name=name)
     self.assertEqual(configs.make_objective(config, mask_id=7).noise, noise)
@@ -253,28 +365,41 @@ class ValidateTest(parameterized.TestCase):
     settings = validate(data__source='pairs:x', data__padding='masked')
     self.assertTrue(settings.data.is_pairs)
     self.assertFalse(validate(data__source='text:pairs:x').data.is_pairs)
-    for key, value in (('crop', 'random'), ('segment_ids', True),
-                       ('clean_prefix_rate', 0.5), ('clean_infill_rate', 0.5)):
+    for key, value in (
+      ('crop', 'random'),
+      ('segment_ids', True),
+      ('clean_prefix_rate', 0.5),
+      ('clean_infill_rate', 0.5),
+    ):
       with self.assertRaisesRegex(
-          InputError, f"^data.{key}={value!r} .*data.source='pairs:x'"):
+        InputError, f"^data.{key}={value!r} .*data.source='pairs:x'"
+      ):
         validate(data__source='pairs:x', **{f'data__{key}': value})
 
   def test_clean_prefixes_and_infills(self):
     rates = {'data__clean_prefix_rate': 0.75, 'data__clean_infill_rate': 0.25}
     self.assertEqual(validate(**rates).data.clean_prefix_rate, 0.75)
     rates['data__clean_infill_rate'] = 0.5
-    with self.assertRaisesRegex(InputError, '^data.clean_prefix_rate=0.75 and '
-                                'data.clean_infill_rate=0.5 .* more than 1'):
+    with self.assertRaisesRegex(
+      InputError,
+      '^data.clean_prefix_rate=0.75 and '
+      'data.clean_infill_rate=0.5 .* more than 1',
+    ):
       validate(**rates)
     validate(objective__name='ar', data__clean_prefix_rate=0.5)
     with self.assertRaisesRegex(
-        InputError, "^data.clean_infill_rate=0.5 is not .*objective.name='ar'"):
+      InputError, "^data.clean_infill_rate=0.5 is not .*objective.name='ar'"
+    ):
       validate(objective__name='ar', data__clean_infill_rate=0.5)
     with self.assertRaisesRegex(
-        InputError, "^data.clean_infill_rate=0.5 is .*objective.name='block'"):
+      InputError, "^data.clean_infill_rate=0.5 is .*objective.name='block'"
+    ):
       validate(objective__name='block', data__clean_infill_rate=0.5)
-    validate(objective__name='block', objective__block_size=256,
-             data__clean_infill_rate=0.5)
+    validate(
+      objective__name='block',
+      objective__block_size=256,
+      data__clean_infill_rate=0.5,
+    )
     with self.assertRaisesRegex(InputError, '^data.clean_infill_rate=0.5 need'):
       validate(data__length=2, data__clean_infill_rate=0.5)
 
@@ -286,11 +411,15 @@ class ValidateTest(parameterized.TestCase):
     # A key of configs/base.py is a field of exactly one section's dataclass, or
     # of an objective or sampler.
     read = {
-        'data': configs.DataConfig, 'tokenizer': configs.TokenizerConfig,
-        'train': configs.TrainConfig, 'eval': configs.EvalConfig,
-        'checkpoint': configs.CheckpointConfig,
-        'optim': configs.optim.OptimConfig, 'mesh': configs.mesh.MeshConfig,
-        'model': configs.transformer.ModelConfig}
+      'data': configs.DataConfig,
+      'tokenizer': configs.TokenizerConfig,
+      'train': configs.TrainConfig,
+      'eval': configs.EvalConfig,
+      'checkpoint': configs.CheckpointConfig,
+      'optim': configs.optim.OptimConfig,
+      'mesh': configs.mesh.MeshConfig,
+      'model': configs.transformer.ModelConfig,
+    }
     for section, values in base.get_config().items():
       if section in read:
         fields = set(read[section].__dataclass_fields__)
@@ -299,10 +428,13 @@ class ValidateTest(parameterized.TestCase):
           fields -= {'vocab_size', 'causal', 'block_size', 'platform'}
         self.assertEqual(set(values), fields, section)
       elif section in ('objective', 'sampler'):
-        table = {'objective': objectives.OBJECTIVES,
-                 'sampler': samplers.SAMPLERS}[section]
+        table = {
+          'objective': objectives.OBJECTIVES,
+          'sampler': samplers.SAMPLERS,
+        }[section]
         fields = {'name', 'power'}.union(
-            *(cls.__dataclass_fields__ for cls in table.values()))
+          *(cls.__dataclass_fields__ for cls in table.values())
+        )
         if section == 'sampler':
           fields |= set(configs.SampleConfig.__dataclass_fields__)
           fields |= set(configs.categorical.Draw.__dataclass_fields__)
@@ -316,7 +448,6 @@ class ValidateTest(parameterized.TestCase):
 
 
 class JsonTest(parameterized.TestCase):
-
   def read(self, text):
     return configs.from_json(text, base.get_config(), 'x/config.json')
 
@@ -328,64 +459,93 @@ class JsonTest(parameterized.TestCase):
 
   def test_missing_keys_take_their_defaults(self):
     config = self.read('{"seed": 3, "model": {"num_layers": 2}}')
-    self.assertEqual(config.to_dict(),
-                     changed(seed=3, model__num_layers=2).to_dict())
+    self.assertEqual(
+      config.to_dict(), changed(seed=3, model__num_layers=2).to_dict()
+    )
 
   @parameterized.parameters(
-      ('{', 'is not JSON'),
-      ('[' * 100_000, 'is not JSON'),
-      ('{"modle": {}}', "unknown section 'modle'"),
-      ('{"model": 3}', 'model=3 is not of type ConfigDict'),
-      ('{"seed": {"a": 1}}', "seed={'a': 1} is not of type int"),
-      ('{"model": {"num_layers": "2"}}', "model.num_layers='2' is not of type int"),
-      ('{"model": {"num_layer": 2}}',
-       "model.num_layer; did you mean 'num_layers'?"),
-      (b'{"seed\xf3": 3}', 'is not JSON'),
-      ('{"seed": "x"}', "seed='x' is not of type int"),
-      ('{"model": {"num_layers": null}}', 'model.num_layers=None is not of type int'),
-      ('{"data": null}', 'data=None is not of type ConfigDict'))
+    ('{', 'is not JSON'),
+    ('[' * 100_000, 'is not JSON'),
+    ('{"modle": {}}', "unknown section 'modle'"),
+    ('{"model": 3}', 'model=3 is not of type ConfigDict'),
+    ('{"seed": {"a": 1}}', "seed={'a': 1} is not of type int"),
+    (
+      '{"model": {"num_layers": "2"}}',
+      "model.num_layers='2' is not of type int",
+    ),
+    (
+      '{"model": {"num_layer": 2}}',
+      "model.num_layer; did you mean 'num_layers'?",
+    ),
+    (b'{"seed\xf3": 3}', 'is not JSON'),
+    ('{"seed": "x"}', "seed='x' is not of type int"),
+    (
+      '{"model": {"num_layers": null}}',
+      'model.num_layers=None is not of type int',
+    ),
+    ('{"data": null}', 'data=None is not of type ConfigDict'),
+  )
   def test_errors_name_the_file(self, text, message):
-    with self.assertRaisesRegex(InputError,
-                                'x/config.json.*' + re.escape(message)):
+    with self.assertRaisesRegex(
+      InputError, 'x/config.json.*' + re.escape(message)
+    ):
       self.read(text)
 
   def test_suggestions(self):
-    self.assertEqual(configs.suggest('batchsize', ['batch_size', 'seed']),
-                     "; did you mean 'batch_size'?")
+    self.assertEqual(
+      configs.suggest('batchsize', ['batch_size', 'seed']),
+      "; did you mean 'batch_size'?",
+    )
     self.assertEqual(configs.suggest('zzz', ['b', 'a']), "; known: ['a', 'b']")
 
 
 class ResumableTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ('seed', 1), ('train__batch_size', 64), ('optim__name', 'lion'),
-      ('data__length', 128), ('data__source', 'text:x'),
-      ('data__crop', 'random'),
-      ('tokenizer__name', 'gpt2'), ('model__num_layers', 2),
-      ('model__dropout', 0.1), ('objective__noise', 'uniform'))
+    ('seed', 1),
+    ('train__batch_size', 64),
+    ('optim__name', 'lion'),
+    ('data__length', 128),
+    ('data__source', 'text:x'),
+    ('data__crop', 'random'),
+    ('tokenizer__name', 'gpt2'),
+    ('model__num_layers', 2),
+    ('model__dropout', 0.1),
+    ('objective__noise', 'uniform'),
+  )
   def test_what_makes_it_another_run(self, key, value):
     name = key.replace('__', '.')
-    with self.assertRaisesRegex(InputError,
-                                f"'w'.*\n  {name}: .* {value!r} here"):
+    with self.assertRaisesRegex(
+      InputError, f"'w'.*\n  {name}: .* {value!r} here"
+    ):
       configs.check_resumable(base.get_config(), changed(**{key: value}), 'w')
 
   @parameterized.parameters(
-      ('train__num_steps', 9999), ('train__num_microbatches', 4),
-      ('train__log_every_steps', 7), ('optim__learning_rate', 1e-4),
-      ('model__remat', 'full'), ('model__unroll', True),
-      ('model__dtype', 'bfloat16'), ('data__num_threads', 5),
-      ('data__data_dir', '/elsewhere'), ('mesh__data', 1),
-      ('eval__num_draws', 16), ('sampler__num_steps', 9),
-      ('checkpoint__every_steps', 10))
+    ('train__num_steps', 9999),
+    ('train__num_microbatches', 4),
+    ('train__log_every_steps', 7),
+    ('optim__learning_rate', 1e-4),
+    ('model__remat', 'full'),
+    ('model__unroll', True),
+    ('model__dtype', 'bfloat16'),
+    ('data__num_threads', 5),
+    ('data__data_dir', '/elsewhere'),
+    ('mesh__data', 1),
+    ('eval__num_draws', 16),
+    ('sampler__num_steps', 9),
+    ('checkpoint__every_steps', 10),
+  )
   def test_what_does_not(self, key, value):
     configs.check_resumable(base.get_config(), changed(**{key: value}), 'w')
 
   def test_differing_keys(self):
     config = base.get_config()
     self.assertEqual(
-        configs.differing_keys(config, changed(seed=2, model__num_layers=1)),
-        {'seed': (config.seed, 2),
-         'model.num_layers': (config.model.num_layers, 1)})
+      configs.differing_keys(config, changed(seed=2, model__num_layers=1)),
+      {
+        'seed': (config.seed, 2),
+        'model.num_layers': (config.model.num_layers, 1),
+      },
+    )
 
   def test_fine_tuning_takes_the_tokenizer_of_where_it_starts(self):
     config = sft.get_config()
@@ -400,7 +560,6 @@ class ResumableTest(parameterized.TestCase):
 
 
 class LockedTest(parameterized.TestCase):
-
   def test_an_unknown_key_is_an_error(self):
     with self.assertRaises((AttributeError, KeyError)):
       base.get_config().lock().model.num_layer = 3

@@ -10,8 +10,10 @@ import pytest
 os.environ['JAX_PLATFORMS'] = 'cpu'
 # Here compiling costs more than running: half the time is saved by leaving out
 # LLVM's optimisations, and the CPU's new emitter while there is an old one.
-flags = ['--xla_force_host_platform_device_count=8',
-         '--xla_backend_optimization_level=0']
+flags = [
+  '--xla_force_host_platform_device_count=8',
+  '--xla_backend_optimization_level=0',
+]
 if jax.__version_info__ < (0, 11):
   flags.append('--xla_cpu_use_fusion_emitters=false')
 # Of the processes that tests start, and of pytest's own with -n: they share what
@@ -31,8 +33,10 @@ def pytest_configure(config):
   config.addinivalue_line('filterwarnings', r'error:::nanodlm(\.|$)')
   # What Orbax and asyncio leave behind of a restore that failed.
   config.addinivalue_line(
-      'filterwarnings', 'ignore:Exception ignored in. (<coroutine object _read_array|'
-      'None):pytest.PytestUnraisableExceptionWarning')
+    'filterwarnings',
+    'ignore:Exception ignored in. (<coroutine object _read_array|'
+    'None):pytest.PytestUnraisableExceptionWarning',
+  )
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -49,7 +53,10 @@ def no_network(monkeypatch):
 
   def guarded(self, address):
     is_local = not isinstance(address, tuple) or address[0] in (
-        'localhost', '127.0.0.1', '::1')
+      'localhost',
+      '127.0.0.1',
+      '::1',
+    )
     if not is_local:
       raise AssertionError(f'a test connects to {address!r}')
     return connect(self, address)

@@ -8,12 +8,12 @@ import numpy as np
 
 
 def rms(x, scale, eps):
-  return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + eps) * scale
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
 
 
 def layer_norm(x, scale, bias, eps):
   x = x - x.mean(-1, keepdims=True)
-  return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + eps) * scale + bias
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale + bias
 
 
 def silu(x):
@@ -21,7 +21,7 @@ def silu(x):
 
 
 def gelu_tanh(x):
-  return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))
+  return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
 def turn(x, theta):
@@ -35,7 +35,7 @@ def turn(x, theta):
 def attend(q, k, v, num_heads, num_kv_heads, causal, prepare=lambda x, name: x):
   """q [L, H Dh] on k, v [L, K Dh] -> [L, H Dh]."""
   head_dim = q.shape[-1] // num_heads
-  part = lambda x, i: x[:, i * head_dim:(i + 1) * head_dim]
+  part = lambda x, i: x[:, i * head_dim : (i + 1) * head_dim]
   out = []
   for head in range(num_heads):
     shared = head // (num_heads // num_kv_heads)
@@ -56,8 +56,9 @@ def linear(tensors, name, x):
   return y + tensors[f'{name}.bias'] if f'{name}.bias' in tensors else y
 
 
-def llama(tensors, ids, *, num_heads, num_kv_heads, eps, theta, causal,
-          names=None):
+def llama(
+  tensors, ids, *, num_heads, num_kv_heads, eps, theta, causal, names=None
+):
   """Logits [L, V] of Llama, Mistral, Qwen2, Qwen3, LLaDA or Dream (unshifted).
 
   Args:
@@ -70,12 +71,22 @@ def llama(tensors, ids, *, num_heads, num_kv_heads, eps, theta, causal,
     causal: whether position i sees 0..i only.
     names: {part: name}; by default transformers'.
   """
-  names = {'embed': 'model.embed_tokens', 'layers': 'model.layers',
-           'norm1': 'input_layernorm', 'norm2': 'post_attention_layernorm',
-           'q': 'self_attn.q_proj', 'k': 'self_attn.k_proj',
-           'v': 'self_attn.v_proj', 'o': 'self_attn.o_proj',
-           'gate': 'mlp.gate_proj', 'up': 'mlp.up_proj', 'down': 'mlp.down_proj',
-           'norm': 'model.norm', 'head': 'lm_head', **(names or {})}
+  names = {
+    'embed': 'model.embed_tokens',
+    'layers': 'model.layers',
+    'norm1': 'input_layernorm',
+    'norm2': 'post_attention_layernorm',
+    'q': 'self_attn.q_proj',
+    'k': 'self_attn.k_proj',
+    'v': 'self_attn.v_proj',
+    'o': 'self_attn.o_proj',
+    'gate': 'mlp.gate_proj',
+    'up': 'mlp.up_proj',
+    'down': 'mlp.down_proj',
+    'norm': 'model.norm',
+    'head': 'lm_head',
+    **(names or {}),
+  }
   tensors = {name: x.astype(np.float64) for name, x in tensors.items()}
   x = tensors[f'{names["embed"]}.weight'][ids]
   layer = 0
@@ -99,20 +110,31 @@ def llama(tensors, ids, *, num_heads, num_kv_heads, eps, theta, causal,
   return x @ tensors.get(head, tensors[f'{names["embed"]}.weight']).T
 
 
-LLADA = {'embed': 'model.transformer.wte', 'layers': 'model.transformer.blocks',
-         'norm1': 'attn_norm', 'norm2': 'ff_norm', 'q': 'q_proj', 'k': 'k_proj',
-         'v': 'v_proj', 'o': 'attn_out', 'gate': 'ff_proj', 'up': 'up_proj',
-         'down': 'ff_out', 'norm': 'model.transformer.ln_f',
-         'head': 'model.transformer.ff_out'}
+LLADA = {
+  'embed': 'model.transformer.wte',
+  'layers': 'model.transformer.blocks',
+  'norm1': 'attn_norm',
+  'norm2': 'ff_norm',
+  'q': 'q_proj',
+  'k': 'k_proj',
+  'v': 'v_proj',
+  'o': 'attn_out',
+  'gate': 'ff_proj',
+  'up': 'up_proj',
+  'down': 'ff_out',
+  'norm': 'model.transformer.ln_f',
+  'head': 'model.transformer.ff_out',
+}
 
 
 def gpt2(tensors, ids, *, num_heads, eps):
   """Logits [L, V] of GPT-2, whose kernels are [in, out]."""
   tensors = {name: x.astype(np.float64) for name, x in tensors.items()}
   conv = lambda name, x: x @ tensors[f'{name}.weight'] + tensors[f'{name}.bias']
-  norm = lambda name, x: layer_norm(x, tensors[f'{name}.weight'],
-                                    tensors[f'{name}.bias'], eps)
-  x = tensors['wte.weight'][ids] + tensors['wpe.weight'][:len(ids)]
+  norm = lambda name, x: layer_norm(
+    x, tensors[f'{name}.weight'], tensors[f'{name}.bias'], eps
+  )
+  x = tensors['wte.weight'][ids] + tensors['wpe.weight'][: len(ids)]
   layer = 0
   while f'h.{layer}.ln_1.weight' in tensors:
     at = f'h.{layer}.'

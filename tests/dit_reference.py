@@ -49,8 +49,13 @@ def rotate_halves(x):
   """Pairs are (i, i + Dh / 2); x [B, L, H, Dh]."""
   angle = angles(x.shape[1], x.shape[-1])
   a, b = np.split(x, 2, axis=-1)
-  return np.concatenate([a * np.cos(angle) - b * np.sin(angle),
-                         b * np.cos(angle) + a * np.sin(angle)], axis=-1)
+  return np.concatenate(
+    [
+      a * np.cos(angle) - b * np.sin(angle),
+      b * np.cos(angle) + a * np.sin(angle),
+    ],
+    axis=-1,
+  )
 
 
 def rotate_neighbours(x):
@@ -78,8 +83,9 @@ def ddit_embedded_time(tensors, sigma):
   frequency = np.exp(-math.log(10_000) * np.arange(half) / half)
   angle = np.asarray(sigma, np.float64)[:, None] * frequency
   x = np.concatenate([np.cos(angle), np.sin(angle)], axis=-1)
-  x = silu(x @ tensors['sigma_map.mlp.0.weight'].T
-           + tensors['sigma_map.mlp.0.bias'])
+  x = silu(
+    x @ tensors['sigma_map.mlp.0.weight'].T + tensors['sigma_map.mlp.0.bias']
+  )
   x = x @ tensors['sigma_map.mlp.2.weight'].T + tensors['sigma_map.mlp.2.bias']
   return silu(x)
 
@@ -109,8 +115,9 @@ def ddit_logits(tensors, tokens, sigma, num_heads, clean=None, block_size=0):
     tokens = np.concatenate([tokens, clean], axis=1)
   x = tensors['vocab_embed.embedding'][tokens]
   c = ddit_embedded_time(tensors, sigma)
-  num_blocks = 1 + max(int(name.split('.')[1]) for name in tensors
-                       if name.startswith('blocks.'))
+  num_blocks = 1 + max(
+    int(name.split('.')[1]) for name in tensors if name.startswith('blocks.')
+  )
 
   def rotate(x):  # the two halves of block diffusion are at the same places
     parts = np.split(x, x.shape[1] // length, axis=1)
@@ -118,13 +125,13 @@ def ddit_logits(tensors, tokens, sigma, num_heads, clean=None, block_size=0):
 
   for i in range(num_blocks):
     get = lambda name: tensors[f'blocks.{i}.{name}']
-    modulation = (c @ get('adaLN_modulation.weight').T
-                  + get('adaLN_modulation.bias'))[:, None]
+    modulation = (
+      c @ get('adaLN_modulation.weight').T + get('adaLN_modulation.bias')
+    )[:, None]
     shift1, scale1, gate1, shift2, scale2, gate2 = np.split(modulation, 6, -1)
     h = layer_norm(x) * get('norm1.weight') * (1 + scale1) + shift1
     qkv = h @ get('attn_qkv.weight').T
-    q, k, v = np.moveaxis(
-        qkv.reshape(*qkv.shape[:2], 3, num_heads, -1), 2, 0)
+    q, k, v = np.moveaxis(qkv.reshape(*qkv.shape[:2], 3, num_heads, -1), 2, 0)
     h = attend(rotate(q), rotate(k), v, mask)
     x = x + gate1 * (h @ get('attn_out.weight').T)
     h = layer_norm(x) * get('norm2.weight') * (1 + scale2) + shift2
@@ -132,12 +139,15 @@ def ddit_logits(tensors, tokens, sigma, num_heads, clean=None, block_size=0):
     x = x + gate2 * (h @ get('mlp.2.weight').T + get('mlp.2.bias'))
 
   x = x[:, :length]
-  modulation = (c @ tensors['output_layer.adaLN_modulation.weight'].T
-                + tensors['output_layer.adaLN_modulation.bias'])[:, None]
+  modulation = (
+    c @ tensors['output_layer.adaLN_modulation.weight'].T
+    + tensors['output_layer.adaLN_modulation.bias']
+  )[:, None]
   shift, scale = np.split(modulation, 2, -1)
   x = layer_norm(x) * tensors['output_layer.norm_final.weight'] * (1 + scale)
-  return ((x + shift) @ tensors['output_layer.linear.weight'].T
-          + tensors['output_layer.linear.bias'])
+  return (x + shift) @ tensors['output_layer.linear.weight'].T + tensors[
+    'output_layer.linear.bias'
+  ]
 
 
 def sedd_log_score(raw, tokens, sigma):
@@ -150,28 +160,34 @@ def sedd_log_score(raw, tokens, sigma):
 def random_ddit(seed, *, vocab_size, width, cond_dim, num_layers, features=256):
   """Tensors of a DiT of random weights, none of them zero; float32."""
   rng = np.random.default_rng(seed)
-  draw = lambda *shape, scale=0.3: (
-      rng.normal(size=shape) * scale).astype(np.float32)
+  draw = lambda *shape, scale=0.3: (rng.normal(size=shape) * scale).astype(
+    np.float32
+  )
   dense = lambda name, out, size: {
-      f'{name}.weight': draw(out, size, scale=size ** -0.5),
-      f'{name}.bias': draw(out)}
-  tensors = {'vocab_embed.embedding': draw(vocab_size, width, scale=1),
-             **dense('sigma_map.mlp.0', cond_dim, features),
-             **dense('sigma_map.mlp.2', cond_dim, cond_dim)}
+    f'{name}.weight': draw(out, size, scale=size**-0.5),
+    f'{name}.bias': draw(out),
+  }
+  tensors = {
+    'vocab_embed.embedding': draw(vocab_size, width, scale=1),
+    **dense('sigma_map.mlp.0', cond_dim, features),
+    **dense('sigma_map.mlp.2', cond_dim, cond_dim),
+  }
   for i in range(num_layers):
     name = f'blocks.{i}'
     tensors |= {
-        f'{name}.norm1.weight': 1 + draw(width),
-        f'{name}.attn_qkv.weight': draw(3 * width, width, scale=width ** -0.5),
-        f'{name}.attn_out.weight': draw(width, width, scale=width ** -0.5),
-        f'{name}.norm2.weight': 1 + draw(width),
-        **dense(f'{name}.mlp.0', 4 * width, width),
-        **dense(f'{name}.mlp.2', width, 4 * width),
-        **dense(f'{name}.adaLN_modulation', 6 * width, cond_dim)}
+      f'{name}.norm1.weight': 1 + draw(width),
+      f'{name}.attn_qkv.weight': draw(3 * width, width, scale=width**-0.5),
+      f'{name}.attn_out.weight': draw(width, width, scale=width**-0.5),
+      f'{name}.norm2.weight': 1 + draw(width),
+      **dense(f'{name}.mlp.0', 4 * width, width),
+      **dense(f'{name}.mlp.2', width, 4 * width),
+      **dense(f'{name}.adaLN_modulation', 6 * width, cond_dim),
+    }
   return tensors | {
-      'output_layer.norm_final.weight': 1 + draw(width),
-      **dense('output_layer.linear', vocab_size, width),
-      **dense('output_layer.adaLN_modulation', 2 * width, cond_dim)}
+    'output_layer.norm_final.weight': 1 + draw(width),
+    **dense('output_layer.linear', vocab_size, width),
+    **dense('output_layer.adaLN_modulation', 2 * width, cond_dim),
+  }
 
 
 MD4_ACTIVATIONS = {'glu': sigmoid, 'swiglu': silu, 'geglu': gelu_tanh}
@@ -191,8 +207,10 @@ def md4_logits(params, tokens, t, mlp, head_dim):
     [B, L, V]; the mask, id V, has no column.
   """
   activation = MD4_ACTIVATIONS[mlp]
-  dense = lambda p, x: x @ np.asarray(p['kernel'], np.float64) + (
-      np.asarray(p['bias'], np.float64) if 'bias' in p else 0)
+  dense = lambda p, x: (
+    x @ np.asarray(p['kernel'], np.float64)
+    + (np.asarray(p['bias'], np.float64) if 'bias' in p else 0)
+  )
   net = params['Transformer_0']
   denses = [f'Dense_{i}' for i in range(3) if f'Dense_{i}' in net]
   if 'Embed_0' in params:
@@ -219,13 +237,18 @@ def md4_logits(params, tokens, t, mlp, head_dim):
       norm2 = lambda x: rms_norm(x) * p['RMSNorm_1']['scale']
     else:
       shift1, scale1, gate1, shift2, scale2, gate2 = np.split(
-          dense(p['Dense_0'], c)[:, None], 6, -1)
+        dense(p['Dense_0'], c)[:, None], 6, -1
+      )
       norm1 = norm2 = layer_norm
     h = norm1(x) * (1 + scale1) + shift1
     heads = lambda name: dense(p['attention'][name], h).reshape(
-        *h.shape[:2], -1, head_dim)
-    h = attend(rotate_neighbours(heads('wq')), rotate_neighbours(heads('wk')),
-               heads('wv'))
+      *h.shape[:2], -1, head_dim
+    )
+    h = attend(
+      rotate_neighbours(heads('wq')),
+      rotate_neighbours(heads('wk')),
+      heads('wv'),
+    )
     x = x + gate1 * dense(p['attention']['wo'], h)
     h = norm2(x) * (1 + scale2) + shift2
     ffn = p['feed_forward']

@@ -37,9 +37,11 @@ def evaluate_on(workdir, source, **options):
 def test_a_workdir_has_its_own_tokenizer(tmp_path):
   # The run or the file that it came from may be gone.
   for name, path, expected in (
-      ('run', '/gone/run', str(tmp_path)),
-      ('sentencepiece', '/gone/a.model', str(tmp_path / 'tokenizer.model')),
-      ('sentencepiece', '', ''), ('bytes', '', '')):
+    ('run', '/gone/run', str(tmp_path)),
+    ('sentencepiece', '/gone/a.model', str(tmp_path / 'tokenizer.model')),
+    ('sentencepiece', '', ''),
+    ('bytes', '', ''),
+  ):
     config = configs.load_base()
     config.tokenizer.name, config.tokenizer.path = name, path
     config.tokenizer.vocab_size = 300 * (name == 'sentencepiece' and not path)
@@ -62,16 +64,21 @@ def test_other_texts_in_bytes(tokenizer, tmp_path):
   assert step == 0 and run.tokenizer.name == tokenizer
   for source in (f'text:{tmp_path}/a.txt', f'jsonl:{tmp_path}/b.jsonl'):
     means = evaluate_on(workdir, source)
-    np.testing.assert_allclose(means['eval/nll'], math.log(run.tokenizer.mask_id),
-                               rtol=1e-5)
+    np.testing.assert_allclose(
+      means['eval/nll'], math.log(run.tokenizer.mask_id), rtol=1e-5
+    )
     data = dataclasses.replace(run.settings.data, source=source)
     packed = evaluate.open_data(
-        dataclasses.replace(run.settings, data=data), workdir, run.tokenizer,
-        run.settings.data.source)
+      dataclasses.replace(run.settings, data=data),
+      workdir,
+      run.tokenizer,
+      run.settings.data.source,
+    )
     tokens = evaluate.validation_rows(run, packed, 0)['tokens'].reshape(-1)
     # The bytes of the text itself; a separator is printed as two and counts none.
-    num_bytes = (len(run.tokenizer.decode(tokens).encode())
-                 - 2 * np.sum(tokens == run.tokenizer.separator_id))
+    num_bytes = len(run.tokenizer.decode(tokens).encode()) - 2 * np.sum(
+      tokens == run.tokenizer.separator_id
+    )
     expected = math.log2(run.tokenizer.mask_id) * tokens.size / num_bytes
     np.testing.assert_allclose(means['eval/bits_per_byte'], expected, rtol=0.01)
   with open(f'{workdir}/eval.jsonl') as file:
@@ -82,14 +89,16 @@ def test_other_texts_in_bytes(tokenizer, tmp_path):
 
 def test_noise_of_both_estimators(flat, caplog):
   run, params, _ = evaluate.open_run(flat)
-  packed = evaluate.open_data(run.settings, flat, run.tokenizer,
-                              run.settings.data.source)
+  packed = evaluate.open_data(
+    run.settings, flat, run.tokenizer, run.settings.data.source
+  )
   noise = evaluate.measure_noise(run, packed, params, 0)
   # All tokens cost the same: noise by count has no variance, and sum / t of a
   # Bernoulli(t) mask has (1 - t) / t for each token.
   assert noise['noise_ci95'] < 1e-5
-  spread = math.log(1 / masking.NAIVE_MIN_TIME) / (
-      1 - masking.NAIVE_MIN_TIME) - 1
+  spread = (
+    math.log(1 / masking.NAIVE_MIN_TIME) / (1 - masking.NAIVE_MIN_TIME) - 1
+  )
   variance = math.log(NUM_IDS) ** 2 * spread / workdirs.LENGTH / 2
   expected = 1.96 * math.sqrt(variance / len(packed.validation))
   assert 0.6 < noise['naive_noise_ci95'] / expected < 1.5
@@ -104,18 +113,28 @@ def test_noise_of_both_estimators(flat, caplog):
 def test_score_takes_any_number_of_rows(tmp_path):
   workdir = workdirs.make_workdir(tmp_path)
   run, params, _ = evaluate.open_run(workdir)
-  tokens = np.random.default_rng(0).integers(256, size=(11, 16)).astype(np.int32)
+  tokens = (
+    np.random.default_rng(0).integers(256, size=(11, 16)).astype(np.int32)
+  )
   weight = np.ones((11, 16), np.float32)
   batch = {'tokens': tokens, 'weight': weight}
-  values = [evaluate.make_score(run, num_draws=2, batch_size=size)(
-      params, jax.random.key(1), batch)['nll'] for size in (8, 16)]
+  values = [
+    evaluate.make_score(run, num_draws=2, batch_size=size)(
+      params, jax.random.key(1), batch
+    )['nll']
+    for size in (8, 16)
+  ]
   assert values[0].shape == (11,)
   np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
-  some = {'tokens': tokens[3:5], 'weight': weight[3:5],
-          'index': np.arange(3, 5, dtype=np.int32)}
+  some = {
+    'tokens': tokens[3:5],
+    'weight': weight[3:5],
+    'index': np.arange(3, 5, dtype=np.int32),
+  }
   score = evaluate.make_score(run, num_draws=2, batch_size=8)
-  np.testing.assert_allclose(score(params, jax.random.key(1), some)['nll'],
-                             values[0][3:5], rtol=1e-5)
+  np.testing.assert_allclose(
+    score(params, jax.random.key(1), some)['nll'], values[0][3:5], rtol=1e-5
+  )
 
 
 def test_exact_values_have_no_noise(tmp_path):
@@ -136,8 +155,10 @@ def test_with_sampler(flat):
   listed = evaluate.with_sampler(other, {'grid': '1,0.3,0'})
   assert listed.config.sampler.grid == '1,0.3,0'
   stepped = evaluate.with_sampler(listed, {'name': 'ancestral', 'num_steps': 8})
-  assert (stepped.config.sampler.grid,
-          stepped.config.sampler.num_steps) == ('uniform', 8)
+  assert (stepped.config.sampler.grid, stepped.config.sampler.num_steps) == (
+    'uniform',
+    8,
+  )
   cosine = evaluate.with_sampler(other, {'grid': 'cosine', 'num_steps': 8})
   again = evaluate.with_sampler(cosine, {'num_steps': 9})
   assert again.config.sampler.grid == 'cosine'
@@ -150,8 +171,14 @@ def test_no_run(tmp_path):
     evaluate.open_run(str(tmp_path))
 
 
-@pytest.mark.parametrize('mesh, expected', [
-    ((-1, 2, 2), (-1, 2, 2)), ((1, 16, 1), (-1, 1, 1)), ((-1, 3, 1), (-1, 1, 1))])
+@pytest.mark.parametrize(
+  'mesh, expected',
+  [
+    ((-1, 2, 2), (-1, 2, 2)),
+    ((1, 16, 1), (-1, 1, 1)),
+    ((-1, 3, 1), (-1, 1, 1)),
+  ],
+)
 def test_a_run_can_be_looked_at_on_other_devices(mesh, expected):
   config = configs.load_base()
   config.mesh.update(dict(zip(('data', 'fsdp', 'tensor'), mesh)))

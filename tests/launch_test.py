@@ -18,9 +18,15 @@ from nanodlm.training import checkpoint
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=configs/tiny.py'
 # Enough steps to be killed in the middle of, in a few seconds.
-LONG = (TINY, '--config.train.num_steps=240', '--config.train.eval_every_steps=0',
-        '--config.checkpoint.every_steps=10', '--config.train.num_samples=0',
-        '--config.checkpoint.max_to_keep=100', '--config.eval.max_examples=8')
+LONG = (
+  TINY,
+  '--config.train.num_steps=240',
+  '--config.train.eval_every_steps=0',
+  '--config.checkpoint.every_steps=10',
+  '--config.train.num_samples=0',
+  '--config.checkpoint.max_to_keep=100',
+  '--config.eval.max_examples=8',
+)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -34,8 +40,13 @@ def data_dir(tmp_path_factory):
 def start(*args, prefix=()):
   env = {**os.environ, 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'}
   return subprocess.Popen(
-      [*prefix, sys.executable, 'launch.py', *map(str, args)], cwd=ROOT, env=env,
-      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    [*prefix, sys.executable, 'launch.py', *map(str, args)],
+    cwd=ROOT,
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
 
 
 def launch(*args, prefix=()):
@@ -59,8 +70,12 @@ def arrays(workdir, step):
   with checkpoint.open_manager(workdir, read_only=True) as manager:
     found = {}
     for item in ('params', 'ema_params', 'rest'):
-      tree = manager.restore(step, args=checkpoint.ocp.args.Composite(
-          **{item: checkpoint.ocp.args.StandardRestore()}))[item]
+      tree = manager.restore(
+        step,
+        args=checkpoint.ocp.args.Composite(
+          **{item: checkpoint.ocp.args.StandardRestore()}
+        ),
+      )[item]
       for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return found
@@ -90,9 +105,24 @@ def test_train_leaves_what_people_look_for(finished):
   workdir, output = finished
   names = {path.name.strip('.').split('.')[0] for path in workdir.iterdir()}
   # And no compiled programs, which a workdir from somebody else could bring.
-  assert names == {'config', 'metrics', 'checkpoints', 'events', 'tokenizer', 'lock'}
-  assert list(pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR']).glob('jit_step*'))
-  for words in ('nats/token', 'bits/byte', 'tokens/s', ' left', 'held-out bound'):
+  assert names == {
+    'config',
+    'metrics',
+    'checkpoints',
+    'events',
+    'tokenizer',
+    'lock',
+  }
+  assert list(
+    pathlib.Path(os.environ['JAX_COMPILATION_CACHE_DIR']).glob('jit_step*')
+  )
+  for words in (
+    'nats/token',
+    'bits/byte',
+    'tokens/s',
+    ' left',
+    'held-out bound',
+  ):
     assert words in output
   assert 'Traceback' not in output
   lines = metric_lines(workdir)
@@ -110,8 +140,9 @@ def test_train_leaves_what_people_look_for(finished):
   assert meta['config'] == config
 
 
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM,
-                                    signal.SIGINT])
+@pytest.mark.parametrize(
+  'number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+)
 def test_interrupted_run_ends_bit_identical(finished, tmp_path, number):
   reference, _ = finished
   workdir = tmp_path / 'run'
@@ -142,12 +173,19 @@ def test_eval_and_sample_need_only_the_workdir(finished):
   evaluated = json.loads((workdir / 'eval.jsonl').read_text())
   assert evaluated['step'] == 240
   assert evaluated['eval/nll'] == pytest.approx(trained['eval/nll'], rel=1e-6)
-  args = ('--mode=sample', f'--workdir={workdir}', '--prompt=import {} as {5}.',
-          '--config.sampler.num_samples=2', '--config.sampler.num_steps=8')
+  args = (
+    '--mode=sample',
+    f'--workdir={workdir}',
+    '--prompt=import {} as {5}.',
+    '--config.sampler.num_samples=2',
+    '--config.sampler.num_steps=8',
+  )
   status, output = launch(*args)
   assert status == 0, output
-  samples = [json.loads(line) for line in
-             (workdir / 'samples.jsonl').read_text().splitlines()]
+  samples = [
+    json.loads(line)
+    for line in (workdir / 'samples.jsonl').read_text().splitlines()
+  ]
   assert len(samples) == 2
   for sample in samples:
     assert bytes(sample['tokens'][:7]) == b'import '
@@ -160,8 +198,12 @@ def test_ended_evaluation_says_so(finished):
   workdir, _ = finished
   files = lambda: {path: path.read_bytes() for path in workdir.glob('*.json*')}
   before = files()
-  process = start('--mode=eval', f'--workdir={workdir}',
-                  '--config.data.source=text:*.md', '--config.eval.num_draws=100000')
+  process = start(
+    '--mode=eval',
+    f'--workdir={workdir}',
+    '--config.data.source=text:*.md',
+    '--config.eval.num_draws=100000',
+  )
   assert 'evaluating on' in process.stdout.readline()
   process.send_signal(signal.SIGTERM)
   output, _ = process.communicate(timeout=60)
@@ -173,11 +215,16 @@ def test_ended_evaluation_says_so(finished):
 def test_starts_from_another_runs_weights(finished, tmp_path):
   reference, _ = finished
   status, output = launch(
-      TINY, f'--workdir={tmp_path}/run', '--config.train.num_steps=1',
-      '--config.optim.learning_rate=1e-9', '--config.train.num_samples=0',
-      '--config.optim.ema_decay=0.0', '--config.eval.max_examples=8',
-      f'--config.checkpoint.init_from={reference}',
-      '--config.checkpoint.init_step=240')
+    TINY,
+    f'--workdir={tmp_path}/run',
+    '--config.train.num_steps=1',
+    '--config.optim.learning_rate=1e-9',
+    '--config.train.num_samples=0',
+    '--config.optim.ema_decay=0.0',
+    '--config.eval.max_examples=8',
+    f'--config.checkpoint.init_from={reference}',
+    '--config.checkpoint.init_step=240',
+  )
   assert status == 0, output
   ours, theirs = arrays_of_params(tmp_path / 'run', 1), arrays(reference, 240)
   for name, value in ours.items():
@@ -187,28 +234,45 @@ def test_starts_from_another_runs_weights(finished, tmp_path):
 def test_fine_tunes_on_pairs_and_answers(finished, tmp_path):
   workdir = tmp_path / 'run'
   pairs = tmp_path / 'pairs.jsonl'
-  pairs.write_text(''.join(
+  pairs.write_text(
+    ''.join(
       json.dumps({'prompt': f'{{{i}}}?', 'response': 'yes'}) + '\n'
-      for i in range(30)))
+      for i in range(30)
+    )
+  )
   status, output = launch(
-      TINY, f'--workdir={workdir}', f'--config.data.source=pairs:{pairs}',
-      '--config.train.num_steps=40', '--config.train.eval_every_steps=0',
-      '--config.optim.ema_decay=0.0', '--config.optim.learning_rate=3e-3',
-      f'--config.checkpoint.init_from={finished[0]}')
+    TINY,
+    f'--workdir={workdir}',
+    f'--config.data.source=pairs:{pairs}',
+    '--config.train.num_steps=40',
+    '--config.train.eval_every_steps=0',
+    '--config.optim.ema_decay=0.0',
+    '--config.optim.learning_rate=3e-3',
+    f'--config.checkpoint.init_from={finished[0]}',
+  )
   assert status == 0, output
   assert re.search(r'sample:\n    \{\d+\}\?', output)  # after a held-out prompt
   (events,) = workdir.glob('events.out.tfevents.*')
-  for tag in (b'samples/reveal_order', b'params/last_layer/query/kernel',
-              b'_hparams_', b'"num_layers": 2'):
+  for tag in (
+    b'samples/reveal_order',
+    b'params/last_layer/query/kernel',
+    b'_hparams_',
+    b'"num_layers": 2',
+  ):
     assert tag in events.read_bytes()
   prompts = tmp_path / 'prompts.jsonl'
   prompts.write_text('{"prompt": "{{7}}?"}\n{"prompt": "{{8}}?"}\n')
   status, output = launch(
-      '--mode=sample', f'--workdir={workdir}', f'--prompt_file={prompts}',
-      '--config.sampler.num_samples=2')
+    '--mode=sample',
+    f'--workdir={workdir}',
+    f'--prompt_file={prompts}',
+    '--config.sampler.num_samples=2',
+  )
   assert status == 0, output
-  samples = [json.loads(line) for line in
-             (workdir / 'samples.jsonl').read_text().splitlines()]
+  samples = [
+    json.loads(line)
+    for line in (workdir / 'samples.jsonl').read_text().splitlines()
+  ]
   assert [s['shown'][:4] for s in samples] == ['{7}?'] * 2 + ['{8}?'] * 2
   # Most of what it was trained on is padding.
   assert sum(256 in s['tokens'] for s in samples) > 1, output
@@ -221,44 +285,73 @@ def test_fine_tunes_on_pairs_and_answers(finished, tmp_path):
 
 def arrays_of_params(workdir, step):
   with checkpoint.open_manager(workdir, read_only=True) as manager:
-    tree = manager.restore(step, args=checkpoint.ocp.args.Composite(
-        params=checkpoint.ocp.args.StandardRestore()))['params']
-  return {jax.tree_util.keystr(path): np.asarray(leaf)
-          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    tree = manager.restore(
+      step,
+      args=checkpoint.ocp.args.Composite(
+        params=checkpoint.ocp.args.StandardRestore()
+      ),
+    )['params']
+  return {
+    jax.tree_util.keystr(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def test_diverging_run_stops_and_keeps_its_checkpoint(finished, tmp_path):
   workdir = tmp_path / 'run'
-  args = (TINY, f'--workdir={workdir}', '--config.train.num_samples=0',
-          '--config.eval.max_examples=8', '--config.train.eval_every_steps=0',
-          '--config.optim.warmup_steps=0', '--config.optim.schedule=constant')
-  status, output = launch(*args, '--config.train.num_steps=5',
-                          '--config.checkpoint.every_steps=5')
+  args = (
+    TINY,
+    f'--workdir={workdir}',
+    '--config.train.num_samples=0',
+    '--config.eval.max_examples=8',
+    '--config.train.eval_every_steps=0',
+    '--config.optim.warmup_steps=0',
+    '--config.optim.schedule=constant',
+  )
+  status, output = launch(
+    *args, '--config.train.num_steps=5', '--config.checkpoint.every_steps=5'
+  )
   assert status == 0, output
   before = arrays(workdir, 5)
-  status, output = launch(*args, '--config.train.num_steps=40',
-                          '--config.optim.learning_rate=1e30')
+  status, output = launch(
+    *args, '--config.train.num_steps=40', '--config.optim.learning_rate=1e30'
+  )
   assert status == 1, output
   assert 'Traceback' not in output
   assert '5 steps in a row' in output and 'not finite' in output
   assert_identical(before, arrays(workdir, 5))
 
 
-@pytest.mark.parametrize('named, args', [
-    ("--config.model.num_layer: there is no such key; did you mean 'num_layers'?",
-     ['--config.model.num_layer=2']),
-    ('--config.train.learning_rate: there is no such key; config.optim.learning_rate '
-     'is there', ['--config.seed=2', '--config.train.learning_rate=1']),
-    ("--config.optimizer.name: there is no section 'optimizer'; did you mean 'optim'?",
-     ['--config.optimizer.name=adamw']),
+@pytest.mark.parametrize(
+  'named, args',
+  [
+    (
+      "--config.model.num_layer: there is no such key; did you mean 'num_layers'?",
+      ['--config.model.num_layer=2'],
+    ),
+    (
+      '--config.train.learning_rate: there is no such key; config.optim.learning_rate '
+      'is there',
+      ['--config.seed=2', '--config.train.learning_rate=1'],
+    ),
+    (
+      "--config.optimizer.name: there is no section 'optimizer'; did you mean 'optim'?",
+      ['--config.optimizer.name=adamw'],
+    ),
     ('model.num_heads=3', ['--config.model.num_heads=3']),
     ('/no/such/*.txt', ['--config.data.source=text:/no/such/*.txt']),
     ('lm1b', ['--config.data.source=tfds:lm1b']),
     ('data.length', ['--config.data.length=1000000']),
-    ('README.md', ['--config.tokenizer.name=sentencepiece',
-                   '--config.tokenizer.path=README.md']),
+    (
+      'README.md',
+      [
+        '--config.tokenizer.name=sentencepiece',
+        '--config.tokenizer.path=README.md',
+      ],
+    ),
     ('/no/such/run', ['--config.checkpoint.init_from=/no/such/run']),
-])
+  ],
+)
 def test_bad_setting_is_named_before_anything_is_written(tmp_path, named, args):
   workdir = tmp_path / 'run'
   begun = time.monotonic()
@@ -272,27 +365,43 @@ def test_bad_setting_is_named_before_anything_is_written(tmp_path, named, args):
 
 def test_full_disk_ends_the_run_and_keeps_its_checkpoints(tmp_path):
   workdir = tmp_path / 'run'
-  args = (TINY, f'--workdir={workdir}', '--config.train.num_samples=0',
-          '--config.eval.max_examples=8', '--config.train.eval_every_steps=0',
-          '--config.checkpoint.every_steps=5')
+  args = (
+    TINY,
+    f'--workdir={workdir}',
+    '--config.train.num_samples=0',
+    '--config.eval.max_examples=8',
+    '--config.train.eval_every_steps=0',
+    '--config.checkpoint.every_steps=5',
+  )
   status, output = launch(*args, '--config.train.num_steps=5')
   assert status == 0, output
   before = arrays(workdir, 5)
   # No file may grow past 100 kB from here on, as on a disk that is full.
-  status, output = launch(*args, '--config.train.num_steps=40',
-                          prefix=('bash', '-c', 'ulimit -f 100; exec "$0" "$@"'))
+  status, output = launch(
+    *args,
+    '--config.train.num_steps=40',
+    prefix=('bash', '-c', 'ulimit -f 100; exec "$0" "$@"'),
+  )
   assert status == 1, output
   # Orbax's own threads may still print behind it.
-  assert re.search(r'error: a checkpoint in \S+ could not be written: .*'
-                   r'The complete ones there: \[5\]', output, re.DOTALL), output
+  assert re.search(
+    r'error: a checkpoint in \S+ could not be written: .*'
+    r'The complete ones there: \[5\]',
+    output,
+    re.DOTALL,
+  ), output
   assert_identical(before, arrays(workdir, 5))
 
 
 def test_other_settings_on_one_workdir_are_refused(finished):
   workdir, _ = finished
   before = (workdir / 'config.json').read_text()
-  status, output = launch(*LONG, f'--workdir={workdir}',
-                          '--config.model.num_layers=3', '--config.seed=1')
+  status, output = launch(
+    *LONG,
+    f'--workdir={workdir}',
+    '--config.model.num_layers=3',
+    '--config.seed=1',
+  )
   assert status == 2, output
   assert 'model.num_layers: 2 there, 3 here' in output and 'seed: 0' in output
   assert (workdir / 'config.json').read_text() == before
@@ -302,8 +411,13 @@ def test_a_reader_that_has_seen_enough():
   read, write = os.pipe()
   os.close(read)
   try:
-    process = subprocess.run([sys.executable, 'launch.py', '--help'], cwd=ROOT,
-                             stdout=write, stderr=subprocess.PIPE, text=True)
+    process = subprocess.run(
+      [sys.executable, 'launch.py', '--help'],
+      cwd=ROOT,
+      stdout=write,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
   finally:
     os.close(write)
   assert (process.returncode, process.stderr) == (128 + signal.SIGPIPE, '')
@@ -312,28 +426,40 @@ def test_a_reader_that_has_seen_enough():
 def test_misused_modes(finished, tmp_path):
   workdir, _ = finished
   for args, words in (
-      (('--mode=sample', f'--workdir={tmp_path}'), 'holds no run'),
-      (('--mode=train', TINY), 'needs --workdir'),
-      ((f'--workdir={tmp_path}/mistyped',), 'a new one needs a --config'),
-      ((TINY, f'--workdir={tmp_path}', '--prompt_file=x'),
-       '--prompt_file has no effect'),
-      (('--mode=import', f'--workdir={tmp_path}/new'), 'needs --from'),
-      (('--mode=export', f'--workdir={workdir}', f'--output={workdir}'),
-       'is not empty'),
-      (('--mode=sample', f'--workdir={workdir}', '--prompt=' + 'x' * 65),
-       'takes 65 tokens'),
-      (('--mode=sample', f'--workdir={workdir}', '--config.sampler.name=ar'),
-       'does not fit'),
-      (('--mode=eval', f'--workdir={workdir}', '--infill_examples=8'),
-       '--infill_examples=8 has no effect without --infill'),
-      (('--mode=eval', f'--workdir={workdir}', '--infill=0.5,2'),
-       "--infill='0.5,2'"),
-      ((TINY, f'--workdir={workdir}/config.json/run'), 'cannot be written')):
+    (('--mode=sample', f'--workdir={tmp_path}'), 'holds no run'),
+    (('--mode=train', TINY), 'needs --workdir'),
+    ((f'--workdir={tmp_path}/mistyped',), 'a new one needs a --config'),
+    (
+      (TINY, f'--workdir={tmp_path}', '--prompt_file=x'),
+      '--prompt_file has no effect',
+    ),
+    (('--mode=import', f'--workdir={tmp_path}/new'), 'needs --from'),
+    (
+      ('--mode=export', f'--workdir={workdir}', f'--output={workdir}'),
+      'is not empty',
+    ),
+    (
+      ('--mode=sample', f'--workdir={workdir}', '--prompt=' + 'x' * 65),
+      'takes 65 tokens',
+    ),
+    (
+      ('--mode=sample', f'--workdir={workdir}', '--config.sampler.name=ar'),
+      'does not fit',
+    ),
+    (
+      ('--mode=eval', f'--workdir={workdir}', '--infill_examples=8'),
+      '--infill_examples=8 has no effect without --infill',
+    ),
+    (
+      ('--mode=eval', f'--workdir={workdir}', '--infill=0.5,2'),
+      "--infill='0.5,2'",
+    ),
+    ((TINY, f'--workdir={workdir}/config.json/run'), 'cannot be written'),
+  ):
     status, output = launch(*args)
     assert status == 2, output
     assert words in output
     assert 'Traceback' not in output
-
 
 
 CACHES = """
@@ -357,9 +483,19 @@ print(jax.config.jax_compilation_cache_dir)
 
 
 def test_compiled_programs_are_kept_in_the_home_that_can_be_written(tmp_path):
-  env = {key: value for key, value in os.environ.items()
-         if key != 'JAX_COMPILATION_CACHE_DIR'} | {'HOME': str(tmp_path)}
-  done = subprocess.run([sys.executable, '-c', CACHES], cwd=ROOT, env=env,
-                        capture_output=True, text=True)
+  env = {
+    key: value
+    for key, value in os.environ.items()
+    if key != 'JAX_COMPILATION_CACHE_DIR'
+  } | {'HOME': str(tmp_path)}
+  done = subprocess.run(
+    [sys.executable, '-c', CACHES],
+    cwd=ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+  )
   assert done.stdout.split() == [
-      'None', str(tmp_path / '.cache' / 'nanodlm' / 'compilation_cache')], done.stderr
+    'None',
+    str(tmp_path / '.cache' / 'nanodlm' / 'compilation_cache'),
+  ], done.stderr

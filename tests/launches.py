@@ -7,8 +7,12 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = ('--config=configs/tiny.py', '--config.train.num_samples=0',
-        '--config.train.eval_every_steps=0', '--config.data.eval_fraction=0.01')
+TINY = (
+  '--config=configs/tiny.py',
+  '--config.train.num_samples=0',
+  '--config.train.eval_every_steps=0',
+  '--config.data.eval_fraction=0.01',
+)
 # As in conftest.py: compiling costs more than running here.
 XLA_FLAGS = '--xla_backend_optimization_level=0'
 
@@ -22,14 +26,27 @@ def start(*args, num_devices=1, before=''):
     before: Python code that is run first.
   """
   devices = f'--xla_force_host_platform_device_count={num_devices}'
-  env = {**os.environ, 'PYTHONUNBUFFERED': '1',
-         'XLA_FLAGS': f'{XLA_FLAGS} {devices}'}
-  code = (f'{before}\nimport runpy, sys; sys.path.insert(0, ""); '
-          'runpy.run_path("launch.py", run_name="__main__")')
+  env = {
+    **os.environ,
+    'PYTHONUNBUFFERED': '1',
+    'XLA_FLAGS': f'{XLA_FLAGS} {devices}',
+  }
+  code = (
+    f'{before}\nimport runpy, sys; sys.path.insert(0, ""); '
+    'runpy.run_path("launch.py", run_name="__main__")'
+  )
   return subprocess.Popen(
-      [sys.executable, *(['-c', code] if before else ['launch.py']),
-       *map(str, args)], cwd=ROOT, env=env, stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT, text=True)
+    [
+      sys.executable,
+      *(['-c', code] if before else ['launch.py']),
+      *map(str, args),
+    ],
+    cwd=ROOT,
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
 
 
 def start_several(num_processes, num_devices, *args):
@@ -37,9 +54,16 @@ def start_several(num_processes, num_devices, *args):
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{probe.getsockname()[1]}'
-  return [start(f'--coordinator_address={address}', f'--process_id={i}',
-                f'--num_processes={num_processes}', *args,
-                num_devices=num_devices) for i in range(num_processes)]
+  return [
+    start(
+      f'--coordinator_address={address}',
+      f'--process_id={i}',
+      f'--num_processes={num_processes}',
+      *args,
+      num_devices=num_devices,
+    )
+    for i in range(num_processes)
+  ]
 
 
 def finish(process):

@@ -7,49 +7,104 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent / 'nanodlm'
 GROUND = ('types', 'noise', 'devices')
-CORE = (*GROUND, 'objectives', 'samplers', 'model', 'data', 'training', 'steps',
-        'config', 'run', 'workdir', 'prompts', 'train', 'evaluate', 'sample')
+CORE = (
+  *GROUND,
+  'objectives',
+  'samplers',
+  'model',
+  'data',
+  'training',
+  'steps',
+  'config',
+  'run',
+  'workdir',
+  'prompts',
+  'train',
+  'evaluate',
+  'sample',
+)
 # The folders and modules of nanodlm that each folder or module may import.
 MAY_IMPORT = {
-    'types': (),
-    'devices': ('types',),
-    'noise': ('types', 'devices'),
-    'objectives': GROUND,
-    'samplers': GROUND,
-    'model': GROUND,
-    'data': ('types', 'workdir'),
-    'training': (*GROUND, 'model', 'workdir'),
-    'workdir': GROUND,
-    'config': (*GROUND, 'objectives', 'samplers', 'model', 'data', 'training'),
-    'steps': (*GROUND, 'model', 'training', 'config', 'show'),
-    'evaluate': (*GROUND, 'data', 'training', 'steps', 'config', 'run',
-                 'workdir'),
-    'sample': (*GROUND, 'data', 'steps', 'config', 'run', 'workdir', 'prompts',
-               'evaluate', 'show'),
-    'train': (*GROUND, 'data', 'model', 'training', 'steps', 'config', 'run',
-              'workdir', 'prompts', 'evaluate', 'sample', 'show'),
-    # The wings: none imports another, except what watches samples.
-    'evals': CORE,
-    'interop': CORE,
-    'perf': CORE,
-    'serving': (*CORE, 'show'),
-    'show': CORE,
+  'types': (),
+  'devices': ('types',),
+  'noise': ('types', 'devices'),
+  'objectives': GROUND,
+  'samplers': GROUND,
+  'model': GROUND,
+  'data': ('types', 'workdir'),
+  'training': (*GROUND, 'model', 'workdir'),
+  'workdir': GROUND,
+  'config': (*GROUND, 'objectives', 'samplers', 'model', 'data', 'training'),
+  'steps': (*GROUND, 'model', 'training', 'config', 'show'),
+  'evaluate': (
+    *GROUND,
+    'data',
+    'training',
+    'steps',
+    'config',
+    'run',
+    'workdir',
+  ),
+  'sample': (
+    *GROUND,
+    'data',
+    'steps',
+    'config',
+    'run',
+    'workdir',
+    'prompts',
+    'evaluate',
+    'show',
+  ),
+  'train': (
+    *GROUND,
+    'data',
+    'model',
+    'training',
+    'steps',
+    'config',
+    'run',
+    'workdir',
+    'prompts',
+    'evaluate',
+    'sample',
+    'show',
+  ),
+  # The wings: none imports another, except what watches samples.
+  'evals': CORE,
+  'interop': CORE,
+  'perf': CORE,
+  'serving': (*CORE, 'show'),
+  'show': CORE,
 }
 # Libraries that few modules may import.
 ONLY_IN = {
-    'tensorflow': (), 'tensorflow_datasets': ('data',), 'grain': ('data',),
-    'orbax': ('training.checkpoint',), 'clu': ('train',),
-    'torch': ('evals.judge', 'interop.tensors'), 'transformers': ('evals.judge',),
-    'safetensors': ('interop.tensors', 'interop.export'),
-    'huggingface_hub': ('interop.convert',),
-    'matplotlib': ('evals.compare', 'perf.benchmark', 'show.plots'),
-    'lm_eval': ('evals.lm_eval',), 'rich': ('show.live',),
-    # They run what a file tells them to.
-    'pickle': (), 'cloudpickle': (), 'dill': (), 'joblib': (), 'marshal': (),
-    'shelve': (), 'yaml': (),
+  'tensorflow': (),
+  'tensorflow_datasets': ('data',),
+  'grain': ('data',),
+  'orbax': ('training.checkpoint',),
+  'clu': ('train',),
+  'torch': ('evals.judge', 'interop.tensors'),
+  'transformers': ('evals.judge',),
+  'safetensors': ('interop.tensors', 'interop.export'),
+  'huggingface_hub': ('interop.convert',),
+  'matplotlib': ('evals.compare', 'perf.benchmark', 'show.plots'),
+  'lm_eval': ('evals.lm_eval',),
+  'rich': ('show.live',),
+  # They run what a file tells them to.
+  'pickle': (),
+  'cloudpickle': (),
+  'dill': (),
+  'joblib': (),
+  'marshal': (),
+  'shelve': (),
+  'yaml': (),
 }
-FILES = sorted(p for p in PACKAGE.rglob('*.py') if p.parent != PACKAGE
-               or p.name != '__init__.py')
+FILES = sorted(
+  p
+  for p in PACKAGE.rglob('*.py')
+  if p.parent != PACKAGE or p.name != '__init__.py'
+)
 
 
 def imports(path):
@@ -60,7 +115,9 @@ def imports(path):
       yield from (f'{node.module}.{alias.name}' for alias in node.names)
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+  'path', FILES, ids=lambda p: str(p.relative_to(PACKAGE))
+)
 def test_imports(path):
   own = path.relative_to(PACKAGE).with_suffix('').parts
   room = own[0]
@@ -68,14 +125,16 @@ def test_imports(path):
   for imported in imports(path):
     parts = imported.split('.')
     if parts[0] in ONLY_IN:
-      assert any('.'.join(own).startswith(name) for name in ONLY_IN[parts[0]]), (
-          f'{path} imports {imported}')
+      assert any(
+        '.'.join(own).startswith(name) for name in ONLY_IN[parts[0]]
+      ), f'{path} imports {imported}'
     if parts[0] == 'nanodlm' and len(parts) > 1:
       assert parts[1] in (room, *MAY_IMPORT[room]), f'{path} imports {imported}'
 
 
-@pytest.mark.parametrize('path', [*FILES, PACKAGE.parent / 'launch.py'],
-                         ids=lambda p: p.name)
+@pytest.mark.parametrize(
+  'path', [*FILES, PACKAGE.parent / 'launch.py'], ids=lambda p: p.name
+)
 def test_no_file_that_is_read_can_run_code(path):
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Call):
@@ -85,7 +144,10 @@ def test_no_file_that_is_read_can_run_code(path):
       for keyword in node.keywords:
         # (Of --mode=import, which reads even those as weights only.)
         assert call == 'convert.import_checkpoint' or keyword.arg not in (
-            'allow_pickle', 'trust_remote_code'), f'{path}:{node.lineno}'
+          'allow_pickle',
+          'trust_remote_code',
+        ), f'{path}:{node.lineno}'
       if call == 'torch.load':
         assert 'weights_only=True' in [ast.unparse(k) for k in node.keywords], (
-            f'{path}:{node.lineno}')
+          f'{path}:{node.lineno}'
+        )

@@ -13,7 +13,9 @@ from nanodlm.types import InputError
 BYTES = tokenizers.BytesTokenizer()
 
 
-@pytest.mark.parametrize('prompt, parts', [
+@pytest.mark.parametrize(
+  'prompt, parts',
+  [
     ('', [Gap(None)]),
     ('def f', ['def f', Gap(None)]),
     ('def {} return {}', ['def ', Gap(None), ' return ', Gap(None)]),
@@ -22,16 +24,25 @@ BYTES = tokenizers.BytesTokenizer()
     ('a {{b}} {}', ['a {b} ', Gap(None)]),
     ('if (x) { y; } {2}', ['if (x) { y; } ', Gap(2)]),
     ('{{}}', ['{}', Gap(None)]),
-])
+  ],
+)
 def test_parse_prompt(prompt, parts):
   assert sample.parse_prompt(prompt) == parts
 
 
-@pytest.mark.parametrize('prompt, literal', [
-    ('', []), ('a {} b {12} c', []), ('{{x}} {}', []),
-    ('a {x} {}', ['{x}']), ('{x} {x} {-1} {1 2}', ['{x}', '{-1}', '{1 2}']),
-    ('if (a) {\n{}', ['{']), ('a } {{b', ['}']), ('{{{x}}} {3}', ['{', '}']),
-])
+@pytest.mark.parametrize(
+  'prompt, literal',
+  [
+    ('', []),
+    ('a {} b {12} c', []),
+    ('{{x}} {}', []),
+    ('a {x} {}', ['{x}']),
+    ('{x} {x} {-1} {1 2}', ['{x}', '{-1}', '{1 2}']),
+    ('if (a) {\n{}', ['{']),
+    ('a } {{b', ['}']),
+    ('{{{x}}} {3}', ['{', '}']),
+  ],
+)
 def test_braces_that_are_no_gap(prompt, literal):
   assert sample.literal_braces(prompt) == literal
 
@@ -42,7 +53,9 @@ def canvas(prompt, length, sees_right=True):
   return ''.join(chr(t) if f else '_' for t, f in zip(tokens, fixed))
 
 
-@pytest.mark.parametrize('prompt, length, text', [
+@pytest.mark.parametrize(
+  'prompt, length, text',
+  [
     ('', 4, '____'),
     ('ab', 5, 'ab___'),
     ('a{}b', 6, 'a____b'),
@@ -50,7 +63,8 @@ def canvas(prompt, length, sees_right=True):
     ('a{2}b{}', 8, 'a__b____'),
     ('a{2}b', 8, 'a__b'),  # every gap has its size: no longer than that
     ('abc{}', 4, 'abc_'),
-])
+  ],
+)
 def test_make_canvas(prompt, length, text):
   assert canvas(prompt, length) == text
 
@@ -69,17 +83,25 @@ def test_causal_models_take_a_gap_at_the_end_only():
 
 def test_read_prompts(tmp_path):
   path = tmp_path / 'a.jsonl'
-  path.write_text('\ufeff{"prompt": "a\\n{}", "response": "b"}\n\n'
-                  '{"prompt": "\u2028é"}')
+  path.write_text(
+    '\ufeff{"prompt": "a\\n{}", "response": "b"}\n\n{"prompt": "\u2028é"}'
+  )
   assert sample.read_prompts(str(path)) == ['a\n{}', '\u2028é']
 
 
-@pytest.mark.parametrize('text, message', [
-    ('', 'holds no prompt'), ('\n \n', 'holds no prompt'),
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ('', 'holds no prompt'),
+    ('\n \n', 'holds no prompt'),
     ('{"prompt": "a"}\nplain', 'line 2 must be'),
     ('{"prompt": "a", "id": ' + '1' * 5000 + '}', 'line 1 must be'),
-    ('["prompt"]', 'line 1 must be'), ('{"text": "a"}', 'line 1 must be'),
-    ('{"prompt": 3}', 'line 1 must be'), ('{"prompt": ""}', 'line 1 must be')])
+    ('["prompt"]', 'line 1 must be'),
+    ('{"text": "a"}', 'line 1 must be'),
+    ('{"prompt": 3}', 'line 1 must be'),
+    ('{"prompt": ""}', 'line 1 must be'),
+  ],
+)
 def test_prompt_file_that_will_not_do(tmp_path, text, message):
   path = tmp_path / 'a.jsonl'
   path.write_text(text)
@@ -92,8 +114,9 @@ def test_prompt_file_that_is_not_there(tmp_path):
     sample.read_prompts(str(tmp_path / 'gone'))
 
 
-@pytest.mark.parametrize('tokens, end', [
-    ([3, 4, 9, 5, 9, 9], 2), ([9, 9], 0), ([3, 4], 2), ([], 0)])
+@pytest.mark.parametrize(
+  'tokens, end', [([3, 4, 9, 5, 9, 9], 2), ([9, 9], 0), ([3, 4], 2), ([], 0)]
+)
 def test_until_end(tokens, end):
   tokens = np.array(tokens, np.int32)
   np.testing.assert_array_equal(sample.until_end(tokens, 9), tokens[:end])

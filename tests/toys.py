@@ -18,8 +18,9 @@ VOCAB = 3
 LENGTH = 3
 MASK = 3
 TEXTS = np.array(list(itertools.product(range(VOCAB), repeat=LENGTH)), np.int32)
-CANVASES = np.array(list(itertools.product(range(VOCAB + 1), repeat=LENGTH)),
-                    np.int32)
+CANVASES = np.array(
+  list(itertools.product(range(VOCAB + 1), repeat=LENGTH)), np.int32
+)
 
 
 def canvas_index(tokens):
@@ -166,8 +167,11 @@ class CachedTable:
     canvas = jnp.where(visible[None], cache, MASK)
     canvas = jax.lax.dynamic_update_slice_in_dim(canvas, tokens, start, axis=1)
     if self.causal:
-      canvas = jnp.where(jnp.arange(canvas.shape[1])[None] < start,
-                         jnp.roll(canvas, -1, axis=1), MASK)
+      canvas = jnp.where(
+        jnp.arange(canvas.shape[1])[None] < start,
+        jnp.roll(canvas, -1, axis=1),
+        MASK,
+      )
     logits = self._look_up(canvas, start + positions)
     return logits, self.advance(cache, tokens, start, visible)
 
@@ -188,11 +192,35 @@ def chi_square(counts, expected):
 def model_config(**changes):
   """A network of 3 layers and width 16 over 12 ids."""
   fields = dict(
-      vocab_size=12, num_layers=3, embed_dim=16, num_heads=2, num_kv_heads=0,
-      head_size=0, num_positions=0, norm='rms', norm_eps=1e-6, norm_bias=False,
-      attention_bias='none', mlp_bias=False, shift_outputs=False, mlp_dim=32,
-      mlp='relu2', qk_norm=False, tie_embeddings=True, dropout=0.0,
-      time_conditioning=False, time_form='dit', time_dim=0, output_bias=False,
-      embedding_dim=0, causal=False, block_size=0, rope_theta=1e4, dtype='float32',
-      remat='none', unroll=False, attention='auto')
+    vocab_size=12,
+    num_layers=3,
+    embed_dim=16,
+    num_heads=2,
+    num_kv_heads=0,
+    head_size=0,
+    num_positions=0,
+    norm='rms',
+    norm_eps=1e-6,
+    norm_bias=False,
+    attention_bias='none',
+    mlp_bias=False,
+    shift_outputs=False,
+    mlp_dim=32,
+    mlp='relu2',
+    qk_norm=False,
+    tie_embeddings=True,
+    dropout=0.0,
+    time_conditioning=False,
+    time_form='dit',
+    time_dim=0,
+    output_bias=False,
+    embedding_dim=0,
+    causal=False,
+    block_size=0,
+    rope_theta=1e4,
+    dtype='float32',
+    remat='none',
+    unroll=False,
+    attention='auto',
+  )
   return transformer.ModelConfig(**{**fields, **changes})

@@ -7,8 +7,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from nanodlm.devices import mesh as meshes
 from nanodlm import train
+from nanodlm.devices import mesh as meshes
 
 
 def test_some_values_of_each_parameter():
@@ -17,8 +17,10 @@ def test_some_values_of_each_parameter():
   tree = {'small': np.arange(6.0).reshape(2, 3), 'layers': {'kernel': big}}
   for spec in (P(), P('fsdp', 'tensor')):
     specs = {'small': P(), 'layers': {'kernel': spec}}
-    params = jax.device_put(tree, jax.tree.map(
-        lambda spec: jax.sharding.NamedSharding(mesh, spec), specs))
+    params = jax.device_put(
+      tree,
+      jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), specs),
+    )
     values = train.some_values(params)
     assert values.keys() == {'params/small', 'params/layers/kernel'}
     # Each once, however many devices hold a copy.
@@ -32,10 +34,12 @@ def test_ctrl_c_of_one_of_several_processes_is_a_sigterm(monkeypatch):
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   arrived = []
   before = {
-      signal.SIGTERM: signal.signal(signal.SIGTERM,
-                                    lambda number, _: arrived.append(number)),
-      # Ignored in what a shell runs in the background.
-      signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    signal.SIGTERM: signal.signal(
+      signal.SIGTERM, lambda number, _: arrived.append(number)
+    ),
+    # Ignored in what a shell runs in the background.
+    signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+  }
   try:
     with train._catch_signals():
       signal.raise_signal(signal.SIGINT)

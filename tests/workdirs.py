@@ -6,14 +6,12 @@ import functools
 import jax
 import numpy as np
 
-from nanodlm.training import checkpoint
 from nanodlm import config as configs
 from nanodlm import evaluate
+from nanodlm.data import prepare, tokenizers
 from nanodlm.model import transformer
-from nanodlm.training import optim
+from nanodlm.training import checkpoint, optim
 from nanodlm.training import state as states
-from nanodlm.data import tokenizers
-from nanodlm.data import prepare
 
 LENGTH = 16
 TEXT = 'The quick brown fox jumps over the lazy dog, and so on. \u00e9\n' * 60
@@ -50,10 +48,15 @@ def make_workdir(folder, *, scale=3.0, **changes):
   source = folder / 'text.txt'
   source.write_text(TEXT)
   config = configs.load_base()
-  config.data.update(source=f'text:{source}', length=LENGTH, eval_fraction=0.3,
-                     data_dir=str(folder / 'data'))
-  config.model.update(num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32,
-                      unroll=True)
+  config.data.update(
+    source=f'text:{source}',
+    length=LENGTH,
+    eval_fraction=0.3,
+    data_dir=str(folder / 'data'),
+  )
+  config.model.update(
+    num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32, unroll=True
+  )
   config.eval.update(num_draws=2, batch_size=16)
   for key, value in changes.items():
     section, _, leaf = key.partition('__')
@@ -65,30 +68,38 @@ def make_workdir(folder, *, scale=3.0, **changes):
   shape = configs.make_model(config, packed.tokenizer.vocab_size)
   optimizer = optim.make_optimizer(settings.optim, 1)
   state = states.init_state(
-      shape, configs.make_objective(config, packed.tokenizer.mask_id), optimizer, 0,
-      use_ema=False)
+    shape,
+    configs.make_objective(config, packed.tokenizer.mask_id),
+    optimizer,
+    0,
+    use_ema=False,
+  )
   state = state.replace(params=jax.tree.map(lambda x: scale * x, state.params))
   workdir = folder / 'run'
   workdir.mkdir()
   (workdir / evaluate.CONFIG_FILE).write_text(configs.to_json(config))
   tokenizers.save(packed.tokenizer, workdir)
   with checkpoint.open_manager(str(workdir)) as manager:
-    checkpoint.save(manager, state, config,
-                    {'step': 0, 'example': 0, 'fingerprint': ''})
+    checkpoint.save(
+      manager, state, config, {'step': 0, 'example': 0, 'fingerprint': ''}
+    )
     checkpoint.wait(manager)
   return str(workdir)
 
 
 def log_probs(run, params, tokens):
   """The network's log-probabilities of a whole row, [L, V], float64."""
-  logits = _logits(run.network.config, params, np.asarray(tokens, np.int32)[None])
-  logits = np.asarray(logits, np.float64)[0, :, :run.tokenizer.mask_id]
+  logits = _logits(
+    run.network.config, params, np.asarray(tokens, np.int32)[None]
+  )
+  logits = np.asarray(logits, np.float64)[0, :, : run.tokenizer.mask_id]
   logits -= logits.max(-1, keepdims=True)
   return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, tokens):
-  hidden = transformer.Transformer(config).apply({'params': params}, tokens,
-                                           np.zeros(1))
+  hidden = transformer.Transformer(config).apply(
+    {'params': params}, tokens, np.zeros(1)
+  )
   return transformer.output_logits(transformer.output_kernel(params), hidden)

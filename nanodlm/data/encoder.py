@@ -23,8 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanodlm.data import tokenizers
-from nanodlm.data import sources
+from nanodlm.data import sources, tokenizers
 from nanodlm.types import InputError
 
 # Texts are handed to the tokenizer's threads in groups of about this size, and
@@ -53,7 +52,8 @@ class Job:
   def dtype(self) -> np.dtype:
     """The smaller of 16 and 32 bits that holds every id."""
     return np.dtype(
-        np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+      np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
+    )
 
   @property
   def is_pairs(self) -> bool:
@@ -150,8 +150,9 @@ def _write_documents(job: Job, task: Task, file: Any) -> Table:
   digest = None  # None: the next piece begins a document
   num_chars = ONE_THREAD_CHARS if job.num_threads == 1 else BATCH_CHARS
   for batch in _batches(_pieces(job.source.read(task.part), task), num_chars):
-    encoded = job.tokenizer.encode_batch([text for text, _, _ in batch],
-                                         job.num_threads)
+    encoded = job.tokenizer.encode_batch(
+      [text for text, _, _ in batch], job.num_threads
+    )
     for (text, is_last, is_end), ids in zip(batch, encoded, strict=True):
       if digest is None:
         digest = hashlib.blake2b(digest_size=8)
@@ -170,12 +171,17 @@ def _write_documents(job: Job, task: Task, file: Any) -> Table:
         if is_end:
           file.write(separator)
           num_tokens[-1] += 1
-  return Table(np.array(hashes, np.uint64), np.array(num_bytes, np.int64),
-               np.array(num_tokens, np.int64), np.array(prompt_lengths, np.int32))
+  return Table(
+    np.array(hashes, np.uint64),
+    np.array(num_bytes, np.int64),
+    np.array(num_tokens, np.int64),
+    np.array(prompt_lengths, np.int32),
+  )
 
 
-def _pieces(documents: Iterable[sources.Document],
-            task: Task) -> Iterator[tuple[str, bool, bool]]:
+def _pieces(
+  documents: Iterable[sources.Document], task: Task
+) -> Iterator[tuple[str, bool, bool]]:
   """(text, whether it is its document's last piece, and ends the text)."""
   for document in documents:
     pieces = cut(document.open(), task.start, task.stop)
@@ -191,14 +197,15 @@ def cut(pieces: Iterator[str], start: int, stop: int | None) -> Iterator[str]:
   position = 0
   for piece in pieces:
     end = len(piece) if stop is None else max(stop - position, 0)
-    part = piece[max(start - position, 0):end]
+    part = piece[max(start - position, 0) : end]
     position += len(piece)
     if part:
       yield part
 
 
-def _batches(pieces: Iterator[tuple[str, bool, bool]], num_chars: int
-             ) -> Iterator[list[tuple[str, bool, bool]]]:
+def _batches(
+  pieces: Iterator[tuple[str, bool, bool]], num_chars: int
+) -> Iterator[list[tuple[str, bool, bool]]]:
   """Groups of about num_chars characters."""
   batch, size = [], 0
   for item in pieces:
@@ -219,15 +226,20 @@ def _write_ids(job: Job, task: Task, file: Any) -> Table:
     bad = np.flatnonzero((rows.ids < 0) | (rows.ids >= num_ids))
     if bad.size:
       raise InputError(
-          f'data.source={job.source.spec!r}: {rows.place(bad[0])} holds the id '
-          f'{rows.ids[bad[0]]}, but those of tokenizer.name='
-          f'{job.tokenizer.name!r} are 0 to {num_ids - 1}; name the tokenizer '
-          'that made the ids')
+        f'data.source={job.source.spec!r}: {rows.place(bad[0])} holds the id '
+        f'{rows.ids[bad[0]]}, but those of tokenizer.name='
+        f'{job.tokenizer.name!r} are 0 to {num_ids - 1}; name the tokenizer '
+        'that made the ids'
+      )
     file.write(rows.ids.astype(job.dtype).tobytes())
     num_tokens += rows.ids.size
     num_bytes += int(job.tokenizer.num_bytes[rows.ids].sum())
-  return Table(np.zeros([1], np.uint64), np.array([num_bytes]),
-               np.array([num_tokens]), np.zeros([0], np.int32))
+  return Table(
+    np.zeros([1], np.uint64),
+    np.array([num_bytes]),
+    np.array([num_tokens]),
+    np.zeros([0], np.int32),
+  )
 
 
 # ----------------------------------------------------------------- engines
@@ -242,8 +254,9 @@ class Engine(Protocol):
 
   num_threads: int
 
-  def map(self, function: Callable[[Any], Any],
-          tasks: Sequence[Any]) -> Iterator[Any]:
+  def map(
+    self, function: Callable[[Any], Any], tasks: Sequence[Any]
+  ) -> Iterator[Any]:
     """Calls function(task) for all tasks; yields results, in no order.
 
     An engine may yield none of them: what was done is seen in the files.
@@ -256,8 +269,9 @@ class ThisProcess:
 
   num_threads: int = 0
 
-  def map(self, function: Callable[[Any], Any],
-          tasks: Sequence[Any]) -> Iterator[Any]:
+  def map(
+    self, function: Callable[[Any], Any], tasks: Sequence[Any]
+  ) -> Iterator[Any]:
     return map(function, tasks)
 
 
@@ -279,10 +293,13 @@ class Workers:
 
   def __post_init__(self):
     if self.num_workers < 1:
-      raise InputError(f'--prepare_workers={self.num_workers} must be at least 1')
+      raise InputError(
+        f'--prepare_workers={self.num_workers} must be at least 1'
+      )
 
-  def map(self, function: Callable[[Any], Any],
-          tasks: Sequence[Any]) -> Iterator[Any]:
+  def map(
+    self, function: Callable[[Any], Any], tasks: Sequence[Any]
+  ) -> Iterator[Any]:
     # Forking would copy the locks of JAX's and TFDS's threads. An executor of
     # concurrent.futures can wait for its workers forever after two Ctrl-C.
     context = multiprocessing.get_context('spawn')
@@ -290,8 +307,9 @@ class Workers:
     try:
       for task in itertools.islice(rest, self.num_workers):
         ours, theirs = context.Pipe()
-        worker = context.Process(target=_serve, args=(theirs, function),
-                                 daemon=True)
+        worker = context.Process(
+          target=_serve, args=(theirs, function), daemon=True
+        )
         worker.start()
         theirs.close()  # so that the end of the worker is the end of the pipe
         workers.append(worker)
@@ -309,9 +327,10 @@ class Workers:
           yield result
     except (EOFError, ConnectionError) as error:
       raise WorkerLost(
-          'a process of the preparation was killed, most likely for want of '
-          'memory. Run again, with a smaller --prepare_workers: what is finished '
-          'is kept') from error
+        'a process of the preparation was killed, most likely for want of '
+        'memory. Run again, with a smaller --prepare_workers: what is finished '
+        'is kept'
+      ) from error
     finally:
       for worker in workers:
         worker.kill()  # idle, or at work for nobody
@@ -360,42 +379,55 @@ class Beam:
     try:
       import apache_beam  # pylint: disable=g-import-not-at-top
     except ModuleNotFoundError as error:
-      raise InputError("--prepare_engine='beam' needs the package apache-beam: "
-                       "pip install -e '.[beam]'") from error
+      raise InputError(
+        "--prepare_engine='beam' needs the package apache-beam: "
+        "pip install -e '.[beam]'"
+      ) from error
     for option in self.options:
       if option.startswith('-'):
-        raise InputError(f'--beam_options: write {option.lstrip("-")!r} instead '
-                         f'of {option!r}')
+        raise InputError(
+          f'--beam_options: write {option.lstrip("-")!r} instead of {option!r}'
+        )
     try:
       apache_beam.runners.runner.create_runner(self.runner)
     # Beam raises errors of several kinds for names and for missing packages.
     except Exception as error:  # pylint: disable=broad-exception-caught
-      raise InputError(f'--beam_options: runner={self.runner}: {error}') from error
+      raise InputError(
+        f'--beam_options: runner={self.runner}: {error}'
+      ) from error
 
   @property
   def pipeline_options(self) -> Any:
     """apache_beam's PipelineOptions."""
     from apache_beam.options import pipeline_options  # pylint: disable=g-import-not-at-top
+
     return pipeline_options.PipelineOptions(
-        [f'--{option}' for option in self.options])
+      [f'--{option}' for option in self.options]
+    )
 
   @property
   def runner(self) -> str:
     """The name of the runner, by default Beam's local one."""
     from apache_beam.options import pipeline_options  # pylint: disable=g-import-not-at-top
-    return self.pipeline_options.view_as(
-        pipeline_options.StandardOptions).runner or 'DirectRunner'
 
-  def map(self, function: Callable[[Any], Any],
-          tasks: Sequence[Any]) -> Iterator[Any]:
+    return (
+      self.pipeline_options.view_as(pipeline_options.StandardOptions).runner
+      or 'DirectRunner'
+    )
+
+  def map(
+    self, function: Callable[[Any], Any], tasks: Sequence[Any]
+  ) -> Iterator[Any]:
     import apache_beam as beam  # pylint: disable=g-import-not-at-top
 
     try:
       with beam.Pipeline(self.runner, self.pipeline_options) as pipeline:
-        _ = (pipeline
-             | beam.Create(tasks)
-             | beam.Reshuffle()  # else a runner may fuse all into one worker
-             | 'Encode' >> beam.Map(_run, function))
+        _ = (
+          pipeline
+          | beam.Create(tasks)
+          | beam.Reshuffle()  # else a runner may fuse all into one worker
+          | 'Encode' >> beam.Map(_run, function)
+        )
     # A worker's error comes as another one that holds its text somewhere.
     except Exception as error:  # pylint: disable=broad-exception-caught
       text = f'{type(error).__name__}: {error}'
@@ -405,8 +437,7 @@ class Beam:
     return iter(())
 
 
-_WORKER_ERROR = re.compile(
-    r'\bInputError: (.*?)(?: \[while running|\n|$)')
+_WORKER_ERROR = re.compile(r'\bInputError: (.*?)(?: \[while running|\n|$)')
 
 
 def _run(task: Any, function: Callable[[Any], Any]) -> None:

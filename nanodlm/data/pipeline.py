@@ -24,21 +24,24 @@ from typing import Any
 import grain
 import numpy as np
 
-from nanodlm.data.prepare import MixedRows
-from nanodlm.data.prepare import PackedData
-from nanodlm.data.prepare import PackedRows
+from nanodlm.data.prepare import MixedRows, PackedData, PackedRows
 from nanodlm.types import InputError
 
 Batch = dict[str, np.ndarray]
 CROPS = ('chunk', 'random')
 # Sets the draws of sample_clean apart from any other use of (seed, index).
-_CLEAN_STREAM = 0xc1ea
+_CLEAN_STREAM = 0xC1EA
 
 
-def make_train_iterator(packed: PackedData, data_config: Any, *, seed: int,
-                        batch_size: int, start_step: int = 0,
-                        rows: slice | tuple[int, int] | None = None
-                        ) -> Iterator[Batch]:
+def make_train_iterator(
+  packed: PackedData,
+  data_config: Any,
+  *,
+  seed: int,
+  batch_size: int,
+  start_step: int = 0,
+  rows: slice | tuple[int, int] | None = None,
+) -> Iterator[Batch]:
   """Makes the endless iterator of training batches.
 
   Every epoch visits every row once, in an order of its own; in a mixture, the
@@ -87,18 +90,21 @@ def make_train_iterator(packed: PackedData, data_config: Any, *, seed: int,
     # random_map's generator depends on (seed, global index) only.
     read = _Crops(packed)
     stream = stream.random_map(
-        lambda row, rng: (row, int(rng.integers(packed.length))))
+      lambda row, rng: (row, int(rng.integers(packed.length)))
+    )
   else:
     read = packed.train.__getitem__
 
   def batch_of(step: int) -> Batch:
     first = step * batch_size
     indices = range(first + start, first + stop)
-    batch = _stack([read(stream[i]) for i in indices], len(indices), packed,
-                   data_config)
+    batch = _stack(
+      [read(stream[i]) for i in indices], len(indices), packed, data_config
+    )
     if any(rates):
-      clean = np.stack([sample_clean(seed, i, packed.length, *rates)
-                        for i in indices])
+      clean = np.stack(
+        [sample_clean(seed, i, packed.length, *rates) for i in indices]
+      )
       batch['weight'][clean] = 0
       num_bytes = packed.tokenizer.num_bytes[batch['tokens']]
       batch['num_bytes'] = np.sum(num_bytes, 1, np.int32, where=~clean)
@@ -108,8 +114,9 @@ def make_train_iterator(packed: PackedData, data_config: Any, *, seed: int,
   return iter(steps.map(batch_of).to_iter_dataset(_read_options(data_config)))
 
 
-def sample_clean(seed: int, index: int, length: int, prefix_rate: float,
-                 infill_rate: float) -> np.ndarray:
+def sample_clean(
+  seed: int, index: int, length: int, prefix_rate: float, infill_rate: float
+) -> np.ndarray:
   """Draws which positions of a training example are given, [L] bool.
 
   With probability `prefix_rate` a prefix, its length uniform on 0..L-1; with
@@ -135,10 +142,15 @@ def sample_clean(seed: int, index: int, length: int, prefix_rate: float,
   return np.zeros([length], bool)
 
 
-def make_eval_batches(packed: PackedData, data_config: Any, *, batch_size: int,
-                      rows: slice | tuple[int, int] | None = None,
-                      split: str = 'validation',
-                      max_examples: int | None = None) -> 'EvalBatches':
+def make_eval_batches(
+  packed: PackedData,
+  data_config: Any,
+  *,
+  batch_size: int,
+  rows: slice | tuple[int, int] | None = None,
+  split: str = 'validation',
+  max_examples: int | None = None,
+) -> 'EvalBatches':
   """Makes the batches of one pass through a split, in order.
 
   Args:
@@ -164,8 +176,9 @@ def make_eval_batches(packed: PackedData, data_config: Any, *, batch_size: int,
   start, stop = _local_rows(rows, batch_size)
   examples = packed.train if split == 'train' else packed.validation
   num_examples = min(len(examples), max_examples or sys.maxsize)
-  return EvalBatches(packed, data_config, examples, num_examples, batch_size,
-                     start, stop)
+  return EvalBatches(
+    packed, data_config, examples, num_examples, batch_size, start, stop
+  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,10 +209,16 @@ class EvalBatches:
   def __iter__(self) -> Iterator[Batch]:
     def batch_of(step: int) -> Batch:
       first = step * self.batch_size
-      indices = range(min(first + self.start, self.num_examples),
-                      min(first + self.stop, self.num_examples))
-      return _stack([self.examples[i] for i in indices], self.stop - self.start,
-                    self.packed, self.data_config)
+      indices = range(
+        min(first + self.start, self.num_examples),
+        min(first + self.stop, self.num_examples),
+      )
+      return _stack(
+        [self.examples[i] for i in indices],
+        self.stop - self.start,
+        self.packed,
+        self.data_config,
+      )
 
     steps = grain.MapDataset.range(len(self)).map(batch_of)
     return iter(steps.to_iter_dataset(_read_options(self.data_config)))
@@ -208,8 +227,9 @@ class EvalBatches:
 def _shuffled(packed: PackedData, seed: int) -> grain.MapDataset:
   """The rows to train on: epochs of each dataset in turn, mixed by weight."""
   streams = [
-      grain.MapDataset.range(start, stop).seed(seed).shuffle().repeat()
-      for start, stop in itertools.pairwise(packed.train_borders)]
+    grain.MapDataset.range(start, stop).seed(seed).shuffle().repeat()
+    for start, stop in itertools.pairwise(packed.train_borders)
+  ]
   if len(streams) == 1:
     return streams[0]
   return grain.MapDataset.mix(streams, packed.weights)
@@ -227,30 +247,35 @@ class _Crops:
     # The last row of a dataset has no next one.
     if offset == 0 or row + 1 in self.packed.train_borders:
       return rows[row]
-    tokens = np.concatenate([rows[row]['tokens'][offset:],
-                             rows[row + 1]['tokens'][:offset]])
+    tokens = np.concatenate(
+      [rows[row]['tokens'][offset:], rows[row + 1]['tokens'][:offset]]
+    )
     num_bytes = self.packed.tokenizer.num_bytes[tokens].sum()
     return {'tokens': tokens, 'num_bytes': num_bytes}
 
 
-def _stack(examples: list[dict[str, Any]], size: int, packed: PackedData,
-           data_config: Any) -> Batch:
+def _stack(
+  examples: list[dict[str, Any]],
+  size: int,
+  packed: PackedData,
+  data_config: Any,
+) -> Batch:
   """A batch of `size` rows from up to `size` examples; the rest weigh nothing."""
   batch = {
-      'tokens': np.zeros([size, packed.length], np.int32),
-      'num_bytes': np.zeros([size], np.int32),
-      'weight': np.zeros([size, packed.length], np.float32),
+    'tokens': np.zeros([size, packed.length], np.int32),
+    'num_bytes': np.zeros([size], np.int32),
+    'weight': np.zeros([size, packed.length], np.float32),
   }
   for i, example in enumerate(examples):
     batch['tokens'][i] = example['tokens']
     batch['num_bytes'][i] = example['num_bytes']
-  batch['weight'][:len(examples)] = 1
+  batch['weight'][: len(examples)] = 1
   is_separator = batch['tokens'] == packed.tokenizer.separator_id
   if data_config.segment_ids:
     batch['segment_ids'] = mark_documents(is_separator)
   if packed.is_pairs:
     start = np.zeros([size], np.int32)
-    start[:len(examples)] = [example['prompt_length'] for example in examples]
+    start[: len(examples)] = [example['prompt_length'] for example in examples]
     position = np.arange(packed.length)
     is_answer = position >= start[:, None]
     end = np.argmax(is_separator & is_answer, axis=1) + 1  # of the first one
@@ -260,7 +285,7 @@ def _stack(examples: list[dict[str, Any]], size: int, packed: PackedData,
       batch['weight'] *= ~is_padding
       batch['segment_ids'] = is_padding.astype(np.int32)
     batch['num_tokens'] = (end - start).astype(np.int32)
-    batch['num_tokens'][len(examples):] = 0
+    batch['num_tokens'][len(examples) :] = 0
   return batch
 
 
@@ -273,26 +298,32 @@ def mark_documents(is_separator: np.ndarray) -> np.ndarray:
   return np.cumsum(is_separator, axis=1, dtype=np.int32) - is_separator
 
 
-def _local_rows(rows: slice | tuple[int, int] | None,
-                batch_size: int) -> tuple[int, int]:
+def _local_rows(
+  rows: slice | tuple[int, int] | None, batch_size: int
+) -> tuple[int, int]:
   """Checks batch_size and rows; returns (start, stop)."""
   if batch_size < 1:
     raise InputError(f'batch_size={batch_size} must be at least 1')
   if rows is None:
     return 0, batch_size
-  start, stop = (rows.start or 0, rows.stop) if isinstance(
-      rows, slice) else rows
+  start, stop = (
+    (rows.start or 0, rows.stop) if isinstance(rows, slice) else rows
+  )
   stop = batch_size if stop is None else stop
   contiguous = not isinstance(rows, slice) or rows.step in (None, 1)
   if not (contiguous and 0 <= start < stop <= batch_size):
-    raise InputError(f'rows={rows} must be contiguous rows of the global batch: '
-                     f'0 <= start < stop <= batch_size={batch_size}')
+    raise InputError(
+      f'rows={rows} must be contiguous rows of the global batch: '
+      f'0 <= start < stop <= batch_size={batch_size}'
+    )
   return start, stop
 
 
 def _read_options(data_config: Any) -> grain.ReadOptions:
   # Without threads nothing can be read ahead.
   return grain.ReadOptions(
-      num_threads=data_config.num_threads,
-      prefetch_buffer_size=(
-          data_config.prefetch_batches if data_config.num_threads else 0))
+    num_threads=data_config.num_threads,
+    prefetch_buffer_size=(
+      data_config.prefetch_batches if data_config.num_threads else 0
+    ),
+  )

@@ -46,9 +46,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from nanodlm.data import tokenizers
-from nanodlm.data import encoder
-from nanodlm.data import sources
+from nanodlm.data import encoder, sources, tokenizers
 from nanodlm.types import InputError
 
 SPLITS = ('train', 'validation')
@@ -115,8 +113,11 @@ class PackedRows:
       raise _damaged(path, error) from error
     features = tf_example_pb2.Example.FromString(record).features.feature
     tokens = np.frombuffer(features['tokens'].bytes_list.value[0], self.dtype)
-    scalars = {name: feature.int64_list.value[0]
-               for name, feature in features.items() if name != 'tokens'}
+    scalars = {
+      name: feature.int64_list.value[0]
+      for name, feature in features.items()
+      if name != 'tokens'
+    }
     return {'tokens': tokens.astype(np.int32), **scalars}
 
 
@@ -180,8 +181,9 @@ class PackedData:
   @property
   def train_borders(self) -> tuple[int, ...]:
     """Where the training rows of each dataset begin, and their number at last."""
-    parts = (self.train.parts if isinstance(self.train, MixedRows)
-             else (self.train,))
+    parts = (
+      self.train.parts if isinstance(self.train, MixedRows) else (self.train,)
+    )
     return tuple(itertools.accumulate(map(len, parts), initial=0))
 
 
@@ -190,8 +192,14 @@ class PackedTokens(tfds.core.ShardBasedBuilder):
 
   VERSION = tfds.core.Version('1.0.0')
 
-  def __init__(self, *, data_dir: str, streams: 'Mapping[str, _Stream]',
-               metadata: Mapping[str, Any], engine: encoder.Engine):
+  def __init__(
+    self,
+    *,
+    data_dir: str,
+    streams: 'Mapping[str, _Stream]',
+    metadata: Mapping[str, Any],
+    engine: encoder.Engine,
+  ):
     """Describes the dataset; download_and_prepare() writes it.
 
     Args:
@@ -207,26 +215,39 @@ class PackedTokens(tfds.core.ShardBasedBuilder):
     train = self._streams['train']
     is_pairs = train.prompt_lengths is not None
     return tfds.core.DatasetInfo(
-        builder=self,
-        description='Text packed into rows of token ids.',
-        features=tfds.features.FeaturesDict({
-            # 'bytes' keeps the ids as they are in memory: nothing to decode.
-            'tokens': tfds.features.Tensor(
-                shape=(train.length,), dtype=train.dtype,
-                encoding=tfds.features.Encoding.BYTES),
-            'num_bytes': tfds.features.Scalar(np.int32),
-            **({'prompt_length': tfds.features.Scalar(np.int32)}
-               if is_pairs else {}),
-        }),
-        metadata=tfds.core.MetadataDict(self._metadata),
-        disable_shuffling=True)
+      builder=self,
+      description='Text packed into rows of token ids.',
+      features=tfds.features.FeaturesDict(
+        {
+          # 'bytes' keeps the ids as they are in memory: nothing to decode.
+          'tokens': tfds.features.Tensor(
+            shape=(train.length,),
+            dtype=train.dtype,
+            encoding=tfds.features.Encoding.BYTES,
+          ),
+          'num_bytes': tfds.features.Scalar(np.int32),
+          **(
+            {'prompt_length': tfds.features.Scalar(np.int32)}
+            if is_pairs
+            else {}
+          ),
+        }
+      ),
+      metadata=tfds.core.MetadataDict(self._metadata),
+      disable_shuffling=True,
+    )
 
   def _shard_iterators_per_split(self, dl_manager) -> dict[str, Sequence[Any]]:
     del dl_manager  # nothing to download
     # TFDS runs the pipeline of the first split again with that of the second, so
     # the short one comes first.
-    return {split: [functools.partial(_enumerated, shard) for shard in
-                    self._streams[split].shards()] for split in reversed(SPLITS)}
+    return {
+      split: [
+        functools.partial(_enumerated, shard)
+        for shard in self._streams[split].shards()
+      ]
+      for split in reversed(SPLITS)
+    }
 
   def _download_and_prepare(self, dl_manager, download_config=None) -> None:
     if isinstance(self._engine, encoder.Beam):
@@ -238,20 +259,34 @@ class PackedTokens(tfds.core.ShardBasedBuilder):
     for split in SPLITS:
       template = self._get_filename_template(split_name=split)
       streams = self._streams[split].shards()
-      paths = [template.sharded_filepath(shard_index=i, num_shards=len(streams))
-               for i in range(len(streams))]
-      shards += [(stream, os.fspath(path))
-                 for stream, path in zip(streams, paths, strict=True)]
-      infos.append((split, template, paths,
-                    [stream.num_rows for stream in streams]))
+      paths = [
+        template.sharded_filepath(shard_index=i, num_shards=len(streams))
+        for i in range(len(streams))
+      ]
+      shards += [
+        (stream, os.fspath(path))
+        for stream, path in zip(streams, paths, strict=True)
+      ]
+      infos.append(
+        (split, template, paths, [stream.num_rows for stream in streams])
+      )
     for _ in self._engine.map(
-        functools.partial(_write_shard, self._example_writer()), shards):
+      functools.partial(_write_shard, self._example_writer()), shards
+    ):
       pass
-    self.info.set_splits(tfds.core.splits.SplitDict([
-        tfds.core.SplitInfo(
-            name=split, shard_lengths=lengths, filename_template=template,
-            num_bytes=sum(os.path.getsize(path) for path in paths))
-        for split, template, paths, lengths in infos]))
+    self.info.set_splits(
+      tfds.core.splits.SplitDict(
+        [
+          tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=lengths,
+            filename_template=template,
+            num_bytes=sum(os.path.getsize(path) for path in paths),
+          )
+          for split, template, paths, lengths in infos
+        ]
+      )
+    )
 
 
 def _enumerated(stream: '_Stream') -> Iterator[tuple[int, dict[str, Any]]]:
@@ -275,9 +310,12 @@ def _write_shard(writer: Any, shard: 'tuple[_Stream, str]') -> None:
   writer.write(path=shard[1], examples=records())
 
 
-def prepare(data_config: Any, tokenizer_config: Any,
-            progress: Progress | None = None,
-            engine: encoder.Engine = encoder.ThisProcess()) -> PackedData:
+def prepare(
+  data_config: Any,
+  tokenizer_config: Any,
+  progress: Progress | None = None,
+  engine: encoder.Engine = encoder.ThisProcess(),
+) -> PackedData:
   """Opens the dataset that the config describes, building it if missing.
 
   Safe against interruption (nothing unfinished is ever opened; the next
@@ -314,7 +352,8 @@ def prepare(data_config: Any, tokenizer_config: Any,
   root = _data_dir(data_config.data_dir)
   source = sources.make_source(data_config.source, str(root))
   trains_tokenizer = (
-      tokenizer_config.name == 'sentencepiece' and not tokenizer_config.path)
+    tokenizer_config.name == 'sentencepiece' and not tokenizer_config.path
+  )
   if trains_tokenizer:
     _check_trainable(source, data_config)
     tokenizer = None
@@ -325,20 +364,24 @@ def prepare(data_config: Any, tokenizer_config: Any,
 
   source_fingerprint = source.fingerprint()
   identity = {
-      'format': _FORMAT_VERSION,
-      'source': source.spec,
-      'source_fingerprint': source_fingerprint,
-      'tokenizer': tokenizer_key,
-      'length': length,
-      'eval_fraction': eval_fraction,
-      # Left out at 0: what was prepared before they existed keeps its name.
-      **{key: getattr(data_config, key) for key in ('eval_tokens', 'test_tokens')
-         if getattr(data_config, key)},
+    'format': _FORMAT_VERSION,
+    'source': source.spec,
+    'source_fingerprint': source_fingerprint,
+    'tokenizer': tokenizer_key,
+    'length': length,
+    'eval_fraction': eval_fraction,
+    # Left out at 0: what was prepared before they existed keeps its name.
+    **{
+      key: getattr(data_config, key)
+      for key in ('eval_tokens', 'test_tokens')
+      if getattr(data_config, key)
+    },
   }
   digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
   kind = source.spec.partition(':')[0]
-  path = root / (f'{kind}-{tokenizer_config.name}-{length}-'
-                 f'{digest.hexdigest()[:16]}')
+  path = root / (
+    f'{kind}-{tokenizer_config.name}-{length}-{digest.hexdigest()[:16]}'
+  )
   if path.exists():
     return _open(path, tokenizer)
 
@@ -347,21 +390,38 @@ def prepare(data_config: Any, tokenizer_config: Any,
     if path.exists():  # another process finished while this one waited
       return _open(path, tokenizer)
     # Where nothing can be locked, several processes may be at work at once.
-    work = root / (f'{path.name}{_INCOMPLETE}{socket.gethostname()}-'
-                   + ('work' if is_held else str(os.getpid())))
+    work = root / (
+      f'{path.name}{_INCOMPLETE}{socket.gethostname()}-'
+      + ('work' if is_held else str(os.getpid()))
+    )
     _remove_leftovers(root, path, keep=work, is_held=is_held)
     work.mkdir(exist_ok=True)
     try:
       tasks = _plan(source, data_config)
       if tokenizer is None:
-        tokenizer = _train_tokenizer(source, tasks, eval_fraction, progress,
-                                     tokenizer_config.vocab_size, work, path)
+        tokenizer = _train_tokenizer(
+          source,
+          tasks,
+          eval_fraction,
+          progress,
+          tokenizer_config.vocab_size,
+          work,
+          path,
+        )
       job = encoder.Job(source, tokenizer, work, engine.num_threads)
-      _build(job, tasks, data_config,
-             {**identity, 'tokenizer': tokenizer.to_json()}, progress, engine)
+      _build(
+        job,
+        tasks,
+        data_config,
+        {**identity, 'tokenizer': tokenizer.to_json()},
+        progress,
+        engine,
+      )
       if source.fingerprint() != source_fingerprint:
-        raise InputError(f'data.source={source.spec!r} changed while it was '
-                         'being prepared; run again when it is complete')
+        raise InputError(
+          f'data.source={source.spec!r} changed while it was '
+          'being prepared; run again when it is complete'
+        )
       _publish(work, path)
     except encoder.WorkerLost:
       raise
@@ -380,68 +440,106 @@ def _check_trainable(source: sources.Source, data_config: Any) -> None:
   """Raises InputError where no SentencePiece model can be trained on a source."""
   if data_config.eval_tokens:
     raise InputError(
-        f'data.eval_tokens={data_config.eval_tokens!r} cannot be counted before '
-        'the tokenizer is trained on the rest; use data.eval_fraction, or name a '
-        'model in tokenizer.path')
+      f'data.eval_tokens={data_config.eval_tokens!r} cannot be counted before '
+      'the tokenizer is trained on the rest; use data.eval_fraction, or name a '
+      'model in tokenizer.path'
+    )
   if _is_tokens(source):
-    raise InputError(f'data.source={source.spec!r} holds token ids, on which no '
-                     'SentencePiece model can be trained; name in tokenizer.name '
-                     'or tokenizer.path what made them')
+    raise InputError(
+      f'data.source={source.spec!r} holds token ids, on which no '
+      'SentencePiece model can be trained; name in tokenizer.name '
+      'or tokenizer.path what made them'
+    )
 
 
-def _prepare_mixture(data_config: Any, tokenizer_config: Any,
-                     progress: Progress | None,
-                     engine: encoder.Engine) -> PackedData:
+def _prepare_mixture(
+  data_config: Any,
+  tokenizer_config: Any,
+  progress: Progress | None,
+  engine: encoder.Engine,
+) -> PackedData:
   """Prepares each source by itself, and puts them beside one another."""
   mixture = sources.parse_mixture(data_config.source)
   if tokenizer_config.name == 'sentencepiece' and not tokenizer_config.path:
     raise InputError(
-        f"tokenizer.path='' trains a SentencePiece model on the source, but "
-        f'data.source={data_config.source!r} has several; name a model')
+      f"tokenizer.path='' trains a SentencePiece model on the source, but "
+      f'data.source={data_config.source!r} has several; name a model'
+    )
   weights = tuple(weight for weight, _ in mixture)
-  all_packed = [prepare(dataclasses.replace(data_config, source=source),
-                        tokenizer_config, progress, engine)
-                for _, source in mixture]
+  all_packed = [
+    prepare(
+      dataclasses.replace(data_config, source=source),
+      tokenizer_config,
+      progress,
+      engine,
+    )
+    for _, source in mixture
+  ]
   first = all_packed[0]
   held_out = [packed.validation for packed in all_packed]
   borders = list(itertools.accumulate(map(len, held_out), initial=0))
   # As many of each as its weight says, and in turn, so that the first few are
   # a sample of the mixture, too.
   mixed = grain.MapDataset.mix(
-      [grain.MapDataset.range(start, stop)
-       for start, stop in itertools.pairwise(borders)], weights)
+    [
+      grain.MapDataset.range(start, stop)
+      for start, stop in itertools.pairwise(borders)
+    ],
+    weights,
+  )
   order = np.array([mixed[i] for i in range(len(mixed))], np.int64)
-  _log.info('mixture: %d of the %d rows held out are evaluated on, in the shares '
-            'of the weights', len(order), borders[-1])
+  _log.info(
+    'mixture: %d of the %d rows held out are evaluated on, in the shares '
+    'of the weights',
+    len(order),
+    borders[-1],
+  )
   nums = np.histogram(order, borders)[0]
   if len(order) < _FEW_ROWS or not nums.all():
     _log.warning(
-        'data.source=%r: rows evaluated on: %d, for they end where keeping to the '
-        'weights needs more of a source than is held out: %s. Hold out more '
-        '(data.eval_fraction, data.eval_tokens), or change the weights',
-        data_config.source, len(order), ', '.join(
-            f'{num} of {len(rows)} of {source!r} (weight {weight:g})'
-            for num, rows, (weight, source) in zip(
-                nums, held_out, mixture, strict=True)))
-  fingerprints = [packed.metadata['source_fingerprint'] for packed in all_packed]
+      'data.source=%r: rows evaluated on: %d, for they end where keeping to the '
+      'weights needs more of a source than is held out: %s. Hold out more '
+      '(data.eval_fraction, data.eval_tokens), or change the weights',
+      data_config.source,
+      len(order),
+      ', '.join(
+        f'{num} of {len(rows)} of {source!r} (weight {weight:g})'
+        for num, rows, (weight, source) in zip(
+          nums, held_out, mixture, strict=True
+        )
+      ),
+    )
+  fingerprints = [
+    packed.metadata['source_fingerprint'] for packed in all_packed
+  ]
   metadata = {
-      **first.metadata,
-      'source': data_config.source,
-      'source_fingerprint': hashlib.sha256(
-          repr(fingerprints).encode()).hexdigest(),
-      **{split: {key: sum(packed.metadata[split][key] for packed in all_packed)
-                 for key in first.metadata[split]} for split in SPLITS},
+    **first.metadata,
+    'source': data_config.source,
+    'source_fingerprint': hashlib.sha256(
+      repr(fingerprints).encode()
+    ).hexdigest(),
+    **{
+      split: {
+        key: sum(packed.metadata[split][key] for packed in all_packed)
+        for key in first.metadata[split]
+      }
+      for split in SPLITS
+    },
   }
   return PackedData(
-      folders=sum((packed.folders for packed in all_packed), ()),
-      length=first.length, tokenizer=first.tokenizer,
-      train=MixedRows(tuple(packed.train for packed in all_packed)),
-      validation=MixedRows(tuple(held_out), order),
-      metadata=metadata, weights=weights)
+    folders=sum((packed.folders for packed in all_packed), ()),
+    length=first.length,
+    tokenizer=first.tokenizer,
+    train=MixedRows(tuple(packed.train for packed in all_packed)),
+    validation=MixedRows(tuple(held_out), order),
+    metadata=metadata,
+    weights=weights,
+  )
 
 
-def _open(path: pathlib.Path,
-          tokenizer: tokenizers.Tokenizer | None) -> PackedData:
+def _open(
+  path: pathlib.Path, tokenizer: tokenizers.Tokenizer | None
+) -> PackedData:
   """Opens a finished dataset; without a tokenizer it has its own."""
   if tokenizer is None:
     tokenizer = tokenizers.load_sentencepiece(str(path / _MODEL_NAME))
@@ -451,21 +549,35 @@ def _open(path: pathlib.Path,
       builder = tfds.builder_from_directory(folder)
       metadata = dict(builder.info.metadata)
       dtype = np.dtype(builder.info.features['tokens'].np_dtype)
-      rows = {split: PackedRows(
-          builder.as_data_source(split).data_source, metadata['length'], dtype,
-          _checked_files(builder.info.splits[split], metadata[split]['num_rows']))
-              for split in SPLITS}
+      rows = {
+        split: PackedRows(
+          builder.as_data_source(split).data_source,
+          metadata['length'],
+          dtype,
+          _checked_files(
+            builder.info.splits[split], metadata[split]['num_rows']
+          ),
+        )
+        for split in SPLITS
+      }
   except InputError:
     raise
   # Whatever TFDS makes of files that are not what it wrote: JSON, protocol buffer,
   # key and assertion errors.
   except Exception as error:  # pylint: disable=broad-exception-caught
     raise _damaged(folder, error) from error
-  return PackedData(folders=(str(path),), length=metadata['length'],
-                    tokenizer=tokenizer, metadata=metadata, **rows)
+  return PackedData(
+    folders=(str(path),),
+    length=metadata['length'],
+    tokenizer=tokenizer,
+    metadata=metadata,
+    **rows,
+  )
 
 
-def _checked_files(split: Any, num_rows: int) -> tuple[tuple[pathlib.Path, int], ...]:
+def _checked_files(
+  split: Any, num_rows: int
+) -> tuple[tuple[pathlib.Path, int], ...]:
   """The files of a split and their rows, if all are there and as long as written.
 
   Their content has hashes, which are checked as it is read.
@@ -473,20 +585,26 @@ def _checked_files(split: Any, num_rows: int) -> tuple[tuple[pathlib.Path, int],
   paths = [pathlib.Path(path) for path in split.filepaths]
   size = sum(path.stat().st_size for path in paths)
   if size != split.num_bytes:
-    raise _damaged(paths[0] if len(paths) == 1 else paths[0].parent,
-                   f'{size} bytes instead of {int(split.num_bytes)}')
+    raise _damaged(
+      paths[0] if len(paths) == 1 else paths[0].parent,
+      f'{size} bytes instead of {int(split.num_bytes)}',
+    )
   if sum(split.shard_lengths) != num_rows:
-    raise _damaged(paths[0].parent, f'{sum(split.shard_lengths)} rows instead of '
-                                    f'{num_rows}')
+    raise _damaged(
+      paths[0].parent, f'{sum(split.shard_lengths)} rows instead of {num_rows}'
+    )
   return tuple(zip(paths, split.shard_lengths, strict=True))
 
 
 def _damaged(path: pathlib.Path, error: Exception | str) -> InputError:
   """What to say of a file of a prepared dataset, or of the folder it lies in."""
-  folder = next(parent for parent in (path, *path.parents)
-                if parent.name == 'packed_tokens').parent
-  return InputError(f'prepared data {path} is damaged ({error}). Delete '
-                    f'{folder}, and the next start prepares it again')
+  folder = next(
+    parent for parent in (path, *path.parents) if parent.name == 'packed_tokens'
+  ).parent
+  return InputError(
+    f'prepared data {path} is damaged ({error}). Delete '
+    f'{folder}, and the next start prepares it again'
+  )
 
 
 # ------------------------------------------------------------------- split
@@ -510,8 +628,9 @@ def _plan(source: sources.Source, data_config: Any) -> list[encoder.Task]:
   tasks = [encoder.Task(i, *part) for i, part in enumerate(parts)]
   if splits == SPLITS and data_config.test_tokens:
     raise InputError(
-        f'data.test_tokens={data_config.test_tokens!r} has no effect with '
-        f'data.source={source.spec!r}, which has a validation split of its own')
+      f'data.test_tokens={data_config.test_tokens!r} has no effect with '
+      f'data.source={source.spec!r}, which has a validation split of its own'
+    )
   if _is_tokens(source):
     return tasks
   num_documents = _count_documents(source)
@@ -520,33 +639,45 @@ def _plan(source: sources.Source, data_config: Any) -> list[encoder.Task]:
   if splits == SPLITS:
     return tasks
   if num_documents == 1 and isinstance(source, sources.PairsSource):
-    raise InputError(f'data.source={source.spec!r} holds one pair only; give '
-                     'at least two, to train on and to evaluate on')
+    raise InputError(
+      f'data.source={source.spec!r} holds one pair only; give '
+      'at least two, to train on and to evaluate on'
+    )
   if num_documents > 1:
     if data_config.test_tokens:
       raise InputError(
-          f'data.test_tokens={data_config.test_tokens!r} are cut off the end of '
-          f'one document or of rows of tokens; data.source={source.spec!r} has '
-          'several documents')
+        f'data.test_tokens={data_config.test_tokens!r} are cut off the end of '
+        f'one document or of rows of tokens; data.source={source.spec!r} has '
+        'several documents'
+      )
     return tasks
   if data_config.eval_tokens:
     # All that is in it is one stream, to be cut between two tokens.
     return [dataclasses.replace(task, split='all') for task in tasks]
-  sizes = [sum(len(piece) for document in source.read(task.part)
-               for piece in document.open()) for task in tasks]
+  sizes = [
+    sum(
+      len(piece)
+      for document in source.read(task.part)
+      for piece in document.open()
+    )
+    for task in tasks
+  ]
   position = int(sum(sizes) * (1 - data_config.eval_fraction))
   cut_tasks = []
   for task, size in zip(tasks, sizes, strict=True):
     common = dict(number=len(cut_tasks), part=task.part)
     if 0 < position <= size:
-      cut_tasks.append(encoder.Task(
-          **common, split='train', stop=position, is_end=True))
+      cut_tasks.append(
+        encoder.Task(**common, split='train', stop=position, is_end=True)
+      )
       common['number'] += 1
-      cut_tasks.append(encoder.Task(
-          **common, split='validation', start=position))
+      cut_tasks.append(
+        encoder.Task(**common, split='validation', start=position)
+      )
     else:
-      cut_tasks.append(encoder.Task(
-          **common, split='train' if position > 0 else 'validation'))
+      cut_tasks.append(
+        encoder.Task(**common, split='train' if position > 0 else 'validation')
+      )
     position -= size
   return cut_tasks
 
@@ -563,13 +694,16 @@ def _count_documents(source: sources.Source) -> int:
   return number
 
 
-def _choose(hashes: np.ndarray, sizes: np.ndarray,
-            eval_fraction: float) -> np.ndarray:
+def _choose(
+  hashes: np.ndarray, sizes: np.ndarray, eval_fraction: float
+) -> np.ndarray:
   """Which documents are validation: [n] bool from hashes and bytes, [n] each.
 
   Where all are the same text, none is; otherwise neither side is empty.
   """
-  texts, text_of = np.unique(hashes, return_inverse=True)  # sorted: random order
+  texts, text_of = np.unique(
+    hashes, return_inverse=True
+  )  # sorted: random order
   text_sizes = np.bincount(text_of, weights=sizes)
   chosen = np.zeros([texts.size], bool)
   if texts.size == 1:
@@ -589,34 +723,45 @@ def _choose(hashes: np.ndarray, sizes: np.ndarray,
   return chosen[text_of]
 
 
-def _held_out(source: sources.Source, tables: Sequence[encoder.Table],
-              data_config: Any) -> np.ndarray:
+def _held_out(
+  source: sources.Source, tables: Sequence[encoder.Table], data_config: Any
+) -> np.ndarray:
   """Which of several documents are validation, [n] bool.
 
   They are assigned whole, in the order of the hash of their text (so copies of a
   text stay on one side), until there are enough.
   """
   hashes = np.concatenate([table.hashes for table in tables])
-  key, column = (('eval_tokens', 'num_tokens') if data_config.eval_tokens
-                 else ('eval_fraction', 'num_bytes'))
+  key, column = (
+    ('eval_tokens', 'num_tokens')
+    if data_config.eval_tokens
+    else ('eval_fraction', 'num_bytes')
+  )
   sizes = np.concatenate([getattr(table, column) for table in tables])
   total = int(sizes.sum())
   wanted = data_config.eval_tokens / total or data_config.eval_fraction
   if wanted >= 1:
     raise InputError(
-        f'data.eval_tokens={data_config.eval_tokens!r} leaves nothing to train '
-        f'on: data.source={source.spec!r} has {total} tokens')
+      f'data.eval_tokens={data_config.eval_tokens!r} leaves nothing to train '
+      f'on: data.source={source.spec!r} has {total} tokens'
+    )
   chosen = _choose(hashes, sizes, wanted)
   share = sizes[chosen].sum() / total
   if share == 0:
     raise InputError(
-        f'data.source={source.spec!r}: its {sizes.size} documents are all the '
-        'same text, so none is left to evaluate on; give other text')
+      f'data.source={source.spec!r}: its {sizes.size} documents are all the '
+      'same text, so none is left to evaluate on; give other text'
+    )
   if not 0.5 < share / wanted < 2:
     _log.warning(
-        'data.%s=%g, but validation has %.2g of the %s: documents are assigned '
-        'whole, and there are only %d', key, getattr(data_config, key), share,
-        column.removeprefix('num_'), sizes.size)
+      'data.%s=%g, but validation has %.2g of the %s: documents are assigned '
+      'whole, and there are only %d',
+      key,
+      getattr(data_config, key),
+      share,
+      column.removeprefix('num_'),
+      sizes.size,
+    )
   return chosen
 
 
@@ -665,29 +810,42 @@ class _Stream:
     num_shards = math.ceil(self.num_rows / shard_rows)
     borders = [self.num_rows * i // num_shards for i in range(num_shards + 1)]
     if self.prompt_lengths is not None:
-      return [dataclasses.replace(self, ranges=self.ranges[start:stop],
-                                  prompt_lengths=self.prompt_lengths[start:stop])
-              for start, stop in itertools.pairwise(borders)]
-    return [dataclasses.replace(self, ranges=_part_of(
-        self.ranges, start * self.length, stop * self.length))
-            for start, stop in itertools.pairwise(borders)]
+      return [
+        dataclasses.replace(
+          self,
+          ranges=self.ranges[start:stop],
+          prompt_lengths=self.prompt_lengths[start:stop],
+        )
+        for start, stop in itertools.pairwise(borders)
+      ]
+    return [
+      dataclasses.replace(
+        self,
+        ranges=_part_of(self.ranges, start * self.length, stop * self.length),
+      )
+      for start, stop in itertools.pairwise(borders)
+    ]
 
   def rows(self) -> Iterator[dict[str, Any]]:
     """Yields the examples; a rest of less than a row is left out."""
     if self.prompt_lengths is not None:
-      for tokens, start in zip(self._read(), self.prompt_lengths.tolist(),
-                               strict=True):
+      for tokens, start in zip(
+        self._read(), self.prompt_lengths.tolist(), strict=True
+      ):
         row = np.full([self.length], self.separator_id, self.dtype)
-        row[:tokens.size] = tokens
-        yield {'tokens': row, 'prompt_length': start,
-               'num_bytes': int(self.token_bytes[row[start:]].sum())}
+        row[: tokens.size] = tokens
+        yield {
+          'tokens': row,
+          'prompt_length': start,
+          'num_bytes': int(self.token_bytes[row[start:]].sum()),
+        }
       return
     rest = np.zeros([0], self.dtype)
     for tokens in self._read():
       tokens = np.concatenate([rest, tokens]) if rest.size else tokens
-      block = tokens[:tokens.size // self.length * self.length]
+      block = tokens[: tokens.size // self.length * self.length]
       block = block.reshape(-1, self.length)
-      rest = tokens[block.size:]
+      rest = tokens[block.size :]
       num_bytes = self.token_bytes[block].sum(1).tolist()
       for row, size in zip(block, num_bytes, strict=True):
         yield {'tokens': row, 'num_bytes': size}
@@ -713,7 +871,8 @@ class _Stream:
         if number != opened:
           stack.close()
           file = stack.enter_context(
-              open(encoder.tokens_path(self.folder, number), 'rb'))
+            open(encoder.tokens_path(self.folder, number), 'rb')
+          )
           opened = number
         file.seek(start * self.dtype.itemsize)
         for i in range(start, stop, size):
@@ -734,9 +893,12 @@ def _part_of(ranges: np.ndarray, start: int, stop: int) -> np.ndarray:
   return part[part[:, 2] > part[:, 1]]
 
 
-def _encode(job: encoder.Job, tasks: Sequence[encoder.Task],
-            progress: Progress | None,
-            engine: encoder.Engine) -> list[encoder.Table]:
+def _encode(
+  job: encoder.Job,
+  tasks: Sequence[encoder.Task],
+  progress: Progress | None,
+  engine: encoder.Engine,
+) -> list[encoder.Table]:
   """The first stage: does what is not done yet; the tables of all tasks."""
   # Parts that were cut otherwise, by another version, are no use.
   plan = hashlib.sha256(repr(tasks).encode()).hexdigest()
@@ -759,12 +921,17 @@ def _encode(job: encoder.Job, tasks: Sequence[encoder.Task],
       add(done[task.number])
       size += task.part.size
   if size:
-    _log.info('going on with what an earlier preparation left: %d of %d parts',
-              len(tasks) - len(missing), len(tasks))
+    _log.info(
+      'going on with what an earlier preparation left: %d of %d parts',
+      len(tasks) - len(missing),
+      len(tasks),
+    )
   total = sum(task.part.size for task in tasks)
   start_tokens, start = counts[1], time.monotonic()
   progress = _limited(progress or _log_progress(int(start_tokens)))
-  for task, table in engine.map(functools.partial(encoder.encode_part, job), missing):
+  for task, table in engine.map(
+    functools.partial(encoder.encode_part, job), missing
+  ):
     add(table)
     size += task.part.size
     progress(*counts.tolist(), size / max(total, 1))
@@ -772,47 +939,60 @@ def _encode(job: encoder.Job, tasks: Sequence[encoder.Task],
     done[task.number] = encoder.finished(job, task)
     if done[task.number] is None:
       raise InputError(
-          f'part {task.number} of data.source={job.source.spec!r} is not in '
-          f'{job.folder}: workers on other machines must see data.data_dir under '
-          'the same path')
+        f'part {task.number} of data.source={job.source.spec!r} is not in '
+        f'{job.folder}: workers on other machines must see data.data_dir under '
+        'the same path'
+      )
   tables = [done[task.number] for task in tasks]
   num_tokens = sum(int(table.num_tokens.sum()) for table in tables)
   secs = time.monotonic() - start
-  _log.info('encoded %s tokens in %.1f s, %.2f M tokens/s',
-            f'{num_tokens - int(start_tokens):,}', secs,
-            (num_tokens - start_tokens) / max(secs, 1e-9) / 1e6)
+  _log.info(
+    'encoded %s tokens in %.1f s, %.2f M tokens/s',
+    f'{num_tokens - int(start_tokens):,}',
+    secs,
+    (num_tokens - start_tokens) / max(secs, 1e-9) / 1e6,
+  )
   return tables
 
 
-def _build(job: encoder.Job, tasks: Sequence[encoder.Task], data_config: Any,
-           metadata: Mapping[str, Any], progress: Progress | None,
-           engine: encoder.Engine) -> None:
+def _build(
+  job: encoder.Job,
+  tasks: Sequence[encoder.Task],
+  data_config: Any,
+  metadata: Mapping[str, Any],
+  progress: Progress | None,
+  engine: encoder.Engine,
+) -> None:
   """Writes the dataset into job.folder."""
   work = job.folder
   tables = _encode(job, tasks, progress, engine)
   streams = _make_streams(job, tasks, tables, data_config)
   shortest = min(stream.num_tokens for stream in streams.values())
   if shortest < data_config.length:
-    sizes = ' and '.join(f'{stream.num_tokens} tokens in {split}'
-                         for split, stream in streams.items())
+    sizes = ' and '.join(
+      f'{stream.num_tokens} tokens in {split}'
+      for split, stream in streams.items()
+    )
     raise InputError(
-        f'data.length={data_config.length} is longer than the text: there are '
-        f'{sizes}. Use data.length<={shortest}, more text, or another '
-        f'data.eval_fraction (now {data_config.eval_fraction}) or '
-        f'data.eval_tokens ({data_config.eval_tokens})')
+      f'data.length={data_config.length} is longer than the text: there are '
+      f'{sizes}. Use data.length<={shortest}, more text, or another '
+      f'data.eval_fraction (now {data_config.eval_fraction}) or '
+      f'data.eval_tokens ({data_config.eval_tokens})'
+    )
   metadata = dict(metadata)
   for split, stream in streams.items():
     num_bytes, num_documents = stream.count()
     metadata[split] = {
-        'num_rows': stream.num_rows,
-        'num_tokens': stream.num_rows * stream.length,
-        'num_bytes': num_bytes,
-        'num_documents': max(num_documents, 1),  # a cut one may end nowhere
-        'num_dropped_tokens': stream.num_tokens % stream.length,
-        'num_dropped_documents': stream.num_dropped_documents,
+      'num_rows': stream.num_rows,
+      'num_tokens': stream.num_rows * stream.length,
+      'num_bytes': num_bytes,
+      'num_documents': max(num_documents, 1),  # a cut one may end nowhere
+      'num_dropped_tokens': stream.num_tokens % stream.length,
+      'num_dropped_documents': stream.num_dropped_documents,
     }
-  needed = sum(stream.num_tokens for stream in streams.values()
-               ) * job.dtype.itemsize
+  needed = (
+    sum(stream.num_tokens for stream in streams.values()) * job.dtype.itemsize
+  )
   # ArrayRecord's index and framing come to a few percent at short lengths.
   if shutil.disk_usage(work).free < 1.2 * needed:
     raise _disk_full(work.parent, needed)
@@ -822,74 +1002,121 @@ def _build(job: encoder.Job, tasks: Sequence[encoder.Task], data_config: Any,
   with sources.quiet_tfds():
     options = {}
     if isinstance(engine, encoder.Beam):
-      options = dict(beam_runner=engine.runner,
-                     beam_options=engine.pipeline_options)
+      options = dict(
+        beam_runner=engine.runner, beam_options=engine.pipeline_options
+      )
     PackedTokens(
-        data_dir=str(work), streams=streams, metadata=metadata, engine=engine
+      data_dir=str(work), streams=streams, metadata=metadata, engine=engine
     ).download_and_prepare(
-        download_config=tfds.download.DownloadConfig(**options))
-  for file in (*work.glob('part-*'), *work.rglob('*.shard_infos.json'),
-               work / _PLAN_NAME):
+      download_config=tfds.download.DownloadConfig(**options)
+    )
+  for file in (
+    *work.glob('part-*'),
+    *work.rglob('*.shard_infos.json'),
+    work / _PLAN_NAME,
+  ):
     file.unlink()
   shutil.rmtree(work / 'downloads', ignore_errors=True)  # TFDS made it, empty
   _write_manifest(work, tables, metadata)
   for split in SPLITS:
     counts = metadata[split]
-    _log.info('%s: %s tokens of %s bytes in %s', split,
-              f'{counts["num_tokens"]:,}', f'{counts["num_bytes"]:,}',
-              _documents(counts['num_documents']))
+    _log.info(
+      '%s: %s tokens of %s bytes in %s',
+      split,
+      f'{counts["num_tokens"]:,}',
+      f'{counts["num_bytes"]:,}',
+      _documents(counts['num_documents']),
+    )
 
 
-def _write_manifest(work: pathlib.Path, tables: Sequence[encoder.Table],
-                    metadata: Mapping[str, Any]) -> None:
+def _write_manifest(
+  work: pathlib.Path,
+  tables: Sequence[encoder.Table],
+  metadata: Mapping[str, Any],
+) -> None:
   """Says what was prepared, for people; nothing reads it."""
   versions = {'python': '.'.join(map(str, sys.version_info[:3]))}
-  for name in ('nanodlm', 'tensorflow-datasets', 'array_record', 'tiktoken',
-               'sentencepiece', 'datasets'):
+  for name in (
+    'nanodlm',
+    'tensorflow-datasets',
+    'array_record',
+    'tiktoken',
+    'sentencepiece',
+    'datasets',
+  ):
     with contextlib.suppress(packages.PackageNotFoundError):
       versions[name] = packages.version(name)
   manifest = {
-      **metadata,
-      'num_documents': sum(metadata[split]['num_documents'] for split in SPLITS),
-      # Of all that was read, with the separators and what fills no row.
-      'num_tokens': sum(int(table.num_tokens.sum()) for table in tables),
-      'num_bytes': sum(int(table.num_bytes.sum()) for table in tables),
-      'versions': versions,
+    **metadata,
+    'num_documents': sum(metadata[split]['num_documents'] for split in SPLITS),
+    # Of all that was read, with the separators and what fills no row.
+    'num_tokens': sum(int(table.num_tokens.sum()) for table in tables),
+    'num_bytes': sum(int(table.num_bytes.sum()) for table in tables),
+    'versions': versions,
   }
   (work / _MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + '\n')
 
 
-def _make_streams(job: encoder.Job, tasks: Sequence[encoder.Task],
-                  tables: Sequence[encoder.Table],
-                  data_config: Any) -> dict[str, _Stream]:
+def _make_streams(
+  job: encoder.Job,
+  tasks: Sequence[encoder.Task],
+  tables: Sequence[encoder.Table],
+  data_config: Any,
+) -> dict[str, _Stream]:
   """The tokens of each split, in the order of the source."""
-  common = dict(folder=job.folder, dtype=job.dtype, length=data_config.length,
-                token_bytes=job.tokenizer.num_bytes,
-                separator_id=job.tokenizer.separator_id)
+  common = dict(
+    folder=job.folder,
+    dtype=job.dtype,
+    length=data_config.length,
+    token_bytes=job.tokenizer.num_bytes,
+    separator_id=job.tokenizer.separator_id,
+  )
   splits = {task.split for task in tasks}
   if splits == {'all'} or _is_tokens(job.source) and not splits & set(SPLITS):
     sizes = [int(table.num_tokens.sum()) for table in tables]
-    ranges = np.array([(task.number, 0, size) for task, size in zip(
-        tasks, sizes, strict=True)], np.int64).reshape(-1, 3)
+    ranges = np.array(
+      [(task.number, 0, size) for task, size in zip(tasks, sizes, strict=True)],
+      np.int64,
+    ).reshape(-1, 3)
     borders = _stream_borders(job.source, sum(sizes), data_config)
-    return {split: _Stream(ranges=_part_of(ranges, *border), **common)
-            for split, border in borders.items()}
+    return {
+      split: _Stream(ranges=_part_of(ranges, *border), **common)
+      for split, border in borders.items()
+    }
   if '' not in splits:
-    is_held_out = [np.full(len(table.num_tokens), task.split == 'validation')
-                   for task, table in zip(tasks, tables, strict=True)]
+    is_held_out = [
+      np.full(len(table.num_tokens), task.split == 'validation')
+      for task, table in zip(tasks, tables, strict=True)
+    ]
   else:
     is_held_out = np.split(
-        _held_out(job.source, tables, data_config),
-        np.cumsum([len(table.num_tokens) for table in tables])[:-1])
-  return {split: _Stream(**_documents_of(
-      job.is_pairs, tasks, tables, [side == (split == 'validation')
-                                    for side in is_held_out],
-      split, data_config.length), **common) for split in SPLITS}
+      _held_out(job.source, tables, data_config),
+      np.cumsum([len(table.num_tokens) for table in tables])[:-1],
+    )
+  return {
+    split: _Stream(
+      **_documents_of(
+        job.is_pairs,
+        tasks,
+        tables,
+        [side == (split == 'validation') for side in is_held_out],
+        split,
+        data_config.length,
+      ),
+      **common,
+    )
+    for split in SPLITS
+  }
 
 
-def _documents_of(is_pairs: bool, tasks: Sequence[encoder.Task],
-                  tables: Sequence[encoder.Table], sides: Sequence[np.ndarray],
-                  split: str, length: int) -> dict[str, Any]:
+def _documents_of(
+  is_pairs: bool,
+  tasks: Sequence[encoder.Task],
+  tables: Sequence[encoder.Table],
+  sides: Sequence[np.ndarray],
+  split: str,
+  length: int,
+) -> dict[str, Any]:
   """What a stream of chosen documents has of its own; see _Stream.
 
   Part by part: neighbours become one range, so that few stay in memory.
@@ -902,8 +1129,9 @@ def _documents_of(is_pairs: bool, tasks: Sequence[encoder.Task],
     split: their name.
     length: of a row.
   """
-  sizes = [table.num_tokens[side]
-           for table, side in zip(tables, sides, strict=True)]
+  sizes = [
+    table.num_tokens[side] for table, side in zip(tables, sides, strict=True)
+  ]
   if is_pairs:
     _report_pairs(split, np.concatenate(sizes), length)
   ranges = []
@@ -918,16 +1146,20 @@ def _documents_of(is_pairs: bool, tasks: Sequence[encoder.Task],
   if not is_pairs:
     return {'ranges': np.concatenate(ranges)}
   return {
-      'ranges': np.concatenate(ranges),
-      'prompt_lengths': np.concatenate([
-          table.prompt_lengths[side & (table.num_tokens <= length)]
-          for table, side in zip(tables, sides, strict=True)]),
-      'num_dropped_documents': sum(int((s > length).sum()) for s in sizes),
+    'ranges': np.concatenate(ranges),
+    'prompt_lengths': np.concatenate(
+      [
+        table.prompt_lengths[side & (table.num_tokens <= length)]
+        for table, side in zip(tables, sides, strict=True)
+      ]
+    ),
+    'num_dropped_documents': sum(int((s > length).sum()) for s in sizes),
   }
 
 
-def _stream_borders(source: sources.Source, total: int,
-                    data_config: Any) -> dict[str, tuple[int, int]]:
+def _stream_borders(
+  source: sources.Source, total: int, data_config: Any
+) -> dict[str, tuple[int, int]]:
   """The first token of each split, and one past its last, in one stream."""
   if not total:
     raise InputError(f'data.source={source.spec!r} holds no tokens')
@@ -935,8 +1167,11 @@ def _stream_borders(source: sources.Source, total: int,
     # In whole rows: what is held out begins where a row does.
     length = data_config.length
     text_tokens = total // length * length
-    eval_tokens = (data_config.eval_tokens
-                   or int(data_config.eval_fraction * total)) // length * length
+    eval_tokens = (
+      (data_config.eval_tokens or int(data_config.eval_fraction * total))
+      // length
+      * length
+    )
     eval_tokens = max(eval_tokens, length)
     test_tokens = math.ceil(data_config.test_tokens / length) * length
   else:
@@ -946,12 +1181,15 @@ def _stream_borders(source: sources.Source, total: int,
   start = stop - eval_tokens
   if start <= 0 and data_config.eval_tokens:
     raise InputError(
-        f'data.eval_tokens={data_config.eval_tokens!r} with data.test_tokens='
-        f'{data_config.test_tokens!r} leaves nothing to train on: data.source='
-        f'{source.spec!r} has {total} tokens')
+      f'data.eval_tokens={data_config.eval_tokens!r} with data.test_tokens='
+      f'{data_config.test_tokens!r} leaves nothing to train on: data.source='
+      f'{source.spec!r} has {total} tokens'
+    )
   start = max(start, 0)  # too short for a row of each, which is said later
-  return {'train': (0, start),
-          'validation': (start, stop if test_tokens else total)}
+  return {
+    'train': (0, start),
+    'validation': (start, stop if test_tokens else total),
+  }
 
 
 def _merged(ranges: np.ndarray) -> np.ndarray:
@@ -970,37 +1208,59 @@ def _report_pairs(split: str, sizes: np.ndarray, length: int) -> None:
   num, kept = len(sizes), int(fits.sum())
   if not kept:
     raise InputError(
-        f'data.length={length} is too short for all {num} pairs of {split}: '
-        'prompt, response and a separator take at least '
-        f'{min(sizes)} tokens. Use a larger data.length, or shorter '
-        'pairs')
+      f'data.length={length} is too short for all {num} pairs of {split}: '
+      'prompt, response and a separator take at least '
+      f'{min(sizes)} tokens. Use a larger data.length, or shorter '
+      'pairs'
+    )
   if kept < num:
-    _log.warning('data.length=%d: left out %d of %d pairs of %s, which are '
-                 'longer (up to %d tokens)', length, num - kept, num, split,
-                 max(sizes))
-  _log.info('%s: %d pairs in rows of %d tokens, %.0f%% of them padding', split,
-            kept, length, 100 * (1 - sizes[fits].sum() / (kept * length)))
+    _log.warning(
+      'data.length=%d: left out %d of %d pairs of %s, which are '
+      'longer (up to %d tokens)',
+      length,
+      num - kept,
+      num,
+      split,
+      max(sizes),
+    )
+  _log.info(
+    '%s: %d pairs in rows of %d tokens, %.0f%% of them padding',
+    split,
+    kept,
+    length,
+    100 * (1 - sizes[fits].sum() / (kept * length)),
+  )
 
 
 def _train_tokenizer(
-    source: sources.Source, tasks: Sequence[encoder.Task], eval_fraction: float,
-    progress: Progress | None, vocab_size: int, work: pathlib.Path,
-    path: pathlib.Path) -> tokenizers.Tokenizer:
+  source: sources.Source,
+  tasks: Sequence[encoder.Task],
+  eval_fraction: float,
+  progress: Progress | None,
+  vocab_size: int,
+  work: pathlib.Path,
+  path: pathlib.Path,
+) -> tokenizers.Tokenizer:
   """Trains a SentencePiece model in `work`, which is to be renamed to `path`."""
   model, partial = work / _MODEL_NAME, work / f'{_MODEL_NAME}.partial'
   if not model.exists():
     _log.info('training a SentencePiece model of %d pieces', vocab_size)
     tokenizers.train_sentencepiece(
-        _training_texts(source, tasks, eval_fraction, progress), vocab_size,
-        partial)
+      _training_texts(source, tasks, eval_fraction, progress),
+      vocab_size,
+      partial,
+    )
     os.replace(partial, model)
   tokenizer = tokenizers.load_sentencepiece(str(model))
   return dataclasses.replace(tokenizer, path=str(path / _MODEL_NAME))
 
 
-def _training_texts(source: sources.Source, tasks: Sequence[encoder.Task],
-                    eval_fraction: float,
-                    progress: Progress | None) -> Iterator[str]:
+def _training_texts(
+  source: sources.Source,
+  tasks: Sequence[encoder.Task],
+  eval_fraction: float,
+  progress: Progress | None,
+) -> Iterator[str]:
   """The text that is not held out; of several documents it is read twice."""
   if tasks[0].split:
     for task in tasks:
@@ -1021,10 +1281,12 @@ def _training_texts(source: sources.Source, tasks: Sequence[encoder.Task],
     progress(len(sizes), 0, 0, None)
   full = np.array(sizes) > 0
   is_train = np.zeros([len(sizes)], bool)
-  is_train[full] = ~_choose(np.array(hashes)[full], np.array(sizes)[full],
-                            eval_fraction)
-  for keep, document in zip(is_train, sources.documents(source, 'train'),
-                            strict=True):
+  is_train[full] = ~_choose(
+    np.array(hashes)[full], np.array(sizes)[full], eval_fraction
+  )
+  for keep, document in zip(
+    is_train, sources.documents(source, 'train'), strict=True
+  ):
     if keep:
       yield from document.open()
 
@@ -1054,16 +1316,20 @@ def _log_progress(start_tokens: int) -> Progress:
   """
   start = time.monotonic()
 
-  def log(num_documents: int, num_tokens: int, num_bytes: int,
-          share: float | None) -> None:
+  def log(
+    num_documents: int, num_tokens: int, num_bytes: int, share: float | None
+  ) -> None:
     if share is None:
       _log.info('reading the source: %s', _documents(num_documents))
     else:
       _log.info(
-          'encoding: %s, %.1f M tokens, %.1f MB, %.2f M tokens/s, %.0f%% done',
-          _documents(num_documents), num_tokens / 1e6, num_bytes / 1e6,
-          (num_tokens - start_tokens) / 1e6 / (time.monotonic() - start),
-          100 * share)
+        'encoding: %s, %.1f M tokens, %.1f MB, %.2f M tokens/s, %.0f%% done',
+        _documents(num_documents),
+        num_tokens / 1e6,
+        num_bytes / 1e6,
+        (num_tokens - start_tokens) / 1e6 / (time.monotonic() - start),
+        100 * share,
+      )
 
   return log
 
@@ -1086,14 +1352,17 @@ def _check_writable(root: pathlib.Path) -> None:
     if error.errno == errno.ENOSPC:
       raise _disk_full(root) from error
     raise InputError(
-        f'data.data_dir={str(root)!r} cannot be written ({error.strerror}); '
-        'give a folder that can, or set NANODLM_DATA_DIR') from error
+      f'data.data_dir={str(root)!r} cannot be written ({error.strerror}); '
+      'give a folder that can, or set NANODLM_DATA_DIR'
+    ) from error
 
 
 def _disk_full(root: pathlib.Path, needed: int = 0) -> InputError:
   amount = f', about {math.ceil(2.2 * needed / 1e6)} MB of it' if needed else ''
-  return InputError(f'data.data_dir={str(root)!r}: the disk is full; free some '
-                    f'space{amount}, or give a folder on another disk')
+  return InputError(
+    f'data.data_dir={str(root)!r}: the disk is full; free some '
+    f'space{amount}, or give a folder on another disk'
+  )
 
 
 @contextlib.contextmanager
@@ -1135,8 +1404,9 @@ def _same_file(descriptor: int, path: pathlib.Path) -> bool:
     return False
 
 
-def _remove_leftovers(root: pathlib.Path, path: pathlib.Path,
-                      keep: pathlib.Path, is_held: bool) -> None:
+def _remove_leftovers(
+  root: pathlib.Path, path: pathlib.Path, keep: pathlib.Path, is_held: bool
+) -> None:
   """Removes what interrupted preparations left in `root`.
 
   With the lock of `path` held, what this machine left of this same preparation

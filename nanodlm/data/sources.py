@@ -58,17 +58,20 @@ _CUT = re.compile(r'.*\S\n(?=\w)', re.DOTALL)
 # The same place in bytes, at an ASCII character on each side.
 _CUT_BYTES = re.compile(rb'[!-~]\n(?=[0-9A-Za-z])')
 
-_ALLOWED = ("'embedded', 'text:GLOB', 'jsonl:GLOB', 'jsonl:GLOB:FIELD', "
-            "'pairs:GLOB', 'pairs:GLOB:PROMPT_FIELD:RESPONSE_FIELD', "
-            "'tfds:NAME', 'tfds:NAME:FEATURE', 'hf:NAME', 'hf:NAME:FEATURE', "
-            "'hf:NAME:CONFIG:FEATURE', the same with 'hf_tokens:', "
-            "'parquet:GLOB', 'parquet:GLOB:FIELD', 'tokens:GLOB', "
-            "'tokens:GLOB:FIELD' or a mixture 'mix:0.7*SOURCE+0.3*SOURCE'")
+_ALLOWED = (
+  "'embedded', 'text:GLOB', 'jsonl:GLOB', 'jsonl:GLOB:FIELD', "
+  "'pairs:GLOB', 'pairs:GLOB:PROMPT_FIELD:RESPONSE_FIELD', "
+  "'tfds:NAME', 'tfds:NAME:FEATURE', 'hf:NAME', 'hf:NAME:FEATURE', "
+  "'hf:NAME:CONFIG:FEATURE', the same with 'hf_tokens:', "
+  "'parquet:GLOB', 'parquet:GLOB:FIELD', 'tokens:GLOB', "
+  "'tokens:GLOB:FIELD' or a mixture 'mix:0.7*SOURCE+0.3*SOURCE'"
+)
 # What config.data.source begins with where it names pairs, or a mixture.
 PAIRS, MIX = 'pairs:', 'mix:'
 # Where a mixture's next source begins; '+' and '*' may stand in a glob, too.
-_MIX_KINDS = ('embedded|text:|jsonl:|tfds:|hf:|hf_tokens:|parquet:|tokens:|'
-              'pairs:|mix:')
+_MIX_KINDS = (
+  'embedded|text:|jsonl:|tfds:|hf:|hf_tokens:|parquet:|tokens:|pairs:|mix:'
+)
 _MIX_BORDER = re.compile(rf'\+(?=[^+*:/]*\*(?:{_MIX_KINDS}))')
 
 
@@ -178,19 +181,25 @@ def check_held_out(data_config: Any) -> None:
   """Raises InputError where config.data holds out nothing, or in two ways."""
   fraction, tokens = data_config.eval_fraction, data_config.eval_tokens
   if tokens < 0 or data_config.test_tokens < 0:
-    raise InputError(f'data.eval_tokens={tokens!r} and data.test_tokens='
-                     f'{data_config.test_tokens!r} must be >= 0')
+    raise InputError(
+      f'data.eval_tokens={tokens!r} and data.test_tokens='
+      f'{data_config.test_tokens!r} must be >= 0'
+    )
   if tokens and fraction:
     raise InputError(
-        f'data.eval_tokens={tokens!r} and data.eval_fraction={fraction!r} both '
-        'say how much is held out; set one of them to 0')
+      f'data.eval_tokens={tokens!r} and data.eval_fraction={fraction!r} both '
+      'say how much is held out; set one of them to 0'
+    )
   if not tokens and not 0 < fraction < 1:
     raise InputError(
-        f'data.eval_fraction={fraction!r} must be in (0, 1), or 0 with '
-        'data.eval_tokens: every run is evaluated on text it was not trained on')
+      f'data.eval_fraction={fraction!r} must be in (0, 1), or 0 with '
+      'data.eval_tokens: every run is evaluated on text it was not trained on'
+    )
   if data_config.test_tokens and not tokens:
-    raise InputError(f'data.test_tokens={data_config.test_tokens!r} needs '
-                     'data.eval_tokens, the tokens in front of them')
+    raise InputError(
+      f'data.test_tokens={data_config.test_tokens!r} needs '
+      'data.eval_tokens, the tokens in front of them'
+    )
 
 
 def parse_mixture(spec: str) -> tuple[tuple[float, str], ...]:
@@ -210,18 +219,23 @@ def parse_mixture(spec: str) -> tuple[tuple[float, str], ...]:
     except ValueError:
       weight = math.nan
     if not star or not source or not 0 < weight < math.inf:
-      raise InputError(f'data.source={spec!r}: {item!r} is no positive weight, '
-                       f"'*' and a source; {form}")
+      raise InputError(
+        f'data.source={spec!r}: {item!r} is no positive weight, '
+        f"'*' and a source; {form}"
+      )
     if source.startswith((PAIRS, MIX)):
-      raise InputError(f'data.source={spec!r}: {source!r} cannot be part of a '
-                       'mixture; texts and rows of tokens can')
+      raise InputError(
+        f'data.source={spec!r}: {source!r} cannot be part of a '
+        'mixture; texts and rows of tokens can'
+      )
     parts.append((weight, source))
   if len(parts) < 2:
     raise InputError(f'data.source={spec!r} mixes one source only; {form}')
   names = [source for _, source in parts]
   if len(set(names)) < len(names):
-    raise InputError(f'data.source={spec!r} names a source twice; add up its '
-                     'weights')
+    raise InputError(
+      f'data.source={spec!r} names a source twice; add up its weights'
+    )
   total = sum(weight for weight, _ in parts)
   return tuple((weight / total, source) for weight, source in parts)
 
@@ -251,8 +265,10 @@ class TextSource(_Files):
 
   def parts(self, split: str) -> Iterator[Part]:
     if len(self.paths) == 1 and not _is_compressed(self.paths[0]):
-      path, = self.paths
-      for start, stop in itertools.pairwise(_borders(self.spec, path, _CUT_BYTES)):
+      (path,) = self.paths
+      for start, stop in itertools.pairwise(
+        _borders(self.spec, path, _CUT_BYTES)
+      ):
         yield Part(split, stop - start, (path, start, stop))
       return
     for paths, size in _grouped(self.paths):
@@ -264,11 +280,15 @@ class TextSource(_Files):
         yield Document(path, functools.partial(self._pieces, path))
       return
     path, start, stop = part.where
-    yield Document(path, functools.partial(self._pieces, path, start, stop),
-                   stop == os.path.getsize(path))
+    yield Document(
+      path,
+      functools.partial(self._pieces, path, start, stop),
+      stop == os.path.getsize(path),
+    )
 
-  def _pieces(self, path: str, start: int = 0,
-              stop: int | None = None) -> Iterator[str]:
+  def _pieces(
+    self, path: str, start: int = 0, stop: int | None = None
+  ) -> Iterator[str]:
     with _open_binary(self.spec, path) as file:
       if start:
         file.seek(start)
@@ -285,7 +305,8 @@ class _LineFiles(_Files):
         yield Part(split, os.path.getsize(path), (path, 0, None))
         continue
       for start, stop in itertools.pairwise(
-          _borders(self.spec, path, re.compile(b'\n'))):
+        _borders(self.spec, path, re.compile(b'\n'))
+      ):
         yield Part(split, stop - start, (path, start, stop))
 
 
@@ -297,8 +318,10 @@ class JsonlSource(_LineFiles):
 
   def read(self, part: Part) -> Iterator[Document]:
     for where, record in _json_lines(self.spec, *part.where):
-      yield document_of(where, _text_field(
-          self.spec, where, record, self.field, 'jsonl:GLOB:FIELD'))
+      yield document_of(
+        where,
+        _text_field(self.spec, where, record, self.field, 'jsonl:GLOB:FIELD'),
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,12 +339,18 @@ class PairsSource(_LineFiles):
     for where, record in _json_lines(self.spec, *part.where):
       pair = []
       for field in (self.prompt_field, self.response_field):
-        text = _text_field(self.spec, where, record, field,
-                           'pairs:GLOB:PROMPT_FIELD:RESPONSE_FIELD')
+        text = _text_field(
+          self.spec,
+          where,
+          record,
+          field,
+          'pairs:GLOB:PROMPT_FIELD:RESPONSE_FIELD',
+        )
         if not text:
           raise InputError(
-              f'data.source={self.spec!r}: {where} has an empty text in field '
-              f'{field!r}; a pair needs at least one character in each')
+            f'data.source={self.spec!r}: {where} has an empty text in field '
+            f'{field!r}; a pair needs at least one character in each'
+          )
         pair.append(text)
       yield Document(where, functools.partial(iter, tuple(pair)))
 
@@ -338,13 +367,16 @@ class _Line:
     number = self.number
     if self.start:
       with open(self.path, 'rb') as file:
-        number += sum(file.read(min(PIECE_CHARS, self.start - i)).count(b'\n')
-                      for i in range(0, self.start, PIECE_CHARS))
+        number += sum(
+          file.read(min(PIECE_CHARS, self.start - i)).count(b'\n')
+          for i in range(0, self.start, PIECE_CHARS)
+        )
     return f'{self.path}:{number}'
 
 
-def _json_lines(spec: str, path: str, start: int,
-                stop: int | None) -> Iterator[tuple[_Line, Any]]:
+def _json_lines(
+  spec: str, path: str, start: int, stop: int | None
+) -> Iterator[tuple[_Line, Any]]:
   """(place, value) of every line in bytes [start, stop) that is not blank."""
   with _open_binary(spec, path) as file:
     if start:
@@ -361,39 +393,47 @@ def _json_lines(spec: str, path: str, start: int,
         record = json.loads(line.decode('utf-8-sig'))
       except UnicodeDecodeError as error:
         raise InputError(
-            f'data.source={spec!r}: {where} is not UTF-8 text at byte '
-            f'{error.start} of the line; convert the file to UTF-8'
+          f'data.source={spec!r}: {where} is not UTF-8 text at byte '
+          f'{error.start} of the line; convert the file to UTF-8'
         ) from error
       # Numbers of thousands of digits and thousands of brackets are not read.
       except (ValueError, RecursionError) as error:
-        raise InputError(f'data.source={spec!r}: {where} is not a JSON '
-                         f'object: {error}') from error
+        raise InputError(
+          f'data.source={spec!r}: {where} is not a JSON object: {error}'
+        ) from error
       yield where, record
 
 
-def _text_field(spec: str, where: Any, record: Any, field: str,
-                form: str) -> str:
+def _text_field(
+  spec: str, where: Any, record: Any, field: str, form: str
+) -> str:
   """record[field], which must be text; `form` says how fields are named."""
   if not isinstance(record, dict) or not isinstance(record.get(field), str):
     found = sorted(record) if isinstance(record, dict) else type(record)
     raise InputError(
-        f'data.source={spec!r}: {where} has no text in field {field!r}; it has '
-        f'{found}. Name the fields as {form!r}')
+      f'data.source={spec!r}: {where} has no text in field {field!r}; it has '
+      f'{found}. Name the fields as {form!r}'
+    )
   text = record[field]
   try:
     text.encode()
   except UnicodeEncodeError as error:  # JSON can spell one: "\\ud800"
     raise InputError(
-        f'data.source={spec!r}: {where} holds half of a surrogate pair at '
-        f'character {error.start} of field {field!r}; write it as one '
-        'character') from error
+      f'data.source={spec!r}: {where} holds half of a surrogate pair at '
+      f'character {error.start} of field {field!r}; write it as one '
+      'character'
+    ) from error
   return text
 
 
 def document_of(name: Any, text: str) -> Document:
   """Returns a document whose text is in memory."""
-  return Document(name, lambda: _cut_at_lines(
-      text[i:i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS)))
+  return Document(
+    name,
+    lambda: _cut_at_lines(
+      text[i : i + PIECE_CHARS] for i in range(0, len(text), PIECE_CHARS)
+    ),
+  )
 
 
 def _cut_at_lines(chunks: Iterable[str]) -> Iterator[str]:
@@ -455,27 +495,39 @@ def _grouped(paths: Iterable[str]) -> Iterator[tuple[tuple[str, ...], int]]:
 
 def _find_files(spec: str, pattern: str) -> tuple[str, ...]:
   """The files that a glob matches, sorted; at least one, not all empty."""
-  paths = sorted(path for path in glob.glob(
-      os.path.expanduser(pattern), recursive=True) if os.path.isfile(path))
+  paths = sorted(
+    path
+    for path in glob.glob(os.path.expanduser(pattern), recursive=True)
+    if os.path.isfile(path)
+  )
   if not paths and os.path.isdir(os.path.expanduser(pattern)):
-    raise InputError(f'data.source={spec!r} is a folder; all that is in it is '
-                     f"{spec.rstrip('/') + '/**/*'!r}")
+    raise InputError(
+      f'data.source={spec!r} is a folder; all that is in it is '
+      f'{spec.rstrip("/") + "/**/*"!r}'
+    )
   if not paths:
-    raise InputError(f'data.source={spec!r} matches no file; give a glob that '
-                     'matches at least one text file (from the folder '
-                     f'{os.getcwd()}, or an absolute one)')
+    raise InputError(
+      f'data.source={spec!r} matches no file; give a glob that '
+      'matches at least one text file (from the folder '
+      f'{os.getcwd()}, or an absolute one)'
+    )
   if not any(os.path.getsize(path) for path in paths):
-    raise InputError(f'data.source={spec!r} matches {len(paths)} file(s), all '
-                     'of them empty; give files that hold text')
+    raise InputError(
+      f'data.source={spec!r} matches {len(paths)} file(s), all '
+      'of them empty; give files that hold text'
+    )
   return tuple(paths)
 
 
 def _split_fields(rest: str, *defaults: str) -> tuple[str, tuple[str, ...]]:
   """'GLOB' or 'GLOB:FIELD...' as (glob, fields); a glob may hold ':' itself."""
   pattern, *fields = rest.rsplit(':', len(defaults))
-  if (len(fields) == len(defaults) and pattern
-      and all(re.fullmatch(r'[^\W\d]\w*', field) for field in fields)
-      and not glob.glob(os.path.expanduser(rest), recursive=True)):
+  if (
+    len(fields) == len(defaults)
+    and pattern
+    and all(re.fullmatch(r'[^\W\d]\w*', field) for field in fields)
+    and not glob.glob(os.path.expanduser(rest), recursive=True)
+  ):
     return pattern, tuple(fields)
   return rest, defaults
 
@@ -498,28 +550,34 @@ def _open_binary(spec: str, path: str) -> Iterator[Any]:
     with file:
       yield file
   except ModuleNotFoundError as error:
-    raise InputError(f'data.source={spec!r}: {path} needs the package '
-                     "zstandard: pip install -e '.[zstd]', or decompress the "
-                     'file') from error
+    raise InputError(
+      f'data.source={spec!r}: {path} needs the package '
+      "zstandard: pip install -e '.[zstd]', or decompress the "
+      'file'
+    ) from error
   except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
     raise InputError(
-        f'data.source={spec!r}: {path} cannot be read: {error}') from error
+      f'data.source={spec!r}: {path} cannot be read: {error}'
+    ) from error
 
 
-def _decode(spec: str, path: str, file: Any, start: int = 0,
-            stop: int | None = None) -> Iterator[str]:
+def _decode(
+  spec: str, path: str, file: Any, start: int = 0, stop: int | None = None
+) -> Iterator[str]:
   """The text of bytes [start, stop), in chunks of about PIECE_CHARS bytes."""
   # At the beginning of a file, a byte order mark is dropped.
   decoder = codecs.getincrementaldecoder('utf-8' if start else 'utf-8-sig')()
   num_bytes = start
   try:
     while block := file.read(
-        PIECE_CHARS if stop is None else min(PIECE_CHARS, stop - num_bytes)):
+      PIECE_CHARS if stop is None else min(PIECE_CHARS, stop - num_bytes)
+    ):
       if b'\0' in block:
         raise InputError(
-            f'data.source={spec!r}: {path} holds NUL bytes (the first at byte '
-            f'{num_bytes + block.index(0)}), so it is not a text file; give a '
-            'glob that matches only UTF-8 text files')
+          f'data.source={spec!r}: {path} holds NUL bytes (the first at byte '
+          f'{num_bytes + block.index(0)}), so it is not a text file; give a '
+          'glob that matches only UTF-8 text files'
+        )
       num_bytes += len(block)
       yield decoder.decode(block)
     yield decoder.decode(b'', final=True)
@@ -527,8 +585,9 @@ def _decode(spec: str, path: str, file: Any, start: int = 0,
     # error.object is what was left of the last block plus this one.
     offset = num_bytes - len(error.object) + error.start
     raise InputError(
-        f'data.source={spec!r}: {path} is not UTF-8 text at byte {offset}; '
-        'convert it, for example with iconv -f latin1 -t utf-8') from error
+      f'data.source={spec!r}: {path} is not UTF-8 text at byte {offset}; '
+      'convert it, for example with iconv -f latin1 -t utf-8'
+    ) from error
 
 
 def _fingerprint_files(paths: Iterable[str]) -> str:
@@ -541,13 +600,22 @@ def _fingerprint_files(paths: Iterable[str]) -> str:
         with open(path, 'rb') as file:
           digest.update(hashlib.file_digest(file, 'sha256').digest())
       except OSError as error:
-        raise InputError(f'data.source: {path} cannot be read '
-                         f'({error.strerror})') from error
+        raise InputError(
+          f'data.source: {path} cannot be read ({error.strerror})'
+        ) from error
   else:
     for path, stat in stats:
       # The change time cannot be set back by a copy that keeps times.
-      digest.update(repr((os.path.abspath(path), stat.st_size,
-                          stat.st_mtime_ns, stat.st_ctime_ns)).encode())
+      digest.update(
+        repr(
+          (
+            os.path.abspath(path),
+            stat.st_size,
+            stat.st_mtime_ns,
+            stat.st_ctime_ns,
+          )
+        ).encode()
+      )
   return digest.hexdigest()
 
 
@@ -555,10 +623,22 @@ def _fingerprint_files(paths: Iterable[str]) -> str:
 
 # Folders of the standard library without prose of their own: tests, programs,
 # other people's packages, and tables.
-_SKIPPED_FOLDERS = frozenset([
-    'site-packages', 'dist-packages', 'test', 'tests', 'idlelib', 'lib2to3',
-    'turtledemo', 'ensurepip', 'pydoc_data', 'encodings', 'lib-dynload',
-    '__pycache__'])
+_SKIPPED_FOLDERS = frozenset(
+  [
+    'site-packages',
+    'dist-packages',
+    'test',
+    'tests',
+    'idlelib',
+    'lib2to3',
+    'turtledemo',
+    'ensurepip',
+    'pydoc_data',
+    'encodings',
+    'lib-dynload',
+    '__pycache__',
+  ]
+)
 _MIN_DOCSTRING_CHARS = 40
 _MIN_TEXT_CHARS = 200
 
@@ -591,11 +671,15 @@ class EmbeddedSource:
 def _embedded_texts() -> tuple[tuple[str, str], ...]:
   """(name, text) of the embedded documents, in order."""
   from pydoc_data import topics  # pylint: disable=g-import-not-at-top
-  texts = [(f'pydoc topic {name}', text.strip() + '\n')
-           for name, text in sorted(topics.topics.items())]
+
+  texts = [
+    (f'pydoc topic {name}', text.strip() + '\n')
+    for name, text in sorted(topics.topics.items())
+  ]
   texts.extend((name, _docstrings(path)) for name, path in _stdlib_files())
-  return tuple((name, text) for name, text in texts
-               if len(text) >= _MIN_TEXT_CHARS)
+  return tuple(
+    (name, text) for name, text in texts if len(text) >= _MIN_TEXT_CHARS
+  )
 
 
 def _stdlib_files() -> Iterator[tuple[str, str]]:
@@ -614,13 +698,19 @@ def _docstrings(path: str) -> str:
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')  # some modules hold odd escapes
     tree = ast.parse(pathlib.Path(path).read_bytes())
-  owners = [node for node in ast.walk(tree) if isinstance(
-      node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+  owners = [
+    node
+    for node in ast.walk(tree)
+    if isinstance(
+      node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    )
+  ]
   owners.sort(key=lambda node: getattr(node, 'lineno', 0))
   texts = [(ast.get_docstring(node) or '').strip() for node in owners]
   # dict.fromkeys: the same docstring on several methods is kept once.
-  texts = [text for text in dict.fromkeys(texts)
-           if len(text) >= _MIN_DOCSTRING_CHARS]
+  texts = [
+    text for text in dict.fromkeys(texts) if len(text) >= _MIN_DOCSTRING_CHARS
+  ]
   return ''.join(text + '\n\n' for text in texts)
 
 
@@ -668,11 +758,14 @@ class TfdsSource:
       examples = (rows[i] for i in range(start, stop))
     else:  # somebody prepared it as TFRecord, which only TensorFlow reads
       import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
+
       examples = tfds.as_numpy(
-          self.builder.as_dataset(f'{own}[{start}:{stop}]'))
+        self.builder.as_dataset(f'{own}[{start}:{stop}]')
+      )
     for i, example in enumerate(examples, start):
-      yield document_of(f'{self.builder.name} {own} {i}',
-                        example[self.feature].decode())
+      yield document_of(
+        f'{self.builder.name} {own} {i}', example[self.feature].decode()
+      )
 
   def _own_validation(self) -> str:
     splits = self.builder.info.splits
@@ -682,37 +775,46 @@ class TfdsSource:
     """Downloads and prepares the dataset, or fails within seconds."""
     if _is_prepared(self.builder):
       return
-    url = next(iter(self.builder.url_infos or ()),
-               'https://storage.googleapis.com')
+    url = next(
+      iter(self.builder.url_infos or ()), 'https://storage.googleapis.com'
+    )
     if not _has_downloads(self.builder) and not is_reachable(url):
       raise InputError(
-          f'data.source={self.spec!r}: the dataset {self.builder.info.full_name} '
-          f'is not prepared in {self.builder.data_dir} and {url} does not '
-          'answer; connect to the network once, or copy the prepared dataset '
-          'there')
+        f'data.source={self.spec!r}: the dataset {self.builder.info.full_name} '
+        f'is not prepared in {self.builder.data_dir} and {url} does not '
+        'answer; connect to the network once, or copy the prepared dataset '
+        'there'
+      )
     try:
       with quiet_tfds():
         self.builder.download_and_prepare(file_format='array_record')
     except (ImportError, OSError, RuntimeError) as error:
       raise InputError(
-          f'data.source={self.spec!r}: TFDS could not prepare '
-          f'{self.builder.info.full_name}: {error}') from error
+        f'data.source={self.spec!r}: TFDS could not prepare '
+        f'{self.builder.info.full_name}: {error}'
+      ) from error
 
 
-def _make_tfds_source(spec: str, name: str, feature: str,
-                      data_dir: str) -> TfdsSource:
+def _make_tfds_source(
+  spec: str, name: str, feature: str, data_dir: str
+) -> TfdsSource:
   """Finds the dataset and its text feature; downloads nothing."""
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
 
   base = name.partition('/')[0]
-  roots = [os.path.expanduser(root)
-           for root in (data_dir, tfds.core.constants.DATA_DIR) if root]
+  roots = [
+    os.path.expanduser(root)
+    for root in (data_dir, tfds.core.constants.DATA_DIR)
+    if root
+  ]
   known = tfds.list_builders(with_community_datasets=False)
   if base not in known and not any(
-      os.path.isdir(os.path.join(root, base)) for root in roots):
+    os.path.isdir(os.path.join(root, base)) for root in roots
+  ):
     raise InputError(
-        f'data.source={spec!r}: TFDS has no dataset {base!r}; close names: '
-        f'{difflib.get_close_matches(base, sorted(set(known)))}')
+      f'data.source={spec!r}: TFDS has no dataset {base!r}; close names: '
+      f'{difflib.get_close_matches(base, sorted(set(known)))}'
+    )
   try:
     with quiet_tfds():
       builders = [tfds.builder(name, data_dir=root) for root in roots]
@@ -720,17 +822,25 @@ def _make_tfds_source(spec: str, name: str, feature: str,
     raise InputError(f'data.source={spec!r}: {str(error).strip()}') from error
   # TFDS's own folder comes last: it is shared with other programs, so what has
   # to be downloaded goes there.
-  builder = next(itertools.chain(
+  builder = next(
+    itertools.chain(
       (b for b in builders if _is_prepared(b)),
       (b for b in builders if _has_downloads(b)),
-      builders[-1:]))
+      builders[-1:],
+    )
+  )
 
-  texts = sorted(key for key, value in builder.info.features.items()
-                 if isinstance(value, tfds.features.Text))
+  texts = sorted(
+    key
+    for key, value in builder.info.features.items()
+    if isinstance(value, tfds.features.Text)
+  )
   default = 'text' if 'text' in texts or len(texts) != 1 else texts[0]
   if (feature or default) not in texts:
-    raise InputError(f"data.source={spec!r}: give a text feature as "
-                     f"'tfds:{name}:FEATURE', one of {texts}")
+    raise InputError(
+      f'data.source={spec!r}: give a text feature as '
+      f"'tfds:{name}:FEATURE', one of {texts}"
+    )
   return TfdsSource(spec, builder, feature or default)
 
 
@@ -808,8 +918,10 @@ class ArrowSource:
       self._check_type(name, column)
       if column.null_count:
         row = first_row + column.is_null().to_pylist().index(True)
-        raise InputError(f'data.source={self.spec!r}: row {row} of {name} has '
-                         f'nothing in field {self.field!r}')
+        raise InputError(
+          f'data.source={self.spec!r}: row {row} of {name} has '
+          f'nothing in field {self.field!r}'
+        )
       if self.is_tokens:
         for chunk in column.chunks:
           ids = chunk.flatten()
@@ -817,8 +929,10 @@ class ArrowSource:
           if ids.null_count:
             rows = TokenRows(name, first_row, sizes, np.zeros([0], np.int64))
             place = rows.place(ids.is_null().to_pylist().index(True))
-            raise InputError(f'data.source={self.spec!r}: {place} has nothing in a '
-                             f'place of field {self.field!r}')
+            raise InputError(
+              f'data.source={self.spec!r}: {place} has nothing in a '
+              f'place of field {self.field!r}'
+            )
           ids = ids.to_numpy(zero_copy_only=False)
           yield TokenRows(name, first_row, sizes, ids.astype(np.int64))
           first_row += len(chunk)
@@ -835,15 +949,19 @@ class ArrowSource:
 
     kind = column.type
     if self.is_tokens:
-      is_right = (types.is_list(kind) or types.is_large_list(kind)
-                  or types.is_fixed_size_list(kind)) and types.is_integer(
-                      kind.value_type)
+      is_right = (
+        types.is_list(kind)
+        or types.is_large_list(kind)
+        or types.is_fixed_size_list(kind)
+      ) and types.is_integer(kind.value_type)
     else:
       is_right = types.is_string(kind) or types.is_large_string(kind)
     if not is_right:
       wanted = 'lists of integers' if self.is_tokens else 'text'
-      raise InputError(f'data.source={self.spec!r}: field {self.field!r} of '
-                       f'{name} holds {kind}, not {wanted}')
+      raise InputError(
+        f'data.source={self.spec!r}: field {self.field!r} of '
+        f'{name} holds {kind}, not {wanted}'
+      )
 
 
 def _row_ranges(num_rows: int) -> Iterator[tuple[int, int]]:
@@ -868,11 +986,13 @@ class ParquetSource(ArrowSource):
         if self.field not in file.schema_arrow.names:
           kind = 'tokens' if self.is_tokens else 'parquet'
           raise InputError(
-              f'data.source={self.spec!r}: {path} has no field {self.field!r}, '
-              f"but {file.schema_arrow.names}; name one as '{kind}:GLOB:FIELD'")
+            f'data.source={self.spec!r}: {path} has no field {self.field!r}, '
+            f"but {file.schema_arrow.names}; name one as '{kind}:GLOB:FIELD'"
+          )
         for group in range(file.num_row_groups):
-          yield Part(split, file.metadata.row_group(group).num_rows,
-                     (path, group))
+          yield Part(
+            split, file.metadata.row_group(group).num_rows, (path, group)
+          )
 
   def _columns(self, part: Part) -> Iterator[tuple[str, int, Any]]:
     import pyarrow as pa  # pylint: disable=g-import-not-at-top
@@ -889,12 +1009,14 @@ class ParquetSource(ArrowSource):
   def _open(self, path: str) -> Iterator[Any]:
     import pyarrow as pa  # pylint: disable=g-import-not-at-top
     import pyarrow.parquet as pq  # pylint: disable=g-import-not-at-top
+
     try:
       with pq.ParquetFile(path) as file:
         yield file
     except (pa.ArrowException, OSError) as error:
-      raise InputError(f'data.source={self.spec!r}: {path} cannot be read as '
-                       f'Parquet: {error}') from error
+      raise InputError(
+        f'data.source={self.spec!r}: {path} cannot be read as Parquet: {error}'
+      ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -916,11 +1038,18 @@ class HfSource(ArrowSource):
     return ('train', 'validation') if self._own_validation() else ('train',)
 
   def fingerprint(self) -> str:
-    rows = [(split, data.num_rows, sorted(
-        # The cache's folders carry the version's hash; not where the cache is.
-        '/'.join(pathlib.Path(file['filename']).parts[-5:])
-        for file in data.cache_files))
-            for split, data in sorted(self.dataset.items())]
+    rows = [
+      (
+        split,
+        data.num_rows,
+        sorted(
+          # The cache's folders carry the version's hash; not where the cache is.
+          '/'.join(pathlib.Path(file['filename']).parts[-5:])
+          for file in data.cache_files
+        ),
+      )
+      for split, data in sorted(self.dataset.items())
+    ]
     return hashlib.sha256(repr(rows).encode()).hexdigest()
 
   def parts(self, split: str) -> Iterator[Part]:
@@ -939,11 +1068,16 @@ class HfSource(ArrowSource):
 
 def _make_hf_source(spec: str, is_tokens: bool, rest: str) -> HfSource:
   """Loads (which may download) a dataset, or fails within seconds."""
-  name, *middle, field = (rest.split(':') if ':' in rest
-                          else (rest, 'tokens' if is_tokens else 'text'))
+  name, *middle, field = (
+    rest.split(':')
+    if ':' in rest
+    else (rest, 'tokens' if is_tokens else 'text')
+  )
   if not name or len(middle) > 1:
-    raise InputError(f"data.source={spec!r} is not of the form 'hf:NAME', "
-                     "'hf:NAME:FEATURE' or 'hf:NAME:CONFIG:FEATURE'")
+    raise InputError(
+      f"data.source={spec!r} is not of the form 'hf:NAME', "
+      "'hf:NAME:FEATURE' or 'hf:NAME:CONFIG:FEATURE'"
+    )
   is_folder = os.path.isdir(os.path.expanduser(name))
   endpoint = os.environ.get('HF_ENDPOINT', 'https://huggingface.co')
   is_online = is_folder or is_reachable(endpoint)
@@ -953,27 +1087,37 @@ def _make_hf_source(spec: str, is_tokens: bool, rest: str) -> HfSource:
   try:
     import datasets  # pylint: disable=g-import-not-at-top
   except ModuleNotFoundError as error:
-    raise InputError(f'data.source={spec!r} needs the package datasets: pip '
-                     "install -e '.[hf]'") from error
+    raise InputError(
+      f"data.source={spec!r} needs the package datasets: pip install -e '.[hf]'"
+    ) from error
   if not sys.stderr.isatty():
     datasets.disable_progress_bars()
   try:
     dataset = datasets.load_dataset(
-        os.path.expanduser(name) if is_folder else name, *middle)
+      os.path.expanduser(name) if is_folder else name, *middle
+    )
   # Whatever goes wrong in files and networks that belong to somebody else.
   except Exception as error:  # pylint: disable=broad-exception-caught
-    advice = '' if is_online else (
+    advice = (
+      ''
+      if is_online
+      else (
         f'; {endpoint} does not answer, and the dataset is not in the cache: '
-        'connect to the network once, or give a folder that holds it')
+        'connect to the network once, or give a folder that holds it'
+      )
+    )
     raise InputError(
-        f'data.source={spec!r}: Hugging Face datasets cannot load {name!r}: '
-        f'{" ".join(str(error).split())}{advice}') from error
+      f'data.source={spec!r}: Hugging Face datasets cannot load {name!r}: '
+      f'{" ".join(str(error).split())}{advice}'
+    ) from error
   if 'train' not in dataset:
-    raise InputError(f"data.source={spec!r} has no split 'train', but "
-                     f'{sorted(dataset)}')
+    raise InputError(
+      f"data.source={spec!r} has no split 'train', but {sorted(dataset)}"
+    )
   for split, data in dataset.items():
     if field not in data.column_names:
       raise InputError(
-          f'data.source={spec!r}: split {split!r} has no feature {field!r}, but '
-          f"{data.column_names}; name one as 'hf:NAME:FEATURE'")
+        f'data.source={spec!r}: split {split!r} has no feature {field!r}, but '
+        f"{data.column_names}; name one as 'hf:NAME:FEATURE'"
+      )
   return HfSource(spec, is_tokens, field, dataset)

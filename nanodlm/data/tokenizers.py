@@ -77,8 +77,9 @@ class Tokenizer(Protocol):
   def encode(self, text: str) -> np.ndarray:
     """Returns the ids of `text`, [n] int32; no separator is added."""
 
-  def encode_batch(self, texts: Sequence[str],
-                   num_threads: int = 0) -> list[np.ndarray]:
+  def encode_batch(
+    self, texts: Sequence[str], num_threads: int = 0
+  ) -> list[np.ndarray]:
     """Returns encode() of every text, with so many threads where it can.
 
     Args:
@@ -86,8 +87,9 @@ class Tokenizer(Protocol):
       num_threads: 0 is one for each core.
     """
 
-  def decode(self, tokens: Sequence[int] | np.ndarray,
-             mask_text: str = '_') -> str:
+  def decode(
+    self, tokens: Sequence[int] | np.ndarray, mask_text: str = '_'
+  ) -> str:
     """Returns the text of ids [n]; broken UTF-8 becomes U+FFFD.
 
     Args:
@@ -98,8 +100,9 @@ class Tokenizer(Protocol):
       The text. A separator is printed as an empty line.
     """
 
-  def spell(self, tokens: Sequence[int] | np.ndarray,
-            mask_text: str = '_') -> list[str]:
+  def spell(
+    self, tokens: Sequence[int] | np.ndarray, mask_text: str = '_'
+  ) -> list[str]:
     """Returns the part of the text that each of the ids [n] stands for.
 
     A character that several ids spell is the first one's, and '' the others'; a
@@ -139,28 +142,34 @@ class _Table:
   @functools.cached_property
   def num_bytes(self) -> np.ndarray:
     sizes = np.zeros([self.vocab_size], np.int32)
-    sizes[:len(self.pieces)] = [len(piece) for piece in self.pieces]
+    sizes[: len(self.pieces)] = [len(piece) for piece in self.pieces]
     sizes.setflags(write=False)
     return sizes
 
-  def encode_batch(self, texts: Sequence[str],
-                   num_threads: int = 0) -> list[np.ndarray]:
+  def encode_batch(
+    self, texts: Sequence[str], num_threads: int = 0
+  ) -> list[np.ndarray]:
     del num_threads  # for tokenizers that encode outside Python's lock
     return [self.encode(text) for text in texts]
 
-  def decode(self, tokens: Sequence[int] | np.ndarray,
-             mask_text: str = '_') -> str:
-    special = {self.mask_id: mask_text.encode(),
-               self.separator_id: SEPARATOR_TEXT.encode()}
+  def decode(
+    self, tokens: Sequence[int] | np.ndarray, mask_text: str = '_'
+  ) -> str:
+    special = {
+      self.mask_id: mask_text.encode(),
+      self.separator_id: SEPARATOR_TEXT.encode(),
+    }
     ids = np.asarray(tokens).reshape(-1).tolist()
-    text = b''.join(
-        special[i] if i in special else self.pieces[i] for i in ids)
+    text = b''.join(special[i] if i in special else self.pieces[i] for i in ids)
     return text.decode('utf-8', errors='replace')
 
-  def spell(self, tokens: Sequence[int] | np.ndarray,
-            mask_text: str = '_') -> list[str]:
-    special = {self.mask_id: mask_text.encode(),
-               self.separator_id: SEPARATOR_TEXT.encode()}
+  def spell(
+    self, tokens: Sequence[int] | np.ndarray, mask_text: str = '_'
+  ) -> list[str]:
+    special = {
+      self.mask_id: mask_text.encode(),
+      self.separator_id: SEPARATOR_TEXT.encode(),
+    }
     ids = np.asarray(tokens).reshape(-1).tolist()
     pieces = [special[i] if i in special else self.pieces[i] for i in ids]
     owners = [i for i, piece in enumerate(pieces) for _ in piece]
@@ -174,11 +183,11 @@ class _Table:
 
   def to_json(self) -> dict[str, Any]:
     return {
-        'name': self.name,
-        'vocab_size': self.vocab_size,
-        'mask_id': self.mask_id,
-        'separator_id': self.separator_id,
-        'fingerprint': self.fingerprint,
+      'name': self.name,
+      'vocab_size': self.vocab_size,
+      'mask_id': self.mask_id,
+      'separator_id': self.separator_id,
+      'fingerprint': self.fingerprint,
     }
 
 
@@ -241,11 +250,13 @@ class TiktokenTokenizer(_Table):
     _utf8(text)
     # Unlike encode_ordinary, it builds no Python list. Without special tokens
     # allowed or forbidden, all text is ordinary.
-    return self.encoding.encode_to_numpy(
-        text, disallowed_special=()).astype(np.int32)
+    return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(
+      np.int32
+    )
 
-  def encode_batch(self, texts: Sequence[str],
-                   num_threads: int = 0) -> list[np.ndarray]:
+  def encode_batch(
+    self, texts: Sequence[str], num_threads: int = 0
+  ) -> list[np.ndarray]:
     num_threads = min(len(texts), num_threads or os.cpu_count() or 1)
     if num_threads <= 1:
       return [self.encode(text) for text in texts]
@@ -271,22 +282,30 @@ class HuggingFaceTokenizer(_Table):
   def encode(self, text: str) -> np.ndarray:
     return self.encode_batch([text], 1)[0]
 
-  def encode_batch(self, texts: Sequence[str],
-                   num_threads: int = 0) -> list[np.ndarray]:
+  def encode_batch(
+    self, texts: Sequence[str], num_threads: int = 0
+  ) -> list[np.ndarray]:
     for text in texts:
       _utf8(text)
     # Text is only ever text. (A pickled copy forgets it.)
     self.processor.encode_special_tokens = True
     if num_threads == 1:  # the library has one thread, or one for each core
-      encoded = [self.processor.encode(text, add_special_tokens=False)
-                 for text in texts]
+      encoded = [
+        self.processor.encode(text, add_special_tokens=False) for text in texts
+      ]
     else:
-      encoded = self.processor.encode_batch(list(texts), add_special_tokens=False)
+      encoded = self.processor.encode_batch(
+        list(texts), add_special_tokens=False
+      )
     ids = [np.array(one.ids, np.int32) for one in encoded]
     return [np.where(row == self.mask_id, self.mask_place, row) for row in ids]
 
   def to_json(self) -> dict[str, Any]:
-    return {**super().to_json(), 'path': self.path, 'mask_place': self.mask_place}
+    return {
+      **super().to_json(),
+      'path': self.path,
+      'mask_place': self.mask_place,
+    }
 
 
 def make_tokenizer(config: Any) -> Tokenizer:
@@ -338,11 +357,13 @@ def load(folder: str | os.PathLike[str]) -> Tokenizer:
     return from_json(described, str(folder / SAVED_MODEL), str(folder / SAVED))
   except (KeyError, TypeError) as error:
     raise InputError(
-        f'{folder / SAVED} is not what a tokenizer was saved as: {error!r}'
-        ) from error
+      f'{folder / SAVED} is not what a tokenizer was saved as: {error!r}'
+    ) from error
 
 
-def from_json(described: dict[str, Any], model_path: str, where: str) -> Tokenizer:
+def from_json(
+  described: dict[str, Any], model_path: str, where: str
+) -> Tokenizer:
   """The tokenizer of a `to_json`.
 
   Args:
@@ -358,9 +379,12 @@ def from_json(described: dict[str, Any], model_path: str, where: str) -> Tokeniz
   elif described['name'] == 'bytes':
     tokenizer = BytesTokenizer()
   elif described['name'] == HUGGING_FACE:
-    tokenizer = load_hugging_face(model_path, described['vocab_size'],
-                                  described['mask_place'],
-                                  described['separator_id'])
+    tokenizer = load_hugging_face(
+      model_path,
+      described['vocab_size'],
+      described['mask_place'],
+      described['separator_id'],
+    )
   else:
     tokenizer = _load_tiktoken(described['name'])
     spare = described['vocab_size'] - tokenizer.vocab_size
@@ -368,20 +392,24 @@ def from_json(described: dict[str, Any], model_path: str, where: str) -> Tokeniz
       tokenizer = with_spare_ids(tokenizer, spare)
   if tokenizer.fingerprint != described['fingerprint']:
     raise InputError(
-        f'{where}: the {described["name"]} tokenizer found here makes '
-        'other ids than the one it was saved from')
+      f'{where}: the {described["name"]} tokenizer found here makes '
+      'other ids than the one it was saved from'
+    )
   return tokenizer
 
 
 def with_spare_ids(tokenizer: Tokenizer, num: int) -> Tokenizer:
   """A tiktoken tokenizer with `num` more ids before the mask, of no text."""
   return dataclasses.replace(
-      tokenizer, pieces=tokenizer.pieces + (b'',) * num,
-      fingerprint=f'{tokenizer.fingerprint}+{num}')
+    tokenizer,
+    pieces=tokenizer.pieces + (b'',) * num,
+    fingerprint=f'{tokenizer.fingerprint}+{num}',
+  )
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int,
-                        model_path: str | os.PathLike[str]) -> None:
+def train_sentencepiece(
+  texts: Iterable[str], vocab_size: int, model_path: str | os.PathLike[str]
+) -> None:
   """Trains a lossless SentencePiece BPE model and writes it.
 
   No normalisation, no squeezed white space, no dummy prefix, byte pieces for
@@ -400,35 +428,41 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int,
 
   if vocab_size < 257:
     raise InputError(
-        f'tokenizer.vocab_size={vocab_size} is too small to train a '
-        'SentencePiece model: 257 pieces are the bytes and the unknown piece, '
-        'and every character of the text needs one; a usual value is 8192')
+      f'tokenizer.vocab_size={vocab_size} is too small to train a '
+      'SentencePiece model: 257 pieces are the bytes and the unknown piece, '
+      'and every character of the text needs one; a usual value is 8192'
+    )
   sentencepiece.set_random_generator_seed(0)
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_sentences(texts),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type='bpe',
-        normalization_rule_name='identity',
-        byte_fallback=True,
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        # Rare characters are spelled as bytes instead of growing the table.
-        character_coverage=0.9995,
-        unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1,
-        max_sentence_length=2 * _MAX_SENTENCE_BYTES,
-        input_sentence_size=_MAX_SENTENCES,
-        shuffle_input_sentence=True,
-        minloglevel=2)
+      sentence_iterator=_sentences(texts),
+      model_writer=model,
+      vocab_size=vocab_size,
+      model_type='bpe',
+      normalization_rule_name='identity',
+      byte_fallback=True,
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      # Rare characters are spelled as bytes instead of growing the table.
+      character_coverage=0.9995,
+      unk_id=0,
+      bos_id=-1,
+      eos_id=-1,
+      pad_id=-1,
+      max_sentence_length=2 * _MAX_SENTENCE_BYTES,
+      input_sentence_size=_MAX_SENTENCES,
+      shuffle_input_sentence=True,
+      minloglevel=2,
+    )
   except RuntimeError as error:
     if 'KeyboardInterrupt' in str(error):  # the library's wrapping of Ctrl-C
       raise KeyboardInterrupt from error
     # The library's message ends with the largest (or smallest) value it takes.
     raise InputError(
-        f'tokenizer.vocab_size={vocab_size} does not suit this text: '
-        f'{str(error).rsplit("] ", maxsplit=1)[-1]}') from error
+      f'tokenizer.vocab_size={vocab_size} does not suit this text: '
+      f'{str(error).rsplit("] ", maxsplit=1)[-1]}'
+    ) from error
   pathlib.Path(model_path).write_bytes(model.getvalue())
 
 
@@ -454,8 +488,9 @@ def _utf8(text: str) -> bytes:
     return text.encode()
   except UnicodeEncodeError as error:
     raise InputError(
-        f'the text holds {text[error.start]!r} at character {error.start}, '
-        'half of a surrogate pair, which no UTF-8 text can hold') from error
+      f'the text holds {text[error.start]!r} at character {error.start}, '
+      'half of a surrogate pair, which no UTF-8 text can hold'
+    ) from error
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
@@ -466,7 +501,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
       # Ids 1..256 spell what is left out here: newlines, NUL and U+2581.
       line = line.replace('\0', ' ').replace(_SPACE_MARK, ' ')
       for start in range(0, len(line), step):
-        yield line[start:start + step]
+        yield line[start : start + step]
 
 
 def load_sentencepiece(path: str) -> SentencePieceTokenizer:
@@ -475,24 +510,29 @@ def load_sentencepiece(path: str) -> SentencePieceTokenizer:
 
   if not path:
     raise InputError(
-        "tokenizer.path='' names no SentencePiece model; give a .model file "
-        '(left empty, one is trained while the data is prepared)')
+      "tokenizer.path='' names no SentencePiece model; give a .model file "
+      '(left empty, one is trained while the data is prepared)'
+    )
   try:
     with open(path, 'rb') as file:
       model = file.read()
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
   except OSError as error:
     raise InputError(
-        f'tokenizer.path={path!r} cannot be read ({error.strerror}); give a '
-        'SentencePiece .model file') from error
+      f'tokenizer.path={path!r} cannot be read ({error.strerror}); give a '
+      'SentencePiece .model file'
+    ) from error
   except RuntimeError as error:
     raise InputError(
-        f'tokenizer.path={path!r} is not a SentencePiece model; give the .model '
-        'file that SentencePiece wrote') from error
+      f'tokenizer.path={path!r} is not a SentencePiece model; give the .model '
+      'file that SentencePiece wrote'
+    ) from error
   num_pieces = processor.vocab_size()
   if not num_pieces:  # an empty file parses as a model without pieces
-    raise InputError(f'tokenizer.path={path!r} is a SentencePiece model '
-                     'without pieces; give a trained one')
+    raise InputError(
+      f'tokenizer.path={path!r} is a SentencePiece model '
+      'without pieces; give a trained one'
+    )
 
   def piece_bytes(i: int) -> bytes:
     if processor.is_byte(i):  # spelled '<0x0A>'
@@ -501,23 +541,26 @@ def load_sentencepiece(path: str) -> SentencePieceTokenizer:
       return b''
     return processor.id_to_piece(i).replace(_SPACE_MARK, ' ').encode()
 
-  byte_ids = {piece_bytes(i): i for i in range(num_pieces)
-              if processor.is_byte(i)}
+  byte_ids = {
+    piece_bytes(i): i for i in range(num_pieces) if processor.is_byte(i)
+  }
   eos_id = processor.eos_id()
   return SentencePieceTokenizer(
-      name='sentencepiece',
-      pieces=tuple(piece_bytes(i) for i in range(num_pieces)),
-      separator_id=eos_id if eos_id >= 0 else num_pieces,
-      fingerprint='sentencepiece-' + hashlib.sha256(model).hexdigest()[:16],
-      path=path,
-      processor=processor,
-      space_mark_ids=tuple(
-          byte_ids[bytes([b])] for b in _SPACE_MARK.encode()
-      ) if byte_ids else ())
+    name='sentencepiece',
+    pieces=tuple(piece_bytes(i) for i in range(num_pieces)),
+    separator_id=eos_id if eos_id >= 0 else num_pieces,
+    fingerprint='sentencepiece-' + hashlib.sha256(model).hexdigest()[:16],
+    path=path,
+    processor=processor,
+    space_mark_ids=tuple(byte_ids[bytes([b])] for b in _SPACE_MARK.encode())
+    if byte_ids
+    else (),
+  )
 
 
-def load_hugging_face(path: str, vocab_size: int, mask_place: int,
-                      separator_id: int) -> HuggingFaceTokenizer:
+def load_hugging_face(
+  path: str, vocab_size: int, mask_place: int, separator_id: int
+) -> HuggingFaceTokenizer:
   """Loads a tokenizer.json of Hugging Face's `tokenizers`.
 
   Args:
@@ -530,9 +573,11 @@ def load_hugging_face(path: str, vocab_size: int, mask_place: int,
     InputError: it is no such file, or has more ids than the network.
   """
   if importlib.util.find_spec('tokenizers') is None:
-    raise InputError(f'{path} needs the tokenizers package: '
-                     "pip install -e '.[hub]'")
+    raise InputError(
+      f"{path} needs the tokenizers package: pip install -e '.[hub]'"
+    )
   import tokenizers  # pylint: disable=g-import-not-at-top
+
   try:
     content = pathlib.Path(path).read_bytes()
     processor = tokenizers.Tokenizer.from_buffer(content)
@@ -545,8 +590,10 @@ def load_hugging_face(path: str, vocab_size: int, mask_place: int,
   processor.no_padding()
   known = processor.get_vocab(with_added_tokens=True)
   if known and max(known.values()) >= vocab_size:
-    raise InputError(f'{path} is of another vocabulary: it has ids up to '
-                     f'{max(known.values())}, the network {vocab_size} of them')
+    raise InputError(
+      f'{path} is of another vocabulary: it has ids up to '
+      f'{max(known.values())}, the network {vocab_size} of them'
+    )
   piece_bytes = _piece_reader(json.loads(content), processor)
   pieces = [b''] * vocab_size
   for text, i in known.items():
@@ -556,9 +603,14 @@ def load_hugging_face(path: str, vocab_size: int, mask_place: int,
   digest = hashlib.sha256(content)
   digest.update(f'{vocab_size} {mask_place} {separator_id}'.encode())
   return HuggingFaceTokenizer(
-      name=HUGGING_FACE, pieces=tuple(pieces[:-1]), separator_id=separator_id,
-      fingerprint=f'{HUGGING_FACE}-{digest.hexdigest()[:16]}', path=path,
-      processor=processor, mask_place=mask_place)
+    name=HUGGING_FACE,
+    pieces=tuple(pieces[:-1]),
+    separator_id=separator_id,
+    fingerprint=f'{HUGGING_FACE}-{digest.hexdigest()[:16]}',
+    path=path,
+    processor=processor,
+    mask_place=mask_place,
+  )
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -569,11 +621,13 @@ def byte_alphabet() -> dict[str, int]:
   plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [byte for byte in range(256) if byte not in plain]
   return {chr(byte): byte for byte in plain} | {
-      chr(256 + i): byte for i, byte in enumerate(others)}
+    chr(256 + i): byte for i, byte in enumerate(others)
+  }
 
 
-def _piece_reader(content: dict[str, Any], processor: Any
-                  ) -> Callable[[str, int], bytes]:
+def _piece_reader(
+  content: dict[str, Any], processor: Any
+) -> Callable[[str, int], bytes]:
   """(piece, id) -> its UTF-8 bytes, by the kind of decoder in the file."""
   added = processor.get_added_tokens_decoder()
   kinds = json.dumps(content.get('decoder') or {})
@@ -607,19 +661,22 @@ def _load_tiktoken(name: str) -> TiktokenTokenizer:
     except KeyError:  # o200k_base and others leave gaps among their ids
       return b''
 
-  control = {encoding.encode_single_token(text)
-             for text in encoding.special_tokens_set}
-  pieces = tuple(b'' if i in control else piece_bytes(i)
-                 for i in range(encoding.n_vocab))
+  control = {
+    encoding.encode_single_token(text) for text in encoding.special_tokens_set
+  }
+  pieces = tuple(
+    b'' if i in control else piece_bytes(i) for i in range(encoding.n_vocab)
+  )
   digest = hashlib.sha256(f'{name} {encoding.eot_token}'.encode())
   for piece in pieces:
     digest.update(len(piece).to_bytes(4, 'little') + piece)
   return TiktokenTokenizer(
-      name=name,
-      pieces=pieces,
-      separator_id=encoding.eot_token,
-      fingerprint=f'{name}-{digest.hexdigest()[:16]}',
-      encoding=encoding)
+    name=name,
+    pieces=pieces,
+    separator_id=encoding.eot_token,
+    fingerprint=f'{name}-{digest.hexdigest()[:16]}',
+    encoding=encoding,
+  )
 
 
 def _offline_safe(get_encoding: Callable[[str], Any], name: str) -> Any:
@@ -633,8 +690,9 @@ def _offline_safe(get_encoding: Callable[[str], Any], name: str) -> Any:
 
   def guarded(url: str) -> bytes:
     if '://' in url and not is_reachable(url):
-      raise ConnectionError(f'{urllib.parse.urlsplit(url).hostname} does not '
-                            'answer')
+      raise ConnectionError(
+        f'{urllib.parse.urlsplit(url).hostname} does not answer'
+      )
     return download(url)
 
   load.read_file = guarded
@@ -643,9 +701,10 @@ def _offline_safe(get_encoding: Callable[[str], Any], name: str) -> Any:
   except OSError as error:  # requests' errors and ConnectionError are OSErrors
     default = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
     raise InputError(
-        f'tokenizer.name={name!r} needs files that are not in tiktoken\'s cache '
-        f'({os.environ.get("TIKTOKEN_CACHE_DIR", default)}) and could not be '
-        f'downloaded ({error}); set the environment variable TIKTOKEN_CACHE_DIR '
-        "to a folder that has them, or use tokenizer.name='bytes'") from error
+      f"tokenizer.name={name!r} needs files that are not in tiktoken's cache "
+      f'({os.environ.get("TIKTOKEN_CACHE_DIR", default)}) and could not be '
+      f'downloaded ({error}); set the environment variable TIKTOKEN_CACHE_DIR '
+      "to a folder that has them, or use tokenizer.name='bytes'"
+    ) from error
   finally:
     load.read_file = download

@@ -44,6 +44,7 @@ def check_free(workdir: str):
   Before the slow part of a start; `hold` is what keeps others out.
   """
   from nanodlm.devices import multihost  # pylint: disable=g-import-not-at-top
+
   if multihost.on_process_0((pathlib.Path(workdir) / LOCK_FILE).exists):
     with hold(workdir):
       pass
@@ -61,6 +62,7 @@ def hold(workdir: str) -> Iterator[None]:
     InputError: another run holds it.
   """
   from nanodlm.devices import multihost  # pylint: disable=g-import-not-at-top
+
   with contextlib.ExitStack() as stack:
     multihost.on_process_0(lambda: _lock(workdir, stack))
     yield
@@ -81,12 +83,17 @@ def _lock(workdir: str, stack: contextlib.ExitStack) -> int:
   except BlockingIOError:
     file.seek(0)
     raise InputError(
-        f'--workdir={workdir!r} is in use by another training run '
-        f'({file.read().strip() or "which just started"}); wait for its end, or '
-        'give another workdir') from None
+      f'--workdir={workdir!r} is in use by another training run '
+      f'({file.read().strip() or "which just started"}); wait for its end, or '
+      'give another workdir'
+    ) from None
   except OSError as error:
-    log.warning('%s cannot be locked (%s): nothing stops a second run from writing '
-                'to the same workdir', path, error.strerror)
+    log.warning(
+      '%s cannot be locked (%s): nothing stops a second run from writing '
+      'to the same workdir',
+      path,
+      error.strerror,
+    )
   file.truncate(0)
   file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
   file.flush()

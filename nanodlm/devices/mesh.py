@@ -5,14 +5,12 @@ import math
 from typing import Any, Callable
 
 import jax
-from jax.sharding import AxisType
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from nanodlm.devices import sharding
-from nanodlm.devices.sharding import AXES
-from nanodlm.devices.sharding import BATCH_AXES
+from nanodlm.devices.sharding import AXES, BATCH_AXES
 from nanodlm.types import InputError
 
 
@@ -36,11 +34,15 @@ class MeshConfig:
     sizes = {axis: getattr(self, axis) for axis in AXES}
     for axis, size in sizes.items():
       if size == 0 or size < -1:
-        raise InputError(f'mesh.{axis}={size!r} must be >= 1, or -1 for the '
-                         'devices that the other axes leave')
+        raise InputError(
+          f'mesh.{axis}={size!r} must be >= 1, or -1 for the '
+          'devices that the other axes leave'
+        )
     if sum(size == -1 for size in sizes.values()) > 1:
-      raise InputError(f'mesh={sizes}: only one axis can be -1, the devices '
-                       'that the others leave')
+      raise InputError(
+        f'mesh={sizes}: only one axis can be -1, the devices '
+        'that the others leave'
+      )
 
 
 def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
@@ -57,15 +59,20 @@ def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
       sizes[axis] = len(devices) // given
   if math.prod(sizes.values()) != len(devices):
     raise InputError(
-        f'mesh={sizes}: the sizes must multiply to the {len(devices)} devices '
-        'there are, one of them may be -1 for the rest; the product of the given '
-        f'ones is {given}')
+      f'mesh={sizes}: the sizes must multiply to the {len(devices)} devices '
+      'there are, one of them may be -1 for the rest; the product of the given '
+      f'ones is {given}'
+    )
   # By process, so that each one's rows of the batch are contiguous; jax.make_mesh
   # would follow the topology.
-  devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+  devices = sorted(
+    devices, key=lambda device: (device.process_index, device.id)
+  )
   return jax.sharding.Mesh(
-      np.asarray(devices).reshape(tuple(sizes.values())), AXES,
-      axis_types=(AxisType.Auto,) * len(AXES))
+    np.asarray(devices).reshape(tuple(sizes.values())),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+  )
 
 
 def shards(mesh: jax.sharding.Mesh) -> sharding.Shards:
@@ -75,8 +82,9 @@ def shards(mesh: jax.sharding.Mesh) -> sharding.Shards:
 
 def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
   """Where the leaves of a parameter tree, or of a state of some, lie."""
-  return jax.tree.map(lambda spec: NamedSharding(mesh, spec),
-                      sharding.specs(tree, shards(mesh)))
+  return jax.tree.map(
+    lambda spec: NamedSharding(mesh, spec), sharding.specs(tree, shards(mesh))
+  )
 
 
 def place(shardings: Any, tree: Any) -> Any:
@@ -85,8 +93,10 @@ def place(shardings: Any, tree: Any) -> Any:
     one = shardings
     shardings = jax.tree.map(lambda _: one, tree)
   return jax.tree.map(
-      lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-      tree, shardings)
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    tree,
+    shardings,
+  )
 
 
 def init_sharded(mesh: jax.sharding.Mesh, init: Callable[[], Any]) -> Any:
@@ -106,7 +116,8 @@ def bytes_per_device(tree: Any) -> int:
   for x in jax.tree.leaves(tree):
     is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
     total += (8 if is_key else x.dtype.itemsize) * math.prod(
-        x.sharding.shard_shape(x.shape))
+      x.sharding.shard_shape(x.shape)
+    )
   return total
 
 
@@ -129,8 +140,10 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> slice:
   """The contiguous rows of the global batch that this process's devices hold."""
   index = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
   starts = [rows[0].start or 0 for rows in index.values()]
-  stops = [batch_size if rows[0].stop is None else rows[0].stop
-           for rows in index.values()]
+  stops = [
+    batch_size if rows[0].stop is None else rows[0].stop
+    for rows in index.values()
+  ]
   return slice(min(starts), max(stops))
 
 
@@ -138,11 +151,14 @@ def shard_batch(mesh: jax.sharding.Mesh, batch):
   """Puts this process's rows (numpy, `local_rows`) on its devices."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
-      lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+  )
 
 
 def shard_whole_batch(mesh: jax.sharding.Mesh, batch):
   """The same for a batch of which every process has all rows."""
+
   def put(x):
     return shard_batch(mesh, x[local_rows(mesh, x.shape[0])])
+
   return jax.tree.map(put, batch)

@@ -38,8 +38,10 @@ def on_process_0(function: Callable[[], int]) -> int:
       error = caught
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils  # pylint: disable=g-import-not-at-top
+
     failed, value = multihost_utils.broadcast_one_to_all(
-        np.array([error is not None, value], np.int32)).tolist()
+      np.array([error is not None, value], np.int32)
+    ).tolist()
     if failed and error is None:
       error = InputError('process 0 found something wrong; see its output')
   if error is not None:

@@ -29,15 +29,26 @@ _WIDTH = {'scale': (FSDP,), 'bias': (FSDP,)}
 # Mesh axes of the LAST dimensions of a parameter, by its module's name and its
 # own, or by its own alone. What is not listed is replicated.
 _BY_MODULE = {
-    'query': _COLUMNS, 'key': _COLUMNS, 'value': _COLUMNS,
-    'attention_out': _ROWS,
-    'mlp_in': _COLUMNS, 'mlp_gate': _COLUMNS, 'mlp_out': _ROWS,
-    'modulation': _COLUMNS,
-    'in': {'kernel': (None, FSDP)}, 'out': {'kernel': (None, FSDP)},  # of the time
-    'attention_norm': _WIDTH, 'mlp_norm': _WIDTH, 'final_norm': _WIDTH,
+  'query': _COLUMNS,
+  'key': _COLUMNS,
+  'value': _COLUMNS,
+  'attention_out': _ROWS,
+  'mlp_in': _COLUMNS,
+  'mlp_gate': _COLUMNS,
+  'mlp_out': _ROWS,
+  'modulation': _COLUMNS,
+  'in': {'kernel': (None, FSDP)},
+  'out': {'kernel': (None, FSDP)},  # of the time
+  'attention_norm': _WIDTH,
+  'mlp_norm': _WIDTH,
+  'final_norm': _WIDTH,
 }
-_BY_NAME = {'embedding': (TENSOR, FSDP), 'output': (TENSOR, FSDP),
-            'output_bias': (TENSOR,), 'position_embedding': (None, FSDP)}
+_BY_NAME = {
+  'embedding': (TENSOR, FSDP),
+  'output': (TENSOR, FSDP),
+  'output_bias': (TENSOR,),
+  'position_embedding': (None, FSDP),
+}
 # Those with a row for each id; rows behind the vocabulary are padding.
 BY_VOCABULARY = frozenset({'embedding', 'output', 'output_bias'})
 
@@ -63,8 +74,7 @@ def spec(path: Any, ndim: int, shards: Shards) -> P:
     ndim: of the leaf; 0 is replicated.
     shards: an axis of one device is left out: nothing differs along it.
   """
-  names = [part.key for part in path
-           if isinstance(part, jax.tree_util.DictKey)]
+  names = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
   axes = ()
   if ndim and names:
     module = _BY_MODULE.get(names[-2] if len(names) > 1 else '', {})
@@ -79,7 +89,8 @@ def spec(path: Any, ndim: int, shards: Shards) -> P:
 def specs(tree: Any, shards: Shards) -> Any:
   """`spec` of every leaf."""
   return jax.tree_util.tree_map_with_path(
-      lambda path, leaf: spec(path, leaf.ndim, shards), tree)
+    lambda path, leaf: spec(path, leaf.ndim, shards), tree
+  )
 
 
 def gather(params: Any, shards: Shards, dtype: Any = jnp.float32) -> Any:
@@ -94,8 +105,10 @@ def gather(params: Any, shards: Shards, dtype: Any = jnp.float32) -> Any:
     axes = spec(path, leaf.ndim, shards)
     if FSDP not in axes:
       return leaf
-    return _all_gather(leaf, axes.index(FSDP),
-                       dtype if leaf.ndim > 1 else leaf.dtype)
+    return _all_gather(
+      leaf, axes.index(FSDP), dtype if leaf.ndim > 1 else leaf.dtype
+    )
+
   return jax.tree_util.tree_map_with_path(whole, params)
 
 
@@ -110,8 +123,11 @@ def _gather_forward(x, axis, dtype):
 
 def _gather_backward(axis, dtype, _, gradient):
   del dtype
-  return (jax.lax.psum_scatter(gradient.astype(jnp.float32), FSDP,
-                               scatter_dimension=axis, tiled=True),)
+  return (
+    jax.lax.psum_scatter(
+      gradient.astype(jnp.float32), FSDP, scatter_dimension=axis, tiled=True
+    ),
+  )
 
 
 _all_gather.defvjp(_gather_forward, _gather_backward)
@@ -155,9 +171,11 @@ def sum_gradients(gradient: Any, shards: Shards) -> Any:
   Those of a parameter that is split over fsdp were summed there by the transpose
   of its gather.
   """
+
   def total(path, leaf):
     axes = spec(path, leaf.ndim, shards)
     return jax.lax.psum(leaf, tuple(a for a in BATCH_AXES if a not in axes))
+
   return jax.tree_util.tree_map_with_path(total, gradient)
 
 
@@ -166,10 +184,13 @@ def local(params: Any, shards: Shards) -> Any:
 
   So their gradients stay local sums until `sum_gradients`.
   """
+
   def mark(path, leaf):
     axes = spec(path, leaf.ndim, shards)
-    return jax.lax.pcast(leaf, tuple(a for a in BATCH_AXES if a not in axes),
-                         to='varying')
+    return jax.lax.pcast(
+      leaf, tuple(a for a in BATCH_AXES if a not in axes), to='varying'
+    )
+
   return jax.tree_util.tree_map_with_path(mark, params)
 
 
@@ -205,6 +226,7 @@ def on_first_device(make: Callable[[], jax.Array]) -> jax.Array:
 
 def zeros_like(make: Callable[[], Any]) -> Any:
   """Zeros of the shapes of make(), which vary over devices like its values."""
+
   def zeros(x):
     axes = tuple(x.manual_axis_type.varying)
     value = jnp.zeros(x.shape, x.dtype)
@@ -216,5 +238,3 @@ def zeros_like(make: Callable[[], Any]) -> Any:
 def padded(size: int, shards: Shards) -> int:
   """The vocabulary's size rounded up to a whole number a device."""
   return -(-size // shards.tensor) * shards.tensor
-
-

@@ -7,10 +7,8 @@ import jax
 import numpy as np
 
 from nanodlm import config as configs
-from nanodlm import evaluate
+from nanodlm import evaluate, sample, types
 from nanodlm.training import metrics
-from nanodlm import sample
-from nanodlm import types
 from nanodlm.types import InputError
 
 log = logging.getLogger('nanodlm')
@@ -26,13 +24,18 @@ def parse_ratios(texts: Sequence[str]) -> list[float]:
   except ValueError:
     ratios = [0.0]
   if not all(0 < ratio <= 1 for ratio in ratios):
-    raise InputError(f'--infill={",".join(texts)!r} must be numbers in (0, 1], as '
-                     '0.1,0.3,0.5')
+    raise InputError(
+      f'--infill={",".join(texts)!r} must be numbers in (0, 1], as 0.1,0.3,0.5'
+    )
   return ratios
 
 
-def sample_gaps(generator: np.random.Generator, eligible: np.ndarray,
-                ratio: float, pattern: str) -> np.ndarray:
+def sample_gaps(
+  generator: np.random.Generator,
+  eligible: np.ndarray,
+  ratio: float,
+  pattern: str,
+) -> np.ndarray:
   """Which tokens of each row are to be guessed.
 
   Args:
@@ -53,7 +56,7 @@ def sample_gaps(generator: np.random.Generator, eligible: np.ndarray,
     num = max(1, round(ratio * places.size))
     if pattern == 'span':
       start = generator.integers(places.size - num + 1)
-      chosen = places[start:start + num]
+      chosen = places[start : start + num]
     else:
       chosen = generator.permutation(places)[:num]
     gaps[row, chosen] = True
@@ -64,17 +67,22 @@ def check_run(run: evaluate.Run):
   """Raises InputError where gaps cannot be filled from both sides."""
   if not types.sees_right(run.objective, run.settings.data.length):
     raise InputError(
-        '--infill needs a network that sees both sides of a gap; objective.name='
-        f'{run.config.objective.name!r} reads from left to right only')
+      '--infill needs a network that sees both sides of a gap; objective.name='
+      f'{run.config.objective.name!r} reads from left to right only'
+    )
   if run.settings.data.segment_ids:
     raise InputError(
-        '--infill does not know where documents end, which data.segment_ids=True '
-        'tells the network')
+      '--infill does not know where documents end, which data.segment_ids=True '
+      'tells the network'
+    )
 
 
-def measure_infilling(run: evaluate.Run, params: Any,
-                      rows: dict[str, np.ndarray], ratios: Sequence[float]
-                      ) -> list[dict[str, Any]]:
+def measure_infilling(
+  run: evaluate.Run,
+  params: Any,
+  rows: dict[str, np.ndarray],
+  ratios: Sequence[float],
+) -> list[dict[str, Any]]:
   """The share of masked tokens that the sampler restores exactly.
 
   Args:
@@ -104,17 +112,24 @@ def measure_infilling(run: evaluate.Run, params: Any,
       filled, num_calls = fill(params, key, canvas, ~gaps)
       correct, masked = np.sum(gaps & (filled == tokens), 1), gaps.sum(1)
       accuracy, half_width = metrics.ratio_interval(correct, masked)
-      results.append({
-          'pattern': pattern, 'ratio': ratio, 'accuracy': accuracy,
+      results.append(
+        {
+          'pattern': pattern,
+          'ratio': ratio,
+          'accuracy': accuracy,
           'accuracy_ci95': half_width,
           'exact_match': float(np.mean((correct == masked)[masked > 0])),
           'num_examples': int(np.sum(masked > 0)),
-          'num_tokens': int(masked.sum()), 'num_calls': num_calls})
+          'num_tokens': int(masked.sum()),
+          'num_calls': num_calls,
+        }
+      )
   return results
 
 
-def infill_subject(subject: evaluate.Subject, ratios: Sequence[float],
-                   num_examples: int):
+def infill_subject(
+  subject: evaluate.Subject, ratios: Sequence[float], num_examples: int
+):
   """--mode=eval --infill: prints a table and appends it to workdir/eval.jsonl.
 
   Args:
@@ -124,17 +139,33 @@ def infill_subject(subject: evaluate.Subject, ratios: Sequence[float],
   """
   run = subject.run
   rows = evaluate.validation_rows(run, subject.packed, num_examples)
-  log.info('infilling %d of %d held-out rows (--infill_examples) at %d ratios',
-           len(rows['tokens']), len(subject.packed.validation), len(ratios))
+  log.info(
+    'infilling %d of %d held-out rows (--infill_examples) at %d ratios',
+    len(rows['tokens']),
+    len(subject.packed.validation),
+    len(ratios),
+  )
   results = measure_infilling(run, subject.params, rows, ratios)
-  sampler = {**run.config.sampler.to_dict(),
-             'name': configs.sampler_name(run.config)}
-  log.info('infilling with %s, temperature %g:', sampler['name'],
-           sampler['temperature'])
+  sampler = {
+    **run.config.sampler.to_dict(),
+    'name': configs.sampler_name(run.config),
+  }
+  log.info(
+    'infilling with %s, temperature %g:',
+    sampler['name'],
+    sampler['temperature'],
+  )
   for row in results:
-    log.info('  %3.0f%% masked, %-7s  accuracy %.4f ± %.4f, all right %.4f  (%d '
-             'tokens of %d examples, %.0f network calls)', 100 * row['ratio'],
-             row['pattern'], row['accuracy'], row['accuracy_ci95'],
-             row['exact_match'], row['num_tokens'], row['num_examples'],
-             row['num_calls'])
+    log.info(
+      '  %3.0f%% masked, %-7s  accuracy %.4f ± %.4f, all right %.4f  (%d '
+      'tokens of %d examples, %.0f network calls)',
+      100 * row['ratio'],
+      row['pattern'],
+      row['accuracy'],
+      row['accuracy_ci95'],
+      row['exact_match'],
+      row['num_tokens'],
+      row['num_examples'],
+      row['num_calls'],
+    )
   subject.append({'sampler': sampler, 'infill': results})

@@ -16,9 +16,8 @@ import jax
 import numpy as np
 
 from nanodlm import evaluate
+from nanodlm.data import pipeline, tokenizers
 from nanodlm.training import metrics
-from nanodlm.data import tokenizers
-from nanodlm.data import pipeline
 from nanodlm.types import InputError
 
 HUGGING_FACE = 'hf:'
@@ -51,7 +50,9 @@ class Judge(Protocol):
   name: str
   window: int
 
-  def score(self, tokens: np.ndarray, tokenizer: tokenizers.Tokenizer) -> Judged:
+  def score(
+    self, tokens: np.ndarray, tokenizer: tokenizers.Tokenizer
+  ) -> Judged:
     """Scores texts given as ids [N, L] of `tokenizer`."""
 
   def reads_ids_of(self, tokenizer: tokenizers.Tokenizer) -> bool:
@@ -74,9 +75,10 @@ def make_judge(spec: str, batch_size: int = 32) -> Judge:
   run, params, _ = evaluate.open_run(spec)
   if not run.objective.exact:
     raise InputError(
-        f'--judge={spec!r} is a run of objective.name='
-        f'{run.config.objective.name!r}, which gives a bound; a judge must be '
-        "autoregressive (objective.name='ar'), or 'hf:NAME_OR_PATH'")
+      f'--judge={spec!r} is a run of objective.name='
+      f'{run.config.objective.name!r}, which gives a bound; a judge must be '
+      "autoregressive (objective.name='ar'), or 'hf:NAME_OR_PATH'"
+    )
   return NanodlmJudge(spec, run, params, batch_size)
 
 
@@ -103,12 +105,16 @@ class NanodlmJudge:
 
   @functools.cached_property
   def _score(self):
-    return evaluate.make_score(self.run, num_draws=1, batch_size=self.batch_size)
+    return evaluate.make_score(
+      self.run, num_draws=1, batch_size=self.batch_size
+    )
 
   def reads_ids_of(self, tokenizer: tokenizers.Tokenizer) -> bool:
     return tokenizer.fingerprint == self.run.tokenizer.fingerprint
 
-  def score(self, tokens: np.ndarray, tokenizer: tokenizers.Tokenizer) -> Judged:
+  def score(
+    self, tokens: np.ndarray, tokenizer: tokenizers.Tokenizer
+  ) -> Judged:
     num_bytes = tokenizer.num_bytes[tokens].sum(1)
     if self.reads_ids_of(tokenizer):
       rows = list(np.asarray(tokens, np.int32))
@@ -127,8 +133,9 @@ class NanodlmJudge:
     return Judged(total, np.array([len(row) for row in rows]), num_bytes)
 
 
-def cut_windows(rows: list[np.ndarray], size: int
-                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cut_windows(
+  rows: list[np.ndarray], size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Cuts rows of any length into windows.
 
   Args:
@@ -139,12 +146,15 @@ def cut_windows(rows: list[np.ndarray], size: int
     tokens [M, size] int32, padded with zeros behind; weight [M, size] float32, 0
     on the padding; and the row of each window, [M].
   """
-  parts = [(i, row[first:first + size]) for i, row in enumerate(rows)
-           for first in range(0, len(row), size)]
+  parts = [
+    (i, row[first : first + size])
+    for i, row in enumerate(rows)
+    for first in range(0, len(row), size)
+  ]
   tokens = np.zeros((len(parts), size), np.int32)
   weight = np.zeros((len(parts), size), np.float32)
   for j, (_, part) in enumerate(parts):
-    tokens[j, :len(part)], weight[j, :len(part)] = part, 1
+    tokens[j, : len(part)], weight[j, : len(part)] = part, 1
   return tokens, weight, np.array([i for i, _ in parts], np.int64)
 
 
@@ -176,12 +186,21 @@ class HuggingFaceJudge:
     ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
     return next(i for i in ids if i is not None)
 
-  def score(self, tokens: np.ndarray, tokenizer: tokenizers.Tokenizer) -> Judged:
+  def score(
+    self, tokens: np.ndarray, tokenizer: tokenizers.Tokenizer
+  ) -> Judged:
     import torch  # pylint: disable=g-import-not-at-top
+
     texts = [tokenizer.decode(row) for row in tokens]
-    rows = [np.asarray(self.tokenizer(text, add_special_tokens=False,
-                                      verbose=False)['input_ids'], np.int64)
-            for text in texts]
+    rows = [
+      np.asarray(
+        self.tokenizer(text, add_special_tokens=False, verbose=False)[
+          'input_ids'
+        ],
+        np.int64,
+      )
+      for text in texts
+    ]
     num_bytes = tokenizer.num_bytes[tokens].sum(1)
     size = min(self.window, max(len(row) for row in rows))
     if not size:  # no text at all
@@ -189,28 +208,39 @@ class HuggingFaceJudge:
     windows, weight, owner = cut_windows(rows, size)
     parts = []
     for first in range(0, len(windows), self.batch_size):
-      target = torch.tensor(windows[first:first + self.batch_size],
-                            dtype=torch.long)
+      target = torch.tensor(
+        windows[first : first + self.batch_size], dtype=torch.long
+      )
       start = torch.full_like(target[:, :1], self.start_id)
       # Padding stands behind the text, where a causal model does not look.
       given = torch.cat([start, target[:, :-1]], dim=1)
       with torch.inference_mode():
         logits = self.model(given.to(self.model.device)).logits.float()
         nll = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), target.to(logits.device), reduction='none')
+          logits.transpose(1, 2), target.to(logits.device), reduction='none'
+        )
       parts.append(nll.cpu().numpy())
     nll = np.sum(np.concatenate(parts) * weight, 1)
-    return Judged(np.bincount(owner, weights=nll, minlength=len(rows)),
-                  np.array([len(row) for row in rows]), num_bytes)
+    return Judged(
+      np.bincount(owner, weights=nll, minlength=len(rows)),
+      np.array([len(row) for row in rows]),
+      num_bytes,
+    )
 
 
 def _load_hugging_face(spec: str, batch_size: int) -> HuggingFaceJudge:
-  missing = [name for name in ('torch', 'transformers')
-             if importlib.util.find_spec(name) is None]
+  missing = [
+    name
+    for name in ('torch', 'transformers')
+    if importlib.util.find_spec(name) is None
+  ]
   if missing:
-    raise InputError(f'--judge={spec!r} needs {" and ".join(missing)}: pip install '
-                     "-e '.[judge]', or give the workdir of an autoregressive run")
+    raise InputError(
+      f'--judge={spec!r} needs {" and ".join(missing)}: pip install '
+      "-e '.[judge]', or give the workdir of an autoregressive run"
+    )
   import transformers  # pylint: disable=g-import-not-at-top
+
   name = spec.removeprefix(HUGGING_FACE)
   try:
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -218,17 +248,23 @@ def _load_hugging_face(spec: str, batch_size: int) -> HuggingFaceJudge:
   except (OSError, ValueError) as error:
     raise InputError(f'--judge={spec!r} cannot be loaded: {error}') from error
   if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-    raise InputError(f'--judge={spec!r} has no start or end symbol to predict the '
-                     'first token from')
+    raise InputError(
+      f'--judge={spec!r} has no start or end symbol to predict the '
+      'first token from'
+    )
   import torch  # pylint: disable=g-import-not-at-top
-  model = model.float().eval().to('cuda' if torch.cuda.is_available() else 'cpu')
+
+  model = (
+    model.float().eval().to('cuda' if torch.cuda.is_available() else 'cpu')
+  )
   # One place is the start symbol's.
   window = getattr(model.config, 'max_position_embeddings', 1024) - 1
   return HuggingFaceJudge(spec, tokenizer, model, window, batch_size)
 
 
-def measure_quality(judge: Judge | None, tokens: np.ndarray,
-                    tokenizer: tokenizers.Tokenizer) -> dict[str, float]:
+def measure_quality(
+  judge: Judge | None, tokens: np.ndarray, tokenizer: tokenizers.Tokenizer
+) -> dict[str, float]:
   """What can be said of sampled text without looking at it.
 
   Args:
@@ -249,8 +285,11 @@ def measure_quality(judge: Judge | None, tokens: np.ndarray,
   judged = judge.score(tokens, tokenizer)
   nll, _ = metrics.ratio_interval(judged.nll, judged.num_tokens)
   per_byte, half_width = metrics.ratio_interval(judged.nll, judged.num_bytes)
-  return {'gen_nll': nll, 'gen_ppl': math.exp(min(nll, 700.0)),
-          'gen_bits_per_byte': per_byte / math.log(2),
-          'gen_bits_per_byte_ci95': half_width / math.log(2),
-          'judge_tokens': 'own' if judge.reads_ids_of(tokenizer) else 'text',
-          **quality}
+  return {
+    'gen_nll': nll,
+    'gen_ppl': math.exp(min(nll, 700.0)),
+    'gen_bits_per_byte': per_byte / math.log(2),
+    'gen_bits_per_byte_ci95': half_width / math.log(2),
+    'judge_tokens': 'own' if judge.reads_ids_of(tokenizer) else 'text',
+    **quality,
+  }

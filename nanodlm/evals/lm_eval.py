@@ -14,15 +14,12 @@ import os
 import sys
 from typing import Any, Sequence
 
-from absl import app
-from absl import flags
-from absl import logging
+from absl import app, flags, logging
 import jax
 import numpy as np
 
 from nanodlm import config as configs
-from nanodlm import evaluate
-from nanodlm import sample
+from nanodlm import evaluate, sample
 from nanodlm.types import InputError
 
 # Rows are padded to multiples of it, so that few shapes are compiled.
@@ -62,8 +59,9 @@ class TextModel:
 
   @functools.cached_property
   def _score(self):
-    return evaluate.make_score(self.run, num_draws=self.num_draws,
-                               batch_size=self.batch_size)
+    return evaluate.make_score(
+      self.run, num_draws=self.num_draws, batch_size=self.batch_size
+    )
 
   @functools.cached_property
   def _fills(self) -> dict[float, Any]:
@@ -82,8 +80,9 @@ class TextModel:
     step = -(-LENGTH_STEP // block) * block
     return min(-(-max(num_tokens, 1) // step) * step, self.length)
 
-  def encode_pair(self, context: str, continuation: str
-                  ) -> tuple[np.ndarray, np.ndarray]:
+  def encode_pair(
+    self, context: str, continuation: str
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Ids of a context, cut on its left to fit, and of its continuation.
 
     Spaces at the end of the context count to the continuation, and the two are
@@ -94,21 +93,23 @@ class TextModel:
     """
     encode = self.run.tokenizer.encode
     stripped = context.rstrip(' ')
-    continuation = context[len(stripped):] + continuation
+    continuation = context[len(stripped) :] + continuation
     head = encode(stripped)
     whole = encode(stripped + continuation)
-    tail = whole[len(head):]
+    tail = whole[len(head) :]
     if continuation and not tail.size:  # the two merged into fewer tokens
       tail = encode(continuation)
     if len(tail) > self.length:
       raise InputError(
-          f'a continuation of {len(tail)} tokens ({continuation[:40]!r}...) is '
-          f'longer than the rows of the run, data.length={self.length}')
-    head = head[max(0, len(head) + len(tail) - self.length):]
+        f'a continuation of {len(tail)} tokens ({continuation[:40]!r}...) is '
+        f'longer than the rows of the run, data.length={self.length}'
+      )
+    head = head[max(0, len(head) + len(tail) - self.length) :]
     return head, tail
 
-  def log_likelihoods(self, pairs: Sequence[tuple[str, str]]
-                      ) -> list[tuple[float, bool]]:
+  def log_likelihoods(
+    self, pairs: Sequence[tuple[str, str]]
+  ) -> list[tuple[float, bool]]:
     """log p(continuation | context), nats, for each pair of texts.
 
     Exact for an autoregressive run. Otherwise minus the bound on the
@@ -125,7 +126,9 @@ class TextModel:
     """
     encoded = [self.encode_pair(*pair) for pair in pairs]
     contexts = {}
-    index = [contexts.setdefault(context, len(contexts)) for context, _ in pairs]
+    index = [
+      contexts.setdefault(context, len(contexts)) for context, _ in pairs
+    ]
     lengths = [self._padded(len(head) + len(tail)) for head, tail in encoded]
     results = [None] * len(pairs)
     for length in sorted(set(lengths)):
@@ -140,17 +143,20 @@ class TextModel:
 
   def _layout(self, pairs, length: int) -> dict[str, np.ndarray]:
     shape = (len(pairs), length)
-    batch = {'tokens': np.zeros(shape, np.int32),
-             'weight': np.zeros(shape, np.float32)}
+    batch = {
+      'tokens': np.zeros(shape, np.int32),
+      'weight': np.zeros(shape, np.float32),
+    }
     segments = np.full(shape, PADDING, np.int32)
     for row, (head, tail) in enumerate(pairs):
       end = len(head) + len(tail)
       batch['tokens'][row, :end] = np.concatenate([head, tail])
-      batch['weight'][row, len(head):end] = 1
+      batch['weight'][row, len(head) : end] = 1
       segments[row, :end] = TEXT
     # A causal network does not look at what stands behind.
-    return batch if self.run.objective.causal else {
-        **batch, 'segment_ids': segments}
+    return (
+      batch if self.run.objective.causal else {**batch, 'segment_ids': segments}
+    )
 
   def _find_greedy(self, batch, values) -> np.ndarray:
     weight = batch['weight'] > 0
@@ -161,8 +167,9 @@ class TextModel:
     start = np.where(weight.any(1), weight.argmax(1), weight.shape[1])
     free = np.arange(weight.shape[1])[None] >= start[:, None]
     canvas = np.where(free, self.run.tokenizer.mask_id, batch['tokens'])
-    filled, _ = self._fill(0.0)(self.params, jax.random.key(self.seed),
-                                canvas.astype(np.int32), ~free)
+    filled, _ = self._fill(0.0)(
+      self.params, jax.random.key(self.seed), canvas.astype(np.int32), ~free
+    )
     return np.all((filled == batch['tokens']) | ~weight, axis=1)
 
   def rolling_log_likelihoods(self, texts: Sequence[str]) -> list[float]:
@@ -174,19 +181,29 @@ class TextModel:
     cuts = []
     for text in texts:
       tokens = self.run.tokenizer.encode(text)
-      cuts.append([tokens[first:first + self.length]
-                   for first in range(0, len(tokens), self.length)])
+      cuts.append(
+        [
+          tokens[first : first + self.length]
+          for first in range(0, len(tokens), self.length)
+        ]
+      )
     rows = [(np.zeros(0, np.int32), part) for parts in cuts for part in parts]
     if not rows:
       return [0.0] * len(texts)
     batch = self._layout(rows, self.length)
     nll = self._score(self.params, jax.random.key(self.seed), batch)['nll']
     owner = np.repeat(np.arange(len(texts)), [len(parts) for parts in cuts])
-    return [-float(x) for x in
-            np.bincount(owner, weights=nll, minlength=len(texts))]
+    return [
+      -float(x) for x in np.bincount(owner, weights=nll, minlength=len(texts))
+    ]
 
-  def generate(self, prompts: Sequence[str], stops: Sequence[str],
-               max_new_tokens: int, temperature: float) -> list[str]:
+  def generate(
+    self,
+    prompts: Sequence[str],
+    stops: Sequence[str],
+    max_new_tokens: int,
+    temperature: float,
+  ) -> list[str]:
     """Continues each prompt with the run's sampler.
 
     Args:
@@ -200,25 +217,28 @@ class TextModel:
     heads = []
     for prompt in prompts:
       head = tokenizer.encode(prompt)
-      room = min(max_new_tokens,
-                 self.length - min(len(head), self.length // 2))
-      heads.append((head[max(0, len(head) + room - self.length):], room))
-    order = sorted(range(len(heads)), key=lambda i: sum(map(int, (
-        len(heads[i][0]), heads[i][1]))))
+      room = min(max_new_tokens, self.length - min(len(head), self.length // 2))
+      heads.append((head[max(0, len(head) + room - self.length) :], room))
+    order = sorted(
+      range(len(heads)),
+      key=lambda i: sum(map(int, (len(heads[i][0]), heads[i][1]))),
+    )
     texts = [''] * len(heads)
     for number, first in enumerate(range(0, len(order), self.batch_size)):
-      members = order[first:first + self.batch_size]
-      length = self._padded(max(len(heads[i][0]) + heads[i][1] for i in members))
+      members = order[first : first + self.batch_size]
+      length = self._padded(
+        max(len(heads[i][0]) + heads[i][1] for i in members)
+      )
       tokens = np.full((len(members), length), tokenizer.mask_id, np.int32)
       for row, i in enumerate(members):
-        tokens[row, :len(heads[i][0])] = heads[i][0]
+        tokens[row, : len(heads[i][0])] = heads[i][0]
       # The room that rounding leaves is filled as well, then cut off.
       fixed = tokens != tokenizer.mask_id
       key = jax.random.fold_in(jax.random.key(self.seed), number)
       filled, _ = self._fill(temperature)(self.params, key, tokens, fixed)
       for row, i in enumerate(members):
         head, room = heads[i]
-        new = filled[row, len(head):len(head) + room]
+        new = filled[row, len(head) : len(head) + room]
         new = sample.until_end(new, tokenizer.separator_id)
         texts[i] = cut_at(tokenizer.decode(new), stops)
     return texts
@@ -227,11 +247,12 @@ class TextModel:
 def cut_at(text: str, stops: Sequence[str]) -> str:
   """The text before the first of the stops that occurs in it."""
   ends = [text.find(stop) for stop in stops if stop]
-  return text[:min([end for end in ends if end >= 0], default=len(text))]
+  return text[: min([end for end in ends if end >= 0], default=len(text))]
 
 
-def open_text_model(workdir: str, sampler: dict[str, Any] | None = None,
-                    **options: Any) -> TextModel:
+def open_text_model(
+  workdir: str, sampler: dict[str, Any] | None = None, **options: Any
+) -> TextModel:
   """A `TextModel` of a workdir.
 
   Args:
@@ -254,8 +275,9 @@ def open_text_model(workdir: str, sampler: dict[str, Any] | None = None,
 
 def _check_installed():
   if importlib.util.find_spec('lm_eval') is None:
-    raise InputError("the lm-evaluation-harness is not installed: pip install -e "
-                     "'.[lm_eval]'")
+    raise InputError(
+      "the lm-evaluation-harness is not installed: pip install -e '.[lm_eval]'"
+    )
 
 
 def make_lm(text_model: TextModel) -> Any:
@@ -293,8 +315,9 @@ def make_lm(text_model: TextModel) -> Any:
   return Adapter()
 
 
-def _generation_options(options: dict[str, Any]
-                        ) -> tuple[tuple[str, ...], int, float]:
+def _generation_options(
+  options: dict[str, Any],
+) -> tuple[tuple[str, ...], int, float]:
   """stops, max_new_tokens and temperature of the harness's gen_kwargs."""
   stops = options.get('until') or ()
   stops = (stops,) if isinstance(stops, str) else tuple(stops)
@@ -312,12 +335,23 @@ def _define_flags():
   flags.DEFINE_integer('num_draws', 32, 'Of the noise, per log-likelihood.')
   flags.DEFINE_integer('batch_size', 32, 'Rows per network call.')
   flags.DEFINE_integer('seed', 0, 'Of the noise and the samples.')
-  flags.DEFINE_bool('greedy', True, 'Whether to find out if a continuation is the '
-                    'greedy one (accuracy of LAMBADA); costs samples.')
-  flags.DEFINE_string('sampler', '', "By default the block or confidence sampler, "
-                      "else the run's own.")
-  flags.DEFINE_integer('num_steps', 0, "Of the sampler; 0: the run's, or "
-                       "base.py's where the sampler is not the run's own.")
+  flags.DEFINE_bool(
+    'greedy',
+    True,
+    'Whether to find out if a continuation is the '
+    'greedy one (accuracy of LAMBADA); costs samples.',
+  )
+  flags.DEFINE_string(
+    'sampler',
+    '',
+    "By default the block or confidence sampler, else the run's own.",
+  )
+  flags.DEFINE_integer(
+    'num_steps',
+    0,
+    "Of the sampler; 0: the run's, or "
+    "base.py's where the sampler is not the run's own.",
+  )
   flags.DEFINE_string('output', None, 'A new JSON file for the results.')
 
 
@@ -331,26 +365,42 @@ def _main(options: flags.FlagValues):
   if options.num_steps:
     sampler['num_steps'] = options.num_steps
   import lm_eval  # pylint: disable=g-import-not-at-top
-  from lm_eval import tasks  # pylint: disable=g-import-not-at-top
-  from lm_eval import utils  # pylint: disable=g-import-not-at-top
+  from lm_eval import (
+    tasks,  # pylint: disable=g-import-not-at-top
+    utils,  # pylint: disable=g-import-not-at-top
+  )
+
   manager = tasks.TaskManager(include_path=options.include_path)
   for name in options.tasks:
     if name not in manager.all_tasks:
-      raise InputError(f"--tasks={name!r} is not one of the harness's "
-                       f'{len(manager.all_tasks)} tasks, nor in --include_path='
-                       f'{options.include_path!r}')
+      raise InputError(
+        f"--tasks={name!r} is not one of the harness's "
+        f'{len(manager.all_tasks)} tasks, nor in --include_path='
+        f'{options.include_path!r}'
+      )
   text_model = open_text_model(
-      options.workdir, sampler, num_draws=options.num_draws,
-      batch_size=options.batch_size, seed=options.seed, is_greedy=options.greedy)
+    options.workdir,
+    sampler,
+    num_draws=options.num_draws,
+    batch_size=options.batch_size,
+    seed=options.seed,
+    is_greedy=options.greedy,
+  )
   results = lm_eval.simple_evaluate(
-      make_lm(text_model), tasks=options.tasks, num_fewshot=options.num_fewshot,
-      limit=options.limit, task_manager=manager)
+    make_lm(text_model),
+    tasks=options.tasks,
+    num_fewshot=options.num_fewshot,
+    limit=options.limit,
+    task_manager=manager,
+  )
   print(utils.make_table(results))
   if options.output:
     kept = {key: results[key] for key in ('results', 'n-shot', 'versions')}
     kept['nanodlm'] = {
-        'workdir': options.workdir, 'num_draws': options.num_draws,
-        'sampler': text_model.run.config.sampler.to_dict()}
+      'workdir': options.workdir,
+      'num_draws': options.num_draws,
+      'sampler': text_model.run.config.sampler.to_dict(),
+    }
     with open(options.output, 'w') as file:
       json.dump(kept, file, indent=2, default=str)
 

@@ -57,15 +57,18 @@ class SafeTensors:
   def __init__(self, paths: list[pathlib.Path], where: str):
     require('safetensors')
     import safetensors  # pylint: disable=g-import-not-at-top
+
     self.where, self.shapes, self._files = where, {}, {}
     for path in paths:
       try:
         file = safetensors.safe_open(path, framework='numpy')
-        shapes = {name: tuple(file.get_slice(name).get_shape())
-                  for name in file.keys()}
+        shapes = {
+          name: tuple(file.get_slice(name).get_shape()) for name in file.keys()
+        }
       except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f'{path} is not a whole safetensors file: {error}'
-                         ) from error
+        raise InputError(
+          f'{path} is not a whole safetensors file: {error}'
+        ) from error
       twice = sorted(set(shapes) & set(self.shapes))
       if twice:
         raise InputError(f'{where} holds {twice} in more than one file')
@@ -89,18 +92,20 @@ class TorchTensors:
   def __init__(self, paths: list[pathlib.Path], where: str):
     require('torch')
     import torch  # pylint: disable=g-import-not-at-top
+
     self.where, self.shapes, self._tensors, self.rest = where, {}, {}, {}
     for path in paths:
       try:
         with _inert(path):
-          loaded = torch.load(path, map_location='cpu', weights_only=True,
-                              mmap=is_zip(path))
+          loaded = torch.load(
+            path, map_location='cpu', weights_only=True, mmap=is_zip(path)
+          )
       # The reader of weights raises UnpicklingError for anything that could be a
       # program, and others for damage.
       except Exception as error:  # pylint: disable=broad-exception-caught
         raise InputError(
-            f'{path} is not a file of weights alone: '
-            f'{(str(error).strip().splitlines() or [repr(error)])[0]}. Nothing else is unpickled'
+          f'{path} is not a file of weights alone: '
+          f'{(str(error).strip().splitlines() or [repr(error)])[0]}. Nothing else is unpickled'
         ) from error
       for key in _NESTED:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
@@ -108,12 +113,17 @@ class TorchTensors:
           loaded = loaded[key]
           break
       if not isinstance(loaded, dict):
-        raise InputError(f'{path} holds {type(loaded).__name__}, not tensors by '
-                         'name')
-      self._tensors.update((name, tensor) for name, tensor in loaded.items()
-                           if isinstance(tensor, torch.Tensor))
-    self.shapes = {name: tuple(tensor.shape)
-                   for name, tensor in self._tensors.items()}
+        raise InputError(
+          f'{path} holds {type(loaded).__name__}, not tensors by name'
+        )
+      self._tensors.update(
+        (name, tensor)
+        for name, tensor in loaded.items()
+        if isinstance(tensor, torch.Tensor)
+      )
+    self.shapes = {
+      name: tuple(tensor.shape) for name, tensor in self._tensors.items()
+    }
 
   def read(self, name: str) -> np.ndarray:
     return as_numpy(self._tensors[name])
@@ -124,12 +134,17 @@ class TorchTensors:
     average = self.rest.get('ema')
     if not isinstance(average, dict) or 'shadow_params' not in average:
       return False
-    names = [name for name in self._tensors
-             if not any(re.fullmatch(pattern, name) for pattern in ignored)]
+    names = [
+      name
+      for name in self._tensors
+      if not any(re.fullmatch(pattern, name) for pattern in ignored)
+    ]
     shadows = average['shadow_params']
     if [tuple(x.shape) for x in shadows] != [self.shapes[n] for n in names]:
-      raise InputError(f'{self.where}: its averaged weights (ema) are not of the '
-                       'shapes of its weights, in their order')
+      raise InputError(
+        f'{self.where}: its averaged weights (ema) are not of the '
+        'shapes of its weights, in their order'
+      )
     self._tensors.update(zip(names, shadows))
     return True
 
@@ -146,9 +161,10 @@ class Inert:
 
 # Whose classes Lightning's files hold beside the weights: settings, a tokenizer.
 _SETTINGS = re.compile(
-    r'(omegaconf|transformers|tokenizers|lightning|pytorch_lightning|dataloader)\..*'
-    r'|typing\.Any|collections\.defaultdict'
-    r'|builtins\.(dict|list|tuple|set|int|float|str|bool)')
+  r'(omegaconf|transformers|tokenizers|lightning|pytorch_lightning|dataloader)\..*'
+  r'|typing\.Any|collections\.defaultdict'
+  r'|builtins\.(dict|list|tuple|set|int|float|str|bool)'
+)
 
 
 @contextlib.contextmanager
@@ -159,13 +175,17 @@ def _inert(path: pathlib.Path):
   of weights refuse the file.
   """
   import torch  # pylint: disable=g-import-not-at-top
+
   if not is_zip(path):
     yield
     return
   unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
   # One class for each: the reader tells them apart by it.
-  stubs = [(type('Inert', (Inert,), {}), name) for name in unknown
-           if _SETTINGS.fullmatch(name)]
+  stubs = [
+    (type('Inert', (Inert,), {}), name)
+    for name in unknown
+    if _SETTINGS.fullmatch(name)
+  ]
   with torch.serialization.safe_globals(stubs):
     yield
 
@@ -181,13 +201,16 @@ class OrbaxTensors:
       raise InputError(f'{folder} holds {sorted(tree)}: no params')
     self._folder, self._item = folder, named[0]
     self.is_averaged = self._item == 'ema_params'
-    self.shapes = {name: tuple(leaf.shape) for name, leaf
-                   in checkpoint.flatten(tree[self._item]).items()}
+    self.shapes = {
+      name: tuple(leaf.shape)
+      for name, leaf in checkpoint.flatten(tree[self._item]).items()
+    }
 
   @functools.cached_property
   def _arrays(self):
     return checkpoint.flatten(
-        checkpoint.restore_foreign(self._folder, self._item))
+      checkpoint.restore_foreign(self._folder, self._item)
+    )
 
   def read(self, name: str) -> np.ndarray:
     return self._arrays[name]
@@ -199,6 +222,7 @@ class OrbaxTensors:
 def as_numpy(tensor: Any) -> np.ndarray:
   """A PyTorch tensor's values; bfloat16, which NumPy has not, as float32."""
   import torch  # pylint: disable=g-import-not-at-top
+
   if tensor.dtype == torch.bfloat16:
     tensor = tensor.float()
   return tensor.detach().cpu().numpy()
@@ -214,8 +238,9 @@ def require(package: str):
   """Raises InputError where an optional package is not installed."""
   if importlib.util.find_spec(package) is None:
     extra = 'judge' if package == 'torch' else 'hub'
-    raise InputError(f'this needs the {package} package: '
-                     f"pip install -e '.[{extra}]'")
+    raise InputError(
+      f"this needs the {package} package: pip install -e '.[{extra}]'"
+    )
 
 
 def open_tensors(path: pathlib.Path, allow_pickle: bool) -> Tensors:
@@ -233,15 +258,21 @@ def open_tensors(path: pathlib.Path, allow_pickle: bool) -> Tensors:
   safe = [file for file in files if file.suffix == SAFETENSORS]
   if safe:
     return SafeTensors(safe, str(path))
-  pickles = [file for file in files if file.suffix in PICKLES
-             and not file.name.startswith(_NOT_WEIGHTS)]
+  pickles = [
+    file
+    for file in files
+    if file.suffix in PICKLES and not file.name.startswith(_NOT_WEIGHTS)
+  ]
   if not pickles:
-    raise InputError(f'--from={str(path)!r} holds no weights: no *{SAFETENSORS} '
-                     f'and none of {list(PICKLES)}')
+    raise InputError(
+      f'--from={str(path)!r} holds no weights: no *{SAFETENSORS} '
+      f'and none of {list(PICKLES)}'
+    )
   if not allow_pickle:
     raise InputError(
-        f'--from={str(path)!r} holds weights only as {pickles[0].name}, a pickle: '
-        'such a file can run any program when it is read. Give a safetensors '
-        'file, or --allow_pickle, where you trust its source (then too it is read '
-        'as weights only)')
+      f'--from={str(path)!r} holds weights only as {pickles[0].name}, a pickle: '
+      'such a file can run any program when it is read. Give a safetensors '
+      'file, or --allow_pickle, where you trust its source (then too it is read '
+      'as weights only)'
+    )
   return TorchTensors(pickles, str(path))

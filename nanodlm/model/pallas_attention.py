@@ -64,8 +64,9 @@ class Pattern:
   kind: str
   block_size: int = 1
 
-  def seen(self, keys: jax.Array, queries: jax.Array, num_keys: int
-           ) -> jax.Array | None:
+  def seen(
+    self, keys: jax.Array, queries: jax.Array, num_keys: int
+  ) -> jax.Array | None:
     """Positions keys [K, 1] and queries [1, Q] -> [K, Q] bool; None is all."""
     if self.kind == 'all':
       return None
@@ -81,19 +82,28 @@ class Pattern:
     return (code == limit + 1) | ((code < limit) & (code & 1 == 0))
 
 
-def fits(num_heads: int, head_dim: int, num_queries: int, num_keys: int,
-         itemsize: int) -> bool:
+def fits(
+  num_heads: int, head_dim: int, num_queries: int, num_keys: int, itemsize: int
+) -> bool:
   """Whether the kernel can take these sizes; `itemsize` is a number's bytes."""
   if head_dim % LANES and (LANES % head_dim or num_heads % (LANES // head_dim)):
     return False
-  return (num_queries % LANES == 0 and num_keys % LANES == 0
-          and num_keys <= MAX_KEYS * 2 // max(itemsize, 2))
+  return (
+    num_queries % LANES == 0
+    and num_keys % LANES == 0
+    and num_keys <= MAX_KEYS * 2 // max(itemsize, 2)
+  )
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern,
-              query_ids: jax.Array | None = None,
-              key_ids: jax.Array | None = None, interpret: bool = False
-              ) -> jax.Array:
+def attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  pattern: Pattern,
+  query_ids: jax.Array | None = None,
+  key_ids: jax.Array | None = None,
+  interpret: bool = False,
+) -> jax.Array:
   """Scaled dot-product attention, softmax in float32; sizes as `fits` says.
 
   Args:
@@ -113,8 +123,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern,
   if query_ids is not None:
     ids = (query_ids[:, None, :], key_ids[:, :, None])
   setup = _Setup(pattern, q.shape[-1], interpret)
-  return _attention(setup, merge(q), merge(k), merge(v), ids
-                    ).reshape(q.shape)
+  return _attention(setup, merge(q), merge(k), merge(v), ids).reshape(q.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +142,7 @@ class _Setup:
   @property
   def factor(self) -> float:
     """Of the scores."""
-    return self.head_dim ** -0.5
+    return self.head_dim**-0.5
 
   def num_queries(self, q, k) -> int:
     """Queries of a block."""
@@ -155,14 +164,17 @@ class _Setup:
   def heads(self):
     """A float32 row [1, width] for each head of a block: 1 in its own lanes."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.width), 1)
-    return [(_divide(lane, self.head_dim) == head).astype(jnp.float32)
-            for head in range(self.width // self.head_dim)]
+    return [
+      (_divide(lane, self.head_dim) == head).astype(jnp.float32)
+      for head in range(self.width // self.head_dim)
+    ]
 
 
 def _dot(a, b, a_dim, b_dim):
   """Contracts one dimension of each -> float32."""
-  return jax.lax.dot_general(a, b, (((a_dim,), (b_dim,)), ((), ())),
-                             preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(
+    a, b, (((a_dim,), (b_dim,)), ((), ())), preferred_element_type=jnp.float32
+  )
 
 
 def _own(x, head, factor=1.0):
@@ -182,7 +194,9 @@ def _exp_scores(q, k, seen):
 def _forward_kernel(setup, q_ref, k_ref, v_ref, *refs):
   *id_refs, out_ref = refs
   q, k, v = q_ref[0], k_ref[0], v_ref[0]
-  seen = setup.seen(k.shape[0], q.shape[0], pl.program_id(2) * q.shape[0], id_refs)
+  seen = setup.seen(
+    k.shape[0], q.shape[0], pl.program_id(2) * q.shape[0], id_refs
+  )
   out = jnp.zeros((q.shape[0], setup.width), jnp.float32)
   for head in setup.heads():
     exp, inverse = _exp_scores(_own(q, head, setup.factor), k, seen)
@@ -242,38 +256,54 @@ def _call(kernel, setup, name, num_products, q, k, rest, ids, outs, scratch=()):
   batch, length, width = q.shape
   size, lanes = setup.num_queries(q, k), setup.width
   side = {
-      'q': pl.BlockSpec((1, size, lanes), lambda b, h, i: (b, i, h)),
-      'k': pl.BlockSpec((1, k.shape[1], lanes), lambda b, h, i: (b, 0, h))}
-  args, specs = [q, k, *(x for _, x in rest)], [
-      side['q'], side['k'], *(side[where] for where, _ in rest)]
+    'q': pl.BlockSpec((1, size, lanes), lambda b, h, i: (b, i, h)),
+    'k': pl.BlockSpec((1, k.shape[1], lanes), lambda b, h, i: (b, 0, h)),
+  }
+  args, specs = (
+    [q, k, *(x for _, x in rest)],
+    [side['q'], side['k'], *(side[where] for where, _ in rest)],
+  )
   if ids is not None:
     args += ids
-    specs += [pl.BlockSpec((1, 1, size), lambda b, h, i: (b, 0, i)),
-              pl.BlockSpec((1, k.shape[1], 1), lambda b, h, i: (b, 0, 0))]
+    specs += [
+      pl.BlockSpec((1, 1, size), lambda b, h, i: (b, 0, i)),
+      pl.BlockSpec((1, k.shape[1], 1), lambda b, h, i: (b, 0, 0)),
+    ]
   varies = jax.typeof(q).manual_axis_type
-  shape = {where: jax.ShapeDtypeStruct(x.shape, q.dtype, manual_axis_type=varies)
-           for where, x in (('q', q), ('k', k))}
+  shape = {
+    where: jax.ShapeDtypeStruct(x.shape, q.dtype, manual_axis_type=varies)
+    for where, x in (('q', q), ('k', k))
+  }
   pairs = batch * length * k.shape[1]
   moved = sum(x.size * x.dtype.itemsize for x in args) + sum(
-      math.prod(shape[where].shape) * q.dtype.itemsize for where in outs)
+    math.prod(shape[where].shape) * q.dtype.itemsize for where in outs
+  )
   return pl.pallas_call(
-      functools.partial(kernel, setup), grid=(batch, width // lanes, length // size),
-      in_specs=specs, out_specs=[side[where] for where in outs],
-      out_shape=[shape[where] for where in outs],
-      scratch_shapes=[pltpu.VMEM(x, jnp.float32) for x in scratch],
-      compiler_params=pltpu.CompilerParams(
-          dimension_semantics=('parallel', 'parallel', 'arbitrary'),
-          vmem_limit_bytes=VMEM_BYTES),
-      cost_estimate=pl.CostEstimate(
-          flops=2 * num_products * pairs * width,
-          transcendentals=pairs * width // setup.head_dim, bytes_accessed=moved),
-      name=name, interpret=setup.interpret)(*args)
+    functools.partial(kernel, setup),
+    grid=(batch, width // lanes, length // size),
+    in_specs=specs,
+    out_specs=[side[where] for where in outs],
+    out_shape=[shape[where] for where in outs],
+    scratch_shapes=[pltpu.VMEM(x, jnp.float32) for x in scratch],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary'),
+      vmem_limit_bytes=VMEM_BYTES,
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=2 * num_products * pairs * width,
+      transcendentals=pairs * width // setup.head_dim,
+      bytes_accessed=moved,
+    ),
+    name=name,
+    interpret=setup.interpret,
+  )(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(setup, q, k, v, ids):
-  return _call(_forward_kernel, setup, 'attention_forward', 2, q, k, [('k', v)],
-               ids, ['q'])[0]
+  return _call(
+    _forward_kernel, setup, 'attention_forward', 2, q, k, [('k', v)], ids, ['q']
+  )[0]
 
 
 def _attention_forward(setup, q, k, v, ids):
@@ -285,16 +315,30 @@ def _attention_backward(setup, residuals, d_out):
   q, k, v, ids, out = residuals
   scratch = [(k.shape[1], setup.width)] * 2
   dq, dk, dv = _call(
-      _backward_kernel, setup, 'attention_backward', 5, q, k,
-      [('k', v), ('q', out), ('q', d_out)], ids, ['q', 'k', 'k'], scratch)
+    _backward_kernel,
+    setup,
+    'attention_backward',
+    5,
+    q,
+    k,
+    [('k', v), ('q', out), ('q', d_out)],
+    ids,
+    ['q', 'k', 'k'],
+    scratch,
+  )
   return dq, dk, dv, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def rotate(x: jax.Array, scale: jax.Array | None, table: jax.Array, eps: float,
-           interpret: bool = False) -> jax.Array:
+def rotate(
+  x: jax.Array,
+  scale: jax.Array | None,
+  table: jax.Array,
+  eps: float,
+  interpret: bool = False,
+) -> jax.Array:
   """RMSNorm of each head, where there is a scale, then rotary positions.
 
   In one pass: XLA lays heads of 64 out with the positions in the lanes, takes
@@ -314,8 +358,10 @@ def rotate(x: jax.Array, scale: jax.Array | None, table: jax.Array, eps: float,
   setup = _Setup(Pattern('all'), head_dim, interpret)
   copies = setup.width // head_dim
   cos, sin = table[:, :, 0]
-  tables = (jnp.tile(cos, (1, 2 * copies)),
-            jnp.tile(jnp.concatenate([-sin, sin], -1), (1, copies)))
+  tables = (
+    jnp.tile(cos, (1, 2 * copies)),
+    jnp.tile(jnp.concatenate([-sin, sin], -1), (1, copies)),
+  )
   if scale is not None:
     # Here and not in the kernel's rule: so its gradients are summed over the
     # devices among which only the heads differ.
@@ -332,14 +378,21 @@ def _swap(setup, x):
   """Exchanges the halves of every head."""
   half = setup.head_dim // 2
   lane = jax.lax.broadcasted_iota(jnp.int32, (1, setup.width), 1)
-  return jnp.where(_divide(lane, half) & 1 == 0,
-                   pltpu.roll(x, setup.width - half, 1), pltpu.roll(x, half, 1))
+  return jnp.where(
+    _divide(lane, half) & 1 == 0,
+    pltpu.roll(x, setup.width - half, 1),
+    pltpu.roll(x, half, 1),
+  )
 
 
 def _head_means(setup, x):
   """Each head's mean over its own lanes, in all of them."""
-  return sum(head * jnp.sum(x * head, axis=1, keepdims=True)
-             for head in setup.heads()) / setup.head_dim
+  return (
+    sum(
+      head * jnp.sum(x * head, axis=1, keepdims=True) for head in setup.heads()
+    )
+    / setup.head_dim
+  )
 
 
 def _rotate_kernel(setup, eps, x_ref, cos_ref, sin_ref, *refs):
@@ -386,29 +439,45 @@ def _call_rotate(kernel, setup, eps, name, arrays, tables, scale, with_d_scale):
     args.append(scale)
     specs.append(pl.BlockSpec((1, lanes), lambda b, h, i: (0, 0)))
   varies = jax.typeof(arrays[0]).manual_axis_type
-  shapes = [jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype,
-                                 manual_axis_type=varies)]
+  shapes = [
+    jax.ShapeDtypeStruct(
+      arrays[0].shape, arrays[0].dtype, manual_axis_type=varies
+    )
+  ]
   out_specs = [block]
   if with_d_scale:
-    shapes.append(jax.ShapeDtypeStruct((*grid[:2], 1, lanes), jnp.float32,
-                                       manual_axis_type=varies))
-    out_specs.append(pl.BlockSpec((1, 1, 1, lanes), lambda b, h, i: (b, h, 0, 0)))
+    shapes.append(
+      jax.ShapeDtypeStruct(
+        (*grid[:2], 1, lanes), jnp.float32, manual_axis_type=varies
+      )
+    )
+    out_specs.append(
+      pl.BlockSpec((1, 1, 1, lanes), lambda b, h, i: (b, h, 0, 0))
+    )
   moved = sum(x.size * x.dtype.itemsize for x in [*args, arrays[0]])
   return pl.pallas_call(
-      functools.partial(kernel, setup, eps), grid=grid, in_specs=specs,
-      out_specs=out_specs, out_shape=shapes,
-      compiler_params=pltpu.CompilerParams(
-          dimension_semantics=('parallel', 'parallel', 'arbitrary')),
-      # No products; FLOPs of the vector unit are not the peak rate's.
-      cost_estimate=pl.CostEstimate(flops=0, transcendentals=0,
-                                    bytes_accessed=moved),
-      name=name, interpret=setup.interpret)(*args)
+    functools.partial(kernel, setup, eps),
+    grid=grid,
+    in_specs=specs,
+    out_specs=out_specs,
+    out_shape=shapes,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary')
+    ),
+    # No products; FLOPs of the vector unit are not the peak rate's.
+    cost_estimate=pl.CostEstimate(
+      flops=0, transcendentals=0, bytes_accessed=moved
+    ),
+    name=name,
+    interpret=setup.interpret,
+  )(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _rotate(setup, eps, x, scale, tables):
-  return _call_rotate(_rotate_kernel, setup, eps, 'rotate', [x], tables, scale,
-                      False)[0]
+  return _call_rotate(
+    _rotate_kernel, setup, eps, 'rotate', [x], tables, scale, False
+  )[0]
 
 
 def _rotate_forward(setup, eps, x, scale, tables):
@@ -418,10 +487,23 @@ def _rotate_forward(setup, eps, x, scale, tables):
 def _rotate_backward(setup, eps, residuals, d_out):
   x, scale, tables = residuals
   arrays = [d_out] if scale is None else [x, d_out]
-  kernel = _rotate_back_kernel if scale is not None else (
-      lambda setup, eps, *refs: _rotate_back_kernel(setup, eps, None, *refs))
-  out = _call_rotate(kernel, setup, eps, 'rotate_backward', arrays, tables, scale,
-                     scale is not None)
+  kernel = (
+    _rotate_back_kernel
+    if scale is not None
+    else (
+      lambda setup, eps, *refs: _rotate_back_kernel(setup, eps, None, *refs)
+    )
+  )
+  out = _call_rotate(
+    kernel,
+    setup,
+    eps,
+    'rotate_backward',
+    arrays,
+    tables,
+    scale,
+    scale is not None,
+  )
   d_scale = None
   if scale is not None:
     d_scale = jnp.sum(out[1], axis=(0, 1))

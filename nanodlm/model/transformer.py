@@ -9,19 +9,16 @@ a few).
 
 import dataclasses
 import functools
-from typing import Any
-from typing import Callable
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import flax.linen as nn
 import jax
 from jax import ad_checkpoint
 import jax.numpy as jnp
 
-from nanodlm.model import attention
-from nanodlm.model import pallas_attention
 from nanodlm.devices import sharding
 from nanodlm.devices.sharding import Shards
+from nanodlm.model import attention, pallas_attention
 from nanodlm.types import InputError
 
 # Standard deviation of the initial weights, as in GPT-2.
@@ -52,23 +49,24 @@ def _relu2_jvp(primals, tangents):
 # By this name 'dots' keeps the attention's output, a product of its own kernels.
 ATTENTION_OUT = 'attention_out'
 MLPS = {
-    'gelu': functools.partial(nn.gelu, approximate=False),
-    'gelu_tanh': functools.partial(nn.gelu, approximate=True),
-    'relu2': relu2,
-    'geglu': functools.partial(nn.gelu, approximate=False),
-    'geglu_tanh': functools.partial(nn.gelu, approximate=True),
-    'swiglu': nn.silu,
-    'glu': nn.sigmoid,
+  'gelu': functools.partial(nn.gelu, approximate=False),
+  'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+  'relu2': relu2,
+  'geglu': functools.partial(nn.gelu, approximate=False),
+  'geglu_tanh': functools.partial(nn.gelu, approximate=True),
+  'swiglu': nn.silu,
+  'glu': nn.sigmoid,
 }
 GATED = ('geglu', 'geglu_tanh', 'swiglu', 'glu')
 NORMS = ('rms', 'layer')
 ATTENTION_BIASES = ('none', 'qkv', 'all')
 REMATS = {
-    'none': None,
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT)),
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT),
+  ),
 }
 DTYPES = ('float32', 'bfloat16')
 
@@ -100,11 +98,11 @@ def _sigma(t):
 # schedule: SEDD, MDLM, Duo. | 'unit': t itself: GIDD. | 'constant': always 0, so
 # that the network does not know the time: MDLM and BD3-LM, mostly. | 'md4': MD4's.
 TIME_FORMS = {
-    'dit': TimeForm(lambda t: TIME_SCALE * t),
-    'sigma': TimeForm(_sigma, scales=True, final=True),
-    'unit': TimeForm(lambda t: t, scales=True, final=True),
-    'constant': TimeForm(jnp.zeros_like, scales=True, final=True),
-    'md4': TimeForm(lambda t: TIME_SCALE * t, final=True, is_md4=True),
+  'dit': TimeForm(lambda t: TIME_SCALE * t),
+  'sigma': TimeForm(_sigma, scales=True, final=True),
+  'unit': TimeForm(lambda t: t, scales=True, final=True),
+  'constant': TimeForm(jnp.zeros_like, scales=True, final=True),
+  'md4': TimeForm(lambda t: TIME_SCALE * t, final=True, is_md4=True),
 }
 
 
@@ -198,60 +196,87 @@ class ModelConfig:
         raise InputError(f'model.{key}={getattr(self, key)!r} must be >= 1')
     for key in ('num_kv_heads', 'head_size', 'mlp_dim', 'num_positions'):
       if getattr(self, key) < 0:
-        raise InputError(f'model.{key}={getattr(self, key)!r} must be >= 0 '
-                         f'(0: {"none" if key == "num_positions" else "chosen"})')
-    if not self.head_size and self.embed_dim % self.num_heads or (
-        not self.num_positions and self.head_dim % 2):
+        raise InputError(
+          f'model.{key}={getattr(self, key)!r} must be >= 0 '
+          f'(0: {"none" if key == "num_positions" else "chosen"})'
+        )
+    if (
+      not self.head_size
+      and self.embed_dim % self.num_heads
+      or (not self.num_positions and self.head_dim % 2)
+    ):
       raise InputError(
-          f'model.num_heads={self.num_heads!r} must divide model.embed_dim='
-          f'{self.embed_dim!r} into heads of an even size (rotary positions)'
-          + (f'; model.head_size={self.head_size!r}' if self.head_size else ''))
+        f'model.num_heads={self.num_heads!r} must divide model.embed_dim='
+        f'{self.embed_dim!r} into heads of an even size (rotary positions)'
+        + (f'; model.head_size={self.head_size!r}' if self.head_size else '')
+      )
     if self.num_heads % self.kv_heads:
-      raise InputError(f'model.num_kv_heads={self.num_kv_heads!r} must divide '
-                       f'model.num_heads={self.num_heads!r}')
+      raise InputError(
+        f'model.num_kv_heads={self.num_kv_heads!r} must divide '
+        f'model.num_heads={self.num_heads!r}'
+      )
     for key in ('time_dim', 'embedding_dim'):
       if getattr(self, key) < 0:
         raise InputError(
-            f'model.{key}={getattr(self, key)!r} must be >= 0 (0: embed_dim)')
-    for key, allowed in (('mlp', MLPS), ('remat', REMATS), ('dtype', DTYPES),
-                         ('norm', NORMS), ('attention_bias', ATTENTION_BIASES),
-                         ('time_form', TIME_FORMS)):
+          f'model.{key}={getattr(self, key)!r} must be >= 0 (0: embed_dim)'
+        )
+    for key, allowed in (
+      ('mlp', MLPS),
+      ('remat', REMATS),
+      ('dtype', DTYPES),
+      ('norm', NORMS),
+      ('attention_bias', ATTENTION_BIASES),
+      ('time_form', TIME_FORMS),
+    ):
       if getattr(self, key) not in allowed:
-        raise InputError(f'model.{key}={getattr(self, key)!r} is not one of '
-                         f'{sorted(allowed)}')
+        raise InputError(
+          f'model.{key}={getattr(self, key)!r} is not one of {sorted(allowed)}'
+        )
     for key in ('rope_theta', 'norm_eps'):
       if not getattr(self, key) > 0:
         raise InputError(f'model.{key}={getattr(self, key)!r} must be > 0')
     if self.norm_bias and self.norm != 'layer':
-      raise InputError(f'model.norm_bias=True has no effect with model.norm='
-                       f"{self.norm!r}, only with 'layer'")
+      raise InputError(
+        f'model.norm_bias=True has no effect with model.norm='
+        f"{self.norm!r}, only with 'layer'"
+      )
     if self.shift_outputs and (self.causal or self.block_size):
       raise InputError(
-          'model.shift_outputs=True is for objectives that see a whole noisy text '
-          "('masked', ...); 'ar' shifts its input, and 'block' sees blocks: it must "
-          'be False with them')
+        'model.shift_outputs=True is for objectives that see a whole noisy text '
+        "('masked', ...); 'ar' shifts its input, and 'block' sees blocks: it must "
+        'be False with them'
+      )
     if not 0 <= self.dropout < 1:
       raise InputError(f'model.dropout={self.dropout!r} must be in [0, 1)')
-    attention.check_backend(self.attention,
-                            self.platform or jax.default_backend())
-    if not self.time_conditioning and (self.time_form != 'dit' or self.time_dim):
+    attention.check_backend(
+      self.attention, self.platform or jax.default_backend()
+    )
+    if not self.time_conditioning and (
+      self.time_form != 'dit' or self.time_dim
+    ):
       raise InputError(
-          f'model.time_form={self.time_form!r} and model.time_dim='
-          f'{self.time_dim!r} have no effect with model.time_conditioning=False; '
-          "they must be 'dit' and 0")
+        f'model.time_form={self.time_form!r} and model.time_dim='
+        f'{self.time_dim!r} have no effect with model.time_conditioning=False; '
+        "they must be 'dit' and 0"
+      )
     if self.time_dim % 2:
       raise InputError(f'model.time_dim={self.time_dim!r} must be even')
     if self.embedding_dim and self.tie_embeddings:
       raise InputError(
-          f'model.embedding_dim={self.embedding_dim!r} does not go with '
-          'model.tie_embeddings=True: the output projection is not as wide')
+        f'model.embedding_dim={self.embedding_dim!r} does not go with '
+        'model.tie_embeddings=True: the output projection is not as wide'
+      )
     if self.block_size and self.knows_time:
-      raise InputError('model.time_conditioning=True does not go with block '
-                       'diffusion, whose blocks have times of their own; it must '
-                       "be False, or model.time_form be 'constant'")
+      raise InputError(
+        'model.time_conditioning=True does not go with block '
+        'diffusion, whose blocks have times of their own; it must '
+        "be False, or model.time_form be 'constant'"
+      )
     if self.block_size and self.attention == 'cudnn':
-      raise InputError("model.attention='cudnn' does not know the pattern of "
-                       "block diffusion; 'auto', 'xla' or 'pallas' are allowed")
+      raise InputError(
+        "model.attention='cudnn' does not know the pattern of "
+        "block diffusion; 'auto', 'xla' or 'pallas' are allowed"
+      )
 
   @property
   def head_dim(self) -> int:
@@ -300,7 +325,9 @@ class Cache(NamedTuple):
   last: Any
 
 
-def rotary_table(positions: jax.Array, head_dim: int, theta: float) -> jax.Array:
+def rotary_table(
+  positions: jax.Array, head_dim: int, theta: float
+) -> jax.Array:
   """cos and sin of the rotary angles at [L] positions, [2, L, 1, Dh / 2].
 
   Source: RoFormer, arXiv 2104.09864, equation 34.
@@ -315,12 +342,14 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
   # In float32: bfloat16 angles would differ by 0.4% at every distance.
   cos, sin = table[:, None]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin,
-                          second * cos + first * sin], axis=-1).astype(x.dtype)
+  return jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  ).astype(x.dtype)
 
 
-def dropout_mask(keys: jax.Array, rate: float, shape: tuple[int, int]
-                 ) -> jax.Array:
+def dropout_mask(
+  keys: jax.Array, rate: float, shape: tuple[int, int]
+) -> jax.Array:
   """Factors 0 or 1 / (1 - rate), [B, L, D], each example's from its own key.
 
   So the mask does not depend on the device or micro-batch an example lands on.
@@ -350,7 +379,8 @@ def _linear_backward(residuals, dy):
   x, kernel = residuals
   # What is compiled ahead of time for a TPU is not for this machine's backend.
   dy = jax.lax.platform_dependent(
-      dy, cpu=jax.lax.optimization_barrier, default=lambda dy: dy)
+    dy, cpu=jax.lax.optimization_barrier, default=lambda dy: dy
+  )
   return dy @ kernel.T, jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
 
 
@@ -377,8 +407,9 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    kernel = self.param('kernel', nn.initializers.normal(self.std),
-                        (x.shape[-1], self.features))
+    kernel = self.param(
+      'kernel', nn.initializers.normal(self.std), (x.shape[-1], self.features)
+    )
     y = linear(x.reshape(-1, x.shape[-1]), kernel.astype(self.dtype))
     y = sharding.join(y, self.join)
     if self.use_bias:
@@ -400,8 +431,12 @@ class Norm(nn.Module):
       scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
       if cfg.norm_bias:
         bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-    norm = functools.partial(normalize, dtype=jnp.dtype(cfg.dtype),
-                             eps=cfg.norm_eps, is_centred=cfg.norm == 'layer')
+    norm = functools.partial(
+      normalize,
+      dtype=jnp.dtype(cfg.dtype),
+      eps=cfg.norm_eps,
+      is_centred=cfg.norm == 'layer',
+    )
     return _keeps_inputs(norm, cfg.platform)(x, scale, bias=bias)
 
 
@@ -415,9 +450,14 @@ def _keeps_inputs(f: Callable[..., Any], platform: str) -> Callable[..., Any]:
   return jax.checkpoint(f, prevent_cse=False)
 
 
-def normalize(x: jax.Array, scale: jax.Array | None, dtype: Any, eps: float,
-              is_centred: bool = False, bias: jax.Array | None = None
-              ) -> jax.Array:
+def normalize(
+  x: jax.Array,
+  scale: jax.Array | None,
+  dtype: Any,
+  eps: float,
+  is_centred: bool = False,
+  bias: jax.Array | None = None,
+) -> jax.Array:
   """x / rms(x) over the last axis, times the scale [D]; computed in float32.
 
   With `is_centred` of x without its mean: LayerNorm.
@@ -444,7 +484,8 @@ class Heads(nn.Module):
     if cfg.qk_norm:
       scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
     if rotary is not None and attention.has_kernels(
-        cfg.attention, cfg.platform, x):
+      cfg.attention, cfg.platform, x
+    ):
       return pallas_attention.rotate(x, scale, rotary, cfg.norm_eps)
     if scale is not None:
       x = normalize(x, scale, jnp.dtype(cfg.dtype), cfg.norm_eps)
@@ -462,8 +503,19 @@ class Block(nn.Module):
   shards: Shards = Shards()
 
   @nn.compact
-  def __call__(self, x, layer, cached, time, rotary, segment_ids, dropout_keys,
-               visible, seen, positions=None):
+  def __call__(
+    self,
+    x,
+    layer,
+    cached,
+    time,
+    rotary,
+    segment_ids,
+    dropout_keys,
+    visible,
+    seen,
+    positions=None,
+  ):
     """Applies the block.
 
     Args:
@@ -490,8 +542,8 @@ class Block(nn.Module):
     kv_heads = cfg.kv_heads // shards.tensor
     inner, mlp_width = num_heads * cfg.head_dim, cfg.mlp_width // shards.tensor
     norm = functools.partial(
-        Norm, cfg,
-        not cfg.time_conditioning or TIME_FORMS[cfg.time_form].scales)
+      Norm, cfg, not cfg.time_conditioning or TIME_FORMS[cfg.time_form].scales
+    )
 
     def pick(y):  # [B, L, D] -> the wanted rows
       return y if positions is None else y.reshape(-1, y.shape[-1])[positions]
@@ -503,52 +555,86 @@ class Block(nn.Module):
       if gate is not None:
         y = y * pick_time(gate)
       if dropout_keys is not None and cfg.dropout:
-        keys = jax.vmap(lambda key: jax.random.fold_in(
-            jax.random.fold_in(key, layer), salt))(dropout_keys)
-        y = y * pick(dropout_mask(keys, cfg.dropout, (length, width))
-                     ).astype(y.dtype)
+        keys = jax.vmap(
+          lambda key: jax.random.fold_in(jax.random.fold_in(key, layer), salt)
+        )(dropout_keys)
+        y = y * pick(dropout_mask(keys, cfg.dropout, (length, width))).astype(
+          y.dtype
+        )
       return y
 
     gate1 = gate2 = None
     if cfg.time_conditioning:
-      modulation = nn.Dense(6 * width // shards.tensor, dtype=dtype,
-                            name='modulation',
-                            kernel_init=nn.initializers.zeros)(
-                                _activate_time(cfg, time))
+      modulation = nn.Dense(
+        6 * width // shards.tensor,
+        dtype=dtype,
+        name='modulation',
+        kernel_init=nn.initializers.zeros,
+      )(_activate_time(cfg, time))
       modulation = sharding.concatenate(modulation, shards)
       shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
-          modulation, 6, axis=-1)
+        modulation, 6, axis=-1
+      )
 
     h = norm(name='attention_norm')(x)
     if cfg.time_conditioning:
       h = h * (1 + scale1[:, None]) + shift1[:, None]
     h = sharding.split(h, shards)
     q, k, v = (
-        Linear(heads * cfg.head_dim, dtype, cfg.attention_bias != 'none',
-               name=name)(h).reshape(batch, length, heads, cfg.head_dim)
-        for name, heads in (('query', num_heads), ('key', kv_heads),
-                            ('value', kv_heads)))
-    q, k = Heads(cfg, name='q_norm')(q, rotary), Heads(cfg, name='k_norm')(k, rotary)
+      Linear(
+        heads * cfg.head_dim, dtype, cfg.attention_bias != 'none', name=name
+      )(h).reshape(batch, length, heads, cfg.head_dim)
+      for name, heads in (
+        ('query', num_heads),
+        ('key', kv_heads),
+        ('value', kv_heads),
+      )
+    )
+    q, k = (
+      Heads(cfg, name='q_norm')(q, rotary),
+      Heads(cfg, name='k_norm')(k, rotary),
+    )
     own = None
     if cached is not None:
       own = (k, v)
-      h = attention.cached_attention(q, k, v, *cached, visible,
-                                     causal=cfg.causal)
+      h = attention.cached_attention(
+        q, k, v, *cached, visible, causal=cfg.causal
+      )
     elif cfg.block_size:
       if positions is not None:  # of the noisy rows, the last layer's output
-        q = q[:batch // 2]
+        q = q[: batch // 2]
       h = attention.block_attention(
-          q, k, v, block_size=cfg.block_size, segment_ids=segment_ids,
-          backend=cfg.attention, platform=cfg.platform)
+        q,
+        k,
+        v,
+        block_size=cfg.block_size,
+        segment_ids=segment_ids,
+        backend=cfg.attention,
+        platform=cfg.platform,
+      )
     else:
-      h = attention.attention(q, k, v, causal=cfg.causal, seen=seen,
-                              segment_ids=segment_ids, backend=cfg.attention,
-                              platform=cfg.platform)
-    h = pick(ad_checkpoint.checkpoint_name(h, ATTENTION_OUT).reshape(
-        -1, length, inner))
+      h = attention.attention(
+        q,
+        k,
+        v,
+        causal=cfg.causal,
+        seen=seen,
+        segment_ids=segment_ids,
+        backend=cfg.attention,
+        platform=cfg.platform,
+      )
+    h = pick(
+      ad_checkpoint.checkpoint_name(h, ATTENTION_OUT).reshape(-1, length, inner)
+    )
     out_std = INIT_STD / (2 * cfg.num_layers) ** 0.5
-    out = Linear(width, dtype, cfg.attention_bias == 'all', out_std, shards,
-                 name='attention_out')(h)
+    out = Linear(
+      width,
+      dtype,
+      cfg.attention_bias == 'all',
+      out_std,
+      shards,
+      name='attention_out',
+    )(h)
     x = pick(x) + branch(out, gate1, 0)
 
     h = norm(name='mlp_norm')(x)
@@ -558,11 +644,14 @@ class Block(nn.Module):
     up = Linear(mlp_width, dtype, cfg.mlp_bias, name='mlp_in')(h)
     if cfg.is_gated:
       gate = Linear(mlp_width, dtype, cfg.mlp_bias, name='mlp_gate')(h)
-      up = _keeps_inputs(lambda gate, up: MLPS[cfg.mlp](gate) * up,
-                         cfg.platform)(gate, up)
+      up = _keeps_inputs(
+        lambda gate, up: MLPS[cfg.mlp](gate) * up, cfg.platform
+      )(gate, up)
     else:
       up = MLPS[cfg.mlp](up)
-    out = Linear(width, dtype, cfg.mlp_bias, out_std, shards, name='mlp_out')(up)
+    out = Linear(width, dtype, cfg.mlp_bias, out_std, shards, name='mlp_out')(
+      up
+    )
     return x + branch(out, gate2, 1), own
 
 
@@ -585,11 +674,15 @@ class TimeEmbedding(nn.Module):
     frequency = jnp.exp(-jnp.log(TIME_PERIOD) * jnp.arange(half) / last)
     angle = form.clock(t.astype(jnp.float32))[:, None] * frequency[None]
     features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    dense = functools.partial(nn.Dense, dtype=jnp.dtype(cfg.dtype),
-                              kernel_init=nn.initializers.normal(INIT_STD))
+    dense = functools.partial(
+      nn.Dense,
+      dtype=jnp.dtype(cfg.dtype),
+      kernel_init=nn.initializers.normal(INIT_STD),
+    )
     inner = 4 * cfg.time_width if form.is_md4 else cfg.time_width
     return dense(cfg.time_width, name='out')(
-        nn.silu(dense(inner, name='in')(features)))
+      nn.silu(dense(inner, name='in')(features))
+    )
 
 
 class Transformer(nn.Module):
@@ -610,35 +703,46 @@ class Transformer(nn.Module):
     num_ids = sharding.padded(cfg.vocab_size, self.shards) // self.shards.tensor
     normal = nn.initializers.normal(INIT_STD)
     self.embedding = self.param(
-        'embedding', normal, (num_ids, cfg.embedding_dim or cfg.embed_dim))
+      'embedding', normal, (num_ids, cfg.embedding_dim or cfg.embed_dim)
+    )
     if cfg.embedding_dim:
-      self.embedding_in = nn.Dense(cfg.embed_dim, dtype=dtype, kernel_init=normal)
+      self.embedding_in = nn.Dense(
+        cfg.embed_dim, dtype=dtype, kernel_init=normal
+      )
     if not cfg.tie_embeddings:
       self.output = self.param('output', normal, (num_ids, cfg.embed_dim))
     if cfg.output_bias:
-      self.output_bias = self.param('output_bias', nn.initializers.zeros,
-                                    (num_ids,))
+      self.output_bias = self.param(
+        'output_bias', nn.initializers.zeros, (num_ids,)
+      )
     if cfg.num_positions:
       self.position_embedding = self.param(
-          'position_embedding', normal, (cfg.num_positions, cfg.embed_dim))
+        'position_embedding', normal, (cfg.num_positions, cfg.embed_dim)
+      )
     form = TIME_FORMS[cfg.time_form]
     is_final = cfg.time_conditioning and form.final
     if cfg.time_conditioning:
       self.time_embedding = TimeEmbedding(cfg)
     if is_final:
-      self.final_modulation = nn.Dense(2 * cfg.embed_dim, dtype=dtype,
-                                       kernel_init=nn.initializers.zeros)
+      self.final_modulation = nn.Dense(
+        2 * cfg.embed_dim, dtype=dtype, kernel_init=nn.initializers.zeros
+      )
     if cfg.num_layers > 1:
       self.layers = Block(cfg)
     self.last_layer = Block(cfg)
     self.final_norm = Norm(cfg, not is_final or form.scales)
 
-  def __call__(self, tokens: jax.Array, t: jax.Array | None = None, *,
-               clean: jax.Array | None = None,
-               segment_ids: jax.Array | None = None,
-               dropout_keys: jax.Array | None = None,
-               seen: jax.Array | None = None,
-               positions: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self,
+    tokens: jax.Array,
+    t: jax.Array | None = None,
+    *,
+    clean: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    dropout_keys: jax.Array | None = None,
+    seen: jax.Array | None = None,
+    positions: jax.Array | None = None,
+  ) -> jax.Array:
     """The network up to, not including, the output projection.
 
     Args:
@@ -662,22 +766,40 @@ class Transformer(nn.Module):
       segment_ids = twice(segment_ids)
       if dropout_keys is not None:  # the copies' masks are independent
         dropout_keys = jnp.concatenate(
-            [jax.vmap(lambda key: jax.random.fold_in(key, copy))(dropout_keys)
-             for copy in range(2)])
+          [
+            jax.vmap(lambda key: jax.random.fold_in(key, copy))(dropout_keys)
+            for copy in range(2)
+          ]
+        )
     wanted = positions
     if (self.config.block_size or self.config.shift_outputs) and wanted is None:
       wanted = jnp.arange(shape[0] * shape[1])
     if self.config.shift_outputs:
       wanted = jnp.where(wanted % shape[1] == 0, wanted, wanted - 1)
-    hidden, _ = self._layers(tokens, t, jnp.arange(shape[1]), Cache(None, None),
-                             segment_ids, dropout_keys, None, seen, wanted)
+    hidden, _ = self._layers(
+      tokens,
+      t,
+      jnp.arange(shape[1]),
+      Cache(None, None),
+      segment_ids,
+      dropout_keys,
+      None,
+      seen,
+      wanted,
+    )
     if positions is None:
       hidden = hidden.reshape(*shape, -1)
     return hidden
 
-  def advance(self, tokens: jax.Array, t: jax.Array | None, start: jax.Array,
-              cache: Cache, visible: jax.Array,
-              positions: jax.Array | None = None) -> tuple[jax.Array, Cache]:
+  def advance(
+    self,
+    tokens: jax.Array,
+    t: jax.Array | None,
+    start: jax.Array,
+    cache: Cache,
+    visible: jax.Array,
+    positions: jax.Array | None = None,
+  ) -> tuple[jax.Array, Cache]:
     """The network on S consecutive tokens, the rest coming from a cache.
 
     Args:
@@ -693,19 +815,34 @@ class Transformer(nn.Module):
       values at start .. start + S - 1.
     """
     if self.config.shift_outputs:
-      raise InputError('model.shift_outputs=True reads outputs from before a block, '
-                       'which a cache of keys and values does not have')
+      raise InputError(
+        'model.shift_outputs=True reads outputs from before a block, '
+        'which a cache of keys and values does not have'
+      )
     where = start + jnp.arange(tokens.shape[1])
-    hidden, own = self._layers(tokens, t, where, cache, None, None, visible, None,
-                               positions)
+    hidden, own = self._layers(
+      tokens, t, where, cache, None, None, visible, None, positions
+    )
 
     def write(old, new):
       return jax.lax.dynamic_update_slice_in_dim(
-          old, new.astype(old.dtype), start, axis=old.ndim - 3)
+        old, new.astype(old.dtype), start, axis=old.ndim - 3
+      )
+
     return hidden, jax.tree.map(write, cache, own)
 
-  def _layers(self, tokens, t, where, cache, segment_ids, dropout_keys, visible,
-              seen, positions):
+  def _layers(
+    self,
+    tokens,
+    t,
+    where,
+    cache,
+    segment_ids,
+    dropout_keys,
+    visible,
+    seen,
+    positions,
+  ):
     """Hidden states of tokens at `where` [L], and their own keys and values."""
     cfg = self.config
     last_layer = cfg.num_layers - 1
@@ -713,9 +850,13 @@ class Transformer(nn.Module):
     time = None
     if cfg.time_conditioning:
       time = self.time_embedding(
-          t if cfg.knows_time else jnp.zeros(tokens.shape[:1]))
-    rotary = None if cfg.num_positions else rotary_table(
-        where, cfg.head_dim, cfg.rope_theta)
+        t if cfg.knows_time else jnp.zeros(tokens.shape[:1])
+      )
+    rotary = (
+      None
+      if cfg.num_positions
+      else rotary_table(where, cfg.head_dim, cfg.rope_theta)
+    )
     args = (time, rotary, segment_ids, dropout_keys, visible, seen)
     if self.is_initializing():
       self._init_layers(x, args)
@@ -727,18 +868,31 @@ class Transformer(nn.Module):
       def body(x, layer):
         params, index, cached = layer
         return apply(params, x, index, cached, *args)
-      layers = (self.layers.variables['params'], jnp.arange(last_layer),
-                cache.layers)
+
+      layers = (
+        self.layers.variables['params'],
+        jnp.arange(last_layer),
+        cache.layers,
+      )
       x, own = (_unrolled_scan if cfg.unroll else jax.lax.scan)(body, x, layers)
     x, last = self._make_apply(prevent_cse=True)(
-        self.last_layer.variables['params'], x, last_layer, cache.last, *args,
-        positions)
+      self.last_layer.variables['params'],
+      x,
+      last_layer,
+      cache.last,
+      *args,
+      positions,
+    )
     x = self.final_norm(x)
     if cfg.time_conditioning and TIME_FORMS[cfg.time_form].final:
       shift, scale = jnp.split(
-          self.final_modulation(_activate_time(cfg, time)), 2, axis=-1)
-      wanted = ((lambda y: y[:, None]) if positions is None
-                else (lambda y: y[positions // tokens.shape[1]]))
+        self.final_modulation(_activate_time(cfg, time)), 2, axis=-1
+      )
+      wanted = (
+        (lambda y: y[:, None])
+        if positions is None
+        else (lambda y: y[positions // tokens.shape[1]])
+      )
       x = x * (1 + wanted(scale)) + wanted(shift)
     return x, Cache(own, last)
 
@@ -769,6 +923,7 @@ class Transformer(nn.Module):
     def apply(params, x, *args):
       params = sharding.gather(params, shards, jnp.dtype(cfg.dtype))
       return Block(cfg, shards, parent=None).apply({'params': params}, x, *args)
+
     policy = REMATS[cfg.remat]
     if cfg.remat == 'none':
       if shards.fsdp == 1:
@@ -780,9 +935,12 @@ class Transformer(nn.Module):
     """Draws the parameters of all blocks, those of the scan stacked."""
     num_layers = self.config.num_layers
     if num_layers > 1:
-      nn.scan(lambda block, x, layer: block(x, layer, None, *args),
-              variable_axes={'params': 0}, split_rngs={'params': True},
-              length=num_layers - 1)(self.layers, x, jnp.arange(num_layers - 1))
+      nn.scan(
+        lambda block, x, layer: block(x, layer, None, *args),
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        length=num_layers - 1,
+      )(self.layers, x, jnp.arange(num_layers - 1))
     self.last_layer(x, num_layers - 1, None, *args)
 
 
@@ -818,11 +976,16 @@ def opening_mask(keys: jax.Array, share: jax.Array, length: int) -> jax.Array:
   return jax.vmap(draw)(keys) | jnp.tril(jnp.ones((length, length), bool))[None]
 
 
-def init_cache(config: ModelConfig, batch_size: int, length: int,
-               shards: Shards = Shards()) -> Cache:
+def init_cache(
+  config: ModelConfig, batch_size: int, length: int, shards: Shards = Shards()
+) -> Cache:
   """An empty cache of `length` positions, in the compute dtype."""
-  shape = (batch_size, length, config.kv_heads // shards.tensor,
-           config.head_dim)
+  shape = (
+    batch_size,
+    length,
+    config.kv_heads // shards.tensor,
+    config.head_dim,
+  )
   zeros = lambda *lead: (jnp.zeros(lead + shape, config.dtype),) * 2
   layers = zeros(config.num_layers - 1) if config.num_layers > 1 else None
   return Cache(layers, zeros())
@@ -855,8 +1018,12 @@ def output_logits(kernel: jax.Array | Affine, hidden: jax.Array) -> jax.Array:
     return output_logits(kernel.kernel, hidden) + bias
   # Not a transposed kernel: where the product is in a loop XLA would make one.
   last = ((hidden.ndim - 1,), (1,))
-  return jax.lax.dot_general(hidden, kernel.astype(hidden.dtype), (last, ((), ())),
-                             preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(
+    hidden,
+    kernel.astype(hidden.dtype),
+    (last, ((), ())),
+    preferred_element_type=jnp.float32,
+  )
 
 
 def init_params(config: ModelConfig, key: jax.Array, shards: Shards = Shards()):
@@ -884,23 +1051,34 @@ def check_shards(config: ModelConfig, shards: Shards, length: int = 0):
     shards: over how many devices.
     length: of the texts, for what kernels ask of a device's part; 0: not checked.
   """
-  for axis, keys in (('fsdp', ('embed_dim', 'embedding_dim', 'time_width')),
-                     ('tensor', ('num_heads', 'kv_heads', 'mlp_width'))):
+  for axis, keys in (
+    ('fsdp', ('embed_dim', 'embedding_dim', 'time_width')),
+    ('tensor', ('num_heads', 'kv_heads', 'mlp_width')),
+  ):
     size = getattr(shards, axis)
     for key in keys:
       if getattr(config, key) % size:
-        name = {'mlp_width': 'mlp_dim', 'kv_heads': 'num_kv_heads',
-                'time_width': 'time_dim'}.get(key, key)
+        name = {
+          'mlp_width': 'mlp_dim',
+          'kv_heads': 'num_kv_heads',
+          'time_width': 'time_dim',
+        }.get(key, key)
         chosen = '' if getattr(config, name) else ' (chosen, for 0)'
         raise InputError(
-            f'mesh.{axis}={size!r} does not divide model.{name}='
-            f'{getattr(config, key)!r}{chosen}; it must, as its parts lie on so '
-            'many devices')
+          f'mesh.{axis}={size!r} does not divide model.{name}='
+          f'{getattr(config, key)!r}{chosen}; it must, as its parts lie on so '
+          'many devices'
+        )
   if length:
     copies = 2 if config.block_size else 1
     attention.check_sizes(
-        config.attention, config.num_heads // shards.tensor, config.head_dim, length,
-        copies * length, jnp.dtype(config.dtype).itemsize)
+      config.attention,
+      config.num_heads // shards.tensor,
+      config.head_dim,
+      length,
+      copies * length,
+      jnp.dtype(config.dtype).itemsize,
+    )
 
 
 def gather_ends(params, shards: Shards):
@@ -927,5 +1105,7 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
   heads = 2 * width * (inner + config.kv_heads * config.head_dim)
   layers = config.num_layers * (heads + mlp)
   copies = 2 if config.block_size else 1
-  return (copies * (6 * layers + 12 * config.num_layers * length * inner)
-          + 6 * width * config.vocab_size)
+  return (
+    copies * (6 * layers + 12 * config.num_layers * length * inner)
+    + 6 * width * config.vocab_size
+  )

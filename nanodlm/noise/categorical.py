@@ -83,8 +83,7 @@ class Draw:
 
   def __post_init__(self):
     if not self.temperature >= 0:
-      raise InputError(
-          f'sampler.temperature={self.temperature!r} must be >= 0')
+      raise InputError(f'sampler.temperature={self.temperature!r} must be >= 0')
     if self.top_k < 0:
       raise InputError(f'sampler.top_k={self.top_k!r} must be >= 0 (0: all)')
     if not 0 < self.top_p <= 1:
@@ -94,8 +93,9 @@ class Draw:
     """The distribution that is drawn from, [..., V] float32 log-probabilities."""
     logits = exclude_mask(logits, self.mask_id)
     if self.temperature == 0:
-      best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1],
-                            dtype=bool)
+      best = jax.nn.one_hot(
+        jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool
+      )
       return jnp.where(best, 0.0, NEG_INF)
     logits = logits / self.temperature
     if self.top_k and self.top_k < self.mask_id:
@@ -144,8 +144,9 @@ class RowDraw:
     logits = exclude_mask(logits, self.mask_id)
     column = lambda x: x[:, None, None]
     is_greedy = column(self.temperature == 0)
-    best = jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1],
-                          dtype=bool)
+    best = jax.nn.one_hot(
+      jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool
+    )
     logits = logits / jnp.where(is_greedy, 1.0, column(self.temperature))
     has_k, has_p = column(self.top_k > 0), column(self.top_p < 1)
 
@@ -154,11 +155,14 @@ class RowDraw:
       descending = -jnp.sort(-logits, axis=-1)
       kth = jnp.take_along_axis(descending, k, axis=-1)
       log_p = jax.nn.log_softmax(
-          jnp.where(has_k & (logits < kth), NEG_INF, logits))
+        jnp.where(has_k & (logits < kth), NEG_INF, logits)
+      )
       return jnp.where(has_p, _keep_top_p(log_p, column(self.top_p)), log_p)
 
     # Sorting the vocabulary is what costs.
-    log_p = jax.lax.cond(jnp.any(has_k | has_p), cut, jax.nn.log_softmax, logits)
+    log_p = jax.lax.cond(
+      jnp.any(has_k | has_p), cut, jax.nn.log_softmax, logits
+    )
     return jnp.where(is_greedy, jnp.where(best, 0.0, NEG_INF), log_p)
 
   def sample(self, keys: jax.Array, logits: jax.Array) -> jax.Array:
@@ -176,16 +180,19 @@ def _keep_top_p(log_p: jax.Array, top_p: jax.Array | float) -> jax.Array:
   # A token stays if the probability of all better ones is below top_p, so
   # the best always stays.
   kept = jnp.cumsum(p, axis=-1) - p < top_p
-  threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1,
-                      keepdims=True)
+  threshold = jnp.min(
+    jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True
+  )
   return jax.nn.log_softmax(jnp.where(log_p < threshold, NEG_INF, log_p))
 
 
-def exclude_mask(logits: jax.Array, mask_id: int, vocab: Vocab = WHOLE
-                 ) -> jax.Array:
+def exclude_mask(
+  logits: jax.Array, mask_id: int, vocab: Vocab = WHOLE
+) -> jax.Array:
   """logits [..., V] in float32 with mask_id and the ids above it impossible."""
-  return jnp.where(vocab.ids(logits) < mask_id, logits.astype(jnp.float32),
-                   NEG_INF)
+  return jnp.where(
+    vocab.ids(logits) < mask_id, logits.astype(jnp.float32), NEG_INF
+  )
 
 
 def safe_log(p: jax.Array) -> jax.Array:
@@ -193,8 +200,9 @@ def safe_log(p: jax.Array) -> jax.Array:
   return jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1.0)), NEG_INF)
 
 
-def log_prob(logits: jax.Array, mask_id: int, vocab: Vocab = WHOLE
-             ) -> jax.Array:
+def log_prob(
+  logits: jax.Array, mask_id: int, vocab: Vocab = WHOLE
+) -> jax.Array:
   """The network's own distribution, [..., V] float32 log-probabilities."""
   logits = exclude_mask(logits, mask_id, vocab)
   # Shifted first: a probability near 1 is then exact to its distance from 1.
@@ -217,11 +225,13 @@ def prob_of(logits: jax.Array, tokens: jax.Array, mask_id: int) -> jax.Array:
 def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
   """One exact draw per row of [..., V] logits, int32."""
   return jax.random.categorical(
-      key, logits.astype(jnp.float32), axis=-1, mode='high').astype(jnp.int32)
+    key, logits.astype(jnp.float32), axis=-1, mode='high'
+  ).astype(jnp.int32)
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, mask_id: int,
-                  vocab: Vocab = WHOLE) -> tuple[jax.Array, jax.Array]:
+def cross_entropy(
+  logits: jax.Array, targets: jax.Array, mask_id: int, vocab: Vocab = WHOLE
+) -> tuple[jax.Array, jax.Array]:
   """-log softmax(logits)[target] over the ids below mask_id.
 
   Args:

@@ -31,8 +31,9 @@ class Masked:
     """The noise at t = 1: every token masked."""
     return jnp.full(shape, self.mask_id, jnp.int32)
 
-  def corrupt(self, keys: jax.Array, noise: jax.Array, x0: jax.Array,
-              eligible: jax.Array) -> jax.Array:
+  def corrupt(
+    self, keys: jax.Array, noise: jax.Array, x0: jax.Array, eligible: jax.Array
+  ) -> jax.Array:
     """Masks each eligible token independently.
 
     Args:
@@ -49,8 +50,9 @@ class Masked:
     noise = noise.reshape(x0.shape[0], -1)
     return jnp.where(eligible & (u < noise), self.mask_id, x0)
 
-  def corrupt_count(self, keys: jax.Array, count: jax.Array, x0: jax.Array,
-                    eligible: jax.Array) -> jax.Array:
+  def corrupt_count(
+    self, keys: jax.Array, count: jax.Array, x0: jax.Array, eligible: jax.Array
+  ) -> jax.Array:
     """Masks exactly `count` [B] eligible tokens of each row, chosen uniformly.
 
     Args:
@@ -65,8 +67,9 @@ class Masked:
     rank = random_rank(keys, eligible)
     return jnp.where(eligible & (rank < count[:, None]), self.mask_id, x0)
 
-  def reveal(self, xt: jax.Array, p_x0: jax.Array, probability: jax.Array
-             ) -> jax.Array:
+  def reveal(
+    self, xt: jax.Array, p_x0: jax.Array, probability: jax.Array
+  ) -> jax.Array:
     """q(xs | xt) when x0 ~ p_x0, by the probability of being revealed.
 
     Args:
@@ -133,8 +136,9 @@ class Mixture:
     real = jnp.where(z < self.mask_id, parts.uniform / self.mask_id, 0.0)
     return jnp.where(z == self.mask_id, parts.mask, real)
 
-  def corrupt(self, keys: jax.Array, parts: Parts, x0: jax.Array,
-              eligible: jax.Array) -> jax.Array:
+  def corrupt(
+    self, keys: jax.Array, parts: Parts, x0: jax.Array, eligible: jax.Array
+  ) -> jax.Array:
     """Draws xt ~ q_t(. | x0) for each eligible token independently.
 
     Args:
@@ -147,22 +151,26 @@ class Mixture:
       xt, [B, L] int32.
     """
     length = x0.shape[1]
-    which_keys, token_keys = jax.vmap(
-        lambda key: tuple(jax.random.split(key)))(keys)
+    which_keys, token_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(
+      keys
+    )
     u = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(which_keys)
     # Small shares are compared with small u, where float32 is fine.
     is_noise = u < (parts.mask + parts.uniform)[:, None]
     is_uniform = u < parts.uniform[:, None]
-    noise = jnp.where(is_uniform, self._uniform_tokens(token_keys, length),
-                      self.mask_id)
+    noise = jnp.where(
+      is_uniform, self._uniform_tokens(token_keys, length), self.mask_id
+    )
     return jnp.where(eligible & is_noise, noise, x0).astype(jnp.int32)
 
   def _uniform_tokens(self, keys, length):
-    return jax.vmap(lambda key: jax.random.randint(
-        key, (length,), 0, self.mask_id))(keys)
+    return jax.vmap(
+      lambda key: jax.random.randint(key, (length,), 0, self.mask_id)
+    )(keys)
 
-  def posterior(self, xt: jax.Array, p_x0: jax.Array, s: jax.Array, t: jax.Array
-                ) -> jax.Array:
+  def posterior(
+    self, xt: jax.Array, p_x0: jax.Array, s: jax.Array, t: jax.Array
+  ) -> jax.Array:
     """q(xs | xt) when x0 ~ p_x0: q_{t|s}(xt | xs) q_s(xs) / q_t(xt).
 
     Source: GIDD, arXiv 2503.04482: q_{t|s} is such a mixture as well, with
@@ -181,8 +189,9 @@ class Mixture:
     """
     at_s, at_t = self.parts(s), self.parts(t)
     kept = at_t.alpha / at_s.alpha
-    step = jax.tree.map(lambda b_t, b_s: jnp.maximum(b_t - kept * b_s, 0.0),
-                        at_t, at_s)  # (its alpha is 0 and not used)
+    step = jax.tree.map(
+      lambda b_t, b_s: jnp.maximum(b_t - kept * b_s, 0.0), at_t, at_s
+    )  # (its alpha is 0 and not used)
     ids = jnp.arange(p_x0.shape[-1])
     here = jax.nn.one_hot(xt, p_x0.shape[-1])
     forward = kept * here + self.mass(step, xt)[..., None]

@@ -89,23 +89,24 @@ class Polynomial:
   power: float = 2.0
 
   def noise(self, t):
-    return t ** self.power
+    return t**self.power
 
   def inverse(self, noise):
     return noise ** (1 / self.power)
 
 
 SCHEDULES = {
-    'linear': lambda power: Linear(),
-    'cosine': lambda power: Cosine(),
-    'md4_cosine': lambda power: MD4Cosine(),
-    'sqrt': lambda power: Polynomial(0.5),
-    'polynomial': Polynomial,
+  'linear': lambda power: Linear(),
+  'cosine': lambda power: Cosine(),
+  'md4_cosine': lambda power: MD4Cosine(),
+  'sqrt': lambda power: Polynomial(0.5),
+  'polynomial': Polynomial,
 }
 
 
-def make_schedule(name: str, power: float = 2.0, section: str = 'objective'
-                  ) -> Schedule:
+def make_schedule(
+  name: str, power: float = 2.0, section: str = 'objective'
+) -> Schedule:
   """Builds a schedule by name; `power` is the polynomial's exponent.
 
   `section` is the config section that errors name.
@@ -114,8 +115,9 @@ def make_schedule(name: str, power: float = 2.0, section: str = 'objective'
     InputError: the name is unknown or the power is not positive.
   """
   if name not in SCHEDULES:
-    raise InputError(f'{section}.schedule={name!r} is not one of '
-                     f'{sorted(SCHEDULES)}')
+    raise InputError(
+      f'{section}.schedule={name!r} is not one of {sorted(SCHEDULES)}'
+    )
   if not power > 0:
     raise InputError(f'{section}.power={power!r} must be > 0')
   return SCHEDULES[name](power)

@@ -41,15 +41,17 @@ def sample_stratified_pairs(key: jax.Array, batch_size: int) -> jax.Array:
 
 
 # How `objective.noise` draws levels, (key, batch_size) -> [B].
-SAMPLE_LEVELS = {'count': sample_stratified_pairs,
-                 'stratified': sample_stratified, 'uniform': sample_uniform}
+SAMPLE_LEVELS = {
+  'count': sample_stratified_pairs,
+  'stratified': sample_stratified,
+  'uniform': sample_uniform,
+}
 
 
 def check_noise(noise: str, allowed: Sequence[str]):
   """Raises InputError for a noise that the objective does not have."""
   if noise not in allowed:
-    raise InputError(
-        f'objective.noise={noise!r} is not one of {list(allowed)}')
+    raise InputError(f'objective.noise={noise!r} is not one of {list(allowed)}')
 
 
 def smoothstep(u: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -84,8 +86,9 @@ def _parse_times(grid: str) -> np.ndarray:
   # In float32, where two times may be one; and NaN is below nothing.
   if t.size < 2 or t[0] != 1 or t[-1] != 0 or not np.all(np.diff(t) < 0):
     raise InputError(
-        f'sampler.grid={grid!r} is not one of {list(GRIDS)}, nor a list of times '
-        'that falls from 1 to 0, each below the one before, as 1,0.5,0.2,0')
+      f'sampler.grid={grid!r} is not one of {list(GRIDS)}, nor a list of times '
+      'that falls from 1 to 0, each below the one before, as 1,0.5,0.2,0'
+    )
   return t
 
 

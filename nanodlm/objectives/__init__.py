@@ -1,20 +1,14 @@
 """Objectives by name: one file each, one line here."""
 
-from nanodlm.objectives import ar
-from nanodlm.objectives import block
-from nanodlm.objectives import d3pm
-from nanodlm.objectives import genmd4
-from nanodlm.objectives import masked
-from nanodlm.objectives import mixture
-from nanodlm.objectives import sedd
+from nanodlm.objectives import ar, block, d3pm, genmd4, masked, mixture, sedd
 
 OBJECTIVES = {
-    'ar': ar.Autoregressive,
-    'block': block.Block,
-    'd3pm': d3pm.D3PM,
-    'genmd4': genmd4.GenMD4,
-    'hybrid': mixture.Hybrid,
-    'masked': masked.Masked,
-    'sedd': sedd.ScoreEntropy,
-    'uniform': mixture.Uniform,
+  'ar': ar.Autoregressive,
+  'block': block.Block,
+  'd3pm': d3pm.D3PM,
+  'genmd4': genmd4.GenMD4,
+  'hybrid': mixture.Hybrid,
+  'masked': masked.Masked,
+  'sedd': sedd.ScoreEntropy,
+  'uniform': mixture.Uniform,
 }

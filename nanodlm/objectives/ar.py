@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical
-from nanodlm.types import Noised
-from nanodlm.types import Objective
-from nanodlm.types import Terms
+from nanodlm.types import Noised, Objective, Terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,24 +35,33 @@ class Autoregressive(Objective):
   def naive(self) -> 'Autoregressive':
     return self
 
-  def sample_levels(self, key: jax.Array, batch_size: int, length: int
-                    ) -> jax.Array:
+  def sample_levels(
+    self, key: jax.Array, batch_size: int, length: int
+  ) -> jax.Array:
     del key, length  # no noise
     return jnp.zeros((batch_size,))
 
-  def eval_levels(self, key: jax.Array, num_draws: int, length: int) -> jax.Array:
+  def eval_levels(
+    self, key: jax.Array, num_draws: int, length: int
+  ) -> jax.Array:
     return self.sample_levels(key, num_draws, length)
 
-  def corrupt(self, keys: jax.Array, levels: jax.Array, x0: jax.Array,
-              weight: jax.Array) -> Noised:
+  def corrupt(
+    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, weight: jax.Array
+  ) -> Noised:
     del keys
-    return Noised(tokens=self.network_input(x0), t=jnp.zeros_like(levels),
-                  scored=weight > 0, level=jnp.full(x0.shape, jnp.nan),
-                  fields={'target': x0})
+    return Noised(
+      tokens=self.network_input(x0),
+      t=jnp.zeros_like(levels),
+      scored=weight > 0,
+      level=jnp.full(x0.shape, jnp.nan),
+      fields={'target': x0},
+    )
 
   def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
-    ce, correct = categorical.cross_entropy(logits, fields['target'],
-                                            self.mask_id, vocab)
+    ce, correct = categorical.cross_entropy(
+      logits, fields['target'], self.mask_id, vocab
+    )
     return Terms(loss=ce, nll=ce, cross_entropy=ce, correct=correct)
 
   def max_scored(self, batch_size: int, length: int) -> int:

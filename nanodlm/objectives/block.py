@@ -7,9 +7,7 @@ import jax.numpy as jnp
 
 from nanodlm.noise import categorical
 from nanodlm.objectives import masking
-from nanodlm.types import InputError
-from nanodlm.types import Noised
-from nanodlm.types import Terms
+from nanodlm.types import InputError, Noised, Terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +33,7 @@ class Block(masking.MaskedNoise):
   def __post_init__(self):
     super().__post_init__()
     if self.block_size < 1:
-      raise InputError(
-          f'objective.block_size={self.block_size!r} must be >= 1')
+      raise InputError(f'objective.block_size={self.block_size!r} must be >= 1')
 
   def num_blocks(self, length: int) -> int:
     """Blocks of a row of `length` tokens.
@@ -47,8 +44,9 @@ class Block(masking.MaskedNoise):
     if length % self.block_size:
       divisors = [n for n in range(1, length + 1) if length % n == 0]
       raise InputError(
-          f'objective.block_size={self.block_size!r} does not divide data.length='
-          f'{length!r}; these do: {divisors}')
+        f'objective.block_size={self.block_size!r} does not divide data.length='
+        f'{length!r}; these do: {divisors}'
+      )
     return length // self.block_size
 
   def _to_blocks(self, x: jax.Array, num_blocks: int) -> jax.Array:
@@ -63,36 +61,49 @@ class Block(masking.MaskedNoise):
     x = x.reshape(-1, num_blocks, group, *x.shape[1:])
     return x.swapaxes(1, 2).reshape(-1, num_blocks, *x.shape[3:])
 
-  def sample_levels(self, key: jax.Array, batch_size: int, length: int
-                    ) -> jax.Array:
+  def sample_levels(
+    self, key: jax.Array, batch_size: int, length: int
+  ) -> jax.Array:
     """[B, num_blocks], stratified over all blocks of the global batch."""
     num_blocks = self.num_blocks(length)
     levels = super().sample_levels(key, batch_size * num_blocks, length)
     return self._to_rows(levels, num_blocks)
 
-  def eval_levels(self, key: jax.Array, num_draws: int, length: int) -> jax.Array:
+  def eval_levels(
+    self, key: jax.Array, num_draws: int, length: int
+  ) -> jax.Array:
     """[num_draws, num_blocks], each block's draws stratified."""
     keys = jax.random.split(key, self.num_blocks(length))
     sample = super().sample_levels
     return jax.vmap(lambda key: sample(key, num_draws, length))(keys).T
 
-  def corrupt(self, keys: jax.Array, levels: jax.Array, x0: jax.Array,
-              weight: jax.Array) -> Noised:
+  def corrupt(
+    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, weight: jax.Array
+  ) -> Noised:
     num_rows, length = x0.shape
     num_blocks = self.num_blocks(length)
-    row, block = (self._to_blocks(x, num_blocks) for x in jnp.meshgrid(
-        jnp.arange(num_rows), jnp.arange(num_blocks), indexing='ij'))
+    row, block = (
+      self._to_blocks(x, num_blocks)
+      for x in jnp.meshgrid(
+        jnp.arange(num_rows), jnp.arange(num_blocks), indexing='ij'
+      )
+    )
     block_keys = jax.vmap(jax.random.fold_in)(keys[row], block)
     split = lambda x: self._to_blocks(
-        x.reshape(num_rows, num_blocks, self.block_size), num_blocks)
+      x.reshape(num_rows, num_blocks, self.block_size), num_blocks
+    )
     noised = super().corrupt(
-        block_keys, self._to_blocks(levels, num_blocks), split(x0),
-        split(weight))
+      block_keys, self._to_blocks(levels, num_blocks), split(x0), split(weight)
+    )
     join = lambda x: self._to_rows(x, num_blocks).reshape(num_rows, length)
     return Noised(
-        tokens=join(noised.tokens), t=jnp.zeros((num_rows,)),
-        scored=join(noised.scored), level=join(noised.level),
-        fields=jax.tree.map(join, noised.fields), clean=x0)
+      tokens=join(noised.tokens),
+      t=jnp.zeros((num_rows,)),
+      scored=join(noised.scored),
+      level=join(noised.level),
+      fields=jax.tree.map(join, noised.fields),
+      clean=x0,
+    )
 
   def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
     return self.weighted_cross_entropy(logits, fields, vocab)

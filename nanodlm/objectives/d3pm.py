@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from nanodlm.noise import categorical
 from nanodlm.objectives import masking
-from nanodlm.types import Noised
-from nanodlm.types import Terms
+from nanodlm.types import Noised, Terms
 
 # Steps where num_timesteps is 0: as in the paper's text experiments.
 DEFAULT_TIMESTEPS = 1000
@@ -54,23 +53,32 @@ class D3PM(masking.MaskedNoise):
   def naive(self) -> 'D3PM':
     return dataclasses.replace(self.evaluation(), noise='uniform')
 
-  def corrupt(self, keys: jax.Array, levels: jax.Array, x0: jax.Array,
-              weight: jax.Array) -> Noised:
+  def corrupt(
+    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, weight: jax.Array
+  ) -> Noised:
     s, t = self.step_times(levels, self.num_steps)
     noise_s, noise_t = self.schedule.noise(s), self.schedule.noise(t)
     eligible = weight > 0
     xt = self.process.corrupt(keys, noise_t, x0, eligible)
     spread = lambda x: jnp.broadcast_to(x[:, None], x0.shape)
     t = self.told_time(t, noise_t, eligible)
-    return Noised(tokens=xt, t=t, scored=eligible & (xt == self.mask_id),
-                  level=spread(noise_t),
-                  fields={'target': x0, 'noise_s': spread(noise_s),
-                          'noise_t': spread(noise_t)})
+    return Noised(
+      tokens=xt,
+      t=t,
+      scored=eligible & (xt == self.mask_id),
+      level=spread(noise_t),
+      fields={
+        'target': x0,
+        'noise_s': spread(noise_s),
+        'noise_t': spread(noise_t),
+      },
+    )
 
   def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
     noise_s, noise_t = fields['noise_s'], fields['noise_t']
-    ce, correct = categorical.cross_entropy(logits, fields['target'],
-                                            self.mask_id, vocab)
+    ce, correct = categorical.cross_entropy(
+      logits, fields['target'], self.mask_id, vocab
+    )
     log_masked, log_clean = self._log_shares(logits, vocab)
     masked = jnp.exp(log_masked)
     # log(D / m) at t and s; where m_s is 0, the term at s counts nothing.
@@ -79,24 +87,33 @@ class D3PM(masking.MaskedNoise):
     safe_s = jnp.where(is_last, 1.0, noise_s)
     log_d_s = jnp.log1p((1 - safe_s) / safe_s * masked)
     reveal = (noise_t - noise_s) / noise_t
-    kl = log_d_t + reveal * (ce - log_clean) - jnp.where(
-        is_last, 0.0, noise_s / noise_t * log_d_s)
+    kl = (
+      log_d_t
+      + reveal * (ce - log_clean)
+      - jnp.where(is_last, 0.0, noise_s / noise_t * log_d_s)
+    )
     loss = self.num_steps * kl
     return Terms(loss=loss, nll=loss, cross_entropy=ce, correct=correct)
 
-  def reveal_probability(self, logits: jax.Array, s: jax.Array, t: jax.Array
-                         ) -> jax.Array:
+  def reveal_probability(
+    self, logits: jax.Array, s: jax.Array, t: jax.Array
+  ) -> jax.Array:
     """(alpha_s - alpha_t) (1 - x_m) / D, [B, L]."""
     noise_s, noise_t = self.schedule.noise(s), self.schedule.noise(t)
     log_masked, log_clean = self._log_shares(logits)
-    return ((noise_t - noise_s) * jnp.exp(log_clean)
-            / (noise_t + (1 - noise_t) * jnp.exp(log_masked)))
+    return (
+      (noise_t - noise_s)
+      * jnp.exp(log_clean)
+      / (noise_t + (1 - noise_t) * jnp.exp(log_masked))
+    )
 
   def _log_shares(self, logits, vocab=categorical.WHOLE):
     """log x_m and log(1 - x_m) of logits [..., V], [...] each."""
     clean = categorical.log_sum_exp(
-        categorical.exclude_mask(logits, self.mask_id, vocab), vocab)
-    masked = vocab.pick(logits.astype(jnp.float32),
-                        jnp.full(logits.shape[:-1], self.mask_id))
+      categorical.exclude_mask(logits, self.mask_id, vocab), vocab
+    )
+    masked = vocab.pick(
+      logits.astype(jnp.float32), jnp.full(logits.shape[:-1], self.mask_id)
+    )
     odds = masked - clean
     return jax.nn.log_sigmoid(odds), jax.nn.log_sigmoid(-odds)

@@ -7,12 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanodlm.noise import categorical
-from nanodlm.noise import processes
-from nanodlm.noise import times
-from nanodlm.types import Noised
-from nanodlm.types import Objective
-from nanodlm.types import Terms
+from nanodlm.noise import categorical, processes, times
+from nanodlm.types import Noised, Objective, Terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +52,10 @@ class GenMD4(Objective):
   num_draws = 2
   needs_time = True
   can_correct = False
-  noises = ('stratified', 'uniform')  # the first is what objective.noise='auto' stands for
+  noises = (
+    'stratified',
+    'uniform',
+  )  # the first is what objective.noise='auto' stands for
 
   def __post_init__(self):
     times.check_noise(self.noise, self.noises)
@@ -73,8 +72,9 @@ class GenMD4(Objective):
     if self.rates is None:
       return jnp.ones(ids.shape)
     rates = jnp.asarray(self.rates, jnp.float32)
-    return jnp.where(ids < self.mask_id,
-                     rates[jnp.minimum(ids, self.mask_id - 1)], 1.0)
+    return jnp.where(
+      ids < self.mask_id, rates[jnp.minimum(ids, self.mask_id - 1)], 1.0
+    )
 
   def evaluation(self) -> 'GenMD4':
     return dataclasses.replace(self, noise='stratified')
@@ -82,25 +82,33 @@ class GenMD4(Objective):
   def naive(self) -> 'GenMD4':
     return dataclasses.replace(self, noise='uniform')
 
-  def sample_levels(self, key: jax.Array, batch_size: int, length: int
-                    ) -> jax.Array:
+  def sample_levels(
+    self, key: jax.Array, batch_size: int, length: int
+  ) -> jax.Array:
     del length
     return times.SAMPLE_LEVELS[self.noise](key, batch_size)
 
-  def eval_levels(self, key: jax.Array, num_draws: int, length: int
-                  ) -> jax.Array:
+  def eval_levels(
+    self, key: jax.Array, num_draws: int, length: int
+  ) -> jax.Array:
     return self.sample_levels(key, num_draws, length)
 
-  def corrupt(self, keys: jax.Array, levels: jax.Array, x0: jax.Array,
-              weight: jax.Array) -> Noised:
+  def corrupt(
+    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, weight: jax.Array
+  ) -> Noised:
     eligible = weight > 0
     u = 1 - levels  # in (0, 1]
     spread = lambda x: jnp.broadcast_to(x[:, None], x0.shape)
     xt = processes.Masked(self.mask_id).corrupt(
-        keys, spread(u * u) ** self._rate(x0), x0, eligible)
-    return Noised(tokens=xt, t=u * u, scored=eligible & (xt == self.mask_id),
-                  level=spread(u * u),
-                  fields={'target': x0, 'scale': spread(2 / u)})
+      keys, spread(u * u) ** self._rate(x0), x0, eligible
+    )
+    return Noised(
+      tokens=xt,
+      t=u * u,
+      scored=eligible & (xt == self.mask_id),
+      level=spread(u * u),
+      fields={'target': x0, 'scale': spread(2 / u)},
+    )
 
   def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
     target = fields['target']
@@ -111,8 +119,9 @@ class GenMD4(Objective):
     loss = fields['scale'] * (own * ce + excess)
     return Terms(loss=loss, nll=loss, cross_entropy=ce, correct=correct)
 
-  def noise_surrogate(self, noised: Noised, x0: jax.Array, weight: jax.Array,
-                      loss: jax.Array) -> jax.Array:
+  def noise_surrogate(
+    self, noised: Noised, x0: jax.Array, weight: jax.Array, loss: jax.Array
+  ) -> jax.Array:
     """The sum over pairs of (f_1 - f_2) (log q(z_1) - log q(z_2)), []."""
     log_mask = self._rate(x0) * jnp.log(noised.t)[:, None]
     # (At t = 1, where log_mask is 0, only a token that is given is left alone.)
@@ -138,8 +147,14 @@ class GenMD4(Objective):
   def level_at(self, t: jax.Array, free_share: jax.Array) -> jax.Array:
     return jnp.full(free_share.shape, t)
 
-  def reverse(self, logits: jax.Array, xt: jax.Array, s: jax.Array,
-              t: jax.Array, draw: categorical.Draw) -> jax.Array:
+  def reverse(
+    self,
+    logits: jax.Array,
+    xt: jax.Array,
+    s: jax.Array,
+    t: jax.Array,
+    draw: categorical.Draw,
+  ) -> jax.Array:
     """A mask becomes v with probability x_v (alpha_v(s) - alpha_v(t)) / t^w_v."""
     x = jnp.exp(draw.log_prob(logits))
     ids = categorical.WHOLE.ids(logits)

@@ -5,14 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm.noise import categorical
-from nanodlm.noise import processes
-from nanodlm.noise import schedules
-from nanodlm.noise import times
-from nanodlm.types import InputError
-from nanodlm.types import Noised
-from nanodlm.types import Objective
-from nanodlm.types import Terms
+from nanodlm.noise import categorical, processes, schedules, times
+from nanodlm.types import InputError, Noised, Objective, Terms
 
 NOISES = ('count', 'stratified', 'uniform')
 # What MDLM samples times from (arXiv 2406.07524, its published code): without it
@@ -59,16 +53,20 @@ class MaskedNoise(Objective):
   def __post_init__(self):
     times.check_noise(self.noise, self.noises)
     if self.num_timesteps < 0:
-      raise InputError(f'objective.num_timesteps={self.num_timesteps!r} must be '
-                       '>= 0 (0: continuous time)')
+      raise InputError(
+        f'objective.num_timesteps={self.num_timesteps!r} must be '
+        '>= 0 (0: continuous time)'
+      )
     if not 0 <= self.min_time < 1:
       raise InputError(
-          f'objective.min_time={self.min_time!r} must be in [0, 1)')
+        f'objective.min_time={self.min_time!r} must be in [0, 1)'
+      )
     if self.noise == 'count' and (self.num_timesteps or self.min_time):
       raise InputError(
-          "objective.noise='count' draws no time: objective.num_timesteps="
-          f'{self.num_timesteps!r} and objective.min_time={self.min_time!r} must '
-          "be 0 with it, or objective.noise be 'stratified' or 'uniform'")
+        "objective.noise='count' draws no time: objective.num_timesteps="
+        f'{self.num_timesteps!r} and objective.min_time={self.min_time!r} must '
+        "be 0 with it, or objective.noise be 'stratified' or 'uniform'"
+      )
 
   @property
   def group_size(self) -> int:
@@ -82,24 +80,30 @@ class MaskedNoise(Objective):
 
   def evaluation(self) -> 'MaskedNoise':
     """The form whose mean is reported: no truncation, least variance."""
-    return dataclasses.replace(self, noise='count', num_timesteps=0,
-                               min_time=0.0)
+    return dataclasses.replace(
+      self, noise='count', num_timesteps=0, min_time=0.0
+    )
 
   def naive(self) -> 'MaskedNoise':
     """The bound at independent times, MDLM's, with its truncation."""
-    return dataclasses.replace(self.evaluation(), noise='uniform',
-                               min_time=NAIVE_MIN_TIME)
+    return dataclasses.replace(
+      self.evaluation(), noise='uniform', min_time=NAIVE_MIN_TIME
+    )
 
-  def sample_levels(self, key: jax.Array, batch_size: int, length: int
-                    ) -> jax.Array:
+  def sample_levels(
+    self, key: jax.Array, batch_size: int, length: int
+  ) -> jax.Array:
     del length
     return times.SAMPLE_LEVELS[self.noise](key, batch_size)
 
-  def eval_levels(self, key: jax.Array, num_draws: int, length: int) -> jax.Array:
+  def eval_levels(
+    self, key: jax.Array, num_draws: int, length: int
+  ) -> jax.Array:
     return self.sample_levels(key, num_draws, length)
 
-  def corrupt(self, keys: jax.Array, levels: jax.Array, x0: jax.Array,
-              weight: jax.Array) -> Noised:
+  def corrupt(
+    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, weight: jax.Array
+  ) -> Noised:
     eligible = weight > 0
     if self.noise == 'count':
       n = jnp.sum(eligible, axis=1)
@@ -119,11 +123,17 @@ class MaskedNoise(Objective):
     scored = eligible & (xt == self.mask_id)
     scale = jnp.where(scored, scale[:, None], 0.0)
     level = jnp.broadcast_to(level[:, None], x0.shape)
-    return Noised(tokens=xt, t=t, scored=scored, level=level,
-                  fields={'target': x0, 'scale': scale})
+    return Noised(
+      tokens=xt,
+      t=t,
+      scored=scored,
+      level=level,
+      fields={'target': x0, 'scale': scale},
+    )
 
-  def told_time(self, t: jax.Array, level: jax.Array, eligible: jax.Array
-                ) -> jax.Array:
+  def told_time(
+    self, t: jax.Array, level: jax.Array, eligible: jax.Array
+  ) -> jax.Array:
     """The network's time [B] where a row of [B, L] is partly a prompt.
 
     That of the expected share of masks in the whole row, as samplers tell it;
@@ -144,21 +154,25 @@ class MaskedNoise(Objective):
     if self.num_timesteps:
       s, t = self.step_times(levels, self.num_timesteps)
       noise_t = self.schedule.noise(t)
-      return t, (self.num_timesteps * (noise_t - self.schedule.noise(s))
-                 / noise_t)
+      return t, (
+        self.num_timesteps * (noise_t - self.schedule.noise(s)) / noise_t
+      )
     t = 1 - levels * (1 - self.min_time)  # u in [0, 1), so t is never 0
     return t, -schedules.dalpha(self.schedule, t) / self.schedule.noise(t)
 
-  def weighted_cross_entropy(self, logits: jax.Array, fields,
-                             vocab=categorical.WHOLE) -> Terms:
+  def weighted_cross_entropy(
+    self, logits: jax.Array, fields, vocab=categorical.WHOLE
+  ) -> Terms:
     """scale * -log p(x0_i | xt), the loss of an x0 prediction."""
-    ce, correct = categorical.cross_entropy(logits, fields['target'],
-                                            self.mask_id, vocab)
+    ce, correct = categorical.cross_entropy(
+      logits, fields['target'], self.mask_id, vocab
+    )
     loss = fields['scale'] * ce
     return Terms(loss=loss, nll=loss, cross_entropy=ce, correct=correct)
 
-  def step_times(self, levels: jax.Array, num_timesteps: int
-                 ) -> tuple[jax.Array, jax.Array]:
+  def step_times(
+    self, levels: jax.Array, num_timesteps: int
+  ) -> tuple[jax.Array, jax.Array]:
     """The ends s < t, [B] each, of the chain's step that each level picks."""
     first = int(self.min_time * num_timesteps)
     step = first + jnp.floor(levels * (num_timesteps - first))
@@ -181,8 +195,14 @@ class MaskedNoise(Objective):
   def level_at(self, t: jax.Array, free_share: jax.Array) -> jax.Array:
     return free_share * self.schedule.noise(t)
 
-  def reverse(self, logits: jax.Array, xt: jax.Array, s: jax.Array,
-              t: jax.Array, draw: categorical.Draw) -> jax.Array:
+  def reverse(
+    self,
+    logits: jax.Array,
+    xt: jax.Array,
+    s: jax.Array,
+    t: jax.Array,
+    draw: categorical.Draw,
+  ) -> jax.Array:
     p_x0 = jnp.exp(draw.log_prob(logits))
     probability = self.reveal_probability(logits, s, t)
     # At s = 0 everything is revealed, whatever the network says.
@@ -190,8 +210,9 @@ class MaskedNoise(Objective):
     p_xs = self.process.reveal(xt, p_x0, probability)
     return categorical.safe_log(p_xs)
 
-  def reveal_probability(self, logits: jax.Array, s: jax.Array, t: jax.Array
-                         ) -> jax.Array:
+  def reveal_probability(
+    self, logits: jax.Array, s: jax.Array, t: jax.Array
+  ) -> jax.Array:
     """P(a masked position is revealed between t and s), [B, L].
 
     Source: MDLM, arXiv 2406.07524, equation 6: (alpha_s - alpha_t) /

@@ -5,14 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm.noise import categorical
-from nanodlm.noise import processes
-from nanodlm.noise import schedules
-from nanodlm.noise import times
-from nanodlm.types import InputError
-from nanodlm.types import Noised
-from nanodlm.types import Objective
-from nanodlm.types import Terms
+from nanodlm.noise import categorical, processes, schedules, times
+from nanodlm.types import InputError, Noised, Objective, Terms
 
 NOISES = ('stratified', 'uniform')
 # The clock u is kept this far from 0 and 1, where rates are infinite. Less than
@@ -69,8 +63,9 @@ class MixtureNoise(Objective):
   def __post_init__(self):
     times.check_noise(self.noise, self.noises)
     if not self.max_weight >= 0:
-      raise InputError(f'objective.max_weight={self.max_weight!r} must be >= 0 '
-                       '(0: off)')
+      raise InputError(
+        f'objective.max_weight={self.max_weight!r} must be >= 0 (0: off)'
+      )
 
   @property
   def process(self) -> processes.Mixture:
@@ -83,26 +78,34 @@ class MixtureNoise(Objective):
   def naive(self) -> 'MixtureNoise':
     return dataclasses.replace(self.evaluation(), noise='uniform')
 
-  def sample_levels(self, key: jax.Array, batch_size: int, length: int
-                    ) -> jax.Array:
+  def sample_levels(
+    self, key: jax.Array, batch_size: int, length: int
+  ) -> jax.Array:
     del length
     return times.SAMPLE_LEVELS[self.noise](key, batch_size)
 
-  def eval_levels(self, key: jax.Array, num_draws: int, length: int
-                  ) -> jax.Array:
+  def eval_levels(
+    self, key: jax.Array, num_draws: int, length: int
+  ) -> jax.Array:
     return self.sample_levels(key, num_draws, length)
 
-  def corrupt(self, keys: jax.Array, levels: jax.Array, x0: jax.Array,
-              weight: jax.Array) -> Noised:
+  def corrupt(
+    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, weight: jax.Array
+  ) -> Noised:
     eligible = weight > 0
     t, rest = times.smoothstep(_clock(levels))
     xt = self.process.corrupt(keys, self.process.parts(t, rest), x0, eligible)
-    return Noised(tokens=xt, t=t, scored=eligible,
-                  level=jnp.broadcast_to(t[:, None], x0.shape),
-                  fields=self.fields(levels, x0, xt))
+    return Noised(
+      tokens=xt,
+      t=t,
+      scored=eligible,
+      level=jnp.broadcast_to(t[:, None], x0.shape),
+      fields=self.fields(levels, x0, xt),
+    )
 
-  def fields(self, levels: jax.Array, x0: jax.Array, xt: jax.Array
-             ) -> dict[str, jax.Array]:
+  def fields(
+    self, levels: jax.Array, x0: jax.Array, xt: jax.Array
+  ) -> dict[str, jax.Array]:
     """What `terms` needs: levels [B], x0 and xt [B, L] -> arrays [B, L]."""
     u = _clock(levels)
     (t, rest), (speed, _) = jax.jvp(times.smoothstep, (u,), (jnp.ones_like(u),))
@@ -120,9 +123,14 @@ class MixtureNoise(Objective):
     ratio = jnp.where(is_alive & (q > 0), jump / jnp.where(q > 0, q, 1.0), 0.0)
     clipped = jnp.minimum(ratio, self.max_weight) if self.max_weight else ratio
     mass = parts.uniform / self.mask_id
-    return {'target': x0, 'noisy': xt, 'alpha': parts.alpha,
-            'mass': jnp.where(mass > MIN_MASS, mass, 0.0),
-            'loss_weight': clipped * speed, 'nll_weight': ratio * speed}
+    return {
+      'target': x0,
+      'noisy': xt,
+      'alpha': parts.alpha,
+      'mass': jnp.where(mass > MIN_MASS, mass, 0.0),
+      'loss_weight': clipped * speed,
+      'nll_weight': ratio * speed,
+    }
 
   def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
     target, noisy = fields['target'], fields['noisy']
@@ -130,12 +138,19 @@ class MixtureNoise(Objective):
     log_x0 = vocab.pick(log_x, target)
     divergence = _divergence(log_x, log_x0, fields, vocab)
     divergence += _ratio_excess(
-        vocab.pick(log_x, noisy), log_x0, noisy == target,
-        noisy == self.mask_id, fields)
+      vocab.pick(log_x, noisy),
+      log_x0,
+      noisy == target,
+      noisy == self.mask_id,
+      fields,
+    )
     correct = log_x0 >= vocab.max(log_x)
-    return Terms(loss=fields['loss_weight'] * divergence,
-                 nll=fields['nll_weight'] * divergence,
-                 cross_entropy=-log_x0, correct=correct.astype(jnp.float32))
+    return Terms(
+      loss=fields['loss_weight'] * divergence,
+      nll=fields['nll_weight'] * divergence,
+      cross_entropy=-log_x0,
+      correct=correct.astype(jnp.float32),
+    )
 
   def max_scored(self, batch_size: int, length: int) -> int:
     return batch_size * length
@@ -152,8 +167,14 @@ class MixtureNoise(Objective):
   def level_at(self, t: jax.Array, free_share: jax.Array) -> jax.Array:
     return jnp.full(free_share.shape, t)
 
-  def reverse(self, logits: jax.Array, xt: jax.Array, s: jax.Array,
-              t: jax.Array, draw: categorical.Draw) -> jax.Array:
+  def reverse(
+    self,
+    logits: jax.Array,
+    xt: jax.Array,
+    s: jax.Array,
+    t: jax.Array,
+    draw: categorical.Draw,
+  ) -> jax.Array:
     p_x0 = jnp.exp(draw.log_prob(logits))
     return categorical.safe_log(self.process.posterior(xt, p_x0, s, t))
 
@@ -196,7 +217,8 @@ class Hybrid(MixtureNoise):
     super().__post_init__()
     if not 0 <= self.p_uniform < 1:
       raise InputError(
-          f'objective.p_uniform={self.p_uniform!r} must be in [0, 1)')
+        f'objective.p_uniform={self.p_uniform!r} must be in [0, 1)'
+      )
     if not self.gamma >= 1:
       raise InputError(f'objective.gamma={self.gamma!r} must be >= 1')
 
@@ -228,13 +250,15 @@ def _divergence(log_x, log_x0, fields, vocab):
   # y != x0: q_y = b and p_y - q_y = alpha x_y.
   gain = jnp.where(is_target, 0.0, alpha[:, None] * jnp.exp(log_x))
   d = gain / safe_b[:, None]
-  others = jnp.where(is_mixed[:, None],
-                     safe_b[:, None] * phi(d, jnp.log1p(d)), gain)
+  others = jnp.where(
+    is_mixed[:, None], safe_b[:, None] * phi(d, jnp.log1p(d)), gain
+  )
   # y = x0: q = alpha + b and p - q = -alpha (1 - x0).
   q = alpha + b
   d = alpha * jnp.expm1(log_x0) / jnp.where(q > 0, q, 1.0)
-  log_ratio = jnp.where(is_mixed, -jnp.log1p(_shortfall(log_x0, alpha, b)),
-                        log_x0)
+  log_ratio = jnp.where(
+    is_mixed, -jnp.log1p(_shortfall(log_x0, alpha, b)), log_x0
+  )
   return vocab.sum(others) + q * phi(d, log_ratio)
 
 

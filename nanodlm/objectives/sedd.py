@@ -34,14 +34,16 @@ class ScoreEntropy(masking.MaskedNoise):
   """
 
   def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
-    ce, correct = categorical.cross_entropy(logits, fields['target'],
-                                            self.mask_id, vocab)
+    ce, correct = categorical.cross_entropy(
+      logits, fields['target'], self.mask_id, vocab
+    )
     log_sum = self._log_mean_ratio(logits, vocab)
     loss = fields['scale'] * (ce + jnp.expm1(log_sum) - log_sum)
     return Terms(loss=loss, nll=loss, cross_entropy=ce, correct=correct)
 
-  def reveal_probability(self, logits: jax.Array, s: jax.Array, t: jax.Array
-                         ) -> jax.Array:
+  def reveal_probability(
+    self, logits: jax.Array, s: jax.Array, t: jax.Array
+  ) -> jax.Array:
     """Analytic ("Tweedie") step, SEDD section 4: S times the posterior's."""
     posterior = super().reveal_probability(logits, s, t)
     return posterior * jnp.exp(self._log_mean_ratio(logits))

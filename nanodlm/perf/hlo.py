@@ -10,16 +10,40 @@ import functools
 import json
 import math
 import re
-from typing import Iterator
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import numpy as np
 
-BITS = {'pred': 8, 's2': 2, 'u2': 2, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16,
-        'u16': 16, 'bf16': 16, 'f16': 16, 's32': 32, 'u32': 32, 'f32': 32,
-        's64': 64, 'u64': 64, 'f64': 64, 'c64': 64, 'c128': 128}
-COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all',
-               'ragged-all-to-all', 'collective-broadcast', 'collective-permute')
+BITS = {
+  'pred': 8,
+  's2': 2,
+  'u2': 2,
+  's4': 4,
+  'u4': 4,
+  's8': 8,
+  'u8': 8,
+  's16': 16,
+  'u16': 16,
+  'bf16': 16,
+  'f16': 16,
+  's32': 32,
+  'u32': 32,
+  'f32': 32,
+  's64': 64,
+  'u64': 64,
+  'f64': 64,
+  'c64': 64,
+  'c128': 128,
+}
+COLLECTIVES = (
+  'all-reduce',
+  'all-gather',
+  'reduce-scatter',
+  'all-to-all',
+  'ragged-all-to-all',
+  'collective-broadcast',
+  'collective-permute',
+)
 # Kernels written by hand (Pallas), or by the compiler in the same form.
 KERNEL = 'tpu_custom_call'
 
@@ -27,8 +51,9 @@ _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 _HEAD = re.compile(r'^\s*(ROOT )?%?([\w.\-]+) = ')
 _NAMES = re.compile(r'%([\w.\-]+)')
 _CALLED = re.compile(
-    r'(?:calls|to_apply|body|condition|true_computation|false_computation)='
-    r'%?([\w.\-]+)|(?:branch_computations|called_computations)=\{([^}]*)\}')
+  r'(?:calls|to_apply|body|condition|true_computation|false_computation)='
+  r'%?([\w.\-]+)|(?:branch_computations|called_computations)=\{([^}]*)\}'
+)
 # {{0,1},{2,3}}, or [groups,size]<=[...]; {} is one group of all.
 _GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])')
 _WINDOW = re.compile(r'window=\{([^}]*)\}')
@@ -96,7 +121,7 @@ def _closing(text: str, start: int) -> int:
     depth += (text[i] == '(') - (text[i] == ')')
     if not depth:
       return i
-  raise ValueError(f'unbalanced: {text[start:start + 80]!r}')
+  raise ValueError(f'unbalanced: {text[start : start + 80]!r}')
 
 
 def _parse_instruction(line: str) -> Instruction | None:
@@ -107,10 +132,16 @@ def _parse_instruction(line: str) -> Instruction | None:
   end = _closing(line, at) + 1 if line[at] == '(' else line.index(' ', at)
   paren = line.index('(', end)
   close = _closing(line, paren)
-  inside = line[paren + 1:close]
+  inside = line[paren + 1 : close]
   operands = tuple(_NAMES.findall(inside)) or (inside,)
-  return Instruction(head.group(2), line[at:end], line[end:paren].strip(), operands,
-                     line[close + 1:], bool(head.group(1)))
+  return Instruction(
+    head.group(2),
+    line[at:end],
+    line[end:paren].strip(),
+    operands,
+    line[close + 1 :],
+    bool(head.group(1)),
+  )
 
 
 def parse(text: str) -> Module:
@@ -125,8 +156,11 @@ def parse(text: str) -> Module:
       entry = name if is_entry else entry
     elif current is not None and (parsed := _parse_instruction(line)):
       current.append(parsed)
-  return Module(computations, entry, {
-      x.name: x for body in computations.values() for x in body})
+  return Module(
+    computations,
+    entry,
+    {x.name: x for body in computations.values() for x in body},
+  )
 
 
 def shapes(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -139,8 +173,9 @@ def shapes(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def num_bytes(shape: str) -> int:
   """Bytes of an array or a tuple, without padding to tiles."""
-  return sum(math.prod(sizes) * BITS.get(dtype, 8) // 8
-             for dtype, sizes in shapes(shape))
+  return sum(
+    math.prod(sizes) * BITS.get(dtype, 8) // 8 for dtype, sizes in shapes(shape)
+  )
 
 
 def called(instruction: Instruction) -> list[str]:
@@ -191,34 +226,52 @@ def dot_flops(module: Module, instruction: Instruction) -> float:
   """
   if instruction.opcode not in ('dot', 'convolution'):
     return 0.0
-  (_, out), = shapes(instruction.shape)
-  (_, left), = shapes(module.by_name[instruction.operands[0]].shape)
+  ((_, out),) = shapes(instruction.shape)
+  ((_, left),) = shapes(module.by_name[instruction.operands[0]].shape)
   if instruction.opcode == 'dot':
     dims = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.rest)
     over = [int(d) for d in dims.group(1).split(',') if d] if dims else []
     return 2.0 * math.prod(out) * math.prod(left[d] for d in over)
-  (_, right), = shapes(module.by_name[instruction.operands[1]].shape)
-  lhs, rhs, result = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)',
-                               instruction.rest).groups()
-  flops = (2.0 * out[result.index('b')] * out[result.index('f')]
-           * right[rhs.index('i')])
-  window = dict(part.split('=') for part in (
-      _WINDOW.search(instruction.rest) or re.match('()', '')).group(1).split())
+  ((_, right),) = shapes(module.by_name[instruction.operands[1]].shape)
+  lhs, rhs, result = re.search(
+    r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.rest
+  ).groups()
+  flops = (
+    2.0
+    * out[result.index('b')]
+    * out[result.index('f')]
+    * right[rhs.index('i')]
+  )
+  window = dict(
+    part.split('=')
+    for part in (_WINDOW.search(instruction.rest) or re.match('()', ''))
+    .group(1)
+    .split()
+  )
   for d in range(len(lhs) - 2):
-    field = lambda key, default: window[key].split('x')[d] if key in window else default
+    field = lambda key, default: (
+      window[key].split('x')[d] if key in window else default
+    )
     flops *= _real_places(
-        left[lhs.index(str(d))], right[rhs.index(str(d))],
-        out[result.index(str(d))], int(field('stride', 1)),
-        int(field('pad', '0_0').split('_')[0]), int(field('lhs_dilate', 1)),
-        int(field('rhs_dilate', 1)))
+      left[lhs.index(str(d))],
+      right[rhs.index(str(d))],
+      out[result.index(str(d))],
+      int(field('stride', 1)),
+      int(field('pad', '0_0').split('_')[0]),
+      int(field('lhs_dilate', 1)),
+      int(field('rhs_dilate', 1)),
+    )
   return flops
 
 
 @functools.lru_cache(maxsize=None)
 def _real_places(size, window, out, stride, pad, lhs_dilate, rhs_dilate) -> int:
   """(output, window) places of one dimension that fall on an input's number."""
-  at = (np.arange(out)[:, None] * stride + np.arange(window)[None] * rhs_dilate
-        - pad)
+  at = (
+    np.arange(out)[:, None] * stride
+    + np.arange(window)[None] * rhs_dilate
+    - pad
+  )
   inside = (at >= 0) & (at <= (size - 1) * lhs_dilate) & (at % lhs_dilate == 0)
   return int(inside.sum())
 
@@ -239,12 +292,16 @@ class Kernel(NamedTuple):
 
 def _kernel(module: Module, instruction: Instruction) -> Kernel:
   said = instruction.backend_config.get('custom_call_config', {}).get(
-      'cost_estimate', {})
+    'cost_estimate', {}
+  )
   moved = num_bytes(instruction.shape) + sum(
-      num_bytes(module.by_name[x].shape) for x in instruction.operands)
-  return Kernel(instruction.op_name or instruction.name,
-                float(said.get('flops', 0)),
-                float(said.get('bytes_accessed', moved)))
+    num_bytes(module.by_name[x].shape) for x in instruction.operands
+  )
+  return Kernel(
+    instruction.op_name or instruction.name,
+    float(said.get('flops', 0)),
+    float(said.get('bytes_accessed', moved)),
+  )
 
 
 @dataclasses.dataclass
@@ -265,10 +322,12 @@ class Cost:
   flops: float = 0.0
   cycles: float = 0.0
   kernels: collections.Counter = dataclasses.field(
-      default_factory=collections.Counter)
+    default_factory=collections.Counter
+  )
   collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
   cycles_by_op: collections.Counter = dataclasses.field(
-      default_factory=collections.Counter)
+    default_factory=collections.Counter
+  )
   num_unknown_loops: int = 0
 
   def add(self, other: 'Cost', times: int = 1):
@@ -338,11 +397,15 @@ class _Walk:
         total.add(self.of(name, is_fused or opcode == 'fusion'))
 
   def _count_collective(self, total, kind, instruction):
-    into = sum(num_bytes(self._module.by_name[x].shape)
-               for x in instruction.operands)
+    into = sum(
+      num_bytes(self._module.by_name[x].shape) for x in instruction.operands
+    )
     size = num_bytes(instruction.shape)
-    if instruction.opcode.endswith('-start') and instruction.shape[0] == '(' and (
-        kind != 'all-reduce'):
+    if (
+      instruction.opcode.endswith('-start')
+      and instruction.shape[0] == '('
+      and (kind != 'all-reduce')
+    ):
       size -= into  # its result repeats what goes in
     counted = total.collectives.setdefault(kind, [0, 0])
     counted[0] += 1

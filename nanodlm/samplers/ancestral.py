@@ -5,14 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm.samplers import reveal
-from nanodlm.noise import schedules
-from nanodlm.noise import times
+from nanodlm.noise import schedules, times
 from nanodlm.noise.categorical import Draw
-from nanodlm.types import Canvas
-from nanodlm.types import Denoise
-from nanodlm.types import Sampler
-from nanodlm.types import Samples
+from nanodlm.samplers import reveal
+from nanodlm.types import Canvas, Denoise, Sampler, Samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,21 +40,26 @@ class Ancestral(Sampler):
   def noise_levels(self) -> jax.Array:
     """1 - alpha at t_0 .. t_T, [T + 1], from exactly 1 to exactly 0."""
     return schedules.noise_levels(
-        self.schedule, times.reverse_grid(self.num_steps, self.grid))
+      self.schedule, times.reverse_grid(self.num_steps, self.grid)
+    )
 
-  def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-               ) -> Samples:
+  def __call__(
+    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
+  ) -> Samples:
     length = canvas.tokens.shape[1]
     noise = self.noise_levels()
-    plan_keys, draw_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
+    plan_keys, draw_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(
+      keys
+    )
     u = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(plan_keys)
     # Revealed in the first step j with u >= noise_{j+1}; noise_T = 0, so always.
     step = jnp.searchsorted(-noise[1:], -u).astype(jnp.int32)
     # The expected masked share of the whole row, prompt included, as in training.
     free_share = jnp.mean(~canvas.fixed, axis=1, keepdims=True)
     plan = reveal.Plan(step, free_share * noise[None, :-1])
-    return reveal.sample_plan(draw_keys, canvas, plan, denoise, self.draw,
-                              self._num_slots(length))
+    return reveal.sample_plan(
+      draw_keys, canvas, plan, denoise, self.draw, self._num_slots(length)
+    )
 
   def _num_slots(self, length: int) -> int:
     with jax.ensure_compile_time_eval():

@@ -6,14 +6,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nanodlm.samplers import reveal
 from nanodlm.devices import sharding
-from nanodlm.types import CachedDenoise
-from nanodlm.types import Canvas
-from nanodlm.types import InputError
-from nanodlm.types import ReverseRule
-from nanodlm.types import Sampler
-from nanodlm.types import Samples
+from nanodlm.samplers import reveal
+from nanodlm.types import (
+  CachedDenoise,
+  Canvas,
+  InputError,
+  ReverseRule,
+  Sampler,
+  Samples,
+)
 
 NO_EOS = -1
 
@@ -66,24 +68,34 @@ class Block(Sampler):
   def with_draw(self, draw: Any) -> 'Block':
     return dataclasses.replace(self, inner=self.inner.with_draw(draw))
 
-  def __call__(self, keys: jax.Array, canvas: Canvas, denoise: CachedDenoise
-               ) -> Samples:
+  def __call__(
+    self, keys: jax.Array, canvas: Canvas, denoise: CachedDenoise
+  ) -> Samples:
     length = canvas.tokens.shape[1]
     # A last block that sticks out keeps its masks there.
     pad = ((0, 0), (0, -length % self.block_size))
     fixed = jnp.pad(canvas.fixed, pad, constant_values=True)
-    tokens = jnp.pad(jnp.where(canvas.fixed, canvas.tokens, self.mask_id), pad,
-                     constant_values=self.mask_id)
+    tokens = jnp.pad(
+      jnp.where(canvas.fixed, canvas.tokens, self.mask_id),
+      pad,
+      constant_values=self.mask_id,
+    )
     zero = jnp.zeros_like(tokens[0, 0])
-    state = _State(tokens, denoise.init_cache(tokens) if self.cache else (), zero,
-                   jnp.zeros_like(fixed[:, 0]), zero)
+    state = _State(
+      tokens,
+      denoise.init_cache(tokens) if self.cache else (),
+      zero,
+      jnp.zeros_like(fixed[:, 0]),
+      zero,
+    )
 
     def has_work(state):
       left = self._free_from(state.block, fixed)
       return sharding.on_any_device(jnp.any(left & ~state.done[:, None]))
 
     state = jax.lax.while_loop(
-        has_work, lambda state: self._fill(keys, fixed, denoise, state), state)
+      has_work, lambda state: self._fill(keys, fixed, denoise, state), state
+    )
     # Where all rows were done early.
     left = self._free_from(state.block, fixed)
     tokens = jnp.where(left, self._eos(tokens), state.tokens)
@@ -98,15 +110,22 @@ class Block(Sampler):
       cache = jax.lax.cond(block > 0, extend, lambda cache: cache, cache)
       num_calls += block > 0
     own = Canvas(self._cut(tokens, start), self._cut(fixed, start))
-    own_tokens = jnp.where(done[:, None] & ~own.fixed, self._eos(tokens),
-                           own.tokens)
+    own_tokens = jnp.where(
+      done[:, None] & ~own.fixed, self._eos(tokens), own.tokens
+    )
     samples = self.inner(
-        reveal.fold_in_each(keys, block),
-        Canvas(own_tokens, own.fixed | done[:, None]),
-        self._within(denoise, tokens, cache, start))
+      reveal.fold_in_each(keys, block),
+      Canvas(own_tokens, own.fixed | done[:, None]),
+      self._within(denoise, tokens, cache, start),
+    )
     drawn, done = self._end(samples.tokens, own.fixed, done)
-    return _State(_paste(tokens, drawn, start), cache, block + 1, done,
-                  num_calls + samples.num_calls)
+    return _State(
+      _paste(tokens, drawn, start),
+      cache,
+      block + 1,
+      done,
+      num_calls + samples.num_calls,
+    )
 
   def _extend(self, denoise, tokens, cache, start):
     """The cache with the finished block before `start`."""
@@ -118,10 +137,12 @@ class Block(Sampler):
     """The `Denoise` of the block at `start`, whose canvas is [B, S]."""
     if not self.cache:
       return lambda part, level, positions: denoise(
-          _paste(tokens, part, start), level, start + positions)
+        _paste(tokens, part, start), level, start + positions
+      )
     visible = jnp.arange(tokens.shape[1]) < start
     return lambda part, level, positions: denoise.within(
-        cache, part, start, level, positions, visible)[0]
+      cache, part, start, level, positions, visible
+    )[0]
 
   def _end(self, drawn, fixed, done):
     """A block [B, S] that ends where eos_id was drawn; and the rows done."""
@@ -130,8 +151,10 @@ class Block(Sampler):
     eos = self._eos(drawn)
     is_eos = (drawn == eos) & ~fixed
     after = jnp.cumsum(is_eos, axis=1) - is_eos > 0
-    return (jnp.where(after & ~fixed, eos, drawn),
-            done | jnp.any(is_eos, axis=1))
+    return (
+      jnp.where(after & ~fixed, eos, drawn),
+      done | jnp.any(is_eos, axis=1),
+    )
 
   def _free_from(self, block, fixed):
     """Which positions of `block` and those after it are free, [B, C]."""

@@ -5,15 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm.noise import categorical
-from nanodlm.noise import processes
 from nanodlm.devices import sharding
+from nanodlm.noise import categorical, processes
 from nanodlm.noise.categorical import Draw
-from nanodlm.types import Canvas
-from nanodlm.types import Denoise
-from nanodlm.types import InputError
-from nanodlm.types import Sampler
-from nanodlm.types import Samples
+from nanodlm.types import Canvas, Denoise, InputError, Sampler, Samples
 
 SCORES = ('max_prob', 'margin', 'entropy', 'random')
 
@@ -72,25 +67,30 @@ class Confidence(Sampler):
   def __post_init__(self):
     if self.score not in SCORES:
       raise InputError(
-          f'sampler.score={self.score!r} is not one of {list(SCORES)}')
+        f'sampler.score={self.score!r} is not one of {list(SCORES)}'
+      )
     for key in ('num_steps', 'threshold', 'entropy_budget', 'block_size'):
       if not getattr(self, key) >= 0:
         raise InputError(f'sampler.{key}={getattr(self, key)!r} must be >= 0')
     rules = ('num_steps', 'threshold', 'entropy_budget')
     if sum(getattr(self, key) > 0 for key in rules) != 1:
       values = ', '.join(
-          f'sampler.{key}={getattr(self, key)!r}' for key in rules)
+        f'sampler.{key}={getattr(self, key)!r}' for key in rules
+      )
       raise InputError(
-          f'{values}: exactly one of them must be > 0 with sampler.name='
-          "'confidence', and the others 0 (--config.sampler.num_steps=0, say): it "
-          'says how many positions a call keeps')
+        f'{values}: exactly one of them must be > 0 with sampler.name='
+        "'confidence', and the others 0 (--config.sampler.num_steps=0, say): it "
+        'says how many positions a call keeps'
+      )
     if self.threshold and self.score not in ('max_prob', 'margin'):
       raise InputError(
-          f'sampler.threshold={self.threshold!r} is a probability: '
-          f"sampler.score={self.score!r} must be 'max_prob' or 'margin' with it")
+        f'sampler.threshold={self.threshold!r} is a probability: '
+        f"sampler.score={self.score!r} must be 'max_prob' or 'margin' with it"
+      )
 
-  def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-               ) -> Samples:
+  def __call__(
+    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
+  ) -> Samples:
     length = canvas.tokens.shape[1]
     block_size = min(self.block_size or length, length)
     free = ~canvas.fixed
@@ -108,8 +108,9 @@ class Confidence(Sampler):
       # The masked share of the whole row, prompt included, as in training.
       level = jnp.mean(hidden, axis=1)
       logits = denoise(tokens, level, positions.astype(jnp.int32))
-      draw_keys, score_keys = jax.vmap(lambda key: tuple(jax.random.split(
-          jax.random.fold_in(key, num_calls))))(keys)
+      draw_keys, score_keys = jax.vmap(
+        lambda key: tuple(jax.random.split(jax.random.fold_in(key, num_calls)))
+      )(keys)
       drawn = self.draw.sample(draw_keys, logits)
       confidence, entropy = self._confidence(score_keys, logits, drawn)
       # A row that is not done was part of every call so far.
@@ -117,15 +118,20 @@ class Confidence(Sampler):
       end_call = self.num_steps * block_end // jnp.maximum(num_free, 1)
       kept = self._kept(confidence, entropy, is_open, end_call - num_calls)
       new = jnp.where(kept, drawn, tokens[row, positions])
-      return (tokens.at[row, positions].set(new),
-              hidden.at[row, positions].min(~kept), num_calls + 1)
+      return (
+        tokens.at[row, positions].set(new),
+        hidden.at[row, positions].min(~kept),
+        num_calls + 1,
+      )
 
     tokens = jnp.where(free, self.draw.mask_id, canvas.tokens)
     # From the data, so that under shard_map it varies over devices as they do.
     zero = jnp.sum(num_free, dtype=jnp.int32) * 0
     tokens, _, num_calls = jax.lax.while_loop(
-        lambda state: sharding.on_any_device(jnp.any(state[1])), step,
-        (tokens, free, zero))
+      lambda state: sharding.on_any_device(jnp.any(state[1])),
+      step,
+      (tokens, free, zero),
+    )
     return Samples(tokens=tokens, num_calls=num_calls)
 
   def _confidence(self, keys, logits, drawn):
@@ -142,13 +148,15 @@ class Confidence(Sampler):
       confidence = -entropy
     else:
       confidence = jax.vmap(
-          lambda key: jax.random.uniform(key, drawn.shape[1:]))(keys)
+        lambda key: jax.random.uniform(key, drawn.shape[1:])
+      )(keys)
     return confidence, entropy
 
   def _kept(self, confidence, entropy, is_open, calls_left):
     """Which of the open positions a call keeps, [B, K] bool."""
-    order = jnp.argsort(jnp.where(is_open, -confidence, jnp.inf), axis=1,
-                        stable=True)
+    order = jnp.argsort(
+      jnp.where(is_open, -confidence, jnp.inf), axis=1, stable=True
+    )
     if self.num_steps:
       num_open = jnp.sum(is_open, axis=1, keepdims=True)
       calls_left = jnp.maximum(calls_left, 1)[:, None]
@@ -159,8 +167,7 @@ class Confidence(Sampler):
       else:
         # Falls never along the order, so those that pass are its first.
         entropy = jnp.take_along_axis(entropy, order, axis=1)
-        excess = (jnp.cumsum(entropy, axis=1)
-                  - jax.lax.cummax(entropy, axis=1))
+        excess = jnp.cumsum(entropy, axis=1) - jax.lax.cummax(entropy, axis=1)
         passes = excess <= self.entropy_budget
       count = jnp.maximum(jnp.sum(passes, axis=1, keepdims=True), 1)
     rank = processes.inverse_permutation(order)

@@ -6,12 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import processes
-from nanodlm.samplers import reveal
 from nanodlm.noise.categorical import Draw
-from nanodlm.types import Canvas
-from nanodlm.types import Denoise
-from nanodlm.types import Sampler
-from nanodlm.types import Samples
+from nanodlm.samplers import reveal
+from nanodlm.types import Canvas, Denoise, Sampler, Samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +25,13 @@ class FirstHitting(Sampler):
 
   draw: Draw
 
-  def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-               ) -> Samples:
+  def __call__(
+    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
+  ) -> Samples:
     length = canvas.tokens.shape[1]
     order_keys, time_keys, draw_keys = jax.vmap(
-        lambda key: tuple(jax.random.split(key, 3)))(keys)
+      lambda key: tuple(jax.random.split(key, 3))
+    )(keys)
     rank = processes.random_rank(order_keys, ~canvas.fixed)
     num_free = jnp.sum(~canvas.fixed, axis=1, keepdims=True)
     left = jnp.maximum(num_free - jnp.arange(length)[None], 1)
@@ -40,5 +39,11 @@ class FirstHitting(Sampler):
     level = jnp.exp(jnp.cumsum(jnp.log1p(-u) / left, axis=1))
     # The expected masked share of the whole row, prompt included.
     level = level * num_free / length
-    return reveal.sample_plan(draw_keys, canvas, reveal.Plan(rank, level), denoise,
-                              self.draw, num_slots=1)
+    return reveal.sample_plan(
+      draw_keys,
+      canvas,
+      reveal.Plan(rank, level),
+      denoise,
+      self.draw,
+      num_slots=1,
+    )

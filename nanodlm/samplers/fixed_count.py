@@ -6,13 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import processes
-from nanodlm.samplers import reveal
 from nanodlm.noise.categorical import Draw
-from nanodlm.types import Canvas
-from nanodlm.types import Denoise
-from nanodlm.types import InputError
-from nanodlm.types import Sampler
-from nanodlm.types import Samples
+from nanodlm.samplers import reveal
+from nanodlm.types import Canvas, Denoise, InputError, Sampler, Samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +31,14 @@ class FixedCount(Sampler):
     if self.num_steps < 1:
       raise InputError(f'sampler.num_steps={self.num_steps!r} must be >= 1')
 
-  def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-               ) -> Samples:
+  def __call__(
+    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
+  ) -> Samples:
     length = canvas.tokens.shape[1]
     num_steps = min(self.num_steps, length)
-    plan_keys, draw_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(keys)
+    plan_keys, draw_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(
+      keys
+    )
     rank = processes.random_rank(plan_keys, ~canvas.fixed)
     num_free = jnp.sum(~canvas.fixed, axis=1, keepdims=True)
     # In integers: rank r goes to step floor(r T / n), at most ceil(n / T) each.
@@ -48,5 +47,11 @@ class FixedCount(Sampler):
     revealed = jnp.sum(is_before & ~canvas.fixed[:, :, None], axis=1)
     # The masked share of the whole row, prompt included, as in training.
     level = (num_free - revealed) / length
-    return reveal.sample_plan(draw_keys, canvas, reveal.Plan(step, level), denoise,
-                              self.draw, -(-length // num_steps))
+    return reveal.sample_plan(
+      draw_keys,
+      canvas,
+      reveal.Plan(step, level),
+      denoise,
+      self.draw,
+      -(-length // num_steps),
+    )

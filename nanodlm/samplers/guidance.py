@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical
-from nanodlm.types import Canvas
-from nanodlm.types import Denoise
-from nanodlm.types import InputError
-from nanodlm.types import ReverseRule
-from nanodlm.types import Sampler
-from nanodlm.types import Samples
+from nanodlm.types import (
+  Canvas,
+  Denoise,
+  InputError,
+  ReverseRule,
+  Sampler,
+  Samples,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +51,18 @@ class Guided(Sampler):
   def with_draw(self, draw: Any) -> 'Guided':
     return dataclasses.replace(self, sampler=self.sampler.with_draw(draw))
 
-  def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-               ) -> Samples:
-    samples = self.sampler(keys, canvas, guide(denoise, canvas.fixed,
-                                               self.weight, self.mask_id))
+  def __call__(
+    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
+  ) -> Samples:
+    samples = self.sampler(
+      keys, canvas, guide(denoise, canvas.fixed, self.weight, self.mask_id)
+    )
     return samples._replace(num_calls=2 * samples.num_calls)
 
 
-def guide(denoise: Denoise, fixed: jax.Array, weight: float, mask_id: int
-          ) -> Denoise:
+def guide(
+  denoise: Denoise, fixed: jax.Array, weight: float, mask_id: int
+) -> Denoise:
   """A `types.Denoise` of guided log-probabilities, not normalised.
 
   Args:
@@ -66,12 +71,16 @@ def guide(denoise: Denoise, fixed: jax.Array, weight: float, mask_id: int
     weight: w.
     mask_id: the mask's id.
   """
+
   def guided(tokens, level, positions):
     both = lambda x, y: jnp.concatenate([x, y])
     # The level is a share of the whole row, in which the prompt is now masked.
     without_level = jnp.minimum(level + jnp.mean(fixed, axis=1), 1.0)
-    logits = denoise(both(tokens, jnp.where(fixed, mask_id, tokens)),
-                     both(level, without_level), both(positions, positions))
+    logits = denoise(
+      both(tokens, jnp.where(fixed, mask_id, tokens)),
+      both(level, without_level),
+      both(positions, positions),
+    )
     # Normalised over the clean tokens, so that this is a log likelihood ratio.
     log_p, without = jnp.split(categorical.log_prob(logits, mask_id), 2)
     return without + (weight + 1) * (log_p - without)

@@ -5,17 +5,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm.noise import categorical
-from nanodlm.samplers import reveal
 from nanodlm.devices import sharding
-from nanodlm.noise import times
+from nanodlm.noise import categorical, times
 from nanodlm.noise.categorical import Draw
-from nanodlm.types import Canvas
-from nanodlm.types import Denoise
-from nanodlm.types import InputError
-from nanodlm.types import ReverseRule
-from nanodlm.types import Sampler
-from nanodlm.types import Samples
+from nanodlm.samplers import reveal
+from nanodlm.types import (
+  Canvas,
+  Denoise,
+  InputError,
+  ReverseRule,
+  Sampler,
+  Samples,
+)
 
 # The time told to the network when it corrects a finished text: near 0, with a
 # little noise left, so that a wrong token here and there is what it expects.
@@ -54,28 +55,34 @@ class Posterior(Sampler):
     times.check_grid(self.num_steps, self.grid)
     if self.num_corrections < 0:
       raise InputError(
-          f'sampler.num_corrections={self.num_corrections!r} must be >= 0')
+        f'sampler.num_corrections={self.num_corrections!r} must be >= 0'
+      )
     if self.num_corrections and not self.rule.can_correct:
       raise InputError(
-          f'sampler.num_corrections={self.num_corrections!r} must be 0 for a '
-          'network that predicts masked tokens only: it cannot judge the '
-          "others; objective.name='uniform' and 'hybrid' can")
+        f'sampler.num_corrections={self.num_corrections!r} must be 0 for a '
+        'network that predicts masked tokens only: it cannot judge the '
+        "others; objective.name='uniform' and 'hybrid' can"
+      )
 
   def with_rule(self, rule: ReverseRule) -> 'Posterior':
     return dataclasses.replace(self, rule=rule)
 
-  def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-               ) -> Samples:
+  def __call__(
+    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
+  ) -> Samples:
     length = canvas.tokens.shape[1]
     prior_keys, step_keys, correction_keys = jax.vmap(
-        lambda key: tuple(jax.random.split(key, 3)))(keys)
-    tokens = jnp.where(canvas.fixed, canvas.tokens,
-                       self.rule.sample_prior(prior_keys, length))
+      lambda key: tuple(jax.random.split(key, 3))
+    )(keys)
+    tokens = jnp.where(
+      canvas.fixed, canvas.tokens, self.rule.sample_prior(prior_keys, length)
+    )
     tokens, num_steps = self._denoise(step_keys, tokens, canvas.fixed, denoise)
     num_corrections = jnp.zeros_like(num_steps)
     if self.num_corrections:
-      tokens, num_corrections = self._correct(correction_keys, tokens,
-                                              canvas.fixed, denoise)
+      tokens, num_corrections = self._correct(
+        correction_keys, tokens, canvas.fixed, denoise
+      )
     return Samples(tokens=tokens, num_calls=num_steps + num_corrections)
 
   def _denoise(self, keys, tokens, fixed, denoise):
@@ -91,21 +98,24 @@ class Posterior(Sampler):
       logits = denoise(tokens, self.rule.level_at(t, free_share), positions)
       log_p = self.rule.reverse(logits, tokens, s, t, self.draw)
       drawn = jax.vmap(categorical.sample_categorical)(
-          reveal.fold_in_each(keys, step), log_p)
+        reveal.fold_in_each(keys, step), log_p
+      )
       return step + 1, jnp.where(fixed, tokens, drawn)
 
     # Nothing to do is no call.
     has_work = sharding.on_any_device(jnp.any(~fixed))
     first = jnp.where(has_work, 0, num_steps)
     last, tokens = jax.lax.while_loop(
-        lambda state: state[0] < num_steps, body, (first, tokens))
+      lambda state: state[0] < num_steps, body, (first, tokens)
+    )
     return tokens, last - first
 
   def _correct(self, keys, tokens, fixed, denoise):
     """Corrected tokens [B, L]; and the number of calls."""
     positions = _all_positions(tokens)
-    level = self.rule.level_at(jnp.float32(CORRECTION_TIME),
-                               jnp.mean(~fixed, axis=1))
+    level = self.rule.level_at(
+      jnp.float32(CORRECTION_TIME), jnp.mean(~fixed, axis=1)
+    )
 
     def body(state):
       step, tokens, is_open = state
@@ -122,11 +132,17 @@ class Posterior(Sampler):
 
     is_open = jnp.any(~fixed, axis=1)
     step, tokens, _ = jax.lax.while_loop(
-        lambda state: ((state[0] < self.num_corrections)
-                       & sharding.on_any_device(jnp.any(state[2]))), body, (jnp.zeros_like(jnp.sum(is_open)), tokens, is_open))
+      lambda state: (
+        (state[0] < self.num_corrections)
+        & sharding.on_any_device(jnp.any(state[2]))
+      ),
+      body,
+      (jnp.zeros_like(jnp.sum(is_open)), tokens, is_open),
+    )
     return tokens, step
 
 
 def _all_positions(tokens):
-  return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None],
-                          tokens.shape)
+  return jnp.broadcast_to(
+    jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape
+  )

@@ -6,14 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from nanodlm.samplers import reveal
 from nanodlm.devices import sharding
-from nanodlm.types import CachedDenoise
-from nanodlm.types import Canvas
-from nanodlm.types import InputError
-from nanodlm.types import ReverseRule
-from nanodlm.types import Sampler
-from nanodlm.types import Samples
+from nanodlm.samplers import reveal
+from nanodlm.types import (
+  CachedDenoise,
+  Canvas,
+  InputError,
+  ReverseRule,
+  Sampler,
+  Samples,
+)
 
 DEFAULT_BLOCK_SIZE = 32  # as in the paper
 
@@ -42,8 +44,10 @@ class PrefixCache(Sampler):
 
   def __post_init__(self):
     if self.block_size < 0:
-      raise InputError(f'sampler.block_size={self.block_size!r} must be >= 0 (0: '
-                       f'{DEFAULT_BLOCK_SIZE})')
+      raise InputError(
+        f'sampler.block_size={self.block_size!r} must be >= 0 (0: '
+        f'{DEFAULT_BLOCK_SIZE})'
+      )
 
   def with_rule(self, rule: ReverseRule) -> 'PrefixCache':
     return dataclasses.replace(self, inner=self.inner.with_rule(rule))
@@ -51,8 +55,9 @@ class PrefixCache(Sampler):
   def with_draw(self, draw: Any) -> 'PrefixCache':
     return dataclasses.replace(self, inner=self.inner.with_draw(draw))
 
-  def __call__(self, keys: jax.Array, canvas: Canvas, denoise: CachedDenoise
-               ) -> Samples:
+  def __call__(
+    self, keys: jax.Array, canvas: Canvas, denoise: CachedDenoise
+  ) -> Samples:
     length = canvas.tokens.shape[1]
     size = min(self.block_size or DEFAULT_BLOCK_SIZE, length)
     num_blocks = -(-length // size)
@@ -67,26 +72,40 @@ class PrefixCache(Sampler):
       has_work = sharding.on_any_device(jnp.any(cut(hidden, start)))
 
       def fresh(cache):
-        return denoise.advance(cache, tokens, 0, jnp.zeros((length,), bool),
-                               jnp.mean(hidden, axis=1))
+        return denoise.advance(
+          cache, tokens, 0, jnp.zeros((length,), bool), jnp.mean(hidden, axis=1)
+        )
+
       cache = jax.lax.cond(has_work, fresh, lambda cache: cache, cache)
       elsewhere = jnp.sum(hidden & ~inside[None], axis=1)
 
       def within(part, level, positions):
         level = (level * size + elsewhere) / length  # of the whole row
-        logits, _ = denoise.within(cache, part, start, level, positions, ~inside)
+        logits, _ = denoise.within(
+          cache, part, start, level, positions, ~inside
+        )
         return logits
 
       block_keys = reveal.fold_in_each(keys, block)
       samples = self.inner(
-          block_keys, Canvas(cut(tokens, start), ~cut(hidden, start)), within)
+        block_keys, Canvas(cut(tokens, start), ~cut(hidden, start)), within
+      )
       tokens = jax.lax.dynamic_update_slice_in_dim(
-          tokens, samples.tokens, start, axis=1)
-      return (tokens, hidden & ~inside[None], cache,
-              num_calls + has_work + samples.num_calls)
+        tokens, samples.tokens, start, axis=1
+      )
+      return (
+        tokens,
+        hidden & ~inside[None],
+        cache,
+        num_calls + has_work + samples.num_calls,
+      )
 
     tokens = jnp.where(canvas.fixed, canvas.tokens, self.mask_id)
-    state = (tokens, ~canvas.fixed, denoise.init_cache(tokens),
-             jnp.zeros_like(tokens[0, 0]))
+    state = (
+      tokens,
+      ~canvas.fixed,
+      denoise.init_cache(tokens),
+      jnp.zeros_like(tokens[0, 0]),
+    )
     tokens, _, _, num_calls = jax.lax.fori_loop(0, num_blocks, body, state)
     return Samples(tokens, num_calls)

@@ -5,15 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm.samplers import reveal
-from nanodlm.noise import schedules
-from nanodlm.noise import times
+from nanodlm.noise import schedules, times
 from nanodlm.noise.categorical import Draw
-from nanodlm.types import Canvas
-from nanodlm.types import Denoise
-from nanodlm.types import InputError
-from nanodlm.types import Sampler
-from nanodlm.types import Samples
+from nanodlm.samplers import reveal
+from nanodlm.types import Canvas, Denoise, InputError, Sampler, Samples
 
 KINDS = ('cap', 'rescale', 'conf', 'loop')
 
@@ -78,7 +73,8 @@ class Remask(Sampler):
     times.check_grid(self.num_steps, self.grid)
     if self.remask not in KINDS:
       raise InputError(
-          f'sampler.remask={self.remask!r} is not one of {list(KINDS)}')
+        f'sampler.remask={self.remask!r} is not one of {list(KINDS)}'
+      )
     if not 0 <= self.eta <= 1:
       raise InputError(f'sampler.eta={self.eta!r} must be in [0, 1]')
 
@@ -114,13 +110,15 @@ class Remask(Sampler):
     sigma = 0.0 if self.remask == 'conf' else self.remask_probs()
     return (noise_t - noise_s + sigma * (1 - noise_t)) / noise_t
 
-  def __call__(self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-               ) -> Samples:
+  def __call__(
+    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
+  ) -> Samples:
     batch, length = canvas.tokens.shape
     noise, sigmas = self.noise_levels(), self.remask_probs()
     reveal_probs = self.reveal_probs()
-    plan_keys, draw_keys = jax.vmap(
-        lambda key: tuple(jax.random.split(key)))(keys)
+    plan_keys, draw_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(
+      keys
+    )
     free = ~canvas.fixed
     # The expected masked share of the whole row, prompt included, as in
     # training.
@@ -134,11 +132,18 @@ class Remask(Sampler):
       if self.remask == 'conf':
         sigma *= _softmax(-prob, revealed)
       u = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(
-          reveal.fold_in_each(plan_keys, j))
+        reveal.fold_in_each(plan_keys, j)
+      )
       tokens, prob, calls = reveal.draw_pending(
-          reveal.fold_in_each(draw_keys, j), tokens,
-          masked & (u < reveal_probs[j]), free_share * noise[j], denoise,
-          self.draw, self._num_slots(length), prob)
+        reveal.fold_in_each(draw_keys, j),
+        tokens,
+        masked & (u < reveal_probs[j]),
+        free_share * noise[j],
+        denoise,
+        self.draw,
+        self._num_slots(length),
+        prob,
+      )
       tokens = jnp.where(revealed & (u < sigma), self.draw.mask_id, tokens)
       return tokens, prob, num_calls + calls
 
@@ -148,8 +153,9 @@ class Remask(Sampler):
       prob = jnp.zeros_like(free, jnp.float32)
     # From the data, so that under shard_map it varies over devices as they do.
     zero = jnp.sum(free, dtype=jnp.int32) * 0
-    tokens, _, num_calls = jax.lax.fori_loop(0, sigmas.size, step,
-                                             (tokens, prob, zero))
+    tokens, _, num_calls = jax.lax.fori_loop(
+      0, sigmas.size, step, (tokens, prob, zero)
+    )
     return Samples(tokens=tokens, num_calls=num_calls)
 
   def _num_slots(self, length: int) -> int:

@@ -12,12 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nanodlm.noise import categorical
 from nanodlm.devices import sharding
+from nanodlm.noise import categorical
 from nanodlm.noise.categorical import Draw
-from nanodlm.types import Canvas
-from nanodlm.types import Denoise
-from nanodlm.types import Samples
+from nanodlm.types import Canvas, Denoise, Samples
 
 
 class Plan(NamedTuple):
@@ -33,8 +31,14 @@ class Plan(NamedTuple):
   level: jax.Array
 
 
-def sample_plan(keys: jax.Array, canvas: Canvas, plan: Plan, denoise: Denoise,
-                draw: Draw, num_slots: int) -> Samples:
+def sample_plan(
+  keys: jax.Array,
+  canvas: Canvas,
+  plan: Plan,
+  denoise: Denoise,
+  draw: Draw,
+  num_slots: int,
+) -> Samples:
   """Reveals the canvas step by step.
 
   All positions of one step are drawn independently given the tokens as they
@@ -62,8 +66,8 @@ def sample_plan(keys: jax.Array, canvas: Canvas, plan: Plan, denoise: Denoise,
     pending = hidden & (plan.step == step)
     level = jax.lax.dynamic_index_in_dim(plan.level, step, 1, keepdims=False)
     tokens, _, calls = draw_pending(
-        fold_in_each(keys, step), tokens, pending, level, denoise, draw,
-        num_slots)
+      fold_in_each(keys, step), tokens, pending, level, denoise, draw, num_slots
+    )
     hidden = hidden & ~pending
     return tokens, hidden, next_step(hidden), num_calls + calls
 
@@ -72,14 +76,21 @@ def sample_plan(keys: jax.Array, canvas: Canvas, plan: Plan, denoise: Denoise,
   step = next_step(hidden)
   state = (tokens, hidden, step, jnp.zeros_like(step))
   state = jax.lax.while_loop(
-      lambda state: sharding.on_any_device(state[2] < last), reveal, state)
+    lambda state: sharding.on_any_device(state[2] < last), reveal, state
+  )
   return Samples(tokens=state[0], num_calls=state[-1])
 
 
-def draw_pending(keys: jax.Array, tokens: jax.Array, pending: jax.Array,
-                 level: jax.Array, denoise: Denoise, draw: Draw, num_slots: int,
-                 prob: jax.Array | None = None
-                 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+def draw_pending(
+  keys: jax.Array,
+  tokens: jax.Array,
+  pending: jax.Array,
+  level: jax.Array,
+  denoise: Denoise,
+  draw: Draw,
+  num_slots: int,
+  prob: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
   """Draws the pending positions, independently of each other given `tokens`.
 
   As many calls as the fullest row needs, all on the same tokens; none where
@@ -122,8 +133,10 @@ def draw_pending(keys: jax.Array, tokens: jax.Array, pending: jax.Array,
   # From the data, so that under shard_map it varies over devices as they do.
   zero = jnp.sum(pending, dtype=jnp.int32) * 0
   drawn, prob, _, num_calls = jax.lax.while_loop(
-      lambda state: sharding.on_any_device(jnp.any(state[2])), call,
-      (tokens, prob, pending, zero))
+    lambda state: sharding.on_any_device(jnp.any(state[2])),
+    call,
+    (tokens, prob, pending, zero),
+  )
   return drawn, prob, num_calls
 
 
@@ -134,4 +147,4 @@ def fold_in_each(keys: jax.Array, data: jax.Array) -> jax.Array:
 
 def enough_slots(mean: float) -> int:
   """Slots that a step with `mean` expected reveals overflows once in 10^4."""
-  return int(mean + 4 * mean ** 0.5 + 1)  # mean + 4 deviations
+  return int(mean + 4 * mean**0.5 + 1)  # mean + 4 deviations

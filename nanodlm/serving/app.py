@@ -22,31 +22,28 @@ import urllib.parse
 from ml_collections import config_dict
 import numpy as np
 
-from nanodlm.noise import categorical
 from nanodlm import config as configs
-from nanodlm import evaluate
-from nanodlm.devices import multihost
-from nanodlm.show import pages
-from nanodlm.show import plots
-from nanodlm import sample
-from nanodlm.serving import engine as engines
+from nanodlm import evaluate, sample, types
 from nanodlm.data import tokenizers
-from nanodlm import types
-from nanodlm.serving.engine import Row
-from nanodlm.serving.engine import Task
+from nanodlm.devices import multihost
+from nanodlm.noise import categorical
+from nanodlm.serving import engine as engines
+from nanodlm.serving.engine import Row, Task
+from nanodlm.show import pages, plots
 from nanodlm.types import InputError
 
 try:
   import fastapi
-  from fastapi import exceptions
-  from fastapi import responses
+  from fastapi import exceptions, responses
   import pydantic
   import starlette.exceptions
   import uvicorn
   from uvicorn.protocols.http import h11_impl
 except ImportError as error:
-  raise InputError('--mode=serve needs FastAPI and uvicorn: pip install -e '
-                   f"'.[serve]' ({error})") from error
+  raise InputError(
+    '--mode=serve needs FastAPI and uvicorn: pip install -e '
+    f"'.[serve]' ({error})"
+  ) from error
 
 log = logging.getLogger('nanodlm')
 
@@ -73,17 +70,19 @@ MAX_SEED = 2**31 - 1
 RETRY_AFTER_SECS = 2
 
 PAGE_HEADERS = {
-    'Content-Security-Policy':
-        "default-src 'none'; style-src 'unsafe-inline'; script-src "
-        "'unsafe-inline'; connect-src 'self'; img-src data:; form-action 'none'; "
-        "base-uri 'none'; frame-ancestors 'none'",
-    'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer',
-    'Cache-Control': 'no-store'}
+  'Content-Security-Policy': "default-src 'none'; style-src 'unsafe-inline'; script-src "
+  "'unsafe-inline'; connect-src 'self'; img-src data:; form-action 'none'; "
+  "base-uri 'none'; frame-ancestors 'none'",
+  'X-Content-Type-Options': 'nosniff',
+  'Referrer-Policy': 'no-referrer',
+  'Cache-Control': 'no-store',
+}
 STREAM_HEADERS = {'Cache-Control': 'no-store', 'X-Accel-Buffering': 'no'}
 
 _Seed = Annotated[int, pydantic.Field(ge=0, le=MAX_SEED)]
-_Temperature = Annotated[float, pydantic.Field(ge=0, le=100,
-                                               allow_inf_nan=False)]
+_Temperature = Annotated[
+  float, pydantic.Field(ge=0, le=100, allow_inf_nan=False)
+]
 _TopK = Annotated[int, pydantic.Field(ge=0, le=2**31 - 1)]
 _TopP = Annotated[float, pydantic.Field(gt=0, le=1, allow_inf_nan=False)]
 _NumSteps = Annotated[int, pydantic.Field(ge=1, le=MAX_STEPS)]
@@ -99,31 +98,43 @@ class Sampling(_Strict):
   """How to sample; what is left out is as in the run's config."""
 
   sampler: _Name | None = pydantic.Field(
-      None, description='The name of a sampler; /api/info lists those that fit.')
+    None, description='The name of a sampler; /api/info lists those that fit.'
+  )
   num_steps: _NumSteps | None = pydantic.Field(
-      None, description='Network calls; of each block, where there are blocks.')
+    None, description='Network calls; of each block, where there are blocks.'
+  )
   temperature: _Temperature | None = pydantic.Field(
-      None, description='0 takes the most probable token.')
+    None, description='0 takes the most probable token.'
+  )
   top_k: _TopK | None = pydantic.Field(None, description='0 keeps all.')
   top_p: _TopP | None = pydantic.Field(None, description='1 keeps all.')
   seed: _Seed | None = pydantic.Field(
-      None, description='The same seed gives the same texts. By default a '
-      'random one, which the answer names.')
+    None,
+    description='The same seed gives the same texts. By default a '
+    'random one, which the answer names.',
+  )
   user: _Name | None = pydantic.Field(
-      None, description='Those who name the same user take turns as one client; '
-      'else each connection is one.')
+    None,
+    description='Those who name the same user take turns as one client; '
+    'else each connection is one.',
+  )
 
 
 class GenerateRequest(Sampling):
   """A text with gaps, or its tokens."""
 
   prompt: str | None = pydantic.Field(
-      None, description='A text; {} is a gap that takes an equal share of the '
-      'free room, {12} one of 12 tokens, {{ and }} are braces. Without a gap it '
-      'is continued.', examples=['Return the {} of the {12}.'])
+    None,
+    description='A text; {} is a gap that takes an equal share of the '
+    'free room, {12} one of 12 tokens, {{ and }} are braces. Without a gap it '
+    'is continued.',
+    examples=['Return the {} of the {12}.'],
+  )
   tokens: list[_Id | None] | None = pydantic.Field(
-      None, description='Instead of a prompt: token ids, null where one is to '
-      'be drawn.')
+    None,
+    description='Instead of a prompt: token ids, null where one is to '
+    'be drawn.',
+  )
   num_samples: Annotated[int, pydantic.Field(ge=1, le=MAX_SAMPLES)] = 1
 
 
@@ -132,13 +143,16 @@ class Sample(pydantic.BaseModel):
 
   text: str = pydantic.Field(description='All of it.')
   shown: str = pydantic.Field(
-      description='What --mode=sample prints: of a model of prompts with '
-      'responses, up to the end of the response.')
+    description='What --mode=sample prints: of a model of prompts with '
+    'responses, up to the end of the response.'
+  )
   tokens: list[int]
   texts: list[str] = pydantic.Field(
-      description="What each token spells; a character of several is the first's.")
+    description="What each token spells; a character of several is the first's."
+  )
   num_calls: int = pydantic.Field(
-      description='Network calls of the batch it was in.')
+    description='Network calls of the batch it was in.'
+  )
 
 
 class GenerateResponse(pydantic.BaseModel):
@@ -176,9 +190,11 @@ class CompletionRequest(_Strict):
 
   model: _Name | None = None
   prompt: str | list[str] | list[_Id] | list[list[_Id]] = pydantic.Field(
-      '', description='Text or token ids; braces are no gaps here.')
+    '', description='Text or token ids; braces are no gaps here.'
+  )
   suffix: str | None = pydantic.Field(
-      None, description='Text behind the gap, for models that read both ways.')
+    None, description='Text behind the gap, for models that read both ways.'
+  )
   max_tokens: Annotated[int, pydantic.Field(ge=1)] | None = 16
   temperature: _Temperature | None = None
   top_p: _TopP | None = None
@@ -186,19 +202,22 @@ class CompletionRequest(_Strict):
   stream: bool | None = False
   stream_options: StreamOptions | None = None
   stop: str | list[str] | None = pydantic.Field(
-      None, description='Up to 4 texts; the completion ends before the first.')
-  seed: int | None = pydantic.Field(
-      None, description='Taken modulo 2^31.')
+    None, description='Up to 4 texts; the completion ends before the first.'
+  )
+  seed: int | None = pydantic.Field(None, description='Taken modulo 2^31.')
   echo: bool | None = False
   user: _Name | None = None
   best_of: int | None = pydantic.Field(None, description='n, if anything.')
   logprobs: int | None = pydantic.Field(None, description='Not offered: null.')
   frequency_penalty: float | None = pydantic.Field(
-      None, description='Not offered: 0.')
+    None, description='Not offered: 0.'
+  )
   presence_penalty: float | None = pydantic.Field(
-      None, description='Not offered: 0.')
+    None, description='Not offered: 0.'
+  )
   logit_bias: dict[str, float] | None = pydantic.Field(
-      None, description='Not offered: {}.')
+    None, description='Not offered: {}.'
+  )
   sampler: _Name | None = None
   num_steps: _NumSteps | None = None
   top_k: _TopK | None = None
@@ -207,25 +226,38 @@ class CompletionRequest(_Strict):
 class ApiError(Exception):
   """What a client did wrong, or why it has to wait."""
 
-  def __init__(self, status: int, message: str, code: str | None = None,
-               headers: dict[str, str] | None = None):
+  def __init__(
+    self,
+    status: int,
+    message: str,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+  ):
     super().__init__(message)
     self.status, self.code, self.headers = status, code, headers
 
 
-def error_body(status: int, message: str, code: str | None = None
-               ) -> dict[str, Any]:
+def error_body(
+  status: int, message: str, code: str | None = None
+) -> dict[str, Any]:
   """In OpenAI's form, which their clients show."""
   # JSON can spell half a surrogate pair; quoted as it is it could not be sent.
   message = message.encode('utf-8', 'replace').decode()
   kind = 'invalid_request_error' if status < 500 else 'server_error'
-  return {'error': {'message': message[:1000], 'type': kind, 'param': None,
-                    'code': code}}
+  return {
+    'error': {
+      'message': message[:1000],
+      'type': kind,
+      'param': None,
+      'code': code,
+    }
+  }
 
 
 def _error_response(status, message, code=None, headers=None):
-  return responses.JSONResponse(error_body(status, message, code), status,
-                                headers=headers)
+  return responses.JSONResponse(
+    error_body(status, message, code), status, headers=headers
+  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -261,51 +293,79 @@ class Service:
         choice = self.engine.choose(name)
       except InputError:  # the defaults do not suit it
         continue
-      fitting.append({'name': name, 'reads_steps': choice.reads_steps,
-                      'num_steps': choice.num_steps})
+      fitting.append(
+        {
+          'name': name,
+          'reads_steps': choice.reads_steps,
+          'num_steps': choice.num_steps,
+        }
+      )
     return {
-        'model': self.name, 'step': self.step,
-        'objective': self.run.config.objective.name,
-        'num_params': self.run.network.num_params(self.run.objective),
-        'length': self.engine.length,
-        'sees_right': types.sees_right(self.run.objective, self.engine.length),
-        'tokenizer': self.tokenizer.name, 'vocab_size': self.tokenizer.vocab_size,
-        'samplers': fitting, 'sampler': own.name,
-        'defaults': {key: section[key] for key in (
-            'num_steps', 'temperature', 'top_k', 'top_p')},
-        'limits': {'num_samples': MAX_SAMPLES, 'num_steps': MAX_STEPS,
-                   'seed': MAX_SEED, 'body_bytes': MAX_BODY_BYTES}}
+      'model': self.name,
+      'step': self.step,
+      'objective': self.run.config.objective.name,
+      'num_params': self.run.network.num_params(self.run.objective),
+      'length': self.engine.length,
+      'sees_right': types.sees_right(self.run.objective, self.engine.length),
+      'tokenizer': self.tokenizer.name,
+      'vocab_size': self.tokenizer.vocab_size,
+      'samplers': fitting,
+      'sampler': own.name,
+      'defaults': {
+        key: section[key]
+        for key in ('num_steps', 'temperature', 'top_k', 'top_p')
+      },
+      'limits': {
+        'num_samples': MAX_SAMPLES,
+        'num_steps': MAX_STEPS,
+        'seed': MAX_SEED,
+        'body_bytes': MAX_BODY_BYTES,
+      },
+    }
 
-  def make_draw(self, temperature: float | None, top_k: int | None,
-                top_p: float | None) -> categorical.Draw:
+  def make_draw(
+    self, temperature: float | None, top_k: int | None, top_p: float | None
+  ) -> categorical.Draw:
     """How tokens are drawn; what is None is as the run's config says."""
     section = self.run.config.sampler
     given = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
-    return categorical.Draw(self.tokenizer.mask_id, **{
+    return categorical.Draw(
+      self.tokenizer.mask_id,
+      **{
         key: section[key] if value is None else value
-        for key, value in given.items()})
+        for key, value in given.items()
+      },
+    )
 
   def lay_out_ids(self, ids: list[int | None]) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and fixed [n] of ids with null in the gaps."""
     mask_id, length = self.tokenizer.mask_id, self.engine.length
     if not 0 < len(ids) <= length:
-      raise InputError(f'tokens has {len(ids)} of them; between 1 and {length} '
-                       'are allowed (sampler.length, by default data.length)')
+      raise InputError(
+        f'tokens has {len(ids)} of them; between 1 and {length} '
+        'are allowed (sampler.length, by default data.length)'
+      )
     if any(i is not None and i >= mask_id for i in ids):
       raise InputError(f'tokens must be ids in [0, {mask_id}), or null')
     fixed = np.array([i is not None for i in ids])
     if not types.sees_right(self.run.objective, length) and np.any(
-        fixed[1:] & ~fixed[:-1]):
+      fixed[1:] & ~fixed[:-1]
+    ):
       raise InputError(
-          'tokens: a model that reads from left to right (by tokens or blocks) '
-          'fills one gap at the end; text after a gap needs '
-          'objective.name=masked')
+        'tokens: a model that reads from left to right (by tokens or blocks) '
+        'fills one gap at the end; text after a gap needs '
+        'objective.name=masked'
+      )
     return np.array([mask_id if i is None else i for i in ids], np.int32), fixed
 
   def describe(self, task: Task) -> dict[str, Any]:
     """The settings that a task was sampled with."""
-    used = {'name': task.choice.name, 'temperature': task.draw.temperature,
-            'top_k': task.draw.top_k, 'top_p': task.draw.top_p}
+    used = {
+      'name': task.choice.name,
+      'temperature': task.draw.temperature,
+      'top_k': task.draw.top_k,
+      'top_p': task.draw.top_p,
+    }
     if task.choice.reads_steps:
       used['num_steps'] = task.choice.num_steps
     return used
@@ -313,11 +373,13 @@ class Service:
   def make_sample(self, row: Row) -> Sample:
     """What is answered of a row."""
     decode = self.tokenizer.decode
-    return Sample(text=decode(row.canvas),
-                  shown=decode(sample.shown_tokens(self.run, row.canvas)),
-                  tokens=row.canvas.tolist(),
-                  texts=self.tokenizer.spell(row.canvas),
-                  num_calls=row.num_calls)
+    return Sample(
+      text=decode(row.canvas),
+      shown=decode(sample.shown_tokens(self.run, row.canvas)),
+      tokens=row.canvas.tolist(),
+      texts=self.tokenizer.spell(row.canvas),
+      num_calls=row.num_calls,
+    )
 
 
 class Waiting:
@@ -331,8 +393,9 @@ class Waiting:
       self.rows = service.engine.submit(client, tasks, self._notify)
     except engines.FullError as error:
       status = 503 if service.stopping.is_set() else 429
-      raise ApiError(status, str(error), 'queue_full',
-                     {'Retry-After': str(RETRY_AFTER_SECS)}) from error
+      raise ApiError(
+        status, str(error), 'queue_full', {'Retry-After': str(RETRY_AFTER_SECS)}
+      ) from error
 
   def _notify(self):
     try:
@@ -364,8 +427,9 @@ class Waiting:
     """Raises ApiError where a row has failed."""
     for row in self.rows:
       if row.state == engines.FAILED:
-        raise ApiError(503 if self._service.stopping.is_set() else 500,
-                       row.error)
+        raise ApiError(
+          503 if self._service.stopping.is_set() else 500, row.error
+        )
 
   async def finish(self, request: fastapi.Request) -> bool:
     """Waits for all rows; False if the client has gone, and they are cancelled."""
@@ -388,17 +452,25 @@ def make_app(service: Service, allowed_hosts: tuple[str, ...] | None = None):
     allowed_hosts: what the header Host may say, without a port; None: anything.
   """
   app = fastapi.FastAPI(
-      title='nanodlm', version=str(service.step), docs_url=None, redoc_url=None,
-      description='A diffusion language model: texts with gaps, filled in.',
-      exception_handlers={
-          ApiError: lambda request, error: _error_response(
-              error.status, str(error), error.code, error.headers),
-          InputError: lambda request, error: _error_response(
-              400, _in_words(error), 'invalid_value'),
-          exceptions.RequestValidationError: _invalid,
-          starlette.exceptions.HTTPException: _http_error,
-          Exception: lambda request, error: _error_response(
-              500, 'something is wrong here; the log of the server has more')})
+    title='nanodlm',
+    version=str(service.step),
+    docs_url=None,
+    redoc_url=None,
+    description='A diffusion language model: texts with gaps, filled in.',
+    exception_handlers={
+      ApiError: lambda request, error: _error_response(
+        error.status, str(error), error.code, error.headers
+      ),
+      InputError: lambda request, error: _error_response(
+        400, _in_words(error), 'invalid_value'
+      ),
+      exceptions.RequestValidationError: _invalid,
+      starlette.exceptions.HTTPException: _http_error,
+      Exception: lambda request, error: _error_response(
+        500, 'something is wrong here; the log of the server has more'
+      ),
+    },
+  )
   _add_pages(app, service)
   _add_native(app, service)
   _add_openai(app, service)
@@ -415,9 +487,14 @@ def _http_error(request, error):
   del request
   if error.status_code == 400:
     return _error_response(
-        400, 'the body is not JSON that can be read: it is not UTF-8, is nested too '
-        'deeply, or has a number of too many digits', 'malformed_json')
-  return _error_response(error.status_code, str(error.detail), None, error.headers)
+      400,
+      'the body is not JSON that can be read: it is not UTF-8, is nested too '
+      'deeply, or has a number of too many digits',
+      'malformed_json',
+    )
+  return _error_response(
+    error.status_code, str(error.detail), None, error.headers
+  )
 
 
 def _invalid(request, error):
@@ -426,8 +503,10 @@ def _invalid(request, error):
   first = error.errors()[0]
   if first['type'] == 'json_invalid':
     return _error_response(
-        400, f'the body is not JSON: {first.get("ctx", {}).get("error", "")}',
-        'malformed_json')
+      400,
+      f'the body is not JSON: {first.get("ctx", {}).get("error", "")}',
+      'malformed_json',
+    )
   where = '.'.join(str(part) for part in first['loc'] if part != 'body')
   message = first['msg']
   if first['type'] == 'extra_forbidden':
@@ -441,7 +520,9 @@ def _add_pages(app, service: Service):
 
   @app.get('/', include_in_schema=False)
   async def playground():
-    return responses.HTMLResponse(pages.read('playground.html'), headers=PAGE_HEADERS)
+    return responses.HTMLResponse(
+      pages.read('playground.html'), headers=PAGE_HEADERS
+    )
 
   @app.get('/docs', include_in_schema=False)
   async def docs():
@@ -455,9 +536,14 @@ def _add_pages(app, service: Service):
   async def health():
     is_well = service.engine.is_alive() and not service.stopping.is_set()
     return responses.JSONResponse(
-        {'status': 'ok' if is_well else 'stopping', 'model': service.name,
-         'step': service.step, 'waiting': service.engine.num_waiting()},
-        200 if is_well else 503)
+      {
+        'status': 'ok' if is_well else 'stopping',
+        'model': service.name,
+        'step': service.step,
+        'waiting': service.engine.num_waiting(),
+      },
+      200 if is_well else 503,
+    )
 
 
 def _add_native(app, service: Service):
@@ -468,43 +554,60 @@ def _add_native(app, service: Service):
     if body.tokens is not None:
       tokens, fixed = service.lay_out_ids(body.tokens)
     else:
-      tokens, fixed = sample.lay_out(service.run, body.prompt,
-                                     service.engine.length)
+      tokens, fixed = sample.lay_out(
+        service.run, body.prompt, service.engine.length
+      )
     choice = service.engine.choose(body.sampler, body.num_steps)
     draw = service.make_draw(body.temperature, body.top_k, body.top_p)
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
-    return [Task(tokens, fixed, choice, draw, seed, i)
-            for i in range(body.num_samples)]
+    return [
+      Task(tokens, fixed, choice, draw, seed, i)
+      for i in range(body.num_samples)
+    ]
 
   def make_response(waiting: Waiting) -> GenerateResponse:
     task = waiting.rows[0].task
     return GenerateResponse(
-        model=service.name, step=service.step, seed=task.seed,
-        sampler=service.describe(task),
-        samples=[service.make_sample(row) for row in waiting.rows])
+      model=service.name,
+      step=service.step,
+      seed=task.seed,
+      sampler=service.describe(task),
+      samples=[service.make_sample(row) for row in waiting.rows],
+    )
 
   @app.get('/api/info', summary='The model, its samplers and limits')
   async def info():
     return service.info
 
-  @app.post('/api/tokenize', summary='The tokens of a text',
-            response_model=TokenizeResponse)
+  @app.post(
+    '/api/tokenize',
+    summary='The tokens of a text',
+    response_model=TokenizeResponse,
+  )
   async def tokenize(body: TokenizeRequest):
     ids = service.tokenizer.encode(body.text)
     return {'tokens': ids.tolist(), 'texts': service.tokenizer.spell(ids)}
 
-  @app.post('/api/generate', summary='Fills gaps',
-            response_model=GenerateResponse)
+  @app.post(
+    '/api/generate', summary='Fills gaps', response_model=GenerateResponse
+  )
   async def generate(body: GenerateRequest, request: fastapi.Request):
     waiting = Waiting(service, _client(request, body.user), make_tasks(body))
     if not await waiting.finish(request):
       return responses.Response(status_code=499)
     return make_response(waiting)
 
-  @app.post('/api/stream', summary='Fills gaps, and shows how',
-            response_class=responses.StreamingResponse,
-            responses={200: {'content': {'text/event-stream': {}},
-                             'description': STREAM_DESCRIPTION}})
+  @app.post(
+    '/api/stream',
+    summary='Fills gaps, and shows how',
+    response_class=responses.StreamingResponse,
+    responses={
+      200: {
+        'content': {'text/event-stream': {}},
+        'description': STREAM_DESCRIPTION,
+      }
+    },
+  )
   async def stream(body: GenerateRequest, request: fastapi.Request):
     waiting = Waiting(service, _client(request, body.user), make_tasks(body))
 
@@ -536,32 +639,50 @@ def _add_native(app, service: Service):
 
 
 STREAM_DESCRIPTION = (
-    'Server-sent events, each a JSON object. `state`: row, state (waiting, '
-    'compiling, running, done). `canvas`, first for each row: tokens (null: not '
-    'yet drawn), texts, fixed. `reveal`: row, num_calls, changes, a list of '
-    '[position, token or null, text]. `done`: as /api/generate. `error`: as the '
-    "body of an error's answer. Lines that begin with a colon say nothing.")
+  'Server-sent events, each a JSON object. `state`: row, state (waiting, '
+  'compiling, running, done). `canvas`, first for each row: tokens (null: not '
+  'yet drawn), texts, fixed. `reveal`: row, num_calls, changes, a list of '
+  '[position, token or null, text]. `done`: as /api/generate. `error`: as the '
+  "body of an error's answer. Lines that begin with a colon say nothing."
+)
 
 
 def _difference(service, i, row, old, new, num_calls) -> bytes | None:
   """The event that turns one canvas into the next; None where nothing changed."""
   mask_id = service.tokenizer.mask_id
-  ids = lambda canvas: [None if token == mask_id else token
-                        for token in canvas.tolist()]
+  ids = lambda canvas: [
+    None if token == mask_id else token for token in canvas.tolist()
+  ]
+
   def spell(canvas):
-    return ['' if token == mask_id else text for token, text in zip(
-        canvas, service.tokenizer.spell(canvas))]
+    return [
+      '' if token == mask_id else text
+      for token, text in zip(canvas, service.tokenizer.spell(canvas))
+    ]
+
   texts = spell(new)
   if old is None:
-    return _event('canvas', {'row': i, 'tokens': ids(new), 'texts': texts,
-                             'fixed': row.task.fixed.tolist()})
+    return _event(
+      'canvas',
+      {
+        'row': i,
+        'tokens': ids(new),
+        'texts': texts,
+        'fixed': row.task.fixed.tolist(),
+      },
+    )
   before = spell(old)
   # The text of a token can change with its neighbour: they may share a character.
-  changes = [[j, token, text] for j, (token, text) in enumerate(zip(
-      ids(new), texts)) if new[j] != old[j] or text != before[j]]
+  changes = [
+    [j, token, text]
+    for j, (token, text) in enumerate(zip(ids(new), texts))
+    if new[j] != old[j] or text != before[j]
+  ]
   if not changes:
     return None
-  return _event('reveal', {'row': i, 'num_calls': num_calls, 'changes': changes})
+  return _event(
+    'reveal', {'row': i, 'num_calls': num_calls, 'changes': changes}
+  )
 
 
 def _event(name: str | None, data: Any) -> bytes:
@@ -588,8 +709,9 @@ class _Stream(responses.StreamingResponse):
   """
 
   def __init__(self, waiting: Waiting, events: AsyncIterator[bytes]):
-    super().__init__(events, media_type='text/event-stream',
-                     headers=STREAM_HEADERS)
+    super().__init__(
+      events, media_type='text/event-stream', headers=STREAM_HEADERS
+    )
     self._waiting = waiting
 
   async def __call__(self, scope, receive, send):
@@ -599,9 +721,11 @@ class _Stream(responses.StreamingResponse):
       self._waiting.cancel()
 
 
-def _streamed(waiting: Waiting, events: AsyncIterator[bytes],
-              error_event: str | None):
+def _streamed(
+  waiting: Waiting, events: AsyncIterator[bytes], error_event: str | None
+):
   """The response of a stream of events."""
+
   async def guarded():
     yield b': nanodlm\n\n'
     try:
@@ -621,8 +745,12 @@ def _client(request: fastapi.Request, user: str | None):
 
 def _add_openai(app, service: Service):
 
-  model = {'id': service.name, 'object': 'model', 'created': int(time.time()),
-           'owned_by': 'nanodlm'}
+  model = {
+    'id': service.name,
+    'object': 'model',
+    'created': int(time.time()),
+    'owned_by': 'nanodlm',
+  }
 
   @app.get('/v1/models', summary='The one model')
   async def models():
@@ -635,8 +763,11 @@ def _add_openai(app, service: Service):
 
   def check_model(name: str | None):
     if name not in (None, service.name):
-      raise ApiError(404, f'model={name!r} is not here; {service.name!r} is',
-                     'model_not_found')
+      raise ApiError(
+        404,
+        f'model={name!r} is not here; {service.name!r} is',
+        'model_not_found',
+      )
 
   @app.post('/v1/completions', summary="Continues a text, as OpenAI's API does")
   async def completions(body: CompletionRequest, request: fastapi.Request):
@@ -655,12 +786,17 @@ class Completions:
 
   def __init__(self, service: Service, body: CompletionRequest):
     self._service, self._body = service, body
-    refused = {'logprobs': body.logprobs, 'logit_bias': body.logit_bias,
-               'frequency_penalty': body.frequency_penalty,
-               'presence_penalty': body.presence_penalty}
+    refused = {
+      'logprobs': body.logprobs,
+      'logit_bias': body.logit_bias,
+      'frequency_penalty': body.frequency_penalty,
+      'presence_penalty': body.presence_penalty,
+    }
     for name, value in refused.items():
       # logprobs=0 asks for the tokens' own.
-      if value and name != 'logprobs' or name == 'logprobs' and value is not None:
+      if (
+        value and name != 'logprobs' or name == 'logprobs' and value is not None
+      ):
         raise InputError(f'{name}={value!r} is not offered here')
     num = body.n or 1
     if body.best_of not in (None, num):
@@ -676,16 +812,21 @@ class Completions:
       raise InputError(f'prompt: {len(prompts)} of them; at most {MAX_PROMPTS}')
     choice = service.engine.choose(body.sampler, body.num_steps)
     draw = service.make_draw(body.temperature, body.top_k, body.top_p)
-    seed = (secrets.randbelow(MAX_SEED + 1) if body.seed is None
-            else body.seed % (MAX_SEED + 1))
+    seed = (
+      secrets.randbelow(MAX_SEED + 1)
+      if body.seed is None
+      else body.seed % (MAX_SEED + 1)
+    )
     self.tasks = []
     for prompt in prompts:
       tokens, fixed = self._lay_out(prompt)
       for _ in range(num):
-        self.tasks.append(Task(tokens, fixed, choice, draw, seed,
-                               len(self.tasks)))
-    self._prompts = [text for prompt in prompts
-                     for text in [self._text(prompt)] * num]
+        self.tasks.append(
+          Task(tokens, fixed, choice, draw, seed, len(self.tasks))
+        )
+    self._prompts = [
+      text for prompt in prompts for text in [self._text(prompt)] * num
+    ]
     self._id = f'cmpl-{secrets.token_hex(12)}'
     self._created = int(time.time())
 
@@ -702,12 +843,16 @@ class Completions:
     ids = encode(prompt) if isinstance(prompt, str) else prompt
     around = len(ids) + len(encode(body.suffix or ''))
     if around + room > length:
-      raise InputError(f'max_tokens={room} beside {around} tokens of prompt and '
-                       f'suffix: the canvas has {length} tokens')
+      raise InputError(
+        f'max_tokens={room} beside {around} tokens of prompt and '
+        f'suffix: the canvas has {length} tokens'
+      )
     if isinstance(prompt, str):
       return sample.lay_out(
-          self._service.run, f'{prompt.translate(braces)}{{{room}}}{suffix}',
-          length)
+        self._service.run,
+        f'{prompt.translate(braces)}{{{room}}}{suffix}',
+        length,
+      )
     suffix = encode(body.suffix or '').tolist()
     return self._service.lay_out_ids([*prompt, *[None] * room, *suffix])
 
@@ -720,34 +865,49 @@ class Completions:
       if not task.choice.is_final:
         tokens = tokens[:0]
       hidden = np.flatnonzero(tokens == service.tokenizer.mask_id)
-      tokens = tokens[:hidden[0]] if hidden.size else tokens
+      tokens = tokens[: hidden[0]] if hidden.size else tokens
     shown = sample.shown_tokens(service.run, tokens)
     has_ended = len(shown) < len(tokens)
     text = service.tokenizer.decode(shown)
     ends = [end for stop in self._stops if (end := text.find(stop)) >= 0]
     if ends:
-      return text[:min(ends)], 'stop', len(shown)
+      return text[: min(ends)], 'stop', len(shown)
     if has_ended:
       return text, 'stop', len(shown)
     if is_done:
       return text, 'length', len(shown)
     # What may yet become another character, or the beginning of a stop.
     text = text.rstrip('\ufffd')
-    held = max((size for stop in self._stops for size in range(len(stop))
-                if text.endswith(stop[:size])), default=0)
-    return text[:len(text) - held], None, len(shown)
+    held = max(
+      (
+        size
+        for stop in self._stops
+        for size in range(len(stop))
+        if text.endswith(stop[:size])
+      ),
+      default=0,
+    )
+    return text[: len(text) - held], None, len(shown)
 
   def _body_of(self, choices, usage=None) -> dict[str, Any]:
-    return {'id': self._id, 'object': 'text_completion',
-            'created': self._created, 'model': self._service.name,
-            'choices': choices, 'usage': usage}
+    return {
+      'id': self._id,
+      'object': 'text_completion',
+      'created': self._created,
+      'model': self._service.name,
+      'choices': choices,
+      'usage': usage,
+    }
 
   def _usage(self, waiting: Waiting) -> dict[str, int]:
     num = self._body.n or 1
     prompt = sum(int(row.task.fixed.sum()) for row in waiting.rows[::num])
     completion = sum(self._completion(row)[2] for row in waiting.rows)
-    return {'prompt_tokens': prompt, 'completion_tokens': completion,
-            'total_tokens': prompt + completion}
+    return {
+      'prompt_tokens': prompt,
+      'completion_tokens': completion,
+      'total_tokens': prompt + completion,
+    }
 
   def response(self, waiting: Waiting) -> dict[str, Any]:
     """The whole answer, in the form of OpenAI's API."""
@@ -755,8 +915,14 @@ class Completions:
     for i, row in enumerate(waiting.rows):
       text, reason, _ = self._completion(row)
       echoed = self._prompts[i] if self._body.echo else ''
-      choices.append({'index': i, 'text': echoed + text, 'logprobs': None,
-                      'finish_reason': reason})
+      choices.append(
+        {
+          'index': i,
+          'text': echoed + text,
+          'logprobs': None,
+          'finish_reason': reason,
+        }
+      )
     return self._body_of(choices, self._usage(waiting))
 
   async def stream(self, waiting: Waiting) -> AsyncIterator[bytes]:
@@ -774,7 +940,7 @@ class Completions:
           continue
         text, reason, _ = self._completion(row)
         if text != sent[i] or reason:
-          new, sent[i], ended[i] = text[len(sent[i]):], text, bool(reason)
+          new, sent[i], ended[i] = text[len(sent[i]) :], text, bool(reason)
           yield self._chunk(i, new, reason)
       waiting.check()
     options = self._body.stream_options
@@ -783,8 +949,12 @@ class Completions:
     yield b'data: [DONE]\n\n'
 
   def _chunk(self, i: int, text: str, reason: str | None) -> bytes:
-    return _event(None, self._body_of([{
-        'index': i, 'text': text, 'logprobs': None, 'finish_reason': reason}]))
+    return _event(
+      None,
+      self._body_of(
+        [{'index': i, 'text': text, 'logprobs': None, 'finish_reason': reason}]
+      ),
+    )
 
 
 class Guard:
@@ -808,8 +978,9 @@ class Guard:
       self._check(scope, headers)
       body = await self._read(scope, headers, receive)
     except ApiError as error:
-      response = _error_response(error.status, str(error), error.code,
-                                 {'Connection': 'close'})
+      response = _error_response(
+        error.status, str(error), error.code, {'Connection': 'close'}
+      )
       await response(scope, receive, send)
       return
     except ConnectionError:  # gone
@@ -818,31 +989,44 @@ class Guard:
 
     async def replay():
       return messages.pop() if messages else await receive()
+
     await self._app(scope, replay, send)
 
   def _check(self, scope, headers: dict[str, str]):
     host = headers.get('host', '')
     if self._allowed_hosts is not None and (
-        _host_name(f'//{host}') not in self._allowed_hosts):
+      _host_name(f'//{host}') not in self._allowed_hosts
+    ):
       raise ApiError(421, f'this is not {host[:100]!r}', 'wrong_host')
     origin = headers.get('origin')
     if origin is not None and _origin_host(origin) != host:
-      raise ApiError(403, 'a page of another origin may not ask here',
-                     'wrong_origin')
-    if scope['method'] == 'POST' and headers.get('content-type', '').partition(
-        ';')[0].strip().lower() != 'application/json':
-      raise ApiError(415, 'the body must be JSON, and say so: Content-Type: '
-                     'application/json', 'wrong_content_type')
+      raise ApiError(
+        403, 'a page of another origin may not ask here', 'wrong_origin'
+      )
+    if (
+      scope['method'] == 'POST'
+      and headers.get('content-type', '').partition(';')[0].strip().lower()
+      != 'application/json'
+    ):
+      raise ApiError(
+        415,
+        'the body must be JSON, and say so: Content-Type: application/json',
+        'wrong_content_type',
+      )
 
   async def _read(self, scope, headers: dict[str, str], receive) -> bytes:
     """The body; one that is too large is read to its end, but not kept."""
     del scope
     length = headers.get('content-length', '0')
     announced = int(length) if length.isascii() and length.isdigit() else 0
-    too_large = ApiError(413, f'the body is larger than {MAX_BODY_BYTES} bytes',
-                         'too_large')
-    if announced > MAX_DRAINED_BYTES or announced > MAX_BODY_BYTES and (
-        'expect' in headers):
+    too_large = ApiError(
+      413, f'the body is larger than {MAX_BODY_BYTES} bytes', 'too_large'
+    )
+    if (
+      announced > MAX_DRAINED_BYTES
+      or announced > MAX_BODY_BYTES
+      and ('expect' in headers)
+    ):
       raise too_large
     body, size = bytearray(), 0
     try:
@@ -859,8 +1043,9 @@ class Guard:
           if not message.get('more_body'):
             break
     except TimeoutError:
-      raise ApiError(408, f'the body did not come within {READ_SECS:g} s',
-                     'too_slow') from None
+      raise ApiError(
+        408, f'the body did not come within {READ_SECS:g} s', 'too_slow'
+      ) from None
     if max(size, announced) > MAX_BODY_BYTES:
       raise too_large
     return bytes(body)
@@ -955,11 +1140,22 @@ class Server(uvicorn.Server):
 def make_server(service: Service, host: str) -> Server:
   """A server of `service`, to be run on sockets that the caller opens."""
   app = make_app(service, allowed_hosts(host))
-  return Server(uvicorn.Config(
-      app, http=Protocol, ws='none', lifespan='off', log_config=None,
-      access_log=False, server_header=False, proxy_headers=False,
-      limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=30,
-      timeout_graceful_shutdown=int(STOP_SECS)), service)
+  return Server(
+    uvicorn.Config(
+      app,
+      http=Protocol,
+      ws='none',
+      lifespan='off',
+      log_config=None,
+      access_log=False,
+      server_header=False,
+      proxy_headers=False,
+      limit_concurrency=MAX_CONNECTIONS,
+      timeout_keep_alive=30,
+      timeout_graceful_shutdown=int(STOP_SECS),
+    ),
+    service,
+  )
 
 
 def allowed_hosts(host: str) -> tuple[str, ...] | None:
@@ -987,7 +1183,8 @@ def open_socket(host: str, port: int) -> socket.socket:
   """A listening socket; InputError where there is none to be had."""
   try:
     family, kind, protocol, _, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
     opened = socket.socket(family, kind, protocol)
     try:
       opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -998,13 +1195,20 @@ def open_socket(host: str, port: int) -> socket.socket:
       opened.close()
       raise
   except OSError as error:
-    raise InputError(f'--host={host!r} --port={port!r}: cannot listen there '
-                     f'({error.strerror}). --host must be an address of this machine, '
-                     'and --port a free one') from error
+    raise InputError(
+      f'--host={host!r} --port={port!r}: cannot listen there '
+      f'({error.strerror}). --host must be an address of this machine, '
+      'and --port a free one'
+    ) from error
 
 
-def serve_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
-                  workdir: str, host: str, port: int) -> int:
+def serve_workdir(
+  config: config_dict.ConfigDict,
+  settings: configs.Settings,
+  workdir: str,
+  host: str,
+  port: int,
+) -> int:
   """--mode=serve: serves the last checkpoint until a signal; returns its number.
 
   Args:
@@ -1030,11 +1234,20 @@ def serve_workdir(config: config_dict.ConfigDict, settings: configs.Settings,
     signal.signal(number, lambda number, frame: received.append(number))
   port = listening.getsockname()[1]
   shown = f'[{host}]' if ':' in host else host
-  log.info('step %d, ready after %.1f s: http://%s:%d (the API: /docs); Ctrl-C '
-           'ends it', step, time.monotonic() - start, shown, port)
+  log.info(
+    'step %d, ready after %.1f s: http://%s:%d (the API: /docs); Ctrl-C '
+    'ends it',
+    step,
+    time.monotonic() - start,
+    shown,
+    port,
+  )
   if not is_loopback(host):
-    log.warning('--host=%s: anyone who reaches this port can use the model; '
-                'nothing asks for a password', host)
+    log.warning(
+      '--host=%s: anyone who reaches this port can use the model; '
+      'nothing asks for a password',
+      host,
+    )
   server.run([listening])
   service.stopping.set()
   has_ended = engine.close(STOP_SECS)

@@ -14,15 +14,13 @@ from typing import Any, Callable, Hashable, NamedTuple, Sequence
 import jax
 import numpy as np
 
-from nanodlm.noise import categorical
 from nanodlm import config as configs
-from nanodlm import evaluate
+from nanodlm import evaluate, samplers
 from nanodlm.devices import mesh as meshes
-from nanodlm import samplers
-from nanodlm.steps import train as steps
+from nanodlm.noise import categorical
 from nanodlm.show import watch
-from nanodlm.types import InputError
-from nanodlm.types import Sampler
+from nanodlm.steps import train as steps
+from nanodlm.types import InputError, Sampler
 
 log = logging.getLogger('nanodlm')
 
@@ -32,7 +30,12 @@ BATCH_SIZES = (1, 4, 16)
 MIN_LENGTH = 32
 
 WAITING, COMPILING, RUNNING, DONE, FAILED = (
-    'waiting', 'compiling', 'running', 'done', 'failed')
+  'waiting',
+  'compiling',
+  'running',
+  'done',
+  'failed',
+)
 
 
 class FullError(Exception):
@@ -162,16 +165,21 @@ class Engine:
     self._changed = threading.Condition()
     # All below are guarded by it.
     self._queues: dict[Hashable, collections.deque[Row]] = (
-        collections.OrderedDict())
+      collections.OrderedDict()
+    )
     self._programs = collections.OrderedDict()  # of (group, size)
     # Programs to compile, in order, and whether also with nobody waiting.
     self._wanted = collections.OrderedDict()
     self._broken = {}  # (group, size): why it cannot be compiled
     self._current: list[Row] = []
     self._is_closing = False
-    self._threads = [threading.Thread(target=target, daemon=True, name=name)
-                     for target, name in ((self._work, 'sampler'),
-                                          (self._compile_all, 'compiler'))]
+    self._threads = [
+      threading.Thread(target=target, daemon=True, name=name)
+      for target, name in (
+        (self._work, 'sampler'),
+        (self._compile_all, 'compiler'),
+      )
+    ]
 
   def start(self, warm_up: bool = True):
     """Starts the threads; returns once the run's own sampler is compiled.
@@ -186,9 +194,14 @@ class Engine:
       program = self._compile(groups[0], self._sizes[0])
       self._programs[groups[0], self._sizes[0]] = program
       # Once run, everything is in memory.
-      blank = Task(np.full(self.length, self.run.tokenizer.mask_id, np.int32),
-                   np.zeros(self.length, bool), choice,
-                   categorical.Draw(self.run.tokenizer.mask_id), 0, 0)
+      blank = Task(
+        np.full(self.length, self.run.tokenizer.mask_id, np.int32),
+        np.zeros(self.length, bool),
+        choice,
+        categorical.Draw(self.run.tokenizer.mask_id),
+        0,
+        0,
+      )
       self._current = [Row(blank, groups[0], lambda: None)]
       self._fill(self._current, program, self._sizes[0])
       # Shorter canvases have to wait for theirs; more rows need not.
@@ -225,8 +238,9 @@ class Engine:
     with self._changed:
       return self._num_waiting()
 
-  def choose(self, name: str | None = None, num_steps: int | None = None
-             ) -> Choice:
+  def choose(
+    self, name: str | None = None, num_steps: int | None = None
+  ) -> Choice:
     """The sampler of the run's config, with another name or number of calls.
 
     Raises:
@@ -246,25 +260,31 @@ class Engine:
     if num_steps is not None:
       configs.validate(config, ['sampler.num_steps'])
     used = configs.sampler_name(config)
-    sampler = configs.make_sampler(config, run.tokenizer.mask_id,
-                                   run.tokenizer.separator_id)
+    sampler = configs.make_sampler(
+      config, run.tokenizer.mask_id, run.tokenizer.separator_id
+    )
     objective, network = run.objective, run.network.config
     is_one_way = bool(objective.causal or objective.block_size)
     last = config.sampler.inner if used in ('block', 'prefix_cache') else used
     choice = Choice(
-        used, config.sampler.num_steps,
-        configs.reads_steps(config), sampler, last in samplers.FINAL,
-        # The time that a network is told depends on the canvas's length, and so
-        # does what is cached without a mask for each row.
-        pads=is_one_way or (
-            not network.time_conditioning and used != 'prefix_cache'))
+      used,
+      config.sampler.num_steps,
+      configs.reads_steps(config),
+      sampler,
+      last in samplers.FINAL,
+      # The time that a network is told depends on the canvas's length, and so
+      # does what is cached without a mask for each row.
+      pads=is_one_way
+      or (not network.time_conditioning and used != 'prefix_cache'),
+    )
     self._choices[key] = choice
     if len(self._choices) > 256:
       self._choices.popitem(last=False)
     return choice
 
-  def submit(self, client: Hashable, tasks: Sequence[Task],
-             on_change: Callable[[], None]) -> list[Row]:
+  def submit(
+    self, client: Hashable, tasks: Sequence[Task], on_change: Callable[[], None]
+  ) -> list[Row]:
     """Queues rows.
 
     Args:
@@ -278,8 +298,10 @@ class Engine:
     """
     most = min(self.limits.max_client_rows, self.limits.max_rows)
     if len(tasks) > most:
-      raise InputError(f'{len(tasks)} texts in one request (num_samples, or n for '
-                       f'each prompt); at most {most} are allowed')
+      raise InputError(
+        f'{len(tasks)} texts in one request (num_samples, or n for '
+        f'each prompt); at most {most} are allowed'
+      )
     rows = [Row(task, self._group(task), on_change) for task in tasks]
     with self._changed:
       if self._is_closing:
@@ -287,18 +309,24 @@ class Engine:
       queue = self._queues.get(client, ())
       mine = sum(not row.is_cancelled for row in queue)
       if mine + len(rows) > self.limits.max_client_rows:
-        raise FullError(f'{mine} texts of yours are waiting; '
-                        f'{self.limits.max_client_rows} may')
+        raise FullError(
+          f'{mine} texts of yours are waiting; '
+          f'{self.limits.max_client_rows} may'
+        )
       if self._num_waiting() + len(rows) > self.limits.max_rows:
-        raise FullError(f'{self.limits.max_rows} texts are waiting, no more '
-                        'are taken')
+        raise FullError(
+          f'{self.limits.max_rows} texts are waiting, no more are taken'
+        )
       self._queues.setdefault(client, collections.deque()).extend(rows)
       self._changed.notify_all()
     return rows
 
   def _num_waiting(self, group: _Group | None = None) -> int:
-    return sum(not row.is_cancelled and group in (None, row.group)
-               for queue in self._queues.values() for row in queue)
+    return sum(
+      not row.is_cancelled and group in (None, row.group)
+      for queue in self._queues.values()
+      for row in queue
+    )
 
   def _lengths(self, choice: Choice) -> list[int]:
     """The lengths that canvases are padded to, ascending."""
@@ -314,8 +342,9 @@ class Engine:
   def _group(self, task: Task) -> _Group:
     length = len(task.tokens)
     if task.choice.pads:
-      length = next(padded for padded in self._lengths(task.choice)
-                    if padded >= length)
+      length = next(
+        padded for padded in self._lengths(task.choice) if padded >= length
+      )
     return _Group(task.choice.sampler, length)
 
   def _work(self):
@@ -334,8 +363,10 @@ class Engine:
         # Whatever it is, the next batch may do.
         log.exception('a batch failed')
         for row in rows:
-          row.change(state=FAILED, error='the sampler failed; the log of the '
-                     'server has more')
+          row.change(
+            state=FAILED,
+            error='the sampler failed; the log of the server has more',
+          )
       with self._changed:
         self._current = []
 
@@ -350,8 +381,9 @@ class Engine:
     for client, queue in self._queues.items():
       group = queue[0].group
       if (group, self._sizes[0]) in self._broken:
-        queue.popleft().change(state=FAILED,
-                               error=self._broken[group, self._sizes[0]])
+        queue.popleft().change(
+          state=FAILED, error=self._broken[group, self._sizes[0]]
+        )
         return self._take()
       sizes = [size for size in self._sizes if (group, size) in self._programs]
       waiting = self._num_waiting(group)
@@ -370,8 +402,14 @@ class Engine:
     while len(rows) < size:
       before = len(rows)
       for other in order:
-        row = next((row for row in self._queues[other]
-                    if row.group == group and not row.is_cancelled), None)
+        row = next(
+          (
+            row
+            for row in self._queues[other]
+            if row.group == group and not row.is_cancelled
+          ),
+          None,
+        )
         if row is not None and len(rows) < size:
           self._queues[other].remove(row)
           rows.append(row)
@@ -382,8 +420,10 @@ class Engine:
 
   def _want(self, group: _Group, waiting: int, sizes: list[int]):
     """Has programs compiled that `waiting` rows could use."""
-    best = _best_size([size for size in self._sizes
-                       if (group, size) not in self._broken], waiting)
+    best = _best_size(
+      [size for size in self._sizes if (group, size) not in self._broken],
+      waiting,
+    )
     for size in ([] if sizes else [self._sizes[0]]) + [best]:
       if size not in sizes and (group, size) not in self._wanted:
         self._wanted[group, size] = False
@@ -425,8 +465,12 @@ class Engine:
   def _compile(self, group: _Group, size: int):
     run = self.run
     step = steps.make_rows_step(
-        run.network, run.objective, group.sampler, run.mesh,
-        watch.View(self._watch, run.tokenizer.mask_id))
+      run.network,
+      run.objective,
+      group.sampler,
+      run.mesh,
+      watch.View(self._watch, run.tokenizer.mask_id),
+    )
     return step.lower(self._params, self._rows([], group, size)).compile()
 
   def _rows(self, rows: list[Row], group: _Group, size: int) -> steps.Rows:
@@ -439,15 +483,24 @@ class Engine:
     for i, row in enumerate(rows):
       task = row.task
       length[i] = len(task.tokens)
-      tokens[i, :length[i]], fixed[i, :length[i]] = task.tokens, task.fixed
+      tokens[i, : length[i]], fixed[i, : length[i]] = task.tokens, task.fixed
       seeds[:, i] = task.seed, task.index
     values = lambda name, dtype, default: np.array(
-        [getattr(draw, name) for draw in draws]
-        + [default] * (size - len(draws)), dtype)
-    return meshes.shard_whole_batch(self.run.mesh, steps.Rows(
-        np.asarray(_row_key_data(*seeds))[:size], tokens, fixed, length,
-        values('temperature', np.float32, 1), values('top_k', np.int32, 0),
-        values('top_p', np.float32, 1)))
+      [getattr(draw, name) for draw in draws] + [default] * (size - len(draws)),
+      dtype,
+    )
+    return meshes.shard_whole_batch(
+      self.run.mesh,
+      steps.Rows(
+        np.asarray(_row_key_data(*seeds))[:size],
+        tokens,
+        fixed,
+        length,
+        values('temperature', np.float32, 1),
+        values('top_k', np.int32, 0),
+        values('top_p', np.float32, 1),
+      ),
+    )
 
   def _fill(self, rows: list[Row], program: Any, size: int):
     with self._changed:
@@ -460,8 +513,9 @@ class Engine:
     tokens, num_calls = self._call(program, rows, rows[0].group, size)
     for row, canvas in zip(rows, tokens):
       if not self._is_closing:
-        row.change(canvas=canvas[:len(row.task.tokens)], state=DONE,
-                   num_calls=num_calls)
+        row.change(
+          canvas=canvas[: len(row.task.tokens)], state=DONE, num_calls=num_calls
+        )
 
   def _call(self, program, rows, group, size) -> tuple[np.ndarray, int]:
     samples = program(self._params, self._rows(rows, group, size))
@@ -469,7 +523,7 @@ class Engine:
 
   def _watch(self, event: watch.Asked) -> bool:
     """Shows each row what the network is about to see; see `watch.Watch`."""
-    rows = self._current[event.first_row:event.first_row + len(event.tokens)]
+    rows = self._current[event.first_row : event.first_row + len(event.tokens)]
     for row, tokens in zip(rows, event.tokens):
       if row.is_cancelled:
         continue
@@ -479,19 +533,23 @@ class Engine:
         watch.paste(canvas, tokens, event.start)
       row.change(canvas=canvas, num_calls=row.num_calls + 1)
     return not self._is_closing and not all(
-        row.is_cancelled for row in self._current)
+      row.is_cancelled for row in self._current
+    )
 
 
 def _best_size(sizes: Sequence[int], num_rows: int) -> int:
   """The largest of ascending sizes that is at least two thirds full, or the least."""
-  return max((size for size in sizes if 2 * size <= 3 * num_rows),
-             default=sizes[0])
+  return max(
+    (size for size in sizes if 2 * size <= 3 * num_rows), default=sizes[0]
+  )
 
 
 @jax.jit
 def _row_key_data(seeds: jax.Array, index: jax.Array) -> jax.Array:
   """[B, 2] uint32; the keys that `sample.sample_workdir` gives the first prompt."""
+
   def key_data(seed, i):
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 0)
     return jax.random.key_data(jax.random.fold_in(key, i))
+
   return jax.vmap(key_data)(seeds, index)

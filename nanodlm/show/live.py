@@ -10,11 +10,8 @@ import time
 from typing import Callable, Sequence, TypeVar
 
 import numpy as np
-from rich import cells
+from rich import cells, live, segment, style
 from rich import console as consoles
-from rich import live
-from rich import segment
-from rich import style
 
 from nanodlm.data import tokenizers
 from nanodlm.show import watch
@@ -25,32 +22,38 @@ T = TypeVar('T')
 MIN_SECS, MAX_SHARE = 0.1, 0.05
 MASK, TAKEN_BACK = '·', '×'
 STYLES = {
-    'masked': style.Style(dim=True),
-    'back': style.Style(color='red', bold=True),
-    'given': style.Style(color='cyan'),
-    'said': style.Style(),
-    'new': style.Style(color='green', bold=True),
-    'changed': style.Style(color='yellow', bold=True, underline=True),
-    'label': style.Style(dim=True, italic=True),
+  'masked': style.Style(dim=True),
+  'back': style.Style(color='red', bold=True),
+  'given': style.Style(color='cyan'),
+  'said': style.Style(),
+  'new': style.Style(color='green', bold=True),
+  'changed': style.Style(color='yellow', bold=True, underline=True),
+  'label': style.Style(dim=True, italic=True),
 }
 # Controls, and what hides or reorders text: never sent to a terminal as it is.
-_HIDDEN = re.compile('[\0-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e'
-                     '\u2060-\u206f\ufeff]')
+_HIDDEN = re.compile(
+  '[\0-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]'
+)
 
 
 def is_possible(console: consoles.Console) -> bool:
   """Whether a console is a terminal that can move its cursor, in UTF-8."""
-  return (console.file.isatty() and console.is_terminal
-          and not console.is_dumb_terminal
-          and console.encoding.startswith('utf'))
+  return (
+    console.file.isatty()
+    and console.is_terminal
+    and not console.is_dumb_terminal
+    and console.encoding.startswith('utf')
+  )
 
 
 def visible(text: str) -> str:
   """Text with a shape for each of its characters; newlines also stay."""
+
   def shape(match):
     if match.group() == '\n':
       return '↵\n'
     return f'‹U+{ord(match.group()):04X}›'
+
   return _HIDDEN.sub(shape, text)
 
 
@@ -125,8 +128,9 @@ class _Canvas:
   def kinds(self, fixed: np.ndarray) -> list[str]:
     """Of each position, a key of STYLES; new is what changed since the last."""
     new = self.changed_at > self.drawn_at
-    kinds = np.where(new & self.replaced, 'changed',
-                     np.where(new, 'new', 'said'))
+    kinds = np.where(
+      new & self.replaced, 'changed', np.where(new, 'new', 'said')
+    )
     masked = self.tokens == self.mask_id
     kinds = np.where(masked, np.where(self.replaced, 'back', 'masked'), kinds)
     self.drawn_at = self.calls
@@ -157,8 +161,14 @@ class Display:
           self._canvases[row].see(tokens, event.start)
     return True
 
-  def run(self, work: Callable[[], T], tokenizer: tokenizers.Tokenizer, title: str,
-          tokens: np.ndarray, fixed: np.ndarray) -> T:
+  def run(
+    self,
+    work: Callable[[], T],
+    tokenizer: tokenizers.Tokenizer,
+    title: str,
+    tokens: np.ndarray,
+    fixed: np.ndarray,
+  ) -> T:
     """Returns work(), whose calls `watch` is shown, and draws meanwhile.
 
     Args:
@@ -173,8 +183,12 @@ class Display:
     draw = lambda: Picture(self._lines(tokenizer, title, fixed))
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
       future = executor.submit(work)
-      with live.Live(draw(), console=self._console, auto_refresh=False,
-                     transient=True) as display, _restored(display):
+      with (
+        live.Live(
+          draw(), console=self._console, auto_refresh=False, transient=True
+        ) as display,
+        _restored(display),
+      ):
         pause = MIN_SECS
         while not concurrent.futures.wait([future], pause).done:
           start = time.monotonic()
@@ -182,13 +196,18 @@ class Display:
           pause = max(MIN_SECS, (time.monotonic() - start) / MAX_SHARE)
     return future.result()
 
-  def _lines(self, tokenizer: tokenizers.Tokenizer, title: str,
-             fixed: np.ndarray) -> list[Line]:
+  def _lines(
+    self, tokenizer: tokenizers.Tokenizer, title: str, fixed: np.ndarray
+  ) -> list[Line]:
     """What fits the terminal."""
     width, height = max(self._console.width, 2), self._console.height - 1
-    lines = [_cut(visible(title).replace('\n', ''), width),
-             _cut(self._progress(fixed), width)]
-    for number, (canvas, is_given) in enumerate(zip(self._canvases, fixed), start=1):
+    lines = [
+      _cut(visible(title).replace('\n', ''), width),
+      _cut(self._progress(fixed), width),
+    ]
+    for number, (canvas, is_given) in enumerate(
+      zip(self._canvases, fixed), start=1
+    ):
       room = height - len(lines)
       is_last = number == len(self._canvases)
       kinds = canvas.kinds(is_given)
@@ -197,14 +216,16 @@ class Display:
       needed = 1 + len(body) + (not is_last)
       if number > 1 and needed > room:
         rest = len(self._canvases) - number + 1
-        lines.append(_cut(f'and {rest} more sample{"s" if rest > 1 else ""}', width))
+        lines.append(
+          _cut(f'and {rest} more sample{"s" if rest > 1 else ""}', width)
+        )
         break
       label = f'sample {number} of {len(self._canvases)}'
       if needed > room:
         body, hidden = _window(body, max(room - 1 - (not is_last), 0))
         label += f', {hidden} more lines'
       lines += [_cut(label, width), *body]
-    return lines[:max(height, 1)]
+    return lines[: max(height, 1)]
 
   def _progress(self, fixed: np.ndarray) -> str:
     if not self._first_call:
@@ -213,19 +234,31 @@ class Display:
     tokens = np.stack([canvas.tokens for canvas in self._canvases])
     written = int(np.sum(free & (tokens != self._canvases[0].mask_id)))
     # Noise of tokens is full from the start.
-    changed = int(sum(np.sum(canvas.changed_at > 0) for canvas in self._canvases))
+    changed = int(
+      sum(np.sum(canvas.changed_at > 0) for canvas in self._canvases)
+    )
     secs = max(time.monotonic() - self._first_call, 1e-3)
-    return (f'call {max(canvas.calls for canvas in self._canvases)}, '
-            f'{written:,} of {int(free.sum()):,} tokens, '
-            f'{min(written, changed) / secs:,.0f} tokens/s')
+    return (
+      f'call {max(canvas.calls for canvas in self._canvases)}, '
+      f'{written:,} of {int(free.sum()):,} tokens, '
+      f'{min(written, changed) / secs:,.0f} tokens/s'
+    )
 
 
-def _texts(tokenizer: tokenizers.Tokenizer, tokens: np.ndarray,
-           kinds: Sequence[str]) -> list[str]:
+def _texts(
+  tokenizer: tokenizers.Tokenizer, tokens: np.ndarray, kinds: Sequence[str]
+) -> list[str]:
   texts = tokenizer.spell(tokens, MASK)
-  return [TAKEN_BACK if kind == 'back' else MASK if kind == 'masked'
-          else '¶\n' if token == tokenizer.separator_id else visible(text)
-          for text, token, kind in zip(texts, tokens, kinds)]
+  return [
+    TAKEN_BACK
+    if kind == 'back'
+    else MASK
+    if kind == 'masked'
+    else '¶\n'
+    if token == tokenizer.separator_id
+    else visible(text)
+    for text, token, kind in zip(texts, tokens, kinds)
+  ]
 
 
 def _cut(text: str, width: int) -> Line:
@@ -237,10 +270,13 @@ def _cut(text: str, width: int) -> Line:
 
 def _window(lines: list[Line], height: int) -> tuple[list[Line], int]:
   """`height` lines from the first that is not finished; how many are left out."""
-  unfinished = [i for i, line in enumerate(lines)
-                if any(kind in ('masked', 'back') for _, kind in line)]
+  unfinished = [
+    i
+    for i, line in enumerate(lines)
+    if any(kind in ('masked', 'back') for _, kind in line)
+  ]
   first = min(unfinished[0] if unfinished else len(lines), len(lines) - height)
-  return lines[first:first + height], len(lines) - height
+  return lines[first : first + height], len(lines) - height
 
 
 class Picture:

@@ -11,5 +11,7 @@ _SCRIPT = re.compile(r'/\*(\w+\.js)\*/\n')
 def read(name: str) -> str:
   """A page, with each line `/*FILE.js*/` replaced by that script."""
   files = importlib.resources.files('nanodlm.show')
-  return _SCRIPT.sub(lambda line: (files / line[1]).read_text('utf-8'),
-                     (files / name).read_text('utf-8'))
+  return _SCRIPT.sub(
+    lambda line: (files / line[1]).read_text('utf-8'),
+    (files / name).read_text('utf-8'),
+  )

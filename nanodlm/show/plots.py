@@ -27,8 +27,10 @@ MAX_MARKERS = 12
 _WIDTH, _HEIGHT = 420, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 44
 # What XML and HTML have no place for, and halves of surrogate pairs.
-_UNPRINTABLE = re.compile(r'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff'
-                          r'\ufffe\uffff]')
+_UNPRINTABLE = re.compile(
+  r'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff'
+  r'\ufffe\uffff]'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +109,9 @@ def round_ticks(low: float, high: float, most: int = 6) -> list[float]:
   return [i * step for i in range(first, last + 1)]
 
 
-def thin(points: Sequence[tuple[float, ...]], most: int = MAX_POINTS
-         ) -> list[tuple[float, ...]]:
+def thin(
+  points: Sequence[tuple[float, ...]], most: int = MAX_POINTS
+) -> list[tuple[float, ...]]:
   """At most `most` of the points: the highest and lowest of each stretch.
 
   So that a peak of one step stays. The first and the last stay too.
@@ -118,8 +121,10 @@ def thin(points: Sequence[tuple[float, ...]], most: int = MAX_POINTS
   kept, num = {0, len(points) - 1}, (most - 2) // 2
   for i in range(num):
     part = range(len(points) * i // num, len(points) * (i + 1) // num)
-    kept |= {min(part, key=lambda j: points[j][1]),
-             max(part, key=lambda j: points[j][1])}
+    kept |= {
+      min(part, key=lambda j: points[j][1]),
+      max(part, key=lambda j: points[j][1]),
+    }
   return [points[i] for i in sorted(kept)]
 
 
@@ -136,11 +141,14 @@ class _Axis:
   def __call__(self, value: float) -> float:
     scale = math.log if self.is_log else float
     low, high = scale(self.low), scale(self.high)
-    return self.start + (self.end - self.start) * (scale(value) - low) / (high - low)
+    return self.start + (self.end - self.start) * (scale(value) - low) / (
+      high - low
+    )
 
 
-def _range(values: Sequence[float], is_log: bool, margin: float
-           ) -> tuple[float, float]:
+def _range(
+  values: Sequence[float], is_log: bool, margin: float
+) -> tuple[float, float]:
   """The ends of an axis that holds the values."""
   low, high = min(values), max(values)
   if is_log:
@@ -153,27 +161,51 @@ def _range(values: Sequence[float], is_log: bool, margin: float
 def _axes(plot: Plot) -> tuple[_Axis, _Axis]:
   points = [point for series in plot.series for point in series.points]
   x_low, x_high = _range([p[0] for p in points], plot.x_log, 0.03)
-  y_low, y_high = _range([p[1] + sign * (p[2] if len(p) > 2 else 0)
-                          for p in points for sign in (-1, 1)], False, 0.05)
-  return (_Axis(x_low, x_high, _LEFT, _WIDTH - _RIGHT, plot.x_log),
-          _Axis(y_low, y_high, _HEIGHT - _BOTTOM, _TOP))
+  y_low, y_high = _range(
+    [
+      p[1] + sign * (p[2] if len(p) > 2 else 0)
+      for p in points
+      for sign in (-1, 1)
+    ],
+    False,
+    0.05,
+  )
+  return (
+    _Axis(x_low, x_high, _LEFT, _WIDTH - _RIGHT, plot.x_log),
+    _Axis(y_low, y_high, _HEIGHT - _BOTTOM, _TOP),
+  )
 
 
 def _marker(kind: str, x: float, y: float) -> str:
   r = 4.0
   if kind == 'circle':
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
-  corners = {'square': ((-r, -r), (r, -r), (r, r), (-r, r)),
-             'triangle': ((0, -5), (5, 4), (-5, 4)),
-             'diamond': ((0, -5.5), (5.5, 0), (0, 5.5), (-5.5, 0)),
-             'cross': ((-5, -2), (-2, -2), (-2, -5), (2, -5), (2, -2), (5, -2),
-                       (5, 2), (2, 2), (2, 5), (-2, 5), (-2, 2), (-5, 2))}[kind]
+  corners = {
+    'square': ((-r, -r), (r, -r), (r, r), (-r, r)),
+    'triangle': ((0, -5), (5, 4), (-5, 4)),
+    'diamond': ((0, -5.5), (5.5, 0), (0, 5.5), (-5.5, 0)),
+    'cross': (
+      (-5, -2),
+      (-2, -2),
+      (-2, -5),
+      (2, -5),
+      (2, -2),
+      (5, -2),
+      (5, 2),
+      (2, 2),
+      (2, 5),
+      (-2, 5),
+      (-2, 2),
+      (-5, 2),
+    ),
+  }[kind]
   text = ' '.join(f'{x + dx:.1f},{y + dy:.1f}' for dx, dy in corners)
   return f'<polygon points="{text}"/>'
 
 
-def marked(points: Sequence[tuple[float, ...]], style: int
-           ) -> list[tuple[float, ...]]:
+def marked(
+  points: Sequence[tuple[float, ...]], style: int
+) -> list[tuple[float, ...]]:
   """The points that get a marker; those of neighbouring styles are apart."""
   if len(points) <= MAX_MARKERS:
     return list(points)
@@ -190,13 +222,19 @@ def _draw_series(series: Series, x_axis: _Axis, y_axis: _Axis) -> Iterator[str]:
     if len(point) > 2 and point[2]:
       x = x_axis(point[0])
       ends = [y_axis(point[1] + sign * point[2]) for sign in (-1, 1)]
-      yield (f'<path class="interval" d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}'
-             + ''.join(f'M{x - 3:.1f} {y:.1f}h6' for y in ends) + '"/>')
+      yield (
+        f'<path class="interval" d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}'
+        + ''.join(f'M{x - 3:.1f} {y:.1f}h6' for y in ends)
+        + '"/>'
+      )
   if series.joined and len(points) > 1:
     line = ' '.join(f'{x_axis(p[0]):.1f},{y_axis(p[1]):.1f}' for p in points)
     dash = DASHES[style % len(DASHES)]
-    yield (f'<polyline points="{line}"'
-           + (f' stroke-dasharray="{dash}"' if dash else '') + '/>')
+    yield (
+      f'<polyline points="{line}"'
+      + (f' stroke-dasharray="{dash}"' if dash else '')
+      + '/>'
+    )
   kind = MARKERS[style % len(MARKERS)]
   for point in marked(points, style):
     yield _marker(kind, x_axis(point[0]), y_axis(point[1]))
@@ -210,9 +248,10 @@ def describe(plot: Plot) -> str:
     if series.points:
       first, last = series.points[0], series.points[-1]
       parts.append(
-          f'{series.name}: {len(series.points)} points, from '
-          f'{format_number(first[1])} at {format_number(first[0])} to '
-          f'{format_number(last[1])} at {format_number(last[0])}')
+        f'{series.name}: {len(series.points)} points, from '
+        f'{format_number(first[1])} at {format_number(first[0])} to '
+        f'{format_number(last[1])} at {format_number(last[0])}'
+      )
   return f'{plot.y_label} against {plot.x_label}. ' + '; '.join(parts) + '.'
 
 
@@ -221,27 +260,33 @@ def to_svg(plot: Plot) -> str:
   x_axis, y_axis = _axes(plot)
   right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
   parts = [
-      f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" class="plot" '
-      f'aria-labelledby="{plot.name}-title {plot.name}-desc">'
-      f'<title id="{plot.name}-title">{escape(plot.title)}</title>'
-      f'<desc id="{plot.name}-desc">{escape(describe(plot))}</desc>']
+    f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" class="plot" '
+    f'aria-labelledby="{plot.name}-title {plot.name}-desc">'
+    f'<title id="{plot.name}-title">{escape(plot.title)}</title>'
+    f'<desc id="{plot.name}-desc">{escape(describe(plot))}</desc>'
+  ]
   ticks = plot.x_ticks or round_ticks(x_axis.low, x_axis.high, 5)
   for value in ticks:
     x = x_axis(value)
-    parts.append(f'<path class="grid" d="M{x:.1f} {_TOP}V{bottom}"/><text '
-                 f'x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">'
-                 f'{format_number(value)}</text>')
+    parts.append(
+      f'<path class="grid" d="M{x:.1f} {_TOP}V{bottom}"/><text '
+      f'x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">'
+      f'{format_number(value)}</text>'
+    )
   for value in round_ticks(y_axis.low, y_axis.high):
     y = y_axis(value)
-    parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{right}"/><text '
-                 f'x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">'
-                 f'{format_number(value)}</text>')
+    parts.append(
+      f'<path class="grid" d="M{_LEFT} {y:.1f}H{right}"/><text '
+      f'x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">'
+      f'{format_number(value)}</text>'
+    )
   middle = (_TOP + bottom) / 2
   parts.append(
-      f'<path class="frame" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>'
-      f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">'
-      f'{escape(plot.x_label)}</text><text transform="translate(13 {middle}) '
-      f'rotate(-90)" text-anchor="middle">{escape(plot.y_label)}</text>')
+    f'<path class="frame" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>'
+    f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">'
+    f'{escape(plot.x_label)}</text><text transform="translate(13 {middle}) '
+    f'rotate(-90)" text-anchor="middle">{escape(plot.y_label)}</text>'
+  )
   for series in plot.series:
     parts += _draw_series(series, x_axis, y_axis)
   return '\n'.join([*parts, '</svg>'])
@@ -255,15 +300,20 @@ def to_legend(plot: Plot) -> str:
       continue
     style = series.style
     dash = DASHES[style % len(DASHES)]
-    line = ('<polyline points="0,8 34,8"'
-            + (f' stroke-dasharray="{dash}"' if dash else '') + '/>'
-            if series.joined else '')
+    line = (
+      '<polyline points="0,8 34,8"'
+      + (f' stroke-dasharray="{dash}"' if dash else '')
+      + '/>'
+      if series.joined
+      else ''
+    )
     hollow = ' hollow' if series.hollow else ''
     items.append(
-        f'<li><svg viewBox="0 0 34 16" class="key" aria-hidden="true"><g class='
-        f'"s{style % len(LIGHT)}{hollow}">{line}'
-        f'{_marker(MARKERS[style % len(MARKERS)], 17, 8)}</g></svg>'
-        f'{escape(series.name)}</li>')
+      f'<li><svg viewBox="0 0 34 16" class="key" aria-hidden="true"><g class='
+      f'"s{style % len(LIGHT)}{hollow}">{line}'
+      f'{_marker(MARKERS[style % len(MARKERS)], 17, 8)}</g></svg>'
+      f'{escape(series.name)}</li>'
+    )
   return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -272,50 +322,62 @@ def _colours(colours: Sequence[str]) -> str:
 
 
 CSS = (
-    f':root{{color-scheme:light dark;--page:{LIGHT_PAGE};--ink:#1b1f24;'
-    f'--soft:#57606a;--rule:#d7dbe0;{_colours(LIGHT)}}}\n'
-    '@media(prefers-color-scheme:dark){:root{'
-    f'--page:{DARK_PAGE};--ink:#e6e8eb;--soft:#a3abb5;--rule:#363b42;'
-    f'{_colours(DARK)}}}}}\n'
-    '.plot{width:100%;height:auto;display:block}\n'
-    '.plot text{font:13px system-ui,sans-serif;fill:var(--ink)}\n'
-    '.grid{stroke:var(--rule);stroke-width:1}\n'
-    '.frame{stroke:var(--soft);fill:none}\n'
-    'polyline{fill:none;stroke-width:2;stroke-linejoin:round}\n'
-    '.interval{fill:none;stroke-width:1.5}\n'
-    '.hollow>circle,.hollow>polygon{fill:var(--page);stroke-width:1.5}\n'
-    '.key{width:34px;height:16px;flex:none}\n'
-    '.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1rem;'
-    'padding:0;margin:.3rem 0}\n'
-    '.legend li{display:flex;align-items:center;gap:.4rem}\n'
-    + ''.join(f'.s{i}{{stroke:var(--s{i});fill:var(--s{i})}}\n'
-              for i in range(len(LIGHT))))
+  f':root{{color-scheme:light dark;--page:{LIGHT_PAGE};--ink:#1b1f24;'
+  f'--soft:#57606a;--rule:#d7dbe0;{_colours(LIGHT)}}}\n'
+  '@media(prefers-color-scheme:dark){:root{'
+  f'--page:{DARK_PAGE};--ink:#e6e8eb;--soft:#a3abb5;--rule:#363b42;'
+  f'{_colours(DARK)}}}}}\n'
+  '.plot{width:100%;height:auto;display:block}\n'
+  '.plot text{font:13px system-ui,sans-serif;fill:var(--ink)}\n'
+  '.grid{stroke:var(--rule);stroke-width:1}\n'
+  '.frame{stroke:var(--soft);fill:none}\n'
+  'polyline{fill:none;stroke-width:2;stroke-linejoin:round}\n'
+  '.interval{fill:none;stroke-width:1.5}\n'
+  '.hollow>circle,.hollow>polygon{fill:var(--page);stroke-width:1.5}\n'
+  '.key{width:34px;height:16px;flex:none}\n'
+  '.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1rem;'
+  'padding:0;margin:.3rem 0}\n'
+  '.legend li{display:flex;align-items:center;gap:.4rem}\n'
+  + ''.join(
+    f'.s{i}{{stroke:var(--s{i});fill:var(--s{i})}}\n' for i in range(len(LIGHT))
+  )
+)
 
 
 def save_png(plot: Plot, path: pathlib.Path):
   """Draws the plot with matplotlib."""
   from matplotlib import figure  # pylint: disable=g-import-not-at-top
+
   fig = figure.Figure(figsize=(6.4, 4.4), layout='constrained')
   axes = fig.subplots()
   for series in plot.series:
     points = thin(series.points)
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     dash = DASHES[series.style % len(DASHES)]
-    style = {'color': LIGHT[series.style % len(LIGHT)],
-             'marker': _MATPLOTLIB_MARKERS[MARKERS[series.style % len(MARKERS)]],
-             'markevery': max(len(points) // MAX_MARKERS, 1),
-             'markerfacecolor': 'white' if series.hollow else None,
-             'linestyle': 'none' if not series.joined else (
-                 (0, tuple(map(float, dash.split()))) if dash else '-'),
-             'label': printable(series.name) if series.in_legend else None}
+    style = {
+      'color': LIGHT[series.style % len(LIGHT)],
+      'marker': _MATPLOTLIB_MARKERS[MARKERS[series.style % len(MARKERS)]],
+      'markevery': max(len(points) // MAX_MARKERS, 1),
+      'markerfacecolor': 'white' if series.hollow else None,
+      'linestyle': 'none'
+      if not series.joined
+      else ((0, tuple(map(float, dash.split()))) if dash else '-'),
+      'label': printable(series.name) if series.in_legend else None,
+    }
     if any(len(p) > 2 for p in points):
-      style |= {'yerr': [p[2] if len(p) > 2 else 0 for p in points], 'capsize': 3,
-                'markevery': 1}
+      style |= {
+        'yerr': [p[2] if len(p) > 2 else 0 for p in points],
+        'capsize': 3,
+        'markevery': 1,
+      }
       axes.errorbar(xs, ys, **style)
     else:
       axes.plot(xs, ys, **style)
-  axes.set(xlabel=printable(plot.x_label), ylabel=printable(plot.y_label),
-           title=printable(plot.title))
+  axes.set(
+    xlabel=printable(plot.x_label),
+    ylabel=printable(plot.y_label),
+    title=printable(plot.title),
+  )
   if plot.x_log:
     axes.set_xscale('log')
   if plot.x_ticks:

@@ -10,9 +10,8 @@ import numpy as np
 
 from nanodlm import config as configs
 from nanodlm import evaluate
-from nanodlm.show import pages
 from nanodlm.data import tokenizers
-from nanodlm.show import watch
+from nanodlm.show import pages, watch
 from nanodlm.types import InputError
 
 # In the first bytes of every page written here: such a file may be replaced.
@@ -57,15 +56,21 @@ def parse_sampler(text: str) -> dict[str, Any]:
   for pair in rest.split(';') if rest else ():
     key, equals, value = (part.strip() for part in pair.partition('='))
     if not equals or key not in defaults or key == 'name':
-      raise InputError(f'--samplers={text!r}: {pair!r} is not KEY=VALUE with a key '
-                       f'of config.sampler{configs.suggest(key, defaults)}')
+      raise InputError(
+        f'--samplers={text!r}: {pair!r} is not KEY=VALUE with a key '
+        f'of config.sampler{configs.suggest(key, defaults)}'
+      )
     kind = type(defaults[key])
     try:
-      changes[key] = ({'true': True, 'false': False}[value.lower()]
-                      if kind is bool else kind(value))
+      changes[key] = (
+        {'true': True, 'false': False}[value.lower()]
+        if kind is bool
+        else kind(value)
+      )
     except (ValueError, KeyError) as error:
-      raise InputError(f'--samplers={text!r}: {key}={value!r} is not of type '
-                       f'{kind.__name__}') from error
+      raise InputError(
+        f'--samplers={text!r}: {key}={value!r} is not of type {kind.__name__}'
+      ) from error
   return changes
 
 
@@ -74,8 +79,9 @@ def split_samplers(text: str) -> list[str]:
   return re.split(r',(?=[a-z_]+(?:[:,]|$))', text) if text else []
 
 
-def with_samplers(run: evaluate.Run, texts: Sequence[str]
-                  ) -> list[tuple[str, evaluate.Run]]:
+def with_samplers(
+  run: evaluate.Run, texts: Sequence[str]
+) -> list[tuple[str, evaluate.Run]]:
   """(what was asked for, the run with that sampler) for each of --samplers.
 
   Args:
@@ -91,8 +97,9 @@ def with_samplers(run: evaluate.Run, texts: Sequence[str]
     changes = parse_sampler(text)
     try:
       changed = evaluate.with_sampler(run, changes)
-      configs.validate(changed.config, [
-          f'sampler.{key}' for key in changes if key != 'name'])
+      configs.validate(
+        changed.config, [f'sampler.{key}' for key in changes if key != 'name']
+      )
     except InputError as error:
       raise InputError(f'--samplers={text!r}: {error}') from error
     runs.append((text, changed))
@@ -106,8 +113,9 @@ def check_path(path: str):
     raise InputError(f'--html={path!r} is not a file in a folder that exists')
   if not file.exists():
     if not os.access(file.parent, os.W_OK):
-      raise InputError(f'--html={path!r} cannot be written: {file.parent} is not '
-                       'writable')
+      raise InputError(
+        f'--html={path!r} cannot be written: {file.parent} is not writable'
+      )
     return
   try:
     with open(file, 'rb') as opened:
@@ -115,8 +123,10 @@ def check_path(path: str):
   except OSError as error:
     raise InputError(f'--html={path!r} cannot be read: {error}') from error
   if MARK.encode() not in start:
-    raise InputError(f'--html={path!r} exists and is no page written by --html; '
-                     'give another name')
+    raise InputError(
+      f'--html={path!r} exists and is no page written by --html; '
+      'give another name'
+    )
 
 
 class Page:
@@ -135,19 +145,39 @@ class Page:
     self.path, self.num_top = path, num_top
     self.takes: list[Take] = []
 
-  def add(self, run: evaluate.Run, label: str, prompt: str, fixed: np.ndarray,
-          trajectories: Sequence[watch.Trajectory], num_shown: Sequence[int]):
+  def add(
+    self,
+    run: evaluate.Run,
+    label: str,
+    prompt: str,
+    fixed: np.ndarray,
+    trajectories: Sequence[watch.Trajectory],
+    num_shown: Sequence[int],
+  ):
     """Adds the samples of one prompt and sampler; fixed is [L]."""
     _, _, settings = label.partition(':')
     self.takes.extend(
-        Take(configs.sampler_name(run.config), settings.replace(';', ', '), prompt,
-             number, fixed, trajectory, num)
-        for number, (trajectory, num) in enumerate(
-            zip(trajectories, num_shown), start=1))
+      Take(
+        configs.sampler_name(run.config),
+        settings.replace(';', ', '),
+        prompt,
+        number,
+        fixed,
+        trajectory,
+        num,
+      )
+      for number, (trajectory, num) in enumerate(
+        zip(trajectories, num_shown), start=1
+      )
+    )
 
-  def write(self, tokenizer: tokenizers.Tokenizer, title: str, facts: str) -> int:
+  def write(
+    self, tokenizer: tokenizers.Tokenizer, title: str, facts: str
+  ) -> int:
     """Writes the page of what was gathered; returns its bytes."""
-    page = make_page(make_data(self.takes, tokenizer, self.num_top, title, facts))
+    page = make_page(
+      make_data(self.takes, tokenizer, self.num_top, title, facts)
+    )
     check_path(self.path)  # again: sampling took its time
     file = pathlib.Path(self.path)
     temporary = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
@@ -156,13 +186,19 @@ class Page:
       temporary.replace(file)
     except OSError as error:
       temporary.unlink(missing_ok=True)
-      raise InputError(f'--html={self.path!r} could not be written: {error}'
-                       ) from error
+      raise InputError(
+        f'--html={self.path!r} could not be written: {error}'
+      ) from error
     return len(page)
 
 
-def make_data(takes: Sequence[Take], tokenizer: tokenizers.Tokenizer, num_top: int,
-              title: str, facts: str) -> dict[str, Any]:
+def make_data(
+  takes: Sequence[Take],
+  tokenizer: tokenizers.Tokenizer,
+  num_top: int,
+  title: str,
+  facts: str,
+) -> dict[str, Any]:
   """What the page shows, as JSON values.
 
   Ids are those of `vocab`, a list of the tokens that occur, the mask first: text,
@@ -181,9 +217,12 @@ def make_data(takes: Sequence[Take], tokenizer: tokenizers.Tokenizer, num_top: i
     for before, after, answer in zip(frames[:-1], frames[1:], answers):
       changed = np.flatnonzero(before != after)
       takes_back |= bool(np.any(after[changed] == tokenizer.mask_id))
-      changes |= bool(np.any(
+      changes |= bool(
+        np.any(
           (before != tokenizer.mask_id)[changed]
-          & (after != tokenizer.mask_id)[changed]))
+          & (after != tokenizer.mask_id)[changed]
+        )
+      )
       said, rows = [], {}
       if answer is not None:
         rows = {int(p): i for i, p in enumerate(answer.positions)}
@@ -191,8 +230,15 @@ def make_data(takes: Sequence[Take], tokenizer: tokenizers.Tokenizer, num_top: i
         for position, row in rows.items():
           # What is said of a text that stands and stays is not looked at.
           if not take.fixed[position] and wanted[position]:
-            said.extend(_alternatives(position, answer.top_tokens[row],
-                                      answer.top_probs[row], num_top, local))
+            said.extend(
+              _alternatives(
+                position,
+                answer.top_tokens[row],
+                answer.top_probs[row],
+                num_top,
+                local,
+              )
+            )
       revealed = []
       for position in changed:
         token, probability = after[position], -1
@@ -203,17 +249,30 @@ def make_data(takes: Sequence[Take], tokenizer: tokenizers.Tokenizer, num_top: i
             probability = _permille(answer.top_probs[row, place[0]])
         revealed.extend([int(position), local(token), probability])
       calls.append({'c': revealed, 'a': said})
-    shown.append({
-        'sampler': take.sampler, 'settings': take.settings,
-        'prompt': prompts.index(take.prompt), 'sample': take.sample,
+    shown.append(
+      {
+        'sampler': take.sampler,
+        'settings': take.settings,
+        'prompt': prompts.index(take.prompt),
+        'sample': take.sample,
         'fixed': np.flatnonzero(take.fixed).tolist(),
-        'start': [local(token) for token in frames[0]], 'calls': calls,
-        'text': tokenizer.decode(frames[-1][:take.num_shown])})
+        'start': [local(token) for token in frames[0]],
+        'calls': calls,
+        'text': tokenizer.decode(frames[-1][: take.num_shown]),
+      }
+    )
   separator = vocab.get(tokenizer.separator_id, -1)
-  return {'title': title, 'facts': facts, 'prompts': prompts,
-          'recorded': NUM_RECORDED, 'separator': separator,
-          'takes_back': takes_back, 'changes': changes,
-          'vocab': [_piece(tokenizer, token) for token in vocab], 'takes': shown}
+  return {
+    'title': title,
+    'facts': facts,
+    'prompts': prompts,
+    'recorded': NUM_RECORDED,
+    'separator': separator,
+    'takes_back': takes_back,
+    'changes': changes,
+    'vocab': [_piece(tokenizer, token) for token in vocab],
+    'takes': shown,
+  }
 
 
 def _alternatives(position, tokens, probs, num_top, local) -> list[int]:
@@ -248,14 +307,17 @@ def make_page(data: dict[str, Any]) -> bytes:
 
 
 # The first call is dark, the last one light: purple, blue, green, yellow.
-_COLOURS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98],
-                     [253, 231, 37]], np.float64)
+_COLOURS = np.array(
+  [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]],
+  np.float64,
+)
 _GIVEN = np.array([128, 128, 128])
 _CELL, _GAP = (12, 4), 2  # pixels: height and width of a token, between rows
 
 
-def order_image(trajectories: Sequence[watch.Trajectory], fixed: np.ndarray
-                ) -> np.ndarray:
+def order_image(
+  trajectories: Sequence[watch.Trajectory], fixed: np.ndarray
+) -> np.ndarray:
   """When each token was written last: rows are samples, columns positions.
 
   Args:
@@ -270,8 +332,9 @@ def order_image(trajectories: Sequence[watch.Trajectory], fixed: np.ndarray
     num_calls = len(trajectory.answers)
     share = np.maximum(trajectory.changed_at(), 0) / max(num_calls - 1, 1)
     anchors = np.linspace(0, 1, len(_COLOURS))
-    colours = np.stack([np.interp(share, anchors, channel)
-                        for channel in _COLOURS.T], axis=-1)
+    colours = np.stack(
+      [np.interp(share, anchors, channel) for channel in _COLOURS.T], axis=-1
+    )
     colours = np.where(fixed[:, None], _GIVEN, colours).round().astype(np.uint8)
     row = np.repeat(np.tile(colours, (_CELL[0], 1, 1)), _CELL[1], axis=1)
     rows.append(np.pad(row, ((0, _GAP), (0, 0), (0, 0)), constant_values=255))

@@ -27,9 +27,8 @@ from typing import Any, Iterator, Sequence
 
 from nanodlm.devices import lock
 from nanodlm.show import plots
+from nanodlm.show.plots import escape, printable
 from nanodlm.types import InputError
-from nanodlm.show.plots import escape
-from nanodlm.show.plots import printable
 
 CONFIG_FILE, METRICS_FILE = 'config.json', 'metrics.jsonl'
 EVAL_FILE, SAMPLES_FILE = 'eval.jsonl', 'samples.jsonl'
@@ -79,18 +78,30 @@ class Run:
 
   def curve(self, metric: str) -> list[tuple[int, float]]:
     """(step, value) of a metric, where it is finite."""
-    return [(step, line[metric]) for step, line in self.metrics.items()
-            if _is_number(line.get(metric))]
+    return [
+      (step, line[metric])
+      for step, line in self.metrics.items()
+      if _is_number(line.get(metric))
+    ]
 
   def last_line(self, metric: str) -> tuple[int, dict[str, Any]] | None:
     """The last (step, line) that has a metric."""
-    return next(((step, line) for step, line in reversed(self.metrics.items())
-                 if _is_number(line.get(metric))), None)
+    return next(
+      (
+        (step, line)
+        for step, line in reversed(self.metrics.items())
+        if _is_number(line.get(metric))
+      ),
+      None,
+    )
 
   def held_out(self) -> tuple[int, str, dict[str, Any]] | None:
     """The last (step, split, line) of a held-out value."""
-    found = [(*last, split) for split in HELD_OUT
-             if (last := self.last_line(f'{split}/nll'))]
+    found = [
+      (*last, split)
+      for split in HELD_OUT
+      if (last := self.last_line(f'{split}/nll'))
+    ]
     if not found:
       return None
     step, line, split = max(found, key=lambda each: each[0])
@@ -99,14 +110,18 @@ class Run:
   @property
   def tokens_per_step(self) -> int | None:
     """Rows times their length, where the config is known."""
-    size, length = (self.config.get(key)
-                    for key in ('train.batch_size', 'data.length'))
+    size, length = (
+      self.config.get(key) for key in ('train.batch_size', 'data.length')
+    )
     return size * length if _is_number(size) and _is_number(length) else None
 
 
 def _is_number(value: Any) -> bool:
-  return (isinstance(value, (int, float)) and not isinstance(value, bool)
-          and math.isfinite(value))
+  return (
+    isinstance(value, (int, float))
+    and not isinstance(value, bool)
+    and math.isfinite(value)
+  )
 
 
 def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -132,9 +147,11 @@ def read_lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
       found.append(value)
     elif number < len(lines):  # behind the last newline a line is being written
       bad.append(number)
-  return found, [f'{path.name}: line{"s" if len(bad) > 1 else ""} '
-                 f'{", ".join(map(str, bad[:5]))}{", ..." if len(bad) > 5 else ""} '
-                 'left out, no JSON object'] if bad else []
+  return found, [
+    f'{path.name}: line{"s" if len(bad) > 1 else ""} '
+    f'{", ".join(map(str, bad[:5]))}{", ..." if len(bad) > 5 else ""} '
+    'left out, no JSON object'
+  ] if bad else []
 
 
 def join_steps(lines: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -171,13 +188,21 @@ def count_params(workdir: pathlib.Path) -> int | None:
   With mesh.tensor the padding of the vocabulary is counted too. None where there
   is no checkpoint, or nothing that can be read.
   """
-  paths = [path for path in workdir.glob('checkpoints/*/params/_METADATA')
-           if path.parent.parent.name.isdigit()]
+  paths = [
+    path
+    for path in workdir.glob('checkpoints/*/params/_METADATA')
+    if path.parent.parent.name.isdigit()
+  ]
   try:
     path = max(paths, key=lambda path: int(path.parent.parent.name))
     tree = json.loads(path.read_text())['tree_metadata']
-    return sum(math.prod(leaf['value_metadata']['write_shape'])
-               for leaf in tree.values()) or None
+    return (
+      sum(
+        math.prod(leaf['value_metadata']['write_shape'])
+        for leaf in tree.values()
+      )
+      or None
+    )
   except (OSError, ValueError, KeyError, TypeError, AttributeError):
     return None
 
@@ -206,8 +231,12 @@ def read_run(path: str, name: str) -> Run:
   lines, said = read_lines(workdir / METRICS_FILE)
   problems += said
   metrics = join_steps(lines)
-  num_bad = sum(value is None for line in metrics.values()
-                for key, value in line.items() if not key.endswith('_ci95'))
+  num_bad = sum(
+    value is None
+    for line in metrics.values()
+    for key, value in line.items()
+    if not key.endswith('_ci95')
+  )
   if num_bad:
     problems.append(f'{num_bad} value{"s" if num_bad > 1 else ""} not finite')
   evals, said = read_lines(workdir / EVAL_FILE)
@@ -225,7 +254,9 @@ def read_run(path: str, name: str) -> Run:
   held = lock.is_held(path)
   num_steps = config.get('train.num_steps')
   if num_steps is not None and not _is_number(num_steps):
-    problems.append(f'train.num_steps={num_steps!r} in {CONFIG_FILE} is no number')
+    problems.append(
+      f'train.num_steps={num_steps!r} in {CONFIG_FILE} is no number'
+    )
     num_steps = config['train.num_steps'] = None
   last = max(metrics, default=0)
   if held:
@@ -236,8 +267,18 @@ def read_run(path: str, name: str) -> Run:
     state = 'finished'
   else:
     state = 'stopped'
-  return Run(path, name, config, metrics, tuple(evals), tuple(samples), state, age,
-             count_params(workdir), tuple(problems))
+  return Run(
+    path,
+    name,
+    config,
+    metrics,
+    tuple(evals),
+    tuple(samples),
+    state,
+    age,
+    count_params(workdir),
+    tuple(problems),
+  )
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -278,20 +319,28 @@ def read_comparison(path: pathlib.Path) -> Comparison:
       pathlib.Path(run['workdir']), run['nll']
     return Comparison(str(file), str(value['judge']), runs)
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(f'--compare={str(path)!r} is no {COMPARISON_FILE} of '
-                     f'nanodlm.evals.compare: {error!r}') from error
+    raise InputError(
+      f'--compare={str(path)!r} is no {COMPARISON_FILE} of '
+      f'nanodlm.evals.compare: {error!r}'
+    ) from error
 
 
-def find_comparisons(runs: Sequence[Run], given: Sequence[pathlib.Path]
-                     ) -> list[Comparison]:
+def find_comparisons(
+  runs: Sequence[Run], given: Sequence[pathlib.Path]
+) -> list[Comparison]:
   """The given ones, or those beside the runs that are of one of them."""
   if given:
     return [read_comparison(path) for path in given]
-  parents = dict.fromkeys(pathlib.Path(run.path).resolve().parent for run in runs)
+  parents = dict.fromkeys(
+    pathlib.Path(run.path).resolve().parent for run in runs
+  )
   found = []
-  for path in sorted(file for parent in parents for pattern in
-                     (COMPARISON_FILE, f'*/{COMPARISON_FILE}')
-                     for file in parent.glob(pattern)):
+  for path in sorted(
+    file
+    for parent in parents
+    for pattern in (COMPARISON_FILE, f'*/{COMPARISON_FILE}')
+    for file in parent.glob(pattern)
+  ):
     try:
       comparison = read_comparison(path)
     except InputError:
@@ -359,18 +408,33 @@ def differing_settings(runs: Sequence[Run]) -> Table | None:
   keys = sorted({key for run in runs for key in run.config})
   rows = []
   for key in keys:
-    values = [json.dumps(run.config[key]) if key in run.config else MISSING
-              for run in runs if run.config]
+    values = [
+      json.dumps(run.config[key]) if key in run.config else MISSING
+      for run in runs
+      if run.config
+    ]
     if len(set(values)) > 1:
-      rows.append((key, *(json.dumps(run.config[key]) if key in run.config
-                          else MISSING for run in runs)))
+      rows.append(
+        (
+          key,
+          *(
+            json.dumps(run.config[key]) if key in run.config else MISSING
+            for run in runs
+          ),
+        )
+      )
   if not rows:
     return None
-  return Table('Settings that differ', ('setting', *(run.name for run in runs)),
-               tuple(rows))
+  return Table(
+    'Settings that differ',
+    ('setting', *(run.name for run in runs)),
+    tuple(rows),
+  )
 
 
-def runs_section(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Section:
+def runs_section(
+  runs: Sequence[Run], comparisons: Sequence[Comparison]
+) -> Section:
   """Where each run stands, and what differs between their settings."""
   rows = []
   for run in runs:
@@ -384,41 +448,83 @@ def runs_section(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Sect
       step, split, line = held_out
       num = line.get(f'{split}/num_examples')
       rows_said = (f'{num:.0f}' if _is_number(num) else '?') + ' rows'
-      bound = (f'{_interval(line, f"{split}/nll")} (step {step}, '
-               + ('a subset of ' if split == 'eval_subset' else '')
-               + f'{rows_said})')
+      bound = (
+        f'{_interval(line, f"{split}/nll")} (step {step}, '
+        + ('a subset of ' if split == 'eval_subset' else '')
+        + f'{rows_said})'
+      )
       bits = _interval(line, f'{split}/bits_per_byte')
     speeds = [value for _, value in run.curve('train/tokens_per_sec')]
     skipped = run.curve('train/skipped_steps')
     params = run.num_params or next(
-        (said.get('num_params') for each in comparisons for said in each.runs
-         if pathlib.Path(said['workdir']).resolve()
-         == pathlib.Path(run.path).resolve()), None)
-    rows.append((
-        run.name, str(run.config.get('objective.name', MISSING)),
+      (
+        said.get('num_params')
+        for each in comparisons
+        for said in each.runs
+        if pathlib.Path(said['workdir']).resolve()
+        == pathlib.Path(run.path).resolve()
+      ),
+      None,
+    )
+    rows.append(
+      (
+        run.name,
+        str(run.config.get('objective.name', MISSING)),
         f'{params:,}' if params else MISSING,
         f'{max(run.metrics, default=0):,} / '
-        + (f'{num_steps:,}' if num_steps else '?'), state, bound, bits,
-        f'{statistics.median(speeds[-SPEED_LINES:]):,.0f}' if speeds else MISSING,
-        f'{skipped[-1][1]:.0f}' if skipped else MISSING))
-  table = Table('Where they stand', (
-      'run', 'objective', 'parameters', 'step', 'state', 'held-out nats/token',
-      'bits/byte', 'tokens/s', 'skipped steps'), tuple(rows))
-  notes = ['Held-out: the bound (exact for ar) with the averaged weights and its '
-           f'95% interval; tokens/s: the median of the last {SPEED_LINES} lines; '
-           'skipped steps: since the last start.']
+        + (f'{num_steps:,}' if num_steps else '?'),
+        state,
+        bound,
+        bits,
+        f'{statistics.median(speeds[-SPEED_LINES:]):,.0f}'
+        if speeds
+        else MISSING,
+        f'{skipped[-1][1]:.0f}' if skipped else MISSING,
+      )
+    )
+  table = Table(
+    'Where they stand',
+    (
+      'run',
+      'objective',
+      'parameters',
+      'step',
+      'state',
+      'held-out nats/token',
+      'bits/byte',
+      'tokens/s',
+      'skipped steps',
+    ),
+    tuple(rows),
+  )
+  notes = [
+    'Held-out: the bound (exact for ar) with the averaged weights and its '
+    f'95% interval; tokens/s: the median of the last {SPEED_LINES} lines; '
+    'skipped steps: since the last start.'
+  ]
   for key, what in (('tokenizer.', 'tokenizers'), ('data.source', 'texts')):
-    values = {tuple(sorted((k, str(v)) for k, v in run.config.items()
-                           if k.startswith(key))) for run in runs if run.config}
+    values = {
+      tuple(
+        sorted((k, str(v)) for k, v in run.config.items() if k.startswith(key))
+      )
+      for run in runs
+      if run.config
+    }
     if len(values) > 1:
-      notes.append(f'These runs have different {what}: nats per token of one and of '
-                   'another are not the same thing' + (
-                       '; compare bits per byte.' if what == 'tokenizers' else '.'))
-  notes += [f'{run.name}: {problem}.' for run in runs for problem in run.problems]
+      notes.append(
+        f'These runs have different {what}: nats per token of one and of '
+        'another are not the same thing'
+        + ('; compare bits per byte.' if what == 'tokenizers' else '.')
+      )
+  notes += [
+    f'{run.name}: {problem}.' for run in runs for problem in run.problems
+  ]
   settings = differing_settings(runs)
   if settings is None and len(runs) > 1 and all(run.config for run in runs):
     notes.append('Their settings are all the same.')
-  return Section('Runs', tuple(notes), (table, *([settings] if settings else [])))
+  return Section(
+    'Runs', tuple(notes), (table, *([settings] if settings else []))
+  )
 
 
 def make_figure(plot: plots.Plot) -> Figure:
@@ -430,11 +536,16 @@ def make_figure(plot: plots.Plot) -> Figure:
     chosen = series.points[::-1][::stride][::-1]
     for point in chosen:
       width = f' ± {point[2]:.4g}' if len(point) > 2 and point[2] else ''
-      rows.append((series.name, plots.format_number(point[0]),
-                   f'{point[1]:.5g}{width}'))
+      rows.append(
+        (series.name, plots.format_number(point[0]), f'{point[1]:.5g}{width}')
+      )
   num = sum(len(series.points) for series in plot.series)
-  title = 'The numbers' + (f' ({len(rows)} of {num})' if len(rows) < num else '')
-  return Figure(plot, Table(title, ('', plot.x_label, plot.y_label), tuple(rows)))
+  title = 'The numbers' + (
+    f' ({len(rows)} of {num})' if len(rows) < num else ''
+  )
+  return Figure(
+    plot, Table(title, ('', plot.x_label, plot.y_label), tuple(rows))
+  )
 
 
 def _figures(*all_plots: plots.Plot) -> tuple[Figure, ...]:
@@ -447,18 +558,31 @@ def _figures(*all_plots: plots.Plot) -> tuple[Figure, ...]:
   return tuple(kept)
 
 
-def _held_out_series(run: Run, style: int, scale: float) -> Iterator[plots.Series]:
+def _held_out_series(
+  run: Run, style: int, scale: float
+) -> Iterator[plots.Series]:
   """Held-out values against steps times `scale`: of all rows, and of a subset."""
   is_named = False
   for split in HELD_OUT:
     points = tuple(
-        (step * scale, line[f'{split}/nll'],
-         line[f'{split}/nll_ci95'] if _is_number(line.get(f'{split}/nll_ci95'))
-         else 0.0)
-        for step, line in run.metrics.items() if _is_number(line.get(f'{split}/nll')))
+      (
+        step * scale,
+        line[f'{split}/nll'],
+        line[f'{split}/nll_ci95']
+        if _is_number(line.get(f'{split}/nll_ci95'))
+        else 0.0,
+      )
+      for step, line in run.metrics.items()
+      if _is_number(line.get(f'{split}/nll'))
+    )
     is_subset = split == 'eval_subset'
-    yield plots.Series(run.name + (', subset' if is_subset else ''), points, style,
-                       hollow=is_subset, in_legend=not is_named)
+    yield plots.Series(
+      run.name + (', subset' if is_subset else ''),
+      points,
+      style,
+      hollow=is_subset,
+      in_legend=not is_named,
+    )
     is_named = bool(points)
 
 
@@ -467,30 +591,58 @@ def curves_section(runs: Sequence[Run]) -> Section:
   made = []
   for unit, label in (('steps', 'step'), ('tokens', 'tokens trained on')):
     scales = [run.tokens_per_step if unit == 'tokens' else 1 for run in runs]
-    known = [(i, run, scale) for i, (run, scale) in enumerate(zip(runs, scales))
-             if scale]
-    made.append(plots.Plot(
-        f'train-by-{unit}', f'Training loss by {unit}',
+    known = [
+      (i, run, scale)
+      for i, (run, scale) in enumerate(zip(runs, scales))
+      if scale
+    ]
+    made.append(
+      plots.Plot(
+        f'train-by-{unit}',
+        f'Training loss by {unit}',
         'The mean of the steps since the line before, as it was minimised.',
-        label, 'train/loss, nats/token', tuple(
-            plots.Series(run.name, tuple(
-                (step * scale, value) for step, value in run.curve('train/loss')), i)
-            for i, run, scale in known)))
-    made.append(plots.Plot(
-        f'held-out-by-{unit}', f'Held-out bound by {unit}',
+        label,
+        'train/loss, nats/token',
+        tuple(
+          plots.Series(
+            run.name,
+            tuple(
+              (step * scale, value) for step, value in run.curve('train/loss')
+            ),
+            i,
+          )
+          for i, run, scale in known
+        ),
+      )
+    )
+    made.append(
+      plots.Plot(
+        f'held-out-by-{unit}',
+        f'Held-out bound by {unit}',
         'With its 95% interval, which holds the spread of the text: runs on the '
         'same text differ more surely than that. Hollow: on a subset of the rows.',
-        label, 'nats/token', tuple(
-            series for i, run, scale in known
-            for series in _held_out_series(run, i, scale))))
+        label,
+        'nats/token',
+        tuple(
+          series
+          for i, run, scale in known
+          for series in _held_out_series(run, i, scale)
+        ),
+      )
+    )
   return Section('Loss', (), _figures(*made))
 
 
-def _levels(line: dict[str, Any], split: str) -> tuple[tuple[float, float], ...]:
+def _levels(
+  line: dict[str, Any], split: str
+) -> tuple[tuple[float, float], ...]:
   """(middle of the bin, cross entropy) of a line."""
   keys = [f'{split}_by_level/cross_entropy_{i}' for i in range(NUM_LEVELS)]
-  return tuple(((i + 0.5) / NUM_LEVELS, line[key]) for i, key in enumerate(keys)
-               if _is_number(line.get(key)))
+  return tuple(
+    ((i + 0.5) / NUM_LEVELS, line[key])
+    for i, key in enumerate(keys)
+    if _is_number(line.get(key))
+  )
 
 
 def levels_section(runs: Sequence[Run]) -> Section:
@@ -500,35 +652,66 @@ def levels_section(runs: Sequence[Run]) -> Section:
     last = run.held_out()
     if last:
       step, split, line = last
-      held_out.append(plots.Series(f'{run.name}, step {step}', _levels(line, split),
-                                   i))
-    lines = [(step, points) for step, line in run.metrics.items()
-             if (points := _levels(line, 'train'))]
+      held_out.append(
+        plots.Series(f'{run.name}, step {step}', _levels(line, split), i)
+      )
+    lines = [
+      (step, points)
+      for step, line in run.metrics.items()
+      if (points := _levels(line, 'train'))
+    ]
     if lines:
-      training.append(plots.Series(f'{run.name}, step {lines[-1][0]}', lines[-1][1],
-                                   i))
+      training.append(
+        plots.Series(f'{run.name}, step {lines[-1][0]}', lines[-1][1], i)
+      )
   label = 'noise level (masked noise: share of masked tokens)'
   return Section(
-      'Loss by noise level',
-      ('Cross entropy of one scored token, unweighted, in ten bins of the noise '
-       'level: to the left nearly all of the text is known, to the right nearly '
-       'nothing.',), _figures(
-           plots.Plot('levels-held-out', 'Held-out text', 'The last evaluation.',
-                      label, 'nats/scored token', tuple(held_out)),
-           plots.Plot('levels-train', 'Training text', 'The last line.', label,
-                      'nats/scored token', tuple(training))))
+    'Loss by noise level',
+    (
+      'Cross entropy of one scored token, unweighted, in ten bins of the noise '
+      'level: to the left nearly all of the text is known, to the right nearly '
+      'nothing.',
+    ),
+    _figures(
+      plots.Plot(
+        'levels-held-out',
+        'Held-out text',
+        'The last evaluation.',
+        label,
+        'nats/scored token',
+        tuple(held_out),
+      ),
+      plots.Plot(
+        'levels-train',
+        'Training text',
+        'The last line.',
+        label,
+        'nats/scored token',
+        tuple(training),
+      ),
+    ),
+  )
 
 
-def _comparison_plots(comparison: Comparison, number: int
-                      ) -> Iterator[plots.Plot]:
+def _comparison_plots(
+  comparison: Comparison, number: int
+) -> Iterator[plots.Plot]:
   """Quality against network calls, a line for each run's sampler."""
   names = short_names([run['workdir'] for run in comparison.runs])
   panels = (
-      ('gen_bits_per_byte', f'Judged by {comparison.judge}',
-       'bits/byte under the judge',
-       'Lower is likelier text; with a low entropy it is repetition.'),
-      ('sample_entropy', 'Entropy of a sample', 'nats/token',
-       'Of the histogram of its tokens: how varied a sample is.'))
+    (
+      'gen_bits_per_byte',
+      f'Judged by {comparison.judge}',
+      'bits/byte under the judge',
+      'Lower is likelier text; with a low entropy it is repetition.',
+    ),
+    (
+      'sample_entropy',
+      'Entropy of a sample',
+      'nats/token',
+      'Of the histogram of its tokens: how varied a sample is.',
+    ),
+  )
   for key, title, label, text in panels:
     series, ticks, style, real = [], set(), 0, []
     for run, name in zip(comparison.runs, names):
@@ -539,51 +722,95 @@ def _comparison_plots(comparison: Comparison, number: int
         if point['num_calls']:
           width = point.get(f'{key}_ci95')
           curves.setdefault(point['sampler']['name'], []).append(
-              (point['num_calls'], point[key],
-               width if _is_number(width) else 0.0))
+            (
+              point['num_calls'],
+              point[key],
+              width if _is_number(width) else 0.0,
+            )
+          )
         else:
           real.append((f'{name}, held-out text', point[key]))
       for sampler, points in curves.items():
-        series.append(plots.Series(f'{name}, {sampler}', tuple(sorted(points)),
-                                   style))
+        series.append(
+          plots.Series(f'{name}, {sampler}', tuple(sorted(points)), style)
+        )
         ticks |= {point[0] for point in points}
         style += 1
     if not ticks:
       continue
     ends = [min(ticks) / 1.2, max(ticks) * 1.2]
     for name, value in real:  # a line across: it has no calls
-      series.append(plots.Series(
-          name, tuple((x, value) for x in ends), style, hollow=True))
+      series.append(
+        plots.Series(name, tuple((x, value) for x in ends), style, hollow=True)
+      )
       style += 1
     yield plots.Plot(
-        f'calls-{number}-{key.replace("_", "-")}', title, text, 'network calls',
-        label, tuple(series), x_log=True,
-        x_ticks=tuple(sorted(ticks)) if len(ticks) <= 6 else ())
+      f'calls-{number}-{key.replace("_", "-")}',
+      title,
+      text,
+      'network calls',
+      label,
+      tuple(series),
+      x_log=True,
+      x_ticks=tuple(sorted(ticks)) if len(ticks) <= 6 else (),
+    )
 
 
 def _comparison_table(comparison: Comparison) -> Table:
   rows = []
-  for run, name in zip(comparison.runs,
-                       short_names([run['workdir'] for run in comparison.runs])):
+  for run, name in zip(
+    comparison.runs, short_names([run['workdir'] for run in comparison.runs])
+  ):
     kind = '' if run.get('is_exact') else '≤ '
-    rows.append((name, str(run.get('objective', MISSING)),
-                 str(run.get('step', MISSING)), kind + _interval(run, 'nll'),
-                 kind + _interval(run, 'bits_per_byte'),
-                 str(run.get('source', MISSING))))
-  return Table(f'Bounds in {comparison.path}', (
-      'run', 'objective', 'step', 'nats/token', 'bits/byte', 'text'), tuple(rows))
+    rows.append(
+      (
+        name,
+        str(run.get('objective', MISSING)),
+        str(run.get('step', MISSING)),
+        kind + _interval(run, 'nll'),
+        kind + _interval(run, 'bits_per_byte'),
+        str(run.get('source', MISSING)),
+      )
+    )
+  return Table(
+    f'Bounds in {comparison.path}',
+    ('run', 'objective', 'step', 'nats/token', 'bits/byte', 'text'),
+    tuple(rows),
+  )
 
 
 def _evals_table(runs: Sequence[Run]) -> Table | None:
   rows = tuple(
-      (run.name, str(line.get('step', MISSING)), str(line.get('source', MISSING)),
-       _interval(line, 'eval/nll'), _interval(line, 'eval/bits_per_byte'),
-       f'{line["eval/calls_ratio"]:.1f}' if _is_number(line.get('eval/calls_ratio'))
-       else MISSING)
-      for run in runs for line in run.evals if _is_number(line.get('eval/nll')))
-  return Table('Evaluations (eval.jsonl)', (
-      'run', 'step', 'text', 'nats/token', 'bits/byte', 'times the calls at '
-      'independent times'), rows) if rows else None
+    (
+      run.name,
+      str(line.get('step', MISSING)),
+      str(line.get('source', MISSING)),
+      _interval(line, 'eval/nll'),
+      _interval(line, 'eval/bits_per_byte'),
+      f'{line["eval/calls_ratio"]:.1f}'
+      if _is_number(line.get('eval/calls_ratio'))
+      else MISSING,
+    )
+    for run in runs
+    for line in run.evals
+    if _is_number(line.get('eval/nll'))
+  )
+  return (
+    Table(
+      'Evaluations (eval.jsonl)',
+      (
+        'run',
+        'step',
+        'text',
+        'nats/token',
+        'bits/byte',
+        'times the calls at independent times',
+      ),
+      rows,
+    )
+    if rows
+    else None
+  )
 
 
 def _infill_figures(runs: Sequence[Run]) -> tuple[Figure, ...]:
@@ -593,38 +820,66 @@ def _infill_figures(runs: Sequence[Run]) -> tuple[Figure, ...]:
     for line in run.evals:
       rows = line.get('infill')
       for row in rows if isinstance(rows, list) else ():
-        if not (isinstance(row, dict) and row.get('num_calls') and all(
-            _is_number(row.get(key)) for key in ('accuracy', 'num_calls', 'ratio'))):
+        if not (
+          isinstance(row, dict)
+          and row.get('num_calls')
+          and all(
+            _is_number(row.get(key))
+            for key in ('accuracy', 'num_calls', 'ratio')
+          )
+        ):
           continue
         width = row.get('accuracy_ci95')
         name = f'{run.name}, {row["ratio"]:.0%} masked, {row.get("pattern")}'
         # Measured again with as many calls: the later one counts.
         series.setdefault(name, {})[row['num_calls']] = (
-            row['num_calls'], row['accuracy'], width if _is_number(width) else 0.0)
+          row['num_calls'],
+          row['accuracy'],
+          width if _is_number(width) else 0.0,
+        )
   ticks = sorted({calls for points in series.values() for calls in points})
-  return _figures(plots.Plot(
-      'infill', 'Accuracy of filled gaps',
+  return _figures(
+    plots.Plot(
+      'infill',
+      'Accuracy of filled gaps',
       'The share of masked tokens of held-out rows restored exactly '
-      '(--mode=eval --infill), with its 95% interval.', 'network calls',
-      'accuracy', tuple(
-          plots.Series(name, tuple(sorted(points.values())), i)
-          for i, (name, points) in enumerate(series.items())),
-      x_log=True, x_ticks=tuple(ticks) if len(ticks) <= 6 else ()))
+      '(--mode=eval --infill), with its 95% interval.',
+      'network calls',
+      'accuracy',
+      tuple(
+        plots.Series(name, tuple(sorted(points.values())), i)
+        for i, (name, points) in enumerate(series.items())
+      ),
+      x_log=True,
+      x_ticks=tuple(ticks) if len(ticks) <= 6 else (),
+    )
+  )
 
 
-def quality_section(runs: Sequence[Run], comparisons: Sequence[Comparison]
-                    ) -> Section:
+def quality_section(
+  runs: Sequence[Run], comparisons: Sequence[Comparison]
+) -> Section:
   """What was measured of the samples against network calls."""
-  parts = [part for i, comparison in enumerate(comparisons)
-           for part in (*_figures(*_comparison_plots(comparison, i)),
-                        _comparison_table(comparison))]
+  parts = [
+    part
+    for i, comparison in enumerate(comparisons)
+    for part in (
+      *_figures(*_comparison_plots(comparison, i)),
+      _comparison_table(comparison),
+    )
+  ]
   parts += _infill_figures(runs)
   evals = _evals_table(runs)
   if evals:
     parts.append(evals)
-  notes = () if parts else (
+  notes = (
+    ()
+    if parts
+    else (
       'Nothing measured yet: python -m nanodlm.evals.compare RUN... --output=FOLDER '
-      '--judge=AR_RUN, or launch.py --mode=eval --workdir=RUN --infill=0.1,0.5.',)
+      '--judge=AR_RUN, or launch.py --mode=eval --workdir=RUN --infill=0.1,0.5.',
+    )
+  )
   return Section('Quality against network calls', notes, tuple(parts))
 
 
@@ -635,54 +890,91 @@ def speed_section(runs: Sequence[Run]) -> Section:
     points, hours, before = [], 0.0, 0
     for step, line in run.metrics.items():
       secs = line.get('train/secs_per_step')
-      if not (_is_number(secs) and _is_number(line.get('train/tokens_per_sec'))):
+      if not (
+        _is_number(secs) and _is_number(line.get('train/tokens_per_sec'))
+      ):
         continue
       hours, before = hours + secs * (step - before) / 3600, step
       points.append((hours, line['train/tokens_per_sec']))
     series.append(plots.Series(run.name, tuple(points), i))
-  longest = max((each.points[-1][0] for each in series if each.points), default=0)
+  longest = max(
+    (each.points[-1][0] for each in series if each.points), default=0
+  )
   label = 'hours'
   if longest < 2:  # minutes
     label = 'minutes'
-    series = [dataclasses.replace(each, points=tuple(
-        (x * 60, y) for x, y in each.points)) for each in series]
-  return Section('Throughput', (), _figures(plots.Plot(
-      'throughput', 'Tokens per second over time',
-      'The time is that of training steps alone, without compilation, evaluation '
-      'and samples.', f'{label} of training', 'tokens/s', tuple(series))))
+    series = [
+      dataclasses.replace(
+        each, points=tuple((x * 60, y) for x, y in each.points)
+      )
+      for each in series
+    ]
+  return Section(
+    'Throughput',
+    (),
+    _figures(
+      plots.Plot(
+        'throughput',
+        'Tokens per second over time',
+        'The time is that of training steps alone, without compilation, evaluation '
+        'and samples.',
+        f'{label} of training',
+        'tokens/s',
+        tuple(series),
+      )
+    ),
+  )
 
 
 def samples_section(runs: Sequence[Run], num_samples: int) -> Section:
   """The last samples of each run."""
   parts = []
   for run in runs:
-    for line in run.samples[len(run.samples) - min(num_samples, len(run.samples)):]:
+    for line in run.samples[
+      len(run.samples) - min(num_samples, len(run.samples)) :
+    ]:
       text = line.get('shown', line.get('text'))
       if not isinstance(text, str):
         continue
       sampler = line.get('sampler')
       name = sampler.get('name') if isinstance(sampler, dict) else None
       prompt = line.get('prompt')
-      said = [f'step {line["step"]}' if 'step' in line else '', name or '',
-              f'{line["num_calls"]} network calls' if 'num_calls' in line else '',
-              f'prompt {prompt!r}' if prompt else '']
-      parts.append(Sample(f'{run.name}: ' + ', '.join(filter(None, said)), text))
-  notes = () if parts or not num_samples else (
-      'None yet: python launch.py --mode=sample --workdir=RUN.',)
+      said = [
+        f'step {line["step"]}' if 'step' in line else '',
+        name or '',
+        f'{line["num_calls"]} network calls' if 'num_calls' in line else '',
+        f'prompt {prompt!r}' if prompt else '',
+      ]
+      parts.append(
+        Sample(f'{run.name}: ' + ', '.join(filter(None, said)), text)
+      )
+  notes = (
+    ()
+    if parts or not num_samples
+    else ('None yet: python launch.py --mode=sample --workdir=RUN.',)
+  )
   return Section('Samples', notes, tuple(parts))
 
 
-def make_sections(runs: Sequence[Run], comparisons: Sequence[Comparison],
-                  num_samples: int) -> list[Section]:
+def make_sections(
+  runs: Sequence[Run], comparisons: Sequence[Comparison], num_samples: int
+) -> list[Section]:
   """The whole page."""
-  return [runs_section(runs, comparisons), curves_section(runs),
-          levels_section(runs), quality_section(runs, comparisons),
-          speed_section(runs), samples_section(runs, num_samples)]
+  return [
+    runs_section(runs, comparisons),
+    curves_section(runs),
+    levels_section(runs),
+    quality_section(runs, comparisons),
+    speed_section(runs),
+    samples_section(runs, num_samples),
+  ]
 
 
 # ------------------------------------------------------------------- writing
 
-_CSS = plots.CSS + '''
+_CSS = (
+  plots.CSS
+  + """
 body{margin:0 auto;max-width:72rem;padding:1rem;background:var(--page);
 color:var(--ink);font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem;
@@ -701,43 +993,56 @@ border-bottom:1px solid var(--rule)}
 summary{cursor:pointer;color:var(--soft)}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid var(--rule);
 padding:.6rem;margin:.3rem 0 1rem;max-height:24rem;overflow-y:auto}
-'''
+"""
+)
 
 
 def _html_table(table: Table) -> str:
   short = ' class="short"'  # not broken after the sign of an interval
-  head = ''.join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
+  head = ''.join(
+    f'<th scope="col">{escape(cell)}</th>' for cell in table.header
+  )
   rows = ''.join(
-      '<tr>' + f'<th scope="row">{escape(row[0])}</th>'
-      + ''.join(f'<td{short if len(cell) <= 20 else ""}>{escape(cell)}</td>'
-                for cell in row[1:]) + '</tr>\n'
-      for row in table.rows)
+    '<tr>'
+    + f'<th scope="row">{escape(row[0])}</th>'
+    + ''.join(
+      f'<td{short if len(cell) <= 20 else ""}>{escape(cell)}</td>'
+      for cell in row[1:]
+    )
+    + '</tr>\n'
+    for row in table.rows
+  )
   title = escape(table.title)
   # Reachable by keyboard, since it may be wider than the page.
-  return (f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">'
-          f'<table><caption>{title}</caption><thead><tr>{head}</tr></thead>\n'
-          f'<tbody>{rows}</tbody></table></div>')
+  return (
+    f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">'
+    f'<table><caption>{title}</caption><thead><tr>{head}</tr></thead>\n'
+    f'<tbody>{rows}</tbody></table></div>'
+  )
 
 
 def _html_figure(figure: Figure) -> str:
   plot = figure.plot
-  return (f'<figure><h3>{escape(plot.title)}</h3>{plots.to_svg(plot)}'
-          f'{plots.to_legend(plot)}<figcaption>{escape(plot.text)}</figcaption>'
-          f'<details><summary>{escape(figure.table.title)}</summary>'
-          f'{_html_table(figure.table)}</details></figure>')
+  return (
+    f'<figure><h3>{escape(plot.title)}</h3>{plots.to_svg(plot)}'
+    f'{plots.to_legend(plot)}<figcaption>{escape(plot.text)}</figcaption>'
+    f'<details><summary>{escape(figure.table.title)}</summary>'
+    f'{_html_table(figure.table)}</details></figure>'
+  )
 
 
 def to_html(sections: Sequence[Section], title: str) -> str:
   """The page as one HTML file that loads nothing."""
   parts = [
-      f'<!DOCTYPE html>\n<!-- {MARK} -->\n<html lang="en">\n<head>\n'
-      '<meta charset="utf-8">\n<meta name="viewport" '
-      'content="width=device-width,initial-scale=1">\n'
-      # Whatever a sample holds: no script, no request.
-      '<meta http-equiv="Content-Security-Policy" '
-      'content="default-src \'none\'; style-src \'unsafe-inline\'">\n'
-      f'<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n'
-      f'<main>\n<h1>{escape(title)}</h1>']
+    f'<!DOCTYPE html>\n<!-- {MARK} -->\n<html lang="en">\n<head>\n'
+    '<meta charset="utf-8">\n<meta name="viewport" '
+    'content="width=device-width,initial-scale=1">\n'
+    # Whatever a sample holds: no script, no request.
+    '<meta http-equiv="Content-Security-Policy" '
+    "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+    f'<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n'
+    f'<main>\n<h1>{escape(title)}</h1>'
+  ]
   for section in sections:
     parts.append(f'<section>\n<h2>{escape(section.title)}</h2>')
     parts += [f'<p>{escape(note)}</p>' for note in section.notes]
@@ -751,8 +1056,9 @@ def to_html(sections: Sequence[Section], title: str) -> str:
       elif isinstance(part, Table):
         parts.append(_html_table(part))
       else:
-        parts.append(f'<h3>{escape(part.title)}</h3>\n<pre>\n'
-                     f'{escape(part.text)}</pre>')
+        parts.append(
+          f'<h3>{escape(part.title)}</h3>\n<pre>\n{escape(part.text)}</pre>'
+        )
     parts.append(('</div>\n' if is_open else '') + '</section>')
   return '\n'.join([*parts, '</main>\n</body>\n</html>\n'])
 
@@ -764,9 +1070,11 @@ def _md_text(text: str) -> str:
 
 
 def _md_table(table: Table) -> str:
-  lines = [f'**{_md_text(table.title)}**\n',
-           '| ' + ' | '.join(map(_md_text, table.header)) + ' |',
-           '|' + '---|' * len(table.header)]
+  lines = [
+    f'**{_md_text(table.title)}**\n',
+    '| ' + ' | '.join(map(_md_text, table.header)) + ' |',
+    '|' + '---|' * len(table.header),
+  ]
   lines += ['| ' + ' | '.join(map(_md_text, row)) + ' |' for row in table.rows]
   return '\n'.join(lines) + '\n'
 
@@ -788,13 +1096,16 @@ def to_markdown(sections: Sequence[Section], title: str, stem: str) -> str:
       if isinstance(part, Figure):
         alt = _md_text(f'{part.plot.title}. {plots.describe(part.plot)}')
         name = png_name(stem, part.plot).replace(' ', '%20')
-        parts.append(f'### {_md_text(part.plot.title)}\n\n![{alt}]({name})\n\n'
-                     f'{_md_text(part.plot.text)}\n\n<details>\n<summary>'
-                     f'{_md_text(part.table.title)}</summary>\n\n'
-                     f'{_md_table(part.table)}\n</details>\n')
+        parts.append(
+          f'### {_md_text(part.plot.title)}\n\n![{alt}]({name})\n\n'
+          f'{_md_text(part.plot.text)}\n\n<details>\n<summary>'
+          f'{_md_text(part.table.title)}</summary>\n\n'
+          f'{_md_table(part.table)}\n</details>\n'
+        )
       else:
-        parts.append(_md_table(part) if isinstance(part, Table)
-                     else _md_sample(part))
+        parts.append(
+          _md_table(part) if isinstance(part, Table) else _md_sample(part)
+        )
   return '\n'.join(parts)
 
 
@@ -817,21 +1128,32 @@ def check_output(path: pathlib.Path, may_overwrite: bool):
   if path.suffix not in ('.html', '.md'):
     raise InputError(f'--output={str(path)!r} must end in .html or .md')
   if path.suffix == '.md' and importlib.util.find_spec('matplotlib') is None:
-    raise InputError(f"--output={str(path)!r} needs matplotlib: pip install -e "
-                     "'.[plots]'; or take an .html file, which needs nothing")
+    raise InputError(
+      f'--output={str(path)!r} needs matplotlib: pip install -e '
+      "'.[plots]'; or take an .html file, which needs nothing"
+    )
   if path.suffix == '.md' and printable(path.stem) != path.stem:
-    raise InputError(f'--output={str(path)!r}: a page cannot name its pictures so; '
-                     'give a name without control characters, in UTF-8')
+    raise InputError(
+      f'--output={str(path)!r}: a page cannot name its pictures so; '
+      'give a name without control characters, in UTF-8'
+    )
   if path.is_dir() or not path.resolve().parent.is_dir():
-    raise InputError(f'--output={str(path)!r} must be a file in a folder that '
-                     'exists')
+    raise InputError(
+      f'--output={str(path)!r} must be a file in a folder that exists'
+    )
   if path.exists() and not may_overwrite and not _is_ours(path):
-    raise InputError(f'--output={str(path)!r} exists and is no earlier report; '
-                     'give another file, or --overwrite')
+    raise InputError(
+      f'--output={str(path)!r} exists and is no earlier report; '
+      'give another file, or --overwrite'
+    )
 
 
-def write_page(path: pathlib.Path, sections: Sequence[Section], title: str,
-               may_overwrite: bool):
+def write_page(
+  path: pathlib.Path,
+  sections: Sequence[Section],
+  title: str,
+  may_overwrite: bool,
+):
   """Writes the page, whole or not at all.
 
   Raises:
@@ -840,16 +1162,25 @@ def write_page(path: pathlib.Path, sections: Sequence[Section], title: str,
   if path.suffix == '.html':
     _replace(path, to_html(sections, title))
     return
-  figures = [part for section in sections for part in section.parts
-             if isinstance(part, Figure)]
+  figures = [
+    part
+    for section in sections
+    for part in section.parts
+    if isinstance(part, Figure)
+  ]
   before = path.read_text(errors='replace') if _is_ours(path) else ''
   names = [png_name(path.stem, figure.plot) for figure in figures]
   for name in names:
-    if (path.with_name(name).exists() and not may_overwrite
-        and f']({name.replace(" ", "%20")})' not in before):
-      raise InputError(f'--output={str(path)!r} needs a file '
-                       f'{str(path.with_name(name))!r}, which exists; give another '
-                       'file, or --overwrite')
+    if (
+      path.with_name(name).exists()
+      and not may_overwrite
+      and f']({name.replace(" ", "%20")})' not in before
+    ):
+      raise InputError(
+        f'--output={str(path)!r} needs a file '
+        f'{str(path.with_name(name))!r}, which exists; give another '
+        'file, or --overwrite'
+      )
   for figure, name in zip(figures, names):
     plots.save_png(figure.plot, path.with_name(name))
   _replace(path, to_markdown(sections, title, path.stem))
@@ -861,8 +1192,9 @@ def _replace(path: pathlib.Path, text: str):
     temporary.write_text(text, encoding='utf-8')
     temporary.replace(path)
   except OSError as error:
-    raise InputError(f'--output={str(path)!r} cannot be written: '
-                     f'{error.strerror}') from error
+    raise InputError(
+      f'--output={str(path)!r} cannot be written: {error.strerror}'
+    ) from error
   finally:
     with contextlib.suppress(OSError):  # it is in its place
       temporary.unlink()
@@ -870,20 +1202,40 @@ def _replace(path: pathlib.Path, text: str):
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
-      prog='python -m nanodlm.show.report', description=__doc__,
-      formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('workdirs', nargs='*', metavar='RUN', help='workdirs of runs')
-  parser.add_argument('--output', default='report.html', metavar='FILE',
-                      help='the page: an .html file, or an .md file')
+    prog='python -m nanodlm.show.report',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   parser.add_argument(
-      '--compare', action='append', default=[], metavar='FILE',
-      help='a comparison.json of nanodlm.evals.compare, or its folder; may be repeated. '
-      'By default those beside the runs that are of one of them')
-  parser.add_argument('--num_samples', type=int, default=3, metavar='N',
-                      help='the last samples of each run')
+    'workdirs', nargs='*', metavar='RUN', help='workdirs of runs'
+  )
   parser.add_argument(
-      '--overwrite', action='store_true', help='replace the file whoever wrote it; '
-      'an earlier report is replaced without it')
+    '--output',
+    default='report.html',
+    metavar='FILE',
+    help='the page: an .html file, or an .md file',
+  )
+  parser.add_argument(
+    '--compare',
+    action='append',
+    default=[],
+    metavar='FILE',
+    help='a comparison.json of nanodlm.evals.compare, or its folder; may be repeated. '
+    'By default those beside the runs that are of one of them',
+  )
+  parser.add_argument(
+    '--num_samples',
+    type=int,
+    default=3,
+    metavar='N',
+    help='the last samples of each run',
+  )
+  parser.add_argument(
+    '--overwrite',
+    action='store_true',
+    help='replace the file whoever wrote it; '
+    'an earlier report is replaced without it',
+  )
   return parser.parse_args(argv)
 
 
@@ -906,17 +1258,21 @@ def _main(args: argparse.Namespace):
     elif folder.is_dir():
       # Of RUNS/* perhaps a run that is about to begin.
       others.append(path)
-    elif not (folder.is_file() and (folder.suffix == '.png' or _is_ours(folder))):
+    elif not (
+      folder.is_file() and (folder.suffix == '.png' or _is_ours(folder))
+    ):
       # Of RUNS/* an earlier report is neither.
       raise InputError(f'{path!r} {_NO_RUN}')
   if others and not workdirs:
     raise InputError(f'{others[0]!r} {_NO_RUN}')
   if not workdirs:
     raise InputError('name at least one workdir of a run')
-  runs = [read_run(path, name) for path, name in zip(workdirs,
-                                                     short_names(workdirs))]
-  sections = make_sections(runs, find_comparisons(runs, comparisons),
-                           args.num_samples)
+  runs = [
+    read_run(path, name) for path, name in zip(workdirs, short_names(workdirs))
+  ]
+  sections = make_sections(
+    runs, find_comparisons(runs, comparisons), args.num_samples
+  )
   names = ', '.join(run.name for run in runs)
   write_page(output, sections, f'nanodlm: {names}', args.overwrite)
   for path in others:
@@ -924,8 +1280,9 @@ def _main(args: argparse.Namespace):
   for run in runs:
     for problem in run.problems:
       print(f'{run.path}: {problem}', file=sys.stderr)
-  print(f'{printable(str(output))}: {len(runs)} '
-        f'run{"s" if len(runs) > 1 else ""}')
+  print(
+    f'{printable(str(output))}: {len(runs)} run{"s" if len(runs) > 1 else ""}'
+  )
 
 
 def main(argv: Sequence[str]) -> int:

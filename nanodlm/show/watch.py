@@ -14,8 +14,8 @@ from jax.experimental import io_callback
 import jax.numpy as jnp
 import numpy as np
 
-from nanodlm.noise import categorical
 from nanodlm.devices import sharding
+from nanodlm.noise import categorical
 from nanodlm.types import CachedDenoise
 
 # Where the network's input begins before the canvas; see `Asked.start`.
@@ -109,14 +109,20 @@ class Watched:
 
   def advance(self, cache, tokens, start, visible, level=None):
     advance = lambda: self.denoise.advance(cache, tokens, start, visible, level)
-    return self._ask(advance, tokens, start - self.shift,
-                     jnp.zeros((tokens.shape[0], 0), jnp.int32))
+    return self._ask(
+      advance,
+      tokens,
+      start - self.shift,
+      jnp.zeros((tokens.shape[0], 0), jnp.int32),
+    )
 
   def within(self, cache, tokens, start, level, positions, visible):
-    ask = lambda: self.denoise.within(cache, tokens, start, level, positions,
-                                      visible)
-    return self._show(ask, lambda out: out[0], tokens,
-                      start - self.shift, start + positions)
+    ask = lambda: self.denoise.within(
+      cache, tokens, start, level, positions, visible
+    )
+    return self._show(
+      ask, lambda out: out[0], tokens, start - self.shift, start + positions
+    )
 
   def _show(self, ask, logits_of, tokens, start, positions):
     """The output of `ask`, shown before and after; logits_of(output) [B, K, V]."""
@@ -127,29 +133,46 @@ class Watched:
       log_p = categorical.log_prob(logits_of(out)[rows], mask_id)
       top_log_p, top = jax.lax.top_k(log_p, min(self.view.num_top, mask_id))
       sharding.on_first_device(
-          lambda: io_callback(self._answered,
-                              jax.ShapeDtypeStruct((), jnp.int32),
-                              self.first_row, positions[rows], top,
-                              jnp.exp(top_log_p)))
+        lambda: io_callback(
+          self._answered,
+          jax.ShapeDtypeStruct((), jnp.int32),
+          self.first_row,
+          positions[rows],
+          top,
+          jnp.exp(top_log_p),
+        )
+      )
     return out
 
   def _ask(self, ask, tokens, start, positions):
     """The network's output, of `ask`; zeros once the host has had enough."""
     rows = slice(self.num_rows)
     goes_on = sharding.on_first_device(
-        lambda: io_callback(self._asked, jax.ShapeDtypeStruct((), jnp.int32),
-                            self.first_row, jnp.asarray(start, jnp.int32),
-                            tokens[rows], positions[rows]))
+      lambda: io_callback(
+        self._asked,
+        jax.ShapeDtypeStruct((), jnp.int32),
+        self.first_row,
+        jnp.asarray(start, jnp.int32),
+        tokens[rows],
+        positions[rows],
+      )
+    )
     return jax.lax.cond(goes_on > 0, ask, lambda: sharding.zeros_like(ask))
 
   def _asked(self, first_row, start, tokens, positions):
-    go_on = self.view.watch(Asked(int(first_row), int(start), np.asarray(tokens),
-                                  np.asarray(positions)))
+    go_on = self.view.watch(
+      Asked(
+        int(first_row), int(start), np.asarray(tokens), np.asarray(positions)
+      )
+    )
     return np.int32(bool(go_on))
 
   def _answered(self, first_row, positions, top_tokens, top_probs):
-    self.view.watch(Answered(int(first_row), *map(
-        np.asarray, (positions, top_tokens, top_probs))))
+    self.view.watch(
+      Answered(
+        int(first_row), *map(np.asarray, (positions, top_tokens, top_probs))
+      )
+    )
     return np.int32(1)
 
 
@@ -208,15 +231,17 @@ class Recorder:
       else:
         # A row with fewer positions than there are slots asks for some twice.
         positions, first = np.unique(positions, return_index=True)
-        self._answers[row][-1] = Answer(positions, event.top_tokens[i][first],
-                                        event.top_probs[i][first])
+        self._answers[row][-1] = Answer(
+          positions, event.top_tokens[i][first], event.top_probs[i][first]
+        )
     return True
 
   def trajectories(self, samples: np.ndarray) -> list[Trajectory]:
     """The trajectory of each row, given the samples [B, L] that came of it."""
-    return [Trajectory(np.stack([*frames, np.asarray(sample, np.int32)]), answers)
-            for frames, sample, answers in zip(
-                self._frames, samples, self._answers)]
+    return [
+      Trajectory(np.stack([*frames, np.asarray(sample, np.int32)]), answers)
+      for frames, sample, answers in zip(self._frames, samples, self._answers)
+    ]
 
 
 def paste(canvas: np.ndarray, tokens: np.ndarray, start: int):
@@ -225,5 +250,5 @@ def paste(canvas: np.ndarray, tokens: np.ndarray, start: int):
   What sticks out on either side is left out.
   """
   skipped = max(-start, 0)
-  part = tokens[skipped:len(canvas) - start]
-  canvas[start + skipped:start + skipped + len(part)] = part
+  part = tokens[skipped : len(canvas) - start]
+  canvas[start + skipped : start + skipped + len(part)] = part

@@ -13,20 +13,18 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import optax
 
-from nanodlm.noise import categorical
 from nanodlm import config as configs
-from nanodlm.model import losses
-from nanodlm.devices import mesh as meshes
-from nanodlm.model import transformer
-from nanodlm.training import optim
-from nanodlm.devices import sharding
-from nanodlm.training import state as states
 from nanodlm import types
-from nanodlm.show import watch
+from nanodlm.devices import mesh as meshes
+from nanodlm.devices import sharding
 from nanodlm.devices.sharding import Shards
+from nanodlm.model import losses, transformer
+from nanodlm.noise import categorical
+from nanodlm.show import watch
+from nanodlm.training import optim
+from nanodlm.training import state as states
 from nanodlm.training.state import TrainState
-from nanodlm.types import InputError
-from nanodlm.types import Objective
+from nanodlm.types import InputError, Objective
 
 NUM_LEVEL_BINS = 10
 
@@ -59,18 +57,29 @@ class Network:
 
   def num_params(self, objective: Objective) -> int:
     """Number of parameters, without what pads the vocabulary."""
-    return transformer.num_params(jax.eval_shape(lambda: states.init_params(
-        self.config, objective, jax.random.key(0))))
+    return transformer.num_params(
+      jax.eval_shape(
+        lambda: states.init_params(self.config, objective, jax.random.key(0))
+      )
+    )
 
   def specs(self, objective: Objective) -> Any:
     """How the parameters lie on the mesh, a tree of partitions."""
     shapes = jax.eval_shape(
-        lambda: self.init_params(objective, jax.random.key(0)))
+      lambda: self.init_params(objective, jax.random.key(0))
+    )
     return sharding.specs(shapes, self.shards)
 
-  def score(self, objective: Objective, params, noised, weight, segment_ids,
-            dropout_keys, seen=None) -> tuple[jax.Array, dict[str, jax.Array],
-                                   dict[str, jax.Array]]:
+  def score(
+    self,
+    objective: Objective,
+    params,
+    noised,
+    weight,
+    segment_ids,
+    dropout_keys,
+    seen=None,
+  ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
     """Runs the network on a noised batch and sums the objective's terms.
 
     Returns:
@@ -88,29 +97,49 @@ class Network:
       take = lambda x: x.reshape(-1)
     params = transformer.gather_ends(params, self.shards)
     hidden = self.transformer.apply(
-        {'params': params}, noised.tokens, noised.t, clean=noised.clean,
-        segment_ids=segment_ids, dropout_keys=dropout_keys, seen=seen,
-        positions=positions)
+      {'params': params},
+      noised.tokens,
+      noised.t,
+      clean=noised.clean,
+      segment_ids=segment_ids,
+      dropout_keys=dropout_keys,
+      seen=seen,
+      positions=positions,
+    )
     weight = jnp.where(is_real, take(weight), 0.0)
     vocab = categorical.Vocab(
-        sharding.TENSOR if self.shards.tensor > 1 else None)
+      sharding.TENSOR if self.shards.tensor > 1 else None
+    )
     hidden = hidden.reshape(-1, hidden.shape[-1])
     terms_of = lambda logits, learned, fields: objective.bind(learned).terms(
-        logits, fields, vocab=vocab)
+      logits, fields, vocab=vocab
+    )
     total, terms = losses.projected_terms(
-        transformer.output_logits, terms_of, self.chunk_size,
-        transformer.output_kernel(params), params.get('objective', {}),
-        sharding.split(hidden, self.shards),
-        jax.tree.map(take, noised.fields), weight)
-    row = (jnp.arange(batch * length) if positions is None else positions
-           ) // length
+      transformer.output_logits,
+      terms_of,
+      self.chunk_size,
+      transformer.output_kernel(params),
+      params.get('objective', {}),
+      sharding.split(hidden, self.shards),
+      jax.tree.map(take, noised.fields),
+      weight,
+    )
+    row = (
+      jnp.arange(batch * length) if positions is None else positions
+    ) // length
     counted = (weight > 0).astype(jnp.float32)
     per_row = lambda x: jax.ops.segment_sum(x, row, batch)
-    return total, {
-        'loss': per_row(terms.loss * weight), 'nll': per_row(terms.nll * weight),
+    return (
+      total,
+      {
+        'loss': per_row(terms.loss * weight),
+        'nll': per_row(terms.nll * weight),
         'cross_entropy': per_row(terms.cross_entropy * counted),
-        'correct': per_row(terms.correct * counted), 'scored': per_row(counted)
-    }, _level_sums(take(noised.level), terms.cross_entropy * counted, counted)
+        'correct': per_row(terms.correct * counted),
+        'scored': per_row(counted),
+      },
+      _level_sums(take(noised.level), terms.cross_entropy * counted, counted),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,14 +167,19 @@ class Denoiser:
     if segment_ids is not None:  # a guided call has the rows twice
       segment_ids = jnp.tile(segment_ids, (len(tokens) // len(segment_ids), 1))
     hidden = self.network.transformer.apply(
-        {'params': self.params}, self.objective.network_input(tokens),
-        self.objective.network_time(level), clean=clean, segment_ids=segment_ids,
-        positions=_flat(positions, tokens.shape[1]))
+      {'params': self.params},
+      self.objective.network_input(tokens),
+      self.objective.network_time(level),
+      clean=clean,
+      segment_ids=segment_ids,
+      positions=_flat(positions, tokens.shape[1]),
+    )
     return self._logits(hidden, positions)
 
   def init_cache(self, tokens):
-    cache = transformer.init_cache(self.network.config, *tokens.shape,
-                             self.network.shards)
+    cache = transformer.init_cache(
+      self.network.config, *tokens.shape, self.network.shards
+    )
     # Varies over devices like the tokens and heads do, as shard_map's loops ask.
     zero = sharding.split(jnp.zeros_like(tokens[0, 0]), self.network.shards)
     return jax.tree.map(lambda x: x + zero.astype(x.dtype), cache)
@@ -154,23 +188,32 @@ class Denoiser:
     return self._advance(cache, tokens, start, visible, level, None)[1]
 
   def within(self, cache, tokens, start, level, positions, visible):
-    hidden, cache = self._advance(cache, tokens, start, visible, level,
-                                  _flat(positions, tokens.shape[1]))
+    hidden, cache = self._advance(
+      cache, tokens, start, visible, level, _flat(positions, tokens.shape[1])
+    )
     return self._logits(hidden, positions), cache
 
   def _advance(self, cache, tokens, start, visible, level, positions):
     if level is None:
       level = jnp.zeros((tokens.shape[0],))
     return self.network.transformer.apply(
-        {'params': self.params}, tokens, self.objective.network_time(level),
-        start, cache, visible, positions, method='advance')
+      {'params': self.params},
+      tokens,
+      self.objective.network_time(level),
+      start,
+      cache,
+      visible,
+      positions,
+      method='advance',
+    )
 
   def _logits(self, hidden, positions):
     logits = sharding.concatenate(
-        transformer.output_logits(transformer.output_kernel(self.params), hidden),
-        self.network.shards)
+      transformer.output_logits(transformer.output_kernel(self.params), hidden),
+      self.network.shards,
+    )
     # Without padding: the noise of a draw depends on the number of its outcomes.
-    logits = logits[..., :self.network.config.vocab_size]
+    logits = logits[..., : self.network.config.vocab_size]
     return logits.reshape(*positions.shape, -1)
 
 
@@ -190,10 +233,14 @@ def _repeat_rows(rows: dict[str, Any], num_draws: int) -> dict[str, Any]:
   if num_draws == 1:
     return rows
   keys = jax.vmap(lambda key: jax.random.split(key, num_draws))(rows['keys'])
-  shares = {name: rows[name] / num_draws for name in
-            ('weight', 'num_bytes', 'num_tokens') if name in rows}
-  rows = jax.tree.map(lambda x: jnp.repeat(x, num_draws, axis=0),
-                      {**rows, **shares})
+  shares = {
+    name: rows[name] / num_draws
+    for name in ('weight', 'num_bytes', 'num_tokens')
+    if name in rows
+  }
+  rows = jax.tree.map(
+    lambda x: jnp.repeat(x, num_draws, axis=0), {**rows, **shares}
+  )
   return {**rows, 'keys': keys.reshape(-1)}
 
 
@@ -219,8 +266,12 @@ class Training(NamedTuple):
   init_state: Callable[[], TrainState]
 
 
-def make_training(settings: configs.Settings, network: Network,
-                  objective: Objective, mesh: jax.sharding.Mesh) -> Training:
+def make_training(
+  settings: configs.Settings,
+  network: Network,
+  objective: Objective,
+  mesh: jax.sharding.Mesh,
+) -> Training:
   """Puts a run's training together from its settings.
 
   Raises:
@@ -229,21 +280,41 @@ def make_training(settings: configs.Settings, network: Network,
   num_steps, ema_decay = settings.train.num_steps, settings.optim.ema_decay
   optimizer = optim.make_optimizer(settings.optim, num_steps)
   step = make_train_step(
-      network, objective, optimizer, optim.make_schedule(settings.optim, num_steps),
-      mesh, batch_size=settings.train.batch_size,
-      num_microbatches=settings.train.num_microbatches, ema_decay=ema_decay,
-      anneal_steps=settings.train.anneal_steps)
-  return Training(step, lambda: states.init_state(
-      network.config, objective, optimizer, settings.seed, ema_decay > 0,
-      network.shards))
+    network,
+    objective,
+    optimizer,
+    optim.make_schedule(settings.optim, num_steps),
+    mesh,
+    batch_size=settings.train.batch_size,
+    num_microbatches=settings.train.num_microbatches,
+    ema_decay=ema_decay,
+    anneal_steps=settings.train.anneal_steps,
+  )
+  return Training(
+    step,
+    lambda: states.init_state(
+      network.config,
+      objective,
+      optimizer,
+      settings.seed,
+      ema_decay > 0,
+      network.shards,
+    ),
+  )
 
 
-def make_train_step(network: Network, objective: Objective,
-                    optimizer: optax.GradientTransformation,
-                    learning_rate: optax.Schedule, mesh: jax.sharding.Mesh, *,
-                    batch_size: int, num_microbatches: int, ema_decay: float,
-                    anneal_steps: int = 0
-                    ) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
+def make_train_step(
+  network: Network,
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  learning_rate: optax.Schedule,
+  mesh: jax.sharding.Mesh,
+  *,
+  batch_size: int,
+  num_microbatches: int,
+  ema_decay: float,
+  anneal_steps: int = 0,
+) -> Callable[[TrainState, Any], tuple[TrainState, Any]]:
   """Builds the jitted training step, (state, batch) -> (state, metrics).
 
   The state is donated. The batch holds tokens [B, L] int32, weight [B, L],
@@ -265,7 +336,8 @@ def make_train_step(network: Network, objective: Objective,
   def local_gradient(params, key, share, batch, is_opening):
     # (Three keys as ever where there is no annealing: the same noise as ever.)
     level_key, noise_key, dropout_key, *opening_key = jax.random.split(
-        key, 4 if anneal_steps else 3)
+      key, 4 if anneal_steps else 3
+    )
     num_rows, length = batch['tokens'].shape
     index = _row_index(num_rows)
     levels = objective.sample_levels(level_key, batch_size, length)[index]
@@ -278,57 +350,90 @@ def make_train_step(network: Network, objective: Objective,
     def loss(params, rows):
       rows = _repeat_rows(rows, objective.num_draws)
       own = bind(objective, params)
-      noised = own.corrupt(rows['keys'], rows['levels'], rows['tokens'],
-                           rows['weight'])
+      noised = own.corrupt(
+        rows['keys'], rows['levels'], rows['tokens'], rows['weight']
+      )
       seen = None
       if is_opening:
         seen = transformer.opening_mask(rows['opening_keys'], share, length)
       total, per_row, by_level = network.score(
-          objective, params, noised, rows['weight'], rows.get('segment_ids'),
-          rows.get('dropout_keys'), seen)
-      total += own.noise_surrogate(noised, rows['tokens'], rows['weight'],
-                                   per_row['loss'])
+        objective,
+        params,
+        noised,
+        rows['weight'],
+        rows.get('segment_ids'),
+        rows.get('dropout_keys'),
+        seen,
+      )
+      total += own.noise_surrogate(
+        noised, rows['tokens'], rows['weight'], per_row['loss']
+      )
       return total, {**_sums(rows, per_row), **by_level}
 
     gradient = jax.grad(loss, has_aux=True)
     if num_microbatches == 1:
       return gradient(params, rows)
     rows = jax.tree.map(
-        lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), rows)
+      lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), rows
+    )
     shapes = jax.eval_shape(
-        lambda rows: gradient(params, jax.tree.map(lambda x: x[0], rows)), rows)
+      lambda rows: gradient(params, jax.tree.map(lambda x: x[0], rows)), rows
+    )
     # Typed as varying over the devices over which what is added to them does.
-    zeros = (jax.tree.map(jnp.zeros_like, params), jax.tree.map(
-        lambda s: jax.lax.pcast(jnp.zeros(s.shape, s.dtype), meshes.BATCH_AXES,
-                                to='varying'), shapes[1]))
-    add = lambda sums, micro: jax.tree.map(jnp.add, sums, gradient(params, micro))
-    return jax.lax.scan(lambda sums, micro: (add(sums, micro), None), zeros,
-                        rows)[0]
+    zeros = (
+      jax.tree.map(jnp.zeros_like, params),
+      jax.tree.map(
+        lambda s: jax.lax.pcast(
+          jnp.zeros(s.shape, s.dtype), meshes.BATCH_AXES, to='varying'
+        ),
+        shapes[1],
+      ),
+    )
+    add = lambda sums, micro: jax.tree.map(
+      jnp.add, sums, gradient(params, micro)
+    )
+    return jax.lax.scan(
+      lambda sums, micro: (add(sums, micro), None), zeros, rows
+    )[0]
 
   # Of one part of the batch the gradient is the sum: XLA's CPU backend would copy it.
   is_whole = meshes.num_batch_shards(mesh) == 1
 
   def global_gradient(params, key, share, batch):
     """The sums over the global batch, of this device's part of the parameters."""
-    of = functools.partial(local_gradient, sharding.local(params, shards), key,
-                           share, batch)
+    of = functools.partial(
+      local_gradient, sharding.local(params, shards), key, share, batch
+    )
     if anneal_steps:  # past it, attention without a pattern, by any kernel
-      gradient, sums = jax.lax.cond(share < 1, lambda: of(True), lambda: of(False))
+      gradient, sums = jax.lax.cond(
+        share < 1, lambda: of(True), lambda: of(False)
+      )
     else:
       gradient, sums = of(False)
-    gradient = (jax.tree.map(lambda g: g[None], gradient) if is_whole
-                else sharding.sum_gradients(gradient, shards))
+    gradient = (
+      jax.tree.map(lambda g: g[None], gradient)
+      if is_whole
+      else sharding.sum_gradients(gradient, shards)
+    )
     return gradient, jax.lax.psum(sums, meshes.BATCH_AXES)
 
   specs = network.specs(objective)
   sharded_gradient = jax.shard_map(
-      global_gradient, mesh=mesh,
-      in_specs=(specs, P(), P(), P(meshes.BATCH_AXES)),
-      out_specs=(jax.tree.map(lambda spec: P(meshes.BATCH_AXES, *spec), specs)
-                 if is_whole else specs, P()))
+    global_gradient,
+    mesh=mesh,
+    in_specs=(specs, P(), P(), P(meshes.BATCH_AXES)),
+    out_specs=(
+      jax.tree.map(lambda spec: P(meshes.BATCH_AXES, *spec), specs)
+      if is_whole
+      else specs,
+      P(),
+    ),
+  )
   state_shapes = jax.eval_shape(
-      lambda: states.init_state(network.config, objective, optimizer, 0,
-                                ema_decay > 0, shards))
+    lambda: states.init_state(
+      network.config, objective, optimizer, 0, ema_decay > 0, shards
+    )
+  )
 
   def step(state, batch):
     key = jax.random.fold_in(state.key, state.step)
@@ -349,49 +454,72 @@ def make_train_step(network: Network, objective: Objective,
       params = optax.apply_updates(params, updates)
       if ema_params is not None:
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-        ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e),
-                                  ema_params, params)
+        ema_params = jax.tree.map(
+          lambda e, p: e + (1 - decay) * (p - e), ema_params, params
+        )
       return params, ema_params, opt_state
 
     def branch(gradient, old):
       return jax.lax.cond(is_finite, update, lambda _, old: old, gradient, old)
 
     def select(gradient, old):
-      return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o),
-                          update(gradient, old), old)
+      return jax.tree.map(
+        lambda n, o: jnp.where(is_finite, n, o), update(gradient, old), old
+      )
 
     # On a CPU XLA would copy what is read and overwritten at once, the state, and
     # that at the step's start; in a branch it finds an order that needs no copies.
     params, ema_params, opt_state = jax.lax.platform_dependent(
-        gradient, (state.params, state.ema_params, state.opt_state), cpu=branch,
-        default=select)
-    metrics = {**sums, 'grad_norm': grad_norm,
-               'param_norm': optax.tree.norm(params),
-               'learning_rate': jnp.asarray(learning_rate(state.step)),
-               'skipped': 1.0 - is_finite}
-    return TrainState(step=state.step + 1, params=params, ema_params=ema_params,
-                      opt_state=opt_state, key=state.key), metrics
+      gradient,
+      (state.params, state.ema_params, state.opt_state),
+      cpu=branch,
+      default=select,
+    )
+    metrics = {
+      **sums,
+      'grad_norm': grad_norm,
+      'param_norm': optax.tree.norm(params),
+      'learning_rate': jnp.asarray(learning_rate(state.step)),
+      'skipped': 1.0 - is_finite,
+    }
+    return TrainState(
+      step=state.step + 1,
+      params=params,
+      ema_params=ema_params,
+      opt_state=opt_state,
+      key=state.key,
+    ), metrics
 
-  return jax.jit(step, donate_argnums=0, out_shardings=(
-      meshes.shardings(mesh, state_shapes), meshes.replicated(mesh)))
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(
+      meshes.shardings(mesh, state_shapes),
+      meshes.replicated(mesh),
+    ),
+  )
 
 
 def _level_sums(level, cross_entropy, counted):
   """Sums of [N] terms by noise level [N], [NUM_LEVEL_BINS] each."""
-  level_bin = jnp.clip((level * NUM_LEVEL_BINS).astype(jnp.int32), 0,
-                       NUM_LEVEL_BINS - 1)
+  level_bin = jnp.clip(
+    (level * NUM_LEVEL_BINS).astype(jnp.int32), 0, NUM_LEVEL_BINS - 1
+  )
   in_bin = jax.nn.one_hot(level_bin, NUM_LEVEL_BINS)
   in_bin = jnp.where(jnp.isnan(level)[:, None], 0.0, in_bin)
-  return {'bin_cross_entropy': cross_entropy @ in_bin,
-          'bin_scored': counted @ in_bin}
+  return {
+    'bin_cross_entropy': cross_entropy @ in_bin,
+    'bin_scored': counted @ in_bin,
+  }
 
 
 def _sums(rows, per_row):
   """A (micro-)batch's sums; means are taken in `metrics`."""
   return {
-      **{name: jnp.sum(x) for name, x in per_row.items()},
-      'weight': jnp.sum(num_tokens(rows)),
-      'num_bytes': jnp.sum(rows['num_bytes'].astype(jnp.float32))}
+    **{name: jnp.sum(x) for name, x in per_row.items()},
+    'weight': jnp.sum(num_tokens(rows)),
+    'num_bytes': jnp.sum(rows['num_bytes'].astype(jnp.float32)),
+  }
 
 
 def num_tokens(rows) -> jax.Array:
@@ -410,8 +538,10 @@ def _check_draws(objective: Objective, num_draws: int) -> int:
   if objective.exact:
     return 1
   if num_draws < 1 or num_draws % objective.group_size:
-    raise InputError(f'eval.num_draws={num_draws!r} must be a positive multiple '
-                     f'of {objective.group_size}')
+    raise InputError(
+      f'eval.num_draws={num_draws!r} must be a positive multiple '
+      f'of {objective.group_size}'
+    )
   return num_draws
 
 
@@ -425,10 +555,12 @@ def _score_rows(network, objective, num_draws, params, key, batch):
   group, length = objective.group_size, batch['tokens'].shape[1]
   own = bind(objective, params)
   keys = _fold_in_each(key, batch['index'])
-  level_keys, noise_keys = jax.vmap(
-      lambda key: tuple(jax.random.split(key)))(keys)
-  levels = jax.vmap(lambda key: objective.eval_levels(key, num_draws, length)
-                    )(level_keys)
+  level_keys, noise_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(
+    keys
+  )
+  levels = jax.vmap(lambda key: objective.eval_levels(key, num_draws, length))(
+    level_keys
+  )
   repeat = lambda x: jnp.repeat(x, group, axis=0)
   weight = repeat(batch['weight'])
   segment_ids = batch.get('segment_ids')
@@ -438,23 +570,35 @@ def _score_rows(network, objective, num_draws, params, key, batch):
   def draw(_, j):
     index = j * group + jnp.arange(group)
     draw_keys = jax.vmap(lambda key: _fold_in_each(key, index))(noise_keys)
-    noised = own.corrupt(draw_keys.reshape(-1),
-                         levels[:, index].reshape(-1, *levels.shape[2:]),
-                         repeat(batch['tokens']), weight)
-    _, per_row, by_level = network.score(objective, params, noised, weight,
-                                         segment_ids, None)
+    noised = own.corrupt(
+      draw_keys.reshape(-1),
+      levels[:, index].reshape(-1, *levels.shape[2:]),
+      repeat(batch['tokens']),
+      weight,
+    )
+    _, per_row, by_level = network.score(
+      objective, params, noised, weight, segment_ids, None
+    )
     by_example = jax.tree.map(lambda x: x.reshape(-1, group).sum(1), per_row)
     return None, (by_example, by_level)
 
   _, stacked = jax.lax.scan(draw, None, jnp.arange(num_draws // group))
   rows, level_sums = jax.tree.map(lambda x: jnp.sum(x, 0), stacked)
-  return {'nll': rows['nll'] / num_draws, 'correct': rows['correct'],
-          'scored': rows['scored']}, level_sums
+  return {
+    'nll': rows['nll'] / num_draws,
+    'correct': rows['correct'],
+    'scored': rows['scored'],
+  }, level_sums
 
 
-def make_eval_step(network: Network, objective: Objective,
-                   mesh: jax.sharding.Mesh, *, num_draws: int, seed: int
-                   ) -> Callable[[Any, Any], dict[str, jax.Array]]:
+def make_eval_step(
+  network: Network,
+  objective: Objective,
+  mesh: jax.sharding.Mesh,
+  *,
+  num_draws: int,
+  seed: int,
+) -> Callable[[Any, Any], dict[str, jax.Array]]:
   """Builds the jitted evaluation step, (params, batch) -> sums.
 
   Each example is scored `num_draws` times (once by an exact objective) at noise
@@ -480,27 +624,44 @@ def make_eval_step(network: Network, objective: Objective,
   num_draws = _check_draws(objective, num_draws)
 
   def step(params, batch):
-    rows, level_sums = _score_rows(network, objective, num_draws, params,
-                                   jax.random.key(seed), batch)
+    rows, level_sums = _score_rows(
+      network, objective, num_draws, params, jax.random.key(seed), batch
+    )
     nll, weight = rows['nll'], num_tokens(batch)
     num_bytes = batch['num_bytes'].astype(jnp.float32)
-    sums = {'nll': nll, 'weight': weight, 'num_bytes': num_bytes,
-            'nll2': nll * nll, 'nll_weight': nll * weight,
-            'weight2': weight * weight, 'nll_num_bytes': nll * num_bytes,
-            'num_bytes2': num_bytes * num_bytes,
-            'num_examples': (weight > 0).astype(jnp.float32),
-            'correct': rows['correct'], 'scored': rows['scored']}
+    sums = {
+      'nll': nll,
+      'weight': weight,
+      'num_bytes': num_bytes,
+      'nll2': nll * nll,
+      'nll_weight': nll * weight,
+      'weight2': weight * weight,
+      'nll_num_bytes': nll * num_bytes,
+      'num_bytes2': num_bytes * num_bytes,
+      'num_examples': (weight > 0).astype(jnp.float32),
+      'correct': rows['correct'],
+      'scored': rows['scored'],
+    }
     sums = {**jax.tree.map(jnp.sum, sums), **level_sums}
     return jax.lax.psum(sums, meshes.BATCH_AXES)
 
-  return jax.jit(jax.shard_map(
-      step, mesh=mesh, in_specs=(network.specs(objective), P(meshes.BATCH_AXES)),
-      out_specs=P()))
+  return jax.jit(
+    jax.shard_map(
+      step,
+      mesh=mesh,
+      in_specs=(network.specs(objective), P(meshes.BATCH_AXES)),
+      out_specs=P(),
+    )
+  )
 
 
-def make_score_step(network: Network, objective: Objective,
-                    mesh: jax.sharding.Mesh, *, num_draws: int
-                    ) -> Callable[[Any, jax.Array, Any], dict[str, jax.Array]]:
+def make_score_step(
+  network: Network,
+  objective: Objective,
+  mesh: jax.sharding.Mesh,
+  *,
+  num_draws: int,
+) -> Callable[[Any, jax.Array, Any], dict[str, jax.Array]]:
   """Builds the jitted (params, key, batch) -> values of each example.
 
   Args:
@@ -522,15 +683,23 @@ def make_score_step(network: Network, objective: Objective,
 
   rows = P(meshes.BATCH_AXES)
   return jax.jit(
-      jax.shard_map(step, mesh=mesh, in_specs=(network.specs(objective), P(), rows),
-                    out_specs=rows),
-      out_shardings=meshes.replicated(mesh))
+    jax.shard_map(
+      step,
+      mesh=mesh,
+      in_specs=(network.specs(objective), P(), rows),
+      out_specs=rows,
+    ),
+    out_shardings=meshes.replicated(mesh),
+  )
 
 
-def make_sample_step(network: Network, objective: Objective,
-                     sampler: types.Sampler, mesh: jax.sharding.Mesh,
-                     view: watch.View | None = None
-                     ) -> Callable[[Any, jax.Array, types.Canvas], types.Samples]:
+def make_sample_step(
+  network: Network,
+  objective: Objective,
+  sampler: types.Sampler,
+  mesh: jax.sharding.Mesh,
+  view: watch.View | None = None,
+) -> Callable[[Any, jax.Array, types.Canvas], types.Samples]:
   """Builds the jitted sampler, (params, key, canvas) -> samples.
 
   The canvas's batch is a multiple of the mesh's batch shards. Row i draws from
@@ -543,29 +712,42 @@ def make_sample_step(network: Network, objective: Objective,
     mesh: the device mesh.
     view: who watches the calls of the network, if anyone.
   """
+
   def step(params, key, canvas):
     keys = _fold_in_each(key, _row_index(canvas.tokens.shape[0]))
     return _sample(network, objective, sampler, view, params, keys, canvas)
 
   rows = P(meshes.BATCH_AXES)
-  return jax.jit(jax.shard_map(
-      step, mesh=mesh, in_specs=(network.specs(objective), P(), types.Canvas(rows, rows)),
-      out_specs=types.Samples(tokens=rows, num_calls=P())))
+  return jax.jit(
+    jax.shard_map(
+      step,
+      mesh=mesh,
+      in_specs=(network.specs(objective), P(), types.Canvas(rows, rows)),
+      out_specs=types.Samples(tokens=rows, num_calls=P()),
+    )
+  )
 
 
-def _sample(network, objective, sampler, view, params, keys, canvas,
-            segment_ids=None) -> types.Samples:
+def _sample(
+  network, objective, sampler, view, params, keys, canvas, segment_ids=None
+) -> types.Samples:
   """This device's rows of a batch, under shard_map; keys [B]."""
   num_rows = canvas.tokens.shape[0]
   params = transformer.gather_ends(params, network.shards)
   run = sampler.with_rule(bind(objective, params))
   denoise = Denoiser(network, objective, params, segment_ids)
   if view is not None:
-    denoise = watch.Watched(denoise, view, num_rows, _row_index(num_rows)[0],
-                            shift=-watch.AHEAD if objective.causal else 0)
+    denoise = watch.Watched(
+      denoise,
+      view,
+      num_rows,
+      _row_index(num_rows)[0],
+      shift=-watch.AHEAD if objective.causal else 0,
+    )
   samples = run(keys, canvas, denoise)
   return samples._replace(
-      num_calls=jax.lax.pmax(samples.num_calls, meshes.BATCH_AXES))
+    num_calls=jax.lax.pmax(samples.num_calls, meshes.BATCH_AXES)
+  )
 
 
 class Rows(NamedTuple):
@@ -589,10 +771,13 @@ class Rows(NamedTuple):
   top_p: Any
 
 
-def make_rows_step(network: Network, objective: Objective,
-                   sampler: types.Sampler, mesh: jax.sharding.Mesh,
-                   view: watch.View | None = None
-                   ) -> Callable[[Any, Rows], types.Samples]:
+def make_rows_step(
+  network: Network,
+  objective: Objective,
+  sampler: types.Sampler,
+  mesh: jax.sharding.Mesh,
+  view: watch.View | None = None,
+) -> Callable[[Any, Rows], types.Samples]:
   """Builds the jitted sampler of `Rows`, (params, rows) -> samples.
 
   As `make_sample_step`, with the key and the draw of each row its own: a row's
@@ -613,30 +798,48 @@ def make_rows_step(network: Network, objective: Objective,
     if not is_one_way:
       where = jnp.arange(rows.tokens.shape[1])[None]
       segment_ids = (where >= rows.length[:, None]).astype(jnp.int32)
-    draw = categorical.RowDraw(objective.mask_id, rows.temperature, rows.top_k,
-                               rows.top_p)
-    return _sample(network, objective, sampler.with_draw(draw), view, params,
-                   jax.random.wrap_key_data(rows.key_data),
-                   types.Canvas(rows.tokens, rows.fixed), segment_ids)
+    draw = categorical.RowDraw(
+      objective.mask_id, rows.temperature, rows.top_k, rows.top_p
+    )
+    return _sample(
+      network,
+      objective,
+      sampler.with_draw(draw),
+      view,
+      params,
+      jax.random.wrap_key_data(rows.key_data),
+      types.Canvas(rows.tokens, rows.fixed),
+      segment_ids,
+    )
 
   split = P(meshes.BATCH_AXES)
-  return jax.jit(jax.shard_map(
-      step, mesh=mesh,
+  return jax.jit(
+    jax.shard_map(
+      step,
+      mesh=mesh,
       in_specs=(network.specs(objective), Rows(*[split] * len(Rows._fields))),
-      out_specs=types.Samples(tokens=split, num_calls=P())))
+      out_specs=types.Samples(tokens=split, num_calls=P()),
+    )
+  )
 
 
-def check_batch_size(batch_size: int, mesh: jax.sharding.Mesh,
-                     num_microbatches: int, group_size: int,
-                     key: str = 'train.batch_size'):
+def check_batch_size(
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+  num_microbatches: int,
+  group_size: int,
+  key: str = 'train.batch_size',
+):
   """Raises InputError unless every micro-batch of every device is whole groups."""
   shards = meshes.num_batch_shards(mesh)
   unit = shards * num_microbatches * group_size
   if num_microbatches < 1:
     raise InputError(
-        f'train.num_microbatches={num_microbatches!r} must be >= 1')
+      f'train.num_microbatches={num_microbatches!r} must be >= 1'
+    )
   if batch_size < 1 or batch_size % unit:
     raise InputError(
-        f'{key}={batch_size!r} must be a positive multiple of {unit} = {shards} '
-        f'devices x {num_microbatches} micro-batches x {group_size} (examples '
-        'that share one noise draw)')
+      f'{key}={batch_size!r} must be a positive multiple of {unit} = {shards} '
+      f'devices x {num_microbatches} micro-batches x {group_size} (examples '
+      'that share one noise draw)'
+    )

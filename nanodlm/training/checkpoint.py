@@ -48,9 +48,14 @@ class SaveError(RuntimeError):
   """A checkpoint could not be written; the complete ones are as they were."""
 
 
-def open_manager(workdir: str, *, max_to_keep: int | None = None,
-                 keep_period: int = 0, read_only: bool = False,
-                 concurrent_gb: int = _CONCURRENT_GB) -> ocp.CheckpointManager:
+def open_manager(
+  workdir: str,
+  *,
+  max_to_keep: int | None = None,
+  keep_period: int = 0,
+  read_only: bool = False,
+  concurrent_gb: int = _CONCURRENT_GB,
+) -> ocp.CheckpointManager:
   """The manager of `workdir`/checkpoints; a half-written checkpoint is no
   checkpoint to it.
 
@@ -59,33 +64,50 @@ def open_manager(workdir: str, *, max_to_keep: int | None = None,
   """
   directory = pathlib.Path(workdir).absolute() / FOLDER
   several = 'one' if jax.process_count() == 1 else 'several'
-  async_options = None if read_only else ocp.AsyncOptions(
+  async_options = (
+    None
+    if read_only
+    else ocp.AsyncOptions(
       timeout_secs=_SAVE_TIMEOUT_SECS[several],
       # Else threads wait for the folders, by that clock too.
       create_directories_asynchronously=False,
-      post_finalization_callback=functools.partial(_write_checksums, directory))
+      post_finalization_callback=functools.partial(_write_checksums, directory),
+    )
+  )
   return ocp.CheckpointManager(
-      directory, item_handlers={
-          'params': ocp.StandardCheckpointHandler(
-              save_concurrent_gb=concurrent_gb),
-          'ema_params': ocp.StandardCheckpointHandler(),
-          'rest': ocp.StandardCheckpointHandler(),
-          'meta': ocp.JsonCheckpointHandler()},
-      options=ocp.CheckpointManagerOptions(
-          max_to_keep=max_to_keep, keep_period=keep_period or None,
-          create=not read_only, read_only=read_only,
-          cleanup_tmp_directories=not read_only,
-          enable_async_checkpointing=not read_only,
-          async_options=async_options))
+    directory,
+    item_handlers={
+      'params': ocp.StandardCheckpointHandler(save_concurrent_gb=concurrent_gb),
+      'ema_params': ocp.StandardCheckpointHandler(),
+      'rest': ocp.StandardCheckpointHandler(),
+      'meta': ocp.JsonCheckpointHandler(),
+    },
+    options=ocp.CheckpointManagerOptions(
+      max_to_keep=max_to_keep,
+      keep_period=keep_period or None,
+      create=not read_only,
+      read_only=read_only,
+      cleanup_tmp_directories=not read_only,
+      enable_async_checkpointing=not read_only,
+      async_options=async_options,
+    ),
+  )
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
-  return {'step': state.step, 'opt_state': state.opt_state,
-          'key': jax.random.key_data(state.key)}
+  return {
+    'step': state.step,
+    'opt_state': state.opt_state,
+    'key': jax.random.key_data(state.key),
+  }
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState,
-         config: config_dict.ConfigDict, position: dict[str, Any]):
+def save(
+  manager: ocp.CheckpointManager,
+  state: TrainState,
+  config: config_dict.ConfigDict,
+  position: dict[str, Any],
+):
   """Starts saving `state`; returns when the state may be donated again.
 
   Args:
@@ -98,18 +120,23 @@ def save(manager: ocp.CheckpointManager, state: TrainState,
   Raises:
     SaveError: this or an EARLIER save failed (a full disk, say).
   """
-  items = {'params': ocp.args.StandardSave(state.params),
-           'rest': ocp.args.StandardSave(_rest(state)),
-           'meta': ocp.args.JsonSave(
-               {'config': config.to_dict(), 'data': position})}
+  items = {
+    'params': ocp.args.StandardSave(state.params),
+    'rest': ocp.args.StandardSave(_rest(state)),
+    'meta': ocp.args.JsonSave({'config': config.to_dict(), 'data': position}),
+  }
   if state.ema_params is not None:
     items['ema_params'] = ocp.args.StandardSave(state.ema_params)
   with _explaining(manager):
     manager.save(int(state.step), args=ocp.args.Composite(**items))
 
 
-def save_params(manager: ocp.CheckpointManager, params: Any,
-                config: config_dict.ConfigDict, origin: dict[str, Any]):
+def save_params(
+  manager: ocp.CheckpointManager,
+  params: Any,
+  config: config_dict.ConfigDict,
+  origin: dict[str, Any],
+):
   """Saves parameters alone, as step 0: to evaluate, sample and start from.
 
   Args:
@@ -122,11 +149,16 @@ def save_params(manager: ocp.CheckpointManager, params: Any,
     SaveError: as `save`.
   """
   chunks = jax.tree.map(
-      lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
+    lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params
+  )
   with _explaining(manager):
-    manager.save(0, args=ocp.args.Composite(
+    manager.save(
+      0,
+      args=ocp.args.Composite(
         params=ocp.args.StandardSave(params, save_args=chunks),
-        meta=ocp.args.JsonSave({'config': config.to_dict(), 'data': origin})))
+        meta=ocp.args.JsonSave({'config': config.to_dict(), 'data': origin}),
+      ),
+    )
 
 
 def holds_weights_alone(workdir: str) -> bool:
@@ -137,7 +169,8 @@ def holds_weights_alone(workdir: str) -> bool:
     return False
   written = _read_checksums(directory / str(steps[-1]))
   return written is not None and not any(
-      name.startswith('rest/') for name in written)
+    name.startswith('rest/') for name in written
+  )
 
 
 def wait(manager: ocp.CheckpointManager):
@@ -151,17 +184,20 @@ def _explaining(manager: ocp.CheckpointManager):
   try:
     yield
   except (OSError, ValueError, RuntimeError) as error:
-    raise SaveError(f'a checkpoint in {manager.directory} could not be written: '
-                    f'{error}. The complete ones there: '
-                    f'{complete_steps(manager.directory)}') from error
+    raise SaveError(
+      f'a checkpoint in {manager.directory} could not be written: '
+      f'{error}. The complete ones there: '
+      f'{complete_steps(manager.directory)}'
+    ) from error
 
 
 def complete_steps(directory: pathlib.Path) -> list[int]:
   """Steps of the complete checkpoints in a folder, read off the disk, rising."""
   if not directory.is_dir():
     return []
-  return sorted(int(path.name) for path in directory.iterdir()
-                if path.name.isdigit())
+  return sorted(
+    int(path.name) for path in directory.iterdir() if path.name.isdigit()
+  )
 
 
 def _write_checksums(directory: pathlib.Path):
@@ -171,11 +207,20 @@ def _write_checksums(directory: pathlib.Path):
   """
   # The only one: those of a killed run are gone before the first save.
   (folder,) = directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}')
-  names = [path.relative_to(folder).as_posix() for path in folder.glob('*/**/*')
-           if path.is_file()]
+  names = [
+    path.relative_to(folder).as_posix()
+    for path in folder.glob('*/**/*')
+    if path.is_file()
+  ]
   with open(folder / CHECKSUMS, 'w') as file:
-    json.dump({name: [size, digest] for name, size, digest
-               in _digests(folder, sorted(names))}, file, indent=1)
+    json.dump(
+      {
+        name: [size, digest]
+        for name, size, digest in _digests(folder, sorted(names))
+      },
+      file,
+      indent=1,
+    )
     file.flush()
     os.fsync(file.fileno())
 
@@ -183,15 +228,21 @@ def _write_checksums(directory: pathlib.Path):
 def _read_checksums(folder: pathlib.Path) -> dict[str, tuple[int, str]] | None:
   """{name: (bytes, SHA-256)}; None where CHECKSUMS is absent or unreadable."""
   try:
-    return {name: (int(size), str(digest)) for name, (size, digest)
-            in json.loads((folder / CHECKSUMS).read_bytes()).items()}
+    return {
+      name: (int(size), str(digest))
+      for name, (size, digest) in json.loads(
+        (folder / CHECKSUMS).read_bytes()
+      ).items()
+    }
   except (OSError, ValueError, TypeError, AttributeError, RecursionError):
     return None
 
 
-def _digests(folder: pathlib.Path, names: list[str]
-             ) -> list[tuple[str, int, str]]:
+def _digests(
+  folder: pathlib.Path, names: list[str]
+) -> list[tuple[str, int, str]]:
   """(name, bytes, SHA-256) of files."""
+
   def digest(name):
     with open(folder / name, 'rb') as file:
       value = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -214,16 +265,20 @@ def find_damage(folder: pathlib.Path, items: tuple[str, ...] = ()) -> str:
     for item in ('params', 'rest', 'meta'):
       if not (folder / item).is_dir():
         return f'{item} is missing'
-    before = [step for step in complete_steps(folder.parent)
-              if step < int(folder.name)]
+    before = [
+      step for step in complete_steps(folder.parent) if step < int(folder.name)
+    ]
     if any((folder.parent / str(step) / CHECKSUMS).exists() for step in before):
       return f'{CHECKSUMS} is missing'
     return ''
   written = _read_checksums(folder)
   if written is None:
     return f'{CHECKSUMS} is unreadable'
-  written = {name: said for name, said in written.items()
-             if not items or name.split('/')[0] in items}
+  written = {
+    name: said
+    for name, said in written.items()
+    if not items or name.split('/')[0] in items
+  }
   try:
     for name, (size, _) in written.items():
       if not (folder / name).is_file():
@@ -259,8 +314,10 @@ def set_damaged_aside(workdir: str) -> int:
       break
   else:
     if damage:
-      raise InputError(_all_damaged(directory, damage)
-                       + '. Move that folder away to start again at step 0')
+      raise InputError(
+        _all_damaged(directory, damage)
+        + '. Move that folder away to start again at step 0'
+      )
     return -1
   for other in damage:
     if other != step:
@@ -268,20 +325,27 @@ def set_damaged_aside(workdir: str) -> int:
       while aside.exists():
         aside = aside.with_name(f'{aside.name}.damaged')
       (directory / str(other)).rename(aside)
-      log.warning('checkpoint %s is DAMAGED: %s. It is now called %s; going on '
-                  'from step %d, %d steps are lost and will be trained again',
-                  directory / str(other), damage[other], aside.name, step,
-                  other - step)
+      log.warning(
+        'checkpoint %s is DAMAGED: %s. It is now called %s; going on '
+        'from step %d, %d steps are lost and will be trained again',
+        directory / str(other),
+        damage[other],
+        aside.name,
+        step,
+        other - step,
+      )
   return step
 
 
 def _all_damaged(directory, damage):
-  return (f'{directory} holds no checkpoint that is not damaged: '
-          + '; '.join(f'of {step}, {text}' for step, text in damage.items()))
+  return f'{directory} holds no checkpoint that is not damaged: ' + '; '.join(
+    f'of {step}, {text}' for step, text in damage.items()
+  )
 
 
-def restore_state(manager: ocp.CheckpointManager, state: TrainState, step: int,
-                  vocab_size: int) -> TrainState:
+def restore_state(
+  manager: ocp.CheckpointManager, state: TrainState, step: int, vocab_size: int
+) -> TrainState:
   """The saved state of `step`, with the shapes and shardings of `state`.
 
   It may have been saved on any number of devices and processes.
@@ -298,21 +362,25 @@ def restore_state(manager: ocp.CheckpointManager, state: TrainState, step: int,
   """
   strict = check_shapes(manager, step, 'params', state.params, vocab_size)
   abstract = lambda tree: ocp.args.StandardRestore(
-      jax.tree.map(ocp.utils.to_shape_dtype_struct, tree), strict=strict)
+    jax.tree.map(ocp.utils.to_shape_dtype_struct, tree), strict=strict
+  )
   items = {'params': abstract(state.params), 'rest': abstract(_rest(state))}
   if state.ema_params is not None:
     items['ema_params'] = abstract(state.ema_params)
   saved = _restore(manager, step, items)
   key = jax.random.wrap_key_data(saved['rest']['key'])
   return TrainState(
-      step=saved['rest']['step'], params=saved['params'],
-      ema_params=saved['ema_params'] if state.ema_params is not None else None,
-      opt_state=saved['rest']['opt_state'],
-      key=jax.device_put(key, state.key.sharding))
+    step=saved['rest']['step'],
+    params=saved['params'],
+    ema_params=saved['ema_params'] if state.ema_params is not None else None,
+    opt_state=saved['rest']['opt_state'],
+    key=jax.device_put(key, state.key.sharding),
+  )
 
 
-def restore_params(manager: ocp.CheckpointManager, params: Any, step: int,
-                   vocab_size: int) -> Any:
+def restore_params(
+  manager: ocp.CheckpointManager, params: Any, step: int, vocab_size: int
+) -> Any:
   """The averaged parameters of `step`, or the plain ones where there are none.
 
   Args:
@@ -328,8 +396,9 @@ def restore_params(manager: ocp.CheckpointManager, params: Any, step: int,
   if (manager.directory / str(step) / 'ema_params').exists():
     item = 'ema_params'
   strict = check_shapes(manager, step, item, params, vocab_size)
-  return _restore(manager, step, {
-      item: ocp.args.StandardRestore(params, strict=strict)})[item]
+  return _restore(
+    manager, step, {item: ocp.args.StandardRestore(params, strict=strict)}
+  )[item]
 
 
 def _restore(manager, step, items):
@@ -340,32 +409,52 @@ def _restore(manager, step, items):
   except Exception as error:  # pylint: disable=broad-exception-caught
     # (For data that cannot be read Orbax raises no narrower one.)
     folder = manager.directory / str(step)
-    hint = '' if (folder / CHECKSUMS).exists() else (
+    hint = (
+      ''
+      if (folder / CHECKSUMS).exists()
+      else (
         f'. It has no {CHECKSUMS}, so it may be damaged: move that folder away to '
-        'use the one before')
-    raise InputError(f'checkpoint {folder} cannot be read into this model: {error}'
-                     f'{hint}') from error
+        'use the one before'
+      )
+    )
+    raise InputError(
+      f'checkpoint {folder} cannot be read into this model: {error}{hint}'
+    ) from error
 
 
-def check_shapes(manager: ocp.CheckpointManager, step: int, item: str,
-                 params: Any, vocab_size: int) -> bool:
+def check_shapes(
+  manager: ocp.CheckpointManager,
+  step: int,
+  item: str,
+  params: Any,
+  vocab_size: int,
+) -> bool:
   """Whether the shapes are the same; False where only padding differs.
 
   Raises:
     InputError: they differ in more, naming the parameters.
   """
   there, here = _shapes(manager.item_metadata(step)[item]), _shapes(params)
-  saved, wanted = ({
+  saved, wanted = (
+    {
       name: (min(shape[0], vocab_size), *shape[1:])
-      if name in sharding.BY_VOCABULARY else shape
-      for name, shape in shapes.items()} for shapes in (there, here))
-  lines = [f'  {name}: {saved.get(name, "absent")} there, '
-           f'{wanted.get(name, "absent")} here'
-           for name in sorted(saved | wanted)
-           if saved.get(name) != wanted.get(name)]
+      if name in sharding.BY_VOCABULARY
+      else shape
+      for name, shape in shapes.items()
+    }
+    for shapes in (there, here)
+  )
+  lines = [
+    f'  {name}: {saved.get(name, "absent")} there, '
+    f'{wanted.get(name, "absent")} here'
+    for name in sorted(saved | wanted)
+    if saved.get(name) != wanted.get(name)
+  ]
   if lines:
-    raise InputError(f'checkpoint {manager.directory / str(step)} is of another '
-                     'shape:\n' + '\n'.join(lines))
+    raise InputError(
+      f'checkpoint {manager.directory / str(step)} is of another '
+      'shape:\n' + '\n'.join(lines)
+    )
   return there == here
 
 
@@ -379,8 +468,9 @@ def restore_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
   return _restore(manager, step, {'meta': ocp.args.JsonRestore()})['meta']
 
 
-def find_step(manager: ocp.CheckpointManager, step: int = 0,
-              items: tuple[str, ...] = PARAMS) -> int:
+def find_step(
+  manager: ocp.CheckpointManager, step: int = 0, items: tuple[str, ...] = PARAMS
+) -> int:
   """`step`, or for 0 the last one whose `items` are not damaged.
 
   Args:
@@ -398,12 +488,16 @@ def find_step(manager: ocp.CheckpointManager, step: int = 0,
     raise InputError(f'{manager.directory} holds no complete checkpoint')
   if step:
     if step not in steps:
-      raise InputError(f'{manager.directory} holds no checkpoint of step {step}; '
-                       f'it has {steps}')
+      raise InputError(
+        f'{manager.directory} holds no checkpoint of step {step}; '
+        f'it has {steps}'
+      )
     damage = find_damage(manager.directory / str(step), items)
     if damage:
-      raise InputError(f'checkpoint {manager.directory / str(step)} is damaged: '
-                       f'{damage}. There are those of steps {steps}')
+      raise InputError(
+        f'checkpoint {manager.directory / str(step)} is damaged: '
+        f'{damage}. There are those of steps {steps}'
+      )
     return step
   damage = {}
   for step in reversed(steps):
@@ -412,8 +506,11 @@ def find_step(manager: ocp.CheckpointManager, step: int = 0,
       return step
     if complete_steps(manager.directory)[-1:] != steps[-1:]:
       return find_step(manager, 0, items)  # it was being deleted, not damaged
-    log.warning('checkpoint %s is DAMAGED: %s. Using the one before',
-                manager.directory / str(step), damage[step])
+    log.warning(
+      'checkpoint %s is DAMAGED: %s. Using the one before',
+      manager.directory / str(step),
+      damage[step],
+    )
   raise InputError(_all_damaged(manager.directory, damage))
 
 
@@ -457,13 +554,19 @@ def restore_foreign(folder: pathlib.Path, item: str) -> Any:
   args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
   with ocp.PyTreeCheckpointer() as checkpointer:
     try:
-      return checkpointer.restore(folder.absolute(), args=ocp.args.PyTreeRestore(
-          item=tree, restore_args=args, partial_restore=True))[item]
+      return checkpointer.restore(
+        folder.absolute(),
+        args=ocp.args.PyTreeRestore(
+          item=tree, restore_args=args, partial_restore=True
+        ),
+      )[item]
     except Exception as error:  # pylint: disable=broad-exception-caught
       raise InputError(f'{folder} cannot be read: {error}') from error
 
 
 def flatten(tree: Any) -> dict[str, Any]:
   """{path with '/': leaf}."""
-  return {'/'.join(str(getattr(part, 'key', part)) for part in path): leaf
-          for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+  return {
+    '/'.join(str(getattr(part, 'key', part)) for part in path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nanodlm.model import transformer
 from nanodlm.devices.sharding import Shards
+from nanodlm.model import transformer
 from nanodlm.types import Objective
 
 
@@ -37,20 +37,36 @@ class TrainState:
     return self.params if self.ema_params is None else self.ema_params
 
 
-def init_params(config: transformer.ModelConfig, objective: Objective, key: jax.Array,
-                shards: Shards = Shards()):
+def init_params(
+  config: transformer.ModelConfig,
+  objective: Objective,
+  key: jax.Array,
+  shards: Shards = Shards(),
+):
   """The network's parameters and, under 'objective', what the objective learns."""
-  params, learned = transformer.init_params(config, key, shards), objective.init_params()
+  params, learned = (
+    transformer.init_params(config, key, shards),
+    objective.init_params(),
+  )
   return {**params, 'objective': learned} if learned else params
 
 
-def init_state(config: transformer.ModelConfig, objective: Objective,
-               optimizer: optax.GradientTransformation, seed: int, use_ema: bool,
-               shards: Shards = Shards()) -> TrainState:
+def init_state(
+  config: transformer.ModelConfig,
+  objective: Objective,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  use_ema: bool,
+  shards: Shards = Shards(),
+) -> TrainState:
   """Draws the state of step 0 from the seed; see `model.init_params`."""
   init_key, noise_key = jax.random.split(jax.random.key(seed))
   params = init_params(config, objective, init_key, shards)
   ema_params = jax.tree.map(jnp.copy, params) if use_ema else None
-  return TrainState(step=jnp.zeros((), jnp.int32), params=params,
-                    ema_params=ema_params, opt_state=optimizer.init(params),
-                    key=noise_key)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    ema_params=ema_params,
+    opt_state=optimizer.init(params),
+    key=noise_key,
+  )

@@ -7,12 +7,10 @@ import tempfile
 import time
 import types
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import numpy as np
 
-from nanodlm.data import prepare
-from nanodlm.data import pipeline
+from nanodlm.data import pipeline, prepare
 from nanodlm.types import InputError
 from tests import workdirs
 
@@ -32,12 +30,13 @@ def assert_batches_equal(a, b):
 
 
 def concatenate(shards):
-  return [{key: np.concatenate([part[key] for part in parts])
-           for key in parts[0]} for parts in zip(*shards, strict=True)]
+  return [
+    {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    for parts in zip(*shards, strict=True)
+  ]
 
 
 class PipelineTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -46,16 +45,27 @@ class PipelineTest(parameterized.TestCase):
       with open(os.path.join(folder, f'{i:02d}.txt'), 'w') as file:
         file.write(f'document {i:02d} é ' * (i % 7 + 1))
     cls.packed = prepare.prepare(
-        workdirs.DataConfig(source=f'text:{folder}/*.txt', data_dir=folder),
-        types.SimpleNamespace(name='bytes', path='', vocab_size=0))
-    cls.rows = np.stack([cls.packed.train[i]['tokens']
-                         for i in range(len(cls.packed.train))])
+      workdirs.DataConfig(source=f'text:{folder}/*.txt', data_dir=folder),
+      types.SimpleNamespace(name='bytes', path='', vocab_size=0),
+    )
+    cls.rows = np.stack(
+      [cls.packed.train[i]['tokens'] for i in range(len(cls.packed.train))]
+    )
 
-  def train(self, number=5, seed=0, batch_size=8, start_step=0, rows=None,
-            **changes):
-    return take(pipeline.make_train_iterator(
-        self.packed, workdirs.DataConfig(**changes), seed=seed, batch_size=batch_size,
-        start_step=start_step, rows=rows), number)
+  def train(
+    self, number=5, seed=0, batch_size=8, start_step=0, rows=None, **changes
+  ):
+    return take(
+      pipeline.make_train_iterator(
+        self.packed,
+        workdirs.DataConfig(**changes),
+        seed=seed,
+        batch_size=batch_size,
+        start_step=start_step,
+        rows=rows,
+      ),
+      number,
+    )
 
   @parameterized.parameters('chunk', 'random')
   def test_batch_is_what_is_promised(self, crop):
@@ -67,17 +77,22 @@ class PipelineTest(parameterized.TestCase):
       self.assertEqual(batch['weight'].dtype, np.float32)
       np.testing.assert_array_equal(batch['weight'], np.ones([8, LENGTH]))
       np.testing.assert_array_equal(
-          batch['num_bytes'],
-          self.packed.tokenizer.num_bytes[batch['tokens']].sum(axis=1))
+        batch['num_bytes'],
+        self.packed.tokenizer.num_bytes[batch['tokens']].sum(axis=1),
+      )
 
-  @parameterized.product(crop=('chunk', 'random'), num_hosts=(2, 4),
-                         num_threads=(0, 3))
+  @parameterized.product(
+    crop=('chunk', 'random'), num_hosts=(2, 4), num_threads=(0, 3)
+  )
   def test_any_number_of_hosts_reads_the_same_global_batch(
-      self, crop, num_hosts, num_threads):
+    self, crop, num_hosts, num_threads
+  ):
     settings = dict(crop=crop, segment_ids=True, num_threads=num_threads)
     share = 8 // num_hosts
-    shards = [self.train(rows=(h * share, (h + 1) * share), **settings)
-              for h in range(num_hosts)]
+    shards = [
+      self.train(rows=(h * share, (h + 1) * share), **settings)
+      for h in range(num_hosts)
+    ]
     assert_batches_equal(concatenate(shards), self.train(**settings))
     sliced = self.train(rows=slice(share, 2 * share), **settings)
     assert_batches_equal(sliced, shards[1])
@@ -85,8 +100,10 @@ class PipelineTest(parameterized.TestCase):
   @parameterized.product(crop=('chunk', 'random'), num_threads=(0, 2))
   def test_starting_at_a_step_is_skipping_to_it(self, crop, num_threads):
     settings = dict(crop=crop, num_threads=num_threads)
-    assert_batches_equal(self.train(start_step=7, **settings),
-                         self.train(number=12, **settings)[7:])
+    assert_batches_equal(
+      self.train(start_step=7, **settings),
+      self.train(number=12, **settings)[7:],
+    )
 
   def test_starting_late_costs_nothing(self):
     start = time.monotonic()
@@ -102,11 +119,14 @@ class PipelineTest(parameterized.TestCase):
   def test_every_epoch_visits_every_row_once_in_its_own_order(self):
     num_rows = len(self.rows)
     stream = np.concatenate(
-        [batch['tokens'] for batch in self.train(number=2 * num_rows // 8 + 1)])
-    first, second = stream[:num_rows], stream[num_rows:2 * num_rows]
+      [batch['tokens'] for batch in self.train(number=2 * num_rows // 8 + 1)]
+    )
+    first, second = stream[:num_rows], stream[num_rows : 2 * num_rows]
     for epoch in (first, second):
-      np.testing.assert_array_equal(np.sort(epoch.view('V64').ravel()),
-                                    np.sort(self.rows.view('V64').ravel()))
+      np.testing.assert_array_equal(
+        np.sort(epoch.view('V64').ravel()),
+        np.sort(self.rows.view('V64').ravel()),
+      )
       self.assertFalse((epoch == self.rows).all())
     self.assertFalse((first == second).all())
 
@@ -117,7 +137,8 @@ class PipelineTest(parameterized.TestCase):
     for place, window in enumerate(windows):
       places.setdefault(window.tobytes(), set()).add(place)
     crops = np.concatenate(
-        [batch['tokens'] for batch in self.train(number=100, crop='random')])
+      [batch['tokens'] for batch in self.train(number=100, crop='random')]
+    )
     found = [places[crop.tobytes()] for crop in crops]  # KeyError: no window
     offsets = {min(places) % LENGTH for places in found if len(places) == 1}
     self.assertEqual(offsets, set(range(LENGTH)))
@@ -135,38 +156,58 @@ class PipelineTest(parameterized.TestCase):
         self.assertEqual(got, segment)
         segment += token == self.packed.tokenizer.separator_id
 
-  @parameterized.product(num_hosts=(1, 2, 4), num_threads=(0, 2),
-                         split=('validation', 'train'))
+  @parameterized.product(
+    num_hosts=(1, 2, 4), num_threads=(0, 2), split=('validation', 'train')
+  )
   def test_evaluation_is_the_split_once_in_order(
-      self, num_hosts, num_threads, split):
+    self, num_hosts, num_threads, split
+  ):
     settings = workdirs.DataConfig(segment_ids=True, num_threads=num_threads)
     share = 8 // num_hosts
-    shards = [pipeline.make_eval_batches(
-        self.packed, settings, batch_size=8, split=split,
-        rows=(h * share, (h + 1) * share)) for h in range(num_hosts)]
+    shards = [
+      pipeline.make_eval_batches(
+        self.packed,
+        settings,
+        batch_size=8,
+        split=split,
+        rows=(h * share, (h + 1) * share),
+      )
+      for h in range(num_hosts)
+    ]
     rows = getattr(self.packed, split)
     self.assertNotEqual(len(rows) % 8, 0)  # or the padding is not tested
     self.assertEqual({len(shard) for shard in shards}, {-(-len(rows) // 8)})
     batches = concatenate([list(shard) for shard in shards])
-    assert_batches_equal(concatenate([list(shard) for shard in shards]), batches)
+    assert_batches_equal(
+      concatenate([list(shard) for shard in shards]), batches
+    )
     self.assertLen(batches, len(shards[0]))
-    whole = {key: np.concatenate([batch[key] for batch in batches])
-             for key in batches[0]}
+    whole = {
+      key: np.concatenate([batch[key] for batch in batches])
+      for key in batches[0]
+    }
     self.assertSameElements(
-        whole, ['tokens', 'num_bytes', 'weight', 'segment_ids'])
+      whole, ['tokens', 'num_bytes', 'weight', 'segment_ids']
+    )
     n = len(rows)
     np.testing.assert_array_equal(
-        whole['tokens'][:n], [rows[i]['tokens'] for i in range(n)])
+      whole['tokens'][:n], [rows[i]['tokens'] for i in range(n)]
+    )
     np.testing.assert_array_equal(whole['weight'][:n], 1)
     for key in whole:
       np.testing.assert_array_equal(whole[key][n:], 0)
-    self.assertEqual(whole['num_bytes'].sum(),
-                     self.packed.metadata[split]['num_bytes'])
+    self.assertEqual(
+      whole['num_bytes'].sum(), self.packed.metadata[split]['num_bytes']
+    )
 
   @parameterized.parameters((1, 1), (8, 1), (9, 2), (10**9, None))
   def test_max_examples(self, max_examples, num_batches):
     batches = pipeline.make_eval_batches(
-        self.packed, workdirs.DataConfig(), batch_size=8, max_examples=max_examples)
+      self.packed,
+      workdirs.DataConfig(),
+      batch_size=8,
+      max_examples=max_examples,
+    )
     weight = sum(batch['weight'].sum() / LENGTH for batch in batches)
     self.assertEqual(weight, min(max_examples, len(self.packed.validation)))
     if num_batches:
@@ -180,29 +221,39 @@ class PipelineTest(parameterized.TestCase):
       self.assertEqual(batch['num_bytes'].dtype, np.int32)
       np.testing.assert_array_equal(batch['tokens'], other['tokens'])
       np.testing.assert_array_equal(
-          batch['num_bytes'],
-          np.sum(self.packed.tokenizer.num_bytes[batch['tokens']]
-                 * batch['weight'], axis=1))
+        batch['num_bytes'],
+        np.sum(
+          self.packed.tokenizer.num_bytes[batch['tokens']] * batch['weight'],
+          axis=1,
+        ),
+      )
     weight = np.concatenate([batch['weight'] for batch in batches])
-    expected = np.stack([
-        ~pipeline.sample_clean(0, i, LENGTH, 0.3, 0.2) for i in range(40)])
+    expected = np.stack(
+      [~pipeline.sample_clean(0, i, LENGTH, 0.3, 0.2) for i in range(40)]
+    )
     np.testing.assert_array_equal(weight, expected)
     self.assertBetween(weight.all(1).mean(), 0.2, 0.8)  # half of them, and some
     self.assertTrue(weight.any(1).all())
-    self.assertFalse((self.train(seed=1, **rates)[0]['weight']
-                      == batches[0]['weight']).all())
+    self.assertFalse(
+      (self.train(seed=1, **rates)[0]['weight'] == batches[0]['weight']).all()
+    )
     # Whichever host reads it, and wherever training begins.
     shards = [self.train(rows=(h * 2, h * 2 + 2), **rates) for h in range(4)]
     assert_batches_equal(concatenate(shards), batches)
-    assert_batches_equal(self.train(number=2, start_step=3, **rates),
-                         batches[3:])
+    assert_batches_equal(
+      self.train(number=2, start_step=3, **rates), batches[3:]
+    )
 
   def test_nothing_stays_clean_in_evaluation(self):
     settings = workdirs.DataConfig(clean_prefix_rate=0.5, clean_infill_rate=0.5)
     assert_batches_equal(
-        list(pipeline.make_eval_batches(self.packed, settings, batch_size=8)),
-        list(pipeline.make_eval_batches(self.packed, workdirs.DataConfig(),
-                                        batch_size=8)))
+      list(pipeline.make_eval_batches(self.packed, settings, batch_size=8)),
+      list(
+        pipeline.make_eval_batches(
+          self.packed, workdirs.DataConfig(), batch_size=8
+        )
+      ),
+    )
 
   @parameterized.parameters((4, 4), (-1, 4), (0, 9), (5, 3))
   def test_rows_that_make_no_sense(self, start, stop):
@@ -218,35 +269,42 @@ class PipelineTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'contiguous'):
       self.train(rows=slice(0, 8, 2))
     with self.assertRaisesRegex(InputError, "split='test'"):
-      pipeline.make_eval_batches(self.packed, workdirs.DataConfig(), batch_size=8,
-                                 split='test')
+      pipeline.make_eval_batches(
+        self.packed, workdirs.DataConfig(), batch_size=8, split='test'
+      )
     with self.assertRaisesRegex(InputError, 'max_examples=0'):
-      pipeline.make_eval_batches(self.packed, workdirs.DataConfig(), batch_size=8,
-                                 max_examples=0)
+      pipeline.make_eval_batches(
+        self.packed, workdirs.DataConfig(), batch_size=8, max_examples=0
+      )
 
   def test_one_row_is_enough(self):
     with tempfile.TemporaryDirectory() as folder:
       path = os.path.join(folder, 'a.txt')
       with open(path, 'w') as file:
         file.write('x' * 40)
-      settings = workdirs.DataConfig(source=f'text:{path}', data_dir=folder,
-                            eval_fraction=0.5, crop='random')
-      packed = prepare.prepare(settings, types.SimpleNamespace(
-          name='bytes', path='', vocab_size=0))
+      settings = workdirs.DataConfig(
+        source=f'text:{path}', data_dir=folder, eval_fraction=0.5, crop='random'
+      )
+      packed = prepare.prepare(
+        settings, types.SimpleNamespace(name='bytes', path='', vocab_size=0)
+      )
       self.assertLen(packed.train, 1)
-      batch = next(pipeline.make_train_iterator(
-          packed, settings, seed=0, batch_size=3))
+      batch = next(
+        pipeline.make_train_iterator(packed, settings, seed=0, batch_size=3)
+      )
     np.testing.assert_array_equal(batch['tokens'], np.full([3, LENGTH], 120))
 
 
 class SampleCleanTest(parameterized.TestCase):
-
   @parameterized.parameters((0.0, 0.0), (0.3, 0.0), (0.0, 1.0), (0.5, 0.3))
   def test_law(self, prefix_rate, infill_rate):
     num, length = 12_000, 6
-    clean = np.stack([
+    clean = np.stack(
+      [
         pipeline.sample_clean(3, i, length, prefix_rate, infill_rate)
-        for i in range(num)])
+        for i in range(num)
+      ]
+    )
     rows, counts = np.unique(clean, axis=0, return_counts=True)
     found = {tuple(row): count for row, count in zip(rows, counts)}
     position = np.arange(length)
@@ -273,7 +331,6 @@ class SampleCleanTest(parameterized.TestCase):
 
 
 class PairsTest(parameterized.TestCase):
-
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -285,19 +342,28 @@ class PairsTest(parameterized.TestCase):
         file.write(json.dumps(pair) + '\n')
     cls.source = f'pairs:{path}'
     cls.packed = prepare.prepare(
-        workdirs.DataConfig(source=cls.source, data_dir=folder, eval_fraction=0.2),
-        types.SimpleNamespace(name='bytes', path='', vocab_size=0))
+      workdirs.DataConfig(
+        source=cls.source, data_dir=folder, eval_fraction=0.2
+      ),
+      types.SimpleNamespace(name='bytes', path='', vocab_size=0),
+    )
 
   def batches(self, split, padding, batch_size=4):
     settings = workdirs.DataConfig(source=self.source, padding=padding)
     if split == 'train':
-      return take(pipeline.make_train_iterator(
-          self.packed, settings, seed=0, batch_size=batch_size), 7)
-    return list(pipeline.make_eval_batches(self.packed, settings,
-                                           batch_size=batch_size))
+      return take(
+        pipeline.make_train_iterator(
+          self.packed, settings, seed=0, batch_size=batch_size
+        ),
+        7,
+      )
+    return list(
+      pipeline.make_eval_batches(self.packed, settings, batch_size=batch_size)
+    )
 
-  @parameterized.product(split=('train', 'validation'),
-                         padding=('eos', 'masked'))
+  @parameterized.product(
+    split=('train', 'validation'), padding=('eos', 'masked')
+  )
   def test_what_is_scored_and_counted(self, split, padding):
     num_rows = 0
     for batch in self.batches(split, padding):
@@ -306,8 +372,9 @@ class PairsTest(parameterized.TestCase):
         names.append('segment_ids')
       self.assertSameElements(batch, names)
       for name in names:
-        self.assertEqual(batch[name].dtype,
-                         np.float32 if name == 'weight' else np.int32)
+        self.assertEqual(
+          batch[name].dtype, np.float32 if name == 'weight' else np.int32
+        )
       for i, tokens in enumerate(batch['tokens']):
         row = {name: batch[name][i] for name in names}
         if row['num_tokens'] == 0:  # fills the last batch of a split
@@ -315,8 +382,8 @@ class PairsTest(parameterized.TestCase):
           continue
         num_rows += 1
         text = self.packed.tokenizer.decode(tokens)
-        prompt = text[:text.index('?') + 1]
-        response = text[len(prompt):].rstrip('\n')
+        prompt = text[: text.index('?') + 1]
+        response = text[len(prompt) :].rstrip('\n')
         self.assertRegex(response, '^é+$')
         start, num_bytes = len(prompt), len(response.encode())
         end = start + num_bytes + 1  # with the separator that ends it
@@ -324,8 +391,9 @@ class PairsTest(parameterized.TestCase):
         self.assertEqual(row['num_tokens'], num_bytes + 1)
         scored = np.arange(LENGTH) >= start
         if padding == 'masked':
-          np.testing.assert_array_equal(row['segment_ids'],
-                                        np.arange(LENGTH) >= end)
+          np.testing.assert_array_equal(
+            row['segment_ids'], np.arange(LENGTH) >= end
+          )
           scored &= np.arange(LENGTH) < end
         np.testing.assert_array_equal(row['weight'], scored)
     self.assertGreaterEqual(num_rows, len(self.packed.validation))

@@ -9,21 +9,33 @@ import time
 import types
 from unittest import mock
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import numpy as np
 
-from nanodlm.interop import export
 from nanodlm.data import tokenizers
+from nanodlm.interop import export
 from nanodlm.types import InputError
 
-SHARED = os.path.join(os.path.dirname(__file__), '..', '..', '..', 'shared', 'data')
+SHARED = os.path.join(
+  os.path.dirname(__file__), '..', '..', '..', 'shared', 'data'
+)
 TIKTOKEN_CACHE = os.path.abspath(os.path.join(SHARED, 'tiktoken_cache'))
 
 TEXTS = (
-    '', 'plain words', '  two  spaces ', 'a\n\nb\n', '\ttab\r\n', 'naïve 漢字 😀',
-    '\u2581 the mark \u2581\u2581', 'nul \0 byte', '\ufffd', 'e\u0301',
-    '<|endoftext|>', '</s><s><unk><pad>', '<0x41>', 'x' * 5000,
+  '',
+  'plain words',
+  '  two  spaces ',
+  'a\n\nb\n',
+  '\ttab\r\n',
+  'naïve 漢字 😀',
+  '\u2581 the mark \u2581\u2581',
+  'nul \0 byte',
+  '\ufffd',
+  'e\u0301',
+  '<|endoftext|>',
+  '</s><s><unk><pad>',
+  '<0x41>',
+  'x' * 5000,
 )
 
 
@@ -32,11 +44,11 @@ def config(name, path='', vocab_size=0):
 
 
 class TokenizersTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
-    self.enterContext(mock.patch.dict(
-        os.environ, {'TIKTOKEN_CACHE_DIR': TIKTOKEN_CACHE}))
+    self.enterContext(
+      mock.patch.dict(os.environ, {'TIKTOKEN_CACHE_DIR': TIKTOKEN_CACHE})
+    )
 
   def folder(self):
     return self.enterContext(tempfile.TemporaryDirectory())
@@ -44,16 +56,26 @@ class TokenizersTest(parameterized.TestCase):
   def make(self, name):
     if name == 'sentencepiece':
       path = os.path.join(self.folder(), 'a.model')
-      words = 'the quick brown fox jumps over the lazy dog and runs away'.split()
-      texts = [' '.join(words[i % 5:]) + '\n' for i in range(200)]
+      words = (
+        'the quick brown fox jumps over the lazy dog and runs away'.split()
+      )
+      texts = [' '.join(words[i % 5 :]) + '\n' for i in range(200)]
       tokenizers.train_sentencepiece(iter(texts), 320, path)
       return tokenizers.make_tokenizer(config(name, path))
     if name == 'hugging_face':
       content = export.bytes_tokenizer()
       content['added_tokens'] = [
-          {'id': i, 'content': text, 'single_word': False, 'lstrip': False,
-           'rstrip': False, 'normalized': False, 'special': True}
-          for i, text in ((256, '<|endoftext|>'), (257, '<mask>'))]
+        {
+          'id': i,
+          'content': text,
+          'single_word': False,
+          'lstrip': False,
+          'rstrip': False,
+          'normalized': False,
+          'special': True,
+        }
+        for i, text in ((256, '<|endoftext|>'), (257, '<mask>'))
+      ]
       path = pathlib.Path(self.folder()) / 'tokenizer.json'
       path.write_text(json.dumps(content))
       return tokenizers.load_hugging_face(str(path), 258, 257, 256)
@@ -73,9 +95,13 @@ class TokenizersTest(parameterized.TestCase):
     control = {tokenizer.mask_id, tokenizer.separator_id}
     # As other processes have it.
     copy = pickle.loads(pickle.dumps(tokenizer))
-    for text, *batches in zip(TEXTS, tokenizer.encode_batch(TEXTS),
-                              copy.encode_batch(TEXTS, 1),
-                              copy.encode_batch(TEXTS, 2), strict=True):
+    for text, *batches in zip(
+      TEXTS,
+      tokenizer.encode_batch(TEXTS),
+      copy.encode_batch(TEXTS, 1),
+      copy.encode_batch(TEXTS, 2),
+      strict=True,
+    ):
       tokens = tokenizer.encode(text)
       self.assertEqual(tokens.dtype, np.int32)
       for from_batch in batches:
@@ -101,10 +127,14 @@ class TokenizersTest(parameterized.TestCase):
   def test_spell_of_broken_bytes(self):
     tokenizer = tokenizers.BytesTokenizer()
     whole = [*'é😀'.encode()]
-    self.assertEqual(tokenizer.spell([97, *whole]), ['a', 'é', '', '😀', '', '', ''])
+    self.assertEqual(
+      tokenizer.spell([97, *whole]), ['a', 'é', '', '😀', '', '', '']
+    )
     broken = [whole[0], tokenizer.mask_id, *whole[2:5], 97, 255]
-    self.assertEqual(tokenizer.spell(broken),
-                     ['\ufffd', '_', '\ufffd', '\ufffd', '\ufffd', 'a', '\ufffd'])
+    self.assertEqual(
+      tokenizer.spell(broken),
+      ['\ufffd', '_', '\ufffd', '\ufffd', '\ufffd', 'a', '\ufffd'],
+    )
 
   @parameterized.parameters('bytes', 'sentencepiece', 'gpt2', 'hugging_face')
   def test_decode_prints_mask_and_separator(self, name):
@@ -112,26 +142,32 @@ class TokenizersTest(parameterized.TestCase):
     a, b = tokenizer.encode('fox'), tokenizer.encode('dog')
     tokens = [*a, tokenizer.mask_id, *b, tokenizer.separator_id, *a]
     self.assertEqual(tokenizer.decode(tokens), 'fox_dog\n\nfox')
-    self.assertEqual(tokenizer.decode(np.array(tokens), mask_text='[M]'),
-                     'fox[M]dog\n\nfox')
+    self.assertEqual(
+      tokenizer.decode(np.array(tokens), mask_text='[M]'), 'fox[M]dog\n\nfox'
+    )
 
   def test_bytes_ids(self):
     tokenizer = self.make('bytes')
-    self.assertEqual((tokenizer.separator_id, tokenizer.mask_id,
-                      tokenizer.vocab_size), (256, 257, 258))
-    np.testing.assert_array_equal(tokenizer.encode('é!'), [0xc3, 0xa9, 33])
-    self.assertEqual(tokenizer.decode([0xc3, 257]), '\ufffd_')
+    self.assertEqual(
+      (tokenizer.separator_id, tokenizer.mask_id, tokenizer.vocab_size),
+      (256, 257, 258),
+    )
+    np.testing.assert_array_equal(tokenizer.encode('é!'), [0xC3, 0xA9, 33])
+    self.assertEqual(tokenizer.decode([0xC3, 257]), '\ufffd_')
 
   def test_gpt2_ids(self):
     tokenizer = self.make('gpt2')
-    self.assertEqual((tokenizer.separator_id, tokenizer.mask_id,
-                      tokenizer.vocab_size), (50256, 50257, 50258))
-    np.testing.assert_array_equal(tokenizer.encode('hello world'),
-                                  [31373, 995])
+    self.assertEqual(
+      (tokenizer.separator_id, tokenizer.mask_id, tokenizer.vocab_size),
+      (50256, 50257, 50258),
+    )
+    np.testing.assert_array_equal(tokenizer.encode('hello world'), [31373, 995])
 
   def test_spare_ids_of_gpt2_are_of_no_text_and_are_saved(self):
     tokenizer = tokenizers.with_spare_ids(self.make('gpt2'), 2)
-    self.assertEqual((tokenizer.separator_id, tokenizer.mask_id), (50256, 50259))
+    self.assertEqual(
+      (tokenizer.separator_id, tokenizer.mask_id), (50256, 50259)
+    )
     self.assertEqual(tokenizer.decode([31373, 50257, 50259, 50258]), 'hello_')
     self.assertEqual(tokenizer.num_bytes[50257:].sum(), 0)
     folder = self.folder()
@@ -149,12 +185,19 @@ class TokenizersTest(parameterized.TestCase):
 
   def test_sentencepiece_uses_the_models_own_end_of_sentence(self):
     import sentencepiece
+
     path = os.path.join(self.folder(), 'eos.model')
     with open(path, 'wb') as file:
       sentencepiece.SentencePieceTrainer.train(
-          sentence_iterator=iter(['some words to learn from'] * 10),
-          model_writer=file, vocab_size=280, model_type='bpe',
-          byte_fallback=True, eos_id=2, minloglevel=2, hard_vocab_limit=False)
+        sentence_iterator=iter(['some words to learn from'] * 10),
+        model_writer=file,
+        vocab_size=280,
+        model_type='bpe',
+        byte_fallback=True,
+        eos_id=2,
+        minloglevel=2,
+        hard_vocab_limit=False,
+      )
     tokenizer = tokenizers.make_tokenizer(config('sentencepiece', path))
     self.assertEqual(tokenizer.separator_id, 2)
     self.assertEqual(tokenizer.num_bytes[2], 0)
@@ -164,8 +207,11 @@ class TokenizersTest(parameterized.TestCase):
     path = os.path.join(self.folder(), 'a.model')
     for vocab_size in (0, 256, 100_000):
       with self.assertRaisesRegex(
-          InputError, f'tokenizer.vocab_size={vocab_size} '):
-        tokenizers.train_sentencepiece(iter(['few words'] * 9), vocab_size, path)
+        InputError, f'tokenizer.vocab_size={vocab_size} '
+      ):
+        tokenizers.train_sentencepiece(
+          iter(['few words'] * 9), vocab_size, path
+        )
 
   def test_not_a_sentencepiece_model(self):
     path = os.path.join(self.folder(), 'x.model')
@@ -181,13 +227,16 @@ class TokenizersTest(parameterized.TestCase):
 
   def test_unknown_name_lists_the_allowed_ones(self):
     with self.assertRaisesRegex(
-        InputError, r"tokenizer\.name='gtp2' .*'bytes'.*'gpt2'"):
+      InputError, r"tokenizer\.name='gtp2' .*'bytes'.*'gpt2'"
+    ):
       tokenizers.make_tokenizer(config('gtp2'))
 
   def test_offline_and_not_cached_fails_at_once(self):
     os.environ['TIKTOKEN_CACHE_DIR'] = self.folder()
-    with mock.patch.object(tokenizers, 'is_reachable', return_value=False), \
-        mock.patch('requests.get', side_effect=AssertionError('may hang')):
+    with (
+      mock.patch.object(tokenizers, 'is_reachable', return_value=False),
+      mock.patch('requests.get', side_effect=AssertionError('may hang')),
+    ):
       start = time.monotonic()
       with self.assertRaisesRegex(InputError, 'TIKTOKEN_CACHE_DIR'):
         tokenizers.make_tokenizer(config('p50k_base'))
@@ -207,7 +256,6 @@ class TokenizersTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'surrogate'):
       tokenizers.BytesTokenizer().encode('a\ud800')
 
-
   @parameterized.parameters('bytes', 'sentencepiece', 'gpt2', 'hugging_face')
   def test_saved_folder_is_enough(self, name):
     tokenizer, folder = self.make(name), self.folder()
@@ -216,22 +264,28 @@ class TokenizersTest(parameterized.TestCase):
       os.unlink(tokenizer.path)
     loaded = tokenizers.load(folder)
     self.assertEqual(loaded.fingerprint, tokenizer.fingerprint)
-    np.testing.assert_array_equal(loaded.encode(TEXTS[1]),
-                                  tokenizer.encode(TEXTS[1]))
+    np.testing.assert_array_equal(
+      loaded.encode(TEXTS[1]), tokenizer.encode(TEXTS[1])
+    )
 
   def test_saved_tokenizer_that_changed_is_refused(self):
     folder = self.folder()
     tokenizers.save(self.make('sentencepiece'), folder)
     other = os.path.join(folder, tokenizers.SAVED_MODEL)
-    tokenizers.train_sentencepiece(iter(['entirely other text\n'] * 50), 270, other)
+    tokenizers.train_sentencepiece(
+      iter(['entirely other text\n'] * 50), 270, other
+    )
     with self.assertRaisesRegex(InputError, 'other ids'):
       tokenizers.load(folder)
     with self.assertRaisesRegex(InputError, 'cannot be read'):
       tokenizers.load(self.folder())
 
   @parameterized.parameters(
-      (b'{"name": "by\xf4es"}', 'cannot be read'), (b'{', 'cannot be read'),
-      (b'{"nbme": "bytes"}', "is not what .* KeyError\\('name'"), (b'[]', 'is not what'))
+    (b'{"name": "by\xf4es"}', 'cannot be read'),
+    (b'{', 'cannot be read'),
+    (b'{"nbme": "bytes"}', "is not what .* KeyError\\('name'"),
+    (b'[]', 'is not what'),
+  )
   def test_saved_tokenizer_that_is_damaged_is_refused(self, content, message):
     folder = self.folder()
     with open(os.path.join(folder, tokenizers.SAVED), 'wb') as file:

@@ -12,20 +12,15 @@ import jax
 import numpy as np
 import pytest
 
-from nanodlm.training import checkpoint
 from nanodlm import config as configs
 from nanodlm import evaluate
+from nanodlm.data import pipeline, prepare
 from nanodlm.devices import mesh as meshes
-from nanodlm.training import optim
-from nanodlm.training import state as states
 from nanodlm.steps import train as steps
-from nanodlm.data import prepare
-from nanodlm.data import pipeline
-from tests import launches
-from tests import workdirs
-from tests.launch_test import data_dir  # pylint: disable=unused-import
-from tests.launch_test import metric_lines
-from tests.launch_test import wait_for
+from nanodlm.training import checkpoint, optim
+from nanodlm.training import state as states
+from tests import launches, workdirs
+from tests.launch_test import metric_lines, wait_for
 
 NUM_PROCESSES = int(os.environ.get('NANODLM_PROCESSES', 2))
 NUM_DEVICES = 4  # of all processes together
@@ -33,15 +28,24 @@ NUM_STEPS = 160
 LOG_EVERY_STEPS = 10
 # Silence that counts as a loss.
 HEARTBEAT_SECS = 10
-ARGS = (*launches.TINY, f'--config.train.num_steps={NUM_STEPS}',
-        '--config.checkpoint.every_steps=20', '--config.checkpoint.max_to_keep=100',
-        f'--config.train.log_every_steps={LOG_EVERY_STEPS}',
-        f'--heartbeat_timeout_secs={HEARTBEAT_SECS}')
+ARGS = (
+  *launches.TINY,
+  f'--config.train.num_steps={NUM_STEPS}',
+  '--config.checkpoint.every_steps=20',
+  '--config.checkpoint.max_to_keep=100',
+  f'--config.train.log_every_steps={LOG_EVERY_STEPS}',
+  f'--heartbeat_timeout_secs={HEARTBEAT_SECS}',
+)
 
 
 def start(workdir, *args):
-  return launches.start_several(NUM_PROCESSES, NUM_DEVICES // NUM_PROCESSES, *ARGS,
-                                f'--workdir={workdir}', *args)
+  return launches.start_several(
+    NUM_PROCESSES,
+    NUM_DEVICES // NUM_PROCESSES,
+    *ARGS,
+    f'--workdir={workdir}',
+    *args,
+  )
 
 
 def steps_of(workdir):
@@ -52,8 +56,9 @@ def steps_of(workdir):
 def runs(tmp_path_factory):
   """A run of one process, and what several left when one of them got SIGTERM."""
   root = tmp_path_factory.mktemp('runs')
-  status, output = launches.launch(*ARGS, f'--workdir={root}/one',
-                                   num_devices=NUM_DEVICES)
+  status, output = launches.launch(
+    *ARGS, f'--workdir={root}/one', num_devices=NUM_DEVICES
+  )
   assert status == 0, output
   several = root / 'several'
   processes = start(several)
@@ -64,8 +69,11 @@ def runs(tmp_path_factory):
 
 
 def losses(workdir):
-  return {line['step']: line['train/loss'] for line in metric_lines(workdir)
-          if 'train/loss' in line}
+  return {
+    line['step']: line['train/loss']
+    for line in metric_lines(workdir)
+    if 'train/loss' in line
+  }
 
 
 def test_sigterm_saves_on_every_process(runs):
@@ -105,21 +113,27 @@ def test_a_lost_process_ends_the_others_and_one_process_goes_on(runs):
     output, _ = process.communicate(timeout=HEARTBEAT_SECS + 10)
     assert process.returncode not in (0, None), output
     # Ours, JAX's, or what Gloo's own threads end with.
-    assert re.search('another one is lost|another task died|Fatal Python error',
-                     output), output
+    assert re.search(
+      'another one is lost|another task died|Fatal Python error', output
+    ), output
   processes[-1].communicate()
   # One process with as many devices takes over, with yet another mesh.
   last = steps_of(several)[-1]
-  status, output = launches.launch(*ARGS, f'--workdir={several}',
-                                   '--config.mesh.tensor=2',
-                                   num_devices=NUM_DEVICES)
+  status, output = launches.launch(
+    *ARGS,
+    f'--workdir={several}',
+    '--config.mesh.tensor=2',
+    num_devices=NUM_DEVICES,
+  )
   assert status == 0, output
   assert f'at step {last}' in output
   ours, theirs = losses(several), losses(one)
   assert ours.keys() == theirs.keys()
   for step in ours:
     # A line is the mean since the last one, or since the start.
-    if not any(step - LOG_EVERY_STEPS < start < step for start in (first, last)):
+    if not any(
+      step - LOG_EVERY_STEPS < start < step for start in (first, last)
+    ):
       assert ours[step] == pytest.approx(theirs[step], rel=1e-2)
 
 
@@ -153,36 +167,56 @@ class Trainer:
     self.config.mesh.update(dict(zip(meshes.AXES, shape)))
     self.settings = settings = configs.validate(self.config)
     self.packed = prepare.prepare(settings.data, settings.tokenizer)
-    self.mesh = meshes.make_mesh(settings.mesh, jax.devices()[:np.prod(shape)])
+    self.mesh = meshes.make_mesh(settings.mesh, jax.devices()[: np.prod(shape)])
     shape = configs.make_model(self.config, self.packed.tokenizer.vocab_size)
-    objective = configs.make_objective(self.config, self.packed.tokenizer.mask_id)
+    objective = configs.make_objective(
+      self.config, self.packed.tokenizer.mask_id
+    )
     optimizer = optim.make_optimizer(settings.optim, settings.train.num_steps)
     shards = meshes.shards(self.mesh)
-    self.state = meshes.init_sharded(self.mesh, lambda: states.init_state(
-        shape, objective, optimizer, 0, True, shards))
+    self.state = meshes.init_sharded(
+      self.mesh,
+      lambda: states.init_state(shape, objective, optimizer, 0, True, shards),
+    )
     self.train_step = steps.make_train_step(
-        steps.Network(shape, settings.train.chunk_size, shards),
-        objective, optimizer, optim.make_schedule(settings.optim, settings.train.num_steps),
-        self.mesh, batch_size=BATCH_SIZE, num_microbatches=1, ema_decay=0.9)
+      steps.Network(shape, settings.train.chunk_size, shards),
+      objective,
+      optimizer,
+      optim.make_schedule(settings.optim, settings.train.num_steps),
+      self.mesh,
+      batch_size=BATCH_SIZE,
+      num_microbatches=1,
+      ema_decay=0.9,
+    )
 
   def train(self, state, num_steps):
     """The state after more steps, and the losses of these."""
     step = int(state.step)
     batches = pipeline.make_train_iterator(
-        self.packed, self.settings.data, seed=0, batch_size=BATCH_SIZE,
-        start_step=step, rows=meshes.local_rows(self.mesh, BATCH_SIZE))
+      self.packed,
+      self.settings.data,
+      seed=0,
+      batch_size=BATCH_SIZE,
+      start_step=step,
+      rows=meshes.local_rows(self.mesh, BATCH_SIZE),
+    )
     sums = []
     for _ in range(num_steps):
       state, values = self.train_step(
-          state, meshes.shard_batch(self.mesh, next(batches)))
+        state, meshes.shard_batch(self.mesh, next(batches))
+      )
       sums.append(float(values['loss'] / values['weight']))
     return state, sums
 
 
 @pytest.fixture(scope='module')
 def trainers(tmp_path_factory):
-  workdir = workdirs.make_workdir(tmp_path_factory.mktemp('topology'), scale=1.0,
-                                  model__num_layers=1, model__num_heads=4)
+  workdir = workdirs.make_workdir(
+    tmp_path_factory.mktemp('topology'),
+    scale=1.0,
+    model__num_layers=1,
+    model__num_heads=4,
+  )
   return {name: Trainer(workdir, shape) for name, shape in MESHES.items()}
 
 
@@ -197,9 +231,13 @@ def test_a_checkpoint_goes_on_with_other_devices(trainers, tmp_path, before):
     _, expected = trainer.train(state, 2)
     for other in trainers.values():
       restored = checkpoint.restore_state(
-          manager, other.state, 2, other.packed.tokenizer.vocab_size)
-      for leaf, saved, own in zip(*map(jax.tree.leaves, (
-          restored.params, saved_params, other.state.params))):
+        manager, other.state, 2, other.packed.tokenizer.vocab_size
+      )
+      for leaf, saved, own in zip(
+        *map(
+          jax.tree.leaves, (restored.params, saved_params, other.state.params)
+        )
+      ):
         rows = min(len(leaf), len(saved))
         np.testing.assert_array_equal(leaf[:rows], saved[:rows])
         np.testing.assert_array_equal(leaf[rows:], 0)

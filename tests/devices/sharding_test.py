@@ -4,28 +4,20 @@ import dataclasses
 import functools
 import re
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import jax
 import numpy as np
 import optax
 
+from nanodlm import samplers, types
 from nanodlm.devices import mesh as meshes
-from nanodlm.model import transformer
-from nanodlm import samplers
 from nanodlm.devices import sharding
-from nanodlm.training import state as states
-from nanodlm.steps import train
-from nanodlm import types
-from nanodlm.noise.categorical import Draw
-from nanodlm.objectives import ar
-from nanodlm.objectives import block
-from nanodlm.objectives import d3pm
-from nanodlm.objectives import genmd4
-from nanodlm.objectives import masked
-from nanodlm.objectives import mixture
-from nanodlm.objectives import sedd
 from nanodlm.devices.sharding import Shards
+from nanodlm.model import transformer
+from nanodlm.noise.categorical import Draw
+from nanodlm.objectives import ar, block, d3pm, genmd4, masked, mixture, sedd
+from nanodlm.steps import train
+from nanodlm.training import state as states
 from nanodlm.types import InputError
 from tests import toys
 
@@ -34,13 +26,13 @@ MASK = VOCAB - 1
 BATCH, LENGTH, WIDTH = 16, 8, 32
 LEARNING_RATE = 0.02
 OBJECTIVES = {
-    'masked': masked.Masked(MASK),
-    'hybrid': mixture.Hybrid(MASK),
-    'block': block.Block(MASK, block_size=4),
-    'ar': ar.Autoregressive(MASK),
-    'd3pm': d3pm.D3PM(MASK),
-    'genmd4': genmd4.GenMD4(MASK),
-    'sedd': sedd.ScoreEntropy(MASK),
+  'masked': masked.Masked(MASK),
+  'hybrid': mixture.Hybrid(MASK),
+  'block': block.Block(MASK, block_size=4),
+  'ar': ar.Autoregressive(MASK),
+  'd3pm': d3pm.D3PM(MASK),
+  'genmd4': genmd4.GenMD4(MASK),
+  'sedd': sedd.ScoreEntropy(MASK),
 }
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8))
 
@@ -52,11 +44,24 @@ def make_mesh(shape):
 
 def make_network(name, shape, **changes):
   objective = OBJECTIVES[name]
-  config = toys.model_config(**{**dict(
-      vocab_size=VOCAB, num_layers=3, embed_dim=WIDTH, num_heads=8, mlp_dim=64,
-      mlp='swiglu', qk_norm=True, causal=objective.causal,
-      block_size=objective.block_size, time_conditioning=name == 'hybrid',
-      tie_embeddings=name != 'ar'), **changes})
+  config = toys.model_config(
+    **{
+      **dict(
+        vocab_size=VOCAB,
+        num_layers=3,
+        embed_dim=WIDTH,
+        num_heads=8,
+        mlp_dim=64,
+        mlp='swiglu',
+        qk_norm=True,
+        causal=objective.causal,
+        block_size=objective.block_size,
+        time_conditioning=name == 'hybrid',
+        tie_embeddings=name != 'ar',
+      ),
+      **changes,
+    }
+  )
   return train.Network(config, 20, Shards(*shape[1:]))
 
 
@@ -69,7 +74,9 @@ def make_optimizer():
 def initial_params(config, scale):
   """Larger weights than at the start of training, so that all of it matters."""
   config = dataclasses.replace(config, remat='none', unroll=False)
-  params = jax.jit(transformer.init_params, static_argnums=0)(config, jax.random.key(0))
+  params = jax.jit(transformer.init_params, static_argnums=0)(
+    config, jax.random.key(0)
+  )
   return jax.tree.map(lambda x: scale * np.array(x), params)
 
 
@@ -87,9 +94,12 @@ def make_params(network, mesh, name, scale=3):
 def make_state(network, mesh, name, scale=3):
   params = jax.device_get(make_params(network, mesh, name, scale))
   state = states.TrainState(
-      step=np.int32(0), params=params, ema_params=params,
-      opt_state=jax.device_get(make_optimizer().init(params)),
-      key=jax.random.key(7))
+    step=np.int32(0),
+    params=params,
+    ema_params=params,
+    opt_state=jax.device_get(make_optimizer().init(params)),
+    key=jax.random.key(7),
+  )
   return jax.device_put(state, meshes.shardings(mesh, state))
 
 
@@ -98,16 +108,21 @@ def make_batch(seed):
   weight = np.ones((BATCH, LENGTH), np.float32)
   weight[1, :3] = 0
   weight[9] = 0
-  return {'tokens': rng.integers(MASK, size=weight.shape).astype(np.int32),
-          'weight': weight, 'num_bytes': weight.sum(1).astype(np.int32)}
+  return {
+    'tokens': rng.integers(MASK, size=weight.shape).astype(np.int32),
+    'weight': weight,
+    'num_bytes': weight.sum(1).astype(np.int32),
+  }
 
 
 def unpadded(tree):
   """On the host, without the rows that only pad the vocabulary."""
+
   def cut(path, x):
     name = getattr(path[-1], 'key', '')
     x = np.asarray(x)
     return x[:VOCAB] if name in sharding.BY_VOCABULARY else x
+
   return jax.tree_util.tree_map_with_path(cut, jax.device_get(tree))
 
 
@@ -115,9 +130,16 @@ def train(name, shape, num_microbatches=1, scale=3, anneal_steps=0, **changes):
   """A step: how parameters and average changed, and its metrics."""
   mesh, network = make_mesh(shape), make_network(name, shape, **changes)
   train_step = train.make_train_step(
-      network, OBJECTIVES[name], make_optimizer(), optax.constant_schedule(LEARNING_RATE),
-      mesh, batch_size=BATCH, num_microbatches=num_microbatches, ema_decay=0.5,
-      anneal_steps=anneal_steps)
+    network,
+    OBJECTIVES[name],
+    make_optimizer(),
+    optax.constant_schedule(LEARNING_RATE),
+    mesh,
+    batch_size=BATCH,
+    num_microbatches=num_microbatches,
+    ema_decay=0.5,
+    anneal_steps=anneal_steps,
+  )
   state = make_state(network, mesh, name, scale)
   if anneal_steps:  # half open
     state = state.replace(step=state.step + 1)
@@ -145,75 +167,110 @@ def assert_close(a, b, rtol=1e-3):
 
 
 class TrainTest(parameterized.TestCase):
-
   @parameterized.product(name=('masked', 'hybrid', 'block', 'ar'), shape=MESHES)
   def test_is_the_same_on_every_mesh(self, name, shape):
     jax.tree.map(assert_close, on_one_device(name), train(name, shape))
 
   @parameterized.parameters(
-      ('masked', (2, 2, 2), 2, 'none', False),
-      ('masked', (1, 4, 2), 1, 'full', False),
-      ('masked', (2, 2, 1), 2, 'dots', True),
-      ('hybrid', (1, 4, 1), 2, 'dots', False),
-      ('block', (2, 2, 2), 1, 'full', True),
-      ('ar', (1, 2, 4), 2, 'full', False))
+    ('masked', (2, 2, 2), 2, 'none', False),
+    ('masked', (1, 4, 2), 1, 'full', False),
+    ('masked', (2, 2, 1), 2, 'dots', True),
+    ('hybrid', (1, 4, 1), 2, 'dots', False),
+    ('block', (2, 2, 2), 1, 'full', True),
+    ('ar', (1, 2, 4), 2, 'full', False),
+  )
   def test_is_the_same_with_remat_and_microbatches(
-      self, name, shape, num_microbatches, remat, unroll):
-    jax.tree.map(assert_close, on_one_device(name), train(
-        name, shape, num_microbatches, remat=remat, unroll=unroll))
+    self, name, shape, num_microbatches, remat, unroll
+  ):
+    jax.tree.map(
+      assert_close,
+      on_one_device(name),
+      train(name, shape, num_microbatches, remat=remat, unroll=unroll),
+    )
 
   def test_is_the_same_with_what_imported_networks_have(self):
-    changes = dict(time_form='sigma', time_dim=16, output_bias=True,
-                   embedding_dim=24, tie_embeddings=False, norm='layer',
-                   mlp='gelu_tanh', mlp_bias=True, num_layers=2)
-    one, four = (train('hybrid', shape, **changes)
-                 for shape in ((1, 1, 1), (1, 2, 2)))
+    changes = dict(
+      time_form='sigma',
+      time_dim=16,
+      output_bias=True,
+      embedding_dim=24,
+      tie_embeddings=False,
+      norm='layer',
+      mlp='gelu_tanh',
+      mlp_bias=True,
+      num_layers=2,
+    )
+    one, four = (
+      train('hybrid', shape, **changes) for shape in ((1, 1, 1), (1, 2, 2))
+    )
     jax.tree.map(assert_close, one, four)
 
   @parameterized.parameters(('ar', (1, 2, 2)), ('masked', (2, 2, 2)))
   def test_options_of_published_networks(self, name, shape):
     # Keys shared by two queries each, biases, LayerNorm, learned positions; and
     # what makes a masked network of an autoregressive one.
-    options = dict(num_layers=2, num_kv_heads=4, attention_bias='all', mlp_bias=True)
+    options = dict(
+      num_layers=2, num_kv_heads=4, attention_bias='all', mlp_bias=True
+    )
     if name == 'ar':
       options |= dict(norm='layer', norm_bias=True, num_positions=LENGTH)
     else:
       options |= dict(shift_outputs=True, anneal_steps=2)
-    jax.tree.map(assert_close, train(name, (1, 1, 1), **options),
-                 train(name, shape, **options))
+    jax.tree.map(
+      assert_close,
+      train(name, (1, 1, 1), **options),
+      train(name, shape, **options),
+    )
 
   @parameterized.parameters('d3pm', 'genmd4', 'sedd')
   def test_other_losses_sum_over_a_split_vocabulary(self, name):
     jax.tree.map(assert_close, on_one_device(name), train(name, (1, 2, 4)))
 
-
   def test_is_the_same_in_low_precision(self):
     # Gathered parameters in bfloat16, their gradients in float32. A wrong sum over
     # devices would be wrong by a factor.
     changes = {'dtype': 'bfloat16', 'scale': 1}
-    (one, _), (four, _) = (train('masked', shape, **changes)
-                           for shape in ((1, 1, 1), (1, 4, 1)))
+    (one, _), (four, _) = (
+      train('masked', shape, **changes) for shape in ((1, 1, 1), (1, 4, 1))
+    )
     jax.tree.map(functools.partial(assert_close, rtol=0.03), one, four)
 
 
 class EvalAndSampleTest(parameterized.TestCase):
-
-  @parameterized.product(name=('masked', 'hybrid', 'block', 'ar'),
-                         shape=((1, 8, 1), (2, 2, 2)))
+  @parameterized.product(
+    name=('masked', 'hybrid', 'block', 'ar'), shape=((1, 8, 1), (2, 2, 2))
+  )
   def test_evaluation_is_the_same(self, name, shape):
     def sums(shape):
       mesh, network = make_mesh(shape), make_network(name, shape)
-      run = train.make_eval_step(network, OBJECTIVES[name], mesh, num_draws=2,
-                                seed=3)
+      run = train.make_eval_step(
+        network, OBJECTIVES[name], mesh, num_draws=2, seed=3
+      )
       batch = {**make_batch(5), 'index': np.arange(BATCH, dtype=np.int32)}
-      return jax.device_get(run(make_params(network, mesh, name),
-                                meshes.shard_whole_batch(mesh, batch)))
+      return jax.device_get(
+        run(
+          make_params(network, mesh, name),
+          meshes.shard_whole_batch(mesh, batch),
+        )
+      )
+
     jax.tree.map(assert_close, sums((1, 1, 1)), sums(shape))
 
   @parameterized.product(
-      name=('fixed_count', 'ancestral', 'first_hitting', 'confidence', 'remask',
-            'posterior', 'prefix_cache', 'block', 'ar', 'genmd4'),
-      shape=((1, 8, 1), (2, 2, 2)))
+    name=(
+      'fixed_count',
+      'ancestral',
+      'first_hitting',
+      'confidence',
+      'remask',
+      'posterior',
+      'prefix_cache',
+      'block',
+      'ar',
+      'genmd4',
+    ),
+    shape=((1, 8, 1), (2, 2, 2)),
+  )
   def test_samples_are_the_same_and_no_device_waits(self, name, shape):
     # Each row, so each device, has another number of tokens to fill: loops that
     # were not kept in step would wait for each other forever.
@@ -221,16 +278,19 @@ class EvalAndSampleTest(parameterized.TestCase):
     draw = Draw(MASK)
     inner = samplers.SAMPLERS['fixed_count'](draw, 2)
     sampler = {
-        'block': lambda cls: cls(inner, 4, MASK),
-        'prefix_cache': lambda cls: cls(inner, 4, MASK),
-        'posterior': lambda cls: cls(draw, 4, OBJECTIVES[objective]),
-        # By chance: on a blank canvas confidences are tied, up to rounding.
-        'confidence': lambda cls: cls(draw, 4, 'random'),
-        'ar': lambda cls: cls(draw), 'first_hitting': lambda cls: cls(draw),
+      'block': lambda cls: cls(inner, 4, MASK),
+      'prefix_cache': lambda cls: cls(inner, 4, MASK),
+      'posterior': lambda cls: cls(draw, 4, OBJECTIVES[objective]),
+      # By chance: on a blank canvas confidences are tied, up to rounding.
+      'confidence': lambda cls: cls(draw, 4, 'random'),
+      'ar': lambda cls: cls(draw),
+      'first_hitting': lambda cls: cls(draw),
     }
     if objective == 'genmd4':  # with the rates that were learned
       name = 'posterior'
-    sampler = sampler.get(name, lambda cls: cls(draw, 4))(samplers.SAMPLERS[name])
+    sampler = sampler.get(name, lambda cls: cls(draw, 4))(
+      samplers.SAMPLERS[name]
+    )
     num_fixed = np.array([[LENGTH, LENGTH, 0, 2, 6, 7, 1, 3]]).T
     if objective == 'ar':
       num_fixed = np.full((8, 1), 3)
@@ -239,23 +299,32 @@ class EvalAndSampleTest(parameterized.TestCase):
 
     def sample(shape):
       mesh, network = make_mesh(shape), make_network(objective, shape)
-      run = train.make_sample_step(network, OBJECTIVES[objective], sampler, mesh)
+      run = train.make_sample_step(
+        network, OBJECTIVES[objective], sampler, mesh
+      )
       canvas = meshes.shard_whole_batch(mesh, types.Canvas(tokens, fixed))
-      return jax.device_get(run(make_params(network, mesh, objective),
-                                jax.random.key(1), canvas)).tokens
+      return jax.device_get(
+        run(make_params(network, mesh, objective), jax.random.key(1), canvas)
+      ).tokens
+
     np.testing.assert_array_equal(sample((1, 1, 1)), sample(shape))
 
 
 class MemoryTest(parameterized.TestCase):
-
-  @parameterized.parameters(((1, 8, 1),), ((2, 4, 1),), ((1, 4, 2),),
-                            ((2, 2, 2),), ((1, 1, 8),))
+  @parameterized.parameters(
+    ((1, 8, 1),), ((2, 4, 1),), ((1, 4, 2),), ((2, 2, 2),), ((1, 1, 8),)
+  )
   def test_a_device_holds_its_share_of_the_state(self, shape):
     mesh = make_mesh(shape)
     network = make_network('masked', shape, vocab_size=64, embed_dim=128)
     init = lambda: states.init_state(
-        network.config, OBJECTIVES['masked'], optax.adamw(1e-3), 0, True,
-        network.shards)
+      network.config,
+      OBJECTIVES['masked'],
+      optax.adamw(1e-3),
+      0,
+      True,
+      network.shards,
+    )
     state = meshes.init_sharded(mesh, init)
     leaves = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
     whole = sum(x.nbytes for x in leaves)
@@ -267,16 +336,24 @@ class MemoryTest(parameterized.TestCase):
     mesh = make_mesh(shape)
     network = make_network('masked', shape, num_layers=num_layers)
     train_step = train.make_train_step(
-        network, OBJECTIVES['masked'], make_optimizer(),
-        optax.constant_schedule(LEARNING_RATE), mesh, batch_size=BATCH, num_microbatches=1,
-        ema_decay=0.5)
+      network,
+      OBJECTIVES['masked'],
+      make_optimizer(),
+      optax.constant_schedule(LEARNING_RATE),
+      mesh,
+      batch_size=BATCH,
+      num_microbatches=1,
+      ema_decay=0.5,
+    )
     state = make_state(network, mesh, 'masked')
     batch = meshes.shard_whole_batch(mesh, make_batch(0))
     text = train_step.lower(state, batch).compile().as_text()
     results = re.findall(r'= (.*?) all-gather(?:-start)?\(', text)
-    sizes = [np.prod([int(n) for n in dims.split(',') if n])
-             for result in results
-             for dims in re.findall(r'f32\[([\d,]*)\]', result)]
+    sizes = [
+      np.prod([int(n) for n in dims.split(',') if n])
+      for result in results
+      for dims in re.findall(r'f32\[([\d,]*)\]', result)
+    ]
     self.assertNotEmpty(sizes)
     self.assertIn('reduce-scatter', text)
     # The largest matrix of one block; a stack of them would be 4 times that.
@@ -284,12 +361,13 @@ class MemoryTest(parameterized.TestCase):
 
 
 class SpecTest(parameterized.TestCase):
-
   def test_every_matrix_is_split(self):
-    network = make_network('hybrid', (1, 2, 2), tie_embeddings=False,
-                           num_positions=LENGTH)
-    params = jax.eval_shape(lambda: network.init_params(
-        OBJECTIVES['hybrid'], jax.random.key(0)))
+    network = make_network(
+      'hybrid', (1, 2, 2), tie_embeddings=False, num_positions=LENGTH
+    )
+    params = jax.eval_shape(
+      lambda: network.init_params(OBJECTIVES['hybrid'], jax.random.key(0))
+    )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
       if path[-1].key == 'position_embedding':
         self.assertIn('fsdp', sharding.spec(path, leaf.ndim, network.shards))
@@ -301,24 +379,27 @@ class SpecTest(parameterized.TestCase):
         self.assertIn('tensor', spec, jax.tree_util.keystr(path))
 
   @parameterized.parameters(
-      ((1, 3, 1), r'mesh.fsdp=3 does not divide model.embed_dim=32'),
-      ((1, 1, 3), r'mesh.tensor=3 does not divide model.num_heads=8'),
-      ((1, 1, 4), r'mesh.tensor=4 does not divide model.num_kv_heads=2'))
+    ((1, 3, 1), r'mesh.fsdp=3 does not divide model.embed_dim=32'),
+    ((1, 1, 3), r'mesh.tensor=3 does not divide model.num_heads=8'),
+    ((1, 1, 4), r'mesh.tensor=4 does not divide model.num_kv_heads=2'),
+  )
   def test_a_network_that_cannot_be_split(self, shape, message):
     with self.assertRaisesRegex(InputError, message):
       make_network('masked', shape, num_kv_heads=2)
 
   @parameterized.parameters(
-      ((-1, 2, 2), (2, 2, 2)), ((2, -1, 1), (2, 4, 1)), ((1, 1, -1), (1, 1, 8)))
+    ((-1, 2, 2), (2, 2, 2)), ((2, -1, 1), (2, 4, 1)), ((1, 1, -1), (1, 1, 8))
+  )
   def test_the_rest_of_the_devices(self, sizes, shape):
     mesh = meshes.make_mesh(meshes.MeshConfig(*sizes))
     self.assertEqual(tuple(mesh.shape.values()), shape)
 
   @parameterized.parameters(
-      ((-1, -1, 1), 'only one axis can be -1'),
-      ((-1, 3, 1), 'must multiply to the 8 devices'),
-      ((2, 2, 1), 'must multiply to the 8 devices'),
-      ((1, 0, 1), 'mesh.fsdp=0 must be >= 1, or -1'))
+    ((-1, -1, 1), 'only one axis can be -1'),
+    ((-1, 3, 1), 'must multiply to the 8 devices'),
+    ((2, 2, 1), 'must multiply to the 8 devices'),
+    ((1, 0, 1), 'mesh.fsdp=0 must be >= 1, or -1'),
+  )
   def test_sizes_that_do_not_fit(self, sizes, message):
     with self.assertRaisesRegex(InputError, message):
       meshes.make_mesh(meshes.MeshConfig(*sizes))

@@ -6,16 +6,25 @@ from absl import flags
 from absl.testing import flagsaver
 import pytest
 
-# First: where it is imported later (docs_test), its flags replace compare's.
-from nanodlm.perf import benchmark  # pylint: disable=unused-import
-from nanodlm.evals import compare
 from nanodlm import samplers
+from nanodlm.evals import compare
+
+# First: where it is imported later (docs_test), its flags replace compare's.
 from tests import workdirs
 
 DRAW = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0}
-QUALITY = {'gen_ppl', 'gen_bits_per_byte', 'unigram_entropy', 'sample_entropy',
-           'distinct_1', 'distinct_2', 'distinct_3', 'num_calls', 'sampler',
-           'tokens_per_sec'}
+QUALITY = {
+  'gen_ppl',
+  'gen_bits_per_byte',
+  'unigram_entropy',
+  'sample_entropy',
+  'distinct_1',
+  'distinct_2',
+  'distinct_3',
+  'num_calls',
+  'sampler',
+  'tokens_per_sec',
+}
 
 
 @pytest.fixture(scope='module')
@@ -23,8 +32,10 @@ def runs(tmp_path_factory):
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   folder = tmp_path_factory.mktemp('runs')
-  return (workdirs.make_workdir(folder / 'masked'),
-          workdirs.make_workdir(folder / 'ar', objective__name='ar'))
+  return (
+    workdirs.make_workdir(folder / 'masked'),
+    workdirs.make_workdir(folder / 'ar', objective__name='ar'),
+  )
 
 
 def run_main(workdirs_given, **values):
@@ -33,18 +44,24 @@ def run_main(workdirs_given, **values):
 
 
 def test_points():
-  request = compare.Request(('auto', 'ancestral', 'fixed_count', 'ar'), (2, 8), 4,
-                            0, DRAW, 0)
+  request = compare.Request(
+    ('auto', 'ancestral', 'fixed_count', 'ar'), (2, 8), 4, 0, DRAW, 0
+  )
   points = compare.plan_points('masked', request, 64)
   assert [(p['name'], p['num_steps']) for p in points] == [
-      ('fixed_count', 2), ('fixed_count', 8), ('ancestral', 2), ('ancestral', 8)]
+    ('fixed_count', 2),
+    ('fixed_count', 8),
+    ('ancestral', 2),
+    ('ancestral', 8),
+  ]
   # A sampler without a number of steps is one point.
   assert compare.plan_points('ar', request, 64) == [{'name': 'ar', **DRAW}]
   for objective, default in samplers.DEFAULTS.items():
     assert compare.plan_points(objective, request, 64)[0]['name'] == default
   # Each of the four blocks of 16 takes its share, at least one call.
-  assert [p['num_steps'] for p in compare.plan_points('block', request, 64, 16)
-          ] == [1, 2]
+  assert [
+    p['num_steps'] for p in compare.plan_points('block', request, 64, 16)
+  ] == [1, 2]
   stepped = compare.Request(('prefix_cache', 'confidence'), (8,), 4, 0, DRAW, 0)
   stale, confident = compare.plan_points('masked', stepped, 64)
   assert stale['num_steps'] == 4  # two blocks of 32
@@ -53,9 +70,15 @@ def test_points():
 
 def test_two_runs(runs, tmp_path, capsys):
   output = tmp_path / 'comparison'
-  status = run_main(runs, output=str(output), judge=runs[1],
-                    samplers=['auto'], num_steps=['2', '4'],
-                    num_samples=8, plot=False)
+  status = run_main(
+    runs,
+    output=str(output),
+    judge=runs[1],
+    samplers=['auto'],
+    num_steps=['2', '4'],
+    num_samples=8,
+    plot=False,
+  )
   assert status == 0
   table = capsys.readouterr().out
   assert table == (output / 'comparison.txt').read_text()
@@ -75,8 +98,15 @@ def test_two_runs(runs, tmp_path, capsys):
   assert abs(ar['points'][0]['gen_nll'] - ar['nll']) < 0.2
   # The same again, times apart; and nothing is overwritten.
   again = tmp_path / 'again'
-  run_main(runs[:1], output=str(again), judge=runs[1], samplers=['fixed_count'],
-           num_steps=['4'], num_samples=8, plot=False)
+  run_main(
+    runs[:1],
+    output=str(again),
+    judge=runs[1],
+    samplers=['fixed_count'],
+    num_steps=['4'],
+    num_samples=8,
+    plot=False,
+  )
   (first,) = json.loads((again / 'comparison.json').read_text())['runs']
   second = {**masked, 'points': [masked['points'][0], masked['points'][2]]}
   for result in (first, second):
@@ -107,14 +137,17 @@ def test_common_source(runs, tmp_path):
   assert not results[0]['points']  # no samples were asked for
 
 
-@pytest.mark.parametrize('values, words', [
+@pytest.mark.parametrize(
+  'values, words',
+  [
     ({'samplers': ['ar']}, 'fits none of the runs'),
     ({'samplers': ['nope']}, 'are not among'),
     ({'num_steps': ['0']}, '--num_steps=0'),
     ({'num_steps': ['x', '4']}, '--num_steps=x,4'),
     ({'judge': 'MASKED'}, 'must be autoregressive'),
     ({'output': None}, '--output is needed'),
-])
+  ],
+)
 def test_refused(runs, tmp_path, capsys, values, words):
   values = {'output': str(tmp_path / 'new'), 'plot': False, **values}
   if values.get('judge'):
@@ -127,20 +160,36 @@ def test_refused(runs, tmp_path, capsys, values, words):
 
 def test_plot(tmp_path):
   pytest.importorskip('matplotlib')
-  point = {'sampler': {'name': 'a'}, 'num_calls': 4, 'gen_bits_per_byte': 2.0,
-           'gen_bits_per_byte_ci95': 0.1, 'sample_entropy': 3.0}
+  point = {
+    'sampler': {'name': 'a'},
+    'num_calls': 4,
+    'gen_bits_per_byte': 2.0,
+    'gen_bits_per_byte_ci95': 0.1,
+    'sample_entropy': 3.0,
+  }
   real = {**point, 'sampler': {'name': 'held-out text'}, 'num_calls': 0}
   path = tmp_path / 'curves.png'
-  compare.plot_curves([{'workdir': 'x/run', 'points': [real, point]}], 'judge',
-                      path)
+  compare.plot_curves(
+    [{'workdir': 'x/run', 'points': [real, point]}], 'judge', path
+  )
   assert path.read_bytes()[:4] == b'\x89PNG'
 
 
 def test_plot_without_matplotlib(runs, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(compare.importlib.util, 'find_spec', lambda name: None)
   output = tmp_path / 'new'
-  assert run_main(runs[:1], output=str(output), samplers=['auto'],
-                  num_steps=['4'], num_samples=8) == 0
+  assert (
+    run_main(
+      runs[:1],
+      output=str(output),
+      samplers=['auto'],
+      num_steps=['4'],
+      num_samples=8,
+    )
+    == 0
+  )
   assert 'no curves.png' in capsys.readouterr().err
   assert sorted(path.name for path in output.iterdir()) == [
-      'comparison.json', 'comparison.txt']
+    'comparison.json',
+    'comparison.txt',
+  ]

@@ -36,9 +36,14 @@ def test_accuracy(tmp_path):
   weight = np.ones(tokens.shape, np.float32)
   weight[:5, 0] = 0
   results = infill.measure_infilling(
-      run, params, {'tokens': tokens, 'weight': weight}, [0.25, 1.0])
+    run, params, {'tokens': tokens, 'weight': weight}, [0.25, 1.0]
+  )
   assert [(r['pattern'], r['ratio']) for r in results] == [
-      ('uniform', 0.25), ('uniform', 1.0), ('span', 0.25), ('span', 1.0)]
+    ('uniform', 0.25),
+    ('uniform', 1.0),
+    ('span', 0.25),
+    ('span', 1.0),
+  ]
   for result in results:
     assert result['exact_match'] == 0.75
     assert result['num_examples'] == 20
@@ -48,9 +53,13 @@ def test_accuracy(tmp_path):
   assert results[1]['num_tokens'] == 20 * 16 - 5
 
 
-@pytest.mark.parametrize('changes', [
+@pytest.mark.parametrize(
+  'changes',
+  [
     {'objective__name': 'ar'},
-    {'objective__name': 'block', 'objective__block_size': 4}])
+    {'objective__name': 'block', 'objective__block_size': 4},
+  ],
+)
 def test_networks_that_do_not_see_what_is_behind_are_refused(changes, tmp_path):
   run, params, _ = evaluate.open_run(workdirs.make_workdir(tmp_path, **changes))
   with pytest.raises(InputError, match='both sides'):

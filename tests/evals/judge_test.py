@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from nanodlm import evaluate
-from nanodlm.evals import judge as judges
 from nanodlm.data import tokenizers
+from nanodlm.evals import judge as judges
 from nanodlm.types import InputError
 from tests import workdirs
 
@@ -17,8 +17,9 @@ BYTES = tokenizers.BytesTokenizer()
 
 @pytest.fixture(scope='module')
 def judge(tmp_path_factory):
-  workdir = workdirs.make_workdir(tmp_path_factory.mktemp('ar'),
-                                  objective__name='ar')
+  workdir = workdirs.make_workdir(
+    tmp_path_factory.mktemp('ar'), objective__name='ar'
+  )
   return judges.make_judge(workdir, batch_size=3)
 
 
@@ -33,24 +34,30 @@ def test_own_ids(judge):
   np.testing.assert_array_equal(judged.num_bytes, 16)
   for row, nll in zip(tokens, judged.nll):
     # The first token is predicted from the start symbol.
-    log_p = workdirs.log_probs(judge.run, judge.params,
-                               [BYTES.mask_id, *row[:-1]])
+    log_p = workdirs.log_probs(
+      judge.run, judge.params, [BYTES.mask_id, *row[:-1]]
+    )
     np.testing.assert_allclose(nll, -log_p[np.arange(16), row].sum(), rtol=1e-5)
 
 
 def test_windows(judge):
   tokens = rows(2, 40)  # 16 + 16 + 8
   whole = judge.score(tokens, BYTES)
-  parts = [judge.score(tokens[:, first:first + 16], BYTES)
-           for first in (0, 16, 32)]
-  np.testing.assert_allclose(whole.nll, sum(part.nll for part in parts),
-                             rtol=1e-5)
+  parts = [
+    judge.score(tokens[:, first : first + 16], BYTES) for first in (0, 16, 32)
+  ]
+  np.testing.assert_allclose(
+    whole.nll, sum(part.nll for part in parts), rtol=1e-5
+  )
   np.testing.assert_array_equal(whole.num_tokens, 40)
 
 
 def test_documents_are_told_apart_as_in_training(judge, tmp_path):
-  marked = judges.make_judge(workdirs.make_workdir(
-      tmp_path, objective__name='ar', data__segment_ids=True))
+  marked = judges.make_judge(
+    workdirs.make_workdir(
+      tmp_path, objective__name='ar', data__segment_ids=True
+    )
+  )
   tokens = rows(1, 16)
   separator = BYTES.separator_id
   tokens[0, [5, 11]] = separator
@@ -65,8 +72,9 @@ def test_documents_are_told_apart_as_in_training(judge, tmp_path):
 
 
 def test_other_tokenizer_is_judged_by_its_text(judge, tmp_path):
-  workdir = workdirs.make_workdir(tmp_path, tokenizer__name='sentencepiece',
-                                  tokenizer__vocab_size=300)
+  workdir = workdirs.make_workdir(
+    tmp_path, tokenizer__name='sentencepiece', tokenizer__vocab_size=300
+  )
   tokenizer = evaluate.open_run(workdir)[0].tokenizer
   assert not judge.reads_ids_of(tokenizer) and judge.reads_ids_of(BYTES)
   texts = ['the lazy dog, and', 'The quick brown f']
@@ -84,19 +92,29 @@ def test_other_tokenizer_is_judged_by_its_text(judge, tmp_path):
 
 
 def test_quality(tmp_path):
-  flat = judges.make_judge(workdirs.make_workdir(
-      tmp_path, scale=0.0, objective__name='ar'))
+  flat = judges.make_judge(
+    workdirs.make_workdir(tmp_path, scale=0.0, objective__name='ar')
+  )
   tokens = rows(4, 16)
   quality = judges.measure_quality(flat, tokens, BYTES)
   np.testing.assert_allclose(quality['gen_ppl'], 257, rtol=1e-4)
-  np.testing.assert_allclose(quality['gen_bits_per_byte'], math.log2(257),
-                             rtol=1e-5)
+  np.testing.assert_allclose(
+    quality['gen_bits_per_byte'], math.log2(257), rtol=1e-5
+  )
   assert quality['judge_tokens'] == 'own'
   assert quality['gen_bits_per_byte_ci95'] < 1e-3
   # Never without the numbers that show repetition; without a judge, only these.
-  assert set(judges.measure_quality(None, tokens, BYTES)) == {
-      'unigram_entropy', 'sample_entropy', 'distinct_1', 'distinct_2',
-      'distinct_3'} <= set(quality)
+  assert (
+    set(judges.measure_quality(None, tokens, BYTES))
+    == {
+      'unigram_entropy',
+      'sample_entropy',
+      'distinct_1',
+      'distinct_2',
+      'distinct_3',
+    }
+    <= set(quality)
+  )
 
 
 def test_a_bound_is_no_judge(tmp_path):
@@ -117,17 +135,27 @@ def test_hugging_face(tmp_path):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
   import tokenizers as hf_tokenizers  # Hugging Face's, not ours
+
   alphabet = sorted(hf_tokenizers.pre_tokenizers.ByteLevel.alphabet())
   vocab = {piece: i for i, piece in enumerate([*alphabet, '<|endoftext|>'])}
   inner = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE(vocab, []))
   inner.pre_tokenizer = hf_tokenizers.pre_tokenizers.ByteLevel(
-      add_prefix_space=False)
+    add_prefix_space=False
+  )
   transformers.PreTrainedTokenizerFast(
-      tokenizer_object=inner, eos_token='<|endoftext|>').save_pretrained(tmp_path)
+    tokenizer_object=inner, eos_token='<|endoftext|>'
+  ).save_pretrained(tmp_path)
   torch.manual_seed(0)
-  transformers.GPT2LMHeadModel(transformers.GPT2Config(
-      vocab_size=257, n_positions=12, n_embd=8, n_layer=1, n_head=2,
-      initializer_range=0.5)).save_pretrained(tmp_path)
+  transformers.GPT2LMHeadModel(
+    transformers.GPT2Config(
+      vocab_size=257,
+      n_positions=12,
+      n_embd=8,
+      n_layer=1,
+      n_head=2,
+      initializer_range=0.5,
+    )
+  ).save_pretrained(tmp_path)
   judge = judges.make_judge(f'hf:{tmp_path}', batch_size=2)
   assert judge.window == 11
   text = 'the quick brown fox'  # 11 + 8

@@ -17,22 +17,34 @@ OPTIONS = {'batch_size': 8, 'num_draws': 2}
 @pytest.fixture(scope='module')
 def masked(tmp_path_factory):
   # 40 is no multiple of LENGTH_STEP: rows of 32 and of 40 tokens.
-  return adapter.open_text_model(workdirs.make_workdir(
-      tmp_path_factory.mktemp('masked'), data__length=40), **OPTIONS)
+  return adapter.open_text_model(
+    workdirs.make_workdir(tmp_path_factory.mktemp('masked'), data__length=40),
+    **OPTIONS,
+  )
 
 
 @pytest.fixture(scope='module')
 def causal(tmp_path_factory):
-  return adapter.open_text_model(workdirs.make_workdir(
-      tmp_path_factory.mktemp('ar'), data__length=40, objective__name='ar'),
-      **OPTIONS)
+  return adapter.open_text_model(
+    workdirs.make_workdir(
+      tmp_path_factory.mktemp('ar'), data__length=40, objective__name='ar'
+    ),
+    **OPTIONS,
+  )
 
 
 @pytest.fixture(scope='module')
 def block(tmp_path_factory):
-  return adapter.open_text_model(workdirs.make_workdir(
-      tmp_path_factory.mktemp('block'), data__length=40, objective__name='block',
-      objective__block_size=4), sampler={'num_steps': 4}, **OPTIONS)
+  return adapter.open_text_model(
+    workdirs.make_workdir(
+      tmp_path_factory.mktemp('block'),
+      data__length=40,
+      objective__name='block',
+      objective__block_size=4,
+    ),
+    sampler={'num_steps': 4},
+    **OPTIONS,
+  )
 
 
 def log_probs(text_model, tokens):
@@ -58,7 +70,8 @@ def test_autoregressive_is_exact(causal):
     log_p = log_probs(causal, [causal.run.tokenizer.mask_id, *tokens[:-1]])
     places = range(len(context), len(tokens))
     np.testing.assert_allclose(
-        value, sum(log_p[i, tokens[i]] for i in places), rtol=1e-5, atol=1e-6)
+      value, sum(log_p[i, tokens[i]] for i in places), rtol=1e-5, atol=1e-6
+    )
     assert greedy == all(log_p[i].argmax() == tokens[i] for i in places)
 
 
@@ -90,12 +103,14 @@ def test_two_masked_tokens_are_the_mean_over_both_orders(masked):
   after_b = log_probs(masked, [*head, mask, b])
   expected = 0.5 * (first[3, a] + after_a[4, b] + first[4, b] + after_b[3, a])
   values = [
-      adapter.TextModel(masked.run, masked.params, num_draws=64, seed=seed,
-                        is_greedy=False).log_likelihoods([('the', 'fo')])[0][0]
-      for seed in range(3)]
+    adapter.TextModel(
+      masked.run, masked.params, num_draws=64, seed=seed, is_greedy=False
+    ).log_likelihoods([('the', 'fo')])[0][0]
+    for seed in range(3)
+  ]
   # Half of the 3 x 64 draws mask one of the two, which of them is a coin's toss.
   spread = abs(after_a[4, b] - after_b[3, a])
-  standard_error = 0.5 * spread / 96 ** 0.5
+  standard_error = 0.5 * spread / 96**0.5
   assert abs(np.mean(values) - expected) < 4 * standard_error + 1e-4
 
 
@@ -106,13 +121,16 @@ def test_choices_of_a_context_share_their_noise(masked):
 
 
 def test_greedy_is_what_the_sampler_writes(masked):
-  canvas = {'tokens': np.zeros((1, 32), np.int32),
-            'weight': np.zeros((1, 32), np.float32)}
+  canvas = {
+    'tokens': np.zeros((1, 32), np.int32),
+    'weight': np.zeros((1, 32), np.float32),
+  }
   canvas['tokens'][0, :3] = 65
   fixed = np.arange(32)[None] < 3
   tokens = np.where(fixed, canvas['tokens'], masked.run.tokenizer.mask_id)
-  filled, _ = masked._fill(0.0)(masked.params, jax.random.key(masked.seed),
-                                tokens.astype(np.int32), fixed)
+  filled, _ = masked._fill(0.0)(
+    masked.params, jax.random.key(masked.seed), tokens.astype(np.int32), fixed
+  )
   canvas['weight'][0, 3:6] = 1
   canvas['tokens'][0, 3:6] = filled[0, 3:6]
   assert masked._find_greedy(canvas, None).tolist() == [True]
@@ -127,10 +145,10 @@ def test_rolling(name, request):
   values = text_model.rolling_log_likelihoods(texts)
   assert values[1] == 0 and values[0] < values[2] < 0
   if name == 'causal':
-    parts = [('', texts[0][first:first + 40]) for first in (0, 40, 80)]
+    parts = [('', texts[0][first : first + 40]) for first in (0, 40, 80)]
     np.testing.assert_allclose(
-        values[0], sum(v for v, _ in text_model.log_likelihoods(parts)),
-        rtol=1e-5)
+      values[0], sum(v for v, _ in text_model.log_likelihoods(parts)), rtol=1e-5
+    )
   else:
     log_p = log_probs(text_model, [text_model.run.tokenizer.mask_id])
     np.testing.assert_allclose(values[2], log_p[0, ord('x')], rtol=1e-4)
@@ -144,8 +162,10 @@ def test_generate(masked, causal):
     assert all(len(text) <= 12 for text in texts)
     assert len(set(texts)) == 3
     stop = texts[0][2]
-    assert text_model.generate(prompts, [stop], 12, 1.0)[0] == (
-        texts[0][:texts[0].index(stop)])
+    assert (
+      text_model.generate(prompts, [stop], 12, 1.0)[0]
+      == (texts[0][: texts[0].index(stop)])
+    )
 
 
 def test_cut_at():
@@ -154,10 +174,12 @@ def test_cut_at():
 
 
 def test_generation_options():
-  assert adapter._generation_options({'until': 'x', 'do_sample': False,
-                                      'temperature': 0.7}) == (('x',), 256, 0.0)
-  assert adapter._generation_options({'until': ['a', 'b'], 'max_gen_toks': 3,
-                                      'temperature': 0.7}) == (('a', 'b'), 3, 0.7)
+  assert adapter._generation_options(
+    {'until': 'x', 'do_sample': False, 'temperature': 0.7}
+  ) == (('x',), 256, 0.0)
+  assert adapter._generation_options(
+    {'until': ['a', 'b'], 'max_gen_toks': 3, 'temperature': 0.7}
+  ) == (('a', 'b'), 3, 0.7)
   assert adapter._generation_options({}) == ((), 256, 0.0)
 
 
@@ -168,7 +190,7 @@ def test_without_the_harness(masked, monkeypatch):
 
 
 TASKS = {
-    'choices': '''
+  'choices': """
 task: choices
 dataset_path: json
 dataset_kwargs: {data_files: {test: FOLDER/choices.jsonl}}
@@ -178,8 +200,8 @@ doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
 metric_list: [{metric: acc}]
-''',
-    'rolling': '''
+""",
+  'rolling': """
 task: rolling
 dataset_path: json
 dataset_kwargs: {data_files: {test: FOLDER/choices.jsonl}}
@@ -188,8 +210,8 @@ output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{question}}"
 metric_list: [{metric: bits_per_byte}]
-''',
-    'writing': '''
+""",
+  'writing': """
 task: writing
 dataset_path: json
 dataset_kwargs: {data_files: {test: FOLDER/choices.jsonl}}
@@ -199,38 +221,63 @@ doc_to_text: "{{question}}"
 doc_to_target: "{{question}}"
 generation_kwargs: {until: ["e"], max_gen_toks: 8}
 metric_list: [{metric: exact_match}]
-''',
+""",
 }
 
 
 def test_under_the_harness(causal, masked, block, tmp_path, monkeypatch):
   lm_eval = pytest.importorskip(
-      'lm_eval', reason="the harness is not installed: pip install -e '.[lm_eval]'")
+    'lm_eval',
+    reason="the harness is not installed: pip install -e '.[lm_eval]'",
+  )
   from lm_eval import tasks
+
   monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
-  documents = [{'question': f'the quick {word}', 'choices': [' fox', ' dogs', ' e'],
-                'answer': i % 3} for i, word in enumerate(('red', 'dry', 'new'))]
+  documents = [
+    {
+      'question': f'the quick {word}',
+      'choices': [' fox', ' dogs', ' e'],
+      'answer': i % 3,
+    }
+    for i, word in enumerate(('red', 'dry', 'new'))
+  ]
   (tmp_path / 'choices.jsonl').write_text('\n'.join(map(json.dumps, documents)))
   for name, text in TASKS.items():
     (tmp_path / f'{name}.yaml').write_text(
-        text.replace('FOLDER', str(tmp_path)))
-  for text_model, sampler in ((causal, 'ar'), (masked, 'confidence'),
-                              (block, 'block')):
+      text.replace('FOLDER', str(tmp_path))
+    )
+  for text_model, sampler in (
+    (causal, 'ar'),
+    (masked, 'confidence'),
+    (block, 'block'),
+  ):
     assert configs.sampler_name(text_model.run.config) == sampler
     results = lm_eval.simple_evaluate(
-        adapter.make_lm(text_model), tasks=list(TASKS), bootstrap_iters=0,
-        task_manager=tasks.TaskManager(include_path=str(tmp_path),
-                                       include_defaults=False))
+      adapter.make_lm(text_model),
+      tasks=list(TASKS),
+      bootstrap_iters=0,
+      task_manager=tasks.TaskManager(
+        include_path=str(tmp_path), include_defaults=False
+      ),
+    )
     values = results['results']
-    pairs = [(doc['question'], choice) for doc in documents
-             for choice in doc['choices']]
-    scores = np.reshape([v for v, _ in text_model.log_likelihoods(pairs)], (3, 3))
+    pairs = [
+      (doc['question'], choice)
+      for doc in documents
+      for choice in doc['choices']
+    ]
+    scores = np.reshape(
+      [v for v, _ in text_model.log_likelihoods(pairs)], (3, 3)
+    )
     right = scores.argmax(1) == [doc['answer'] for doc in documents]
     assert values['choices']['acc,none'] == pytest.approx(np.mean(right))
     questions = [doc['question'] for doc in documents]
     total = sum(text_model.rolling_log_likelihoods(questions))
     num_bytes = sum(map(len, questions))
     assert values['rolling']['bits_per_byte,none'] == pytest.approx(
-        -total / num_bytes / np.log(2), rel=1e-5)
-    written = [sample['resps'][0][0] for sample in results['samples']['writing']]
+      -total / num_bytes / np.log(2), rel=1e-5
+    )
+    written = [
+      sample['resps'][0][0] for sample in results['samples']['writing']
+    ]
     assert written == text_model.generate(questions, ['e'], 8, 0.0)

@@ -14,12 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from nanodlm.training import checkpoint
-from nanodlm.interop import convert
 from nanodlm import evaluate
-from nanodlm.interop import export
-from nanodlm.model import transformer
+from nanodlm.interop import convert, export
 from nanodlm.interop.families import FAMILIES
+from nanodlm.model import transformer
+from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 from tests import dit_reference as reference
 from tests import toys
@@ -38,21 +37,32 @@ SIGMA = -np.log1p(-np.float64(T))
 BYTES = {'tokenizer.name': 'bytes'}
 SIZES = dict(n_heads=HEADS, model_length=LENGTH)
 CONFIGS = {
-    'mdlm': dict(model_type='mdlm', **SIZES),
-    'bd3lm': dict(model_type='bd3lm', block_size=2, **SIZES),
-    'duo': dict(model_type='DUO', **SIZES),
-    'sedd': dict(model=dict(n_heads=HEADS, length=LENGTH, scale_by_sigma=True),
-                 graph=dict(type='absorb'), noise=dict(type='loglinear'),
-                 tokens=VOCAB - 1),
-    'gidd': dict(model_type='dit', num_attention_heads=HEADS, max_seq_len=LENGTH,
-                 p_uniform=0.2),
+  'mdlm': dict(model_type='mdlm', **SIZES),
+  'bd3lm': dict(model_type='bd3lm', block_size=2, **SIZES),
+  'duo': dict(model_type='DUO', **SIZES),
+  'sedd': dict(
+    model=dict(n_heads=HEADS, length=LENGTH, scale_by_sigma=True),
+    graph=dict(type='absorb'),
+    noise=dict(type='loglinear'),
+    tokens=VOCAB - 1,
+  ),
+  'gidd': dict(
+    model_type='dit',
+    num_attention_heads=HEADS,
+    max_seq_len=LENGTH,
+    p_uniform=0.2,
+  ),
 }
 
 
 def tensors_of(family):
   return reference.random_ddit(
-      0, vocab_size=VOCAB - (family == 'duo'), width=WIDTH, cond_dim=COND,
-      num_layers=LAYERS)
+    0,
+    vocab_size=VOCAB - (family == 'duo'),
+    width=WIDTH,
+    cond_dim=COND,
+    num_layers=LAYERS,
+  )
 
 
 def write(folder, family, tensors=None, prefix='backbone.', **changes):
@@ -62,9 +72,13 @@ def write(folder, family, tensors=None, prefix='backbone.', **changes):
   tensors = tensors or tensors_of(family)
   if family in ('sedd', 'gidd'):
     prefix = ''
-  safetensors.save_file({f'{prefix}{name}': x for name, x in tensors.items()},
-                        folder / 'model.safetensors')
-  (folder / 'config.json').write_text(json.dumps({**CONFIGS[family], **changes}))
+  safetensors.save_file(
+    {f'{prefix}{name}': x for name, x in tensors.items()},
+    folder / 'model.safetensors',
+  )
+  (folder / 'config.json').write_text(
+    json.dumps({**CONFIGS[family], **changes})
+  )
   return str(folder)
 
 
@@ -80,15 +94,15 @@ def logits_of(workdir, tokens, t, clean=None, positions=None):
 
   @jax.jit
   def logits(params):
-    hidden = run.network.transformer.apply({'params': params}, tokens, t,
-                                           clean=clean, positions=positions)
+    hidden = run.network.transformer.apply(
+      {'params': params}, tokens, t, clean=clean, positions=positions
+    )
     return transformer.output_logits(transformer.output_kernel(params), hidden)
 
   return np.asarray(logits(params)), run
 
 
 class ParityTest(parameterized.TestCase):
-
   def convert(self, family, **kwargs):
     folder = new_folder(self)
     source = write(folder / 'theirs', family, **kwargs)
@@ -96,25 +110,27 @@ class ParityTest(parameterized.TestCase):
     return folder / 'ours'
 
   @parameterized.parameters(
-      ('mdlm', {}, 0 * SIGMA, 'masked'),
-      ('mdlm', dict(time_conditioning=True), SIGMA, 'masked'),
-      ('duo', {}, SIGMA, 'uniform'),
-      ('sedd', {}, SIGMA, 'sedd'),
-      ('gidd', {}, T, 'hybrid'))
+    ('mdlm', {}, 0 * SIGMA, 'masked'),
+    ('mdlm', dict(time_conditioning=True), SIGMA, 'masked'),
+    ('duo', {}, SIGMA, 'uniform'),
+    ('sedd', {}, SIGMA, 'sedd'),
+    ('gidd', {}, T, 'hybrid'),
+  )
   def test_logits(self, family, changes, told, objective):
     workdir = self.convert(family, **changes)
     tokens = np.minimum(TOKENS, VOCAB - 1 - (family == 'duo'))
     logits, run = logits_of(workdir, tokens, T)
     want = reference.ddit_logits(tensors_of(family), tokens, told, HEADS)
-    np.testing.assert_allclose(logits[..., :want.shape[-1]], want, atol=1e-4)
+    np.testing.assert_allclose(logits[..., : want.shape[-1]], want, atol=1e-4)
     self.assertEqual(run.config.objective.name, objective)
     self.assertGreater(np.abs(want).max(), 1)
 
   def test_logits_of_block_diffusion(self):
     workdir = self.convert('bd3lm')
     logits, run = logits_of(workdir, TOKENS, None, CLEAN)
-    want = reference.ddit_logits(tensors_of('bd3lm'), TOKENS, 0 * SIGMA, HEADS,
-                                 clean=CLEAN, block_size=2)
+    want = reference.ddit_logits(
+      tensors_of('bd3lm'), TOKENS, 0 * SIGMA, HEADS, clean=CLEAN, block_size=2
+    )
     np.testing.assert_allclose(logits, want, atol=1e-4)
     self.assertEqual(run.config.objective.name, 'block')
     self.assertEqual(run.config.objective.block_size, 2)
@@ -124,8 +140,9 @@ class ParityTest(parameterized.TestCase):
     positions = np.int32([3, 9, 22])
     logits, _ = logits_of(workdir, TOKENS, T, positions=positions)
     want = reference.ddit_logits(tensors_of('gidd'), TOKENS, T, HEADS)
-    np.testing.assert_allclose(logits, want.reshape(-1, VOCAB)[positions],
-                               atol=1e-4)
+    np.testing.assert_allclose(
+      logits, want.reshape(-1, VOCAB)[positions], atol=1e-4
+    )
 
   def test_log_scores(self):
     # What SEDD's network returns, from our raw outputs.
@@ -133,8 +150,10 @@ class ParityTest(parameterized.TestCase):
     logits, _ = logits_of(workdir, TOKENS, T)
     raw = reference.ddit_logits(tensors_of('sedd'), TOKENS, SIGMA, HEADS)
     np.testing.assert_allclose(
-        reference.sedd_log_score(logits, TOKENS, SIGMA),
-        reference.sedd_log_score(raw, TOKENS, SIGMA), atol=1e-4)
+      reference.sedd_log_score(logits, TOKENS, SIGMA),
+      reference.sedd_log_score(raw, TOKENS, SIGMA),
+      atol=1e-4,
+    )
 
   def test_a_mask_in_the_middle_changes_places_with_the_last_id(self):
     place = 40
@@ -147,27 +166,30 @@ class ParityTest(parameterized.TestCase):
 
 
 class WayBackTest(parameterized.TestCase):
-
   @parameterized.parameters('mdlm', 'bd3lm', 'sedd')
   def test_an_export_is_the_file_that_was_imported(self, family):
     folder = new_folder(self)
     source = write(folder / 'theirs', family)
     convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
     export.export_checkpoint(str(folder / 'ours'), str(folder / 'out'))
-    theirs, out = (safetensors.load_file(folder / name / 'model.safetensors')
-                   for name in ('theirs', 'out'))
+    theirs, out = (
+      safetensors.load_file(folder / name / 'model.safetensors')
+      for name in ('theirs', 'out')
+    )
     self.assertEqual(set(theirs), set(out))
     for name, x in theirs.items():
       np.testing.assert_array_equal(x, out[name])
     config = json.loads((folder / 'out' / 'config.json').read_text())
     self.assertTrue(FAMILIES[family].detect(config, out))
-    described, again = (FAMILIES[family].describe(
-        c, {name: x.shape for name, x in out.items()})
-                        for c in (CONFIGS[family], config))
+    described, again = (
+      FAMILIES[family].describe(c, {name: x.shape for name, x in out.items()})
+      for c in (CONFIGS[family], config)
+    )
     self.assertEqual(described, again)
 
-  @parameterized.parameters(dict(output_bias=True),
-                            dict(embedding_dim=8, tie_embeddings=False))
+  @parameterized.parameters(
+    dict(output_bias=True), dict(embedding_dim=8, tie_embeddings=False)
+  )
   def test_a_form_without_a_parameter_of_ours_does_not_fit(self, **changes):
     network = toys.model_config(mlp='swiglu', causal=True, **changes)
     for family in ('gpt2', 'llama', 'qwen2', 'qwen3', 'llada', 'dream'):
@@ -180,8 +202,9 @@ class WayBackTest(parameterized.TestCase):
     convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
     export.export_checkpoint(str(folder / 'ours'), str(folder / 'out'))
     convert.import_checkpoint(str(folder / 'out'), str(folder / 'again'))
-    first, second = (evaluate.open_run(str(folder / name))[1]
-                     for name in ('ours', 'again'))
+    first, second = (
+      evaluate.open_run(str(folder / name))[1] for name in ('ours', 'again')
+    )
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
@@ -189,19 +212,23 @@ class SettingsTest(parameterized.TestCase):
   """What a config.json asks for that is not to be had."""
 
   @parameterized.parameters(
-      ('bd3lm', dict(block_size=None), "no .'block_size'."),
-      ('bd3lm', dict(causal=True), 'causal=True'),
-      ('bd3lm', dict(time_conditioning=True), 'time_conditioning=True'),
-      ('mdlm', dict(n_heads=None), "no .'n_heads'."),
-      ('mdlm', dict(parameterization='d3pm'), "parameterization='d3pm'"),
-      ('duo', dict(causal=True), 'causal=True'),
-      ('sedd', dict(graph=dict(type='uniform')), "type='uniform'.*'absorb'"),
-      ('sedd', dict(noise=dict(type='geometric')), "type='geometric'"),
-      ('sedd', dict(noise='loglinear'), "noise='loglinear'.* not a section"),
-      ('sedd', dict(model=dict(n_heads=2, scale_by_sigma=False)),
-       'scale_by_sigma=False'),
-      ('gidd', dict(p_uniform=1.5), 'p_uniform=1.5'),
-      ('gidd', dict(p_uniform=None), "no .'p_uniform'."))
+    ('bd3lm', dict(block_size=None), "no .'block_size'."),
+    ('bd3lm', dict(causal=True), 'causal=True'),
+    ('bd3lm', dict(time_conditioning=True), 'time_conditioning=True'),
+    ('mdlm', dict(n_heads=None), "no .'n_heads'."),
+    ('mdlm', dict(parameterization='d3pm'), "parameterization='d3pm'"),
+    ('duo', dict(causal=True), 'causal=True'),
+    ('sedd', dict(graph=dict(type='uniform')), "type='uniform'.*'absorb'"),
+    ('sedd', dict(noise=dict(type='geometric')), "type='geometric'"),
+    ('sedd', dict(noise='loglinear'), "noise='loglinear'.* not a section"),
+    (
+      'sedd',
+      dict(model=dict(n_heads=2, scale_by_sigma=False)),
+      'scale_by_sigma=False',
+    ),
+    ('gidd', dict(p_uniform=1.5), 'p_uniform=1.5'),
+    ('gidd', dict(p_uniform=None), "no .'p_uniform'."),
+  )
   def test_refused(self, family, changes, message):
     folder = new_folder(self)
     source = write(folder / 'theirs', family, **changes)
@@ -215,20 +242,29 @@ class SettingsTest(parameterized.TestCase):
     tensors['blocks.1.attn_qkv.bias'] = tensors.pop('blocks.1.norm2.weight')
     source = write(folder / 'theirs', 'mdlm', tensors)
     with self.assertRaisesRegex(
-        InputError, r"missing: \['backbone.blocks.1.norm2.weight'\].*"
-        r"surplus: \['backbone.blocks.1.attn_qkv.bias'\]"):
+      InputError,
+      r"missing: \['backbone.blocks.1.norm2.weight'\].*"
+      r"surplus: \['backbone.blocks.1.attn_qkv.bias'\]",
+    ):
       convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
 
   def test_another_vocabulary(self):
     folder = new_folder(self)
-    source = write(folder / 'theirs', 'duo', reference.random_ddit(
-        0, vocab_size=VOCAB, width=WIDTH, cond_dim=COND, num_layers=LAYERS))
+    source = write(
+      folder / 'theirs',
+      'duo',
+      reference.random_ddit(
+        0, vocab_size=VOCAB, width=WIDTH, cond_dim=COND, num_layers=LAYERS
+      ),
+    )
     with self.assertRaisesRegex(InputError, 'of another vocabulary, 259'):
       convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
 
   def test_ids_of_a_padding_token_are_kept(self):
     # GPT-2's 50257 ids, a padding token of which no text is, and our mask.
-    shapes = {f'backbone.{name}': x.shape for name, x in tensors_of('duo').items()}
+    shapes = {
+      f'backbone.{name}': x.shape for name, x in tensors_of('duo').items()
+    }
     shapes['backbone.vocab_embed.embedding'] = (50_258, WIDTH)
     described = FAMILIES['duo'].describe(CONFIGS['duo'], shapes)
     self.assertEqual((described.tokenizer, described.spare_ids), ('gpt2', 1))
@@ -242,22 +278,32 @@ class SettingsTest(parameterized.TestCase):
     for family in CONFIGS:
       tensors = tensors_of(family)
       described = FAMILIES[family].describe(
-          CONFIGS[family], {name: x.shape for name, x in tensors.items()})
+        CONFIGS[family], {name: x.shape for name, x in tensors.items()}
+      )
       network = toys.model_config(
-          vocab_size=VOCAB, **{
-              key.removeprefix('model.'): value
-              for key, value in described.settings.items()
-              if key.startswith('model.')})
-      params = jax.eval_shape(lambda: transformer.init_params(
-          network, jax.random.key(0)))  # pylint: disable=cell-var-from-loop
+        vocab_size=VOCAB,
+        **{
+          key.removeprefix('model.'): value
+          for key, value in described.settings.items()
+          if key.startswith('model.')
+        },
+      )
+      params = jax.eval_shape(
+        lambda: transformer.init_params(network, jax.random.key(0))
+      )  # pylint: disable=cell-var-from-loop
       layout = FAMILIES[family].layout(network, tensors)
       paths = set(checkpoint.flatten(params['last_layer']))
       self.assertEqual(set(layout.block), paths)
-      ends = {name: x for name, x in params.items()
-              if name not in ('layers', 'last_layer')}
+      ends = {
+        name: x
+        for name, x in params.items()
+        if name not in ('layers', 'last_layer')
+      }
       self.assertEqual(set(layout.ends), set(checkpoint.flatten(ends)))
-      parts = [(piece.name, piece.cut) for piece in
-               (*layout.ends.values(), *layout.block.values())]
+      parts = [
+        (piece.name, piece.cut)
+        for piece in (*layout.ends.values(), *layout.block.values())
+      ]
       self.assertLen(set(parts), len(parts))
 
 
@@ -270,12 +316,14 @@ class LightningTest(parameterized.TestCase):
 
   def write(self, folder, tensors, rest):
     folder.mkdir()
-    weights = {f'backbone.{name}': self.torch.tensor(x)
-               for name, x in tensors.items()}
+    weights = {
+      f'backbone.{name}': self.torch.tensor(x) for name, x in tensors.items()
+    }
     # A table, in the midst of the parameters.
     weights = {'backbone.rotary_emb.inv_freq': self.torch.ones(4), **weights}
-    self.torch.save({'state_dict': weights, 'epoch': 3, **rest},
-                    folder / 'best.ckpt')
+    self.torch.save(
+      {'state_dict': weights, 'epoch': 3, **rest}, folder / 'best.ckpt'
+    )
     (folder / 'config.json').write_text(json.dumps(CONFIGS['mdlm']))
     return str(folder)
 
@@ -284,13 +332,19 @@ class LightningTest(parameterized.TestCase):
     shadows = [self.torch.tensor(x) for x in tensors.values()]
     plain = {name: x + 1 for name, x in tensors.items()}
     with fake_class('omegaconf.dictconfig', 'DictConfig') as settings:
-      source = self.write(folder / 'theirs', plain, {
+      source = self.write(
+        folder / 'theirs',
+        plain,
+        {
           'ema': {'decay': 0.9, 'shadow_params': shadows},
-          'hyper_parameters': {'config': settings()}})
+          'hyper_parameters': {'config': settings()},
+        },
+      )
     with self.assertRaisesRegex(InputError, 'best.ckpt, a pickle'):
       convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
-    convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES,
-                              allow_pickle=True)
+    convert.import_checkpoint(
+      source, str(folder / 'ours'), changes=BYTES, allow_pickle=True
+    )
     logits, _ = logits_of(folder / 'ours', TOKENS, T)
     want = reference.ddit_logits(tensors, TOKENS, 0 * SIGMA, HEADS)
     np.testing.assert_allclose(logits, want, atol=1e-4)
@@ -298,24 +352,27 @@ class LightningTest(parameterized.TestCase):
   def test_averages_of_other_shapes(self):
     folder, tensors = new_folder(self), tensors_of('mdlm')
     shadows = [self.torch.tensor(x) for x in tensors.values()]
-    source = self.write(folder / 'theirs', tensors,
-                        {'ema': {'shadow_params': shadows[::-1]}})
+    source = self.write(
+      folder / 'theirs', tensors, {'ema': {'shadow_params': shadows[::-1]}}
+    )
     with self.assertRaisesRegex(InputError, 'not of the shapes of its weights'):
-      convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES,
-                                allow_pickle=True)
+      convert.import_checkpoint(
+        source, str(folder / 'ours'), changes=BYTES, allow_pickle=True
+      )
 
   def test_a_program_is_refused_even_where_pickles_are_allowed(self):
     class Program:
-
       def __reduce__(self):
         return open, (str(folder / 'was here'), 'w')
 
     folder = new_folder(self)
-    source = self.write(folder / 'theirs', tensors_of('mdlm'),
-                        {'hyper_parameters': Program()})
+    source = self.write(
+      folder / 'theirs', tensors_of('mdlm'), {'hyper_parameters': Program()}
+    )
     with self.assertRaisesRegex(InputError, 'not a file of weights alone'):
-      convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES,
-                                allow_pickle=True)
+      convert.import_checkpoint(
+        source, str(folder / 'ours'), changes=BYTES, allow_pickle=True
+      )
     self.assertFalse((folder / 'was here').exists())
     self.assertFalse((folder / 'ours').exists())
 
@@ -324,19 +381,37 @@ class LightningTest(parameterized.TestCase):
 def fake_class(module, name):
   """A class that can be pickled by that name, as of a package not installed."""
   parts = module.split('.')
-  modules = {'.'.join(parts[:i + 1]): types.ModuleType('.'.join(parts[:i + 1]))
-             for i in range(len(parts))}
-  made = type(name, (), {'__module__': module, '__init__': (
-      lambda self: self.__dict__.update(n_heads=2))})
+  modules = {
+    '.'.join(parts[: i + 1]): types.ModuleType('.'.join(parts[: i + 1]))
+    for i in range(len(parts))
+  }
+  made = type(
+    name,
+    (),
+    {
+      '__module__': module,
+      '__init__': (lambda self: self.__dict__.update(n_heads=2)),
+    },
+  )
   setattr(modules[module], name, made)
   with mock.patch.dict(sys.modules, modules):
     yield made
 
 
-MD4 = dict(model_type='md4', vocab_size=VOCAB - 1, data_shape=[LENGTH],
-           noise_schedule='linear', outside_embed=False, time_features='t',
-           n_layers=LAYERS, feature_dim=8, num_heads=HEADS, mlp_type='glu',
-           task_type='text', classes=-1)
+MD4 = dict(
+  model_type='md4',
+  vocab_size=VOCAB - 1,
+  data_shape=[LENGTH],
+  noise_schedule='linear',
+  outside_embed=False,
+  time_features='t',
+  n_layers=LAYERS,
+  feature_dim=8,
+  num_heads=HEADS,
+  mlp_type='glu',
+  task_type='text',
+  classes=-1,
+)
 
 
 def md4_params(config, seed=0):
@@ -345,15 +420,23 @@ def md4_params(config, seed=0):
   size, width, hidden = config['feature_dim'], WIDTH, 32
 
   def dense(out, inner, bias=True):
-    tree = {'kernel': rng.normal(size=(inner, out)) / inner ** 0.5}
+    tree = {'kernel': rng.normal(size=(inner, out)) / inner**0.5}
     return {**tree, 'bias': 0.3 * rng.normal(size=out)} if bias else tree
 
   linear = lambda out, inner: dense(out, inner, bias=False)
   is_told = config['time_features'] == 't'
   norm = lambda: {'scale': 1 + 0.3 * rng.normal(size=width)}
   net, order = {}, iter(range(3))
-  embed = {'Embed_0': {'embedding': rng.normal(
-      size=(config['vocab_size'] + 1, size if config['outside_embed'] else width))}}
+  embed = {
+    'Embed_0': {
+      'embedding': rng.normal(
+        size=(
+          config['vocab_size'] + 1,
+          size if config['outside_embed'] else width,
+        )
+      )
+    }
+  }
   classifier = {'Transformer_0': net}
   if config['outside_embed']:
     classifier |= embed
@@ -361,27 +444,41 @@ def md4_params(config, seed=0):
   else:
     net |= embed
   if is_told:
-    classifier['CondEmbedding_0'] = {'dense0': dense(4 * size, size),
-                                     'Dense_0': dense(size, 4 * size)}
+    classifier['CondEmbedding_0'] = {
+      'dense0': dense(4 * size, size),
+      'Dense_0': dense(size, 4 * size),
+    }
     net[f'Dense_{next(order)}'] = dense(2 * width, size)
   else:
     net['RMSNorm_0'] = norm()
   net[f'Dense_{next(order)}'] = linear(config['vocab_size'], width)
   for i in range(config['n_layers']):
     net[f'TransformerBlock_{i}'] = {
-        'attention': {name: linear(width, width)
-                      for name in ('wq', 'wk', 'wv', 'wo')},
-        'feed_forward': {'w1': linear(hidden, width), 'w2': linear(width, hidden),
-                         'w3': linear(hidden, width)},
-        **({'Dense_0': dense(6 * width, size)} if is_told
-           else {'RMSNorm_0': norm(), 'RMSNorm_1': norm()})}
+      'attention': {
+        name: linear(width, width) for name in ('wq', 'wk', 'wv', 'wo')
+      },
+      'feed_forward': {
+        'w1': linear(hidden, width),
+        'w2': linear(width, hidden),
+        'w3': linear(hidden, width),
+      },
+      **(
+        {'Dense_0': dense(6 * width, size)}
+        if is_told
+        else {'RMSNorm_0': norm(), 'RMSNorm_1': norm()}
+      ),
+    }
   return jax.tree.map(np.float32, {'classifier': classifier})
 
 
 def write_md4(folder, config, params, ema=None):
   """A workdir of MD4's trainer: its state as an item of a manager."""
-  state = {'rng': np.zeros((2,), np.uint32), 'step': np.int32(7),
-           'params': params, 'opt_state': [{'mu': params}]}
+  state = {
+    'rng': np.zeros((2,), np.uint32),
+    'step': np.int32(7),
+    'params': params,
+    'opt_state': [{'mu': params}],
+  }
   if ema is not None:
     state['ema_params'] = ema
   folder.mkdir()
@@ -392,12 +489,12 @@ def write_md4(folder, config, params, ema=None):
 
 
 class MD4Test(parameterized.TestCase):
-
   @parameterized.parameters(
-      dict(outside_embed=True),
-      dict(mlp_type='swiglu', noise_schedule='poly3'),
-      dict(mlp_type='geglu', noise_schedule='cosine'),
-      dict(time_features='none'))
+    dict(outside_embed=True),
+    dict(mlp_type='swiglu', noise_schedule='poly3'),
+    dict(mlp_type='geglu', noise_schedule='cosine'),
+    dict(time_features='none'),
+  )
   def test_logits(self, **changes):
     config = {**MD4, **changes}
     params, folder = md4_params(config), new_folder(self)
@@ -406,27 +503,41 @@ class MD4Test(parameterized.TestCase):
     convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
     logits, run = logits_of(folder / 'ours', TOKENS, T)
     is_told = config['time_features'] == 't'
-    want = reference.md4_logits(params['classifier'], TOKENS,
-                                T if is_told else None, config['mlp_type'],
-                                head_dim=config['feature_dim'])
+    want = reference.md4_logits(
+      params['classifier'],
+      TOKENS,
+      T if is_told else None,
+      config['mlp_type'],
+      head_dim=config['feature_dim'],
+    )
     np.testing.assert_allclose(logits[..., :-1], want, atol=1e-4)
     self.assertGreater(np.abs(want).max(), 1)
-    schedule = {'linear': 'linear', 'poly3': 'polynomial', 'cosine': 'md4_cosine'}
-    self.assertEqual(run.config.objective.schedule,
-                     schedule[config['noise_schedule']])
+    schedule = {
+      'linear': 'linear',
+      'poly3': 'polynomial',
+      'cosine': 'md4_cosine',
+    }
+    self.assertEqual(
+      run.config.objective.schedule, schedule[config['noise_schedule']]
+    )
 
   def test_what_is_not_read(self):
     folder = new_folder(self)
     source = pathlib.Path(write_md4(folder / 'theirs', MD4, md4_params(MD4)))
     for changes, message in (
-        (dict(model_type='genmd4'), "model_type='genmd4'.*'md4'"),
-        (dict(classes=11), 'classes=11'),
-        (dict(noise_schedule='sigmoid'), "noise_schedule='sigmoid'"),
-        (dict(mlp_type='mlp'), "mlp_type='mlp'.*'glu'")):
+      (dict(model_type='genmd4'), "model_type='genmd4'.*'md4'"),
+      (dict(classes=11), 'classes=11'),
+      (dict(noise_schedule='sigmoid'), "noise_schedule='sigmoid'"),
+      (dict(mlp_type='mlp'), "mlp_type='mlp'.*'glu'"),
+    ):
       (source / 'config.json').write_text(json.dumps({**MD4, **changes}))
       with self.assertRaisesRegex(InputError, message):
-        convert.import_checkpoint(str(source), str(folder / 'ours'), changes=BYTES)
+        convert.import_checkpoint(
+          str(source), str(folder / 'ours'), changes=BYTES
+        )
     (source / 'config.json').unlink()
     with self.assertRaisesRegex(InputError, "no .*'num_heads'"):
-      convert.import_checkpoint(str(source), str(folder / 'ours'), changes=BYTES)
+      convert.import_checkpoint(
+        str(source), str(folder / 'ours'), changes=BYTES
+      )
     self.assertFalse((folder / 'ours').exists())

@@ -7,27 +7,23 @@ import pickle
 import tempfile
 from unittest import mock
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import jax
 import numpy as np
 import pytest
 
-from nanodlm.training import checkpoint
 from nanodlm import config as configs
-from nanodlm.interop import convert
-from nanodlm import evaluate
-from nanodlm.interop import export
-from nanodlm.model import transformer
-from nanodlm.training import state as states
-from nanodlm.interop import tensors as tensor_files
+from nanodlm import evaluate, train
 from nanodlm.data import tokenizers
-from nanodlm import train
+from nanodlm.interop import convert, export
+from nanodlm.interop import tensors as tensor_files
 from nanodlm.interop.families import FAMILIES
 from nanodlm.interop.families import layout as layouts
+from nanodlm.model import transformer
+from nanodlm.training import checkpoint
+from nanodlm.training import state as states
 from nanodlm.types import InputError
-from tests import decoder_reference
-from tests import workdirs
+from tests import decoder_reference, workdirs
 
 safetensors = pytest.importorskip('safetensors.numpy')
 library = pytest.importorskip('tokenizers')
@@ -35,29 +31,66 @@ library = pytest.importorskip('tokenizers')
 D, F, V, LAYERS, LENGTH = 16, 24, 257, 3, 7
 START, END, PLACE = 5, 9, 200  # PLACE: a mask inside the vocabulary
 BYTES = {'tokenizer.name': 'bytes'}
-CACHE = (pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 'tiktoken_cache')
-LLAMA = dict(vocab_size=V, hidden_size=D, intermediate_size=F,
-             num_hidden_layers=LAYERS, num_attention_heads=4,
-             num_key_value_heads=2, rms_norm_eps=1e-5, rope_theta=500.0,
-             hidden_act='silu', bos_token_id=START, eos_token_id=END,
-             max_position_embeddings=64, tie_word_embeddings=False)
+CACHE = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 'tiktoken_cache'
+LLAMA = dict(
+  vocab_size=V,
+  hidden_size=D,
+  intermediate_size=F,
+  num_hidden_layers=LAYERS,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  rms_norm_eps=1e-5,
+  rope_theta=500.0,
+  hidden_act='silu',
+  bos_token_id=START,
+  eos_token_id=END,
+  max_position_embeddings=64,
+  tie_word_embeddings=False,
+)
 CONFIGS = {
-    'gpt2': dict(model_type='gpt2', vocab_size=V, n_positions=16, n_embd=D,
-                 n_layer=LAYERS, n_head=2, bos_token_id=START, eos_token_id=END),
-    'llama': dict(model_type='llama', **LLAMA),
-    'mistral': dict(model_type='mistral', **LLAMA, sliding_window=None),
-    'tied': dict(model_type='llama', **{**LLAMA, 'tie_word_embeddings': True},
-                 head_dim=6, attention_bias=True, mlp_bias=True),
-    'qwen2': dict(model_type='qwen2', **LLAMA),
-    'qwen3': dict(model_type='qwen3', **LLAMA, head_dim=8),
-    'dream': dict(model_type='Dream', **{**LLAMA, 'vocab_size': V + 1},
-                  mask_token_id=PLACE),
-    'llada': dict(model_type='llada', vocab_size=V + 1, embedding_size=V + 1,
-                  d_model=D, n_layers=LAYERS, n_heads=4, n_kv_heads=4,
-                  mlp_hidden_size=F, rope_theta=500.0, rms_norm_eps=1e-5,
-                  weight_tying=False, block_type='llama', layer_norm_type='rms',
-                  rope=True, mask_token_id=PLACE, eos_token_id=END,
-                  max_sequence_length=64),
+  'gpt2': dict(
+    model_type='gpt2',
+    vocab_size=V,
+    n_positions=16,
+    n_embd=D,
+    n_layer=LAYERS,
+    n_head=2,
+    bos_token_id=START,
+    eos_token_id=END,
+  ),
+  'llama': dict(model_type='llama', **LLAMA),
+  'mistral': dict(model_type='mistral', **LLAMA, sliding_window=None),
+  'tied': dict(
+    model_type='llama',
+    **{**LLAMA, 'tie_word_embeddings': True},
+    head_dim=6,
+    attention_bias=True,
+    mlp_bias=True,
+  ),
+  'qwen2': dict(model_type='qwen2', **LLAMA),
+  'qwen3': dict(model_type='qwen3', **LLAMA, head_dim=8),
+  'dream': dict(
+    model_type='Dream', **{**LLAMA, 'vocab_size': V + 1}, mask_token_id=PLACE
+  ),
+  'llada': dict(
+    model_type='llada',
+    vocab_size=V + 1,
+    embedding_size=V + 1,
+    d_model=D,
+    n_layers=LAYERS,
+    n_heads=4,
+    n_kv_heads=4,
+    mlp_hidden_size=F,
+    rope_theta=500.0,
+    rms_norm_eps=1e-5,
+    weight_tying=False,
+    block_type='llama',
+    layer_norm_type='rms',
+    rope=True,
+    mask_token_id=PLACE,
+    eos_token_id=END,
+    max_sequence_length=64,
+  ),
 }
 CAUSAL = ('gpt2', 'llama', 'mistral', 'tied', 'qwen2', 'qwen3')
 
@@ -68,8 +101,9 @@ def tensors_of(name):
 
   def put(key, *shape):
     is_norm = 'norm' in key or 'ln_' in key
-    out[key] = (0.3 * rng.normal(size=shape) + (
-        is_norm and key.endswith('weight'))).astype(np.float32)
+    out[key] = (
+      0.3 * rng.normal(size=shape) + (is_norm and key.endswith('weight'))
+    ).astype(np.float32)
 
   def linear(key, rows, columns, bias=False):
     put(f'{key}.weight', rows, columns)
@@ -80,8 +114,11 @@ def tensors_of(name):
     put('wte.weight', V, D), put('wpe.weight', 16, D)
     for i in range(LAYERS):
       for key, rows, columns in (
-          ('attn.c_attn', D, 3 * D), ('attn.c_proj', D, D), ('mlp.c_fc', D, 4 * D),
-          ('mlp.c_proj', 4 * D, D)):
+        ('attn.c_attn', D, 3 * D),
+        ('attn.c_proj', D, D),
+        ('mlp.c_fc', D, 4 * D),
+        ('mlp.c_proj', 4 * D, D),
+      ):
         put(f'h.{i}.{key}.weight', rows, columns)
         put(f'h.{i}.{key}.bias', columns)
       for key in ('ln_1', 'ln_2'):
@@ -130,9 +167,16 @@ def reference_logits(name, ids):
     return decoder_reference.gpt2(tensors_of(name), ids, num_heads=2, eps=1e-5)
   kwargs = dict(num_heads=4, eps=1e-5, theta=500.0, causal=name in CAUSAL)
   if name == 'llada':
-    return decoder_reference.llama(tensors_of(name), ids, num_kv_heads=4,
-                                   names=decoder_reference.LLADA, **kwargs)
-  return decoder_reference.llama(tensors_of(name), ids, num_kv_heads=2, **kwargs)
+    return decoder_reference.llama(
+      tensors_of(name),
+      ids,
+      num_kv_heads=4,
+      names=decoder_reference.LLADA,
+      **kwargs,
+    )
+  return decoder_reference.llama(
+    tensors_of(name), ids, num_kv_heads=2, **kwargs
+  )
 
 
 def write(folder, name, tensors=None, files=1, **changes):
@@ -154,7 +198,6 @@ def logits_of(config, params, tokens):
 
 
 class FolderTest(parameterized.TestCase):
-
   def folder(self):
     folder = tempfile.TemporaryDirectory()
     self.addCleanup(folder.cleanup)
@@ -162,7 +205,6 @@ class FolderTest(parameterized.TestCase):
 
 
 class ParityTest(FolderTest):
-
   @parameterized.parameters(*CONFIGS)
   def test_logits(self, name):
     folder = self.folder()
@@ -170,7 +212,9 @@ class ParityTest(FolderTest):
     tensors = tensor_files.open_tensors(source, False)
     foreign = convert.read_config(source)
     family = convert.detect(foreign, tensors)
-    self.assertEqual(family, {'mistral': 'llama', 'tied': 'llama'}.get(name, name))
+    self.assertEqual(
+      family, {'mistral': 'llama', 'tied': 'llama'}.get(name, name)
+    )
     described = FAMILIES[family].describe(foreign, tensors.shapes)
     config = configs.load_base()
     for key, value in described.settings.items():
@@ -181,8 +225,14 @@ class ParityTest(FolderTest):
     layout = FAMILIES[family].layout(network, tensors.shapes)
     convert.check_names(network, tensors, layout)
     (folder / 'mapped').mkdir()
-    params = convert.read_params(network, configs.make_objective(config, V),
-                                 tensors, layout, described, folder / 'mapped')
+    params = convert.read_params(
+      network,
+      configs.make_objective(config, V),
+      tensors,
+      layout,
+      described,
+      folder / 'mapped',
+    )
     ids = np.random.default_rng(1).integers(0, V, LENGTH)
     if name in CAUSAL:  # behind the row that begins a text
       theirs = reference_logits(name, np.concatenate([[START], ids]))
@@ -199,8 +249,13 @@ class ParityTest(FolderTest):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
   @parameterized.parameters(
-      ('gpt2', 'GPT2'), ('llama', 'Llama'), ('tied', 'Llama'),
-      ('mistral', 'Mistral'), ('qwen2', 'Qwen2'), ('qwen3', 'Qwen3'))
+    ('gpt2', 'GPT2'),
+    ('llama', 'Llama'),
+    ('tied', 'Llama'),
+    ('mistral', 'Mistral'),
+    ('qwen2', 'Qwen2'),
+    ('qwen3', 'Qwen3'),
+  )
   def test_the_reference_is_what_transformers_computes(self, name, kind):
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
@@ -208,8 +263,11 @@ class ParityTest(FolderTest):
     cls = 'GPT2LMHeadModel' if kind == 'GPT2' else f'{kind}ForCausalLM'
     network = getattr(transformers, cls)(config).eval()
     prefix = 'transformer.' if name == 'gpt2' else ''
-    state = {prefix + key: torch.tensor(x) for key, x in tensors_of(name).items()
-             if not key.endswith('.attn.bias')}
+    state = {
+      prefix + key: torch.tensor(x)
+      for key, x in tensors_of(name).items()
+      if not key.endswith('.attn.bias')
+    }
     if name == 'gpt2':
       state['lm_head.weight'] = state['transformer.wte.weight']
     network.load_state_dict(state)
@@ -242,7 +300,6 @@ class ParityTest(FolderTest):
 
 
 class ImportTest(FolderTest):
-
   def test_a_workdir_like_any_other(self):
     folder = self.folder()
     source = write(folder / 'theirs', 'llama')
@@ -254,10 +311,15 @@ class ImportTest(FolderTest):
     self.assertTrue(checkpoint.holds_weights_alone(workdir))
     ids = np.arange(LENGTH)
     theirs = reference_logits('llama', np.concatenate([[START], ids[:-1]]))
-    ours = logits_of(run.network.config, params,
-                     run.objective.network_input(ids[None].astype(np.int32)))
+    ours = logits_of(
+      run.network.config,
+      params,
+      run.objective.network_input(ids[None].astype(np.int32)),
+    )
     np.testing.assert_allclose(ours[0, :, :V], theirs, atol=1e-4)
-    with self.assertRaisesRegex(InputError, 'holds imported weights and no run'):
+    with self.assertRaisesRegex(
+      InputError, 'holds imported weights and no run'
+    ):
       train.train(run.config, run.settings, workdir, configs.load_base())
     # Its ids can be asked of it, for another run.
     config = configs.TokenizerConfig('run', workdir, 0)
@@ -276,9 +338,17 @@ class ImportTest(FolderTest):
     for text in [text for text, i in vocab.items() if i >= 100]:
       vocab[text] += 1
     content['added_tokens'] = [
-        {'id': i, 'content': text, 'single_word': False, 'lstrip': False,
-         'rstrip': False, 'normalized': False, 'special': True}
-        for i, text in ((100, '<mask>'), (V, '<end>'))]
+      {
+        'id': i,
+        'content': text,
+        'single_word': False,
+        'lstrip': False,
+        'rstrip': False,
+        'normalized': False,
+        'special': True,
+      }
+      for i, text in ((100, '<mask>'), (V, '<end>'))
+    ]
     path = pathlib.Path(source) / 'tokenizer.json'
     path.write_text(json.dumps(content))
     tokenizer = tokenizers.load_hugging_face(str(path), V + 1, 100, 100)
@@ -291,10 +361,13 @@ class ImportTest(FolderTest):
     self.assertEqual(tokenizer.decode([V, 100, 98]), '_\n\nb')
     again = self.folder()
     tokenizers.save(tokenizer, again)
-    self.assertEqual(tokenizers.load(again).to_json()['fingerprint'],
-                     tokenizer.fingerprint)
-    with self.assertRaisesRegex(InputError, 'of another vocabulary: it has ids up '
-                                f'to {V}, the network {V} of them'):
+    self.assertEqual(
+      tokenizers.load(again).to_json()['fingerprint'], tokenizer.fingerprint
+    )
+    with self.assertRaisesRegex(
+      InputError,
+      f'of another vocabulary: it has ids up to {V}, the network {V} of them',
+    ):
       tokenizers.load_hugging_face(str(path), V, V - 1, 1)
     path.write_text('{}')
     with self.assertRaisesRegex(InputError, 'is not a tokenizer.json'):
@@ -302,59 +375,103 @@ class ImportTest(FolderTest):
 
   def test_dreams_vocabulary_and_merges(self):
     folder = self.folder()
-    source = pathlib.Path(write(folder / 'theirs', 'dream', vocab_size=300,
-                                mask_token_id=290))
+    source = pathlib.Path(
+      write(folder / 'theirs', 'dream', vocab_size=300, mask_token_id=290)
+    )
     alphabet = list(tokenizers.byte_alphabet())
     # '11' is never made: numbers are cut into digits.
-    vocab = {text: i for i, text
-             in enumerate([*alphabet, 'he', 'll', 'hell', '11'])}
+    vocab = {
+      text: i for i, text in enumerate([*alphabet, 'he', 'll', 'hell', '11'])
+    }
     (source / 'vocab.json').write_text(json.dumps(vocab))
     (source / 'merges.txt').write_text('#version: 0.2\nh e\nl l\nhe ll\n1 1\n')
-    (source / 'tokenizer_config.json').write_text(json.dumps({
-        'added_tokens_decoder': {'290': {'content': '<mask>', 'special': True}}}))
+    (source / 'tokenizer_config.json').write_text(
+      json.dumps(
+        {
+          'added_tokens_decoder': {
+            '290': {'content': '<mask>', 'special': True}
+          }
+        }
+      )
+    )
     path = convert.find_tokenizer(FAMILIES['dream'], source, folder)
     tokenizer = tokenizers.load_hugging_face(str(path), 300, 290, 289)
     ids = tokenizer.encode('hello 11<mask>')
     texts = {i: text for text, i in vocab.items()}
-    self.assertEqual([texts[i] for i in ids.tolist()],
-                     ['hell', 'o', 'Ġ', '1', '1', *'<mask>'])
+    self.assertEqual(
+      [texts[i] for i in ids.tolist()], ['hell', 'o', 'Ġ', '1', '1', *'<mask>']
+    )
     self.assertEqual(tokenizer.decode(ids), 'hello 11<mask>')
     self.assertEqual(tokenizer.decode([299]), '_')
     self.assertIsNone(convert.find_tokenizer(FAMILIES['llama'], source, folder))
 
   @parameterized.parameters(
-      (dict(model_type='bert'), {}, r"no known family \(model_type='bert'.*known: "
-       r"\[.*'dream', .*'gpt2', .*'llada', 'llama'"),
-      (dict(rope_scaling={'rope_type': 'yarn'}), {}, "rope_scaling of type 'yarn'"),
-      (dict(sliding_window=4096), {}, 'sliding_window=4096'),
-      (dict(hidden_act='relu'), {}, "hidden_act='relu' is not one of"),
-      (dict(vocab_size=None), {}, r"config.json has no \['vocab_size'\]"),
-      (dict(num_hidden_layers=2), {}, r"surplus: \['model.layers.2.input_layernorm"),
-      (dict(num_hidden_layers=4), {}, r"missing: \['model.layers.3.input_layernorm"),
-      (dict(intermediate_size=25), {},
-       r'mlp.*_proj.weight of shape \(24, 16\) does not fit'),
-      (dict(vocab_size=256), {}, 'bytes.* has 258 ids .*another vocabulary, 257'),
-      (dict(eos_token_id=500), {}, r'separator_id=500, which is not in \[0, 257\)'),
-      (dict(bos_token_id=500), {}, r'start_id=500, which is not in \[0, 257\)'),
-      (dict(bos_token_id=-1), {}, r'start_id=-1, which is not in \[0, 257\)'),
-      (dict(vocab_size='257'), {}, "vocab_size='257', which must be an integer"),
-      (dict(num_hidden_layers='3'), {}, "model.num_layers='3' is not of type int"),
-      (dict(rope_theta='x'), {}, "cannot be read as one of family 'llama'"),
-      (dict(rms_norm_eps=10**400), {}, "cannot be read as one of family 'llama'"),
-      (dict(attention_bias=True), {}, r"missing: \['model.layers.0.self_attn.k_proj.b"),
-      (dict(tie_word_embeddings=True), {}, 'lm_head.weight must be the same as'),
-      ({}, {'tokenizer.name': 'words'}, "tokenizer.name='words' is not one of"),
-      ({}, {'model.num_heads': 3}, 'model.num_heads=3 must divide'),
+    (
+      dict(model_type='bert'),
+      {},
+      r"no known family \(model_type='bert'.*known: "
+      r"\[.*'dream', .*'gpt2', .*'llada', 'llama'",
+    ),
+    (
+      dict(rope_scaling={'rope_type': 'yarn'}),
+      {},
+      "rope_scaling of type 'yarn'",
+    ),
+    (dict(sliding_window=4096), {}, 'sliding_window=4096'),
+    (dict(hidden_act='relu'), {}, "hidden_act='relu' is not one of"),
+    (dict(vocab_size=None), {}, r"config.json has no \['vocab_size'\]"),
+    (
+      dict(num_hidden_layers=2),
+      {},
+      r"surplus: \['model.layers.2.input_layernorm",
+    ),
+    (
+      dict(num_hidden_layers=4),
+      {},
+      r"missing: \['model.layers.3.input_layernorm",
+    ),
+    (
+      dict(intermediate_size=25),
+      {},
+      r'mlp.*_proj.weight of shape \(24, 16\) does not fit',
+    ),
+    (dict(vocab_size=256), {}, 'bytes.* has 258 ids .*another vocabulary, 257'),
+    (
+      dict(eos_token_id=500),
+      {},
+      r'separator_id=500, which is not in \[0, 257\)',
+    ),
+    (dict(bos_token_id=500), {}, r'start_id=500, which is not in \[0, 257\)'),
+    (dict(bos_token_id=-1), {}, r'start_id=-1, which is not in \[0, 257\)'),
+    (dict(vocab_size='257'), {}, "vocab_size='257', which must be an integer"),
+    (
+      dict(num_hidden_layers='3'),
+      {},
+      "model.num_layers='3' is not of type int",
+    ),
+    (dict(rope_theta='x'), {}, "cannot be read as one of family 'llama'"),
+    (dict(rms_norm_eps=10**400), {}, "cannot be read as one of family 'llama'"),
+    (
+      dict(attention_bias=True),
+      {},
+      r"missing: \['model.layers.0.self_attn.k_proj.b",
+    ),
+    (dict(tie_word_embeddings=True), {}, 'lm_head.weight must be the same as'),
+    ({}, {'tokenizer.name': 'words'}, "tokenizer.name='words' is not one of"),
+    ({}, {'model.num_heads': 3}, 'model.num_heads=3 must divide'),
   )
   def test_refusals_leave_nothing(self, theirs, changes, message):
     folder = self.folder()
     source = write(folder / 'theirs', 'llama', **theirs)
     with self.assertRaisesRegex(InputError, message):
-      convert.import_checkpoint(source, str(folder / 'ours'),
-                                changes={**BYTES, **changes})
+      convert.import_checkpoint(
+        source, str(folder / 'ours'), changes={**BYTES, **changes}
+      )
     self.assertEqual([path.name for path in folder.iterdir()], ['theirs'])
 
-  @parameterized.parameters((V + 1, 'not in'), (-1, 'not in'), (END, 'id of its own'))
+  @parameterized.parameters(
+    (V + 1, 'not in'), (-1, 'not in'), (END, 'id of its own')
+  )
   def test_a_mask_that_is_no_id_or_another_ones(self, mask_id, message):
     folder = self.folder()
     source = write(folder / 'theirs', 'dream', mask_token_id=mask_id)
@@ -372,13 +489,22 @@ class ImportTest(FolderTest):
     self.assertFalse((folder / 'ours').exists())
 
   @parameterized.parameters(
-      ('llada', dict(block_type='sequential'), "block_type='sequential'"),
-      ('llada', dict(scale_logits=True), 'scale_logits=True'),
-      ('llada', dict(bias_for_layer_norm=True), 'bias_for_layer_norm=True'),
-      ('llada', dict(clip_qkv=8.0), 'clip_qkv=8.0'),
-      ('gpt2', dict(scale_attn_by_inverse_layer_idx=True), 'inverse_layer_idx=True'),
-      ('gpt2', dict(activation_function='relu'), "activation_function='relu'"),
-      ('qwen2', dict(use_sliding_window=True, sliding_window=8), 'sliding_window=8'))
+    ('llada', dict(block_type='sequential'), "block_type='sequential'"),
+    ('llada', dict(scale_logits=True), 'scale_logits=True'),
+    ('llada', dict(bias_for_layer_norm=True), 'bias_for_layer_norm=True'),
+    ('llada', dict(clip_qkv=8.0), 'clip_qkv=8.0'),
+    (
+      'gpt2',
+      dict(scale_attn_by_inverse_layer_idx=True),
+      'inverse_layer_idx=True',
+    ),
+    ('gpt2', dict(activation_function='relu'), "activation_function='relu'"),
+    (
+      'qwen2',
+      dict(use_sliding_window=True, sliding_window=8),
+      'sliding_window=8',
+    ),
+  )
   def test_what_a_family_has_and_we_have_not(self, name, changes, message):
     with self.assertRaisesRegex(InputError, message):
       FAMILIES[name].describe({**CONFIGS[name], **changes}, {})
@@ -401,7 +527,9 @@ class ImportTest(FolderTest):
     with self.assertRaisesRegex(InputError, "family=.'gpt2'. is not one of"):
       convert.read_own(folder)
     with self.assertRaisesRegex(InputError, "--family='gpt5' is not one of"):
-      convert.import_checkpoint(str(folder), str(folder / 'ours'), family='gpt5')
+      convert.import_checkpoint(
+        str(folder), str(folder / 'ours'), family='gpt5'
+      )
 
   def test_pickles_are_not_read_unasked(self):
     folder = self.folder()
@@ -418,8 +546,9 @@ class ImportTest(FolderTest):
       convert.import_checkpoint(str(folder / 'theirs'), str(folder / 'ours'))
     pytest.importorskip('torch')
     with self.assertRaisesRegex(InputError, 'not a file of weights alone'):
-      convert.import_checkpoint(str(folder / 'theirs'), str(folder / 'ours'),
-                                allow_pickle=True)
+      convert.import_checkpoint(
+        str(folder / 'theirs'), str(folder / 'ours'), allow_pickle=True
+      )
     self.assertFalse(trap.exists())
 
   def test_pytorch_files(self):
@@ -443,19 +572,34 @@ class ImportTest(FolderTest):
 
 # {family of the export: changes of a run}
 EXPORTS = {
-    'qwen3': dict(objective__name='ar', model__num_kv_heads=1),
-    'llama': dict(objective__name='ar', model__qk_norm=False, model__mlp='geglu',
-                  model__tie_embeddings=False),
-    'qwen2': dict(objective__name='ar', model__qk_norm=False,
-                  model__attention_bias='qkv', model__head_size=6),
-    'gpt2': dict(objective__name='ar', model__qk_norm=False, model__norm='layer',
-                 model__mlp='gelu_tanh', model__num_positions=16,
-                 model__norm_bias=True, model__attention_bias='all',
-                 model__mlp_bias=True),
-    'llada': dict(model__qk_norm=False),
-    'dream': dict(model__qk_norm=False, model__attention_bias='qkv',
-                  model__shift_outputs=True),
-    'nanodlm': dict(objective__name='hybrid', model__time_conditioning=True),
+  'qwen3': dict(objective__name='ar', model__num_kv_heads=1),
+  'llama': dict(
+    objective__name='ar',
+    model__qk_norm=False,
+    model__mlp='geglu',
+    model__tie_embeddings=False,
+  ),
+  'qwen2': dict(
+    objective__name='ar',
+    model__qk_norm=False,
+    model__attention_bias='qkv',
+    model__head_size=6,
+  ),
+  'gpt2': dict(
+    objective__name='ar',
+    model__qk_norm=False,
+    model__norm='layer',
+    model__mlp='gelu_tanh',
+    model__num_positions=16,
+    model__norm_bias=True,
+    model__attention_bias='all',
+    model__mlp_bias=True,
+  ),
+  'llada': dict(model__qk_norm=False),
+  'dream': dict(
+    model__qk_norm=False, model__attention_bias='qkv', model__shift_outputs=True
+  ),
+  'nanodlm': dict(objective__name='hybrid', model__time_conditioning=True),
 }
 
 
@@ -468,32 +612,48 @@ def make_run(folder, tokenizer=tokenizers.BytesTokenizer(), **changes):
     section, _, leaf = key.partition('__')
     config[section][leaf] = value
   rng = np.random.default_rng(2)
-  shapes = jax.eval_shape(lambda: states.init_params(
+  shapes = jax.eval_shape(
+    lambda: states.init_params(
       configs.make_model(config, tokenizer.vocab_size),
-      configs.make_objective(config, tokenizer.mask_id), jax.random.key(0)))
+      configs.make_objective(config, tokenizer.mask_id),
+      jax.random.key(0),
+    )
+  )
   params = jax.tree.map(
-      lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+    lambda x: rng.normal(size=x.shape).astype(np.float32), shapes
+  )
   folder.mkdir()
   (folder / evaluate.CONFIG_FILE).write_text(configs.to_json(config))
   tokenizers.save(tokenizer, folder)
   with checkpoint.open_manager(str(folder)) as manager:
-    checkpoint.save_params(manager, params, config,
-                           {'imported': 'gpt5', 'source': 'a/b'})
+    checkpoint.save_params(
+      manager, params, config, {'imported': 'gpt5', 'source': 'a/b'}
+    )
     checkpoint.wait(manager)
   return str(folder), params
 
 
 class ExportTest(FolderTest):
-
   @parameterized.parameters(*EXPORTS)
   def test_there_and_back_is_exact(self, family):
     folder = self.folder()
     workdir, params = make_run(folder / 'run', **EXPORTS[family])
     log = pathlib.Path(workdir) / evaluate.EVAL_FILE
-    log.write_bytes(b'\xf4\n[1]\n{"step": 0, "eval/nll": "x"}\n' + json.dumps({
-        'step': 0, 'source': 'text:somewhere', 'eval/nll': 1.2345,
-        'eval/nll_ci95': 0.01, 'eval/ppl': 3.44, 'eval/bits_per_byte': 1.5,
-        'eval/num_examples': 7}).encode() + b'\n')
+    log.write_bytes(
+      b'\xf4\n[1]\n{"step": 0, "eval/nll": "x"}\n'
+      + json.dumps(
+        {
+          'step': 0,
+          'source': 'text:somewhere',
+          'eval/nll': 1.2345,
+          'eval/nll_ci95': 0.01,
+          'eval/ppl': 3.44,
+          'eval/bits_per_byte': 1.5,
+          'eval/num_examples': 7,
+        }
+      ).encode()
+      + b'\n'
+    )
     with mock.patch.object(export, 'SHARD_BYTES', 5000):
       export.export_checkpoint(workdir, str(folder / 'out'))
     out = folder / 'out'
@@ -502,7 +662,9 @@ class ExportTest(FolderTest):
     index = json.loads((out / 'model.safetensors.index.json').read_text())
     self.assertGreater(len(set(index['weight_map'].values())), 1)
     card = (out / 'README.md').read_text()
-    self.assertIn('| `text:somewhere` | 1.2345 ± 0.0100 | 3.44 | 1.5000 | 7 |', card)
+    self.assertIn(
+      '| `text:somewhere` | 1.2345 ± 0.0100 | 3.44 | 1.5000 | 7 |', card
+    )
     self.assertIn('Weights imported from `a/b` (family `gpt5`)', card)
     self.assertEqual('AutoModelForCausalLM' in card, family in export.STOCK)
     with self.assertRaisesRegex(InputError, 'is not empty'):
@@ -510,8 +672,11 @@ class ExportTest(FolderTest):
     convert.import_checkpoint(str(out), str(folder / 'back'))
     again, found, _ = evaluate.open_run(str(folder / 'back'))
     jax.tree.map(np.testing.assert_array_equal, params, found)
-    saved = configs.from_json((pathlib.Path(workdir) / 'config.json').read_text(),
-                              configs.load_base(), workdir)
+    saved = configs.from_json(
+      (pathlib.Path(workdir) / 'config.json').read_text(),
+      configs.load_base(),
+      workdir,
+    )
     self.assertEqual(again.network.config, configs.make_model(saved, V + 1))
     self.assertEqual(again.tokenizer.fingerprint, 'bytes')
     if family not in export.STOCK:
@@ -519,17 +684,24 @@ class ExportTest(FolderTest):
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        out, trust_remote_code=False).eval()
-    tokens = again.objective.network_input(np.arange(2 * LENGTH).reshape(2, LENGTH))
+      out, trust_remote_code=False
+    ).eval()
+    tokens = again.objective.network_input(
+      np.arange(2 * LENGTH).reshape(2, LENGTH)
+    )
     with torch.no_grad():
       logits = theirs(torch.tensor(np.asarray(tokens, np.int64))).logits
     np.testing.assert_allclose(
-        logits, logits_of(again.network.config, params, tokens), atol=1e-4,
-        rtol=1e-5)
+      logits,
+      logits_of(again.network.config, params, tokens),
+      atol=1e-4,
+      rtol=1e-5,
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     text = ' H\u00e9\n\t'
-    self.assertEqual(tokenizer(text)['input_ids'],
-                     again.tokenizer.encode(text).tolist())
+    self.assertEqual(
+      tokenizer(text)['input_ids'], again.tokenizer.encode(text).tolist()
+    )
     self.assertEqual(tokenizer.decode(tokenizer(text)['input_ids']), text)
     self.assertEqual(tokenizer.mask_token_id, again.tokenizer.mask_id)
 
@@ -539,8 +711,9 @@ class ExportTest(FolderTest):
     folder = self.folder()
     source = write(folder / 'theirs', 'llada')
     content = export.bytes_tokenizer()
-    content['model']['vocab'].pop(next(
-        text for text, i in content['model']['vocab'].items() if i == PLACE))
+    content['model']['vocab'].pop(
+      next(text for text, i in content['model']['vocab'].items() if i == PLACE)
+    )
     (pathlib.Path(source) / 'tokenizer.json').write_text(json.dumps(content))
     convert.import_checkpoint(source, str(folder / 'ours'))
     export.export_checkpoint(str(folder / 'ours'), str(folder / 'out'))
@@ -550,23 +723,31 @@ class ExportTest(FolderTest):
     for name, x in expected.items():
       np.testing.assert_array_equal(found.read(name), x, name)
     foreign = convert.read_config(folder / 'out')
-    self.assertEqual((foreign['mask_token_id'], foreign['eos_token_id']),
-                     (PLACE, END))
+    self.assertEqual(
+      (foreign['mask_token_id'], foreign['eos_token_id']), (PLACE, END)
+    )
 
   @parameterized.parameters('sentencepiece', 'gpt2')
   def test_the_tokenizer_goes_with_it(self, name):
     folder = self.folder()
     if name == 'gpt2' and not CACHE.is_dir():
       self.skipTest('no tiktoken files')
-    texts = ['the cat sat on the mats, 12345 of them\n', '  two  spaces', '',
-             "I'll na\u00efve \u6f22\u5b57 \U0001f600\t<mask></s> <unk><0x41>"]
+    texts = [
+      'the cat sat on the mats, 12345 of them\n',
+      '  two  spaces',
+      '',
+      "I'll na\u00efve \u6f22\u5b57 \U0001f600\t<mask></s> <unk><0x41>",
+    ]
     path = ''
     if name == 'sentencepiece':
       path = str(folder / 'a.model')
       tokenizers.train_sentencepiece(
-          (f'{text} {text[::2]}' for text in 20 * texts[:2]), 290, path)
+        (f'{text} {text[::2]}' for text in 20 * texts[:2]), 290, path
+      )
     with mock.patch.dict('os.environ', TIKTOKEN_CACHE_DIR=str(CACHE)):
-      tokenizer = tokenizers.make_tokenizer(configs.TokenizerConfig(name, path, 0))
+      tokenizer = tokenizers.make_tokenizer(
+        configs.TokenizerConfig(name, path, 0)
+      )
       workdir, _ = make_run(folder / 'run', tokenizer)
       export.export_checkpoint(workdir, str(folder / 'out'))
     theirs = library.Tokenizer.from_file(str(folder / 'out' / 'tokenizer.json'))
@@ -576,30 +757,44 @@ class ExportTest(FolderTest):
       self.assertEqual(theirs.encode(text, add_special_tokens=False).ids, ids)
       self.assertEqual(theirs.decode(ids), text)
     special = json.loads((folder / 'out' / 'tokenizer_config.json').read_text())
-    self.assertEqual(theirs.token_to_id(special['mask_token']), tokenizer.mask_id)
-    self.assertEqual(theirs.token_to_id(special['eos_token']),
-                     tokenizer.separator_id)
+    self.assertEqual(
+      theirs.token_to_id(special['mask_token']), tokenizer.mask_id
+    )
+    self.assertEqual(
+      theirs.token_to_id(special['eos_token']), tokenizer.separator_id
+    )
 
   def test_a_tokenizer_that_would_make_other_ids_stays_out(self):
     folder = self.folder()
     path = str(folder / 'a.model')
-    tokenizers.train_sentencepiece(iter(['the cat sat on the mat'] * 9), 270, path)
+    tokenizers.train_sentencepiece(
+      iter(['the cat sat on the mat'] * 9), 270, path
+    )
     tokenizer = tokenizers.make_tokenizer(
-        configs.TokenizerConfig('sentencepiece', path, 0))
+      configs.TokenizerConfig('sentencepiece', path, 0)
+    )
     workdir, _ = make_run(folder / 'run', tokenizer)
-    with mock.patch.object(export, 'sentencepiece_tokenizer',
-                           lambda processor: export.bytes_tokenizer()):
+    with mock.patch.object(
+      export,
+      'sentencepiece_tokenizer',
+      lambda processor: export.bytes_tokenizer(),
+    ):
       export.export_checkpoint(workdir, str(folder / 'out'))
     self.assertFalse((folder / 'out' / 'tokenizer.json').exists())
-    self.assertIn('There is no tokenizer.json',
-                  (folder / 'out' / 'README.md').read_text())
+    self.assertIn(
+      'There is no tokenizer.json', (folder / 'out' / 'README.md').read_text()
+    )
 
   def test_no_places_of_this_machine(self):
     config = configs.load_base()
-    config.update_from_flattened_dict({
-        'data.data_dir': '/here', 'checkpoint.init_from': '/other/run',
+    config.update_from_flattened_dict(
+      {
+        'data.data_dir': '/here',
+        'checkpoint.init_from': '/other/run',
         'tokenizer.path': '/a/file.model',
-        'data.source': 'mix:0.5*jsonl:/mine/b/**/*.jsonl:body+0.5*text:~/mine/*.txt'})
+        'data.source': 'mix:0.5*jsonl:/mine/b/**/*.jsonl:body+0.5*text:~/mine/*.txt',
+      }
+    )
     published = configs.to_json(export.published(config))
     self.assertNotRegex(published, '/(here|other|a|mine)/?')
     self.assertIn('mix:0.5*jsonl:*.jsonl:body+0.5*text:*.txt', published)
@@ -608,16 +803,21 @@ class ExportTest(FolderTest):
   def test_a_family_that_does_not_fit(self):
     folder = self.folder()
     workdir, _ = make_run(folder / 'run')
-    for family, message in (('llama', "has no objective.name='masked', model.qk_norm"),
-                            ('bert', "--family='bert' is not one of")):
+    for family, message in (
+      ('llama', "has no objective.name='masked', model.qk_norm"),
+      ('bert', "--family='bert' is not one of"),
+    ):
       with self.assertRaisesRegex(InputError, message):
         export.export_checkpoint(workdir, str(folder / 'out'), family)
     self.assertFalse((folder / 'out').exists())
 
   def test_the_card_of_a_trained_run(self):
     folder = self.folder()
-    workdir = workdirs.make_workdir(folder / 'run', train__batch_size=6,
-                                    checkpoint__init_from='/here/is/another')
+    workdir = workdirs.make_workdir(
+      folder / 'run',
+      train__batch_size=6,
+      checkpoint__init_from='/here/is/another',
+    )
     export.export_checkpoint(workdir, str(folder / 'out'))
     card = (folder / 'out' / 'README.md').read_text()
     self.assertRegex(card, r'0 steps of 6 x 16 tokens of `text:[^/]+`')

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanodlm.model import losses
-from nanodlm.model import transformer
+from nanodlm.model import losses, transformer
 from nanodlm.objectives.masked import Masked
 
 NUM, WIDTH, VOCAB = 22, 6, 9
@@ -19,8 +18,10 @@ def inputs(num_real=NUM):
   rng = np.random.default_rng(0)
   kernel = rng.normal(size=(VOCAB, WIDTH)).astype(np.float32)
   hidden = rng.normal(size=(NUM, WIDTH)).astype(np.float32)
-  fields = {'target': rng.integers(VOCAB - 1, size=NUM),
-            'scale': rng.random(NUM).astype(np.float32)}
+  fields = {
+    'target': rng.integers(VOCAB - 1, size=NUM),
+    'scale': rng.random(NUM).astype(np.float32),
+  }
   # Prompts and paddings are zeros anywhere, also at the start of a chunk.
   is_real = (np.arange(NUM) < num_real) & (np.arange(NUM) % 3 != 0)
   return kernel, hidden, fields, (rng.random(NUM) * is_real).astype(np.float32)
@@ -34,13 +35,16 @@ def dense(kernel, hidden, fields, weight):
 @functools.partial(jax.jit, static_argnums=0)
 def chunked(chunk_size, kernel, *args):
   return losses.projected_terms(
-      transformer.output_logits,
-      lambda logits, learned, fields: Masked(VOCAB - 1).terms(logits, fields),
-      chunk_size, kernel, (), *args)
+    transformer.output_logits,
+    lambda logits, learned, fields: Masked(VOCAB - 1).terms(logits, fields),
+    chunk_size,
+    kernel,
+    (),
+    *args,
+  )
 
 
 class ProjectedTermsTest(parameterized.TestCase):
-
   @parameterized.product(chunk_size=(1, 3, 11, NUM, 100), num_real=(NUM, 7, 0))
   def test_agrees_with_the_dense_loss(self, chunk_size, num_real):
     # With few real positions, whole chunks have weight 0 and are skipped.
@@ -50,6 +54,7 @@ class ProjectedTermsTest(parameterized.TestCase):
       def total(kernel, hidden):
         value, terms = loss(kernel, hidden, fields, weight)
         return -2.5 * value, terms
+
       return jax.value_and_grad(total, (0, 1), has_aux=True)(kernel, hidden)
 
     (value, terms), gradients = scaled(functools.partial(chunked, chunk_size))
@@ -64,8 +69,9 @@ class ProjectedTermsTest(parameterized.TestCase):
 
     # And the pass without a gradient.
     only_value, only_terms = chunked(chunk_size, kernel, hidden, fields, weight)
-    np.testing.assert_allclose(only_value, expected / -2.5, rtol=1e-5,
-                               atol=1e-6)
+    np.testing.assert_allclose(
+      only_value, expected / -2.5, rtol=1e-5, atol=1e-6
+    )
     for ours, theirs in zip(only_terms, terms):
       np.testing.assert_allclose(ours[real], theirs[real], rtol=1e-5, atol=1e-6)
 
@@ -85,12 +91,16 @@ class ProjectedTermsTest(parameterized.TestCase):
     @jax.jit
     def in_chunks(*args):
       total = lambda *args: losses.projected_terms(
-          transformer.output_logits, terms, chunk_size, *args, fields, weight)
+        transformer.output_logits, terms, chunk_size, *args, fields, weight
+      )
       return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*args)
 
     def plain(kernel, learned, hidden):
-      logits = (hidden @ kernel.kernel.T + kernel.bias[None] if has_bias
-                else hidden @ kernel.T)
+      logits = (
+        hidden @ kernel.kernel.T + kernel.bias[None]
+        if has_bias
+        else hidden @ kernel.T
+      )
       ours = terms(logits, learned, fields)
       return jnp.sum(ours.loss * weight), ours
 
@@ -103,24 +113,28 @@ class ProjectedTermsTest(parameterized.TestCase):
     for array in (f'f32[2,{VOCAB}]', f'f32[5,{WIDTH}]'):
       self.assertTrue(array in jaxpr, array)
     theirs = jax.value_and_grad(plain, (0, 1, 2), has_aux=True)(*args)
-    for leaf, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs),
-                              strict=True):
+    for leaf, expected in zip(
+      jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True
+    ):
       is_per_position = leaf.shape == (NUM,)
       real = (weight != 0) if is_per_position else ...
-      np.testing.assert_allclose(leaf[real], expected[real], rtol=1e-5, atol=1e-5)
+      np.testing.assert_allclose(
+        leaf[real], expected[real], rtol=1e-5, atol=1e-5
+      )
 
   def test_terms_carry_no_gradient(self):
     kernel, hidden, fields, weight = inputs()
-    gradient = jax.grad(lambda kernel: jnp.sum(
-        chunked(5, kernel, hidden, fields, weight)[1].nll))(kernel)
+    gradient = jax.grad(
+      lambda kernel: jnp.sum(chunked(5, kernel, hidden, fields, weight)[1].nll)
+    )(kernel)
     np.testing.assert_array_equal(gradient, 0)
 
   def test_low_precision_hidden(self):
     kernel, hidden, fields, weight = inputs()
     hidden = jnp.asarray(hidden, jnp.bfloat16)
     value, gradients = jax.value_and_grad(
-        lambda *args: chunked(5, *args)[0], (0, 1))(kernel, hidden, fields,
-                                                    weight)
+      lambda *args: chunked(5, *args)[0], (0, 1)
+    )(kernel, hidden, fields, weight)
     self.assertEqual([g.dtype for g in gradients], [jnp.float32, jnp.bfloat16])
     expected = dense(kernel, hidden.astype(jnp.float32), fields, weight)[0]
     np.testing.assert_allclose(value, expected, rtol=0.02)
@@ -137,19 +151,34 @@ class ProjectedTermsTest(parameterized.TestCase):
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     args = (array(vocab, width), array(num, width), array(num))
     terms = Masked(vocab - 1).terms
-    target = lambda weight: {'target': jnp.zeros(num, jnp.int32), 'scale': weight}
+    target = lambda weight: {
+      'target': jnp.zeros(num, jnp.int32),
+      'scale': weight,
+    }
 
     def fused(kernel, hidden, weight):
       return losses.projected_terms(
-          transformer.output_logits, lambda logits, _, fields: terms(logits, fields),
-          1024, kernel, (), hidden, target(weight), weight)[0]
+        transformer.output_logits,
+        lambda logits, _, fields: terms(logits, fields),
+        1024,
+        kernel,
+        (),
+        hidden,
+        target(weight),
+        weight,
+      )[0]
 
     def plain(kernel, hidden, weight):
       return jnp.sum(terms(hidden @ kernel.T, target(weight)).loss * weight)
 
     fused_bytes, plain_bytes = (
-        jax.jit(jax.grad(loss, (0, 1))).lower(*args).compile()
-        .memory_analysis().temp_size_in_bytes for loss in (fused, plain))
+      jax.jit(jax.grad(loss, (0, 1)))
+      .lower(*args)
+      .compile()
+      .memory_analysis()
+      .temp_size_in_bytes
+      for loss in (fused, plain)
+    )
     self.assertLess(fused_bytes, 0.15 * plain_bytes)
 
   def test_what_fills_the_last_chunk_up_is_no_division_by_zero(self):
@@ -161,21 +190,25 @@ class ProjectedTermsTest(parameterized.TestCase):
       del learned
       ours = Masked(VOCAB - 1).terms(logits, fields)
       return ours._replace(loss=ours.loss / fields['scale'])
-    gradient = jax.grad(lambda kernel, hidden: losses.projected_terms(
-        transformer.output_logits, terms, 5, kernel, (), hidden, fields, weight)[0],
-        (0, 1))
+
+    gradient = jax.grad(
+      lambda kernel, hidden: losses.projected_terms(
+        transformer.output_logits, terms, 5, kernel, (), hidden, fields, weight
+      )[0],
+      (0, 1),
+    )
     for leaf in gradient(kernel, hidden):
       self.assertTrue(np.isfinite(leaf).all())
 
 
 class GatherScoredTest(parameterized.TestCase):
-
   @parameterized.parameters((0, 4), (4, 4), (3, 4), (12, 12))
   def test_gathers_each_once(self, num, capacity):
     scored = np.zeros(12, bool)
     scored[np.random.default_rng(num).permutation(12)[:num]] = True
-    positions, is_real = losses.gather_scored(jnp.asarray(scored).reshape(3, 4),
-                                              capacity)
+    positions, is_real = losses.gather_scored(
+      jnp.asarray(scored).reshape(3, 4), capacity
+    )
     self.assertEqual(positions.shape, (capacity,))
     np.testing.assert_array_equal(positions[is_real], np.flatnonzero(scored))
     self.assertEqual(is_real.sum(), num)

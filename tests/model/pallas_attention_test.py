@@ -8,14 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanodlm.model import attention
 from nanodlm.devices import mesh as meshes
-from nanodlm.model import transformer
-from nanodlm.training import optim
-from nanodlm.model import pallas_attention
-from nanodlm.training import state as states
-from nanodlm.steps import train as steps
+from nanodlm.model import attention, pallas_attention, transformer
 from nanodlm.objectives import masked
+from nanodlm.steps import train as steps
+from nanodlm.training import optim
+from nanodlm.training import state as states
 from nanodlm.types import InputError
 from tests import toys
 
@@ -35,24 +33,31 @@ def assert_same(ours, theirs, arrays, atol=3e-6):
   for f in (ours, theirs):
     out, pull = jax.jit(functools.partial(jax.vjp, f))(*arrays)
     results.append((out, jax.jit(pull)(weight.astype(out.dtype))))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(
-      a, b, rtol=1e-5, atol=atol * float(jnp.abs(b).max())), *results)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-5, atol=atol * float(jnp.abs(b).max())
+    ),
+    *results,
+  )
 
 
 class KernelTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      (False, False, 64), (True, False, 64), (False, True, 32), (True, True, 128))
+    (False, False, 64), (True, False, 64), (False, True, 32), (True, True, 128)
+  )
   def test_attention(self, causal, segments, head_dim):
     q, k, v = draw(3, BATCH, LENGTH, HEADS, head_dim)
     ids = jnp.asarray(IDS) if segments else None
     pattern = pallas_attention.Pattern('causal' if causal else 'all')
     assert_same(
-        lambda q, k, v: pallas_attention.attention(q, k, v, pattern, ids, ids,
-                                                   interpret=True),
-        lambda q, k, v: attention.attention(q, k, v, causal=causal,
-                                            segment_ids=ids, backend='xla'),
-        (q, k, v))
+      lambda q, k, v: pallas_attention.attention(
+        q, k, v, pattern, ids, ids, interpret=True
+      ),
+      lambda q, k, v: attention.attention(
+        q, k, v, causal=causal, segment_ids=ids, backend='xla'
+      ),
+      (q, k, v),
+    )
 
   @parameterized.parameters((16, False, True), (96, True, False))
   def test_block_diffusion(self, block_size, segments, only_noisy):
@@ -61,10 +66,12 @@ class KernelTest(parameterized.TestCase):
       q = q[:BATCH]
     ids = jnp.concatenate([IDS, IDS]) if segments else None
     assert_same(
-        lambda q, k, v: attention._block_kernel(q, k, v, block_size, ids, True),
-        lambda q, k, v: attention.block_attention(
-            q, k, v, block_size=block_size, segment_ids=ids, backend='xla'),
-        (q, k, v))
+      lambda q, k, v: attention._block_kernel(q, k, v, block_size, ids, True),
+      lambda q, k, v: attention.block_attention(
+        q, k, v, block_size=block_size, segment_ids=ids, backend='xla'
+      ),
+      (q, k, v),
+    )
 
   @parameterized.parameters((64, True), (128, True), (64, False))
   def test_rotate(self, head_dim, has_norm):
@@ -77,10 +84,13 @@ class KernelTest(parameterized.TestCase):
       if scale is not None:
         x = transformer.normalize(x, scale, x.dtype, EPS)
       return transformer.rotate(x, table)
+
     assert_same(
-        lambda x, scale=None: pallas_attention.rotate(x, scale, table,
-                                                      EPS, True),
-        theirs, arrays, atol=1e-5)
+      lambda x, scale=None: pallas_attention.rotate(x, scale, table, EPS, True),
+      theirs,
+      arrays,
+      atol=1e-5,
+    )
 
   def test_sizes(self):
     fits = pallas_attention.fits
@@ -104,27 +114,49 @@ class ForTpuTest(parameterized.TestCase):
 
   def lowered(self, platform, sizes=(-1, 1, 1), **changes):
     config = toys.model_config(
-        embed_dim=256, num_heads=4, qk_norm=True, dtype='bfloat16',
-        platform=platform, **changes)
+      embed_dim=256,
+      num_heads=4,
+      qk_norm=True,
+      dtype='bfloat16',
+      platform=platform,
+      **changes,
+    )
     optimizer = optim.make_optimizer(
-        optim.OptimConfig('adamw', 1e-3, 'constant', 0, 0, 0, 0.9, 0.99, 0.95, 0,
-                          0), 1)
+      optim.OptimConfig(
+        'adamw', 1e-3, 'constant', 0, 0, 0, 0.9, 0.99, 0.95, 0, 0
+      ),
+      1,
+    )
     mesh = meshes.make_mesh(meshes.MeshConfig(*sizes))
     shards = meshes.shards(mesh)
     step = steps.make_train_step(
-        steps.Network(config, 64, shards), masked.Masked(11),
-        optimizer, lambda step: 1e-3, mesh, batch_size=16, num_microbatches=1,
-        ema_decay=0)
-    state = jax.eval_shape(lambda: states.init_state(
-        config, masked.Masked(11), optimizer, 0, False, shards))
+      steps.Network(config, 64, shards),
+      masked.Masked(11),
+      optimizer,
+      lambda step: 1e-3,
+      mesh,
+      batch_size=16,
+      num_microbatches=1,
+      ema_decay=0,
+    )
+    state = jax.eval_shape(
+      lambda: states.init_state(
+        config, masked.Masked(11), optimizer, 0, False, shards
+      )
+    )
     array = jax.ShapeDtypeStruct
-    batch = {'tokens': array((16, 128), jnp.int32),
-             'weight': array((16, 128), jnp.float32),
-             'num_bytes': array((16,), jnp.int32)}
-    with warnings.catch_warnings():  # of donation, as abstract arrays lie nowhere
+    batch = {
+      'tokens': array((16, 128), jnp.int32),
+      'weight': array((16, 128), jnp.float32),
+      'num_bytes': array((16,), jnp.int32),
+    }
+    with (
+      warnings.catch_warnings()
+    ):  # of donation, as abstract arrays lie nowhere
       warnings.simplefilter('ignore')
-      return step.trace(state, batch).lower(
-          lowering_platforms=('tpu',)).as_text()
+      return (
+        step.trace(state, batch).lower(lowering_platforms=('tpu',)).as_text()
+      )
 
   @parameterized.parameters((-1, 1, 1), (2, 2, 2))
   def test_kernels(self, *sizes):
@@ -132,8 +164,12 @@ class ForTpuTest(parameterized.TestCase):
     # of the norms' scales, the same for all heads, are summed over `tensor`. (The
     # interpreter cannot run under that check.)
     on_tpu = self.lowered('tpu', sizes)
-    for kernel in ('attention_forward', 'attention_backward', 'rotate',
-                   'rotate_backward'):
+    for kernel in (
+      'attention_forward',
+      'attention_backward',
+      'rotate',
+      'rotate_backward',
+    ):
       self.assertIn(f'kernel_name = "{kernel}"', on_tpu)
 
   def test_no_kernels(self):

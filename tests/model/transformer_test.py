@@ -9,18 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from nanodlm.model import attention
-from nanodlm.model import transformer
+from nanodlm.model import attention, transformer
 from nanodlm.types import InputError
 from tests import toys
 
 BATCH, LENGTH = 3, 6
-TOKENS = np.stack([np.arange(LENGTH), np.arange(LENGTH)[::-1],
-                   np.arange(LENGTH) + 6]).astype(np.int32)
+TOKENS = np.stack(
+  [np.arange(LENGTH), np.arange(LENGTH)[::-1], np.arange(LENGTH) + 6]
+).astype(np.int32)
 T = np.float32([0.1, 0.5, 0.9])
 SEGMENTS = np.tile(np.int32([0, 0, 1, 1, 1, 2]), (BATCH, 1))
-EVERYTHING = dict(qk_norm=True, time_conditioning=True, dropout=0.3,
-                  mlp='swiglu', tie_embeddings=False)
+EVERYTHING = dict(
+  qk_norm=True,
+  time_conditioning=True,
+  dropout=0.3,
+  mlp='swiglu',
+  tie_embeddings=False,
+)
 
 
 def params_of(config):
@@ -31,8 +36,9 @@ def params_of(config):
     is_norm = path[-1].key == 'scale'
     return (is_norm + 0.1 * rng.normal(size=shape.shape)).astype(np.float32)
 
-  shapes = jax.eval_shape(functools.partial(transformer.init_params, config),
-                          jax.random.key(0))
+  shapes = jax.eval_shape(
+    functools.partial(transformer.init_params, config), jax.random.key(0)
+  )
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
@@ -43,8 +49,9 @@ def initial_params(config):
 
 @functools.partial(jax.jit, static_argnums=0)
 def hidden_of(config, params, tokens=TOKENS, t=T, **kwargs):
-  return transformer.Transformer(config).apply({'params': params}, tokens, t,
-                                         **kwargs)
+  return transformer.Transformer(config).apply(
+    {'params': params}, tokens, t, **kwargs
+  )
 
 
 def dropout_keys(num=BATCH):
@@ -52,15 +59,17 @@ def dropout_keys(num=BATCH):
 
 
 class WhoSeesWhomTest(parameterized.TestCase):
-
   def influence(self, config, **kwargs):
     """[L, L] bool: output i has a gradient with respect to input token j."""
     params = params_of(config)
 
     def outputs(embedding):
       hidden = transformer.Transformer(config).apply(
-          {'params': {**params, 'embedding': embedding}}, TOKENS[:1], T[:1],
-          **kwargs)
+        {'params': {**params, 'embedding': embedding}},
+        TOKENS[:1],
+        T[:1],
+        **kwargs,
+      )
       return hidden[0].sum(-1)
 
     # The tokens are 0 .. L-1: row j of the embedding is position j.
@@ -69,10 +78,12 @@ class WhoSeesWhomTest(parameterized.TestCase):
 
   @parameterized.product(num_layers=(1, 3), qk_norm=(False, True))
   def test_causal(self, num_layers, qk_norm):
-    config = toys.model_config(causal=True, num_layers=num_layers,
-                               qk_norm=qk_norm)
-    np.testing.assert_array_equal(self.influence(config),
-                                  np.tri(LENGTH, dtype=bool))
+    config = toys.model_config(
+      causal=True, num_layers=num_layers, qk_norm=qk_norm
+    )
+    np.testing.assert_array_equal(
+      self.influence(config), np.tri(LENGTH, dtype=bool)
+    )
 
   @parameterized.parameters(1, 3)
   def test_bidirectional(self, num_layers):
@@ -85,7 +96,8 @@ class WhoSeesWhomTest(parameterized.TestCase):
     same = SEGMENTS[0][:, None] == SEGMENTS[0]
     expected = same & np.tri(LENGTH, dtype=bool) if causal else same
     np.testing.assert_array_equal(
-        self.influence(config, segment_ids=SEGMENTS[:1]), expected)
+      self.influence(config, segment_ids=SEGMENTS[:1]), expected
+    )
 
 
 class BlockDiffusionTest(parameterized.TestCase):
@@ -98,21 +110,27 @@ class BlockDiffusionTest(parameterized.TestCase):
 
     def outputs(embedding):
       hidden = transformer.Transformer(config).apply(
-          {'params': {**params, 'embedding': embedding}}, TOKENS[:1],
-          clean=TOKENS[2:])
+        {'params': {**params, 'embedding': embedding}},
+        TOKENS[:1],
+        clean=TOKENS[2:],
+      )
       return hidden[0].sum(-1)
 
     # Noisy tokens are rows 0 .. L-1 of the embedding, clean ones L .. 2L-1.
     jacobian = jax.jit(jax.jacrev(outputs))(params['embedding'])
     seen = np.any(np.asarray(jacobian) != 0, axis=-1)
     block = np.arange(LENGTH) // size
-    np.testing.assert_array_equal(seen[:, :LENGTH],
-                                  block[:, None] == block[None])
-    np.testing.assert_array_equal(seen[:, LENGTH:2 * LENGTH],
-                                  block[:, None] > block[None])
+    np.testing.assert_array_equal(
+      seen[:, :LENGTH], block[:, None] == block[None]
+    )
+    np.testing.assert_array_equal(
+      seen[:, LENGTH : 2 * LENGTH], block[:, None] > block[None]
+    )
 
   @parameterized.product(size=(2, 3, 6), unroll=(False, True))
-  def test_is_the_plain_network_on_each_block_after_its_past(self, size, unroll):
+  def test_is_the_plain_network_on_each_block_after_its_past(
+    self, size, unroll
+  ):
     # One block of noisy tokens after its clean past, as one sequence with a
     # mask: the clean tokens see no noisy one. By the cache, and with S = L by
     # the plain bidirectional network.
@@ -123,8 +141,11 @@ class BlockDiffusionTest(parameterized.TestCase):
     @jax.jit
     def by_cache(params):
       cache, hidden = transformer.init_cache(config, BATCH, LENGTH), []
-      advance = functools.partial(transformer.Transformer(config).apply,
-                                  {'params': params}, method='advance')
+      advance = functools.partial(
+        transformer.Transformer(config).apply,
+        {'params': params},
+        method='advance',
+      )
       for start in range(0, LENGTH, size):
         visible = jnp.arange(LENGTH) < start
         part = slice(start, start + size)
@@ -135,30 +156,43 @@ class BlockDiffusionTest(parameterized.TestCase):
     np.testing.assert_allclose(both, by_cache(params), atol=1e-5)
     if size == LENGTH:
       plain = toys.model_config(qk_norm=True)
-      np.testing.assert_allclose(both, hidden_of(plain, params, TOKENS, None),
-                                 atol=1e-5)
+      np.testing.assert_allclose(
+        both, hidden_of(plain, params, TOKENS, None), atol=1e-5
+      )
 
   @parameterized.parameters('none', 'full')
   def test_positions_segments_dropout(self, remat):
     config = toys.model_config(block_size=2, dropout=0.3, remat=remat)
     params, positions = params_of(config), np.array([0, 3, 17, 8, 8, 0])
     full, picked = (
-        hidden_of(config, params, TOKENS, None, clean=TOKENS[::-1],
-                  segment_ids=SEGMENTS, dropout_keys=dropout_keys(),
-                  positions=wanted) for wanted in (None, positions))
+      hidden_of(
+        config,
+        params,
+        TOKENS,
+        None,
+        clean=TOKENS[::-1],
+        segment_ids=SEGMENTS,
+        dropout_keys=dropout_keys(),
+        positions=wanted,
+      )
+      for wanted in (None, positions)
+    )
     np.testing.assert_allclose(
-        picked, np.asarray(full).reshape(-1, 16)[positions], atol=1e-5)
+      picked, np.asarray(full).reshape(-1, 16)[positions], atol=1e-5
+    )
 
   def test_segments_are_separate_texts(self):
     # Segments cut at block borders: as if each were a text of its own, moved.
     config = toys.model_config(block_size=2)
     params, segments = params_of(config), np.repeat(np.int32([[0, 1]]), 3, 0)
     segments = np.repeat(segments, [2, 4], axis=1)
-    both = hidden_of(config, params, TOKENS, None, clean=TOKENS[::-1],
-                     segment_ids=segments)
+    both = hidden_of(
+      config, params, TOKENS, None, clean=TOKENS[::-1], segment_ids=segments
+    )
     # Rotary attention depends on distances only.
-    alone = hidden_of(config, params, TOKENS[:, 2:], None,
-                      clean=TOKENS[::-1, 2:])
+    alone = hidden_of(
+      config, params, TOKENS[:, 2:], None, clean=TOKENS[::-1, 2:]
+    )
     np.testing.assert_allclose(both[:, 2:], alone, atol=1e-5)
 
   def test_causal_cache(self):
@@ -169,62 +203,78 @@ class BlockDiffusionTest(parameterized.TestCase):
     @jax.jit
     def by_cache(params):
       cache = transformer.init_cache(config, BATCH, LENGTH)
-      advance = functools.partial(transformer.Transformer(config).apply,
-                                  {'params': params}, method='advance')
-      hidden, cache = advance(TOKENS[:, :4], None, 0, cache,
-                              jnp.zeros((LENGTH,), bool))
+      advance = functools.partial(
+        transformer.Transformer(config).apply,
+        {'params': params},
+        method='advance',
+      )
+      hidden, cache = advance(
+        TOKENS[:, :4], None, 0, cache, jnp.zeros((LENGTH,), bool)
+      )
       hidden = [hidden]
       for i in (4, 5):
-        one, cache = advance(TOKENS[:, i:i + 1], None, i, cache,
-                             jnp.arange(LENGTH) < i)
+        one, cache = advance(
+          TOKENS[:, i : i + 1], None, i, cache, jnp.arange(LENGTH) < i
+        )
         hidden.append(one)
       return jnp.concatenate(hidden, axis=1)
 
     np.testing.assert_allclose(full, by_cache(params), atol=1e-5)
 
   @parameterized.parameters(
-      (dict(time_conditioning=True), 'time_conditioning'),
-      (dict(attention='cudnn', platform='gpu'),
-       "'cudnn' does not know the pattern of block diffusion"))
+    (dict(time_conditioning=True), 'time_conditioning'),
+    (
+      dict(attention='cudnn', platform='gpu'),
+      "'cudnn' does not know the pattern of block diffusion",
+    ),
+  )
   def test_what_does_not_go_together(self, changes, message):
     with self.assertRaisesRegex(InputError, message):
       toys.model_config(block_size=2, **changes)
 
   def test_a_constant_time_goes_with_blocks_and_caches(self):
-    config = toys.model_config(block_size=2, time_conditioning=True,
-                               time_form='constant', time_dim=8)
+    config = toys.model_config(
+      block_size=2, time_conditioning=True, time_form='constant', time_dim=8
+    )
     params, clean = params_of(config), TOKENS[::-1]
     both = hidden_of(config, params, TOKENS, T, clean=clean)
     np.testing.assert_array_equal(
-        both, hidden_of(config, params, TOKENS, 1 - T, clean=clean))
+      both, hidden_of(config, params, TOKENS, 1 - T, clean=clean)
+    )
     cache = transformer.init_cache(config, BATCH, LENGTH)
-    apply = functools.partial(transformer.Transformer(config).apply,
-                              {'params': params}, method='advance')
+    apply = functools.partial(
+      transformer.Transformer(config).apply,
+      {'params': params},
+      method='advance',
+    )
     _, cache = apply(clean[:, :2], T, 0, cache, jnp.zeros((LENGTH,), bool))
     second, _ = apply(TOKENS[:, 2:4], None, 2, cache, jnp.arange(LENGTH) < 2)
     np.testing.assert_allclose(both[:, 2:4], second, atol=1e-5)
 
   @parameterized.parameters(
-      (dict(time_form='sigma'), r"time_form='sigma'.*no effect"),
-      (dict(time_dim=8), r'time_dim=8.*no effect'),
-      (dict(time_conditioning=True, time_form='t'), "time_form='t' is not one of"),
-      (dict(time_conditioning=True, time_dim=7), 'time_dim=7 must be even'),
-      (dict(time_dim=-2), 'time_dim=-2 must be >= 0'),
-      (dict(embedding_dim=8), 'embedding_dim=8.*tie_embeddings=True'))
+    (dict(time_form='sigma'), r"time_form='sigma'.*no effect"),
+    (dict(time_dim=8), r'time_dim=8.*no effect'),
+    (
+      dict(time_conditioning=True, time_form='t'),
+      "time_form='t' is not one of",
+    ),
+    (dict(time_conditioning=True, time_dim=7), 'time_dim=7 must be even'),
+    (dict(time_dim=-2), 'time_dim=-2 must be >= 0'),
+    (dict(embedding_dim=8), 'embedding_dim=8.*tie_embeddings=True'),
+  )
   def test_forms_of_time_and_embedding(self, changes, message):
     with self.assertRaisesRegex(InputError, message):
       toys.model_config(**changes)
 
 
 class NothingChangesTest(parameterized.TestCase):
-
   def loss_and_gradient(self, config):
     """With dropout, time and segments: all that the layers are handed."""
 
     def loss(params, keys):
       hidden = transformer.Transformer(config).apply(
-          {'params': params}, TOKENS, T, segment_ids=SEGMENTS,
-          dropout_keys=keys)
+        {'params': params}, TOKENS, T, segment_ids=SEGMENTS, dropout_keys=keys
+      )
       weight = jnp.cos(jnp.arange(hidden.size)).reshape(hidden.shape)
       return jnp.sum(weight * hidden)
 
@@ -234,19 +284,25 @@ class NothingChangesTest(parameterized.TestCase):
     return jax.jit(jax.value_and_grad(loss))(params, dropout_keys())
 
   @parameterized.parameters(
-      ('dots', False), ('full', False), ('none', True), ('full', True))
+    ('dots', False), ('full', False), ('none', True), ('full', True)
+  )
   def test_remat_and_unroll(self, remat, unroll):
     if not hasattr(type(self), 'plain'):
       type(self).plain = self.loss_and_gradient(toys.model_config(**EVERYTHING))
     other = self.loss_and_gradient(
-        toys.model_config(**EVERYTHING, remat=remat, unroll=unroll))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-5),
-                 self.plain, other)
+      toys.model_config(**EVERYTHING, remat=remat, unroll=unroll)
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-5),
+      self.plain,
+      other,
+    )
 
   def test_remat_and_unroll_start_from_the_same_parameters(self):
     plain = initial_params(toys.model_config(num_layers=2))
     other = initial_params(
-        toys.model_config(num_layers=2, remat='full', unroll=True))
+      toys.model_config(num_layers=2, remat='full', unroll=True)
+    )
     jax.tree.map(np.testing.assert_array_equal, plain, other)
 
   @parameterized.parameters(1, 3)
@@ -254,43 +310,66 @@ class NothingChangesTest(parameterized.TestCase):
     config = toys.model_config(**EVERYTHING, num_layers=num_layers)
     params = params_of(config)
     positions = np.array([0, 3, 17, 8, 8, 0])
-    full = hidden_of(config, params, segment_ids=SEGMENTS,
-                     dropout_keys=dropout_keys())
-    picked = hidden_of(config, params, segment_ids=SEGMENTS,
-                       dropout_keys=dropout_keys(), positions=positions)
+    full = hidden_of(
+      config, params, segment_ids=SEGMENTS, dropout_keys=dropout_keys()
+    )
+    picked = hidden_of(
+      config,
+      params,
+      segment_ids=SEGMENTS,
+      dropout_keys=dropout_keys(),
+      positions=positions,
+    )
     np.testing.assert_allclose(
-        picked, np.asarray(full).reshape(-1, 16)[positions], atol=1e-5)
+      picked, np.asarray(full).reshape(-1, 16)[positions], atol=1e-5
+    )
 
 
 SHARED = dict(num_heads=4, num_kv_heads=2, head_size=6)
 # All that published architectures ask for beside the defaults.
-FOREIGN = dict(**SHARED, norm='layer', norm_bias=True, attention_bias='all',
-               mlp_bias=True, num_positions=8, norm_eps=1e-5)
+FOREIGN = dict(
+  **SHARED,
+  norm='layer',
+  norm_bias=True,
+  attention_bias='all',
+  mlp_bias=True,
+  num_positions=8,
+  norm_eps=1e-5,
+)
 
 
 class OptionsTest(parameterized.TestCase):
-
   @parameterized.parameters(dict(), dict(causal=True), dict(block_size=2))
   def test_shared_keys_are_repeated_keys(self, **kind):
     # Each key and value repeated for the queries that share it: plain attention.
     shared = toys.model_config(**SHARED, qk_norm=True, **kind)
-    plain = toys.model_config(**{**SHARED, 'num_kv_heads': 0}, qk_norm=True, **kind)
-    params, clean = params_of(shared), TOKENS[::-1] if shared.block_size else None
+    plain = toys.model_config(
+      **{**SHARED, 'num_kv_heads': 0}, qk_norm=True, **kind
+    )
+    params, clean = (
+      params_of(shared),
+      TOKENS[::-1] if shared.block_size else None,
+    )
 
     def widen(path, x):
-      if path[-2:] not in ([jax.tree_util.DictKey(name), jax.tree_util.DictKey(
-          'kernel')] for name in ('key', 'value')):
+      if path[-2:] not in (
+        [jax.tree_util.DictKey(name), jax.tree_util.DictKey('kernel')]
+        for name in ('key', 'value')
+      ):
         return x
       x = x.reshape(*x.shape[:-1], 2, 6)
       return np.repeat(x, 2, axis=-2).reshape(*x.shape[:-2], -1)
 
     wide = jax.tree_util.tree_map_with_path(
-        lambda path, x: widen(list(path), x), params)
+      lambda path, x: widen(list(path), x), params
+    )
     self.assertEqual(params['last_layer']['key']['kernel'].shape, (16, 12))
     self.assertEqual(wide['last_layer']['key']['kernel'].shape, (16, 24))
     np.testing.assert_allclose(
-        hidden_of(shared, params, TOKENS, None, clean=clean),
-        hidden_of(plain, wide, TOKENS, None, clean=clean), atol=1e-5)
+      hidden_of(shared, params, TOKENS, None, clean=clean),
+      hidden_of(plain, wide, TOKENS, None, clean=clean),
+      atol=1e-5,
+    )
 
   def test_positions_that_are_learned(self):
     config = toys.model_config(num_positions=8)
@@ -298,32 +377,51 @@ class OptionsTest(parameterized.TestCase):
     table = params['position_embedding']
     self.assertEqual(table.shape, (8, 16))
     # Adding a row of the table to all of them is adding it to the tokens.
-    moved = {**params, 'position_embedding': table + table[:1],
-             'embedding': params['embedding'] - table[:1]}
+    moved = {
+      **params,
+      'position_embedding': table + table[:1],
+      'embedding': params['embedding'] - table[:1],
+    }
     hidden = hidden_of(config, params)
     np.testing.assert_allclose(hidden_of(config, moved), hidden, atol=1e-5)
     # And there is no rotation: the same positions everywhere, and no order is seen.
     same = {**params, 'position_embedding': np.tile(table[:1], (8, 1))}
     turned = hidden_of(config, same, tokens=TOKENS[:, ::-1].copy())
-    np.testing.assert_allclose(turned[:, ::-1], hidden_of(config, same), atol=1e-5)
+    np.testing.assert_allclose(
+      turned[:, ::-1], hidden_of(config, same), atol=1e-5
+    )
     self.assertGreater(np.abs(hidden - hidden_of(config, same)).max(), 0.01)
 
   def test_layer_norm_and_biases(self):
     x = np.random.default_rng(0).normal(2, 3, size=(5, 16)).astype(np.float32)
     scale, bias = np.linspace(1, 2, 16), np.linspace(-1, 1, 16)
     centred = x - x.mean(-1, keepdims=True)
-    expected = centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + 1e-2)
+    expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-2)
     np.testing.assert_allclose(
-        transformer.normalize(x, scale, jnp.float32, 1e-2, True, bias),
-        expected * scale + bias, atol=1e-5)
+      transformer.normalize(x, scale, jnp.float32, 1e-2, True, bias),
+      expected * scale + bias,
+      atol=1e-5,
+    )
     params = params_of(toys.model_config(**FOREIGN, mlp='swiglu'))
-    shapes = {'/'.join(part.key for part in path): x.shape for path, x
-              in jax.tree_util.tree_leaves_with_path(params['last_layer'])
-              if path[-1].key == 'bias'}
-    self.assertEqual(shapes, {
-        'attention_norm/bias': (16,), 'mlp_norm/bias': (16,), 'query/bias': (24,),
-        'key/bias': (12,), 'value/bias': (12,), 'attention_out/bias': (16,),
-        'mlp_in/bias': (32,), 'mlp_gate/bias': (32,), 'mlp_out/bias': (16,)})
+    shapes = {
+      '/'.join(part.key for part in path): x.shape
+      for path, x in jax.tree_util.tree_leaves_with_path(params['last_layer'])
+      if path[-1].key == 'bias'
+    }
+    self.assertEqual(
+      shapes,
+      {
+        'attention_norm/bias': (16,),
+        'mlp_norm/bias': (16,),
+        'query/bias': (24,),
+        'key/bias': (12,),
+        'value/bias': (12,),
+        'attention_out/bias': (16,),
+        'mlp_in/bias': (32,),
+        'mlp_gate/bias': (32,),
+        'mlp_out/bias': (16,),
+      },
+    )
 
   @parameterized.parameters(dict(), FOREIGN)
   def test_a_cache_of_them(self, **options):
@@ -337,29 +435,43 @@ class OptionsTest(parameterized.TestCase):
       self.assertEqual(cache.last[0].shape, (BATCH, LENGTH, 2, 6))
       for start, stop in ((0, 4), (4, 5), (5, 6)):
         part, cache = transformer.Transformer(config).apply(
-            {'params': params}, TOKENS[:, start:stop], None, start, cache,
-            jnp.arange(LENGTH) < start, method='advance')
+          {'params': params},
+          TOKENS[:, start:stop],
+          None,
+          start,
+          cache,
+          jnp.arange(LENGTH) < start,
+          method='advance',
+        )
         hidden.append(part)
       return jnp.concatenate(hidden, axis=1)
 
     np.testing.assert_allclose(full, by_cache(params), atol=1e-5)
 
   def test_shifted_outputs(self):
-    plain, shifted = (toys.model_config(shift_outputs=shift)
-                      for shift in (False, True))
+    plain, shifted = (
+      toys.model_config(shift_outputs=shift) for shift in (False, True)
+    )
     params = params_of(plain)
     hidden = np.asarray(hidden_of(plain, params))
     expected = np.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
     np.testing.assert_allclose(hidden_of(shifted, params), expected, atol=1e-5)
     positions = np.array([0, 3, 17, 8, 6, 12])
     np.testing.assert_allclose(
-        hidden_of(shifted, params, positions=positions),
-        expected.reshape(-1, 16)[positions], atol=1e-5)
+      hidden_of(shifted, params, positions=positions),
+      expected.reshape(-1, 16)[positions],
+      atol=1e-5,
+    )
     with self.assertRaisesRegex(InputError, 'which a cache .* does not have'):
       transformer.Transformer(shifted).apply(
-          {'params': params}, TOKENS[:, :2], None, 0,
-          transformer.init_cache(shifted, BATCH, LENGTH), np.zeros(LENGTH, bool),
-          method='advance')
+        {'params': params},
+        TOKENS[:, :2],
+        None,
+        0,
+        transformer.init_cache(shifted, BATCH, LENGTH),
+        np.zeros(LENGTH, bool),
+        method='advance',
+      )
 
   def test_opening_attention(self):
     keys, length = dropout_keys(4), 40
@@ -377,20 +489,29 @@ class OptionsTest(parameterized.TestCase):
     full, causal = toys.model_config(), toys.model_config(causal=True)
     params = params_of(full)
     opening = lambda share: hidden_of(
-        full, params, seen=transformer.opening_mask(dropout_keys(), share, LENGTH))
-    np.testing.assert_allclose(opening(0.0), hidden_of(causal, params), atol=1e-5)
+      full, params, seen=transformer.opening_mask(dropout_keys(), share, LENGTH)
+    )
+    np.testing.assert_allclose(
+      opening(0.0), hidden_of(causal, params), atol=1e-5
+    )
     np.testing.assert_allclose(opening(1.0), hidden_of(full, params), atol=1e-5)
     self.assertGreater(np.abs(opening(0.5) - opening(1.0)).max(), 1e-3)
     self.assertGreater(np.abs(opening(0.5) - opening(0.0)).max(), 1e-3)
 
   @parameterized.parameters(
-      ('num_kv_heads', 3, 'must divide model.num_heads=2'),
-      ('num_kv_heads', -1, 'must be >= 0'), ('head_size', -2, 'must be >= 0'),
-      ('num_positions', -1, 'must be >= 0'), ('norm', 'batch', 'is not one of'),
-      ('norm_eps', 0.0, 'must be > 0'), ('norm_bias', True, 'no effect'),
-      ('attention_bias', 'some', 'is not one of'))
+    ('num_kv_heads', 3, 'must divide model.num_heads=2'),
+    ('num_kv_heads', -1, 'must be >= 0'),
+    ('head_size', -2, 'must be >= 0'),
+    ('num_positions', -1, 'must be >= 0'),
+    ('norm', 'batch', 'is not one of'),
+    ('norm_eps', 0.0, 'must be > 0'),
+    ('norm_bias', True, 'no effect'),
+    ('attention_bias', 'some', 'is not one of'),
+  )
   def test_errors(self, key, value, message):
-    with self.assertRaisesRegex(InputError, f'^model.{key}={value!r}.*{message}'):
+    with self.assertRaisesRegex(
+      InputError, f'^model.{key}={value!r}.*{message}'
+    ):
       toys.model_config(**{key: value})
 
   def test_what_does_not_go_together(self):
@@ -403,50 +524,75 @@ class OptionsTest(parameterized.TestCase):
 
 
 class PartsTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ('gelu', lambda x: x * special.ndtr(x)),
-      ('gelu_tanh', lambda x: 0.5 * x * (1 + np.tanh(
-          np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))),
-      ('relu2', lambda x: np.maximum(x, 0) ** 2),
-      ('geglu', lambda x: x * special.ndtr(x)),
-      ('geglu_tanh', lambda x: 0.5 * x * (1 + np.tanh(
-          np.sqrt(2 / np.pi) * (x + 0.044715 * x ** 3)))),
-      ('swiglu', lambda x: x * special.expit(x)),
-      ('glu', special.expit))
+    ('gelu', lambda x: x * special.ndtr(x)),
+    (
+      'gelu_tanh',
+      lambda x: (
+        0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+      ),
+    ),
+    ('relu2', lambda x: np.maximum(x, 0) ** 2),
+    ('geglu', lambda x: x * special.ndtr(x)),
+    (
+      'geglu_tanh',
+      lambda x: (
+        0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+      ),
+    ),
+    ('swiglu', lambda x: x * special.expit(x)),
+    ('glu', special.expit),
+  )
   def test_activations(self, mlp, reference):
     x = np.linspace(-4, 4, 101)
-    np.testing.assert_allclose(transformer.MLPS[mlp](jnp.asarray(x, jnp.float32)),
-                               reference(x), atol=1e-5)
+    np.testing.assert_allclose(
+      transformer.MLPS[mlp](jnp.asarray(x, jnp.float32)),
+      reference(x),
+      atol=1e-5,
+    )
     slope = (reference(x + 1e-6) - reference(x - 1e-6)) / 2e-6
-    gradient = jax.vmap(jax.grad(transformer.MLPS[mlp]))(jnp.asarray(x, jnp.float32))
+    gradient = jax.vmap(jax.grad(transformer.MLPS[mlp]))(
+      jnp.asarray(x, jnp.float32)
+    )
     np.testing.assert_allclose(gradient, slope, atol=1e-4)
 
   def test_every_mlp_is_tested(self):
-    self.assertEqual(set(transformer.MLPS), {'gelu', 'gelu_tanh', 'relu2', 'geglu',
-                                       'geglu_tanh', 'swiglu', 'glu'})
+    self.assertEqual(
+      set(transformer.MLPS),
+      {'gelu', 'gelu_tanh', 'relu2', 'geglu', 'geglu_tanh', 'swiglu', 'glu'},
+    )
 
-  @parameterized.product(mlp=sorted(transformer.MLPS), tie_embeddings=(True, False))
+  @parameterized.product(
+    mlp=sorted(transformer.MLPS), tie_embeddings=(True, False)
+  )
   def test_every_mlp_and_its_size(self, mlp, tie_embeddings):
-    config = toys.model_config(mlp=mlp, tie_embeddings=tie_embeddings,
-                               num_layers=2, mlp_dim=24)
+    config = toys.model_config(
+      mlp=mlp, tie_embeddings=tie_embeddings, num_layers=2, mlp_dim=24
+    )
     params = params_of(config)
     matrices = 3 if mlp in transformer.GATED else 2
     block = 4 * 16 * 16 + matrices * 16 * 24 + 2 * 16
-    self.assertEqual(transformer.num_params(params),
-                     2 * block + 16 + (1 if tie_embeddings else 2) * 12 * 16)
+    self.assertEqual(
+      transformer.num_params(params),
+      2 * block + 16 + (1 if tie_embeddings else 2) * 12 * 16,
+    )
     hidden = hidden_of(config, params)
     self.assertEqual(hidden.shape, (BATCH, LENGTH, 16))
     self.assertTrue(np.isfinite(hidden).all())
     kernel = params['embedding' if tie_embeddings else 'output'].T
-    logits = transformer.output_logits(transformer.output_kernel(params), hidden)
+    logits = transformer.output_logits(
+      transformer.output_kernel(params), hidden
+    )
     np.testing.assert_allclose(logits, hidden @ kernel, atol=1e-4)
     # Training: 2 forward and 4 backward for each element of a matrix.
-    self.assertEqual(transformer.train_flops_per_token(config, 0),
-                     6 * (2 * (block - 2 * 16) + 12 * 16))
+    self.assertEqual(
+      transformer.train_flops_per_token(config, 0),
+      6 * (2 * (block - 2 * 16) + 12 * 16),
+    )
 
-  @parameterized.parameters(('relu2', 0, 64), ('swiglu', 0, 64),
-                            ('swiglu', 40, 40), ('gelu', 40, 40))
+  @parameterized.parameters(
+    ('relu2', 0, 64), ('swiglu', 0, 64), ('swiglu', 40, 40), ('gelu', 40, 40)
+  )
   def test_mlp_width(self, mlp, mlp_dim, width):
     config = toys.model_config(mlp=mlp, mlp_dim=mlp_dim)
     self.assertEqual(config.mlp_width, width)
@@ -456,8 +602,13 @@ class PartsTest(parameterized.TestCase):
     config = toys.model_config(qk_norm=qk_norm, num_layers=1)
     params = params_of(config)
     block = params['last_layer']
-    louder = {**params, 'last_layer': {
-        **block, 'query': {'kernel': 8 * block['query']['kernel']}}}
+    louder = {
+      **params,
+      'last_layer': {
+        **block,
+        'query': {'kernel': 8 * block['query']['kernel']},
+      },
+    }
     change = np.abs(hidden_of(config, params) - hidden_of(config, louder)).max()
     if qk_norm:
       self.assertLess(change, 1e-3)
@@ -471,8 +622,9 @@ class PartsTest(parameterized.TestCase):
     x = start['embedding'][TOKENS]
     x = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + config.norm_eps)
     for t in (T, T[::-1]):
-      np.testing.assert_allclose(hidden_of(config, start, t=t.copy()), x,
-                                 atol=1e-5)
+      np.testing.assert_allclose(
+        hidden_of(config, start, t=t.copy()), x, atol=1e-5
+      )
     # Later it reads the time of each example, and of no other.
     params = params_of(config)
     hidden = hidden_of(config, params)
@@ -484,8 +636,9 @@ class PartsTest(parameterized.TestCase):
   def test_without_time_conditioning_time_is_not_read(self):
     config = toys.model_config()
     params = params_of(config)
-    np.testing.assert_array_equal(hidden_of(config, params, t=T),
-                                  hidden_of(config, params, t=T * np.nan))
+    np.testing.assert_array_equal(
+      hidden_of(config, params, t=T), hidden_of(config, params, t=T * np.nan)
+    )
 
   def test_dropout(self):
     config = toys.model_config(dropout=0.3)
@@ -498,12 +651,14 @@ class PartsTest(parameterized.TestCase):
     # A rate of 0 reads no keys; no keys is a rate of 0.
     none = toys.model_config(dropout=0.0)
     np.testing.assert_allclose(
-        hidden_of(none, params, dropout_keys=dropout_keys()), off, atol=1e-6)
+      hidden_of(none, params, dropout_keys=dropout_keys()), off, atol=1e-6
+    )
     # An example's mask is its key's, not its row's.
     same = np.repeat(TOKENS[:1], BATCH, axis=0)
     rows = hidden_of(config, params, tokens=same, dropout_keys=dropout_keys())
-    turned = hidden_of(config, params, tokens=same,
-                       dropout_keys=dropout_keys()[::-1])
+    turned = hidden_of(
+      config, params, tokens=same, dropout_keys=dropout_keys()[::-1]
+    )
     np.testing.assert_allclose(turned[::-1], rows, atol=1e-6)
     self.assertGreater(np.abs(rows[0] - rows[1]).max(), 1e-2)
 
@@ -518,21 +673,28 @@ class PartsTest(parameterized.TestCase):
     config = toys.model_config(dtype='bfloat16', **EVERYTHING)
     params = params_of(config)
     shapes = jax.eval_shape(lambda: initial_params(config))
-    self.assertEqual({x.dtype for x in jax.tree.leaves(shapes)},
-                     {jnp.dtype('float32')})
+    self.assertEqual(
+      {x.dtype for x in jax.tree.leaves(shapes)}, {jnp.dtype('float32')}
+    )
     hidden = hidden_of(config, params)
     self.assertEqual(hidden.dtype, jnp.bfloat16)
-    logits = transformer.output_logits(transformer.output_kernel(params), hidden)
+    logits = transformer.output_logits(
+      transformer.output_kernel(params), hidden
+    )
     self.assertEqual(logits.dtype, jnp.float32)
     exact = hidden_of(toys.model_config(**EVERYTHING), params)
     difference = np.asarray(hidden, np.float32) - exact
-    self.assertLess(np.sqrt(np.mean(difference ** 2)), 0.1)
+    self.assertLess(np.sqrt(np.mean(difference**2)), 0.1)
 
   def test_rotary_positions_are_relative(self):
     table = transformer.rotary_table(jnp.arange(8), 4, 100.0)
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 4))
-    q, k = (transformer.rotate(jnp.tile(jnp.asarray(x, jnp.float32), (1, 8, 1, 1)),
-                         table) for x in (q, k))
+    q, k = (
+      transformer.rotate(
+        jnp.tile(jnp.asarray(x, jnp.float32), (1, 8, 1, 1)), table
+      )
+      for x in (q, k)
+    )
     scores = np.einsum('bqhd,bkhd->qk', q, k)
     for offset in range(-7, 8):
       diagonal = np.diagonal(scores, offset)
@@ -541,49 +703,69 @@ class PartsTest(parameterized.TestCase):
 
   def test_linear_has_the_gradient_of_a_product(self):
     rng = np.random.default_rng(0)
-    x, kernel, weight = (jnp.asarray(rng.normal(size=s), jnp.float32)
-                         for s in ((7, 4), (4, 5), (7, 5)))
+    x, kernel, weight = (
+      jnp.asarray(rng.normal(size=s), jnp.float32)
+      for s in ((7, 4), (4, 5), (7, 5))
+    )
     for ours, theirs in zip(
-        jax.grad(lambda x, k: jnp.sum(transformer.linear(x, k) * weight), (0, 1))(
-            x, kernel), (weight @ kernel.T, x.T @ weight)):
+      jax.grad(lambda x, k: jnp.sum(transformer.linear(x, k) * weight), (0, 1))(
+        x, kernel
+      ),
+      (weight @ kernel.T, x.T @ weight),
+    ):
       np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
   def test_initial_scale(self):
     params = initial_params(toys.model_config(embed_dim=64, vocab_size=256))
     np.testing.assert_allclose(np.std(params['embedding']), 0.02, rtol=0.05)
     out = params['layers']['attention_out']['kernel']
-    np.testing.assert_allclose(np.std(out), 0.02 / 6 ** 0.5, rtol=0.05)
+    np.testing.assert_allclose(np.std(out), 0.02 / 6**0.5, rtol=0.05)
     self.assertEqual(out.shape, (2, 64, 64))
     self.assertGreater(np.abs(out[0] - out[1]).max(), 0.01)
 
   @parameterized.parameters(
-      ('num_layers', 0), ('embed_dim', 0), ('num_heads', 3), ('num_heads', 16),
-      ('mlp_dim', -1), ('mlp', 'relu'), ('remat', 'all'), ('dtype', 'float8'),
-      ('dropout', 1.0), ('rope_theta', 0.0), ('attention', 'flash'),
-      ('attention', 'cudnn'))
+    ('num_layers', 0),
+    ('embed_dim', 0),
+    ('num_heads', 3),
+    ('num_heads', 16),
+    ('mlp_dim', -1),
+    ('mlp', 'relu'),
+    ('remat', 'all'),
+    ('dtype', 'float8'),
+    ('dropout', 1.0),
+    ('rope_theta', 0.0),
+    ('attention', 'flash'),
+    ('attention', 'cudnn'),
+  )
   def test_errors(self, key, value):
     with self.assertRaisesRegex(InputError, f'^model.{key}={value!r}'):
       toys.model_config(**{key: value})
 
 
 class AttentionTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      (64, 'bfloat16', True), (12, 'bfloat16', False), (136, 'bfloat16', False),
-      (64, 'float32', False))
+    (64, 'bfloat16', True),
+    (12, 'bfloat16', False),
+    (136, 'bfloat16', False),
+    (64, 'float32', False),
+  )
   def test_a_gpu_takes_cudnn_where_it_can(self, head_dim, dtype, is_cudnn):
     q = jnp.zeros((1, 8, 2, head_dim), dtype)
     seen = []
     with mock.patch.object(
-        jax.nn, 'dot_product_attention',
-        lambda q, *_, implementation, **__: seen.append(implementation) or q):
+      jax.nn,
+      'dot_product_attention',
+      lambda q, *_, implementation, **__: seen.append(implementation) or q,
+    ):
       attention.attention(q, q, q, causal=False, platform='gpu')
     self.assertEqual(seen, ['cudnn'] * is_cudnn)
 
   @parameterized.product(causal=(False, True), segments=(False, True))
   def test_agrees_with_jax(self, causal, segments):
-    q, k, v, weight = (jax.random.normal(key, (BATCH, LENGTH, 2, 4))
-                       for key in jax.random.split(jax.random.key(0), 4))
+    q, k, v, weight = (
+      jax.random.normal(key, (BATCH, LENGTH, 2, 4))
+      for key in jax.random.split(jax.random.key(0), 4)
+    )
     ids = SEGMENTS if segments else None
     mask = None
     if segments:
@@ -598,5 +780,8 @@ class AttentionTest(parameterized.TestCase):
       return jnp.sum(out * weight)
 
     evaluate = lambda f: jax.value_and_grad(f, (0, 1, 2))(q, k, v)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-                 evaluate(ours), evaluate(theirs))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+      evaluate(ours),
+      evaluate(theirs),
+    )

@@ -28,8 +28,9 @@ def draw_many(draw, logits, num=20_000):
   """Counts of each id over rows and positions."""
   num_rows, num_slots = num // 4, 4
   keys = jax.random.split(jax.random.key(0), num_rows)
-  logits = jnp.broadcast_to(jnp.asarray(logits),
-                            (num_rows, num_slots, len(logits)))
+  logits = jnp.broadcast_to(
+    jnp.asarray(logits), (num_rows, num_slots, len(logits))
+  )
   tokens = jax.jit(draw.sample)(keys, logits)
   return np.bincount(np.asarray(tokens).reshape(-1), minlength=logits.shape[-1])
 
@@ -44,7 +45,6 @@ def nucleus(p, top_p):
 
 
 class DrawTest(parameterized.TestCase):
-
   @parameterized.parameters(1.0, 0.5, 2.0)
   def test_frequencies(self, temperature):
     expected = np.zeros(10)
@@ -59,15 +59,18 @@ class DrawTest(parameterized.TestCase):
     counts = draw_many(Draw(513), logits)
     p = 512 * np.exp(-12) / (1 + 512 * np.exp(-12))
     self.assertGreater(
-        stats.binomtest(int(counts[1:].sum()), 20_000, p).pvalue, 1e-3)
+      stats.binomtest(int(counts[1:].sum()), 20_000, p).pvalue, 1e-3
+    )
 
   def test_the_tail_of_the_noise_is_not_cut_off(self):
     # The default mode cannot draw what is 17 nats below the best. To see that
     # in frequencies takes 10^9 random numbers: look at what is asked for.
-    with mock.patch.object(jax.random, 'categorical',
-                           wraps=jax.random.categorical) as categorical_draw:
-      Draw(2).sample(jax.random.split(jax.random.key(0), 1),
-                     jnp.zeros((1, 1, 3)))
+    with mock.patch.object(
+      jax.random, 'categorical', wraps=jax.random.categorical
+    ) as categorical_draw:
+      Draw(2).sample(
+        jax.random.split(jax.random.key(0), 1), jnp.zeros((1, 1, 3))
+      )
     self.assertEqual(categorical_draw.call_args.kwargs['mode'], 'high')
     self.assertEqual(categorical_draw.call_args.args[1].dtype, jnp.float32)
 
@@ -75,8 +78,9 @@ class DrawTest(parameterized.TestCase):
     counts = draw_many(Draw(MASK, temperature=0), LOGITS, 400)
     self.assertEqual(counts[LOGITS[:MASK].argmax()], 400)
     log_p = Draw(MASK, temperature=0).log_prob(LOGITS)
-    np.testing.assert_allclose(np.exp(log_p),
-                               np.eye(10)[LOGITS[:MASK].argmax()])
+    np.testing.assert_allclose(
+      np.exp(log_p), np.eye(10)[LOGITS[:MASK].argmax()]
+    )
 
   @parameterized.parameters(1, 3, 7, 8, 100)
   def test_top_k(self, top_k):
@@ -112,21 +116,33 @@ class DrawTest(parameterized.TestCase):
     self.assertGreater(toys.chi_square(counts, np.full(8, 1 / 8)), 1e-3)
 
   def test_settings_of_each_row(self):
-    settings = [(1.0, 0, 1.0), (0.0, 0, 1.0), (0.7, 3, 1.0), (1.3, 0, 0.6),
-                (0.5, 4, 0.9), (1.0, 99, 0.01)]
+    settings = [
+      (1.0, 0, 1.0),
+      (0.0, 0, 1.0),
+      (0.7, 3, 1.0),
+      (1.3, 0, 0.6),
+      (0.5, 4, 0.9),
+      (1.0, 99, 0.01),
+    ]
     keys = lambda: jax.random.split(jax.random.key(5), len(settings))
-    logits = 2 * jax.random.normal(jax.random.key(6), (len(settings), 4, MASK + 2))
+    logits = 2 * jax.random.normal(
+      jax.random.key(6), (len(settings), 4, MASK + 2)
+    )
     temperature, top_k, top_p = map(np.array, zip(*settings))
     for rows in (slice(None), slice(0, 1), slice(0, 2)):  # cut or not
-      draw = categorical.RowDraw(MASK, temperature[rows], top_k[rows], top_p[rows])
+      draw = categorical.RowDraw(
+        MASK, temperature[rows], top_k[rows], top_p[rows]
+      )
       log_p = draw.log_prob(logits[rows])
       tokens = draw.sample(keys()[rows], logits[rows])
       for i, setting in enumerate(settings[rows]):
         one = Draw(MASK, *setting)
-        np.testing.assert_allclose(log_p[i], one.log_prob(logits[i]), rtol=1e-5,
-                                   atol=1e-5)
+        np.testing.assert_allclose(
+          log_p[i], one.log_prob(logits[i]), rtol=1e-5, atol=1e-5
+        )
         np.testing.assert_array_equal(
-            tokens[i], one.sample(keys()[i:i + 1], logits[i:i + 1])[0])
+          tokens[i], one.sample(keys()[i : i + 1], logits[i : i + 1])[0]
+        )
 
   def test_low_precision_logits(self):
     # Normalised in float32: 1000 equal logits and not the sum of their bf16.
@@ -136,18 +152,18 @@ class DrawTest(parameterized.TestCase):
     np.testing.assert_allclose(log_p[:1000], -np.log(1000), rtol=1e-6)
 
   @parameterized.parameters(
-      ({'temperature': -1.0}, 'sampler.temperature=-1.0'),
-      ({'temperature': float('nan')}, 'sampler.temperature=nan'),
-      ({'top_k': -1}, 'sampler.top_k=-1'),
-      ({'top_p': 0.0}, 'sampler.top_p=0.0'),
-      ({'top_p': 1.5}, 'sampler.top_p=1.5'))
+    ({'temperature': -1.0}, 'sampler.temperature=-1.0'),
+    ({'temperature': float('nan')}, 'sampler.temperature=nan'),
+    ({'top_k': -1}, 'sampler.top_k=-1'),
+    ({'top_p': 0.0}, 'sampler.top_p=0.0'),
+    ({'top_p': 1.5}, 'sampler.top_p=1.5'),
+  )
   def test_errors(self, fields, message):
     with self.assertRaisesRegex(InputError, message):
       Draw(MASK, **fields)
 
 
 class CrossEntropyTest(parameterized.TestCase):
-
   def test_value_and_gradient(self):
     rng = np.random.default_rng(0)
     logits = (5 * rng.normal(size=(64, 10))).astype(np.float32)
@@ -159,23 +175,30 @@ class CrossEntropyTest(parameterized.TestCase):
 
     def optaxs(x):
       return optax.softmax_cross_entropy_with_integer_labels(
-          x[:, :MASK], targets)
+        x[:, :MASK], targets
+      )
 
     weight = rng.normal(size=64).astype(np.float32)
-    np.testing.assert_allclose(ours(logits), optaxs(logits), rtol=1e-5,
-                               atol=1e-6)
     np.testing.assert_allclose(
-        jax.grad(lambda x: ours(x) @ weight)(logits),
-        jax.grad(lambda x: optaxs(x) @ weight)(logits), atol=1e-6)
+      ours(logits), optaxs(logits), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+      jax.grad(lambda x: ours(x) @ weight)(logits),
+      jax.grad(lambda x: optaxs(x) @ weight)(logits),
+      atol=1e-6,
+    )
     correct = categorical.cross_entropy(logits, targets, MASK)[1]
-    np.testing.assert_array_equal(correct,
-                                  logits[:, :MASK].argmax(1) == targets)
+    np.testing.assert_array_equal(
+      correct, logits[:, :MASK].argmax(1) == targets
+    )
 
   def test_extreme_logits(self):
     logits = np.float32([[1e4, -1e4, 0, 9e9], [0, 0, 0, 9e9]])
     targets = np.array([1, 2])
     ce, gradient = jax.value_and_grad(
-        lambda x: jnp.sum(categorical.cross_entropy(x, targets, 3)[0]))(logits)
+      lambda x: jnp.sum(categorical.cross_entropy(x, targets, 3)[0])
+    )(logits)
     np.testing.assert_allclose(ce, 2e4 + np.log(3), rtol=1e-6)
     np.testing.assert_allclose(
-        gradient, [[1, -1, 0, 0], [1 / 3, 1 / 3, -2 / 3, 0]], atol=1e-6)
+      gradient, [[1, -1, 0, 0], [1 / 3, 1 / 3, -2 / 3, 0]], atol=1e-6
+    )

@@ -12,30 +12,39 @@ T = np.linspace(0, 1, 401).astype(np.float32)
 
 # noise(t) by its textbook formula, float64 where 1 - alpha loses nothing.
 REFERENCES = {
-    'linear': lambda t: t,
-    'cosine': lambda t: 1 - (np.cos((t + 0.008) / 1.008 * np.pi / 2)
-                             / np.cos(0.008 / 1.008 * np.pi / 2)) ** 2,
-    'md4_cosine': lambda t: np.cos(np.pi / 2 * (1 - t)),
-    'sqrt': np.sqrt,
-    'polynomial': lambda t: t ** 3,
+  'linear': lambda t: t,
+  'cosine': lambda t: (
+    1
+    - (
+      np.cos((t + 0.008) / 1.008 * np.pi / 2)
+      / np.cos(0.008 / 1.008 * np.pi / 2)
+    )
+    ** 2
+  ),
+  'md4_cosine': lambda t: np.cos(np.pi / 2 * (1 - t)),
+  'sqrt': np.sqrt,
+  'polynomial': lambda t: t**3,
 }
-ROWS = [(name, schedules.make_schedule(name, power=3.0), reference)
-        for name, reference in REFERENCES.items()]
+ROWS = [
+  (name, schedules.make_schedule(name, power=3.0), reference)
+  for name, reference in REFERENCES.items()
+]
 
 
 class SchedulesTest(parameterized.TestCase):
-
   def test_every_schedule_has_a_row(self):
     self.assertEqual(set(REFERENCES), set(schedules.SCHEDULES))
 
   @parameterized.named_parameters(ROWS)
   def test_end_points(self, schedule, reference):
     del reference
-    np.testing.assert_allclose(schedule.noise(jnp.array([0.0, 1.0])), [0, 1],
-                               atol=1e-7)
+    np.testing.assert_allclose(
+      schedule.noise(jnp.array([0.0, 1.0])), [0, 1], atol=1e-7
+    )
     self.assertEqual(schedule.noise(jnp.array(0.0)), 0)
-    np.testing.assert_allclose(schedule.inverse(jnp.array([0.0, 1.0])), [0, 1],
-                               atol=1e-6)
+    np.testing.assert_allclose(
+      schedule.inverse(jnp.array([0.0, 1.0])), [0, 1], atol=1e-6
+    )
 
   @parameterized.named_parameters(ROWS)
   def test_noise_grows(self, schedule, reference):
@@ -47,8 +56,9 @@ class SchedulesTest(parameterized.TestCase):
 
   @parameterized.named_parameters(ROWS)
   def test_formula(self, schedule, reference):
-    np.testing.assert_allclose(schedule.noise(T),
-                               reference(T.astype(np.float64)), atol=2e-7)
+    np.testing.assert_allclose(
+      schedule.noise(T), reference(T.astype(np.float64)), atol=2e-7
+    )
 
   @parameterized.named_parameters(ROWS)
   def test_is_accurate_near_zero(self, schedule, reference):
@@ -57,8 +67,9 @@ class SchedulesTest(parameterized.TestCase):
     with jax.enable_x64():
       exact = np.asarray(schedule.noise(t.astype(np.float64)))
     np.testing.assert_allclose(schedule.noise(t), exact, rtol=2e-6)
-    np.testing.assert_allclose(exact, reference(t.astype(np.float64)),
-                               rtol=1e-6)
+    np.testing.assert_allclose(
+      exact, reference(t.astype(np.float64)), rtol=1e-6
+    )
 
   @parameterized.named_parameters(ROWS)
   def test_inverse(self, schedule, reference):
@@ -66,18 +77,24 @@ class SchedulesTest(parameterized.TestCase):
     # Away from the end where md4_cosine and cosine are flat: float32 cannot say
     # which of many t had that noise.
     t = T[T < 0.97]
-    np.testing.assert_allclose(schedule.inverse(schedule.noise(t)), t,
-                               atol=2e-5)
+    np.testing.assert_allclose(
+      schedule.inverse(schedule.noise(t)), t, atol=2e-5
+    )
     noise = T
-    np.testing.assert_allclose(schedule.noise(schedule.inverse(noise)), noise,
-                               atol=2e-5)
+    np.testing.assert_allclose(
+      schedule.noise(schedule.inverse(noise)), noise, atol=2e-5
+    )
 
   @parameterized.named_parameters(ROWS)
   def test_derivative(self, schedule, reference):
     t, step = T[2:-2].astype(np.float64), 1e-5
     slope = (reference(t + step) - reference(t - step)) / (2 * step)
-    np.testing.assert_allclose(schedules.dalpha(schedule, t.astype(np.float32)),
-                               -slope, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+      schedules.dalpha(schedule, t.astype(np.float32)),
+      -slope,
+      rtol=1e-3,
+      atol=1e-6,
+    )
 
   @parameterized.named_parameters(ROWS)
   def test_weight_is_finite_at_both_ends(self, schedule, reference):
@@ -90,9 +107,10 @@ class SchedulesTest(parameterized.TestCase):
     np.testing.assert_allclose(exponent, exponent[0], rtol=1e-3)
 
   @parameterized.parameters(
-      ('linaer', 2.0, 'objective.schedule=.linaer. is not one of'),
-      ('polynomial', 0.0, 'objective.power=0.0 must be > 0'),
-      ('polynomial', float('nan'), 'objective.power=nan'))
+    ('linaer', 2.0, 'objective.schedule=.linaer. is not one of'),
+    ('polynomial', 0.0, 'objective.power=0.0 must be > 0'),
+    ('polynomial', float('nan'), 'objective.power=nan'),
+  )
   def test_errors(self, name, power, message):
     with self.assertRaisesRegex(InputError, message):
       schedules.make_schedule(name, power)

@@ -10,9 +10,9 @@ from nanodlm.noise import times
 from nanodlm.types import InputError
 
 DRAWS = {
-    'uniform': times.sample_uniform,
-    'stratified': times.sample_stratified,
-    'stratified_pairs': times.sample_stratified_pairs,
+  'uniform': times.sample_uniform,
+  'stratified': times.sample_stratified,
+  'stratified_pairs': times.sample_stratified_pairs,
 }
 
 
@@ -22,7 +22,6 @@ def batches(sample, num, size):
 
 
 class TimesTest(parameterized.TestCase):
-
   def test_every_draw_has_a_row(self):
     public = {name for name in vars(times) if name.startswith('sample_')}
     self.assertEqual(public, {f'sample_{name}' for name in DRAWS})
@@ -45,7 +44,7 @@ class TimesTest(parameterized.TestCase):
   def test_jitters_are_independent(self):
     u = batches(times.sample_stratified, 4000, 2)
     jitter = u * 2 % 1
-    self.assertLess(abs(np.corrcoef(jitter.T)[0, 1]), 4 / 4000 ** 0.5)
+    self.assertLess(abs(np.corrcoef(jitter.T)[0, 1]), 4 / 4000**0.5)
 
   def test_pairs_share_and_are_stratified(self):
     u = batches(times.sample_stratified_pairs, 50, 12)
@@ -55,7 +54,6 @@ class TimesTest(parameterized.TestCase):
 
 
 class GridTest(parameterized.TestCase):
-
   @parameterized.product(grid=times.GRIDS, num_steps=(1, 2, 7, 1000))
   def test_runs_from_one_to_zero(self, grid, num_steps):
     t = np.asarray(times.reverse_grid(num_steps, grid))
@@ -65,29 +63,50 @@ class GridTest(parameterized.TestCase):
   @parameterized.parameters('1,0.7,0.4,0.1,0', '1.0, .7,4e-1, .1, 0.0')
   def test_listed_times_are_what_they_are(self, grid):
     times.check_grid(0, grid)  # the number of steps is its own
-    np.testing.assert_array_equal(times.reverse_grid(128, grid),
-                                  np.float32([1, 0.7, 0.4, 0.1, 0]))
+    np.testing.assert_array_equal(
+      times.reverse_grid(128, grid), np.float32([1, 0.7, 0.4, 0.1, 0])
+    )
 
   @parameterized.parameters(
-      '', '1', '0', '1;0', '1,x,0', '1,,0', '1,0,', '1,nan,0', '1,inf,0',
-      '1,-inf,0', '0.9,0', '1,0.1', '1,0.5,0.5,0', '1,0.3,0.5,0', '1,1,0',
-      '1,0,0', '1,-0.1,0', '2,1,0', '0,0.5,1', '1,0.50000001,0.5,0')
+    '',
+    '1',
+    '0',
+    '1;0',
+    '1,x,0',
+    '1,,0',
+    '1,0,',
+    '1,nan,0',
+    '1,inf,0',
+    '1,-inf,0',
+    '0.9,0',
+    '1,0.1',
+    '1,0.5,0.5,0',
+    '1,0.3,0.5,0',
+    '1,1,0',
+    '1,0,0',
+    '1,-0.1,0',
+    '2,1,0',
+    '0,0.5,1',
+    '1,0.50000001,0.5,0',
+  )
   def test_what_is_no_list_of_times(self, grid):
-    with self.assertRaisesRegex(InputError, f'^sampler.grid={grid!r} is not one '
-                                'of .* falls from 1 to 0'):
+    with self.assertRaisesRegex(
+      InputError, f'^sampler.grid={grid!r} is not one of .* falls from 1 to 0'
+    ):
       times.check_grid(4, grid)
 
-  @parameterized.parameters((0, 'uniform', 'sampler.num_steps=0'),
-                            (4, 'log', "sampler.grid='log'"))
+  @parameterized.parameters(
+    (0, 'uniform', 'sampler.num_steps=0'), (4, 'log', "sampler.grid='log'")
+  )
   def test_errors(self, num_steps, grid, message):
     with self.assertRaisesRegex(InputError, message):
       times.check_grid(num_steps, grid)
 
   def test_smoothstep_keeps_its_digits_at_both_ends(self):
-    u = np.concatenate([np.logspace(-7, -1, 50), 1 - 2.0**-np.arange(4, 24)])
+    u = np.concatenate([np.logspace(-7, -1, 50), 1 - 2.0 ** -np.arange(4, 24)])
     u = u.astype(np.float32)
     t, rest = times.smoothstep(jnp.asarray(u))
     v = 1 - u.astype(np.float64)
-    np.testing.assert_allclose(t, (1 - v)**2 * (1 + 2 * v), rtol=1e-6)
+    np.testing.assert_allclose(t, (1 - v) ** 2 * (1 + 2 * v), rtol=1e-6)
     np.testing.assert_allclose(rest, v**2 * (3 - 2 * v), rtol=1e-6)
     np.testing.assert_allclose(t + rest, 1, rtol=1e-6)

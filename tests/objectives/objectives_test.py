@@ -9,28 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanodlm.objectives import masking
 from nanodlm import objectives
-from nanodlm.noise import processes
-from nanodlm.noise import schedules
-from nanodlm.noise import times
-from nanodlm.objectives import mixture
+from nanodlm.noise import processes, schedules, times
+from nanodlm.objectives import masking, mixture
 from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block
 from nanodlm.objectives.d3pm import D3PM
 from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
-from nanodlm.objectives.mixture import Hybrid
-from nanodlm.objectives.mixture import Uniform
+from nanodlm.objectives.mixture import Hybrid, Uniform
 from nanodlm.objectives.sedd import ScoreEntropy
 from nanodlm.types import InputError
 from tests import toys
-from tests.toys import LENGTH
-from tests.toys import MASK
-from tests.toys import TEXTS
+from tests.toys import LENGTH, MASK, TEXTS
 
-ALL_SCHEDULES = {name: schedules.make_schedule(name, power=3.0)
-                 for name in schedules.SCHEDULES}
+ALL_SCHEDULES = {
+  name: schedules.make_schedule(name, power=3.0) for name in schedules.SCHEDULES
+}
 SUBSETS = np.array(list(itertools.product([False, True], repeat=LENGTH)))
 
 
@@ -69,8 +64,9 @@ def d3pm_nll(objective, table, x0, eligible):
   logits = table[toys.canvas_index(canvases)].astype(np.float64)
   x = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)  # with the mask
   num = objective.num_steps
-  noise = np.asarray(objective.schedule.noise(jnp.arange(num + 1) / num),
-                     np.float64)
+  noise = np.asarray(
+    objective.schedule.noise(jnp.arange(num + 1) / num), np.float64
+  )
   total = 0.0
   for noise_s, noise_t in itertools.pairwise(noise):
     step = 1 - (1 - noise_t) / (1 - noise_s)  # q(mask | not masked before)
@@ -83,7 +79,7 @@ def d3pm_nll(objective, table, x0, eligible):
     q /= q.sum(-1, keepdims=True)
     kl = np.sum(np.where(q > 0, q * np.log(np.maximum(q, 1e-300) / p), 0), -1)
     count = subsets.sum(1)
-    p_xt = noise_t ** count * (1 - noise_t) ** (len(eligible) - count)
+    p_xt = noise_t**count * (1 - noise_t) ** (len(eligible) - count)
     total += np.sum(p_xt * (kl * subsets).sum(1))
   return total
 
@@ -99,9 +95,12 @@ def genmd4_nll(objective, tables, x0, eligible, nodes=None):
   rates = np.array(objective.rates or (1.0,) * toys.VOCAB)
   own, t = rates[x0], (u * u)[:, None, None]
   is_eligible = np.isin(np.arange(LENGTH), eligible)
-  p = np.where(subsets, t ** own, np.where(is_eligible, 1 - t ** own, 1))
-  loss = (np.exp(log_x) @ rates
-          - own * (log_x[..., np.arange(LENGTH), x0] + 1)) * subsets / t
+  p = np.where(subsets, t**own, np.where(is_eligible, 1 - t**own, 1))
+  loss = (
+    (np.exp(log_x) @ rates - own * (log_x[..., np.arange(LENGTH), x0] + 1))
+    * subsets
+    / t
+  )
   return np.sum((shares * 2 * u)[:, None] * p.prod(-1) * loss.sum(-1))
 
 
@@ -122,8 +121,11 @@ def uniform_terms(t, q, p, is_clean, is_mask):
   num, (q_z, q_y), (p_z, p_y) = toys.VOCAB, q, p
   bar_z, bar_y, model_z, model_y = (num * v for v in (q_z, q_y, p_z, p_y))
   bar_y, model_y = bar_y[..., :MASK], model_y[..., :MASK]
-  terms = bar_y / bar_z[..., None] * np.log(
-      model_z[..., None] * bar_y / (model_y * bar_z[..., None]))
+  terms = (
+    bar_y
+    / bar_z[..., None]
+    * np.log(model_z[..., None] * bar_y / (model_y * bar_z[..., None]))
+  )
   return -1 / (num * (1 - t)) * (num / bar_z - num / model_z - terms.sum(-1))
 
 
@@ -142,8 +144,9 @@ def hybrid_terms(t, q, p, is_clean, is_mask):
   """GIDD's loss, arXiv 2503.04482, for p_uniform = 0.2 and gamma = 1."""
   c, dc = hybrid_shares(0.2, t)
   rate = (c + (1 - t) * dc) / (1 - t)
-  weight = np.where(is_clean, rate / toys.VOCAB / (1 - t + c / toys.VOCAB),
-                    rate / c)
+  weight = np.where(
+    is_clean, rate / toys.VOCAB / (1 - t + c / toys.VOCAB), rate / c
+  )
   weight = np.where(is_mask, 1 / (t * (1 - t)), weight)
   (q_z, q_y), (p_z, p_y) = q, p
   ratio = q_z / p_z
@@ -172,13 +175,18 @@ def mixture_bound(law_of, terms_of, u, shares, logits, x0, eligible):
   total = np.zeros_like(p_z)
   for i in eligible:
     q_y = np.broadcast_to(laws[:, None, x0[i]], (len(u), 64, 4))
-    p_y = (laws[:, None, x0[i]] + np.einsum(
-        'n,nzv->nzv', t_alpha(laws), x[:, :, i] - np.eye(MASK)[x0[i]]
-    ) @ np.eye(MASK, 4))
+    p_y = laws[:, None, x0[i]] + np.einsum(
+      'n,nzv->nzv', t_alpha(laws), x[:, :, i] - np.eye(MASK)[x0[i]]
+    ) @ np.eye(MASK, 4)
     at_z = lambda v: v[:, np.arange(64), z[:, i]]
     with np.errstate(all='ignore'):  # where q(z) = 0
-      loss = terms_of(t[:, None], (at_z(q_y), q_y), (at_z(p_y), p_y),
-                      (z[:, i] == x0[i])[None], (z[:, i] == MASK)[None])
+      loss = terms_of(
+        t[:, None],
+        (at_z(q_y), q_y),
+        (at_z(p_y), p_y),
+        (z[:, i] == x0[i])[None],
+        (z[:, i] == MASK)[None],
+      )
     total += np.where(at_z(q_y) > 0, loss, 0)
   return np.sum((shares * speed)[:, None] * p_z * total)
 
@@ -191,15 +199,17 @@ def t_alpha(laws):
 def uniform_nll(objective, table, x0, eligible):
   """The same on every schedule."""
   del objective
-  return mixture_bound(uniform_law, uniform_terms, *quadrature(48), table, x0,
-                       eligible)
+  return mixture_bound(
+    uniform_law, uniform_terms, *quadrature(48), table, x0, eligible
+  )
 
 
 def hybrid_nll(objective, table, x0, eligible):
   if not objective.p_uniform:
     return toys.any_order_nll(table, x0, eligible)
-  return mixture_bound(hybrid_law, hybrid_terms, *quadrature(48), table, x0,
-                       eligible)
+  return mixture_bound(
+    hybrid_law, hybrid_terms, *quadrature(48), table, x0, eligible
+  )
 
 
 def ar_nll(objective, table, x0, eligible):
@@ -223,10 +233,14 @@ def block_logits(size):
   def logits(table, noised):
     own = block[None, :, None] == block[None, None]
     before = block[None, :, None] > block[None, None]
-    canvas = jnp.where(own, noised.tokens[:, None],
-                       jnp.where(before, noised.clean[:, None], MASK))
-    return jnp.asarray(table)[toys.canvas_index(canvas),
-                              np.arange(LENGTH)[None]]
+    canvas = jnp.where(
+      own,
+      noised.tokens[:, None],
+      jnp.where(before, noised.clean[:, None], MASK),
+    )
+    return jnp.asarray(table)[
+      toys.canvas_index(canvas), np.arange(LENGTH)[None]
+    ]
 
   return logits
 
@@ -250,53 +264,104 @@ class Case:
 
 
 CASES = {
-    'ar': Case({'ar': Autoregressive(MASK)}, ar_nll, ar_logits),
-    'block_of_1': Case({'count': Block(MASK, block_size=1)}, ar_nll,
-                       block_logits(1), is_masked=True),
-    'block': Case(
-        {'count': Block(MASK, block_size=3),
-         'uniform': Block(MASK, noise='uniform', block_size=3),
-         'stratified': Block(MASK, noise='stratified', block_size=3)},
-        masked_nll, block_logits(3), is_masked=True),
-    'masked': Case(
-        {'count': Masked(MASK),
-         'uniform': Masked(MASK, noise='uniform'),
-         **{f'stratified_{name}': Masked(MASK, schedule, noise='stratified')
-            for name, schedule in ALL_SCHEDULES.items()}},
-        masked_nll, is_masked=True),
-    'd3pm': Case(
-        {'linear': D3PM(MASK, num_timesteps=4),
-         'cosine': D3PM(MASK, schedules.Cosine(), 'uniform', num_timesteps=3),
-         'one_step': D3PM(MASK, num_timesteps=1)},
-        d3pm_nll, is_masked=True),
-    'genmd4': Case(
-        {'learned': GenMD4(MASK, rates=RATES),
-         'uniform': GenMD4(MASK, noise='uniform', rates=RATES[::-1]),
-         'initial': GenMD4(MASK)},
-        genmd4_nll, is_masked=True),
-    'sedd': Case(
-        {'count': ScoreEntropy(MASK),
-         'stratified': ScoreEntropy(MASK, noise='stratified')},
-        sedd_nll, is_masked=True),
-    'uniform': Case(
-        {'uniform': Uniform(MASK, noise='uniform'),
-         **{f'stratified_{name}': Uniform(MASK, schedule=schedule)
-            for name, schedule in ALL_SCHEDULES.items()}},
-        uniform_nll),
-    'hybrid': Case(
-        {'stratified': Hybrid(MASK, p_uniform=0.2),
-         'uniform': Hybrid(MASK, noise='uniform', p_uniform=0.2),
-         'masked': Hybrid(MASK, p_uniform=0.0)},
-        hybrid_nll),
+  'ar': Case({'ar': Autoregressive(MASK)}, ar_nll, ar_logits),
+  'block_of_1': Case(
+    {'count': Block(MASK, block_size=1)},
+    ar_nll,
+    block_logits(1),
+    is_masked=True,
+  ),
+  'block': Case(
+    {
+      'count': Block(MASK, block_size=3),
+      'uniform': Block(MASK, noise='uniform', block_size=3),
+      'stratified': Block(MASK, noise='stratified', block_size=3),
+    },
+    masked_nll,
+    block_logits(3),
+    is_masked=True,
+  ),
+  'masked': Case(
+    {
+      'count': Masked(MASK),
+      'uniform': Masked(MASK, noise='uniform'),
+      **{
+        f'stratified_{name}': Masked(MASK, schedule, noise='stratified')
+        for name, schedule in ALL_SCHEDULES.items()
+      },
+    },
+    masked_nll,
+    is_masked=True,
+  ),
+  'd3pm': Case(
+    {
+      'linear': D3PM(MASK, num_timesteps=4),
+      'cosine': D3PM(MASK, schedules.Cosine(), 'uniform', num_timesteps=3),
+      'one_step': D3PM(MASK, num_timesteps=1),
+    },
+    d3pm_nll,
+    is_masked=True,
+  ),
+  'genmd4': Case(
+    {
+      'learned': GenMD4(MASK, rates=RATES),
+      'uniform': GenMD4(MASK, noise='uniform', rates=RATES[::-1]),
+      'initial': GenMD4(MASK),
+    },
+    genmd4_nll,
+    is_masked=True,
+  ),
+  'sedd': Case(
+    {
+      'count': ScoreEntropy(MASK),
+      'stratified': ScoreEntropy(MASK, noise='stratified'),
+    },
+    sedd_nll,
+    is_masked=True,
+  ),
+  'uniform': Case(
+    {
+      'uniform': Uniform(MASK, noise='uniform'),
+      **{
+        f'stratified_{name}': Uniform(MASK, schedule=schedule)
+        for name, schedule in ALL_SCHEDULES.items()
+      },
+    },
+    uniform_nll,
+  ),
+  'hybrid': Case(
+    {
+      'stratified': Hybrid(MASK, p_uniform=0.2),
+      'uniform': Hybrid(MASK, noise='uniform', p_uniform=0.2),
+      'masked': Hybrid(MASK, p_uniform=0.0),
+    },
+    hybrid_nll,
+  ),
 }
-FORMS = [(f'{name}_{form}', case, objective) for name, case in CASES.items()
-         for form, objective in case.forms.items()]
+FORMS = [
+  (f'{name}_{form}', case, objective)
+  for name, case in CASES.items()
+  for form, objective in case.forms.items()
+]
 # One objective of each kind, where the schedule is beside the point.
-KINDS = [row for row in FORMS
-         if row[0] in ('ar_ar', 'masked_count', 'masked_stratified_linear',
-                        'd3pm_linear', 'genmd4_learned', 'sedd_count', 'sedd_stratified',
-                        'uniform_stratified_linear', 'hybrid_stratified',
-                        'block_count', 'block_stratified')]
+KINDS = [
+  row
+  for row in FORMS
+  if row[0]
+  in (
+    'ar_ar',
+    'masked_count',
+    'masked_stratified_linear',
+    'd3pm_linear',
+    'genmd4_learned',
+    'sedd_count',
+    'sedd_stratified',
+    'uniform_stratified_linear',
+    'hybrid_stratified',
+    'block_count',
+    'block_stratified',
+  )
+]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -304,15 +369,16 @@ def noised_nll(logits_of, objective, table, keys, levels, x0, weight):
   """What a training step scores: Noised, and Terms of [B, L]."""
   noised = objective.corrupt(keys, levels, x0, weight)
   flat = lambda x: x.reshape(-1, *x.shape[2:])
-  terms = objective.terms(flat(logits_of(table, noised)),
-                          jax.tree.map(flat, noised.fields))
+  terms = objective.terms(
+    flat(logits_of(table, noised)), jax.tree.map(flat, noised.fields)
+  )
   terms = jax.tree.map(
-      lambda x: jnp.where(noised.scored, x.reshape(x0.shape), 0.0), terms)
+    lambda x: jnp.where(noised.scored, x.reshape(x0.shape), 0.0), terms
+  )
   return noised, terms
 
 
 class ConformanceTest(parameterized.TestCase):
-
   def test_every_objective_has_a_row(self):
     kind = lambda name: name.split('_of_')[0]
     self.assertEqual({kind(name) for name in CASES}, set(objectives.OBJECTIVES))
@@ -333,20 +399,23 @@ class ConformanceTest(parameterized.TestCase):
     # Times drawn uniformly have a loss of infinite variance (1 / t of a mask of
     # probability t, or worse): draw more of the small ones, and weigh by that.
     power = 4 if getattr(objective, 'noise', 'count') != 'count' else 1
-    levels = np.minimum(1 - u ** power, np.float32(1 - 2**-24))
-    _, terms = noised_nll(case.logits, objective, table, keys, levels, x0,
-                          weight)
+    levels = np.minimum(1 - u**power, np.float32(1 - 2**-24))
+    _, terms = noised_nll(
+      case.logits, objective, table, keys, levels, x0, weight
+    )
     importance = (power * u ** (power - 1)).reshape(num, -1).prod(1)
     nll = np.asarray(terms.nll, np.float64).sum(1) * importance
     known = {}
     for text, kind in itertools.product(TEXTS, kinds):
       eligible = np.flatnonzero(kind)
-      known[(*text, *kind)] = case.expected_nll(objective, table, text,
-                                                eligible)
-    expected = [known[(*text, *kind)] for text, kind in
-                zip(x0, weight.astype(int))]
+      known[(*text, *kind)] = case.expected_nll(
+        objective, table, text, eligible
+      )
+    expected = [
+      known[(*text, *kind)] for text, kind in zip(x0, weight.astype(int))
+    ]
     error = nll - expected
-    standard_error = error.std() / num ** 0.5
+    standard_error = error.std() / num**0.5
     self.assertLess(abs(error.mean()), 4 * standard_error + 1e-5)
 
   @parameterized.named_parameters(FORMS)
@@ -358,8 +427,9 @@ class ConformanceTest(parameterized.TestCase):
     x0, weight = TEXTS[5:11], np.ones((6, LENGTH), np.float32)
 
     def loss(table):
-      _, terms = noised_nll(case.logits, objective, table, keys, ends, x0,
-                            weight)
+      _, terms = noised_nll(
+        case.logits, objective, table, keys, ends, x0, weight
+      )
       return jnp.sum(terms.loss), terms
 
     table = jnp.asarray(toys.random_table(0))
@@ -374,10 +444,15 @@ class ConformanceTest(parameterized.TestCase):
     logits[:, MASK] = 50.0
     shape = objective.sample_levels(jax.random.key(1), 2, LENGTH).shape
     levels = jnp.full(shape, 0.5)
-    _, terms = noised_nll(lambda table, noised: jnp.stack([table] * 2),
-                          objective, logits,
-                          jax.random.split(jax.random.key(0), 2),
-                          levels, TEXTS[:2], np.ones((2, LENGTH), np.float32))
+    _, terms = noised_nll(
+      lambda table, noised: jnp.stack([table] * 2),
+      objective,
+      logits,
+      jax.random.split(jax.random.key(0), 2),
+      levels,
+      TEXTS[:2],
+      np.ones((2, LENGTH), np.float32),
+    )
     scored = terms.cross_entropy[terms.cross_entropy > 0]
     self.assertGreater(scored.size, 0)
     np.testing.assert_allclose(scored, np.log(3), rtol=1e-6)
@@ -395,10 +470,18 @@ class ConformanceTest(parameterized.TestCase):
     args = (toys.random_table(0), keys, levels, x0, weight)
     straight = noised_nll(case.logits, objective, *args)
     keys = jax.random.clone(keys)  # on purpose
-    permuted = noised_nll(case.logits, objective, args[0], keys[order],
-                          *(x[order] for x in args[2:]))
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b),
-                 straight, permuted)
+    permuted = noised_nll(
+      case.logits,
+      objective,
+      args[0],
+      keys[order],
+      *(x[order] for x in args[2:]),
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_array_equal(a[order], b),
+      straight,
+      permuted,
+    )
 
   @parameterized.named_parameters(KINDS)
   def test_what_is_scored(self, case, objective):
@@ -411,8 +494,9 @@ class ConformanceTest(parameterized.TestCase):
     weight = rng.permuted(np.arange(length) < ends[:, None], axis=1)
     keys = jax.random.split(jax.random.key(1), num)
     levels = objective.sample_levels(jax.random.key(2), num, length)
-    noised = jax.jit(objective.corrupt)(keys, levels, x0,
-                                        weight.astype(np.float32))
+    noised = jax.jit(objective.corrupt)(
+      keys, levels, x0, weight.astype(np.float32)
+    )
     scored = np.asarray(noised.scored)
     self.assertFalse(scored[~weight].any())
     if case.is_masked:
@@ -423,9 +507,12 @@ class ConformanceTest(parameterized.TestCase):
       np.testing.assert_array_equal(noised.tokens[~weight], x0[~weight])
     groups = scored.reshape(num // objective.group_size, -1).sum(1)
     self.assertLessEqual(
-        groups.max(), objective.max_scored(objective.group_size, length))
-    self.assertEqual(objective.max_scored(8 * objective.group_size, length),
-                     8 * objective.max_scored(objective.group_size, length))
+      groups.max(), objective.max_scored(objective.group_size, length)
+    )
+    self.assertEqual(
+      objective.max_scored(8 * objective.group_size, length),
+      8 * objective.max_scored(objective.group_size, length),
+    )
 
   @parameterized.named_parameters(KINDS)
   def test_the_evaluation_form(self, case, objective):
@@ -454,7 +541,8 @@ class ConformanceTest(parameterized.TestCase):
     for column in strata.T:  # of 64 draws a third of the strata is without one
       self.assertBetween(len(set(column)), 30, 52)
     if isinstance(objective, masking.MaskedNoise) and (
-        objective.evaluation().noise == 'count'):
+      objective.evaluation().noise == 'count'
+    ):
       self.assertEqual(naive.min_time, masking.NAIVE_MIN_TIME)
 
 
@@ -470,15 +558,17 @@ class MaskedTest(parameterized.TestCase):
     total = np.zeros(len(TEXTS))
     for subset in SUBSETS:
       num = subset.sum()
-      p = noise ** num * (1 - noise) ** (LENGTH - num)
+      p = noise**num * (1 - noise) ** (LENGTH - num)
       canvases = np.where(subset, MASK, TEXTS)
       ce = self.cross_entropy(objective, table, canvases)
       total += np.sum(shares * p * scale) * (ce * subset).sum(1)
     return total
 
   def cross_entropy(self, objective, table, canvases):
-    fields = {'target': TEXTS.reshape(-1),
-              'scale': np.ones(TEXTS.size, np.float32)}
+    fields = {
+      'target': TEXTS.reshape(-1),
+      'scale': np.ones(TEXTS.size, np.float32),
+    }
     logits = table[toys.canvas_index(canvases)].reshape(-1, 4)
     nll = objective.terms(logits, fields).nll
     return np.asarray(nll, np.float64).reshape(TEXTS.shape)
@@ -487,17 +577,20 @@ class MaskedTest(parameterized.TestCase):
     # t = v^2 makes the integrand smooth at t = 0 for every schedule.
     v, shares = np.polynomial.legendre.leggauss(48)
     v, shares = (v + 1) / 2, shares / 2
-    return self.enumerate_time(Masked(MASK, schedule, noise='uniform'), table,
-                               1 - v * v, shares * 2 * v)
+    return self.enumerate_time(
+      Masked(MASK, schedule, noise='uniform'), table, 1 - v * v, shares * 2 * v
+    )
 
   def discrete_bound(self, num_timesteps, schedule, table):
     objective = Masked(MASK, schedule, 'uniform', num_timesteps)
     levels = (np.arange(num_timesteps) + 0.5) / num_timesteps
-    return self.enumerate_time(objective, table, levels,
-                               np.full(num_timesteps, 1 / num_timesteps))
+    return self.enumerate_time(
+      objective, table, levels, np.full(num_timesteps, 1 / num_timesteps)
+    )
 
   @parameterized.named_parameters(
-      (f'{length}_of_{LENGTH}_eligible', length) for length in (1, 2, 3))
+    (f'{length}_of_{LENGTH}_eligible', length) for length in (1, 2, 3)
+  )
   def test_fixed_count_is_the_mean_over_orders(self, length):
     objective, table = Masked(MASK), toys.random_table(0)
     eligible = np.arange(LENGTH) >= LENGTH - length
@@ -509,15 +602,24 @@ class MaskedTest(parameterized.TestCase):
       x0 = np.tile(text, (level.size, 1))
       keys = jax.random.split(jax.random.key(0), level.size)
       noised, terms = noised_nll(
-          table_logits, objective, table, keys, level, x0,
-          np.tile(eligible.astype(np.float32), (level.size, 1)))
+        table_logits,
+        objective,
+        table,
+        keys,
+        level,
+        x0,
+        np.tile(eligible.astype(np.float32), (level.size, 1)),
+      )
       nll = {}
       for mask, row in zip(np.asarray(noised.scored), np.asarray(terms.nll)):
         nll.setdefault(mask.sum(), {})[tuple(mask)] = row.sum(dtype=np.float64)
-      self.assertEqual([len(nll[k]) for k in sorted(nll)],
-                       {1: [1], 2: [2, 1], 3: [3, 3, 1]}[length])
-      bound = np.mean([np.mean(list(by_mask.values()))
-                       for by_mask in nll.values()])
+      self.assertEqual(
+        [len(nll[k]) for k in sorted(nll)],
+        {1: [1], 2: [2, 1], 3: [3, 3, 1]}[length],
+      )
+      bound = np.mean(
+        [np.mean(list(by_mask.values())) for by_mask in nll.values()]
+      )
       expected = toys.any_order_nll(table, text, np.flatnonzero(eligible))
       np.testing.assert_allclose(bound, expected, rtol=1e-5)
 
@@ -525,8 +627,9 @@ class MaskedTest(parameterized.TestCase):
   def test_continuous_time_is_the_mean_over_orders(self, schedule):
     table = toys.random_table(0)
     expected = [toys.any_order_nll(table, text) for text in TEXTS]
-    np.testing.assert_allclose(self.continuous_bound(schedule, table), expected,
-                               rtol=1e-5)
+    np.testing.assert_allclose(
+      self.continuous_bound(schedule, table), expected, rtol=1e-5
+    )
 
   @parameterized.named_parameters(ALL_SCHEDULES.items())
   def test_discrete_time_is_a_sum_of_divergences(self, schedule):
@@ -534,8 +637,9 @@ class MaskedTest(parameterized.TestCase):
     num, table = 5, toys.random_table(0)
     process, x0 = processes.Masked(MASK), TEXTS[7]
     one_hot = np.eye(4)[x0]
-    p_model = np.concatenate([np.exp(toys.log_softmax(table)),
-                              np.zeros((64, LENGTH, 1))], axis=-1)
+    p_model = np.concatenate(
+      [np.exp(toys.log_softmax(table)), np.zeros((64, LENGTH, 1))], axis=-1
+    )
     total = 0.0
     with jax.enable_x64():
       for j in range(1, num + 1):
@@ -543,8 +647,9 @@ class MaskedTest(parameterized.TestCase):
         for subset in SUBSETS:
           xt = np.where(subset, MASK, x0)[None]
           shown = jnp.full(xt.shape, (noise_t - noise_s) / noise_t)
-          step = lambda p: np.asarray(process.reveal(
-              jnp.asarray(xt), jnp.asarray(p)[None], shown))[0]
+          step = lambda p: np.asarray(
+            process.reveal(jnp.asarray(xt), jnp.asarray(p)[None], shown)
+          )[0]
           q, p = step(one_hot), step(p_model[toys.canvas_index(xt[0])])
           p_xt = np.prod(np.where(subset, noise_t, 1 - noise_t))
           ratio = np.where(q > 0, q / np.where(q > 0, p, 1), 1)
@@ -558,9 +663,12 @@ class MaskedTest(parameterized.TestCase):
     table = toys.posterior_table(joint)
     entropy = -np.sum(joint * np.log(joint))
     np.testing.assert_allclose(
-        joint @ self.continuous_bound(schedule, table), entropy, rtol=1e-5)
-    bounds = [joint @ self.discrete_bound(num, schedule, table)
-              for num in (1, 2, 4, 16, 256)]
+      joint @ self.continuous_bound(schedule, table), entropy, rtol=1e-5
+    )
+    bounds = [
+      joint @ self.discrete_bound(num, schedule, table)
+      for num in (1, 2, 4, 16, 256)
+    ]
     self.assertTrue(np.all(np.diff(bounds) < 0), bounds)
     self.assertGreater(bounds[-1], entropy)
     self.assertLess(bounds[-1], entropy * 1.01)
@@ -573,8 +681,9 @@ class MaskedTest(parameterized.TestCase):
     for seed in range(5):
       bound = self.continuous_bound(schedules.Linear(), toys.random_table(seed))
       self.assertGreater(joint @ bound, entropy + 0.01)
-    exact = self.continuous_bound(schedules.Linear(),
-                                  toys.posterior_table(joint))
+    exact = self.continuous_bound(
+      schedules.Linear(), toys.posterior_table(joint)
+    )
     np.testing.assert_allclose(exact, -np.log(joint), rtol=1e-5)
 
   def test_pairs_have_a_constant_number_of_masks(self):
@@ -603,8 +712,10 @@ class MaskedTest(parameterized.TestCase):
     # 1/n over counts, 1/(n choose k) over subsets; the integral of
     # t^k (1-t)^(n-k) is 1 / ((n + 1) (n choose k)).
     choose = np.array([1, 3, 3, 1])[size]
-    expected = {'count': np.where(size > 0, 1 / (3 * choose), 0),
-                'uniform': 1 / (4 * choose)}[noise]
+    expected = {
+      'count': np.where(size > 0, 1 / (3 * choose), 0),
+      'uniform': 1 / (4 * choose),
+    }[noise]
     counts = np.bincount(subset, minlength=8)
     self.assertGreater(toys.chi_square(counts, expected), 1e-3)
 
@@ -637,16 +748,23 @@ class MixtureTest(parameterized.TestCase):
       return objective.terms(flat(logits), jax.tree.map(flat, fields)).nll
 
     rows = lambda x, *end: x.reshape(-1, *end)
-    terms = np.asarray(nll(
-        rows(levels).astype(np.float32), rows(x0, LENGTH), rows(xt, LENGTH),
-        logits.reshape(-1, LENGTH, 4)), np.float64)
+    terms = np.asarray(
+      nll(
+        rows(levels).astype(np.float32),
+        rows(x0, LENGTH),
+        rows(xt, LENGTH),
+        logits.reshape(-1, LENGTH, 4),
+      ),
+      np.float64,
+    )
     terms = terms.reshape(*x0.shape).sum(-1)
     p = np.stack([np.prod(toys.noise_laws(law), axis=-1) for law in laws])
     return np.einsum('n,nzx,nzx->x', shares, p, terms)
 
   @parameterized.named_parameters(
-      ('uniform', Uniform(MASK), uniform_law),
-      ('hybrid', Hybrid(MASK, p_uniform=0.2), hybrid_law))
+    ('uniform', Uniform(MASK), uniform_law),
+    ('hybrid', Hybrid(MASK, p_uniform=0.2), hybrid_law),
+  )
   def test_bound_and_equality(self, objective, law_of):
     joint = toys.random_joint(1)
     entropy = -np.sum(joint * np.log(joint))
@@ -655,43 +773,63 @@ class MixtureTest(parameterized.TestCase):
       bound = self.enumerate_bound(objective, law_of, lambda law: table)
       self.assertGreater(joint @ bound, entropy + 0.01)
     exact = self.enumerate_bound(
-        objective, law_of, lambda law: toys.leave_one_out_table(joint, law))
+      objective, law_of, lambda law: toys.leave_one_out_table(joint, law)
+    )
     np.testing.assert_allclose(exact, -np.log(joint), rtol=1e-3)
 
   @parameterized.parameters(0, 1)
   def test_without_uniform_tokens_it_is_the_masked_loss(self, seed):
     num, length, vocab = 64, 8, 50
     key = jax.random.key(seed)
-    x0 = jax.random.randint(jax.random.fold_in(key, 0), (num, length), 0,
-                            vocab - 1)
-    logits = 4 * jax.random.normal(jax.random.fold_in(key, 1),
-                                   (num * length, vocab))
+    x0 = jax.random.randint(
+      jax.random.fold_in(key, 0), (num, length), 0, vocab - 1
+    )
+    logits = 4 * jax.random.normal(
+      jax.random.fold_in(key, 1), (num * length, vocab)
+    )
     objective = Hybrid(vocab - 1, p_uniform=0.0)
     levels = (jnp.arange(num) + 0.5) / num
     noised = objective.corrupt(
-        jax.random.split(jax.random.fold_in(key, 2), num), levels, x0,
-        jnp.ones(x0.shape))
+      jax.random.split(jax.random.fold_in(key, 2), num),
+      levels,
+      x0,
+      jnp.ones(x0.shape),
+    )
     flat = lambda x: x.reshape(-1)
     terms = objective.terms(logits, jax.tree.map(flat, noised.fields))
     u = 1 - levels
-    scale = jnp.where(noised.tokens == vocab - 1,
-                      (6 * u * (1 - u) / noised.t)[:, None], 0)
+    scale = jnp.where(
+      noised.tokens == vocab - 1, (6 * u * (1 - u) / noised.t)[:, None], 0
+    )
     masked = Masked(vocab - 1).terms(
-        logits, {'target': flat(x0), 'scale': flat(scale)})
+      logits, {'target': flat(x0), 'scale': flat(scale)}
+    )
     for ours, expected in zip(terms, masked):
       np.testing.assert_allclose(ours, expected, rtol=1e-5)
 
   @parameterized.named_parameters(
-      ('uniform', Uniform(MASK), uniform_nll, uniform_law, uniform_terms),
-      ('hybrid', Hybrid(MASK, p_uniform=0.2), hybrid_nll, hybrid_law,
-       hybrid_terms))
+    ('uniform', Uniform(MASK), uniform_nll, uniform_law, uniform_terms),
+    (
+      'hybrid',
+      Hybrid(MASK, p_uniform=0.2),
+      hybrid_nll,
+      hybrid_law,
+      hybrid_terms,
+    ),
+  )
   def test_what_the_clock_leaves_out(self, objective, nll, law, terms):
     # t below tau(MIN_CLOCK), the end where rates are infinite and not the rest.
     table, x0 = toys.random_table(0), TEXTS[5]
     u, shares = quadrature(48)
-    left_out = mixture_bound(law, terms, u * mixture.MIN_CLOCK,
-                             shares * mixture.MIN_CLOCK, table, x0,
-                             range(LENGTH))
+    left_out = mixture_bound(
+      law,
+      terms,
+      u * mixture.MIN_CLOCK,
+      shares * mixture.MIN_CLOCK,
+      table,
+      x0,
+      range(LENGTH),
+    )
     self.assertGreater(left_out, 0)
     self.assertLess(left_out, 1e-5 * nll(objective, table, x0, range(LENGTH)))
     t, rest = times.smoothstep(jnp.array([0.0]))
@@ -701,16 +839,17 @@ class MixtureTest(parameterized.TestCase):
     self.assertTrue(all(np.isfinite(x).all() for x in ends.values()))
 
   @parameterized.product(
-      make=(lambda n: Uniform(n), lambda n: Hybrid(n, p_uniform=0.1)),
-      vocab=(4, 1001), scale=(0.1, 3.0))
+    make=(lambda n: Uniform(n), lambda n: Hybrid(n, p_uniform=0.1)),
+    vocab=(4, 1001),
+    scale=(0.1, 3.0),
+  )
   def test_float32_at_both_ends_of_time(self, make, vocab, scale):
     # Against float64, where neither alpha nor the shares are lost.
     objective = make(vocab - 1)
     # Uniform noise knows 1 - alpha to all digits, not alpha: nothing of the
     # bound is left where that tells.
     end = -2 if isinstance(objective, Uniform) else -3
-    u = np.concatenate([np.logspace(-5, -0.5, 10),
-                        1 - np.logspace(end, -1, 5)])
+    u = np.concatenate([np.logspace(-5, -0.5, 10), 1 - np.logspace(end, -1, 5)])
     rng = np.random.default_rng(0)
     logits = scale * rng.normal(size=(15 * 3, vocab)).astype(np.float32)
     x0 = np.zeros((15, 3), np.int32)
@@ -739,8 +878,10 @@ class MixtureTest(parameterized.TestCase):
     u = 1 - np.asarray(levels)
     speed = (6 * u * (1 - u))[:, None]
     np.testing.assert_allclose(
-        clipped['loss_weight'], np.minimum(true['loss_weight'], 2 * speed),
-        rtol=1e-4)
+      clipped['loss_weight'],
+      np.minimum(true['loss_weight'], 2 * speed),
+      rtol=1e-4,
+    )
     self.assertLess(np.sum(clipped['loss_weight']), np.sum(true['loss_weight']))
     self.assertEqual(Hybrid(MASK, max_weight=2.0).evaluation(), Hybrid(MASK))
 
@@ -753,26 +894,29 @@ class MixtureTest(parameterized.TestCase):
     weight = np.asarray(fields['nll_weight'])[:, 0]
     t = np.asarray(times.smoothstep(jnp.float32(u))[0])
     replaced = t * 2 / 3
-    self.assertLess(np.max(replaced * weight ** 2), 20)
-    self.assertGreater(np.max(replaced / t ** 2), 1e9)
+    self.assertLess(np.max(replaced * weight**2), 20)
+    self.assertGreater(np.max(replaced / t**2), 1e9)
 
   def test_phi(self):
     d = np.concatenate([-np.logspace(-8, -0.3, 60), np.logspace(-8, 8, 60)])
     d = np.float32(d)
     x = np.float64(d)
     # For small d by its series in float64, which cancels as well.
-    expected = np.where(abs(x) < 1e-3, x**2 / 2 - x**3 / 3 + x**4 / 4,
-                        x - np.log1p(x))
-    np.testing.assert_allclose(mixture.phi(d, jnp.log1p(d)), expected,
-                               rtol=1e-5)
+    expected = np.where(
+      abs(x) < 1e-3, x**2 / 2 - x**3 / 3 + x**4 / 4, x - np.log1p(x)
+    )
+    np.testing.assert_allclose(
+      mixture.phi(d, jnp.log1p(d)), expected, rtol=1e-5
+    )
 
   @parameterized.parameters(
-      (lambda: Hybrid(MASK, p_uniform=1.0), 'objective.p_uniform=1.0'),
-      (lambda: Hybrid(MASK, p_uniform=-0.1), 'objective.p_uniform=-0.1'),
-      (lambda: Hybrid(MASK, gamma=0.5), 'objective.gamma=0.5'),
-      (lambda: Uniform(MASK, max_weight=-1.0), 'objective.max_weight=-1.0'),
-      (lambda: Uniform(MASK, noise='count'), "objective.noise='count'"),
-      (lambda: D3PM(MASK, noise='count'), "objective.noise='count'"))
+    (lambda: Hybrid(MASK, p_uniform=1.0), 'objective.p_uniform=1.0'),
+    (lambda: Hybrid(MASK, p_uniform=-0.1), 'objective.p_uniform=-0.1'),
+    (lambda: Hybrid(MASK, gamma=0.5), 'objective.gamma=0.5'),
+    (lambda: Uniform(MASK, max_weight=-1.0), 'objective.max_weight=-1.0'),
+    (lambda: Uniform(MASK, noise='count'), "objective.noise='count'"),
+    (lambda: D3PM(MASK, noise='count'), "objective.noise='count'"),
+  )
   def test_errors_name_the_key(self, make, message):
     with self.assertRaisesRegex(InputError, message):
       make()
@@ -785,15 +929,22 @@ class MaskedKinTest(parameterized.TestCase):
     num = len(TEXTS) * len(levels)
     x0 = np.tile(TEXTS, (len(levels), 1))
     levels = np.repeat(np.float32(levels), len(TEXTS))
-    _, terms = noised_nll(table_logits, objective, table,
-                          jax.random.split(jax.random.key(0), num), levels, x0,
-                          np.ones(x0.shape, np.float32))
+    _, terms = noised_nll(
+      table_logits,
+      objective,
+      table,
+      jax.random.split(jax.random.key(0), num),
+      levels,
+      x0,
+      np.ones(x0.shape, np.float32),
+    )
     return terms
 
   def test_d3pm_without_a_share_on_the_mask(self):
     levels, table = np.arange(4) / 4 + 0.1, toys.random_table(0)
-    masked = self.nll(Masked(MASK, noise='uniform', num_timesteps=4), table,
-                      levels)
+    masked = self.nll(
+      Masked(MASK, noise='uniform', num_timesteps=4), table, levels
+    )
     free = self.nll(D3PM(MASK, noise='uniform', num_timesteps=4), table, levels)
     self.assertTrue(np.all(np.asarray(free.nll) >= masked.nll * (1 - 1e-5)))
     self.assertGreater(np.sum(free.nll), 1.5 * np.sum(masked.nll))
@@ -826,22 +977,24 @@ class MaskedKinTest(parameterized.TestCase):
     entropy = -np.sum(joint * np.log(joint))
     exact, eligible = toys.posterior_table(joint), range(LENGTH)
     bound = lambda nll, objective, table: sum(
-        p * nll(objective, table, text, eligible)
-        for p, text in zip(joint, TEXTS))
+      p * nll(objective, table, text, eligible) for p, text in zip(joint, TEXTS)
+    )
     ratios = exact + np.float32(np.log(toys.VOCAB))
-    np.testing.assert_allclose(bound(sedd_nll, None, ratios), entropy,
-                               rtol=1e-5)
-    self.assertGreater(bound(sedd_nll, None, toys.random_table(0)),
-                       entropy + 0.01)
+    np.testing.assert_allclose(
+      bound(sedd_nll, None, ratios), entropy, rtol=1e-5
+    )
+    self.assertGreater(
+      bound(sedd_nll, None, toys.random_table(0)), entropy + 0.01
+    )
     exact[..., MASK] = -100
-    steps = [bound(d3pm_nll, D3PM(MASK, num_timesteps=n), exact)
-             for n in (1, 4, 32)]
+    steps = [
+      bound(d3pm_nll, D3PM(MASK, num_timesteps=n), exact) for n in (1, 4, 32)
+    ]
     self.assertTrue(np.all(np.diff(steps) < 0), steps)
     self.assertBetween(steps[-1], entropy, entropy * 1.02)
 
 
 class GenMD4Test(parameterized.TestCase):
-
   def test_with_all_rates_1_it_is_the_masked_loss(self):
     objective, num = GenMD4(MASK), 64
     bound = objective.bind(objective.init_params())
@@ -849,13 +1002,20 @@ class GenMD4Test(parameterized.TestCase):
     levels = (jnp.arange(num) + 0.5) / num
     x0, table = TEXTS[np.arange(num) % 27], toys.random_table(0)
     noised, terms = noised_nll(
-        table_logits, objective, table,
-        jax.random.split(jax.random.key(0), num), levels, x0, np.ones(x0.shape))
+      table_logits,
+      objective,
+      table,
+      jax.random.split(jax.random.key(0), num),
+      levels,
+      x0,
+      np.ones(x0.shape),
+    )
     logits = table_logits(table, noised).reshape(-1, 4)
     u = 1 - levels[:, None]
     scale = jnp.where(noised.scored, 2 * u / u**2, 0.0)  # dt/du times 1/t
-    masked = Masked(MASK).terms(logits, {'target': x0.reshape(-1),
-                                         'scale': scale.reshape(-1)})
+    masked = Masked(MASK).terms(
+      logits, {'target': x0.reshape(-1), 'scale': scale.reshape(-1)}
+    )
     for ours, expected in zip((terms.loss, terms.nll), masked):
       np.testing.assert_allclose(ours.reshape(-1), expected, rtol=1e-5)
 
@@ -866,9 +1026,11 @@ class GenMD4Test(parameterized.TestCase):
 
     def surrogate(rate):
       objective = GenMD4(MASK).bind({'rate': rate})
-      noised = objective.corrupt(jax.random.split(jax.random.key(0), 4),
-                                 jnp.zeros(4), x0, weight)
+      noised = objective.corrupt(
+        jax.random.split(jax.random.key(0), 4), jnp.zeros(4), x0, weight
+      )
       return objective.noise_surrogate(noised, x0, weight, jnp.arange(4.0))
+
     gradient = jax.grad(surrogate)(GenMD4(MASK).init_params()['rate'])
     self.assertTrue(np.isfinite(gradient).all(), gradient)
 
@@ -876,15 +1038,22 @@ class GenMD4Test(parameterized.TestCase):
     # `genmd4_nll` is what the conformance tests find the objective to be.
     joint, objective = toys.random_joint(1), GenMD4(MASK, rates=RATES)
     entropy = -np.sum(joint * np.log(joint))
-    bound = lambda tables, text: genmd4_nll(objective, tables, text,
-                                            range(LENGTH), nodes)
+    bound = lambda tables, text: genmd4_nll(
+      objective, tables, text, range(LENGTH), nodes
+    )
     nodes = quadrature(48)
     for seed in range(2):
       table = toys.random_table(seed)
       value = sum(p * bound(table, text) for p, text in zip(joint, TEXTS))
       self.assertGreater(value, entropy + 0.01)
-    exact = np.stack([toys.whole_posterior_table(
-        joint, toys.token_law(u ** (2 * np.array(RATES)))) for u in nodes[0]])
+    exact = np.stack(
+      [
+        toys.whole_posterior_table(
+          joint, toys.token_law(u ** (2 * np.array(RATES)))
+        )
+        for u in nodes[0]
+      ]
+    )
     value = sum(p * bound(exact, text) for p, text in zip(joint, TEXTS))
     np.testing.assert_allclose(value, entropy, rtol=1e-3)
     # A denoiser that takes all masks to be alike pays for it.
@@ -899,43 +1068,62 @@ class GenMD4Test(parameterized.TestCase):
     num, eligible = 40_000, [0, 1]
     weight = np.tile(np.float32([1, 1, 0]), (2 * num, 1))
     keys = jax.random.split(jax.random.key(0), 2 * num)
-    texts, levels = np.tile(x0, (2 * num, 1)), np.full(2 * num, 1 - u, np.float32)
+    texts, levels = (
+      np.tile(x0, (2 * num, 1)),
+      np.full(2 * num, 1 - u, np.float32),
+    )
 
     @jax.jit
     def estimates(rates):
       objective = GenMD4(MASK, rates=rates)
       noised = objective.corrupt(keys, levels, texts, weight)
+
       def loss(rates):
         objective = GenMD4(MASK, rates=rates)
         terms = objective.terms(
-            table_logits(table, noised).reshape(-1, 4),
-            jax.tree.map(lambda x: x.reshape(-1), noised.fields))
-        row = jnp.sum(jnp.where(noised.scored, terms.loss.reshape(texts.shape),
-                                0.0), axis=1) / 2  # each draw counts half
+          table_logits(table, noised).reshape(-1, 4),
+          jax.tree.map(lambda x: x.reshape(-1), noised.fields),
+        )
+        row = (
+          jnp.sum(
+            jnp.where(noised.scored, terms.loss.reshape(texts.shape), 0.0),
+            axis=1,
+          )
+          / 2
+        )  # each draw counts half
         pairs = lambda x: x.reshape(num, 2, *x.shape[1:])
         surrogate = jax.vmap(objective.noise_surrogate)(
-            jax.tree.map(pairs, noised), pairs(texts), pairs(weight), pairs(row))
-        return row.reshape(num, 2).sum(1) + surrogate, row.reshape(num, 2).sum(1)
+          jax.tree.map(pairs, noised), pairs(texts), pairs(weight), pairs(row)
+        )
+        return row.reshape(num, 2).sum(1) + surrogate, row.reshape(num, 2).sum(
+          1
+        )
+
       both = jax.jacfwd(lambda rates: loss(rates)[0])(rates)
       path = jax.jacfwd(lambda rates: loss(rates)[1])(rates)
       return both, path
 
-    both, path = (np.asarray(x, np.float64)
-                  for x in estimates(jnp.asarray(RATES)))
+    both, path = (
+      np.asarray(x, np.float64) for x in estimates(jnp.asarray(RATES))
+    )
     exact = lambda rates: genmd4_nll(
-        GenMD4(MASK, rates=tuple(rates)), table, x0, eligible,
-        (np.array([u]), np.ones(1)))
+      GenMD4(MASK, rates=tuple(rates)),
+      table,
+      x0,
+      eligible,
+      (np.array([u]), np.ones(1)),
+    )
     step = 1e-5 * np.eye(3)
-    expected = np.array([(exact(RATES + h) - exact(RATES - h)) / 2e-5
-                         for h in step])
+    expected = np.array(
+      [(exact(RATES + h) - exact(RATES - h)) / 2e-5 for h in step]
+    )
     error = both.mean(0) - expected
-    self.assertTrue(np.all(abs(error) < 4 * both.std(0) / num ** 0.5 + 1e-5))
+    self.assertTrue(np.all(abs(error) < 4 * both.std(0) / num**0.5 + 1e-5))
     # (Which the gradient of the loss alone is not.)
     self.assertGreater(np.max(abs(path.mean(0) - expected)), 0.1)
 
 
 class BlockTest(parameterized.TestCase):
-
   @parameterized.parameters(*masking.NOISES)
   def test_one_block_is_masked_diffusion(self, noise):
     # The same noise, scale and scored positions, so the same loss.
@@ -946,21 +1134,29 @@ class BlockTest(parameterized.TestCase):
     levels = whole.sample_levels(jax.random.key(1), 64, 18)
     block = whole.corrupt(keys, levels, x0, weight)
     own_keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
-    masked = Masked(MASK, noise=noise).corrupt(own_keys, levels[:, 0], x0, weight)
+    masked = Masked(MASK, noise=noise).corrupt(
+      own_keys, levels[:, 0], x0, weight
+    )
     np.testing.assert_array_equal(block.tokens, masked.tokens)
     np.testing.assert_array_equal(block.scored, masked.scored)
     jax.tree.map(np.testing.assert_array_equal, block.fields, masked.fields)
-    self.assertEqual(whole.max_scored(64, 18),
-                     Masked(MASK, noise=noise).max_scored(64, 18))
+    self.assertEqual(
+      whole.max_scored(64, 18), Masked(MASK, noise=noise).max_scored(64, 18)
+    )
 
   def test_blocks_of_one_are_the_exact_value_for_every_text(self):
     objective, table = Block(MASK, block_size=1), toys.random_table(0)
     levels = objective.sample_levels(jax.random.key(0), 28, LENGTH)
     x0 = np.concatenate([TEXTS, TEXTS[:1]])  # whole pairs
     _, terms = noised_nll(
-        block_logits(1), objective, table,
-        jax.random.split(jax.random.key(1), 28), levels, x0,
-        np.ones(x0.shape, np.float32))
+      block_logits(1),
+      objective,
+      table,
+      jax.random.split(jax.random.key(1), 28),
+      levels,
+      x0,
+      np.ones(x0.shape, np.float32),
+    )
     expected = [ar_nll(objective, table, text, range(LENGTH)) for text in x0]
     np.testing.assert_allclose(np.sum(terms.nll, 1), expected, rtol=1e-5)
 
@@ -970,17 +1166,22 @@ class BlockTest(parameterized.TestCase):
     self.assertEqual(levels.shape, (16, 8))
     np.testing.assert_array_equal(levels[::2], levels[1::2])  # partners
     # Stratified over all blocks of the batch: one in each of 64 strata.
-    np.testing.assert_array_equal(np.sort((levels[::2] * 64).astype(int).ravel()),
-                                  np.arange(64))
+    np.testing.assert_array_equal(
+      np.sort((levels[::2] * 64).astype(int).ravel()), np.arange(64)
+    )
     draws = np.asarray(objective.eval_levels(jax.random.key(1), 16, 32))
     self.assertEqual(draws.shape, (16, 8))
     for column in draws.T:  # each block's draws are
-      np.testing.assert_array_equal(np.sort((column[::2] * 8).astype(int)),
-                                    np.arange(8))
+      np.testing.assert_array_equal(
+        np.sort((column[::2] * 8).astype(int)), np.arange(8)
+      )
 
   def test_blocks_divide_the_row(self):
-    with self.assertRaisesRegex(InputError, r'objective.block_size=4 .*data.length'
-                                r'=18; these do: \[1, 2, 3, 6, 9, 18\]'):
+    with self.assertRaisesRegex(
+      InputError,
+      r'objective.block_size=4 .*data.length'
+      r'=18; these do: \[1, 2, 3, 6, 9, 18\]',
+    ):
       Block(MASK, block_size=4).max_scored(2, 18)
 
 
@@ -988,9 +1189,10 @@ class ToldTimeTest(parameterized.TestCase):
   """A row that is partly a prompt is told what a sampler would tell it."""
 
   @parameterized.parameters(
-      Masked(MASK, schedules.Cosine()),
-      Masked(MASK, schedules.Cosine(), noise='stratified'),
-      D3PM(MASK, schedules.Cosine(), num_timesteps=50))
+    Masked(MASK, schedules.Cosine()),
+    Masked(MASK, schedules.Cosine(), noise='stratified'),
+    D3PM(MASK, schedules.Cosine(), num_timesteps=50),
+  )
   def test_the_share_of_the_whole_row(self, objective):
     keys = jax.random.split(jax.random.key(0), 8)
     levels = objective.sample_levels(jax.random.key(1), 8, 16)
@@ -1007,12 +1209,17 @@ class ToldTimeTest(parameterized.TestCase):
 
 
 class AutoregressiveTest(parameterized.TestCase):
-
   def test_is_normalised(self):
     objective, table = Autoregressive(MASK), toys.random_table(3)
     _, terms = noised_nll(
-        ar_logits, objective, table, jax.random.split(jax.random.key(0), 27),
-        np.zeros(27, np.float32), TEXTS, np.ones(TEXTS.shape, np.float32))
+      ar_logits,
+      objective,
+      table,
+      jax.random.split(jax.random.key(0), 27),
+      np.zeros(27, np.float32),
+      TEXTS,
+      np.ones(TEXTS.shape, np.float32),
+    )
     nll = np.asarray(terms.nll, np.float64).sum(1)
     np.testing.assert_allclose(np.exp(-nll).sum(), 1, rtol=1e-5)
 

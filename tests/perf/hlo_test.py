@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from nanodlm.perf import hlo
 from nanodlm.devices import mesh as meshes
+from nanodlm.perf import hlo
 
 # In the form of a TPU's compiler: no note of trip counts, a batched product as a
 # convolution, cycles beside fusions, a kernel, collectives, a conditional.
-TPU = '''HloModule jit_f, is_scheduled=true
+TPU = """HloModule jit_f, is_scheduled=true
 
 %fused (p: bf16[8,12,64], q: bf16[8,12,64]) -> f32[8,12,12] {
   %p = bf16[8,12,64]{2,1,0:T(8,128)(2,1)} parameter(0)
@@ -57,7 +57,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %n = s32[] constant(0)
   ROOT %r = f32[8]{0} conditional(%n, %a, %a), branch_computations={%dear, %cheap}
 }
-'''
+"""
 
 
 def cost_of(f, *args):
@@ -65,7 +65,6 @@ def cost_of(f, *args):
 
 
 class TpuTextTest(parameterized.TestCase):
-
   def setUp(self):
     super().setUp()
     self.module = hlo.parse(TPU)
@@ -82,7 +81,9 @@ class TpuTextTest(parameterized.TestCase):
     self.assertEqual(self.cost.flops, 10 * (2 * 8 * 12 * 12 * 64 + 500))
 
   def test_kernels(self):
-    self.assertEqual(self.cost.kernels, {hlo.Kernel('jit(f)/mine', 500, 40): 10})
+    self.assertEqual(
+      self.cost.kernels, {hlo.Kernel('jit(f)/mine', 500, 40): 10}
+    )
 
   def test_collectives(self):
     size = 16 * 12 * 12 * 4
@@ -90,17 +91,20 @@ class TpuTextTest(parameterized.TestCase):
 
   def test_loop_without_a_known_end(self):
     text = TPU.replace('constant(11)', 'copy(%limit.1)').replace(
-        '  %limit = ', '  %limit.1 = s32[] constant(11)\n  %limit = ')
+      '  %limit = ', '  %limit.1 = s32[] constant(11)\n  %limit = '
+    )
     cost = hlo.cost(hlo.parse(text))
     self.assertEqual((cost.num_unknown_loops, cost.cycles), (1, 1070))
 
 
 class CompiledHereTest(parameterized.TestCase):
-
   def test_scan_of_products(self):
     def f(x, kernels):
       return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, kernels)[0]
-    cost = cost_of(f, np.ones((32, 48), np.float32), np.ones((5, 48, 48), np.float32))
+
+    cost = cost_of(
+      f, np.ones((32, 48), np.float32), np.ones((5, 48, 48), np.float32)
+    )
     self.assertEqual(cost.flops, 5 * 2 * 32 * 48 * 48)
     self.assertEqual(cost.cycles, 0)  # a CPU's compiler gives no estimates
 
@@ -109,8 +113,12 @@ class CompiledHereTest(parameterized.TestCase):
     flops = cost_of(lambda x: jnp.einsum('bij,bkj->bik', x, x), x).flops
     self.assertEqual(flops, 2 * 3 * 32 * 32 * 48)
     # 'SAME': at the two ends one of the three taps falls on padding.
-    conv = functools.partial(jax.lax.conv_general_dilated, window_strides=(1,),
-                             padding='SAME', dimension_numbers=('NHC', 'HIO', 'NHC'))
+    conv = functools.partial(
+      jax.lax.conv_general_dilated,
+      window_strides=(1,),
+      padding='SAME',
+      dimension_numbers=('NHC', 'HIO', 'NHC'),
+    )
     flops = cost_of(conv, x, np.ones((3, 48, 64), np.float32)).flops
     self.assertEqual(flops, 2 * 3 * 48 * 64 * (32 * 3 - 2))
 
@@ -121,26 +129,42 @@ class CompiledHereTest(parameterized.TestCase):
       def body(x, _):
         total = jax.lax.psum(x, 'data')
         return x + jax.lax.pcast(total, 'data', to='varying'), None
+
       x = jax.lax.scan(body, x, None, 7)[0]
       return jax.lax.all_gather(x, 'data')
+
     f = jax.shard_map(f, mesh=mesh, in_specs=P('data'), out_specs=P('data'))
     cost = cost_of(f, np.ones((16, 100), np.float32))
-    self.assertEqual(cost.collectives, {
-        'all-reduce': [7, 7 * 2 * 100 * 4], 'all-gather': [1, 8 * 2 * 100 * 4]})
+    self.assertEqual(
+      cost.collectives,
+      {'all-reduce': [7, 7 * 2 * 100 * 4], 'all-gather': [1, 8 * 2 * 100 * 4]},
+    )
 
   def test_a_device_sends_itself_nothing(self):
     for sizes in ((1, 8, 1), (8, 1, 1)):
       mesh = meshes.make_mesh(meshes.MeshConfig(*sizes))
-      f = jax.shard_map(lambda x: jax.lax.psum(x, 'data'), mesh=mesh,
-                        in_specs=P('data'), out_specs=P())
+      f = jax.shard_map(
+        lambda x: jax.lax.psum(x, 'data'),
+        mesh=mesh,
+        in_specs=P('data'),
+        out_specs=P(),
+      )
       collectives = cost_of(f, np.ones((16, 100), np.float32)).collectives
-      self.assertEqual(list(collectives), ['all-reduce'] if sizes[0] > 1 else [])
+      self.assertEqual(
+        list(collectives), ['all-reduce'] if sizes[0] > 1 else []
+      )
 
   @parameterized.parameters(
-      ('{{0}}', 1), ('{{0},{1}}', 1), ('{{0,1},{2,3}}', 2), ('[4,1]<=[4]', 1),
-      ('[2,4]<=[8]', 4), ('{}', None))
+    ('{{0}}', 1),
+    ('{{0},{1}}', 1),
+    ('{{0,1},{2,3}}', 2),
+    ('[4,1]<=[4]', 1),
+    ('[2,4]<=[8]', 4),
+    ('{}', None),
+  )
   def test_size_of_a_group(self, groups, size):
     (line,) = hlo.parse(
-        'ENTRY %main {\n  ROOT %r = f32[] all-reduce(%x), channel_id=1, '
-        f'replica_groups={groups}, to_apply=%add\n}}').computations['main']
+      'ENTRY %main {\n  ROOT %r = f32[] all-reduce(%x), channel_id=1, '
+      f'replica_groups={groups}, to_apply=%add\n}}'
+    ).computations['main']
     self.assertEqual(hlo.group_size(line), size)

@@ -10,44 +10,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanodlm.samplers import guidance
-from nanodlm.objectives import masking
-from nanodlm.noise import processes
-from nanodlm.samplers import reveal
 from nanodlm import samplers
-from nanodlm.noise import schedules
-from nanodlm.noise import times
+from nanodlm.noise import processes, schedules, times
 from nanodlm.noise.categorical import Draw
-from nanodlm.samplers.guidance import Guided
+from nanodlm.objectives import masking
 from nanodlm.objectives.d3pm import D3PM
 from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
-from nanodlm.objectives.mixture import Hybrid
-from nanodlm.objectives.mixture import Uniform
+from nanodlm.objectives.mixture import Hybrid, Uniform
 from nanodlm.objectives.sedd import ScoreEntropy
+from nanodlm.samplers import guidance, reveal
 from nanodlm.samplers.ancestral import Ancestral
 from nanodlm.samplers.ar import LeftToRight
 from nanodlm.samplers.block import Block
 from nanodlm.samplers.confidence import Confidence
 from nanodlm.samplers.first_hitting import FirstHitting
 from nanodlm.samplers.fixed_count import FixedCount
-from nanodlm.samplers.posterior import CORRECTION_TIME
-from nanodlm.samplers.posterior import Posterior
+from nanodlm.samplers.guidance import Guided
+from nanodlm.samplers.posterior import CORRECTION_TIME, Posterior
 from nanodlm.samplers.prefix_cache import PrefixCache
 from nanodlm.samplers.remask import Remask
-from nanodlm.types import Canvas
-from nanodlm.types import InputError
+from nanodlm.types import Canvas, InputError
 from tests import toys
-from tests.toys import LENGTH
-from tests.toys import MASK
-from tests.toys import TEXTS
+from tests.toys import LENGTH, MASK, TEXTS
 
 DRAW = Draw(MASK)
 NUM_ROWS = 8_000
 JOINT = toys.random_joint(0)
 POSTERIOR = toys.posterior_table(JOINT)
 # Further from a product of marginals, and less even.
-SHARP_JOINT = JOINT ** 2.5 / np.sum(JOINT ** 2.5)
+SHARP_JOINT = JOINT**2.5 / np.sum(JOINT**2.5)
 SHARP = toys.posterior_table(SHARP_JOINT)
 SHARP_NETWORK = toys.CachedTable(SHARP)
 
@@ -70,24 +62,34 @@ class Case:
 
 
 CASES = {
-    # One slot: a step that reveals n tokens of a row takes n calls.
-    'ancestral': Case(Ancestral(DRAW, num_steps=128), lambda n: (n, n * 128)),
-    # One call for the prompt.
-    'ar': Case(LeftToRight(DRAW), lambda n: (n, n + (n < LENGTH)),
-               (True, False, False), toys.CachedTable(POSTERIOR, causal=True)),
-    # Two blocks, the second shorter; one call more to cache the first.
-    'block': Case(Block(FixedCount(DRAW, 2), 2, MASK), lambda n: (n, n + 1),
-                  network=toys.CachedTable(POSTERIOR, block_size=2)),
-    'confidence': Case(Confidence(DRAW, num_steps=LENGTH, score='random'),
-                       lambda n: (n, n)),
-    'first_hitting': Case(FirstHitting(DRAW), lambda n: (n, n)),
-    'fixed_count': Case(FixedCount(DRAW, num_steps=LENGTH), lambda n: (n, n)),
-    'posterior': Case(Posterior(DRAW, 64, Masked(MASK)), lambda n: (64, 64)),
-    # A table's "keys" do not depend on other positions: never stale.
-    'prefix_cache': Case(PrefixCache(FixedCount(DRAW, 2), 2, MASK),
-                         lambda n: (n + 1, n + 2)),
-    'remask': Case(Remask(DRAW, num_steps=128, remask='cap', eta=0.01),
-                   lambda n: (n, n * 128)),
+  # One slot: a step that reveals n tokens of a row takes n calls.
+  'ancestral': Case(Ancestral(DRAW, num_steps=128), lambda n: (n, n * 128)),
+  # One call for the prompt.
+  'ar': Case(
+    LeftToRight(DRAW),
+    lambda n: (n, n + (n < LENGTH)),
+    (True, False, False),
+    toys.CachedTable(POSTERIOR, causal=True),
+  ),
+  # Two blocks, the second shorter; one call more to cache the first.
+  'block': Case(
+    Block(FixedCount(DRAW, 2), 2, MASK),
+    lambda n: (n, n + 1),
+    network=toys.CachedTable(POSTERIOR, block_size=2),
+  ),
+  'confidence': Case(
+    Confidence(DRAW, num_steps=LENGTH, score='random'), lambda n: (n, n)
+  ),
+  'first_hitting': Case(FirstHitting(DRAW), lambda n: (n, n)),
+  'fixed_count': Case(FixedCount(DRAW, num_steps=LENGTH), lambda n: (n, n)),
+  'posterior': Case(Posterior(DRAW, 64, Masked(MASK)), lambda n: (64, 64)),
+  # A table's "keys" do not depend on other positions: never stale.
+  'prefix_cache': Case(
+    PrefixCache(FixedCount(DRAW, 2), 2, MASK), lambda n: (n + 1, n + 2)
+  ),
+  'remask': Case(
+    Remask(DRAW, num_steps=128, remask='cap', eta=0.01), lambda n: (n, n * 128)
+  ),
 }
 ROWS = list(CASES.items())
 
@@ -127,23 +129,31 @@ def product_of_marginals():
 def chain_law(noise, table=POSTERIOR):
   """The law of the reverse chain over a grid of noise levels, enumerated."""
   one_hot = np.eye(MASK + 1)
-  p_x0 = np.concatenate([np.exp(toys.log_softmax(table)),
-                         np.zeros((len(toys.CANVASES), LENGTH, 1))], axis=-1)
+  p_x0 = np.concatenate(
+    [
+      np.exp(toys.log_softmax(table)),
+      np.zeros((len(toys.CANVASES), LENGTH, 1)),
+    ],
+    axis=-1,
+  )
   law = np.zeros(len(toys.CANVASES))
   law[-1] = 1  # all masks
   for noise_t, noise_s in itertools.pairwise(np.asarray(noise)):
     shown = jnp.full(toys.CANVASES.shape, (noise_t - noise_s) / noise_t)
-    q = np.asarray(processes.Masked(MASK).reveal(toys.CANVASES, p_x0, shown),
-                   np.float64)
+    q = np.asarray(
+      processes.Masked(MASK).reveal(toys.CANVASES, p_x0, shown), np.float64
+    )
     # p(xs | xt) = prod_i q_i(xs_i), for every pair of canvases.
-    step = np.prod(q[:, None] * one_hot[toys.CANVASES][None], axis=-1,
-                   where=one_hot[toys.CANVASES][None] > 0).prod(-1)
+    step = np.prod(
+      q[:, None] * one_hot[toys.CANVASES][None],
+      axis=-1,
+      where=one_hot[toys.CANVASES][None] > 0,
+    ).prod(-1)
     law = law @ step
   return law[toys.canvas_index(TEXTS)]
 
 
 class ConformanceTest(parameterized.TestCase):
-
   def test_every_sampler_has_a_row(self):
     self.assertEqual(set(CASES), set(samplers.SAMPLERS))
     self.assertEqual(set(samplers.FITS), set(samplers.SAMPLERS))
@@ -179,26 +189,37 @@ class ConformanceTest(parameterized.TestCase):
     mixed = run(case.exact, canvas, keys_of(NUM_ROWS), case.network).tokens
     histogram(mixed)  # no mask is left
     np.testing.assert_array_equal(np.asarray(mixed)[pattern], 2)
-    for same, other in ((~pattern.any(1), free),
-                        (np.all(pattern == fixed, axis=1), prompted)):
+    for same, other in (
+      (~pattern.any(1), free),
+      (np.all(pattern == fixed, axis=1), prompted),
+    ):
       self.assertGreater(same.sum(), 0)
       np.testing.assert_array_equal(mixed[same], other.tokens[same])
 
     # Nothing to do is no call.
-    full = run(case.exact, canvas_of(np.ones((NUM_ROWS, LENGTH), bool)),
-               keys_of(NUM_ROWS), case.network)
+    full = run(
+      case.exact,
+      canvas_of(np.ones((NUM_ROWS, LENGTH), bool)),
+      keys_of(NUM_ROWS),
+      case.network,
+    )
     self.assertEqual(full.num_calls, 0)
 
   @parameterized.named_parameters(ROWS)
   def test_draws_as_it_is_told(self, case):
     # p(0), p(1), p(2) = .6, .3, .1 everywhere.
     logits = np.log(np.float32([0.6, 0.3, 0.1, 10.0]))
-    network = toys.CachedTable(np.tile(logits, (64, LENGTH, 1)),
-                               case.network.block_size, case.network.causal)
+    network = toys.CachedTable(
+      np.tile(logits, (64, LENGTH, 1)),
+      case.network.block_size,
+      case.network.causal,
+    )
     # At temperature 0.5: .783, .196, .022 before the nucleus is cut out.
-    for draw, law in ((Draw(MASK, temperature=0.0), [1, 0, 0]),
-                      (Draw(MASK, top_k=2), [2 / 3, 1 / 3, 0]),
-                      (Draw(MASK, temperature=0.5, top_p=0.9), [0.8, 0.2, 0])):
+    for draw, law in (
+      (Draw(MASK, temperature=0.0), [1, 0, 0]),
+      (Draw(MASK, top_k=2), [2 / 3, 1 / 3, 0]),
+      (Draw(MASK, temperature=0.5, top_p=0.9), [0.8, 0.2, 0]),
+    ):
       if hasattr(case.exact, 'inner'):
         inner = dataclasses.replace(case.exact.inner, draw=draw)
         sampler = dataclasses.replace(case.exact, inner=inner)
@@ -218,8 +239,12 @@ class StepsTest(parameterized.TestCase):
   """Few steps: the law is that of the chain, not the joint's."""
 
   @parameterized.parameters(
-      ('linear', 'uniform', 2), ('sqrt', 'uniform', 3), ('cosine', 'cosine', 4),
-      ('linear', LISTED, 128), ('cosine', LISTED, 1))
+    ('linear', 'uniform', 2),
+    ('sqrt', 'uniform', 3),
+    ('cosine', 'cosine', 4),
+    ('linear', LISTED, 128),
+    ('cosine', LISTED, 1),
+  )
   def test_ancestral_follows_its_chain(self, schedule, grid, num_steps):
     alpha = schedules.make_schedule(schedule)
     sampler = Ancestral(DRAW, num_steps, alpha, grid)
@@ -231,28 +256,32 @@ class StepsTest(parameterized.TestCase):
 
   @parameterized.parameters(Ancestral, FixedCount)
   def test_one_step_is_the_product_of_marginals(self, cls):
-    samples = run(cls(DRAW, num_steps=1), blank(NUM_ROWS),
-                  keys_of(NUM_ROWS))
+    samples = run(cls(DRAW, num_steps=1), blank(NUM_ROWS), keys_of(NUM_ROWS))
     self.assertEqual(samples.num_calls, 1)
-    self.assertGreater(toys.chi_square(histogram(samples.tokens),
-                                       product_of_marginals()), 1e-3)
+    self.assertGreater(
+      toys.chi_square(histogram(samples.tokens), product_of_marginals()), 1e-3
+    )
 
   @parameterized.parameters(1, 2)
   def test_overflow_does_not_change_the_law(self, num_slots):
-    plan = reveal.Plan(jnp.zeros((NUM_ROWS, LENGTH), jnp.int32),
-                       jnp.ones((NUM_ROWS, 1)))
+    plan = reveal.Plan(
+      jnp.zeros((NUM_ROWS, LENGTH), jnp.int32), jnp.ones((NUM_ROWS, 1))
+    )
     sampler = lambda keys, canvas, denoise: reveal.sample_plan(
-        keys, canvas, plan, denoise, DRAW, num_slots)
+      keys, canvas, plan, denoise, DRAW, num_slots
+    )
     samples = run(sampler, blank(NUM_ROWS), keys_of(NUM_ROWS))
     self.assertEqual(samples.num_calls, -(-LENGTH // num_slots))
-    self.assertGreater(toys.chi_square(histogram(samples.tokens),
-                                       product_of_marginals()), 1e-3)
+    self.assertGreater(
+      toys.chi_square(histogram(samples.tokens), product_of_marginals()), 1e-3
+    )
 
   @parameterized.named_parameters(
-      ('fixed_count', FixedCount(DRAW, 7), 7),
-      ('fixed_count_of_fewer', FixedCount(DRAW, 40), 16),
-      ('ancestral', Ancestral(DRAW, 8), 8),
-      ('ancestral_listed', Ancestral(DRAW, 8, grid='1,0.6,0.3,0'), 3))
+    ('fixed_count', FixedCount(DRAW, 7), 7),
+    ('fixed_count_of_fewer', FixedCount(DRAW, 40), 16),
+    ('ancestral', Ancestral(DRAW, 8), 8),
+    ('ancestral_listed', Ancestral(DRAW, 8, grid='1,0.6,0.3,0'), 3),
+  )
   def test_calls_of_a_long_canvas(self, sampler, num_calls):
     denoise = lambda tokens, level, positions: jnp.zeros((*positions.shape, 4))
     sample = jax.jit(lambda keys: sampler(keys, blank(4, 16), denoise))
@@ -268,7 +297,8 @@ class StepsTest(parameterized.TestCase):
       j = np.arange(num_steps + 1) / num_steps
       t = {'uniform': 1 - j, 'cosine': np.cos(np.pi / 2 * j)}[grid]
       np.testing.assert_allclose(
-          noise, alpha.noise(t.astype(np.float32).clip(0)), atol=1e-5)
+        noise, alpha.noise(t.astype(np.float32).clip(0)), atol=1e-5
+      )
       self.assertEqual((noise[0], noise[-1]), (1.0, 0.0))
       self.assertLess(np.max(np.diff(noise)), 1e-7)
       if num_steps < 10:  # with more, float32 cannot tell some from 1
@@ -277,22 +307,26 @@ class StepsTest(parameterized.TestCase):
 
 PROMPTS = ((False, False, False), (False, True, False))
 MIXTURES = {
-    'uniform': Uniform(MASK),
-    'uniform_cosine': Uniform(MASK, schedule=schedules.Cosine()),
-    'hybrid': Hybrid(MASK, p_uniform=0.3),
+  'uniform': Uniform(MASK),
+  'uniform_cosine': Uniform(MASK, schedule=schedules.Cosine()),
+  'hybrid': Hybrid(MASK, p_uniform=0.3),
 }
-RULES = {'masked': Masked(MASK, schedules.Cosine()),
-         'd3pm': D3PM(MASK, schedules.Polynomial(2.0)),
-         'sedd': ScoreEntropy(MASK), 'genmd4': GenMD4(MASK, rates=(0.6, 1.0, 2.5)),
-         **MIXTURES}
+RULES = {
+  'masked': Masked(MASK, schedules.Cosine()),
+  'd3pm': D3PM(MASK, schedules.Polynomial(2.0)),
+  'sedd': ScoreEntropy(MASK),
+  'genmd4': GenMD4(MASK, rates=(0.6, 1.0, 2.5)),
+  **MIXTURES,
+}
 
 
 def exact_tables(rule, grid, fixed=(False,) * LENGTH):
   """The exact denoiser at each time of a grid, [T, 64, L, V + 1]."""
   if isinstance(rule, GenMD4):
     laws = [toys.token_law(float(t) ** np.array(rule.rates)) for t in grid]
-    return np.stack([toys.whole_posterior_table(JOINT, law, fixed)
-                     for law in laws])
+    return np.stack(
+      [toys.whole_posterior_table(JOINT, law, fixed) for law in laws]
+    )
   laws = toys.mixture_law(*(np.float64(x) for x in rule.process.parts(grid)))
   return np.stack([toys.leave_one_out_table(JOINT, law, fixed) for law in laws])
 
@@ -318,8 +352,11 @@ def posterior_chain(rule, t, tables, fixed):
     start = toys.CANVASES == MASK
   law = np.where(fixed, at_prompt, start).all(1).astype(float)
   law /= law.sum()
-  reverse = jax.jit(lambda table, s, t: jnp.exp(rule.reverse(
-      table, jnp.asarray(toys.CANVASES), s, t, DRAW)))
+  reverse = jax.jit(
+    lambda table, s, t: jnp.exp(
+      rule.reverse(table, jnp.asarray(toys.CANVASES), s, t, DRAW)
+    )
+  )
   row, position = np.arange(64)[:, None, None], np.arange(LENGTH)[None, None]
   for j, table in enumerate(tables):
     q = np.asarray(reverse(jnp.asarray(table), t[j + 1], t[j]), np.float64)
@@ -332,7 +369,6 @@ def posterior_chain(rule, t, tables, fixed):
 
 
 class PosteriorTest(parameterized.TestCase):
-
   @parameterized.product(rule=['genmd4', *MIXTURES], fixed=PROMPTS)
   def test_many_steps_of_the_exact_denoiser_are_the_joint(self, rule, fixed):
     rule = RULES[rule]
@@ -345,8 +381,9 @@ class PosteriorTest(parameterized.TestCase):
     self.assertLess(distance[1], 0.012)  # total variation
     self.assertLess(distance[1], distance[0] / 4)
 
-  @parameterized.product(rule=list(RULES), grid=(*times.GRIDS, LISTED),
-                         fixed=PROMPTS)
+  @parameterized.product(
+    rule=list(RULES), grid=(*times.GRIDS, LISTED), fixed=PROMPTS
+  )
   def test_few_steps_follow_their_chain(self, rule, grid, fixed):
     if any(fixed) and grid != 'uniform':
       return  # one grid will do
@@ -359,8 +396,9 @@ class PosteriorTest(parameterized.TestCase):
     levels = rule.level_at(t[:-1], jnp.full(num_steps, 1 - np.mean(fixed)))
     sampler = Posterior(DRAW, 3, rule, grid)
     canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)))
-    samples = jax.jit(lambda keys: sampler(
-        keys, canvas, timed_denoiser(tables, levels)))(keys_of(NUM_ROWS))
+    samples = jax.jit(
+      lambda keys: sampler(keys, canvas, timed_denoiser(tables, levels))
+    )(keys_of(NUM_ROWS))
     law = posterior_chain(rule, t, tables, fixed)
     self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
     self.assertEqual(samples.num_calls, num_steps)
@@ -369,10 +407,12 @@ class PosteriorTest(parameterized.TestCase):
     # At temperature 0 the prediction is one token, but not the time of reveal.
     draw, rule = Draw(MASK, temperature=0.0), Masked(MASK)
     logits = jnp.array([[[0.0, 1.0, 0.5, 9.0]]])
-    log_p = rule.reverse(logits, jnp.array([[MASK]]), jnp.float32(0.25),
-                         jnp.float32(1.0), draw)
-    np.testing.assert_allclose(np.exp(log_p[0, 0]), [0, 0.75, 0, 0.25],
-                               atol=1e-6)
+    log_p = rule.reverse(
+      logits, jnp.array([[MASK]]), jnp.float32(0.25), jnp.float32(1.0), draw
+    )
+    np.testing.assert_allclose(
+      np.exp(log_p[0, 0]), [0, 0.75, 0, 0.25], atol=1e-6
+    )
 
   def test_genmd4_reverse_is_bayes_rule(self):
     rule, s, t = RULES['genmd4'], 0.3, 0.8
@@ -380,12 +420,22 @@ class PosteriorTest(parameterized.TestCase):
     x = np.exp(toys.log_softmax(logits))[0, 0]
     hidden = np.append(x * (s / t) ** rates, 0)  # q(mask at s | mask at t, v)
     expected = np.append(x, hidden.sum()) - hidden
-    log_p = rule.reverse(jnp.asarray(logits), jnp.array([[MASK, 1, MASK]]),
-                         jnp.float32(s), jnp.float32(t), DRAW)
+    log_p = rule.reverse(
+      jnp.asarray(logits),
+      jnp.array([[MASK, 1, MASK]]),
+      jnp.float32(s),
+      jnp.float32(t),
+      DRAW,
+    )
     np.testing.assert_allclose(np.exp(log_p[0, 0]), expected, atol=1e-6)
     np.testing.assert_allclose(np.exp(log_p[0, 1]), [0, 1, 0, 0])
-    end = rule.reverse(jnp.asarray(logits), jnp.array([[MASK, 1, MASK]]),
-                       jnp.float32(0), jnp.float32(t), DRAW)
+    end = rule.reverse(
+      jnp.asarray(logits),
+      jnp.array([[MASK, 1, MASK]]),
+      jnp.float32(0),
+      jnp.float32(t),
+      DRAW,
+    )
     np.testing.assert_allclose(np.exp(end[0, 0]), np.append(x, 0), atol=1e-6)
 
   def test_d3pm_reverse_is_bayes_rule(self):
@@ -396,10 +446,16 @@ class PosteriorTest(parameterized.TestCase):
     before = (1 - s**2) * x + s**2 * np.eye(4)[MASK] * (1 - x[MASK])
     before[MASK] = s**2 * (1 - x[MASK]) + x[MASK]
     bayes = before * np.array([to_mask] * 3 + [1])
-    log_p = rule.reverse(jnp.asarray(logits), jnp.full((1, LENGTH), MASK),
-                         jnp.float32(s), jnp.float32(t), DRAW)
-    np.testing.assert_allclose(np.exp(log_p[0, 0]), bayes / bayes.sum(),
-                               rtol=1e-5)
+    log_p = rule.reverse(
+      jnp.asarray(logits),
+      jnp.full((1, LENGTH), MASK),
+      jnp.float32(s),
+      jnp.float32(t),
+      DRAW,
+    )
+    np.testing.assert_allclose(
+      np.exp(log_p[0, 0]), bayes / bayes.sum(), rtol=1e-5
+    )
 
   def test_sedd_reverse_is_the_analytic_step(self):
     # p(y) = (exp(-dsigma Q) score)_y q_{t|s}(mask | y), linear schedule.
@@ -411,16 +467,26 @@ class PosteriorTest(parameterized.TestCase):
     staggered[MASK] += (1 - rise) * score.sum()
     p = staggered * np.array([1 - 1 / rise] * 3 + [1.0])
     np.testing.assert_allclose(p.sum(), 1)
-    log_p = rule.reverse(jnp.asarray(raw, jnp.float32), jnp.array([[MASK]]),
-                         jnp.float32(s), jnp.float32(t), DRAW)
+    log_p = rule.reverse(
+      jnp.asarray(raw, jnp.float32),
+      jnp.array([[MASK]]),
+      jnp.float32(s),
+      jnp.float32(t),
+      DRAW,
+    )
     np.testing.assert_allclose(np.exp(log_p[0, 0]), p, rtol=1e-5)
     # Ratios far too large: clipped; none at all: the last step still reveals.
     for shift, end, revealed in ((9.0, s, 1.0), (-9.0, 0.0, 1.0)):
       log_p = rule.reverse(
-          jnp.asarray(raw + shift, jnp.float32), jnp.array([[MASK]]),
-          jnp.float32(end), jnp.float32(t), DRAW)
-      np.testing.assert_allclose(np.exp(log_p[0, 0, :3]).sum(), revealed,
-                                 rtol=1e-5)
+        jnp.asarray(raw + shift, jnp.float32),
+        jnp.array([[MASK]]),
+        jnp.float32(end),
+        jnp.float32(t),
+        DRAW,
+      )
+      np.testing.assert_allclose(
+        np.exp(log_p[0, 0, :3]).sum(), revealed, rtol=1e-5
+      )
 
   @parameterized.named_parameters(RULES.items())
   def test_the_level_it_tells(self, rule):
@@ -433,9 +499,13 @@ class PosteriorTest(parameterized.TestCase):
     # A row without a prompt gets the time itself.
     np.testing.assert_allclose(rule.network_time(level)[0], 0.5, rtol=1e-5)
 
-  @parameterized.parameters((0, 0, [1, 1, 1]), (1, 1, [1, 2, 1]),
-                            (2, 2, [0, 2, 1]), (3, 3, [0, 2, 2]),
-                            (9, 4, [0, 2, 2]))
+  @parameterized.parameters(
+    (0, 0, [1, 1, 1]),
+    (1, 1, [1, 2, 1]),
+    (2, 2, [0, 2, 1]),
+    (3, 3, [0, 2, 2]),
+    (9, 4, [0, 2, 2]),
+  )
   def test_corrections(self, num_corrections, num_calls, expected):
     # The chain says 1 everywhere, the corrections 0, 2, 2: the surest first.
     text = np.float32([[0, 0, 0, 0]] * LENGTH)
@@ -449,14 +519,15 @@ class PosteriorTest(parameterized.TestCase):
 
     draw = Draw(MASK, temperature=0.0)
     sample = lambda rule, fixed: Posterior(
-        draw, 4, rule, num_corrections=num_corrections)(
-            keys_of(2), canvas_of([fixed] * 2, token=1), denoise)
+      draw, 4, rule, num_corrections=num_corrections
+    )(keys_of(2), canvas_of([fixed] * 2, token=1), denoise)
     samples = sample(MIXTURES['hybrid'], [False] * 3)
     self.assertEqual(samples.num_calls, 4 + num_calls)
     np.testing.assert_array_equal(samples.tokens, [expected] * 2)
     fixed = sample(MIXTURES['uniform'], [True, False, True])
     np.testing.assert_array_equal(
-        fixed.tokens, [[1, 2 if num_corrections else 1, 1]] * 2)
+      fixed.tokens, [[1, 2 if num_corrections else 1, 1]] * 2
+    )
 
   def test_corrections_are_for_networks_that_predict_all(self):
     for rule in RULES.values():
@@ -482,8 +553,9 @@ class LevelTest(parameterized.TestCase):
       del tokens
       told = (level * num_bins + 1e-4).astype(jnp.int32)[:, None, None]
       is_told = jnp.arange(num_bins + 2)[None, None] == told
-      return jnp.broadcast_to(jnp.where(is_told, 0.0, -1e9),
-                              (*positions.shape, num_bins + 2))
+      return jnp.broadcast_to(
+        jnp.where(is_told, 0.0, -1e9), (*positions.shape, num_bins + 2)
+      )
 
     canvas = canvas_of(np.tile(fixed, (num, 1)), token=0)
     sample = jax.jit(lambda keys: sampler(keys, canvas, denoise))
@@ -498,7 +570,8 @@ class LevelTest(parameterized.TestCase):
     self.assertGreater(toys.chi_square(counts, np.full((10, 10), 0.01)), 1e-3)
 
   @parameterized.parameters(
-      (8, [8, 8, 6, 6, 4, 4, 2, 2]), (4, [4, 3, 2, 1]), (2, [2, 1]))
+    (8, [8, 8, 6, 6, 4, 4, 2, 2]), (4, [4, 3, 2, 1]), (2, [2, 1])
+  )
   def test_fixed_count_is_told_the_share_of_masks(self, num_free, levels):
     fixed = np.arange(8) >= num_free
     tokens = self.tell(FixedCount(Draw(9), 4), 16, fixed, 8)
@@ -519,21 +592,27 @@ def kept_positions(sampler, log_p, drawn, masked, num_calls, num_free):
     p = np.exp(log_p[i])
     entropy[i] = -np.sum(p * log_p[i])
     largest = np.sort(p)[::-1]
-    confidence[i] = {'max_prob': p[drawn[i]], 'margin': largest[0] - largest[1],
-                     'entropy': -entropy[i]}[sampler.score]
+    confidence[i] = {
+      'max_prob': p[drawn[i]],
+      'margin': largest[0] - largest[1],
+      'entropy': -entropy[i],
+    }[sampler.score]
   size = sampler.block_size or LENGTH
   first = num_free - len(masked)  # blocks are filled in order
   end = min((first // size + 1) * size, num_free)
-  block = masked[:end - first] if sampler.block_size else masked
+  block = masked[: end - first] if sampler.block_size else masked
   order = sorted(block, key=lambda i: -confidence[i])
   if sampler.num_steps:
     calls_left = max(sampler.num_steps * end // num_free - num_calls, 1)
-    return order[:-(-len(block) // calls_left)]
+    return order[: -(-len(block) // calls_left)]
   kept = order[:1]
   for i in order[1:]:
     h = [entropy[j] for j in kept] + [entropy[i]]
-    if (confidence[i] < sampler.threshold if sampler.threshold
-        else sum(h) - max(h) > sampler.entropy_budget):
+    if (
+      confidence[i] < sampler.threshold
+      if sampler.threshold
+      else sum(h) - max(h) > sampler.entropy_budget
+    ):
       break
     kept.append(i)
   return kept
@@ -553,8 +632,9 @@ def confidence_law(sampler, canvas=(MASK,) * LENGTH):
       for values in itertools.product(range(MASK), repeat=len(masked)):
         drawn = dict(zip(masked, values))
         p = weight * np.exp(sum(log_p[i, v] for i, v in drawn.items()))
-        kept = kept_positions(sampler, log_p, drawn, masked, num_calls,
-                              num_free)
+        kept = kept_positions(
+          sampler, log_p, drawn, masked, num_calls, num_free
+        )
         new = tuple(drawn[i] if i in kept else v for i, v in enumerate(state))
         following[new] = following.get(new, 0.0) + p
     done = {s: p for s, p in following.items() if MASK not in s}
@@ -566,16 +646,21 @@ def confidence_law(sampler, canvas=(MASK,) * LENGTH):
 
 
 class ConfidenceTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      dict(num_steps=3), dict(num_steps=2), dict(num_steps=1),
-      dict(num_steps=3, score='margin'), dict(num_steps=2, score='entropy'),
-      dict(num_steps=3, block_size=2), dict(num_steps=2, block_size=2),
-      dict(num_steps=1, block_size=1), dict(num_steps=0, threshold=0.5),
-      dict(num_steps=0, threshold=0.1, score='margin'),
-      dict(num_steps=0, threshold=0.4, block_size=2),
-      dict(num_steps=0, entropy_budget=0.6, score='entropy'),
-      dict(num_steps=0, entropy_budget=0.7, score='max_prob'))
+    dict(num_steps=3),
+    dict(num_steps=2),
+    dict(num_steps=1),
+    dict(num_steps=3, score='margin'),
+    dict(num_steps=2, score='entropy'),
+    dict(num_steps=3, block_size=2),
+    dict(num_steps=2, block_size=2),
+    dict(num_steps=1, block_size=1),
+    dict(num_steps=0, threshold=0.5),
+    dict(num_steps=0, threshold=0.1, score='margin'),
+    dict(num_steps=0, threshold=0.4, block_size=2),
+    dict(num_steps=0, entropy_budget=0.6, score='entropy'),
+    dict(num_steps=0, entropy_budget=0.7, score='max_prob'),
+  )
   def test_follows_its_chain(self, **fields):
     sampler = Confidence(DRAW, **fields)
     law, calls = confidence_law(sampler)
@@ -584,16 +669,21 @@ class ConfidenceTest(parameterized.TestCase):
     self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
     if np.abs(law - SHARP_JOINT).sum() > 0.05:
       self.assertLess(
-          toys.chi_square(histogram(samples.tokens), SHARP_JOINT), 1e-3)
+        toys.chi_square(histogram(samples.tokens), SHARP_JOINT), 1e-3
+      )
     # All rows go on until the last is done.
     self.assertEqual(samples.num_calls, np.flatnonzero(calls)[-1])
 
   @parameterized.parameters(
-      ('random', True), ('margin', True), ('entropy', True),
-      ('max_prob', False))
+    ('random', True), ('margin', True), ('entropy', True), ('max_prob', False)
+  )
   def test_one_per_call_is_exact_but_for_max_prob(self, score, is_exact):
-    samples = run(Confidence(DRAW, num_steps=LENGTH, score=score),
-                  blank(NUM_ROWS), keys_of(NUM_ROWS), SHARP_NETWORK)
+    samples = run(
+      Confidence(DRAW, num_steps=LENGTH, score=score),
+      blank(NUM_ROWS),
+      keys_of(NUM_ROWS),
+      SHARP_NETWORK,
+    )
     p_value = toys.chi_square(histogram(samples.tokens), SHARP_JOINT)
     self.assertEqual(p_value > 1e-3, is_exact)
 
@@ -621,32 +711,36 @@ class ConfidenceTest(parameterized.TestCase):
     def greedy(order=None):
       canvas = np.full(LENGTH, MASK)
       for step in range(LENGTH):
-        p = np.where((canvas == MASK)[:, None],
-                     log_p[toys.canvas_index(canvas)], -np.inf)
+        p = np.where(
+          (canvas == MASK)[:, None], log_p[toys.canvas_index(canvas)], -np.inf
+        )
         i = order[step] if order else np.argmax(p.max(1))
         canvas[i] = np.argmax(p[i])
       return canvas
 
     sampler = Confidence(Draw(MASK, temperature=0.0), num_steps=3)
-    tokens = run(sampler, blank(64), keys_of(64),
-                 toys.CachedTable(table)).tokens
+    tokens = run(
+      sampler, blank(64), keys_of(64), toys.CachedTable(table)
+    ).tokens
     np.testing.assert_array_equal(tokens, np.tile(greedy(), (64, 1)))
     self.assertNotEqual(list(greedy()), list(greedy((0, 1, 2))))
 
   @parameterized.parameters(
-      (dict(num_steps=0, threshold=1.01), 16),
-      (dict(num_steps=0, threshold=1e-9), 1),
-      (dict(num_steps=0, entropy_budget=1e-6), 16),
-      (dict(num_steps=0, entropy_budget=100.0), 1),
-      # 15 of 16 entropies of log 3 may be counted; log 3 = 1.0986.
-      (dict(num_steps=0, entropy_budget=15 * 1.0987), 1),
-      (dict(num_steps=0, entropy_budget=15 * 1.0985), 2),
-      (dict(num_steps=0, threshold=1e-9, block_size=4), 4),
-      (dict(num_steps=7), 7), (dict(num_steps=40), 16),
-      (dict(num_steps=7, block_size=4), 7),
-      (dict(num_steps=2, block_size=4), 4),
-      (dict(num_steps=5, block_size=6), 5),
-      (dict(num_steps=9, block_size=99), 9))
+    (dict(num_steps=0, threshold=1.01), 16),
+    (dict(num_steps=0, threshold=1e-9), 1),
+    (dict(num_steps=0, entropy_budget=1e-6), 16),
+    (dict(num_steps=0, entropy_budget=100.0), 1),
+    # 15 of 16 entropies of log 3 may be counted; log 3 = 1.0986.
+    (dict(num_steps=0, entropy_budget=15 * 1.0987), 1),
+    (dict(num_steps=0, entropy_budget=15 * 1.0985), 2),
+    (dict(num_steps=0, threshold=1e-9, block_size=4), 4),
+    (dict(num_steps=7), 7),
+    (dict(num_steps=40), 16),
+    (dict(num_steps=7, block_size=4), 7),
+    (dict(num_steps=2, block_size=4), 4),
+    (dict(num_steps=5, block_size=6), 5),
+    (dict(num_steps=9, block_size=99), 9),
+  )
   def test_calls_of_a_long_canvas(self, fields, num_calls):
     denoise = lambda tokens, level, positions: jnp.zeros((*positions.shape, 4))
     sampler = Confidence(DRAW, **fields)
@@ -658,15 +752,19 @@ class ConfidenceTest(parameterized.TestCase):
   def test_blocks_are_filled_in_order(self):
     # Tokens say the share of masks at their reveal: 16ths of the whole row.
     fixed = np.isin(np.arange(16), [0, 1, 7, 12])
-    for num_steps, told in ((3, [[12] * 5, [7] * 5, [2] * 2]),
-                            (6, [[12, 12, 12, 9, 9], [7, 7, 5, 5, 3], [2, 2]])):
-      sampler = Confidence(Draw(17), num_steps=num_steps, block_size=5,
-                           score='random')
+    for num_steps, told in (
+      (3, [[12] * 5, [7] * 5, [2] * 2]),
+      (6, [[12, 12, 12, 9, 9], [7, 7, 5, 5, 3], [2, 2]]),
+    ):
+      sampler = Confidence(
+        Draw(17), num_steps=num_steps, block_size=5, score='random'
+      )
       tokens = LevelTest.tell(self, sampler, 32, fixed, 16)
       blocks = slice(0, 5), slice(5, 10), slice(10, 12)
       for block, expected in zip(blocks, told):
         np.testing.assert_array_equal(
-            np.sort(tokens[:, block])[:, ::-1], [expected] * 32)
+          np.sort(tokens[:, block])[:, ::-1], [expected] * 32
+        )
 
   def test_only_a_block_is_projected(self):
     shapes = []
@@ -677,8 +775,9 @@ class ConfidenceTest(parameterized.TestCase):
 
     for block_size in (0, 5):
       sampler = Confidence(DRAW, num_steps=16, block_size=block_size)
-      jax.eval_shape(lambda keys: sampler(keys, blank(4, 16), denoise),
-                     keys_of(4))
+      jax.eval_shape(
+        lambda keys: sampler(keys, blank(4, 16), denoise), keys_of(4)
+      )
     self.assertEqual(set(shapes), {(4, 16), (4, 5)})
 
 
@@ -696,13 +795,16 @@ def remask_law(sampler):
     following = {}
     sigma_max = min(1, (1 - a_s) / a_t) if a_t else 1.0
     is_held = j / sampler.num_steps >= 0.449 and (
-        (j + 1) / sampler.num_steps <= 0.951)
+      (j + 1) / sampler.num_steps <= 0.951
+    )
     for (canvas, prob), weight in chain.items():
       revealed = np.array(canvas) != MASK
-      sigma = {'cap': min(sampler.eta, sigma_max),
-               'rescale': sampler.eta * sigma_max,
-               'loop': min(sampler.eta, sigma_max) * is_held,
-               'conf': 0.0}[sampler.remask]
+      sigma = {
+        'cap': min(sampler.eta, sigma_max),
+        'rescale': sampler.eta * sigma_max,
+        'loop': min(sampler.eta, sigma_max) * is_held,
+        'conf': 0.0,
+      }[sampler.remask]
       reveal_prob = (a_s - (1 - sigma) * a_t) / (1 - a_t)
       mask_prob = (1 - a_s - sigma * a_t) / (1 - a_t)
       np.testing.assert_allclose(reveal_prob + mask_prob, 1)
@@ -714,9 +816,13 @@ def remask_law(sampler):
       for i, v in enumerate(canvas):
         if v == MASK:
           p = p_x0[toys.canvas_index(np.array(canvas)), i]
-          choices.append([(MASK, 0.0, mask_prob)] + [
+          choices.append(
+            [(MASK, 0.0, mask_prob)]
+            + [
               (u, p[u] if sampler.remask == 'conf' else 0.0, reveal_prob * p[u])
-              for u in range(MASK)])
+              for u in range(MASK)
+            ]
+          )
         else:
           choices.append([(MASK, 0.0, sigmas[i]), (v, prob[i], 1 - sigmas[i])])
       for choice in itertools.product(*choices):
@@ -725,8 +831,9 @@ def remask_law(sampler):
         if p:
           following[values, probs] = following.get((values, probs), 0.0) + p
     chain = following
-    masked_share.append(sum(p * (np.array(canvas) == MASK)
-                            for (canvas, _), p in chain.items()))
+    masked_share.append(
+      sum(p * (np.array(canvas) == MASK) for (canvas, _), p in chain.items())
+    )
   law = np.zeros(len(TEXTS))
   for (canvas, _), p in chain.items():
     law[toys.text_index(canvas)] += p
@@ -734,17 +841,19 @@ def remask_law(sampler):
 
 
 class RemaskTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ('cap', 0.3, 4, 'linear', 'uniform'), ('cap', 1.0, 3, 'sqrt', 'uniform'),
-      ('rescale', 0.5, 4, 'cosine', 'cosine'),
-      ('conf', 1.0, 3, 'linear', 'uniform'),
-      ('conf', 0.6, 3, 'linear', 'cosine'),
-      ('loop', 0.1, 10, 'linear', 'uniform'),
-      ('cap', 0.3, 1, 'linear', LISTED))
+    ('cap', 0.3, 4, 'linear', 'uniform'),
+    ('cap', 1.0, 3, 'sqrt', 'uniform'),
+    ('rescale', 0.5, 4, 'cosine', 'cosine'),
+    ('conf', 1.0, 3, 'linear', 'uniform'),
+    ('conf', 0.6, 3, 'linear', 'cosine'),
+    ('loop', 0.1, 10, 'linear', 'uniform'),
+    ('cap', 0.3, 1, 'linear', LISTED),
+  )
   def test_follows_its_chain(self, kind, eta, num_steps, schedule, grid):
-    sampler = Remask(DRAW, num_steps, schedules.make_schedule(schedule), grid,
-                     kind, eta)
+    sampler = Remask(
+      DRAW, num_steps, schedules.make_schedule(schedule), grid, kind, eta
+    )
     law, masked_share = remask_law(sampler)
     np.testing.assert_allclose(law.sum(), 1, rtol=1e-5)
     if kind != 'conf':  # the noise that the network was trained on
@@ -770,21 +879,24 @@ class RemaskTest(parameterized.TestCase):
 
   @parameterized.parameters('cap', 'rescale')
   def test_the_law_nears_the_joint_with_steps_and_little_eta(self, kind):
-    distance = lambda eta, num_steps: np.abs(remask_law(
-        Remask(DRAW, num_steps, remask=kind, eta=eta))[0] - SHARP_JOINT).sum()
+    distance = lambda eta, num_steps: np.abs(
+      remask_law(Remask(DRAW, num_steps, remask=kind, eta=eta))[0] - SHARP_JOINT
+    ).sum()
     for eta in (0.1, 0.5):
       self.assertLess(distance(eta, 16), 0.7 * distance(eta, 4))
       self.assertLess(distance(eta, 64), 0.7 * distance(eta, 16))
     distances = [distance(eta, 16) for eta in (0.0, 0.1, 0.5, 1.0)]
     self.assertEqual(distances, sorted(distances))
 
-  @parameterized.product(kind=['cap', 'rescale', 'loop'],
-                         grid=times.GRIDS, eta=[0.0, 0.04, 1.0])
+  @parameterized.product(
+    kind=['cap', 'rescale', 'loop'], grid=times.GRIDS, eta=[0.0, 0.04, 1.0]
+  )
   def test_probabilities_keep_the_noise(self, kind, grid, eta):
     for schedule in sorted(schedules.SCHEDULES):
       for num_steps in (1, 7, 100):
-        sampler = Remask(DRAW, num_steps, schedules.make_schedule(schedule),
-                         grid, kind, eta)
+        sampler = Remask(
+          DRAW, num_steps, schedules.make_schedule(schedule), grid, kind, eta
+        )
         noise = np.asarray(sampler.noise_levels())
         sigma, reveal_prob = sampler.remask_probs(), sampler.reveal_probs()
         self.assertEqual((noise[0], noise[-1]), (1.0, 0.0))
@@ -797,8 +909,9 @@ class RemaskTest(parameterized.TestCase):
 
   def test_loop_holds_the_level(self):
     sampler = Remask(DRAW, 20, remask='loop', eta=0.02)
-    expected = np.interp(np.arange(21) / 20, [0, 0.45, 0.95, 1],
-                         [1, 0.1, 0.1, 0])
+    expected = np.interp(
+      np.arange(21) / 20, [0, 0.45, 0.95, 1], [1, 0.1, 0.1, 0]
+    )
     np.testing.assert_allclose(sampler.noise_levels(), expected, atol=1e-6)
     is_held = (np.arange(20) >= 9) & (np.arange(20) < 19)
     np.testing.assert_allclose(sampler.remask_probs(), 0.02 * is_held)
@@ -813,9 +926,11 @@ class RemaskTest(parameterized.TestCase):
     for j in range(4):
       sigma, shown = sampler.remask_probs()[j], sampler.reveal_probs()[j]
       self.assertAlmostEqual(p[0], noise[j], places=5)
-      p[1:], p[0], p[4 - j] = (p[1:] * (1 - sigma),
-                               p[0] * (1 - shown) + (1 - p[0]) * sigma,
-                               p[0] * shown)
+      p[1:], p[0], p[4 - j] = (
+        p[1:] * (1 - sigma),
+        p[0] * (1 - shown) + (1 - p[0]) * sigma,
+        p[0] * shown,
+      )
     counts = np.histogram2d(tokens[:, 0], tokens[:, 1], np.arange(1, 6))[0]
     self.assertGreater(toys.chi_square(counts, np.outer(p[1:], p[1:])), 1e-3)
 
@@ -827,7 +942,9 @@ class RemaskTest(parameterized.TestCase):
     def denoise(tokens, level, positions):
       step = (4 - level * 4 + 0.5).astype(jnp.int32)[:, None, None]
       ids = jnp.arange(13)[None, None]
-      is_told = (ids // 3 == step) & ((ids % 3 == 0) | (positions[..., None] == 1))
+      is_told = (ids // 3 == step) & (
+        (ids % 3 == 0) | (positions[..., None] == 1)
+      )
       return jnp.where(is_told, 0.0, -1e9)
 
     num, prob = 20_000, np.array([1, 1 / 3])
@@ -841,18 +958,24 @@ class RemaskTest(parameterized.TestCase):
         w = np.exp(-prob) * (np.array(state) >= 0)
         sigma = min(1, (1 - a_s) / max(a_t, 1e-9)) * w / max(w.sum(), 1e-9)
         shown = (a_s - a_t) / (1 - a_t)
-        choices = [((-1, 1 - shown), (j, shown)) if last < 0 else
-                   ((-1, sigma[i]), (last, 1 - sigma[i]))
-                   for i, last in enumerate(state)]
+        choices = [
+          ((-1, 1 - shown), (j, shown))
+          if last < 0
+          else ((-1, sigma[i]), (last, 1 - sigma[i]))
+          for i, last in enumerate(state)
+        ]
         for (x, p), (y, q) in itertools.product(*choices):
           following[x, y] = following.get((x, y), 0.0) + weight * p * q
       chain = following
-    law = np.array([[chain.get((x, y), 0.0) for y in range(4)] for x in range(4)])
+    law = np.array(
+      [[chain.get((x, y), 0.0) for y in range(4)] for x in range(4)]
+    )
     counts = np.histogram2d(tokens[:, 0], tokens[:, 1], np.arange(5))[0]
     self.assertGreater(toys.chi_square(counts, law), 1e-3)
 
-  @parameterized.parameters(('cap', 0.04), ('rescale', 0.015), ('conf', 1.0),
-                            ('loop', 0.02))
+  @parameterized.parameters(
+    ('cap', 0.04), ('rescale', 0.015), ('conf', 1.0), ('loop', 0.02)
+  )
   def test_calls_of_a_long_canvas(self, kind, eta):
     denoise = lambda tokens, level, positions: jnp.zeros((*positions.shape, 4))
     sampler = Remask(DRAW, 16, remask=kind, eta=eta)
@@ -863,7 +986,6 @@ class RemaskTest(parameterized.TestCase):
 
 
 class GuidanceTest(parameterized.TestCase):
-
   FIXED = np.array([False, True, False])
 
   def guided_law(self, weight):
@@ -875,8 +997,10 @@ class GuidanceTest(parameterized.TestCase):
         canvas, p = np.array([MASK, 2, MASK]), 0.5
         for i in order:
           without = np.where(self.FIXED, MASK, canvas)
-          q = np.exp((1 + weight) * log_p[toys.canvas_index(canvas), i]
-                     - weight * log_p[toys.canvas_index(without), i])
+          q = np.exp(
+            (1 + weight) * log_p[toys.canvas_index(canvas), i]
+            - weight * log_p[toys.canvas_index(without), i]
+          )
           p *= q[text[i]] / q.sum()
           canvas[i] = text[i]
         law[toys.text_index(text)] += p
@@ -896,8 +1020,9 @@ class GuidanceTest(parameterized.TestCase):
   @parameterized.parameters(0.5, 3.0)
   def test_last_position(self, weight):
     # p(x_0 | x_1 = c, x_2)^(1 + w) / p(x_0 | x_2)^w.
-    rows = np.array([[MASK, c, x] for c in range(3) for x in range(3)],
-                    np.int32)
+    rows = np.array(
+      [[MASK, c, x] for c in range(3) for x in range(3)], np.int32
+    )
     fixed = np.tile([False, True, False], (9, 1))
     guided = guidance.guide(toys.CachedTable(POSTERIOR), fixed, weight, MASK)
     logits = guided(rows, jnp.full(9, 1 / 3), jnp.zeros((9, 1), jnp.int32))
@@ -906,7 +1031,7 @@ class GuidanceTest(parameterized.TestCase):
     for (_, c, x), row in zip(rows, p):
       with_c = joint[:, c, x] / joint[:, c, x].sum()
       without = joint.sum(1)[:, x] / joint.sum(1)[:, x].sum()
-      expected = with_c ** (1 + weight) / without ** weight
+      expected = with_c ** (1 + weight) / without**weight
       np.testing.assert_allclose(row, expected / expected.sum(), rtol=1e-3)
 
   def test_weight_0_and_blank_canvases_change_nothing(self):
@@ -917,8 +1042,8 @@ class GuidanceTest(parameterized.TestCase):
     for fixed, weight in ((self.FIXED, 0.0), (np.zeros(LENGTH, bool), 5.0)):
       guided = guidance.guide(plain, np.tile(fixed, (64, 1)), weight, MASK)
       np.testing.assert_allclose(
-          toys.log_softmax(guided(toys.CANVASES, level, positions)), p,
-          atol=1e-4)
+        toys.log_softmax(guided(toys.CANVASES, level, positions)), p, atol=1e-4
+      )
 
   def test_levels_and_the_mask(self):
     seen = {}
@@ -932,32 +1057,39 @@ class GuidanceTest(parameterized.TestCase):
     guided = guidance.guide(denoise, fixed, 1.0, MASK)
     logits = guided(tokens, jnp.array([0.25, 0.75]), jnp.array([[2], [0]]))
     np.testing.assert_array_equal(
-        seen['tokens'], [*tokens, [MASK, MASK, MASK, 0], tokens[1]])
+      seen['tokens'], [*tokens, [MASK, MASK, MASK, 0], tokens[1]]
+    )
     np.testing.assert_allclose(seen['level'], [0.25, 0.75, 0.75, 0.75])
     self.assertLess(np.max(logits[..., MASK]), -1e20)
 
 
 class ErrorsTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      (lambda: Ancestral(DRAW, 0), 'sampler.num_steps=0'),
-      (lambda: FixedCount(DRAW, 0), 'sampler.num_steps=0'),
-      (lambda: Ancestral(DRAW, 8, grid='log'), "sampler.grid='log'"),
-      (lambda: Remask(DRAW, 0), 'sampler.num_steps=0'),
-      (lambda: Remask(DRAW, 8, grid='log'), "sampler.grid='log'"),
-      (lambda: Remask(DRAW, 8, remask='all'), "sampler.remask='all'"),
-      (lambda: Remask(DRAW, 8, eta=-0.1), 'sampler.eta=-0.1'),
-      (lambda: Confidence(DRAW, 8, score='sure'), "sampler.score='sure'"),
-      (lambda: Confidence(DRAW, -8), 'sampler.num_steps=-8'),
-      (lambda: Confidence(DRAW, 8, block_size=-1), 'sampler.block_size=-1'),
-      (lambda: Confidence(DRAW, 0), 'sampler.num_steps=0.* exactly one'),
-      (lambda: Confidence(DRAW, 8, threshold=0.9),
-       'sampler.num_steps=8, sampler.threshold=0.9.* exactly one'),
-      (lambda: Confidence(DRAW, 0, threshold=0.9, entropy_budget=0.1),
-       'threshold=0.9, sampler.entropy_budget=0.1: exactly one'),
-      (lambda: Confidence(DRAW, 0, 'entropy', threshold=0.9),
-       "threshold=0.9.*score='entropy'"),
-      (lambda: Guided(FirstHitting(DRAW), -1.0, MASK), 'sampler.guidance=-1.0'))
+    (lambda: Ancestral(DRAW, 0), 'sampler.num_steps=0'),
+    (lambda: FixedCount(DRAW, 0), 'sampler.num_steps=0'),
+    (lambda: Ancestral(DRAW, 8, grid='log'), "sampler.grid='log'"),
+    (lambda: Remask(DRAW, 0), 'sampler.num_steps=0'),
+    (lambda: Remask(DRAW, 8, grid='log'), "sampler.grid='log'"),
+    (lambda: Remask(DRAW, 8, remask='all'), "sampler.remask='all'"),
+    (lambda: Remask(DRAW, 8, eta=-0.1), 'sampler.eta=-0.1'),
+    (lambda: Confidence(DRAW, 8, score='sure'), "sampler.score='sure'"),
+    (lambda: Confidence(DRAW, -8), 'sampler.num_steps=-8'),
+    (lambda: Confidence(DRAW, 8, block_size=-1), 'sampler.block_size=-1'),
+    (lambda: Confidence(DRAW, 0), 'sampler.num_steps=0.* exactly one'),
+    (
+      lambda: Confidence(DRAW, 8, threshold=0.9),
+      'sampler.num_steps=8, sampler.threshold=0.9.* exactly one',
+    ),
+    (
+      lambda: Confidence(DRAW, 0, threshold=0.9, entropy_budget=0.1),
+      'threshold=0.9, sampler.entropy_budget=0.1: exactly one',
+    ),
+    (
+      lambda: Confidence(DRAW, 0, 'entropy', threshold=0.9),
+      "threshold=0.9.*score='entropy'",
+    ),
+    (lambda: Guided(FirstHitting(DRAW), -1.0, MASK), 'sampler.guidance=-1.0'),
+  )
   def test_names_the_key(self, make, message):
     with self.assertRaisesRegex(InputError, message):
       make()

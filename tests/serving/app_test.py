@@ -21,16 +21,14 @@ import pytest
 pytest.importorskip('fastapi')
 pytest.importorskip('uvicorn')
 
-from nanodlm import evaluate
-from nanodlm.show import pages
-from nanodlm import sample
+from nanodlm import evaluate, sample
+from nanodlm.noise.categorical import Draw
 from nanodlm.serving import app
 from nanodlm.serving import engine as engines
-from nanodlm.noise.categorical import Draw
 from nanodlm.serving.engine import Task
+from nanodlm.show import pages
 from nanodlm.types import InputError
-from tests import launches
-from tests import workdirs
+from tests import launches, workdirs
 
 NEVER = 60.0  # seconds
 
@@ -79,8 +77,14 @@ def wait_for(condition):
 
 def task(engine, text, index=0, seed=7, draw=None, **choice):
   tokens, fixed = sample.lay_out(engine.run, text, engine.length)
-  return Task(tokens, fixed, engine.choose(**choice),
-              draw or Draw(engine.run.tokenizer.mask_id), seed, index)
+  return Task(
+    tokens,
+    fixed,
+    engine.choose(**choice),
+    draw or Draw(engine.run.tokenizer.mask_id),
+    seed,
+    index,
+  )
 
 
 def finish(engine, *tasks, client='me'):
@@ -100,6 +104,7 @@ def held(engine):
   def block():
     holds.set()
     go_on.wait(NEVER)
+
   engine.submit('blocker', [task(engine, 'a{}')], block)
   assert holds.wait(NEVER)
   try:
@@ -110,9 +115,16 @@ def held(engine):
 
 def test_same_seed_is_the_same_text_in_any_company(running):
   engine = running[0].engine
-  others = [task(engine, 'ab{3}c{}', i, seed=i,
-                 draw=Draw(engine.run.tokenizer.mask_id, 0.5, 3, 0.7))
-            for i in range(11)]
+  others = [
+    task(
+      engine,
+      'ab{3}c{}',
+      i,
+      seed=i,
+      draw=Draw(engine.run.tokenizer.mask_id, 0.5, 3, 0.7),
+    )
+    for i in range(11)
+  ]
   mine = [task(engine, 'q{}z', i) for i in range(2)]
   alone = [finish(engine, one)[0] for one in mine]
   together = finish(engine, *others[:5], mine[1], *others[5:], mine[0])
@@ -124,8 +136,9 @@ def test_same_seed_is_the_same_text_as_of_mode_sample(opened, running):
   _, run, params, _ = opened
   engine = running[0].engine
   # Temperature, top-k and top-p are no part of the program here.
-  run = evaluate.with_sampler(run, {'temperature': 0.8, 'top_k': 40,
-                                    'top_p': 0.9})
+  run = evaluate.with_sampler(
+    run, {'temperature': 0.8, 'top_k': 40, 'top_p': 0.9}
+  )
   key = jax.random.fold_in(jax.random.key(3), 0)
   expected, _ = sample.make_sample(run)(params, 'a{}b', 3, key, engine.length)
   draw = Draw(run.tokenizer.mask_id, 0.8, 40, 0.9)
@@ -143,6 +156,7 @@ def test_shows_each_row_its_own_canvas(running):
     frames.append([row.canvas for row in rows] if rows else None)
     if rows and all(row.is_over for row in rows):
       done.set()
+
   rows = []
   rows += engine.submit('me', [one, two], look)
   wait_for(lambda: all(row.is_over for row in rows))
@@ -155,23 +169,28 @@ def test_shows_each_row_its_own_canvas(running):
       is_drawn = frame[i] != mask_id
       np.testing.assert_array_equal(frame[i][is_drawn], row.canvas[is_drawn])
     assert not np.any(row.canvas == mask_id)
-  num_hidden = {int(np.sum(frame[0] == mask_id)) for frame in filter(None, frames)}
+  num_hidden = {
+    int(np.sum(frame[0] == mask_id)) for frame in filter(None, frames)
+  }
   assert len(num_hidden) > 2  # step by step
 
 
 def test_clients_take_turns(opened):
   _, run, params, _ = opened
-  engine = engines.Engine(run, params, engines.Limits(
-      max_client_rows=40, max_rows=60))
+  engine = engines.Engine(
+    run, params, engines.Limits(max_client_rows=40, max_rows=60)
+  )
   tasks = [task(engine, 'a{}', i) for i in range(30)]
   engine.submit('greedy', tasks, lambda: None)
   for name in ('one', 'two'):
     engine.submit(name, [task(engine, name, seed=len(name))], lambda: None)
   other = task(engine, 'a{}', num_steps=3)
   engine.submit('other settings', [other], lambda: None)
+
   def take():
     with engine._changed:
       return engine._take()
+
   group = engine._group(tasks[0])
   assert take() is None  # nothing is compiled
   engine._programs[group, 8] = 'first'
@@ -196,6 +215,7 @@ def test_cancelled_rows_stop_the_network(opened):
   def recording(event):
     returned.append(watch(event))
     return returned[-1]
+
   engine._watch = recording
   engine.start()
   del returned[:]
@@ -204,6 +224,7 @@ def test_cancelled_rows_stop_the_network(opened):
   def cancel_after_two():
     if rows and rows[0].num_calls == 2:
       rows[0].cancel()
+
   rows += engine.submit('me', [task(engine, 'a{}')], cancel_after_two)
   wait_for(lambda: not engine._current and not engine.num_waiting())
   num_devices = jax.device_count()  # each asks for its own rows
@@ -223,8 +244,9 @@ def test_rows_taken_as_the_engine_closes_have_failed(opened, monkeypatch):
   _, run, params, _ = opened
   engine = engines.Engine(run, params)
   states = []
-  (row,) = engine.submit('me', [task(engine, 'a{}')],
-                         lambda: states.append(row.state))
+  (row,) = engine.submit(
+    'me', [task(engine, 'a{}')], lambda: states.append(row.state)
+  )
   engine._programs[row.group, engine._sizes[0]] = 'program'
   with engine._changed:
     rows, program, size = engine._take()
@@ -238,7 +260,11 @@ def test_rows_taken_as_the_engine_closes_have_failed(opened, monkeypatch):
 def test_programs_are_compiled_for_who_waits(opened):
   _, run, params, _ = opened
   engine = engines.Engine(run, params)
-  compile_one, holds, go_on = engine._compile, threading.Event(), threading.Event()
+  compile_one, holds, go_on = (
+    engine._compile,
+    threading.Event(),
+    threading.Event(),
+  )
   compiled = []
 
   def compile_held(group, size):
@@ -246,12 +272,19 @@ def test_programs_are_compiled_for_who_waits(opened):
     holds.set()
     go_on.wait(NEVER)
     return compile_one(group, size)
+
   engine._compile = compile_held
   engine.start(warm_up=False)
-  (first,) = engine.submit('me', [task(engine, 'a{}', num_steps=2)], lambda: None)
+  (first,) = engine.submit(
+    'me', [task(engine, 'a{}', num_steps=2)], lambda: None
+  )
   assert holds.wait(NEVER)
-  (second,) = engine.submit('them', [task(engine, 'a{}', num_steps=3)], lambda: None)
-  (third,) = engine.submit('you', [task(engine, 'a{}', num_steps=4)], lambda: None)
+  (second,) = engine.submit(
+    'them', [task(engine, 'a{}', num_steps=3)], lambda: None
+  )
+  (third,) = engine.submit(
+    'you', [task(engine, 'a{}', num_steps=4)], lambda: None
+  )
   wait_for(lambda: len(engine._wanted) == 3)
   second.cancel()
   go_on.set()
@@ -270,10 +303,13 @@ def test_a_size_that_does_not_compile_is_tried_once(opened):
     if size > engine._sizes[0]:
       raise RuntimeError('out of memory')
     return compile_one(group, size)
+
   engine._compile = compile_small
   engine.start(warm_up=False)
   for _ in range(2):
-    finish(engine, *(task(engine, 'a{}', i) for i in range(4 * engine._sizes[0])))
+    finish(
+      engine, *(task(engine, 'a{}', i) for i in range(4 * engine._sizes[0]))
+    )
   assert len(tried) == len(set(tried)) > 1
   assert engine.close()
 
@@ -299,10 +335,13 @@ def test_padding_is_not_seen(opened, monkeypatch):
 
 def ask(server, method, path, body=None, headers=(), raw=False):
   """(status, headers, body) of a request."""
-  connection = http.client.HTTPConnection('127.0.0.1', server.port, timeout=NEVER)
+  connection = http.client.HTTPConnection(
+    '127.0.0.1', server.port, timeout=NEVER
+  )
   data = body if raw or body is None else json.dumps(body)
-  connection.request(method, path, data, {
-      'Content-Type': 'application/json', **dict(headers)})
+  connection.request(
+    method, path, data, {'Content-Type': 'application/json', **dict(headers)}
+  )
   answer = connection.getresponse()
   text = answer.read()
   connection.close()
@@ -318,24 +357,38 @@ def events(text):
   """[(name, data)] of a finished stream."""
   found = []
   for part in text.decode().split('\n\n'):
-    lines = dict(line.split(': ', 1) for line in part.split('\n')
-                 if line and not line.startswith(':'))
+    lines = dict(
+      line.split(': ', 1)
+      for line in part.split('\n')
+      if line and not line.startswith(':')
+    )
     if lines:
       data = lines['data']
-      found.append((lines.get('event'),
-                    data if data == '[DONE]' else json.loads(data)))
+      found.append(
+        (lines.get('event'), data if data == '[DONE]' else json.loads(data))
+      )
   return found
 
 
 def test_generates(running):
   _, server = running
-  body = {'prompt': 'a{}b{{{3}', 'seed': 5, 'num_samples': 2,
-          'temperature': 0.5, 'num_steps': 4}
+  body = {
+    'prompt': 'a{}b{{{3}',
+    'seed': 5,
+    'num_samples': 2,
+    'temperature': 0.5,
+    'num_steps': 4,
+  }
   status, answer = post(server, '/api/generate', body)
   assert status == 200
   assert answer['seed'] == 5
-  assert answer['sampler'] == {'name': 'fixed_count', 'num_steps': 4,
-                               'temperature': 0.5, 'top_k': 0, 'top_p': 1.0}
+  assert answer['sampler'] == {
+    'name': 'fixed_count',
+    'num_steps': 4,
+    'temperature': 0.5,
+    'top_k': 0,
+    'top_p': 1.0,
+  }
   for one in answer['samples']:
     assert len(one['tokens']) == 16 and one['num_calls'] == 4
     assert one['text'] == one['shown']
@@ -349,7 +402,8 @@ def test_generates(running):
   status, answer = post(server, '/api/generate', {'tokens': masked, 'seed': 1})
   (one,) = answer['samples']
   assert [token for i, token in enumerate(one['tokens']) if not 2 <= i < 5] == [
-      token for token in masked if token is not None]
+    token for token in masked if token is not None
+  ]
 
 
 def test_streams_what_it_generates(running, monkeypatch):
@@ -359,6 +413,7 @@ def test_streams_what_it_generates(running, monkeypatch):
   def slow(row, **values):  # so that there is time to send each
     change(row, **values)
     time.sleep(0.1)
+
   monkeypatch.setattr(engines.Row, 'change', slow)
   body = {'prompt': 'a{}b', 'seed': 5, 'num_samples': 2}
   _, headers, text = ask(server, 'POST', '/api/stream', body)
@@ -366,7 +421,9 @@ def test_streams_what_it_generates(running, monkeypatch):
   found = events(text)
   # A row is done behind its last tokens.
   for i in range(2):
-    kinds = [data.get('state', name) for name, data in found if data.get('row') == i]
+    kinds = [
+      data.get('state', name) for name, data in found if data.get('row') == i
+    ]
     assert kinds[-1] == 'done' and kinds.index('canvas') < kinds.index('reveal')
     assert 'running' in kinds
   canvases = {}
@@ -389,17 +446,34 @@ def test_streams_what_it_generates(running, monkeypatch):
 
 def test_answers_as_openai_does(running):
   service, server = running
-  body = {'model': 'tiny', 'prompt': ['a{', 'bc'], 'max_tokens': 5, 'n': 2,
-          'seed': 4, 'suffix': '}', 'echo': True, 'user': 'someone'}
+  body = {
+    'model': 'tiny',
+    'prompt': ['a{', 'bc'],
+    'max_tokens': 5,
+    'n': 2,
+    'seed': 4,
+    'suffix': '}',
+    'echo': True,
+    'user': 'someone',
+  }
   status, answer = post(server, '/v1/completions', body)
   assert status == 200 and answer['object'] == 'text_completion'
   assert [one['index'] for one in answer['choices']] == [0, 1, 2, 3]
-  assert all(one['text'].startswith(prompt) and one['finish_reason'] == 'length'
-             for one, prompt in zip(answer['choices'], ['a{', 'a{', 'bc', 'bc']))
-  assert answer['usage'] == {'prompt_tokens': 6, 'completion_tokens': 20,
-                             'total_tokens': 26}
-  text = ask(server, 'POST', '/v1/completions', {
-      **body, 'stream': True, 'stream_options': {'include_usage': True}})[2]
+  assert all(
+    one['text'].startswith(prompt) and one['finish_reason'] == 'length'
+    for one, prompt in zip(answer['choices'], ['a{', 'a{', 'bc', 'bc'])
+  )
+  assert answer['usage'] == {
+    'prompt_tokens': 6,
+    'completion_tokens': 20,
+    'total_tokens': 26,
+  }
+  text = ask(
+    server,
+    'POST',
+    '/v1/completions',
+    {**body, 'stream': True, 'stream_options': {'include_usage': True}},
+  )[2]
   chunks = [data for _, data in events(text)]
   assert chunks[-1] == '[DONE]' and chunks[-2]['usage'] == answer['usage']
   streamed = [''] * 4
@@ -407,11 +481,19 @@ def test_answers_as_openai_does(running):
     (choice,) = chunk['choices']
     streamed[choice['index']] += choice['text']
   assert streamed == [one['text'] for one in answer['choices']]
-  assert post(server, '/v1/completions', {'prompt': [97, 98], 'seed': 1,
-                                          'max_tokens': 3})[0] == 200
+  assert (
+    post(
+      server,
+      '/v1/completions',
+      {'prompt': [97, 98], 'seed': 1, 'max_tokens': 3},
+    )[0]
+    == 200
+  )
   assert ask(server, 'GET', '/v1/models/tiny')[0] == 200
   assert post(server, '/v1/completions', {'model': 'gpt'})[0] == 404
-  assert json.loads(ask(server, 'GET', '/v1/models')[2])['data'][0]['id'] == 'tiny'
+  assert (
+    json.loads(ask(server, 'GET', '/v1/models')[2])['data'][0]['id'] == 'tiny'
+  )
 
 
 def test_a_completion_ends_before_a_stop(running):
@@ -420,49 +502,90 @@ def test_a_completion_ends_before_a_stop(running):
   whole = post(server, '/v1/completions', body)[1]['choices'][0]['text']
   stop = whole[5:7]
   for stream in (False, True):
-    text = ask(server, 'POST', '/v1/completions',
-               {**body, 'stop': ['never there', stop], 'stream': stream})[2]
+    text = ask(
+      server,
+      'POST',
+      '/v1/completions',
+      {**body, 'stop': ['never there', stop], 'stream': stream},
+    )[2]
     if stream:
       chunks = [data['choices'][0] for _, data in events(text)[:-1]]
-      text, reason = ''.join(c['text'] for c in chunks), chunks[-1]['finish_reason']
+      text, reason = (
+        ''.join(c['text'] for c in chunks),
+        chunks[-1]['finish_reason'],
+      )
     else:
       (choice,) = json.loads(text)['choices']
       text, reason = choice['text'], choice['finish_reason']
-    assert (text, reason) == (whole[:whole.find(stop)], 'stop')
+    assert (text, reason) == (whole[: whole.find(stop)], 'stop')
 
 
 LONG = 'x' * 17
 
 
-@pytest.mark.parametrize('path, body, status, words', [
+@pytest.mark.parametrize(
+  'path, body, status, words',
+  [
     ('/api/generate', {'prompt': LONG}, 400, 'the canvas has 16 tokens'),
     ('/api/stream', {'prompt': LONG}, 400, 'the canvas has 16 tokens'),
-    ('/v1/completions', {'prompt': 'abc', 'max_tokens': 14}, 400, 'has 16 tokens'),
+    (
+      '/v1/completions',
+      {'prompt': 'abc', 'max_tokens': 14},
+      400,
+      'has 16 tokens',
+    ),
     ('/v1/completions', {'prompt': [97] * 3, 'max_tokens': 14}, 400, '16'),
     ('/api/generate', {'tokens': [None] * 17}, 400, 'between 1 and 16'),
     ('/api/generate', {'tokens': [257]}, 400, 'ids in'),
     ('/api/generate', {'prompt': '{' + '9' * 5000 + '}'}, 400, 'canvas has'),
     ('/api/generate', {'prompt': 'a', 'tokens': [1]}, 400, 'either'),
     ('/api/generate', {'prompt': 'a', 'sampler': 'ar'}, 400, 'does not fit'),
-    ('/api/generate', {'prompt': 'a', 'sampler': 'first_hitting',
-                       'num_steps': 3}, 400, 'has no effect'),
+    (
+      '/api/generate',
+      {'prompt': 'a', 'sampler': 'first_hitting', 'num_steps': 3},
+      400,
+      'has no effect',
+    ),
     ('/api/generate', {'prompt': 'a', 'tempratur': 1}, 422, 'tempratur'),
     ('/v1/completions', {'prompt': 'a', 'messages': []}, 422, 'messages'),
-    ('/api/generate', {'prompt': 'a', 'num_samples': 17}, 422,
-     'num_samples: Input should be less than or equal to 16, not 17'),
+    (
+      '/api/generate',
+      {'prompt': 'a', 'num_samples': 17},
+      422,
+      'num_samples: Input should be less than or equal to 16, not 17',
+    ),
     ('/api/generate', {'prompt': 'a', 'num_steps': 10**9}, 422, 'num_steps'),
     ('/api/generate', {'prompt': 'a', 'top_p': 0}, 422, 'top_p'),
-    ('/api/generate', {'prompt': 'a', 'temperature': float('nan')}, 422, 'temp'),
+    (
+      '/api/generate',
+      {'prompt': 'a', 'temperature': float('nan')},
+      422,
+      'temp',
+    ),
     ('/api/generate', {'prompt': 3}, 422, 'prompt'),
-    ('/api/generate', {'prompt': 'a', 'user': 'u' * 10_000}, 422, f", not '{'u' * 99}"),
+    (
+      '/api/generate',
+      {'prompt': 'a', 'user': 'u' * 10_000},
+      422,
+      f", not '{'u' * 99}",
+    ),
     ('/api/generate', [], 422, 'body'),
     ('/v1/completions', {'prompt': 'a', 'logprobs': 0}, 400, 'logprobs'),
     ('/v1/completions', {'prompt': 'a', 'stop': ['']}, 400, 'stop'),
-    ('/v1/completions', {'prompt': ['a'] * 5, 'n': 16, 'max_tokens': 3}, 400,
-     '80 texts in one request (num_samples, or n for each prompt); at most 64'),
-    ('/v1/completions', {'prompt': ['a'] * 5, 'n': 16, 'max_tokens': 3,
-                         'stream': True}, 400, 'at most 64'),
-])
+    (
+      '/v1/completions',
+      {'prompt': ['a'] * 5, 'n': 16, 'max_tokens': 3},
+      400,
+      '80 texts in one request (num_samples, or n for each prompt); at most 64',
+    ),
+    (
+      '/v1/completions',
+      {'prompt': ['a'] * 5, 'n': 16, 'max_tokens': 3, 'stream': True},
+      400,
+      'at most 64',
+    ),
+  ],
+)
 def test_refuses(running, path, body, status, words):
   _, server = running
   actual, answer = post(server, path, body)
@@ -472,9 +595,14 @@ def test_refuses(running, path, body, status, words):
   assert ask(server, 'GET', '/health')[0] == 200
 
 
-@pytest.mark.parametrize('body, headers, status', [
-    (b'{bad', {}, 400), (b'[' * 100_000, {}, 400), (b'', {}, 422),
-    (b'{"prompt": "\\ud800"}', {}, 400), (b'\xff\xfe', {}, 400),
+@pytest.mark.parametrize(
+  'body, headers, status',
+  [
+    (b'{bad', {}, 400),
+    (b'[' * 100_000, {}, 400),
+    (b'', {}, 422),
+    (b'{"prompt": "\\ud800"}', {}, 400),
+    (b'\xff\xfe', {}, 400),
     (b'{"\\ud800": 1}', {}, 422),
     (b' ' * 10_000_000, {}, 413),
     (iter([b' ' * 1_000_000] * 10), {}, 413),  # in chunks of unknown number
@@ -483,10 +611,13 @@ def test_refuses(running, path, body, status, words):
     (b'{}', {'Host': 'attacker.example:80'}, 421),
     (b'{}', {'Origin': 'http://attacker.example'}, 403),
     (b'{}', {'Origin': 'http://['}, 403),
-])
+  ],
+)
 def test_refuses_raw(running, body, headers, status):
   _, server = running
-  actual, answer = post(server, '/api/generate', body, headers=headers, raw=True)
+  actual, answer = post(
+    server, '/api/generate', body, headers=headers, raw=True
+  )
   assert actual == status
   assert answer['error']['message']
   if status == 400 and b'surrogate' not in answer['error']['message'].encode():
@@ -499,6 +630,7 @@ def test_errors_with_half_a_surrogate_pair_are_sent(running, monkeypatch):
 
   def refuse(*args):
     raise InputError('\ud800 is none')
+
   monkeypatch.setattr(service.engine, 'choose', refuse)
   status, answer = post(server, '/api/generate', {'prompt': 'a'})
   assert (status, answer['error']['message']) == (400, '? is none')
@@ -512,8 +644,10 @@ def test_slow_and_unreading_clients_are_cut_off(running, monkeypatch):
   wait_for(lambda: not connections)
   silent = socket.create_connection(('127.0.0.1', server.port))
   slow = socket.create_connection(('127.0.0.1', server.port))
-  slow.sendall(b'POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: '
-               b'application/json\r\nContent-Length: 9\r\n\r\n{')
+  slow.sendall(
+    b'POST /api/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: '
+    b'application/json\r\nContent-Length: 9\r\n\r\n{'
+  )
   deaf = socket.socket()
   deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
   deaf.connect(('127.0.0.1', server.port))
@@ -536,9 +670,14 @@ def test_who_leaves_is_not_waited_for(running):
   with held(engine):
     for path in ('/api/stream', '/api/generate', '/v1/completions'):
       client = http.client.HTTPConnection('127.0.0.1', server.port)
-      client.request('POST', path, json.dumps({'prompt': 'a'} | (
-          {'max_tokens': 3} if 'v1' in path else {})),
-                     {'Content-Type': 'application/json'})
+      client.request(
+        'POST',
+        path,
+        json.dumps(
+          {'prompt': 'a'} | ({'max_tokens': 3} if 'v1' in path else {})
+        ),
+        {'Content-Type': 'application/json'},
+      )
       clients.append(client)
     wait_for(lambda: engine.num_waiting() == 3)
     for client in clients:
@@ -560,15 +699,21 @@ def test_many_clients_lose_nothing_and_are_served_alike(opened, capsys):
   def ask_on(server, client, end):
     rng = random.Random(client)
     while (start := time.monotonic()) < end or len(answers[client]) < 2:
-      body = {'prompt': ''.join(rng.choices('abc ', k=rng.randint(0, 8))),
-              'temperature': rng.choice([0.0, 0.7, 1.0]), 'num_steps': num_steps,
-              'user': f'client {client}'}
+      body = {
+        'prompt': ''.join(rng.choices('abc ', k=rng.randint(0, 8))),
+        'temperature': rng.choice([0.0, 0.7, 1.0]),
+        'num_steps': num_steps,
+        'user': f'client {client}',
+      }
       path = rng.choice(['/api/generate', '/api/stream', '/v1/completions'])
       if path.startswith('/v1'):
         body['max_tokens'] = 8
       status, _, text = ask(server, 'POST', path, body)
-      whole = {'/api/generate': b'"samples"', '/api/stream': b'event: done',
-               '/v1/completions': b'"finish_reason":"length"'}[path] in text
+      whole = {
+        '/api/generate': b'"samples"',
+        '/api/stream': b'event: done',
+        '/v1/completions': b'"finish_reason":"length"',
+      }[path] in text
       answers[client].append((status, time.monotonic() - start, whole))
 
   with serving(run, params, step) as (service, server):
@@ -576,8 +721,10 @@ def test_many_clients_lose_nothing_and_are_served_alike(opened, capsys):
     post(server, '/api/generate', {'prompt': 'a', 'num_steps': num_steps})
     wait_for(lambda: not service.engine._wanted)
     end = time.monotonic() + secs
-    threads = [threading.Thread(target=ask_on, args=(server, client, end))
-               for client in range(num_clients)]
+    threads = [
+      threading.Thread(target=ask_on, args=(server, client, end))
+      for client in range(num_clients)
+    ]
     for thread in threads:
       thread.start()
     for thread in threads:
@@ -589,26 +736,29 @@ def test_many_clients_lose_nothing_and_are_served_alike(opened, capsys):
   with capsys.disabled():
     if is_load:
       delays = sorted(delay for _, delay, _ in all_answers)
-      print(f'\n{num_clients} clients, {secs:g} s: {len(delays)} requests, '
-            f'{numbers[0]} to {numbers[-1]} each, latency '
-            f'{delays[len(delays) // 2]:.2f} s (median), '
-            f'{delays[len(delays) * 95 // 100]:.2f} s (95%)')
+      print(
+        f'\n{num_clients} clients, {secs:g} s: {len(delays)} requests, '
+        f'{numbers[0]} to {numbers[-1]} each, latency '
+        f'{delays[len(delays) // 2]:.2f} s (median), '
+        f'{delays[len(delays) * 95 // 100]:.2f} s (95%)'
+      )
 
 
 def test_waits_no_longer_than_there_is_room(running, monkeypatch):
   service, server = running
-  monkeypatch.setattr(service.engine, 'limits',
-                      engines.Limits(max_rows=3))
+  monkeypatch.setattr(service.engine, 'limits', engines.Limits(max_rows=3))
   engine = service.engine
   with held(engine):
     engine.submit('other', [task(engine, 'a{}')], lambda: None)
-    status, headers, text = ask(server, 'POST', '/api/generate',
-                                {'prompt': 'a', 'num_samples': 3})
+    status, headers, text = ask(
+      server, 'POST', '/api/generate', {'prompt': 'a', 'num_samples': 3}
+    )
   assert status == 429 and int(headers['Retry-After']) > 0
   assert 'waiting' in json.loads(text)['error']['message']
   # However long it waits: there is never room for these.
-  status, headers, _ = ask(server, 'POST', '/api/generate',
-                           {'prompt': 'a', 'num_samples': 4})
+  status, headers, _ = ask(
+    server, 'POST', '/api/generate', {'prompt': 'a', 'num_samples': 4}
+  )
   assert status == 400 and 'Retry-After' not in headers
 
 
@@ -619,8 +769,9 @@ def test_who_leaves_before_the_first_byte_is_not_waited_for(opened, path):
   submitted, submit = [], engine.submit
   engine.submit = lambda *args: submitted.extend(submit(*args)) or submitted
   asgi = app.make_app(app.Service(run, step, 'tiny', engine))
-  body = {'prompt': 'a'} | ({'max_tokens': 3, 'stream': True} if 'v1' in path
-                            else {})
+  body = {'prompt': 'a'} | (
+    {'max_tokens': 3, 'stream': True} if 'v1' in path else {}
+  )
   messages = [{'type': 'http.request', 'body': json.dumps(body).encode()}]
   sent = []
 
@@ -630,10 +781,19 @@ def test_who_leaves_before_the_first_byte_is_not_waited_for(opened, path):
   async def send(message):
     sent.append(message)
     await asyncio.sleep(0.01)  # as where the connection takes no more
-  scope = {'type': 'http', 'method': 'POST', 'path': path, 'query_string': b'',
-           'headers': [(b'content-type', b'application/json')],
-           'asgi': {'version': '3.0', 'spec_version': '2.3'}, 'root_path': '',
-           'http_version': '1.1', 'scheme': 'http', 'client': ('127.0.0.1', 1)}
+
+  scope = {
+    'type': 'http',
+    'method': 'POST',
+    'path': path,
+    'query_string': b'',
+    'headers': [(b'content-type', b'application/json')],
+    'asgi': {'version': '3.0', 'spec_version': '2.3'},
+    'root_path': '',
+    'http_version': '1.1',
+    'scheme': 'http',
+    'client': ('127.0.0.1', 1),
+  }
   asyncio.run(asgi(scope, receive, send))
   assert submitted and not [m for m in sent if m.get('body')]
   assert engine.num_waiting() == 0
@@ -647,25 +807,32 @@ def test_pages_ask_nobody_else(running):
     assert "default-src 'none'" in headers['Content-Security-Policy']
     assert b'http://' not in page and b'https://' not in page
   api = json.loads(ask(server, 'GET', '/openapi.json')[2])
-  assert {'/api/generate', '/api/stream', '/v1/completions'} <= set(api['paths'])
+  assert {'/api/generate', '/api/stream', '/v1/completions'} <= set(
+    api['paths']
+  )
   info = json.loads(ask(server, 'GET', '/api/info')[2])
   assert info['length'] == 16 and info['sees_right']
   assert {'fixed_count', 'remask'} <= {one['name'] for one in info['samplers']}
   assert post(server, '/api/tokenize', {'text': 'é{}'})[1] == {
-      'tokens': [0xc3, 0xa9, 123, 125], 'texts': ['é', '', '{', '}']}
+    'tokens': [0xC3, 0xA9, 123, 125],
+    'texts': ['é', '', '{', '}'],
+  }
 
 
 @pytest.mark.parametrize('name', ['replay.html', 'playground.html'])
 def test_pages_have_the_script_that_they_share(name):
   page = pages.read(name)
-  assert re.search(r'function visible.*?\n}\nconst point.*?;\n', page, re.DOTALL)
+  assert re.search(
+    r'function visible.*?\n}\nconst point.*?;\n', page, re.DOTALL
+  )
   assert '.js*/' not in page
 
 
 def test_pages_are_read_once(running):
   ask(running[1], 'GET', '/')
-  with mock.patch.object(pages.importlib.resources, 'files',
-                         side_effect=AssertionError):
+  with mock.patch.object(
+    pages.importlib.resources, 'files', side_effect=AssertionError
+  ):
     assert ask(running[1], 'GET', '/')[0] == 200
 
 
@@ -675,16 +842,20 @@ def test_left_to_right_models(tmp_path):
   with serving(run, params, step) as (service, server):
     engine = service.engine
     short, long = task(engine, 'ab{5}'), task(engine, 'cdefg', 1)
-    assert finish(engine, short, long) == [
-        *finish(engine, long), *finish(engine, short)][::-1]
+    assert (
+      finish(engine, short, long)
+      == [*finish(engine, long), *finish(engine, short)][::-1]
+    )
     body = {'prompt': 'ab', 'max_tokens': 6, 'seed': 1}
     whole = post(server, '/v1/completions', body)[1]['choices'][0]['text']
     text = ask(server, 'POST', '/v1/completions', {**body, 'stream': True})[2]
     parts = [data['choices'][0]['text'] for _, data in events(text)[:-1]]
     assert ''.join(parts) == whole
-    for path, body in (('/api/generate', {'prompt': 'a{2}b'}),
-                       ('/v1/completions', {'max_tokens': 2, 'suffix': 'b'}),
-                       ('/api/generate', {'tokens': [None, 97]})):
+    for path, body in (
+      ('/api/generate', {'prompt': 'a{2}b'}),
+      ('/v1/completions', {'max_tokens': 2, 'suffix': 'b'}),
+      ('/api/generate', {'tokens': [None, 97]}),
+    ):
       status, answer = post(server, path, body)
       assert status == 400 and 'left to right' in answer['error']['message']
 
@@ -699,9 +870,19 @@ def test_a_signal_ends_streams_and_process(opened):
     port = int(line.split('127.0.0.1:')[1].split()[0])
     client = http.client.HTTPConnection('127.0.0.1', port, timeout=NEVER)
     # Enough steps that it cannot be done before the signal.
-    client.request('POST', '/api/stream', json.dumps(
-        {'prompt': 'a', 'sampler': 'ancestral', 'num_steps': 1024,
-         'num_samples': 16}), {'Content-Type': 'application/json'})
+    client.request(
+      'POST',
+      '/api/stream',
+      json.dumps(
+        {
+          'prompt': 'a',
+          'sampler': 'ancestral',
+          'num_steps': 1024,
+          'num_samples': 16,
+        }
+      ),
+      {'Content-Type': 'application/json'},
+    )
     answer = client.getresponse()
     assert answer.readline() == b': nanodlm\n'
     process.send_signal(signal.SIGTERM)
@@ -734,8 +915,9 @@ def browsing():
   if not chromium:
     pytest.skip('no Chromium')
   with playwright.sync_playwright() as driver:
-    browser = driver.chromium.launch(executable_path=chromium,
-                                     args=['--no-sandbox'])
+    browser = driver.chromium.launch(
+      executable_path=chromium, args=['--no-sandbox']
+    )
     yield browser.new_page(), playwright.expect
     browser.close()
 
@@ -773,17 +955,22 @@ def test_in_a_browser(running):
     page.fill('#text', LONG)
     page.keyboard.press('Control+Enter')
     expect(page.locator('#error')).to_contain_text('has 16 tokens')
-    page.evaluate(r"show([1, 2, null], ['a\u202eb\u200b', '\x07\n', ''], "
-                  '[true, false, false])')
+    page.evaluate(
+      r"show([1, 2, null], ['a\u202eb\u200b', '\x07\n', ''], "
+      '[true, false, false])'
+    )
     assert page.locator('#result .token').all_text_contents() == [
-        'a\u2039U+202E\u203ab\u2039U+200B\u203a', '\u2039U+0007\u203a\u21b5\n', '']
+      'a\u2039U+202E\u203ab\u2039U+200B\u203a',
+      '\u2039U+0007\u203a\u21b5\n',
+      '',
+    ]
     # To be edited and copied they are what they are.
     assert page.evaluate('asText()') == 'a\u202eb\u200b\x07\n{1}'
     assert not wrong
 
 
 # From the click to the frame after the first token.
-FIRST_TOKEN = '''() => new Promise(resolve => {
+FIRST_TOKEN = """() => new Promise(resolve => {
   const start = performance.now();
   new MutationObserver((_, observer) => {
     if (!document.querySelector('#result .drawn')) return;
@@ -792,7 +979,7 @@ FIRST_TOKEN = '''() => new Promise(resolve => {
   }).observe(document.querySelector('#result'),
              {subtree: true, childList: true, attributes: true});
   document.querySelector('#run').click();
-})'''
+})"""
 
 
 def test_the_first_token_comes_soon(opened, capsys):
@@ -801,7 +988,10 @@ def test_the_first_token_comes_soon(opened, capsys):
   workdir = os.environ.get('NANODLM_WORKDIR')
   if workdir:
     run, params, step = evaluate.open_run(workdir)
-  with serving(run, params, step) as (service, server), browsing() as (page, expect):
+  with (
+    serving(run, params, step) as (service, server),
+    browsing() as (page, expect),
+  ):
     wait_for(lambda: not service.engine._wanted)
     millisecs = []
     for _ in range(21 if workdir else 3):
@@ -814,6 +1004,8 @@ def test_the_first_token_comes_soon(opened, capsys):
   if workdir:
     with capsys.disabled():
       del millisecs[0]  # compiles it
-      print(f'\nclick to first token: {np.median(millisecs):.0f} ms, median of '
-            f'{len(millisecs)} ({min(millisecs):.0f} to {max(millisecs):.0f})')
+      print(
+        f'\nclick to first token: {np.median(millisecs):.0f} ms, median of '
+        f'{len(millisecs)} ({min(millisecs):.0f} to {max(millisecs):.0f})'
+      )
   assert np.median(millisecs) < 2000  # any machine

@@ -9,24 +9,33 @@ import numpy as np
 import pytest
 from rich import console as consoles
 
-from nanodlm.show import live
 from nanodlm.data import tokenizers
-from nanodlm.show import watch
+from nanodlm.show import live, watch
 
 BYTES = tokenizers.BytesTokenizer()
 MASK = BYTES.mask_id
 
 
 def make_console(width=40, height=20, **kwargs):
-  return consoles.Console(file=io.StringIO(), force_terminal=True, width=width,
-                          height=height, color_system='standard', **kwargs)
+  return consoles.Console(
+    file=io.StringIO(),
+    force_terminal=True,
+    width=width,
+    height=height,
+    color_system='standard',
+    **kwargs,
+  )
 
 
 def asked(*texts, first_row=0):
   """A call on these canvases; '_' is a mask."""
   tokens = [[MASK if c == '_' else ord(c) for c in text] for text in texts]
-  return watch.Asked(first_row, 0, np.array(tokens, np.int32),
-                     np.zeros((len(texts), 0), np.int32))
+  return watch.Asked(
+    first_row,
+    0,
+    np.array(tokens, np.int32),
+    np.zeros((len(texts), 0), np.int32),
+  )
 
 
 def run(display, *events, texts=('____',), secs=0.15):
@@ -39,6 +48,7 @@ def run(display, *events, texts=('____',), secs=0.15):
       assert display.watch(event)
       time.sleep(secs)
     return 'done'
+
   return display.run(work, BYTES, 'a title', tokens, tokens != MASK)
 
 
@@ -60,7 +70,8 @@ def test_kinds():
 
 def test_visible():
   assert live.visible('a\n\t\0\x1b[2J\x7f\x9b\u202e\u200d') == (
-      'a↵\n‹U+0009›‹U+0000›‹U+001B›[2J‹U+007F›‹U+009B›‹U+202E›‹U+200D›')
+    'a↵\n‹U+0009›‹U+0000›‹U+001B›[2J‹U+007F›‹U+009B›‹U+202E›‹U+200D›'
+  )
 
 
 @pytest.mark.parametrize('width', [2, 3, 7, 40])
@@ -68,23 +79,40 @@ def test_wrap(width):
   texts = ['ab', '漢字', '', 'c\n', '\n', 'x' * 9, 'é']
   kind = ['said', 'said', 'new', 'new', 'said', 'masked', 'said']
   lines = live.wrap(texts, kind, width)
-  assert all(live.cells.cell_len(''.join(text for text, _ in line)) <= width
-             for line in lines)
+  assert all(
+    live.cells.cell_len(''.join(text for text, _ in line)) <= width
+    for line in lines
+  )
   assert ''.join(text for line in lines for text, _ in line) == (
-      ''.join(texts).replace('\n', ''))
+    ''.join(texts).replace('\n', '')
+  )
   if width == 40:
-    assert lines == [[('ab漢字', 'said'), ('c', 'new')], [],
-                     [('x' * 9, 'masked'), ('é', 'said')]]
+    assert lines == [
+      [('ab漢字', 'said'), ('c', 'new')],
+      [],
+      [('x' * 9, 'masked'), ('é', 'said')],
+    ]
 
 
 def test_shows_calls_marks_and_gives_the_cursor_back():
   console = make_console()
   display = live.Display(console)
-  assert run(display, asked('a___'), asked('ab__'), asked('a__\x1b'),
-             texts=('a___',)) == 'done'
+  assert (
+    run(
+      display, asked('a___'), asked('ab__'), asked('a__\x1b'), texts=('a___',)
+    )
+    == 'done'
+  )
   out = console.file.getvalue()
-  for shown in ('a title', 'compiling', 'call 3, 1 of 3 tokens', 'tokens/s', '×',
-                '·', '‹U+001B›'):
+  for shown in (
+    'a title',
+    'compiling',
+    'call 3, 1 of 3 tokens',
+    'tokens/s',
+    '×',
+    '·',
+    '‹U+001B›',
+  ):
     assert shown in out
   assert out.count('\x1b[?25l') == out.count('\x1b[?25h') == 1
   assert '\x1b[1;31m×' in out  # what was taken back is marked
@@ -104,8 +132,10 @@ def test_fits_the_terminal(width, height):
   console = make_console(width, height)
   display = live.Display(console)
   text = 'abcdefghi_' * 12
-  display._canvases = [live._Canvas(asked(text).tokens[0], MASK)  # pylint: disable=protected-access
-                       for _ in range(5)]
+  display._canvases = [
+    live._Canvas(asked(text).tokens[0], MASK)  # pylint: disable=protected-access
+    for _ in range(5)
+  ]
   fixed = np.zeros((5, 120), bool)
   lines = display._lines(BYTES, 'title\x1b' * 9, fixed)  # pylint: disable=protected-access
   shown = [''.join(text for text, _ in line) for line in lines]
@@ -140,26 +170,33 @@ def test_failure_and_signal_leave_the_terminal_as_it_was():
 
   def fail():
     raise OSError('no')
+
   with pytest.raises(OSError, match='no'):
-    live.Display(console).run(fail, BYTES, '', np.zeros((1, 4), np.int32),
-                              np.zeros((1, 4), bool))
+    live.Display(console).run(
+      fail, BYTES, '', np.zeros((1, 4), np.int32), np.zeros((1, 4), bool)
+    )
   assert '\x1b[?25h' in console.file.getvalue()
 
   def interrupt():
     time.sleep(0.15)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.3)
+
   console = make_console()
   shown = []
 
   def handle(number, frame):
     del number, frame
     shown.append('\x1b[?25h' in console.file.getvalue())
+
   signal.signal(signal.SIGINT, handle)
   try:
-    live.Display(console).run(interrupt, BYTES, '', np.zeros((1, 4), np.int32),
-                              np.zeros((1, 4), bool))
-    assert shown == [True]  # the cursor came back before the program's own handler
+    live.Display(console).run(
+      interrupt, BYTES, '', np.zeros((1, 4), np.int32), np.zeros((1, 4), bool)
+    )
+    assert shown == [
+      True
+    ]  # the cursor came back before the program's own handler
     assert signal.getsignal(signal.SIGINT) is handle
   finally:
     signal.signal(signal.SIGINT, before)

@@ -13,11 +13,9 @@ import numpy as np
 import pytest
 
 from nanodlm import config as configs
-from nanodlm import evaluate
-from nanodlm.show import replay
-from nanodlm import sample
+from nanodlm import evaluate, sample
 from nanodlm.data import tokenizers
-from nanodlm.show import watch
+from nanodlm.show import replay, watch
 from nanodlm.types import InputError
 from tests import workdirs
 
@@ -36,10 +34,15 @@ def one_by_one(text, order):
   """
   final = BYTES.encode(PROMPT + text)
   frames = [np.full(final.shape, MASK, np.int32)]
-  frames[0][:len(PROMPT)] = final[:len(PROMPT)]
+  frames[0][: len(PROMPT)] = final[: len(PROMPT)]
   first, second = order[0], order[1]
-  steps = [(first, ord('z')), (second, final[second]), (second, MASK),
-           (second, final[second]), (first, final[first])]
+  steps = [
+    (first, ord('z')),
+    (second, final[second]),
+    (second, MASK),
+    (second, final[second]),
+    (first, final[first]),
+  ]
   steps += [(i, final[i]) for i in order[2:]]
   answers = []
   for position, token in steps:
@@ -47,9 +50,13 @@ def one_by_one(text, order):
     frame[position] = token
     frames.append(frame)
     top = [token if token != MASK else final[position], 65, 66]
-    answers.append(watch.Answer(
-        np.array([position]), np.array([top]),
-        np.array([[0.5, 0.25, 0.0001]], np.float32)))
+    answers.append(
+      watch.Answer(
+        np.array([position]),
+        np.array([top]),
+        np.array([[0.5, 0.25, 0.0001]], np.float32),
+      )
+    )
   return watch.Trajectory(np.stack(frames), answers)
 
 
@@ -57,11 +64,16 @@ def make_takes():
   length = len(BYTES.encode(PROMPT + NASTY))
   fixed = np.arange(length) < len(PROMPT)
   forward = list(range(1, length))
-  return [replay.Take(name, settings, NASTY, number, fixed,
-                      one_by_one(NASTY, order), length)
-          for name, settings, order in (('block', '', forward),
-                                        ('remask', 'eta=0.5', forward[::-1]))
-          for number in (1, 2)]
+  return [
+    replay.Take(
+      name, settings, NASTY, number, fixed, one_by_one(NASTY, order), length
+    )
+    for name, settings, order in (
+      ('block', '', forward),
+      ('remask', 'eta=0.5', forward[::-1]),
+    )
+    for number in (1, 2)
+  ]
 
 
 class Scripts(html.parser.HTMLParser):
@@ -98,31 +110,43 @@ def test_page_is_whole_and_asks_for_nothing():
   assert first.isascii() and '<' not in first
   assert 'hacked' not in program
   # Nothing is loaded: no address anywhere but in the recorded text.
-  assert not re.search(rb'https?:|//[a-z]|url\(|@import', page.replace(
-      first.encode(), b''))
-  assert {value for name, value in parsed.attributes
-          if name in ('src', 'href')} == {'data:,'}
-  assert page.startswith(b'<!doctype html>') and replay.MARK.encode() in page[:1024]
+  assert not re.search(
+    rb'https?:|//[a-z]|url\(|@import', page.replace(first.encode(), b'')
+  )
+  assert {
+    value for name, value in parsed.attributes if name in ('src', 'href')
+  } == {'data:,'}
+  assert (
+    page.startswith(b'<!doctype html>') and replay.MARK.encode() in page[:1024]
+  )
 
 
 def test_data_is_the_trajectory():
   takes = make_takes()
   data = replay.make_data(takes, BYTES, 2, 'title', 'facts')
   assert [(take['sampler'], take['sample']) for take in data['takes']] == [
-      ('block', 1), ('remask', 1), ('block', 2), ('remask', 2)]
+    ('block', 1),
+    ('remask', 1),
+    ('block', 2),
+    ('remask', 2),
+  ]
   assert data['takes_back'] and data['changes'] and data['prompts'] == [NASTY]
   # Bytes that are no text alone are numbers.
-  spelled = [piece if isinstance(piece, str) else bytes(piece).decode('latin1')
-             for piece in data['vocab']]
+  spelled = [
+    piece if isinstance(piece, str) else bytes(piece).decode('latin1')
+    for piece in data['vocab']
+  ]
   assert data['vocab'][0] == '' and 'h' in spelled and [0xF0] in data['vocab']
   ids = {0: MASK, **{i: ord(text) for i, text in enumerate(spelled) if text}}
-  for take, shown in zip(sorted(takes, key=lambda take: take.sample), data['takes']):
+  for take, shown in zip(
+    sorted(takes, key=lambda take: take.sample), data['takes']
+  ):
     frames = take.trajectory.frames
     canvas = np.array([ids[i] for i in shown['start']])
     np.testing.assert_array_equal(canvas, frames[0])
     assert shown['text'] == PROMPT + NASTY
     for call, after in zip(shown['calls'], frames[1:]):
-      (position, token, probability), = np.reshape(call['c'], (-1, 3))
+      ((position, token, probability),) = np.reshape(call['c'], (-1, 3))
       canvas[position] = ids[token]
       np.testing.assert_array_equal(canvas, after)
       assert probability == (-1 if ids[token] == MASK else 500)
@@ -131,7 +155,8 @@ def test_data_is_the_trajectory():
       assert (where, num, half, quarter) == (position, 2, 500, 250)
       assert ids[other] == 65
       assert ids[first] == take.trajectory.frames[-1][position] or (
-          ids[first] == ord('z'))
+        ids[first] == ord('z')
+      )
 
 
 def test_order_image():
@@ -147,26 +172,45 @@ def test_order_image():
   assert image[0, 8].sum() < image[0, last - 8].sum()
 
 
-@pytest.mark.parametrize('text, parts', [
-    ('', []), ('ar', ['ar']), ('fixed_count,block', ['fixed_count', 'block']),
-    ('remask:grid=1,0.5,0;eta=1,ancestral:num_steps=8',
-     ['remask:grid=1,0.5,0;eta=1', 'ancestral:num_steps=8'])])
+@pytest.mark.parametrize(
+  'text, parts',
+  [
+    ('', []),
+    ('ar', ['ar']),
+    ('fixed_count,block', ['fixed_count', 'block']),
+    (
+      'remask:grid=1,0.5,0;eta=1,ancestral:num_steps=8',
+      ['remask:grid=1,0.5,0;eta=1', 'ancestral:num_steps=8'],
+    ),
+  ],
+)
 def test_split_samplers(text, parts):
   assert replay.split_samplers(text) == parts
 
 
 def test_parse_sampler():
   assert replay.parse_sampler('confidence:threshold=0.9; num_steps=0') == {
-      'name': 'confidence', 'threshold': 0.9, 'num_steps': 0}
+    'name': 'confidence',
+    'threshold': 0.9,
+    'num_steps': 0,
+  }
   assert replay.parse_sampler('block:cache=False')['cache'] is False
 
 
-@pytest.mark.parametrize('text, message', [
-    ('confidence:treshold=1', 'threshold'), ('remask:eta', 'KEY=VALUE'),
-    ('remask:name=ar', 'KEY=VALUE'), ('remask:eta=high', "eta='high'.*float"),
-    ('block:cache=maybe', 'cache'), ('warp', "'warp' is not one of"),
-    ('ar', 'does not fit'), ('fixed_count:eta=1', 'no effect'),
-    ('remask:eta=2', 'eta')])
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ('confidence:treshold=1', 'threshold'),
+    ('remask:eta', 'KEY=VALUE'),
+    ('remask:name=ar', 'KEY=VALUE'),
+    ('remask:eta=high', "eta='high'.*float"),
+    ('block:cache=maybe', 'cache'),
+    ('warp', "'warp' is not one of"),
+    ('ar', 'does not fit'),
+    ('fixed_count:eta=1', 'no effect'),
+    ('remask:eta=2', 'eta'),
+  ],
+)
 def test_samplers_that_will_not_do(run, text, message):
   with pytest.raises(InputError, match=f'(?s)--samplers=.*{message}'):
     replay.with_samplers(run[1], [text])
@@ -183,7 +227,9 @@ def test_path(tmp_path):
   page = replay.Page(str(tmp_path / 'a.html'), 5)
   page.takes.extend(takes)
   assert page.write(BYTES, 't', 'f') == (tmp_path / 'a.html').stat().st_size
-  again = replay.Page(str(tmp_path / 'a.html'), 5)  # one of ours may be replaced
+  again = replay.Page(
+    str(tmp_path / 'a.html'), 5
+  )  # one of ours may be replaced
   again.takes.extend(takes[:1])
   again.write(BYTES, 't', 'f')
   assert {path.name for path in tmp_path.iterdir()} == {'a.html', 'notes.html'}
@@ -204,14 +250,22 @@ def test_sampling_is_recorded_as_it_is(run, tmp_path, capsys):
   sample.sample_workdir(opened.config, settings, workdir, prompts)
   plain = capsys.readouterr().out
   page = replay.Page(str(tmp_path / 'a.html'), 3)
-  sample.sample_workdir(opened.config, settings, workdir, prompts,
-                        ['fixed_count', 'remask:num_steps=6'], page=page)
+  sample.sample_workdir(
+    opened.config,
+    settings,
+    workdir,
+    prompts,
+    ['fixed_count', 'remask:num_steps=6'],
+    page=page,
+  )
   recorded = capsys.readouterr().out
   assert 'MiB' in recorded and ', remask:num_steps=6' in recorded
   with open(f'{workdir}/samples.jsonl') as file:
     lines = [json.loads(line) for line in file]
-  own, kept = lines[:6], [line for line in lines[6:]
-                          if line['sampler']['name'] == 'fixed_count']
+  own, kept = (
+    lines[:6],
+    [line for line in lines[6:] if line['sampler']['name'] == 'fixed_count'],
+  )
   assert [a['tokens'] for a in own] == [a['tokens'] for a in kept]
   assert all(line['text'] in plain for line in own)
   parsed = Scripts((tmp_path / 'a.html').read_bytes())
@@ -219,19 +273,21 @@ def test_sampling_is_recorded_as_it_is(run, tmp_path, capsys):
   assert len(takes) == 12
   texts = {take['text'] for take in takes}
   assert texts == {line['text'] for line in lines[6:]}
-  assert {len(take['calls']) for take in takes
-          if take['sampler'] == 'fixed_count'} == {4}
+  assert {
+    len(take['calls']) for take in takes if take['sampler'] == 'fixed_count'
+  } == {4}
 
 
 def test_samples_in_training_come_with_their_making(run):
   _, opened = run
-  params = jax.jit(lambda: opened.network.init_params(
-      opened.objective, jax.random.key(0)))()
+  params = jax.jit(
+    lambda: opened.network.init_params(opened.objective, jax.random.key(0))
+  )()
   draw = sample.make_sample(opened)
   for prompt in ('', 'The '):
     tokens, trajectories = draw(params, prompt, 2, jax.random.key(1), 12)
     assert tokens.shape == (2, 12)
-    assert bytes(tokens[1][:len(prompt)].tolist()).decode() == prompt
+    assert bytes(tokens[1][: len(prompt)].tolist()).decode() == prompt
     assert len(trajectories) == 2  # not of the rows that fill the batch up
     for row, trajectory in zip(tokens, trajectories):
       np.testing.assert_array_equal(trajectory.frames[-1], row)
@@ -248,8 +304,9 @@ def browser():
   if not path:
     pytest.skip('no chromium')
   with api.sync_playwright() as playwright:
-    opened = playwright.chromium.launch(executable_path=path,
-                                        args=['--no-sandbox'])
+    opened = playwright.chromium.launch(
+      executable_path=path, args=['--no-sandbox']
+    )
     yield opened
     opened.close()
 
@@ -257,8 +314,9 @@ def browser():
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
   file = tmp_path_factory.mktemp('page') / 'a.html'
-  file.write_bytes(replay.make_page(replay.make_data(
-      make_takes(), BYTES, 5, NASTY, NASTY)))
+  file.write_bytes(
+    replay.make_page(replay.make_data(make_takes(), BYTES, 5, NASTY, NASTY))
+  )
   return file
 
 
@@ -272,8 +330,14 @@ def visit(browser, path):
     page = contexts[-1].new_page()
     page.on('console', lambda message: heard.append(message.text))
     page.on('pageerror', lambda error: heard.append(str(error)))
-    page.on('request', lambda request: request.url.startswith('file:') or
-            request.url.startswith('data:') or heard.append(request.url))
+    page.on(
+      'request',
+      lambda request: (
+        request.url.startswith('file:')
+        or request.url.startswith('data:')
+        or heard.append(request.url)
+      ),
+    )
     page.goto(path.as_uri())
     return page
 
@@ -303,8 +367,16 @@ def test_browser_slider_and_keys(visit):
   assert calls(page) == f'call {num} of {num}'  # opens with the finished text
   pane = page.locator('.pane').first
   text = pane.locator('.canvas').inner_text()
-  for shown in ('</script>', '‹U+0000›', '‹U+2028›', '‹U+202E›', '😀', 'é', '→',
-                '&lt;'):
+  for shown in (
+    '</script>',
+    '‹U+0000›',
+    '‹U+2028›',
+    '‹U+202E›',
+    '😀',
+    'é',
+    '→',
+    '&lt;',
+  ):
     assert shown in text
   press = page.keyboard.press
   press('Home')
@@ -320,8 +392,11 @@ def test_browser_slider_and_keys(visit):
   assert pane.locator('.changed').all_inner_texts() == ['<']
   press('ArrowLeft'), press('.'), press(',')
   assert calls(page) == f'call 4 of {num}'
-  until(page, "document.getElementById('status').textContent"
-        f".startsWith('call 4 of {num}')")
+  until(
+    page,
+    "document.getElementById('status').textContent"
+    f".startsWith('call 4 of {num}')",
+  )
   page.locator('#slider').fill('7')
   assert calls(page) == f'call 7 of {num}'
   page.locator('#slider').focus()
@@ -331,8 +406,9 @@ def test_browser_slider_and_keys(visit):
   assert calls(page) == f'call {num} of {num}'
   # A character of four bytes is one cell's, and three have nothing to show.
   assert pane.locator('.tok', has_text='😀').count() == 1
-  assert pane.locator('.tok:empty').count() == len(
-      BYTES.encode(NASTY)) - len(NASTY)
+  assert pane.locator('.tok:empty').count() == len(BYTES.encode(NASTY)) - len(
+    NASTY
+  )
 
 
 def test_browser_plays(visit):
@@ -354,13 +430,18 @@ def test_browser_plays(visit):
 
 def test_browser_alternatives(visit):
   page = visit()
-  tip, tokens = page.locator('#tip'), page.locator('.pane').first.locator('.tok')
+  tip, tokens = (
+    page.locator('#tip'),
+    page.locator('.pane').first.locator('.tok'),
+  )
   assert tip.is_hidden()
   tokens.nth(2).hover()
   assert 'Position 3: revealed at call 4 of' in tip.inner_text()
   assert 'probability 50%' in tip.inner_text()
   assert [row.split() for row in tip.locator('tr').all_inner_texts()] == [
-      ['✓', '/', '50%'], ['A', '25%']]
+    ['✓', '/', '50%'],
+    ['A', '25%'],
+  ]
   page.mouse.move(2, 2)
   tip.wait_for(state='hidden')
   # One stop of the tab key for each text; the arrows go on from there.
@@ -383,8 +464,10 @@ def test_browser_alternatives(visit):
   page.keyboard.press('Home')
   assert 'given' in tip.inner_text()
   # What is said of a shape.
-  spoken = {page.locator('.tok', has_text=text).first.get_attribute('aria-label')
-            for text in ('→', '😀', '<', '‹U+0000›')}
+  spoken = {
+    page.locator('.tok', has_text=text).first.get_attribute('aria-label')
+    for text in ('→', '😀', '<', '‹U+0000›')
+  }
   assert spoken == {'space', '‹F0›', '<', '‹U+0000›'}
   page.locator('#first').click()
   assert tokens.nth(5).get_attribute('aria-label') == 'masked'
@@ -393,7 +476,7 @@ def test_browser_alternatives(visit):
 
 
 # The least contrast of text on what lies behind it, over all elements of a kind.
-CONTRAST = '''selectors => {
+CONTRAST = """selectors => {
   const context = Object.assign(document.createElement('canvas'),
                                 {width: 1, height: 1}).getContext('2d', {willReadFrequently: true});
   const rgb = colour => {
@@ -419,7 +502,7 @@ CONTRAST = '''selectors => {
                             (Math.min(text, ground) + 0.05));
   }
   return least;
-}'''
+}"""
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
@@ -428,21 +511,33 @@ def test_browser_colours(visit, scheme):
   theme = 'document.documentElement.dataset.theme'
   assert page.evaluate(theme) == scheme
   # Every probability and call there could be.
-  stretch = '''document.querySelectorAll('.said').forEach((token, i, all) => {
+  stretch = """document.querySelectorAll('.said').forEach((token, i, all) => {
     for (const name of ['--c', '--o'])
       token.style.setProperty(name, i / (all.length - 1));
-  })'''
+  })"""
   for step in (3, 20, 99):
     page.evaluate(f'go({step})')
     page.evaluate(stretch)
     for mode in ('confidence', 'order', 'none'):
       page.select_option('#colour', mode)
-      assert page.evaluate(CONTRAST, '.tok, p, .soft, button, select, h1, h2, '
-                           'summary, kbd, label, #legend span') >= 4.5, mode
-  assert page.locator('.bar span').first.evaluate(
-      'element => getComputedStyle(element).transitionDuration') == '0s'
-  colours = "[...document.querySelectorAll('.said')].map(e => getComputedStyle(e)" \
-      '.backgroundColor)'
+      assert (
+        page.evaluate(
+          CONTRAST,
+          '.tok, p, .soft, button, select, h1, h2, '
+          'summary, kbd, label, #legend span',
+        )
+        >= 4.5
+      ), mode
+  assert (
+    page.locator('.bar span').first.evaluate(
+      'element => getComputedStyle(element).transitionDuration'
+    )
+    == '0s'
+  )
+  colours = (
+    "[...document.querySelectorAll('.said')].map(e => getComputedStyle(e)"
+    '.backgroundColor)'
+  )
   page.select_option('#colour', 'order')
   assert len(set(page.evaluate(colours))) > 10
   page.locator('#theme').click()
@@ -454,13 +549,17 @@ def test_browser_phone(visit):
   assert page.evaluate('document.documentElement.scrollWidth') == 360
   token = page.locator('.pane .tok').nth(3)
   for top in (150, 450):  # the token's, in the window
-    token.evaluate('(e, top) => scrollBy(0, e.getBoundingClientRect().top - top)', top)
+    token.evaluate(
+      '(e, top) => scrollBy(0, e.getBoundingClientRect().top - top)', top
+    )
     token.tap()
     box, own = page.locator('#tip').bounding_box(), token.bounding_box()
     assert abs(own['y'] - top) < 30
     assert 0 <= box['x'] and box['x'] + box['width'] <= 360
     assert 0 <= box['y'] and box['y'] + box['height'] <= 560
-    assert box['y'] > own['y'] + own['height'] or box['y'] + box['height'] < own['y']
+    assert (
+      box['y'] > own['y'] + own['height'] or box['y'] + box['height'] < own['y']
+    )
     assert 'Position 4' in page.locator('#tip').inner_text()
     page.keyboard.press('Escape')
   assert page.evaluate('document.documentElement.scrollWidth') == 360
@@ -475,7 +574,15 @@ def test_browser_samples_and_samplers(visit):
   assert boxes[0]['y'] == boxes[1]['y'] and boxes[0]['x'] < boxes[1]['x']
   page.select_option('#sample', '2')
   assert page.locator('.pane:visible h2').all_inner_texts() == [
-      'block', 'remask: eta=0.5']
-  names = [pane.get_attribute('aria-label') for pane in page.locator('.pane').all()]
-  assert names == ['block, sample 1', 'remask, eta=0.5, sample 1',
-                   'block, sample 2', 'remask, eta=0.5, sample 2']
+    'block',
+    'remask: eta=0.5',
+  ]
+  names = [
+    pane.get_attribute('aria-label') for pane in page.locator('.pane').all()
+  ]
+  assert names == [
+    'block, sample 1',
+    'remask, eta=0.5, sample 1',
+    'block, sample 2',
+    'remask, eta=0.5, sample 2',
+  ]

@@ -1,47 +1,51 @@
 """Tests of nanodlm.show.watch: looking on changes nothing, and shows all there is."""
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import jax
 import numpy as np
 
 from nanodlm.devices import mesh as meshes
+from nanodlm.devices.sharding import Shards
 from nanodlm.model import transformer
-from nanodlm.steps import train
-from nanodlm.show import watch
 from nanodlm.noise.categorical import Draw
-from nanodlm.samplers.guidance import Guided
 from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block
 from nanodlm.objectives.masked import Masked
 from nanodlm.objectives.mixture import Uniform
-from nanodlm.samplers import FINAL
-from nanodlm.samplers import SAMPLERS
-from nanodlm.devices.sharding import Shards
+from nanodlm.samplers import FINAL, SAMPLERS
+from nanodlm.samplers.guidance import Guided
+from nanodlm.show import watch
+from nanodlm.steps import train
 from nanodlm.types import Canvas
 from tests import toys
 
 VOCAB, LENGTH, BATCH = 13, 8, 4
 MASK = VOCAB - 1
 DRAW = Draw(MASK)
-OBJECTIVES = {'masked': Masked(MASK), 'ar': Autoregressive(MASK),
-              'block': Block(MASK, block_size=4), 'uniform': Uniform(MASK)}
+OBJECTIVES = {
+  'masked': Masked(MASK),
+  'ar': Autoregressive(MASK),
+  'block': Block(MASK, block_size=4),
+  'uniform': Uniform(MASK),
+}
 INNER = SAMPLERS['fixed_count'](DRAW, 2)
 # The objective of the network, and the sampler.
 CASES = {
-    'ancestral': ('masked', SAMPLERS['ancestral'](DRAW, 6)),
-    'ar': ('ar', SAMPLERS['ar'](DRAW)),
-    'ar_without_cache': ('ar', SAMPLERS['ar'](DRAW, cache=False)),
-    'block': ('block', SAMPLERS['block'](INNER, 4, MASK)),
-    'block_without_cache': ('block', SAMPLERS['block'](INNER, 4, MASK, False)),
-    'confidence': ('masked', SAMPLERS['confidence'](DRAW, 4, 'random')),
-    'first_hitting': ('masked', SAMPLERS['first_hitting'](DRAW)),
-    'fixed_count': ('masked', SAMPLERS['fixed_count'](DRAW, 4)),
-    'guided': ('masked', Guided(SAMPLERS['fixed_count'](DRAW, 4), 0.5, MASK)),
-    'posterior': ('uniform', SAMPLERS['posterior'](
-        DRAW, 6, OBJECTIVES['uniform'], num_corrections=2)),
-    'prefix_cache': ('masked', SAMPLERS['prefix_cache'](INNER, 4, MASK)),
-    'remask': ('masked', SAMPLERS['remask'](DRAW, 6, remask='conf', eta=1.0)),
+  'ancestral': ('masked', SAMPLERS['ancestral'](DRAW, 6)),
+  'ar': ('ar', SAMPLERS['ar'](DRAW)),
+  'ar_without_cache': ('ar', SAMPLERS['ar'](DRAW, cache=False)),
+  'block': ('block', SAMPLERS['block'](INNER, 4, MASK)),
+  'block_without_cache': ('block', SAMPLERS['block'](INNER, 4, MASK, False)),
+  'confidence': ('masked', SAMPLERS['confidence'](DRAW, 4, 'random')),
+  'first_hitting': ('masked', SAMPLERS['first_hitting'](DRAW)),
+  'fixed_count': ('masked', SAMPLERS['fixed_count'](DRAW, 4)),
+  'guided': ('masked', Guided(SAMPLERS['fixed_count'](DRAW, 4), 0.5, MASK)),
+  'posterior': (
+    'uniform',
+    SAMPLERS['posterior'](DRAW, 6, OBJECTIVES['uniform'], num_corrections=2),
+  ),
+  'prefix_cache': ('masked', SAMPLERS['prefix_cache'](INNER, 4, MASK)),
+  'remask': ('masked', SAMPLERS['remask'](DRAW, 6, remask='conf', eta=1.0)),
 }
 
 
@@ -53,14 +57,24 @@ def make_canvas():
 def sample(name, shape=(1, 1, 1), view=None):
   objective, sampler = CASES[name]
   objective = OBJECTIVES[objective]
-  network = train.Network(toys.model_config(
-      vocab_size=VOCAB, num_heads=4, mlp='swiglu', causal=objective.causal,
-      block_size=objective.block_size, time_conditioning=objective.needs_time),
-                         64, Shards(*shape[1:]))
-  mesh = meshes.make_mesh(meshes.MeshConfig(*shape),
-                          jax.devices()[:int(np.prod(shape))])
+  network = train.Network(
+    toys.model_config(
+      vocab_size=VOCAB,
+      num_heads=4,
+      mlp='swiglu',
+      causal=objective.causal,
+      block_size=objective.block_size,
+      time_conditioning=objective.needs_time,
+    ),
+    64,
+    Shards(*shape[1:]),
+  )
+  mesh = meshes.make_mesh(
+    meshes.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))]
+  )
   params = jax.jit(transformer.init_params, static_argnums=0)(
-      network.config, jax.random.key(0))
+    network.config, jax.random.key(0)
+  )
   params = jax.tree.map(lambda x: 3 * np.array(x), params)
   padding = ((0, -VOCAB % shape[2]), (0, 0))
   params['embedding'] = np.pad(params['embedding'], padding)
@@ -71,7 +85,6 @@ def sample(name, shape=(1, 1, 1), view=None):
 
 
 class WatchTest(parameterized.TestCase):
-
   def test_has_a_case_for_every_sampler(self):
     self.assertContainsSubset(SAMPLERS, CASES)
 
@@ -99,16 +112,18 @@ class WatchTest(parameterized.TestCase):
         self.assertLess(answer.top_tokens.max(), MASK)
         if name != 'remask':  # which takes other tokens back
           self.assertContainsSubset(np.flatnonzero(change), answer.positions)
-      self.assertTrue(np.all(changed.any(0) | fixed[row] |
-                             (objective == 'uniform')))
+      self.assertTrue(
+        np.all(changed.any(0) | fixed[row] | (objective == 'uniform'))
+      )
       if name in FINAL:
         self.assertEqual(changed.sum(0).max(), 1)
       changed_at = trajectory.changed_at()
       np.testing.assert_array_equal(changed_at[fixed[row]], -1)
       for position, call in enumerate(changed_at):
         if call >= 0:
-          self.assertTrue(np.all(frames[call + 1:, position]
-                                 == frames[-1, position]))
+          self.assertTrue(
+            np.all(frames[call + 1 :, position] == frames[-1, position])
+          )
           self.assertNotEqual(frames[call, position], frames[-1, position])
 
   def test_probabilities_are_the_networks(self):
@@ -123,18 +138,24 @@ class WatchTest(parameterized.TestCase):
         # More alternatives than there are tokens were asked for: all of them.
         np.testing.assert_allclose(answer.top_probs.sum(-1), 1, rtol=1e-5)
         for position, top in zip(answer.positions, answer.top_tokens):
-          if trajectory.frames[call, position] == MASK != (
-              trajectory.frames[call + 1, position]):
+          if (
+            trajectory.frames[call, position]
+            == MASK
+            != (trajectory.frames[call + 1, position])
+          ):
             self.assertEqual(trajectory.frames[call + 1, position], top[0])
 
-  @parameterized.parameters(('fixed_count', (1, 4, 1)), ('block', (2, 1, 2)),
-                            ('guided', (1, 2, 2)))
+  @parameterized.parameters(
+    ('fixed_count', (1, 4, 1)), ('block', (2, 1, 2)), ('guided', (1, 2, 2))
+  )
   def test_many_devices_show_each_row_once(self, name, shape):
     tokens, _ = make_canvas()
     recorders = [watch.Recorder(tokens) for _ in range(2)]
     for recorder, mesh in zip(recorders, ((1, 1, 1), shape)):
       samples = sample(name, mesh, watch.View(recorder, MASK, 2))
-    one, many = (recorder.trajectories(samples.tokens) for recorder in recorders)
+    one, many = (
+      recorder.trajectories(samples.tokens) for recorder in recorders
+    )
     for expected, actual in zip(one, many):
       np.testing.assert_array_equal(expected.frames, actual.frames)
       for a, b in zip(expected.answers, actual.answers):
@@ -144,26 +165,32 @@ class WatchTest(parameterized.TestCase):
         np.testing.assert_array_equal(a.positions, b.positions)
         np.testing.assert_allclose(a.top_probs, b.top_probs, atol=1e-5)
 
-  @parameterized.parameters(('first_hitting', (1, 1, 1)), ('ar', (1, 1, 1)),
-                            ('fixed_count', (1, 2, 2)))
+  @parameterized.parameters(
+    ('first_hitting', (1, 1, 1)), ('ar', (1, 1, 1)), ('fixed_count', (1, 2, 2))
+  )
   def test_stops_calling_the_network(self, name, shape):
     asked = []
 
     def stop_after_two(event):
       asked.append(event)
       return len(asked) < 3
+
     view = watch.View(stop_after_two, MASK)
     samples = sample(name, shape, view)
     self.assertGreaterEqual(len(asked), 4)
     unwatched = sample(name, shape)
-    first = np.sort(np.flatnonzero(np.any(
-        samples.tokens != unwatched.tokens, axis=0)))
+    first = np.sort(
+      np.flatnonzero(np.any(samples.tokens != unwatched.tokens, axis=0))
+    )
     self.assertNotEmpty(first)
     self.assertEqual(samples.num_calls, unwatched.num_calls)
 
   def test_pastes_what_lies_inside(self):
-    for start, expected in ((-1, [2, 3, 0, 0]), (2, [0, 0, 1, 2]),
-                            (1, [0, 1, 2, 3])):
+    for start, expected in (
+      (-1, [2, 3, 0, 0]),
+      (2, [0, 0, 1, 2]),
+      (1, [0, 1, 2, 3]),
+    ):
       canvas = np.zeros(4, np.int32)
       watch.paste(canvas, np.array([1, 2, 3]), start)
       np.testing.assert_array_equal(canvas, expected)

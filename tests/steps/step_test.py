@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 
-from absl.testing import absltest
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +11,7 @@ import optax
 
 from nanodlm.devices import mesh as meshes
 from nanodlm.model import transformer
-from nanodlm.training import state as states
-from nanodlm.steps import train
 from nanodlm.noise.categorical import Draw
-from nanodlm.samplers.guidance import Guided
 from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block
 from nanodlm.objectives.genmd4 import GenMD4
@@ -25,12 +21,13 @@ from nanodlm.samplers.ar import LeftToRight
 from nanodlm.samplers.block import Block as BlockSampler
 from nanodlm.samplers.confidence import Confidence
 from nanodlm.samplers.fixed_count import FixedCount
+from nanodlm.samplers.guidance import Guided
 from nanodlm.samplers.posterior import Posterior
 from nanodlm.samplers.prefix_cache import PrefixCache
 from nanodlm.samplers.remask import Remask
-from nanodlm.types import Canvas
-from nanodlm.types import InputError
-from nanodlm.types import Sampler
+from nanodlm.steps import train
+from nanodlm.training import state as states
+from nanodlm.types import Canvas, InputError, Sampler
 from tests import toys
 
 MASK = 11
@@ -38,13 +35,13 @@ BATCH, LENGTH = 16, 8
 LEARNING_RATE = 0.1
 EMA_DECAY = 0.15  # above step 0's (1 + 0) / (10 + 0), below step 1's 2 / 11
 OBJECTIVES = {
-    'count': Masked(MASK),
-    'stratified': Masked(MASK, noise='stratified'),
-    'uniform': Masked(MASK, noise='uniform', min_time=0.05),
-    'hybrid': Hybrid(MASK),
-    'ar': Autoregressive(MASK),
-    'block': Block(MASK, block_size=4),
-    'genmd4': GenMD4(MASK),
+  'count': Masked(MASK),
+  'stratified': Masked(MASK, noise='stratified'),
+  'uniform': Masked(MASK, noise='uniform', min_time=0.05),
+  'hybrid': Hybrid(MASK),
+  'ar': Autoregressive(MASK),
+  'block': Block(MASK, block_size=4),
+  'genmd4': GenMD4(MASK),
 }
 
 
@@ -63,11 +60,19 @@ class Spy:
 
   def corrupt(self, keys, levels, x0, weight):
     noised = self.inner.corrupt(keys, levels, x0, weight)
-    record = {'key': jax.random.key_data(keys), 'level': levels, 'x0': x0,
-              'weight': weight, 'tokens': noised.tokens, 't': noised.t,
-              'scored': noised.scored, **noised.fields}
+    record = {
+      'key': jax.random.key_data(keys),
+      'level': levels,
+      'x0': x0,
+      'weight': weight,
+      'tokens': noised.tokens,
+      't': noised.t,
+      'scored': noised.scored,
+      **noised.fields,
+    }
     jax.debug.callback(
-        lambda record: self.seen.append(jax.tree.map(np.array, record)), record)
+      lambda record: self.seen.append(jax.tree.map(np.array, record)), record
+    )
     return noised
 
   def records(self):
@@ -80,15 +85,19 @@ class Spy:
 
 
 def network(name, dropout=0.0):
-  config = toys.model_config(num_layers=2, causal=OBJECTIVES[name].causal,
-                             block_size=OBJECTIVES[name].block_size,
-                             dropout=dropout)
+  config = toys.model_config(
+    num_layers=2,
+    causal=OBJECTIVES[name].causal,
+    block_size=OBJECTIVES[name].block_size,
+    dropout=dropout,
+  )
   return train.Network(config, chunk_size=20)
 
 
 def make_mesh(num_devices):
-  return meshes.make_mesh(meshes.MeshConfig(num_devices, 1, 1),
-                          jax.devices()[:num_devices])
+  return meshes.make_mesh(
+    meshes.MeshConfig(num_devices, 1, 1), jax.devices()[:num_devices]
+  )
 
 
 @functools.cache
@@ -106,9 +115,12 @@ def make_state(mesh, name='count'):
     rate = np.linspace(-1, 2, MASK, dtype=np.float32)
     params = {**params, 'objective': {'rate': rate}}
   state = states.TrainState(
-      step=np.int32(0), params=params, ema_params=params,
-      opt_state=optax.sgd(LEARNING_RATE, momentum=0.9).init(params),
-      key=jax.random.key(7))
+    step=np.int32(0),
+    params=params,
+    ema_params=params,
+    opt_state=optax.sgd(LEARNING_RATE, momentum=0.9).init(params),
+    key=jax.random.key(7),
+  )
   return jax.device_put(state, meshes.replicated(mesh))
 
 
@@ -119,11 +131,15 @@ def make_batch(seed=0, segments=False):
   weight[1, :3] = 0
   weight[4, 5:] = 0
   weight[9] = 0
-  batch = {'tokens': rng.integers(MASK, size=weight.shape).astype(np.int32),
-           'weight': weight, 'num_bytes': weight.sum(1).astype(np.int32)}
+  batch = {
+    'tokens': rng.integers(MASK, size=weight.shape).astype(np.int32),
+    'weight': weight,
+    'num_bytes': weight.sum(1).astype(np.int32),
+  }
   if segments:
-    batch['segment_ids'] = np.tile((np.arange(LENGTH) > 3).astype(np.int32),
-                                   (BATCH, 1))
+    batch['segment_ids'] = np.tile(
+      (np.arange(LENGTH) > 3).astype(np.int32), (BATCH, 1)
+    )
   return batch
 
 
@@ -132,10 +148,20 @@ def trainer(name, num_devices, num_microbatches, dropout):
   """(jitted step, spy, mesh), compiled once for all tests."""
   spy, mesh = Spy(OBJECTIVES[name], []), make_mesh(num_devices)
   optimizer = optax.sgd(LEARNING_RATE, momentum=0.9)
-  return train.make_train_step(
-      network(name, dropout), spy, optimizer, optax.constant_schedule(1e-3),
-      mesh, batch_size=BATCH, num_microbatches=num_microbatches,
-      ema_decay=EMA_DECAY), spy, mesh
+  return (
+    train.make_train_step(
+      network(name, dropout),
+      spy,
+      optimizer,
+      optax.constant_schedule(1e-3),
+      mesh,
+      batch_size=BATCH,
+      num_microbatches=num_microbatches,
+      ema_decay=EMA_DECAY,
+    ),
+    spy,
+    mesh,
+  )
 
 
 def host(tree):
@@ -152,8 +178,9 @@ def two_steps(name, num_devices, num_microbatches, dropout=0.1):
   for seed in range(2):
     state, metrics = train(state, meshes.shard_batch(mesh, make_batch(seed)))
     # Not the key: numpy has no such type.
-    history.append((host((state.step, state.params, state.ema_params)),
-                    host(metrics)))
+    history.append(
+      (host((state.step, state.params, state.ema_params)), host(metrics))
+    )
     noise.append(spy.records())
   return history, noise
 
@@ -163,19 +190,30 @@ def assert_close(a, b, rtol=1e-4, atol=1e-5):
 
 
 class TrainStepTest(parameterized.TestCase):
-
   @parameterized.parameters(
-      ('count', 8, 1), ('count', 1, 4), ('count', 4, 2), ('stratified', 4, 2),
-      ('uniform', 4, 2), ('ar', 8, 1), ('ar', 1, 4), ('block', 4, 2),
-      ('hybrid', 4, 2), ('genmd4', 4, 2))
-  def test_devices_and_microbatches_change_nothing(self, name, num_devices,
-                                                   num_microbatches):
+    ('count', 8, 1),
+    ('count', 1, 4),
+    ('count', 4, 2),
+    ('stratified', 4, 2),
+    ('uniform', 4, 2),
+    ('ar', 8, 1),
+    ('ar', 1, 4),
+    ('block', 4, 2),
+    ('hybrid', 4, 2),
+    ('genmd4', 4, 2),
+  )
+  def test_devices_and_microbatches_change_nothing(
+    self, name, num_devices, num_microbatches
+  ):
     # With dropout, whose masks also belong to the example.
     history, noise = two_steps(name, 1, 1)
     others, other_noise = two_steps(name, num_devices, num_microbatches)
     # (Products of many factors may be rounded otherwise in another program.)
-    same = np.testing.assert_array_equal if name != 'hybrid' else (
-        functools.partial(np.testing.assert_allclose, rtol=1e-5))
+    same = (
+      np.testing.assert_array_equal
+      if name != 'hybrid'
+      else (functools.partial(np.testing.assert_allclose, rtol=1e-5))
+    )
     jax.tree.map(same, noise, other_noise)
     assert_close(history, others)
     train, _, _ = trainer(name, num_devices, num_microbatches, 0.1)
@@ -210,11 +248,20 @@ class TrainStepTest(parameterized.TestCase):
     rates = {}
     for slope in (0.0, 7.0):
       train = train.make_train_step(
-          network('genmd4'), Shifted(MASK, slope=slope), optax.sgd(LEARNING_RATE),
-          optax.constant_schedule(1e-3), mesh, batch_size=BATCH,
-          num_microbatches=2, ema_decay=EMA_DECAY)
-      state = make_state(mesh, 'genmd4').replace(opt_state=jax.device_put(
-          optax.sgd(LEARNING_RATE).init({}), meshes.replicated(mesh)))
+        network('genmd4'),
+        Shifted(MASK, slope=slope),
+        optax.sgd(LEARNING_RATE),
+        optax.constant_schedule(1e-3),
+        mesh,
+        batch_size=BATCH,
+        num_microbatches=2,
+        ema_decay=EMA_DECAY,
+      )
+      state = make_state(mesh, 'genmd4').replace(
+        opt_state=jax.device_put(
+          optax.sgd(LEARNING_RATE).init({}), meshes.replicated(mesh)
+        )
+      )
       raw = np.array(state.params['objective']['rate'])
       state, metrics = train(state, meshes.shard_batch(mesh, batch))
       rates[slope] = np.array(state.params['objective']['rate'])
@@ -224,15 +271,18 @@ class TrainStepTest(parameterized.TestCase):
     self.assertGreater(np.min(abs(rates[0.0] - raw)), 0)
     total = 2 * 2 * 7 / batch['weight'].sum()  # devices, micro-batches
     np.testing.assert_allclose(
-        rates[7.0] - rates[0.0], -LEARNING_RATE * total / (1 + np.exp(-raw)),
-        rtol=1e-3)
+      rates[7.0] - rates[0.0],
+      -LEARNING_RATE * total / (1 + np.exp(-raw)),
+      rtol=1e-3,
+    )
 
   def test_dropout_matters(self):
     with_dropout, noise = two_steps('count', 1, 1)
     without, other_noise = two_steps('count', 2, 2, 0.0)
     jax.tree.map(np.testing.assert_array_equal, noise, other_noise)
     self.assertGreater(
-        abs(with_dropout[0][1]['loss'] - without[0][1]['loss']), 1e-2)
+      abs(with_dropout[0][1]['loss'] - without[0][1]['loss']), 1e-2
+    )
 
   @parameterized.parameters('count', 'uniform', 'ar')
   def test_the_gradient_is_that_of_a_dense_loss(self, name):
@@ -246,22 +296,28 @@ class TrainStepTest(parameterized.TestCase):
     def loss(params):
       network = transformer.Transformer(config)
       hidden = network.apply({'params': params}, noise['tokens'], noise['t'])
-      logits = transformer.output_logits(transformer.output_kernel(params), hidden)
+      logits = transformer.output_logits(
+        transformer.output_kernel(params), hidden
+      )
       ce = optax.softmax_cross_entropy_with_integer_labels(
-          logits[..., :MASK], noise['x0'])
+        logits[..., :MASK], noise['x0']
+      )
       scale = noise.get('scale', 1.0) * noise['scored']
       return jnp.sum(scale * ce * noise['weight'])
 
     params, total = initial_params(), batch['weight'].sum()
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
-    expected = jax.tree.map(lambda p, g: p - LEARNING_RATE * g / total, params,
-                            gradient)
+    expected = jax.tree.map(
+      lambda p, g: p - LEARNING_RATE * g / total, params, gradient
+    )
     np.testing.assert_allclose(metrics['loss'], value, rtol=1e-5)
     assert_close(host(state.params), host(expected))
     np.testing.assert_allclose(
-        metrics['grad_norm'], optax.tree.norm(gradient) / total, rtol=1e-4)
-    np.testing.assert_allclose(metrics['param_norm'],
-                               optax.tree.norm(expected), rtol=1e-4)
+      metrics['grad_norm'], optax.tree.norm(gradient) / total, rtol=1e-4
+    )
+    np.testing.assert_allclose(
+      metrics['param_norm'], optax.tree.norm(expected), rtol=1e-4
+    )
 
   def test_sums(self):
     batch, (history, noise) = make_batch(1), two_steps('count', 1, 1)
@@ -270,8 +326,9 @@ class TrainStepTest(parameterized.TestCase):
     self.assertEqual(metrics['num_bytes'], batch['num_bytes'].sum())
     self.assertEqual(metrics['scored'], noise[1]['scored'].sum())
     self.assertEqual(metrics['bin_scored'].sum(), metrics['scored'])
-    np.testing.assert_allclose(metrics['bin_cross_entropy'].sum(),
-                               metrics['cross_entropy'], rtol=1e-5)
+    np.testing.assert_allclose(
+      metrics['bin_cross_entropy'].sum(), metrics['cross_entropy'], rtol=1e-5
+    )
     np.testing.assert_allclose(metrics['loss'], metrics['nll'], rtol=1e-6)
     self.assertBetween(metrics['correct'], 0, metrics['scored'])
 
@@ -285,14 +342,17 @@ class TrainStepTest(parameterized.TestCase):
     for name in ('loss', 'nll', 'scored', 'num_bytes'):  # the same sums
       np.testing.assert_allclose(metrics[name], plain[name], rtol=1e-5)
     np.testing.assert_allclose(  # and another denominator
-        metrics['grad_norm'] * metrics['weight'],
-        plain['grad_norm'] * plain['weight'], rtol=1e-4)
+      metrics['grad_norm'] * metrics['weight'],
+      plain['grad_norm'] * plain['weight'],
+      rtol=1e-4,
+    )
 
   def test_average_of_the_parameters(self):
     history = two_steps('count', 1, 1)[0]
     ema = initial_params()
-    for (_, params, ema_params), decay in zip([h[0] for h in history],
-                                              (1 / 10, EMA_DECAY)):
+    for (_, params, ema_params), decay in zip(
+      [h[0] for h in history], (1 / 10, EMA_DECAY)
+    ):
       ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
       assert_close(ema_params, ema, rtol=1e-5)
 
@@ -321,19 +381,23 @@ class TrainStepTest(parameterized.TestCase):
       self.assertNotEqual(metrics['param_norm'], 0)
 
   @parameterized.parameters(
-      (15, 1, 1), (16, 8, 2), (24, 8, 1), (0, 1, 1), (16, 1, 0))
+    (15, 1, 1), (16, 8, 2), (24, 8, 1), (0, 1, 1), (16, 1, 0)
+  )
   def test_a_batch_that_does_not_divide_is_an_error(
-      self, batch_size, num_devices, num_microbatches):
+    self, batch_size, num_devices, num_microbatches
+  ):
     with self.assertRaisesRegex(InputError, r'^train\.(batch_size|num_micro)'):
-      train.check_batch_size(batch_size, make_mesh(num_devices),
-                            num_microbatches, group_size=2)
+      train.check_batch_size(
+        batch_size, make_mesh(num_devices), num_microbatches, group_size=2
+      )
 
 
 @functools.cache
 def evaluator(name, num_devices):
   mesh = make_mesh(num_devices)
-  return train.make_eval_step(network(name, 0.1), OBJECTIVES[name], mesh,
-                             num_draws=4, seed=5), mesh
+  return train.make_eval_step(
+    network(name, 0.1), OBJECTIVES[name], mesh, num_draws=4, seed=5
+  ), mesh
 
 
 def evaluate(name, num_devices, batch, params=None):
@@ -347,7 +411,6 @@ def eval_batch():
 
 
 class EvalStepTest(parameterized.TestCase):
-
   def test_devices_and_order_and_repetition_change_nothing(self):
     batch = eval_batch()
     sums = evaluate('count', 1, batch)
@@ -365,7 +428,7 @@ class EvalStepTest(parameterized.TestCase):
       # The last batch of a split: its rows first, then rows without weight.
       part = {key: np.zeros_like(x) for key, x in batch.items()}
       for key, x in batch.items():
-        part[key][:rows.stop - rows.start] = x[rows]
+        part[key][: rows.stop - rows.start] = x[rows]
       parts.append(evaluate('count', 1, part))
     assert_close(jax.tree.map(np.add, *parts), sums, rtol=1e-5)
     self.assertEqual(sums['num_examples'], BATCH - 1)
@@ -374,20 +437,27 @@ class EvalStepTest(parameterized.TestCase):
   def test_noise_is_the_examples_own(self):
     batch = eval_batch()
     other = {**batch, 'index': batch['index'] + BATCH}
-    self.assertGreater(abs(evaluate('count', 1, batch)['nll']
-                           - evaluate('count', 1, other)['nll']), 1e-2)
+    self.assertGreater(
+      abs(
+        evaluate('count', 1, batch)['nll'] - evaluate('count', 1, other)['nll']
+      ),
+      1e-2,
+    )
 
   def test_evaluates_the_evaluation_form(self):
     # Trained on truncated uniform times, evaluated like the fixed count.
     batch = eval_batch()
-    assert_close(evaluate('uniform', 8, batch), evaluate('count', 1, batch),
-                 rtol=1e-5)
+    assert_close(
+      evaluate('uniform', 8, batch), evaluate('count', 1, batch), rtol=1e-5
+    )
 
   def test_evaluates_what_the_objective_has_learned(self):
     sums = []
     for num_devices, rate in ((1, 0.0), (8, 0.0), (1, 1.0)):
-      params = {**initial_params(), 'objective': {
-          'rate': np.linspace(rate, 2, MASK, dtype=np.float32)}}
+      params = {
+        **initial_params(),
+        'objective': {'rate': np.linspace(rate, 2, MASK, dtype=np.float32)},
+      }
       sums.append(evaluate('genmd4', num_devices, eval_batch(), params))
     assert_close(sums[0], sums[1], rtol=1e-5)
     for key in ('nll', 'scored'):  # the loss and the noise
@@ -398,23 +468,30 @@ class EvalStepTest(parameterized.TestCase):
     # Equal logits: log V for each token, exactly, whatever the noise.
     zeros = jax.tree.map(np.zeros_like, initial_params())
     sums = evaluate(name, 1, eval_batch(), zeros)
-    np.testing.assert_allclose(sums['nll'] / sums['weight'], np.log(MASK),
-                               rtol=1e-5)
     np.testing.assert_allclose(
-        sums['nll2'], sums['weight2'] * np.log(MASK) ** 2, rtol=1e-5)
-    np.testing.assert_allclose(sums['nll_weight'],
-                               sums['weight2'] * np.log(MASK), rtol=1e-5)
+      sums['nll'] / sums['weight'], np.log(MASK), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+      sums['nll2'], sums['weight2'] * np.log(MASK) ** 2, rtol=1e-5
+    )
+    np.testing.assert_allclose(
+      sums['nll_weight'], sums['weight2'] * np.log(MASK), rtol=1e-5
+    )
 
   @parameterized.parameters('count', 'ar')
   def test_tokens_that_nats_are_reported_per(self, name):
     # Equal logits: log V for each of the 8 positions, of which 2 are counted.
     zeros = jax.tree.map(np.zeros_like, initial_params())
-    batch = {**eval_batch(), 'weight': np.ones((BATCH, LENGTH), np.float32),
-             'num_tokens': np.full(BATCH, 2, np.int32)}
+    batch = {
+      **eval_batch(),
+      'weight': np.ones((BATCH, LENGTH), np.float32),
+      'num_tokens': np.full(BATCH, 2, np.int32),
+    }
     sums = evaluate(name, 1, batch, zeros)
     self.assertEqual(sums['weight'], 2 * BATCH)
-    np.testing.assert_allclose(sums['nll'] / sums['weight'],
-                               LENGTH / 2 * np.log(MASK), rtol=1e-5)
+    np.testing.assert_allclose(
+      sums['nll'] / sums['weight'], LENGTH / 2 * np.log(MASK), rtol=1e-5
+    )
     np.testing.assert_allclose(sums['nll_weight'], 2 * sums['nll'], rtol=1e-5)
     self.assertEqual(sums['weight2'], 4 * BATCH)
 
@@ -423,21 +500,29 @@ class EvalStepTest(parameterized.TestCase):
     params = initial_params()
     tokens = OBJECTIVES['ar'].network_input(batch['tokens'])
     hidden = transformer.Transformer(config).apply({'params': params}, tokens)
-    logits = transformer.output_logits(transformer.output_kernel(params), hidden)
+    logits = transformer.output_logits(
+      transformer.output_kernel(params), hidden
+    )
     ce = optax.softmax_cross_entropy_with_integer_labels(
-        logits[..., :MASK], batch['tokens'])
-    np.testing.assert_allclose(evaluate('ar', 1, batch)['nll'],
-                               np.sum(ce * batch['weight']), rtol=1e-5)
+      logits[..., :MASK], batch['tokens']
+    )
+    np.testing.assert_allclose(
+      evaluate('ar', 1, batch)['nll'], np.sum(ce * batch['weight']), rtol=1e-5
+    )
 
   @parameterized.parameters(0, 3)
   def test_draws_are_whole_groups(self, num_draws):
     with self.assertRaisesRegex(InputError, f'eval.num_draws={num_draws}'):
-      train.make_eval_step(network('count'), OBJECTIVES['count'], make_mesh(1),
-                          num_draws=num_draws, seed=0)
+      train.make_eval_step(
+        network('count'),
+        OBJECTIVES['count'],
+        make_mesh(1),
+        num_draws=num_draws,
+        seed=0,
+      )
 
 
 class ScoreStepTest(parameterized.TestCase):
-
   @parameterized.parameters('count', 'ar')
   def test_rows_are_those_of_the_evaluation(self, name):
     batch = eval_batch()
@@ -445,50 +530,64 @@ class ScoreStepTest(parameterized.TestCase):
     values = []
     for num_devices in (1, 8):
       mesh = make_mesh(num_devices)
-      score = train.make_score_step(network(name, 0.1), OBJECTIVES[name], mesh,
-                                   num_draws=4)
+      score = train.make_score_step(
+        network(name, 0.1), OBJECTIVES[name], mesh, num_draws=4
+      )
       params = jax.device_put(initial_params(), meshes.replicated(mesh))
-      values.append(host(score(params, jax.random.key(5),
-                               meshes.shard_batch(mesh, rows))))
+      values.append(
+        host(score(params, jax.random.key(5), meshes.shard_batch(mesh, rows)))
+      )
     assert_close(values[0], values[1], rtol=1e-5)
     sums = evaluate(name, 1, batch)
     for key in ('nll', 'correct', 'scored'):
       self.assertEqual(values[0][key].shape, (BATCH,))
       np.testing.assert_allclose(values[0][key].sum(), sums[key], rtol=1e-5)
-    np.testing.assert_allclose(np.sum(np.float64(values[0]['nll']) ** 2),
-                               sums['nll2'], rtol=1e-5)
+    np.testing.assert_allclose(
+      np.sum(np.float64(values[0]['nll']) ** 2), sums['nll2'], rtol=1e-5
+    )
 
   def test_uses_the_form_it_is_given(self):
     mesh = make_mesh(1)
     rows = {key: eval_batch()[key] for key in ('tokens', 'weight', 'index')}
     rows['weight'] = np.ones_like(rows['weight'])
-    zeros = jax.device_put(jax.tree.map(np.zeros_like, initial_params()),
-                           meshes.replicated(mesh))
+    zeros = jax.device_put(
+      jax.tree.map(np.zeros_like, initial_params()), meshes.replicated(mesh)
+    )
     spread = {}
     for name in ('count', 'uniform'):
-      score = train.make_score_step(network(name), OBJECTIVES[name], mesh,
-                                   num_draws=2)
-      nll = score(zeros, jax.random.key(5), meshes.shard_batch(mesh, rows))['nll']
+      score = train.make_score_step(
+        network(name), OBJECTIVES[name], mesh, num_draws=2
+      )
+      nll = score(zeros, jax.random.key(5), meshes.shard_batch(mesh, rows))[
+        'nll'
+      ]
       spread[name] = np.std(nll)
     self.assertLess(spread['count'], 1e-3)
     self.assertGreater(spread['uniform'], 1.0)
 
   def test_draws_are_whole_groups(self):
     with self.assertRaisesRegex(InputError, 'eval.num_draws=3'):
-      train.make_score_step(network('count'), OBJECTIVES['count'], make_mesh(1),
-                           num_draws=3)
+      train.make_score_step(
+        network('count'), OBJECTIVES['count'], make_mesh(1), num_draws=3
+      )
 
 
 class AnnealTest(absltest.TestCase):
-
   def test_attention_opens_and_is_then_as_without(self):
     mesh = make_mesh(8)
 
     def losses_at(anneal_steps, numbers):
       train = train.make_train_step(
-          network('count'), OBJECTIVES['count'], optax.sgd(LEARNING_RATE, momentum=0.9),
-          optax.constant_schedule(1e-3), mesh, batch_size=BATCH,
-          num_microbatches=1, ema_decay=EMA_DECAY, anneal_steps=anneal_steps)
+        network('count'),
+        OBJECTIVES['count'],
+        optax.sgd(LEARNING_RATE, momentum=0.9),
+        optax.constant_schedule(1e-3),
+        mesh,
+        batch_size=BATCH,
+        num_microbatches=1,
+        ema_decay=EMA_DECAY,
+        anneal_steps=anneal_steps,
+      )
       batch = meshes.shard_batch(mesh, make_batch())
       values = []
       for number in numbers:
@@ -505,18 +604,20 @@ class AnnealTest(absltest.TestCase):
 
 
 class SampleStepTest(parameterized.TestCase):
-
   def test_samples_with_what_the_objective_has_learned(self):
     rate, objective = np.linspace(-3, 3, MASK, dtype=np.float32), GenMD4(MASK)
     params = jax.device_put({**initial_params(), 'objective': {'rate': rate}})
-    canvas = Canvas(np.full((8, LENGTH), MASK, np.int32),
-                    np.zeros((8, LENGTH), bool))
+    canvas = Canvas(
+      np.full((8, LENGTH), MASK, np.int32), np.zeros((8, LENGTH), bool)
+    )
     sampler = Posterior(Draw(MASK), 4, objective)
-    run = train.make_sample_step(network('genmd4'), objective, sampler,
-                                make_mesh(1))
+    run = train.make_sample_step(
+      network('genmd4'), objective, sampler, make_mesh(1)
+    )
     tokens = run(params, jax.random.key(1), canvas).tokens
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(1), i))(
-        jnp.arange(8))
+      jnp.arange(8)
+    )
     denoise = train.Denoiser(network('genmd4'), objective, params)
     for rates, is_same in ((np.log1p(np.exp(rate)), True), (None, False)):
       alone = dataclasses.replace(sampler, rule=GenMD4(MASK, rates=rates))
@@ -525,9 +626,13 @@ class SampleStepTest(parameterized.TestCase):
       self.assertEqual(np.array_equal(tokens, expected), is_same)
 
   @parameterized.parameters(
-      ('ar', lambda cache: LeftToRight(Draw(MASK), cache), (5, 6)),
-      ('block', lambda cache: BlockSampler(FixedCount(Draw(MASK), 3), 4, MASK,
-                                           cache), (4, 5)))
+    ('ar', lambda cache: LeftToRight(Draw(MASK), cache), (5, 6)),
+    (
+      'block',
+      lambda cache: BlockSampler(FixedCount(Draw(MASK), 3), 4, MASK, cache),
+      (4, 5),
+    ),
+  )
   def test_a_cache_changes_nothing(self, name, sampler, num_calls):
     # Of a canvas as long as the training texts, and of one half as long again.
     for num_devices, length in ((8, LENGTH), (1, 3 * LENGTH // 2)):
@@ -536,10 +641,13 @@ class SampleStepTest(parameterized.TestCase):
       mesh = make_mesh(num_devices)
       params = jax.device_put(initial_params(), meshes.replicated(mesh))
       samples = [
-          host(train.make_sample_step(network(name), OBJECTIVES[name],
-                                     sampler(cache), mesh)(
-              params, jax.random.key(0), meshes.shard_batch(mesh, canvas)))
-          for cache in (False, True)]
+        host(
+          train.make_sample_step(
+            network(name), OBJECTIVES[name], sampler(cache), mesh
+          )(params, jax.random.key(0), meshes.shard_batch(mesh, canvas))
+        )
+        for cache in (False, True)
+      ]
       np.testing.assert_array_equal(samples[0].tokens, samples[1].tokens)
       self.assertLess(samples[0].tokens.max(), MASK)
       self.assertLen(np.unique(samples[0].tokens, axis=0), BATCH)
@@ -548,13 +656,16 @@ class SampleStepTest(parameterized.TestCase):
 
   def test_a_stale_cache_of_one_block_is_exact(self):
     # One block is the whole canvas: nothing lies outside it to be stale.
-    canvas = Canvas(np.full((BATCH, LENGTH), MASK, np.int32),
-                    np.zeros((BATCH, LENGTH), bool))
+    canvas = Canvas(
+      np.full((BATCH, LENGTH), MASK, np.int32), np.zeros((BATCH, LENGTH), bool)
+    )
     mesh, inner = make_mesh(8), FixedCount(Draw(MASK), num_steps=3)
     params = jax.device_put(initial_params(), meshes.replicated(mesh))
-    sample = lambda sampler: host(train.make_sample_step(
-        network('count'), OBJECTIVES['count'], sampler, mesh)(
-            params, jax.random.key(0), meshes.shard_batch(mesh, canvas)))
+    sample = lambda sampler: host(
+      train.make_sample_step(
+        network('count'), OBJECTIVES['count'], sampler, mesh
+      )(params, jax.random.key(0), meshes.shard_batch(mesh, canvas))
+    )
     whole = sample(PrefixCache(inner, LENGTH, MASK))
     halves = sample(PrefixCache(inner, LENGTH // 2, MASK))
     self.assertEqual((whole.num_calls, halves.num_calls), (4, 8))
@@ -565,55 +676,74 @@ class SampleStepTest(parameterized.TestCase):
       def __call__(self, keys, canvas, denoise):
         keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
         return inner(keys, canvas, denoise)
+
     np.testing.assert_array_equal(whole.tokens, sample(Plain()).tokens)
     self.assertLess(halves.tokens.max(), MASK)
 
   @parameterized.parameters(
-      ('count', lambda draw: Guided(Remask(draw, 3, remask='conf', eta=1.0), 0.5,
-                                    MASK)),
-      ('count', lambda draw: PrefixCache(FixedCount(draw, 2), 4, MASK)),
-      ('block', lambda draw: BlockSampler(FixedCount(draw, 3), 4, MASK)),
-      ('ar', LeftToRight))
+    (
+      'count',
+      lambda draw: Guided(Remask(draw, 3, remask='conf', eta=1.0), 0.5, MASK),
+    ),
+    ('count', lambda draw: PrefixCache(FixedCount(draw, 2), 4, MASK)),
+    ('block', lambda draw: BlockSampler(FixedCount(draw, 3), 4, MASK)),
+    ('ar', LeftToRight),
+  )
   def test_rows_with_settings_of_their_own(self, name, make_sampler):
     # As the same rows with those settings compiled in, on one device.
     fixed = np.arange(LENGTH)[None] < np.full((BATCH, 1), 3)
     tokens = np.where(fixed, 3, MASK).astype(np.int32)
     settings = [(1.0, 0, 1.0), (0.7, 3, 0.9)]
     mine = np.arange(BATCH) % 2  # which of the two
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0),
-                                                   np.arange(BATCH))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+      jax.random.key(0), np.arange(BATCH)
+    )
     rows = train.Rows(
-        np.asarray(jax.random.key_data(keys)), tokens, fixed,
-        np.full(BATCH, LENGTH, np.int32),
-        *(np.array(x)[mine] for x in zip(*settings)))
+      np.asarray(jax.random.key_data(keys)),
+      tokens,
+      fixed,
+      np.full(BATCH, LENGTH, np.int32),
+      *(np.array(x)[mine] for x in zip(*settings)),
+    )
     expected = np.zeros_like(tokens)
     for i, setting in enumerate(settings):
       mesh = make_mesh(1)
       params = jax.device_put(initial_params(), meshes.replicated(mesh))
-      sample = train.make_sample_step(network(name), OBJECTIVES[name],
-                                     make_sampler(Draw(MASK, *setting)), mesh)
-      expected[mine == i] = host(sample(
-          params, jax.random.key(0), meshes.shard_batch(
-              mesh, Canvas(tokens, fixed)))).tokens[mine == i]
+      sample = train.make_sample_step(
+        network(name),
+        OBJECTIVES[name],
+        make_sampler(Draw(MASK, *setting)),
+        mesh,
+      )
+      expected[mine == i] = host(
+        sample(
+          params,
+          jax.random.key(0),
+          meshes.shard_batch(mesh, Canvas(tokens, fixed)),
+        )
+      ).tokens[mine == i]
     mesh = make_mesh(8)
     params = jax.device_put(initial_params(), meshes.replicated(mesh))
-    sample = train.make_rows_step(network(name), OBJECTIVES[name],
-                                 make_sampler(Draw(MASK)), mesh)
+    sample = train.make_rows_step(
+      network(name), OBJECTIVES[name], make_sampler(Draw(MASK)), mesh
+    )
     samples = host(sample(params, meshes.shard_batch(mesh, rows)))
     np.testing.assert_array_equal(samples.tokens, expected)
 
   @parameterized.parameters(
-      (FixedCount(Draw(MASK), num_steps=3), 3),
-      (Confidence(Draw(MASK), num_steps=4, block_size=2), 4),
-      (Guided(Remask(Draw(MASK), 3, remask='conf', eta=1.0), 0.5, MASK), 6))
+    (FixedCount(Draw(MASK), num_steps=3), 3),
+    (Confidence(Draw(MASK), num_steps=4, block_size=2), 4),
+    (Guided(Remask(Draw(MASK), 3, remask='conf', eta=1.0), 0.5, MASK), 6),
+  )
   def test_devices_change_nothing(self, sampler, num_calls):
     fixed = np.arange(LENGTH)[None] < np.arange(BATCH)[:, None] // 4
     canvas = Canvas(np.where(fixed, 3, MASK).astype(np.int32), fixed)
     samples = []
     for num_devices in (1, 8):
       mesh = make_mesh(num_devices)
-      sample = train.make_sample_step(network('count'), OBJECTIVES['count'],
-                                     sampler, mesh)
+      sample = train.make_sample_step(
+        network('count'), OBJECTIVES['count'], sampler, mesh
+      )
       params = jax.device_put(initial_params(), meshes.replicated(mesh))
       rows = meshes.shard_batch(mesh, canvas)
       samples.append(host(sample(params, jax.random.key(0), rows)))

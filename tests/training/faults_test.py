@@ -15,35 +15,32 @@ import jax
 import numpy as np
 import pytest
 
-from nanodlm.training import checkpoint
 from nanodlm import config as configs
+from nanodlm.data import pipeline, prepare
 from nanodlm.devices import lock
-from nanodlm.data import prepare
-from nanodlm.data import pipeline
+from nanodlm.training import checkpoint
 from nanodlm.types import InputError
-from tests import launches
-from tests import workdirs
-from tests.launch_test import arrays
-from tests.launch_test import assert_identical
-from tests.launch_test import data_dir  # pylint: disable=unused-import
-from tests.launch_test import metric_lines
-from tests.launch_test import wait_for
+from tests import launches, workdirs
+from tests.launch_test import arrays, assert_identical, metric_lines, wait_for
 
 NUM_KILLS = int(os.environ.get('NANODLM_KILLS', 2))
 NUM_STEPS = 100 + 20 * NUM_KILLS
 EVERY_STEPS = 5
 # Most of the time a save is under way, and old checkpoints go.
-ARGS = (*launches.TINY, f'--config.train.num_steps={NUM_STEPS}',
-        f'--config.checkpoint.every_steps={EVERY_STEPS}',
-        '--config.checkpoint.max_to_keep=2')
+ARGS = (
+  *launches.TINY,
+  f'--config.train.num_steps={NUM_STEPS}',
+  f'--config.checkpoint.every_steps={EVERY_STEPS}',
+  '--config.checkpoint.max_to_keep=2',
+)
 # The clock of the wall goes back and forth by a year several times a second.
-WILD_CLOCK = '''
+WILD_CLOCK = """
 import time
 real, real_ns = time.time, time.time_ns
 jump = lambda: 31536000 * (-1) ** int(7 * time.monotonic())
 time.time = lambda: real() + jump()
 time.time_ns = lambda: real_ns() + jump() * 10 ** 9
-'''
+"""
 
 
 def complete(workdir):
@@ -57,8 +54,10 @@ def flip_bit(path, at=0.5):
 
 
 def largest_file(folder):
-  return max((path for path in folder.rglob('*') if path.is_file()),
-             key=lambda path: path.stat().st_size)
+  return max(
+    (path for path in folder.rglob('*') if path.is_file()),
+    key=lambda path: path.stat().st_size,
+  )
 
 
 @pytest.fixture(scope='module')
@@ -67,7 +66,9 @@ def finished(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('runs') / 'finished'
   process = launches.start(*ARGS, f'--workdir={workdir}')
   wait_for(lambda: complete(workdir), process)
-  process.send_signal(signal.SIGSTOP)  # it goes on; this takes no part of it away
+  process.send_signal(
+    signal.SIGSTOP
+  )  # it goes on; this takes no part of it away
   second = launches.start(*ARGS, f'--workdir={workdir}')
   reader = launches.start('--mode=eval', f'--workdir={workdir}')
   others = [launches.finish(other) for other in (second, reader)]
@@ -80,8 +81,11 @@ def finished(tmp_path_factory):
 def test_second_run_on_a_workdir_is_refused_and_evaluation_is_not(finished):
   _, (status, output), (eval_status, eval_output) = finished
   assert status == 2, output
-  assert re.search(r'error: --workdir=.* is in use by another training run '
-                   r'\(process \d+ on ', output), output
+  assert re.search(
+    r'error: --workdir=.* is in use by another training run '
+    r'\(process \d+ on ',
+    output,
+  ), output
   assert 'Traceback' not in output
   assert eval_status == 0 and 'held-out bound' in eval_output, eval_output
 
@@ -97,9 +101,12 @@ def test_lock_is_left_by_the_one_who_has_it(tmp_path):
     pass
 
 
-def test_file_system_without_locks_lets_everyone_in(tmp_path, monkeypatch, caplog):
+def test_file_system_without_locks_lets_everyone_in(
+  tmp_path, monkeypatch, caplog
+):
   def flock(*_):
     raise OSError(95, 'Operation not supported')
+
   monkeypatch.setattr(lock.fcntl, 'flock', flock)
   with lock.hold(str(tmp_path)), lock.hold(str(tmp_path)):
     assert 'nothing stops a second run' in caplog.text
@@ -116,7 +123,9 @@ def test_killed_and_damaged_run_ends_bit_identical(finished, tmp_path):
 
   while kills < NUM_KILLS:
     process = launches.start(*ARGS, f'--workdir={workdir}', before=WILD_CLOCK)
-    if kills % 3 < 2:  # in a save; at some time of the training; or of the start
+    if (
+      kills % 3 < 2
+    ):  # in a save; at some time of the training; or of the start
       wait_for(lambda: complete(workdir)[-1:] not in ([], [last]), process)
     if kills % 3 == 0:
       while process.poll() is None and not unfinished():
@@ -132,12 +141,15 @@ def test_killed_and_damaged_run_ends_bit_identical(finished, tmp_path):
     last = complete(workdir)[-1]
   damaged = folder / str(last)
   flip_bit(largest_file(damaged / 'rest'))
-  status, output = launches.launch(*ARGS, f'--workdir={workdir}',
-                                   before=WILD_CLOCK)
+  status, output = launches.launch(
+    *ARGS, f'--workdir={workdir}', before=WILD_CLOCK
+  )
   assert status == 0, output
   assert f'checkpoint {damaged} is DAMAGED: the content of rest/' in output
-  assert (f'now called {last}.damaged; going on from step {last - EVERY_STEPS}, '
-          f'{EVERY_STEPS} steps are lost') in output
+  assert (
+    f'now called {last}.damaged; going on from step {last - EVERY_STEPS}, '
+    f'{EVERY_STEPS} steps are lost'
+  ) in output
   assert (folder / f'{last}.damaged' / 'rest').is_dir()
   print(f'{kills} kills, {in_saves} of them in a save, {NUM_STEPS} steps')
   assert not unfinished()
@@ -191,17 +203,25 @@ def steps_to_damage(three_steps, tmp_path):
   return workdir
 
 
-@pytest.mark.parametrize('damage, words', [
+@pytest.mark.parametrize(
+  'damage, words',
+  [
     (damage_checksums, '(has changed|is missing|unreadable|bytes instead)'),
-    (empty_checksums, 'is unreadable'), (flip, 'the content of params/.* has'),
+    (empty_checksums, 'is unreadable'),
+    (flip, 'the content of params/.* has'),
     (flip_meta, 'the content of meta/metadata has'),
-    (truncate, 'has 100 bytes instead of'), (lose, 'is missing'),
-    (lose_item, 'is missing')])
+    (truncate, 'has 100 bytes instead of'),
+    (lose, 'is missing'),
+    (lose_item, 'is missing'),
+  ],
+)
 def test_every_damage_is_found(steps_to_damage, damage, words, caplog):
   workdir = str(steps_to_damage)
   folder = steps_to_damage / checkpoint.FOLDER
   damage(folder / '3')
-  items = checkpoint.PARAMS if damage in (flip, truncate, lose, lose_item) else ()
+  items = (
+    checkpoint.PARAMS if damage in (flip, truncate, lose, lose_item) else ()
+  )
   with checkpoint.open_manager(workdir, read_only=True) as manager:
     assert checkpoint.find_step(manager, items=items) == 2
     assert f'{folder}/3 is DAMAGED' in caplog.text
@@ -226,7 +246,9 @@ def test_damaged_names_do_not_collide(steps_to_damage):
   assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 2
   (folder / 'again').rename(folder / '3')
   assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 2
-  assert {'3.damaged', '3.damaged.damaged'} <= {p.name for p in folder.iterdir()}
+  assert {'3.damaged', '3.damaged.damaged'} <= {
+    p.name for p in folder.iterdir()
+  }
 
 
 def test_checkpoint_of_an_older_version_has_no_checksums(steps_to_damage):
@@ -238,23 +260,29 @@ def test_checkpoint_of_an_older_version_has_no_checksums(steps_to_damage):
     assert checkpoint.find_step(manager) == 3
     assert checkpoint.restore_meta(manager, 3)['data']['step'] == 0
     shape = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype,
-            sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
-        manager.item_metadata(3)['params'].tree)
+      lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape,
+        leaf.dtype,
+        sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+      ),
+      manager.item_metadata(3)['params'].tree,
+    )
     checkpoint.restore_params(manager, shape, 3, vocab_size=258)
     truncate(folder)
     with pytest.raises(InputError, match='move that folder away'):
       checkpoint.restore_params(manager, shape, 3, vocab_size=258)
 
 
-@pytest.mark.parametrize('content', [
-    b'', b'{"rest/\xf4": 3}', b'[]', b'[' * 100_000])
+@pytest.mark.parametrize(
+  'content', [b'', b'{"rest/\xf4": 3}', b'[]', b'[' * 100_000]
+)
 def test_damage_in_two_places_is_no_import(steps_to_damage, content):
   folder = steps_to_damage / checkpoint.FOLDER / '3'
   assert not checkpoint.holds_weights_alone(str(steps_to_damage))
   shutil.rmtree(folder / 'rest')
-  assert not checkpoint.holds_weights_alone(str(steps_to_damage))  # it is listed
+  assert not checkpoint.holds_weights_alone(
+    str(steps_to_damage)
+  )  # it is listed
   (folder / checkpoint.CHECKSUMS).write_bytes(content)
   assert not checkpoint.holds_weights_alone(str(steps_to_damage))
   assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 2
@@ -273,7 +301,7 @@ def test_checkpoint_that_lost_its_checksums_is_damaged(steps_to_damage, lost):
 
 
 def test_a_step_with_nan_is_skipped_and_the_run_goes_on(tmp_path):
-  before = '''
+  before = """
 import nanodlm.data.pipeline as pipeline
 make = pipeline.make_train_iterator
 def make_with_nan(*args, start_step=0, **kwargs):
@@ -282,18 +310,26 @@ def make_with_nan(*args, start_step=0, **kwargs):
       batch["weight"][0, 3] = float("nan")
     yield batch
 pipeline.make_train_iterator = make_with_nan
-'''
+"""
   status, output = launches.launch(
-      *launches.TINY, f'--workdir={tmp_path}/run', '--config.train.num_steps=20',
-      '--config.train.log_every_steps=20', before=before)
+    *launches.TINY,
+    f'--workdir={tmp_path}/run',
+    '--config.train.num_steps=20',
+    '--config.train.log_every_steps=20',
+    before=before,
+  )
   assert status == 0, output
   assert re.findall(r'step (\d+) skipped', output) == ['7', '10', '11'], output
-  (line,) = [line for line in metric_lines(tmp_path / 'run')
-             if 'train/loss' in line]
+  (line,) = [
+    line for line in metric_lines(tmp_path / 'run') if 'train/loss' in line
+  ]
   assert line['train/skipped_steps'] == 3
   assert np.isfinite(line['train/loss'])
-  assert all(np.isfinite(value).all() for name, value
-             in arrays(tmp_path / 'run', 20).items() if name[:4] != 'rest')
+  assert all(
+    np.isfinite(value).all()
+    for name, value in arrays(tmp_path / 'run', 20).items()
+    if name[:4] != 'rest'
+  )
 
 
 @pytest.fixture(scope='module')
@@ -302,8 +338,9 @@ def prepared(tmp_path_factory):
   root = tmp_path_factory.mktemp('damaged_data')
   (root / 'text.txt').write_text(workdirs.TEXT * 20)
   config = configs.load_base()
-  config.data.update(source=f'text:{root}/text.txt', length=16,
-                     data_dir=str(root / 'data'))
+  config.data.update(
+    source=f'text:{root}/text.txt', length=16, data_dir=str(root / 'data')
+  )
   settings = configs.validate(config)
   open_data = lambda: prepare.prepare(settings.data, settings.tokenizer)
   return open_data, pathlib.Path(open_data().folders[0]), settings.data
@@ -311,7 +348,9 @@ def prepared(tmp_path_factory):
 
 def read_all(open_data, data_config):
   packed = open_data()
-  batches = pipeline.make_train_iterator(packed, data_config, seed=0, batch_size=64)
+  batches = pipeline.make_train_iterator(
+    packed, data_config, seed=0, batch_size=64
+  )
   for _ in range(len(packed.train) // 64 + 1):
     next(batches)
 
@@ -336,12 +375,20 @@ def flip_end(path):  # the bracket that ends a JSON file
   flip_bit(path, 0.9999)
 
 
-@pytest.mark.parametrize('name, damage', [
-    *(('*-train.array_record*', damage)
-      for damage in (flip_start, flip_bit, halve, empty, remove)),
-    *((name, damage)
+@pytest.mark.parametrize(
+  'name, damage',
+  [
+    *(
+      ('*-train.array_record*', damage)
+      for damage in (flip_start, flip_bit, halve, empty, remove)
+    ),
+    *(
+      (name, damage)
       for name in ('dataset_info.json', 'features.json', 'metadata.json')
-      for damage in (flip_end, halve, empty, remove))])
+      for damage in (flip_end, halve, empty, remove)
+    ),
+  ],
+)
 def test_damaged_data_is_an_error_that_says_what_to_do(prepared, name, damage):
   open_data, folder, data_config = prepared
   (path,) = folder.rglob(name)
@@ -350,7 +397,10 @@ def test_damaged_data_is_an_error_that_says_what_to_do(prepared, name, damage):
   try:
     damage(path)
     with pytest.raises(InputError) as raised:
-      if damage not in (flip_start, flip_bit):  # found at once, not when it is read
+      if damage not in (
+        flip_start,
+        flip_bit,
+      ):  # found at once, not when it is read
         open_data()
       else:
         read_all(open_data, data_config)

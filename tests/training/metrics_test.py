@@ -9,14 +9,23 @@ from nanodlm.training import metrics
 
 def sums_of(nll, weight, num_bytes):
   nll, weight, num_bytes = (
-      np.asarray(x, float) for x in (nll, weight, num_bytes))
-  return {'nll': nll.sum(), 'weight': weight.sum(), 'nll2': (nll**2).sum(),
-          'nll_weight': (nll * weight).sum(), 'weight2': (weight**2).sum(),
-          'num_examples': float(np.sum(weight > 0)), 'num_bytes': num_bytes.sum(),
-          'nll_num_bytes': (nll * num_bytes).sum(),
-          'num_bytes2': (num_bytes**2).sum(),
-          'correct': 3.0, 'scored': 4.0, 'bin_cross_entropy': np.array([2.0, 0.0]),
-          'bin_scored': np.array([4.0, 0.0])}
+    np.asarray(x, float) for x in (nll, weight, num_bytes)
+  )
+  return {
+    'nll': nll.sum(),
+    'weight': weight.sum(),
+    'nll2': (nll**2).sum(),
+    'nll_weight': (nll * weight).sum(),
+    'weight2': (weight**2).sum(),
+    'num_examples': float(np.sum(weight > 0)),
+    'num_bytes': num_bytes.sum(),
+    'nll_num_bytes': (nll * num_bytes).sum(),
+    'num_bytes2': (num_bytes**2).sum(),
+    'correct': 3.0,
+    'scored': 4.0,
+    'bin_cross_entropy': np.array([2.0, 0.0]),
+    'bin_scored': np.array([4.0, 0.0]),
+  }
 
 
 def test_units():
@@ -39,8 +48,10 @@ def test_interval_covers_the_mean_about_19_times_in_20():
     nll = generator.gamma(4.0, 4.0, 60)  # mean 16: 1 nat per token
     means = metrics.eval_means(sums_of(nll, weight, num_bytes))
     hits += abs(means['eval/nll'] - 1.0) < means['eval/nll_ci95']
-    byte_hits += (abs(means['eval/bits_per_byte'] - 16 / 39.5 / math.log(2))
-                  < means['eval/bits_per_byte_ci95'])
+    byte_hits += (
+      abs(means['eval/bits_per_byte'] - 16 / 39.5 / math.log(2))
+      < means['eval/bits_per_byte_ci95']
+    )
   assert 0.92 < hits / 2000 < 0.97
   assert 0.92 < byte_hits / 2000 < 0.97
 
@@ -53,7 +64,9 @@ def test_interval_per_byte_holds_the_spread_of_bytes_alone():
 
 def test_empty_rows_change_nothing():
   full = metrics.eval_means(sums_of([8.0, 12.0], [10, 10], [20, 20]))
-  padded = metrics.eval_means(sums_of([8.0, 12.0, 0.0], [10, 10, 0], [20, 20, 0]))
+  padded = metrics.eval_means(
+    sums_of([8.0, 12.0, 0.0], [10, 10, 0], [20, 20, 0])
+  )
   assert full == padded
 
 
@@ -71,10 +84,13 @@ def test_peak_flops():
 def test_ratio_interval_is_that_of_the_evaluation():
   nll, num_bytes = np.array([8.0, 12.0, 5.0]), np.array([20, 20, 7])
   means = metrics.eval_means(sums_of(nll, [10, 10, 4], num_bytes))
-  ratio, half_width = metrics.ratio_interval(np.append(nll, 3.0),
-                                             np.append(num_bytes, 0))
+  ratio, half_width = metrics.ratio_interval(
+    np.append(nll, 3.0), np.append(num_bytes, 0)
+  )
   assert math.isclose(ratio / math.log(2), means['eval/bits_per_byte'])
-  assert math.isclose(half_width / math.log(2), means['eval/bits_per_byte_ci95'])
+  assert math.isclose(
+    half_width / math.log(2), means['eval/bits_per_byte_ci95']
+  )
   assert math.isnan(metrics.ratio_interval([1.0], [2.0])[1])
 
 

@@ -13,19 +13,38 @@ from tests import toys
 
 
 def config(**changes):
-  fields = dict(name='adamw', learning_rate=0.1, schedule='cosine',
-                warmup_steps=4, final_fraction=0.1, weight_decay=0.0, b1=0.9,
-                b2=0.99, momentum=0.95, clip_norm=1.0, ema_decay=0.0)
+  fields = dict(
+    name='adamw',
+    learning_rate=0.1,
+    schedule='cosine',
+    warmup_steps=4,
+    final_fraction=0.1,
+    weight_decay=0.0,
+    b1=0.9,
+    b2=0.99,
+    momentum=0.95,
+    clip_norm=1.0,
+    ema_decay=0.0,
+  )
   return optim.OptimConfig(**{**fields, **changes})
 
 
 def shapes():
   return jax.eval_shape(
-      lambda: transformer.init_params(
-          toys.model_config(qk_norm=True, time_conditioning=True,
-                            time_form='sigma', embedding_dim=8, output_bias=True,
-                            num_positions=4, tie_embeddings=False, mlp='swiglu'),
-          jax.random.key(0)))
+    lambda: transformer.init_params(
+      toys.model_config(
+        qk_norm=True,
+        time_conditioning=True,
+        time_form='sigma',
+        embedding_dim=8,
+        output_bias=True,
+        num_positions=4,
+        tie_embeddings=False,
+        mlp='swiglu',
+      ),
+      jax.random.key(0),
+    )
+  )
 
 
 def flat(tree, is_leaf=None):
@@ -34,7 +53,6 @@ def flat(tree, is_leaf=None):
 
 
 class OptimTest(parameterized.TestCase):
-
   def test_matrices_and_embeddings_decay(self):
     decayed = flat(optim.decay_mask(shapes()))
     for path, shape in flat(shapes()).items():
@@ -42,44 +60,71 @@ class OptimTest(parameterized.TestCase):
       self.assertEqual(decayed[path], ndim == 2, path)
 
   def test_muon_takes_the_matrices_of_the_blocks(self):
-    is_leaf = lambda x: x is None or isinstance(
-        x, optax.contrib.MuonDimensionNumbers)
+    is_leaf = lambda x: (
+      x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
+    )
     dimensions = flat(optim.muon_dimensions(shapes()), is_leaf)
-    layers = ('query', 'key', 'value', 'attention_out', 'mlp_in', 'mlp_gate',
-              'mlp_out')
-    expected = {f'{block}/{layer}/kernel' for layer in layers
-                for block in ('layers', 'last_layer')}
+    layers = (
+      'query',
+      'key',
+      'value',
+      'attention_out',
+      'mlp_in',
+      'mlp_gate',
+      'mlp_out',
+    )
+    expected = {
+      f'{block}/{layer}/kernel'
+      for layer in layers
+      for block in ('layers', 'last_layer')
+    }
     self.assertEqual({path for path, x in dimensions.items() if x}, expected)
     for path in expected:
       ndim = flat(shapes())[path].ndim
       self.assertEqual(ndim, 3 if path.startswith('layers') else 2)
-      self.assertEqual(dimensions[path],
-                       optax.contrib.MuonDimensionNumbers(ndim - 2, ndim - 1))
+      self.assertEqual(
+        dimensions[path], optax.contrib.MuonDimensionNumbers(ndim - 2, ndim - 1)
+      )
 
   @parameterized.parameters(*optim.OPTIMIZERS)
   def test_decays_by_the_learning_rate_times_the_decay(self, name):
     # With no gradient, what is left is the decay.
-    params = {'embedding': jnp.ones((4, 2)), 'norm': {'scale': jnp.ones(2)},
-              'dense': {'kernel': jnp.ones((2, 4)), 'bias': jnp.ones(4)}}
+    params = {
+      'embedding': jnp.ones((4, 2)),
+      'norm': {'scale': jnp.ones(2)},
+      'dense': {'kernel': jnp.ones((2, 4)), 'bias': jnp.ones(4)},
+    }
     decayed = {'embedding', 'dense/kernel'}
     optimizer = optim.make_optimizer(
-        config(name=name, schedule='constant', warmup_steps=0, weight_decay=0.2,
-               clip_norm=0.0), num_steps=10)
+      config(
+        name=name,
+        schedule='constant',
+        warmup_steps=0,
+        weight_decay=0.2,
+        clip_norm=0.0,
+      ),
+      num_steps=10,
+    )
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     for path, update in flat(updates).items():
-      np.testing.assert_allclose(update, -0.1 * 0.2 * (path in decayed),
-                                 rtol=1e-5, err_msg=path)
+      np.testing.assert_allclose(
+        update, -0.1 * 0.2 * (path in decayed), rtol=1e-5, err_msg=path
+      )
 
   @parameterized.parameters(*optim.OPTIMIZERS)
   def test_descends(self, name):
     rng = np.random.default_rng(0)
-    target = {'embedding': rng.normal(size=(6, 4)),
-              'norm': {'scale': np.ones(4)},
-              'dense': {'kernel': rng.normal(size=(4, 5))}}
+    target = {
+      'embedding': rng.normal(size=(6, 4)),
+      'norm': {'scale': np.ones(4)},
+      'dense': {'kernel': rng.normal(size=(4, 5))},
+    }
     params = jax.tree.map(lambda x: jnp.zeros(x.shape), target)
-    loss = lambda params: sum(jnp.sum((x - y) ** 2) for x, y in zip(
-        jax.tree.leaves(params), jax.tree.leaves(target)))
+    loss = lambda params: sum(
+      jnp.sum((x - y) ** 2)
+      for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(target))
+    )
     optimizer = optim.make_optimizer(config(name=name), num_steps=60)
 
     @jax.jit
@@ -101,29 +146,34 @@ class OptimTest(parameterized.TestCase):
       optimizer = optim.make_optimizer(config(clip_norm=clip_norm), 10)
       _, state = optimizer.update(g, optimizer.init(params), params)
       moments.append(optax.tree.get(state, 'mu'))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
-                 *moments)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *moments
+    )
 
   @parameterized.parameters(
-      # step: 0, end of the warm-up, after it, half of the rest, last, end
-      ('cosine', [0.025, 0.1, 0.1, 0.055, None, 0.01]),
-      ('constant', [0.025, 0.1, 0.1, 0.1, 0.1, 0.1]),
-      ('wsd', [0.025, 0.1, 0.1, 0.1, None, 0.01]))
+    # step: 0, end of the warm-up, after it, half of the rest, last, end
+    ('cosine', [0.025, 0.1, 0.1, 0.055, None, 0.01]),
+    ('constant', [0.025, 0.1, 0.1, 0.1, 0.1, 0.1]),
+    ('wsd', [0.025, 0.1, 0.1, 0.1, None, 0.01]),
+  )
   def test_learning_rates(self, name, expected):
     schedule = optim.make_schedule(config(schedule=name), num_steps=104)
     for step, rate in zip((0, 3, 4, 54, 103, 104), expected):
       if rate is not None:
-        np.testing.assert_allclose(schedule(step), rate, rtol=1e-5,
-                                   err_msg=step)
+        np.testing.assert_allclose(
+          schedule(step), rate, rtol=1e-5, err_msg=step
+        )
     rates = np.array([schedule(step) for step in range(105)])
     self.assertTrue(np.all(np.diff(rates[:4]) > 0))
     self.assertTrue(np.all(np.diff(rates[4:]) <= 1e-8))
 
   def test_wsd_decays_over_the_last_fifth(self):
     schedule = optim.make_schedule(
-        config(schedule='wsd', warmup_steps=10, final_fraction=0.0), 100)
-    np.testing.assert_allclose([schedule(s) for s in (79, 80, 90, 100)],
-                               [0.1, 0.1, 0.05, 0.0], atol=1e-7)
+      config(schedule='wsd', warmup_steps=10, final_fraction=0.0), 100
+    )
+    np.testing.assert_allclose(
+      [schedule(s) for s in (79, 80, 90, 100)], [0.1, 0.1, 0.05, 0.0], atol=1e-7
+    )
 
   @parameterized.parameters(0, 1)
   def test_without_a_warmup_the_first_step_is_at_the_peak(self, warmup_steps):
@@ -131,10 +181,19 @@ class OptimTest(parameterized.TestCase):
     np.testing.assert_allclose(schedule(0), 0.1, rtol=1e-6)
 
   @parameterized.parameters(
-      ('name', 'sgd'), ('schedule', 'linear'), ('learning_rate', 0.0),
-      ('warmup_steps', -1), ('weight_decay', -0.1), ('clip_norm', -1.0),
-      ('b1', 1.0), ('b2', -0.1), ('momentum', 1.0), ('ema_decay', 1.0),
-      ('final_fraction', 1.1), ('learning_rate', float('nan')))
+    ('name', 'sgd'),
+    ('schedule', 'linear'),
+    ('learning_rate', 0.0),
+    ('warmup_steps', -1),
+    ('weight_decay', -0.1),
+    ('clip_norm', -1.0),
+    ('b1', 1.0),
+    ('b2', -0.1),
+    ('momentum', 1.0),
+    ('ema_decay', 1.0),
+    ('final_fraction', 1.1),
+    ('learning_rate', float('nan')),
+  )
   def test_errors(self, key, value):
     with self.assertRaisesRegex(InputError, f'^optim.{key}={value!r} '):
       config(**{key: value})

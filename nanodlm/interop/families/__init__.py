@@ -22,33 +22,35 @@ in its form:
 Modules here import `layout`, `types` and each other, nothing of the network.
 """
 
-from nanodlm.interop.families import bd3lm
-from nanodlm.interop.families import dream
-from nanodlm.interop.families import duo
-from nanodlm.interop.families import gidd
-from nanodlm.interop.families import gpt2
-from nanodlm.interop.families import llada
-from nanodlm.interop.families import llama
-from nanodlm.interop.families import md4
-from nanodlm.interop.families import mdlm
-from nanodlm.interop.families import native
-from nanodlm.interop.families import qwen2
-from nanodlm.interop.families import qwen3
-from nanodlm.interop.families import sedd
+from nanodlm.interop.families import (
+  bd3lm,
+  dream,
+  duo,
+  gidd,
+  gpt2,
+  llada,
+  llama,
+  md4,
+  mdlm,
+  native,
+  qwen2,
+  qwen3,
+  sedd,
+)
 
 # An export takes the first that fits, in this order.
 FAMILIES = {
-    'gpt2': gpt2,
-    'llama': llama,
-    'qwen2': qwen2,
-    'qwen3': qwen3,
-    'llada': llada,
-    'dream': dream,
-    'mdlm': mdlm,
-    'bd3lm': bd3lm,
-    'sedd': sedd,
-    'duo': duo,
-    'gidd': gidd,
-    'md4': md4,
-    'nanodlm': native,
+  'gpt2': gpt2,
+  'llama': llama,
+  'qwen2': qwen2,
+  'qwen3': qwen3,
+  'llada': llada,
+  'dream': dream,
+  'mdlm': mdlm,
+  'bd3lm': bd3lm,
+  'sedd': sedd,
+  'duo': duo,
+  'gidd': gidd,
+  'md4': md4,
+  'nanodlm': native,
 }

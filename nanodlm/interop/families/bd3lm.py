@@ -8,21 +8,36 @@ from typing import Any, Collection, Mapping
 from nanodlm.interop.families import ddit
 from nanodlm.interop.families import layout as layouts
 
+
 def detect(config: dict[str, Any], names: Collection[str]) -> bool:
   return ddit.is_of(config, 'bd3lm', names)
 
 
-def describe(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
-             ) -> layouts.Description:
+def describe(
+  config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> layouts.Description:
   layouts.require(config, 'block_size')
-  ddit.refuse(config, {
-      'cross_attn': (True,), 'causal': (False,), 'adaln': (True,),
+  ddit.refuse(
+    config,
+    {
+      'cross_attn': (True,),
+      'causal': (False,),
+      'adaln': (True,),
       # Blocks have times of their own, and they give the network their mean.
-      'time_conditioning': (False,), 'parameterization': ('subs',)})
+      'time_conditioning': (False,),
+      'parameterization': ('subs',),
+    },
+  )
   return ddit.describe(
-      config, shapes, num_heads_key='n_heads', has_mask=True,
-      length=config.get('model_length', 1024), objective__name='block',
-      objective__block_size=config['block_size'], model__time_form='constant')
+    config,
+    shapes,
+    num_heads_key='n_heads',
+    has_mask=True,
+    length=config.get('model_length', 1024),
+    objective__name='block',
+    objective__block_size=config['block_size'],
+    model__time_form='constant',
+  )
 
 
 def layout(network: Any, names: Collection[str]) -> layouts.Layout:
@@ -34,6 +49,12 @@ def misfit(network: Any, objective: str) -> str:
 
 
 def to_config(network: Any, export: layouts.Export) -> dict[str, Any]:
-  return {**ddit.to_config(network, export, 'bd3lm'),
-          'block_size': network.block_size, 'cross_attn': True, 'adaln': True,
-          'causal': False, 'attn_backend': 'sdpa', 'var_min': False}
+  return {
+    **ddit.to_config(network, export, 'bd3lm'),
+    'block_size': network.block_size,
+    'cross_attn': True,
+    'adaln': True,
+    'causal': False,
+    'attn_backend': 'sdpa',
+    'var_min': False,
+  }

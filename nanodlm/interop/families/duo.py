@@ -17,11 +17,18 @@ def detect(config: dict[str, Any], names: Collection[str]) -> bool:
   return any(ddit.is_of(config, kind, names) for kind in ('duo', 'udlm'))
 
 
-def describe(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
-             ) -> layouts.Description:
-  ddit.refuse(config, {'causal': (False,), 'time_conditioning': (True,),
-                       'cfg': (False,)})
+def describe(
+  config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> layouts.Description:
+  ddit.refuse(
+    config, {'causal': (False,), 'time_conditioning': (True,), 'cfg': (False,)}
+  )
   return ddit.describe(
-      config, shapes, num_heads_key='n_heads', has_mask=False,
-      length=config.get('model_length', 1024), objective__name='uniform',
-      model__time_form='sigma')
+    config,
+    shapes,
+    num_heads_key='n_heads',
+    has_mask=False,
+    length=config.get('model_length', 1024),
+    objective__name='uniform',
+    model__time_form='sigma',
+  )

@@ -17,11 +17,18 @@ def detect(config: dict[str, Any], names: Collection[str]) -> bool:
   return 'p_uniform' in config and ddit.is_of(config, 'dit', names)
 
 
-def describe(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
-             ) -> layouts.Description:
+def describe(
+  config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> layouts.Description:
   layouts.require(config, 'p_uniform')
   return ddit.describe(
-      config, shapes, num_heads_key='num_attention_heads', has_mask=True,
-      length=config.get('max_seq_len', 512), objective__name='hybrid',
-      objective__p_uniform=float(config['p_uniform']), objective__gamma=1.0,
-      model__time_form='unit')
+    config,
+    shapes,
+    num_heads_key='num_attention_heads',
+    has_mask=True,
+    length=config.get('max_seq_len', 512),
+    objective__name='hybrid',
+    objective__p_uniform=float(config['p_uniform']),
+    objective__gamma=1.0,
+    model__time_form='unit',
+  )

@@ -39,6 +39,7 @@ def reshaped(ours: tuple[int, ...], theirs: tuple[int, ...]) -> How:
 
 def chain(*hows: How) -> How:
   """One after the other, reading from left to right."""
+
   def read(x):
     for how in hows:
       x = how.read(x)
@@ -57,12 +58,14 @@ def halves_from_pairs(num_heads: int, head_dim: int) -> How:
 
   Theirs rotate features 2i and 2i + 1 together, ours i and i + Dh / 2.
   """
+
   def turn(x, shape):
     x = x.reshape(num_heads, *shape, *x.shape[1:])
     return x.swapaxes(1, 2).reshape(-1, *x.shape[3:])
 
-  return How(lambda x: turn(x, (head_dim // 2, 2)),
-             lambda x: turn(x, (2, head_dim // 2)))
+  return How(
+    lambda x: turn(x, (head_dim // 2, 2)), lambda x: turn(x, (2, head_dim // 2))
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +123,12 @@ class Export:
   length: int
 
 
-def misfit(network: Any, objective: str, objectives: tuple[str, ...],
-           **allowed: tuple[Any, ...]) -> str:
+def misfit(
+  network: Any,
+  objective: str,
+  objectives: tuple[str, ...],
+  **allowed: tuple[Any, ...],
+) -> str:
   """What of a network a family cannot express, '' where there is nothing.
 
   Args:
@@ -131,8 +138,11 @@ def misfit(network: Any, objective: str, objectives: tuple[str, ...],
     **allowed: the values that a field may have.
   """
   allowed = {'output_bias': (False,), 'embedding_dim': (0,), **allowed}
-  found = [f'model.{key}={getattr(network, key)!r}'
-           for key, values in allowed.items() if getattr(network, key) not in values]
+  found = [
+    f'model.{key}={getattr(network, key)!r}'
+    for key, values in allowed.items()
+    if getattr(network, key) not in values
+  ]
   if objective not in objectives:
     found.insert(0, f'objective.name={objective!r}')
   return ', '.join(found)
@@ -171,5 +181,6 @@ def require(config: dict[str, Any], *keys: str):
   missing = [key for key in keys if config.get(key) is None]
   if missing:
     raise InputError(
-        f'config.json has no {missing}, or is missing: the tensors do not say it. '
-        'Write one beside them, with model_type too')
+      f'config.json has no {missing}, or is missing: the tensors do not say it. '
+      'Write one beside them, with model_type too'
+    )

@@ -11,20 +11,26 @@ from typing import Any, Collection, Mapping
 from nanodlm.interop.families import ddit
 from nanodlm.interop.families import layout as layouts
 
+
 def detect(config: dict[str, Any], names: Collection[str]) -> bool:
   return ddit.is_of(config, 'mdlm', names)
 
 
-def describe(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
-             ) -> layouts.Description:
+def describe(
+  config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> layouts.Description:
   # d3pm and sedd are MDLM's other parametrisations of the same network.
   ddit.refuse(config, {'parameterization': ('subs',), 'backbone': ('dit',)})
   is_told = config.get('time_conditioning', False)
   return ddit.describe(
-      config, shapes, num_heads_key='n_heads', has_mask=True,
-      length=config.get('model_length', 1024),
-      objective__name='masked',
-      model__time_form='sigma' if is_told else 'constant')
+    config,
+    shapes,
+    num_heads_key='n_heads',
+    has_mask=True,
+    length=config.get('model_length', 1024),
+    objective__name='masked',
+    model__time_form='sigma' if is_told else 'constant',
+  )
 
 
 def layout(network: Any, names: Collection[str]) -> layouts.Layout:

@@ -7,8 +7,7 @@ back with the folder `nanodlm` that an export holds, by nothing else.
 from typing import Any, Collection
 
 from nanodlm.interop.families import layout as layouts
-from nanodlm.interop.families.layout import LAYER
-from nanodlm.interop.families.layout import Piece
+from nanodlm.interop.families.layout import LAYER, Piece
 from nanodlm.types import InputError
 
 TYPE = 'nanodlm'
@@ -19,11 +18,14 @@ def detect(config: dict[str, Any], names: Collection[str]) -> bool:
   return config.get('model_type') == TYPE
 
 
-def describe(config: dict[str, Any], names: Collection[str]
-             ) -> layouts.Description:
+def describe(
+  config: dict[str, Any], names: Collection[str]
+) -> layouts.Description:
   del config, names
-  raise InputError("a checkpoint of model_type='nanodlm' is read with the folder "
-                   "'nanodlm' of its export, which is missing")
+  raise InputError(
+    "a checkpoint of model_type='nanodlm' is read with the folder "
+    "'nanodlm' of its export, which is missing"
+  )
 
 
 def layout(network: Any, names: Collection[str]) -> layouts.Layout:
@@ -46,5 +48,9 @@ def misfit(network: Any, objective: str) -> str:
 
 def to_config(network: Any, export: layouts.Export) -> dict[str, Any]:
   del network
-  return {'model_type': TYPE, 'vocab_size': export.vocab_size,
-          'mask_token_id': export.mask_id, 'eos_token_id': export.separator_id}
+  return {
+    'model_type': TYPE,
+    'vocab_size': export.vocab_size,
+    'mask_token_id': export.mask_id,
+    'eos_token_id': export.separator_id,
+  }

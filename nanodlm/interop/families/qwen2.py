@@ -14,8 +14,9 @@ def detect(config: dict[str, Any], names: Collection[str]) -> bool:
   return config.get('model_type') == 'qwen2'
 
 
-def describe(config: dict[str, Any], names: Collection[str]
-             ) -> layouts.Description:
+def describe(
+  config: dict[str, Any], names: Collection[str]
+) -> layouts.Description:
   del names
   # Its window is off unless this says otherwise.
   config = {'use_sliding_window': False, **config}
@@ -27,12 +28,20 @@ def layout(network: Any, names: Collection[str]) -> layouts.Layout:
 
 
 def misfit(network: Any, objective: str) -> str:
-  return llama.misfit_decoder(network, objective, attention_bias=('qkv',), mlp_bias=(False,),
-                              qk_norm=(False,))
+  return llama.misfit_decoder(
+    network,
+    objective,
+    attention_bias=('qkv',),
+    mlp_bias=(False,),
+    qk_norm=(False,),
+  )
 
 
 def to_config(network: Any, export: layouts.Export) -> dict[str, Any]:
-  return {**llama.decoder_config(network, export), 'model_type': 'qwen2',
-          'architectures': ['Qwen2ForCausalLM'],
-          'attention_bias': network.attention_bias != 'none',
-          'use_sliding_window': False}
+  return {
+    **llama.decoder_config(network, export),
+    'model_type': 'qwen2',
+    'architectures': ['Qwen2ForCausalLM'],
+    'attention_bias': network.attention_bias != 'none',
+    'use_sliding_window': False,
+  }
