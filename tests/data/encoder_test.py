@@ -153,7 +153,7 @@ class EnginesTest(DataTest):
     with (
       mock.patch.object(sources, 'PART_BYTES', 2000),
       mock.patch.object(
-        builder, '_make_streams', side_effect=KeyboardInterrupt
+        prepare, '_make_streams', side_effect=KeyboardInterrupt
       ),
     ):
       with self.assertRaises(KeyboardInterrupt):
@@ -641,12 +641,12 @@ class MixtureTest(DataTest):
     b = self.config(f'text:{self.folder}/b.txt', **self.settings)
     with (
       mock.patch.object(prepare, '_build', side_effect=AssertionError),
-      mock.patch.object(prepare, 'prepare', wraps=prepare.prepare) as prepare,
+      mock.patch.object(prepare, 'prepare', wraps=prepare.prepare) as inner,
     ):
       alone = prepare.prepare(b, BYTES)
       prepare.prepare(config, BYTES)
     self.assertEqual(packed.train.parts[1].files, alone.train.files)
-    self.assertEqual(prepare.call_args.args[0], b)  # nothing else of it changes
+    self.assertEqual(inner.call_args.args[0], b)  # nothing else of it changes
     json.dumps(packed.metadata)
 
   @parameterized.parameters(

@@ -16,7 +16,7 @@ from nanodlm.devices.sharding import Shards
 from nanodlm.model import transformer
 from nanodlm.noise.categorical import Draw
 from nanodlm.objectives import ar, block, d3pm, genmd4, masked, mixture, sedd
-from nanodlm.steps import train
+from nanodlm.steps import train as steps
 from nanodlm.training import state as states
 from nanodlm.types import InputError
 from tests import toys
@@ -62,7 +62,7 @@ def make_network(name, shape, **changes):
       **changes,
     }
   )
-  return train.Network(config, 20, Shards(*shape[1:]))
+  return steps.Network(config, 20, Shards(*shape[1:]))
 
 
 def make_optimizer():
@@ -129,7 +129,7 @@ def unpadded(tree):
 def train(name, shape, num_microbatches=1, scale=3, anneal_steps=0, **changes):
   """A step: how parameters and average changed, and its metrics."""
   mesh, network = make_mesh(shape), make_network(name, shape, **changes)
-  train_step = train.make_train_step(
+  train_step = steps.make_train_step(
     network,
     OBJECTIVES[name],
     make_optimizer(),
@@ -243,7 +243,7 @@ class EvalAndSampleTest(parameterized.TestCase):
   def test_evaluation_is_the_same(self, name, shape):
     def sums(shape):
       mesh, network = make_mesh(shape), make_network(name, shape)
-      run = train.make_eval_step(
+      run = steps.make_eval_step(
         network, OBJECTIVES[name], mesh, num_draws=2, seed=3
       )
       batch = {**make_batch(5), 'index': np.arange(BATCH, dtype=np.int32)}
@@ -299,7 +299,7 @@ class EvalAndSampleTest(parameterized.TestCase):
 
     def sample(shape):
       mesh, network = make_mesh(shape), make_network(objective, shape)
-      run = train.make_sample_step(
+      run = steps.make_sample_step(
         network, OBJECTIVES[objective], sampler, mesh
       )
       canvas = meshes.shard_whole_batch(mesh, types.Canvas(tokens, fixed))
@@ -335,7 +335,7 @@ class MemoryTest(parameterized.TestCase):
     shape, num_layers = (1, 8, 1), 5
     mesh = make_mesh(shape)
     network = make_network('masked', shape, num_layers=num_layers)
-    train_step = train.make_train_step(
+    train_step = steps.make_train_step(
       network,
       OBJECTIVES['masked'],
       make_optimizer(),

@@ -25,7 +25,7 @@ from nanodlm.samplers.guidance import Guided
 from nanodlm.samplers.posterior import Posterior
 from nanodlm.samplers.prefix_cache import PrefixCache
 from nanodlm.samplers.remask import Remask
-from nanodlm.steps import train
+from nanodlm.steps import train as steps
 from nanodlm.training import state as states
 from nanodlm.types import Canvas, InputError, Sampler
 from tests import toys
@@ -91,7 +91,7 @@ def network(name, dropout=0.0):
     block_size=OBJECTIVES[name].block_size,
     dropout=dropout,
   )
-  return train.Network(config, chunk_size=20)
+  return steps.Network(config, chunk_size=20)
 
 
 def make_mesh(num_devices):
@@ -149,7 +149,7 @@ def trainer(name, num_devices, num_microbatches, dropout):
   spy, mesh = Spy(OBJECTIVES[name], []), make_mesh(num_devices)
   optimizer = optax.sgd(LEARNING_RATE, momentum=0.9)
   return (
-    train.make_train_step(
+    steps.make_train_step(
       network(name, dropout),
       spy,
       optimizer,
@@ -247,7 +247,7 @@ class TrainStepTest(parameterized.TestCase):
     mesh, batch = make_mesh(2), make_batch(3)
     rates = {}
     for slope in (0.0, 7.0):
-      train = train.make_train_step(
+      train = steps.make_train_step(
         network('genmd4'),
         Shifted(MASK, slope=slope),
         optax.sgd(LEARNING_RATE),
@@ -387,7 +387,7 @@ class TrainStepTest(parameterized.TestCase):
     self, batch_size, num_devices, num_microbatches
   ):
     with self.assertRaisesRegex(InputError, r'^train\.(batch_size|num_micro)'):
-      train.check_batch_size(
+      steps.check_batch_size(
         batch_size, make_mesh(num_devices), num_microbatches, group_size=2
       )
 
@@ -395,7 +395,7 @@ class TrainStepTest(parameterized.TestCase):
 @functools.cache
 def evaluator(name, num_devices):
   mesh = make_mesh(num_devices)
-  return train.make_eval_step(
+  return steps.make_eval_step(
     network(name, 0.1), OBJECTIVES[name], mesh, num_draws=4, seed=5
   ), mesh
 
@@ -513,7 +513,7 @@ class EvalStepTest(parameterized.TestCase):
   @parameterized.parameters(0, 3)
   def test_draws_are_whole_groups(self, num_draws):
     with self.assertRaisesRegex(InputError, f'eval.num_draws={num_draws}'):
-      train.make_eval_step(
+      steps.make_eval_step(
         network('count'),
         OBJECTIVES['count'],
         make_mesh(1),
@@ -530,7 +530,7 @@ class ScoreStepTest(parameterized.TestCase):
     values = []
     for num_devices in (1, 8):
       mesh = make_mesh(num_devices)
-      score = train.make_score_step(
+      score = steps.make_score_step(
         network(name, 0.1), OBJECTIVES[name], mesh, num_draws=4
       )
       params = jax.device_put(initial_params(), meshes.replicated(mesh))
@@ -555,7 +555,7 @@ class ScoreStepTest(parameterized.TestCase):
     )
     spread = {}
     for name in ('count', 'uniform'):
-      score = train.make_score_step(
+      score = steps.make_score_step(
         network(name), OBJECTIVES[name], mesh, num_draws=2
       )
       nll = score(zeros, jax.random.key(5), meshes.shard_batch(mesh, rows))[
@@ -567,7 +567,7 @@ class ScoreStepTest(parameterized.TestCase):
 
   def test_draws_are_whole_groups(self):
     with self.assertRaisesRegex(InputError, 'eval.num_draws=3'):
-      train.make_score_step(
+      steps.make_score_step(
         network('count'), OBJECTIVES['count'], make_mesh(1), num_draws=3
       )
 
@@ -577,7 +577,7 @@ class AnnealTest(absltest.TestCase):
     mesh = make_mesh(8)
 
     def losses_at(anneal_steps, numbers):
-      train = train.make_train_step(
+      train = steps.make_train_step(
         network('count'),
         OBJECTIVES['count'],
         optax.sgd(LEARNING_RATE, momentum=0.9),
@@ -611,14 +611,14 @@ class SampleStepTest(parameterized.TestCase):
       np.full((8, LENGTH), MASK, np.int32), np.zeros((8, LENGTH), bool)
     )
     sampler = Posterior(Draw(MASK), 4, objective)
-    run = train.make_sample_step(
+    run = steps.make_sample_step(
       network('genmd4'), objective, sampler, make_mesh(1)
     )
     tokens = run(params, jax.random.key(1), canvas).tokens
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(1), i))(
       jnp.arange(8)
     )
-    denoise = train.Denoiser(network('genmd4'), objective, params)
+    denoise = steps.Denoiser(network('genmd4'), objective, params)
     for rates, is_same in ((np.log1p(np.exp(rate)), True), (None, False)):
       alone = dataclasses.replace(sampler, rule=GenMD4(MASK, rates=rates))
       sample = jax.jit(lambda keys: alone(keys, canvas, denoise).tokens)
@@ -642,7 +642,7 @@ class SampleStepTest(parameterized.TestCase):
       params = jax.device_put(initial_params(), meshes.replicated(mesh))
       samples = [
         host(
-          train.make_sample_step(
+          steps.make_sample_step(
             network(name), OBJECTIVES[name], sampler(cache), mesh
           )(params, jax.random.key(0), meshes.shard_batch(mesh, canvas))
         )
@@ -662,7 +662,7 @@ class SampleStepTest(parameterized.TestCase):
     mesh, inner = make_mesh(8), FixedCount(Draw(MASK), num_steps=3)
     params = jax.device_put(initial_params(), meshes.replicated(mesh))
     sample = lambda sampler: host(
-      train.make_sample_step(
+      steps.make_sample_step(
         network('count'), OBJECTIVES['count'], sampler, mesh
       )(params, jax.random.key(0), meshes.shard_batch(mesh, canvas))
     )
@@ -698,7 +698,7 @@ class SampleStepTest(parameterized.TestCase):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
       jax.random.key(0), np.arange(BATCH)
     )
-    rows = train.Rows(
+    rows = steps.Rows(
       np.asarray(jax.random.key_data(keys)),
       tokens,
       fixed,
@@ -709,7 +709,7 @@ class SampleStepTest(parameterized.TestCase):
     for i, setting in enumerate(settings):
       mesh = make_mesh(1)
       params = jax.device_put(initial_params(), meshes.replicated(mesh))
-      sample = train.make_sample_step(
+      sample = steps.make_sample_step(
         network(name),
         OBJECTIVES[name],
         make_sampler(Draw(MASK, *setting)),
@@ -724,7 +724,7 @@ class SampleStepTest(parameterized.TestCase):
       ).tokens[mine == i]
     mesh = make_mesh(8)
     params = jax.device_put(initial_params(), meshes.replicated(mesh))
-    sample = train.make_rows_step(
+    sample = steps.make_rows_step(
       network(name), OBJECTIVES[name], make_sampler(Draw(MASK)), mesh
     )
     samples = host(sample(params, meshes.shard_batch(mesh, rows)))
@@ -741,7 +741,7 @@ class SampleStepTest(parameterized.TestCase):
     samples = []
     for num_devices in (1, 8):
       mesh = make_mesh(num_devices)
-      sample = train.make_sample_step(
+      sample = steps.make_sample_step(
         network('count'), OBJECTIVES['count'], sampler, mesh
       )
       params = jax.device_put(initial_params(), meshes.replicated(mesh))
