@@ -13,6 +13,7 @@ from nanodlm import objectives, samplers, types
 from nanodlm.data import sources
 from nanodlm.devices import mesh, sharding
 from nanodlm.model import transformer
+from nanodlm.model.config import ModelConfig
 from nanodlm.noise import categorical, schedules, times
 from nanodlm.samplers import block, guidance
 from nanodlm.training import optim
@@ -423,11 +424,11 @@ def make_objective(config: config_dict.ConfigDict, mask_id: int) -> Objective:
 
 def make_model(
   config: config_dict.ConfigDict, vocab_size: int, platform: str = ''
-) -> transformer.ModelConfig:
+) -> ModelConfig:
   """The network's shape, causal where the objective is."""
   objective = make_objective(config, vocab_size - 1)
   return _build(
-    transformer.ModelConfig,
+    ModelConfig,
     config.model,
     vocab_size=vocab_size,
     causal=objective.causal,

@@ -22,6 +22,7 @@ from nanodlm.data import pipeline, prepare, tokenizers
 from nanodlm.devices import hugepages, lock, multihost, sharding
 from nanodlm.devices import mesh as meshes
 from nanodlm.model import transformer
+from nanodlm.model.config import train_flops_per_token
 from nanodlm.show import replay
 from nanodlm.steps import train as steps
 from nanodlm.training import checkpoint, metrics
@@ -460,7 +461,7 @@ def _loop(
   draw = sample.make_sample(run) if train.num_samples else None
   prompt = _first_prompt(run, packed)
   peak = metrics.peak_flops(jax.devices()[0].device_kind)
-  flops = transformer.train_flops_per_token(run.network.config, length)
+  flops = train_flops_per_token(run.network.config, length)
   actions = _make_actions(settings, workdir, first_step)
   window, in_flight, skipped, in_a_row = _Window(), collections.deque(), 0, 0
 

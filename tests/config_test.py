@@ -418,7 +418,7 @@ class ValidateTest(parameterized.TestCase):
       'checkpoint': configs.CheckpointConfig,
       'optim': configs.optim.OptimConfig,
       'mesh': configs.mesh.MeshConfig,
-      'model': configs.transformer.ModelConfig,
+      'model': configs.ModelConfig,
     }
     for section, values in base.get_config().items():
       if section in read:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from nanodlm.model import transformer
+from nanodlm.model.config import ModelConfig
 
 # Tokens 0, 1, 2 and the mask; texts of three tokens.
 VOCAB = 3
@@ -223,4 +223,4 @@ def model_config(**changes):
     unroll=False,
     attention='auto',
   )
-  return transformer.ModelConfig(**{**fields, **changes})
+  return ModelConfig(**{**fields, **changes})

@@ -30,7 +30,7 @@ from nanodlm import config as configs
 from nanodlm import evaluate, sample, samplers
 from nanodlm.data import prepare
 from nanodlm.evals import judge as judges
-from nanodlm.model import transformer
+from nanodlm.model.config import num_params
 from nanodlm.samplers import prefix_cache
 from nanodlm.types import InputError
 
@@ -211,7 +211,7 @@ def compare_run(
     'step': step,
     'objective': run.config.objective.name,
     'is_exact': run.objective.exact,
-    'num_params': transformer.num_params(params),
+    'num_params': num_params(params),
     'tokenizer': run.tokenizer.name,
     'vocab_size': run.tokenizer.vocab_size,
     'source': run.settings.data.source,

@@ -25,7 +25,7 @@ from nanodlm.data import tokenizers
 from nanodlm.interop import tensors as tensor_files
 from nanodlm.interop.families import FAMILIES
 from nanodlm.interop.families import layout as layouts
-from nanodlm.model import transformer
+from nanodlm.model.config import ModelConfig, num_params
 from nanodlm.training import checkpoint
 from nanodlm.training import state as states
 from nanodlm.types import InputError
@@ -161,7 +161,7 @@ def _import_checkpoint(
     'imported %s as %s: %s parameters, %d ids, into %s',
     source,
     family,
-    f'{transformer.num_params(params):,}',
+    f'{num_params(params):,}',
     tokenizer.vocab_size,
     workdir,
   )
@@ -411,7 +411,7 @@ def moved(i: int, mask_place: int, vocab_size: int) -> int:
 
 
 def read_params(
-  network: transformer.ModelConfig,
+  network: ModelConfig,
   objective: Any,
   tensors: tensor_files.Tensors,
   layout: layouts.Layout,
@@ -536,9 +536,7 @@ def _rows_to_ours(
 
 
 def check_names(
-  network: transformer.ModelConfig,
-  tensors: tensor_files.Tensors,
-  layout: layouts.Layout,
+  network: ModelConfig, tensors: tensor_files.Tensors, layout: layouts.Layout
 ):
   """Raises InputError with the names of missing and of surplus tensors.
 

@@ -9,7 +9,7 @@ a few).
 
 import dataclasses
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,299 +18,26 @@ import jax.numpy as jnp
 
 from nanodlm.devices import sharding
 from nanodlm.devices.sharding import Shards
-from nanodlm.model import attention, pallas_attention
+from nanodlm.model import attention
+from nanodlm.model.config import (
+  ATTENTION_OUT,
+  MLPS,
+  ModelConfig,
+  REMATS,
+  TIME_FORMS,
+)
+from nanodlm.model.layers import (
+  activate_time,
+  dropout_mask,
+  Heads,
+  INIT_STD,
+  keeps_inputs,
+  Linear,
+  Norm,
+  rotary_table,
+  TimeEmbedding,
+)
 from nanodlm.types import InputError
-
-# Standard deviation of the initial weights, as in GPT-2.
-INIT_STD = 0.02
-TIME_FEATURES = 256
-# The network sees 1000 t, so that the sinusoids below resolve t in [0, 1].
-TIME_SCALE = 1000.0
-# Their longest wave is about 2 pi times it.
-TIME_PERIOD = 10_000.0
-# The least share of kept tokens that 'sigma' tells of, as in SEDD and MDLM, whose
-# schedules end there: behind it -log alpha is infinite.
-MIN_TIME_ALPHA = 1e-3
-
-
-@jax.custom_jvp
-def relu2(x: jax.Array) -> jax.Array:
-  """max(x, 0)^2 (Primer, arXiv 2109.08668)."""
-  return jnp.square(jnp.maximum(x, 0))
-
-
-@relu2.defjvp
-def _relu2_jvp(primals, tangents):
-  # Keeps one array for the backward pass, where JAX's own rule keeps two.
-  positive = jnp.maximum(primals[0], 0)
-  return jnp.square(positive), 2 * positive * tangents[0]
-
-
-# By this name 'dots' keeps the attention's output, a product of its own kernels.
-ATTENTION_OUT = 'attention_out'
-MLPS = {
-  'gelu': functools.partial(nn.gelu, approximate=False),
-  'gelu_tanh': functools.partial(nn.gelu, approximate=True),
-  'relu2': relu2,
-  'geglu': functools.partial(nn.gelu, approximate=False),
-  'geglu_tanh': functools.partial(nn.gelu, approximate=True),
-  'swiglu': nn.silu,
-  'glu': nn.sigmoid,
-}
-GATED = ('geglu', 'geglu_tanh', 'swiglu', 'glu')
-NORMS = ('rms', 'layer')
-ATTENTION_BIASES = ('none', 'qkv', 'all')
-REMATS = {
-  'none': None,
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT),
-  ),
-}
-DTYPES = ('float32', 'bfloat16')
-
-
-@dataclasses.dataclass(frozen=True)
-class TimeForm:
-  """How a network is told the time, as one of the published ones is.
-
-  Attributes:
-    clock: t [B] in [0, 1] -> what the sinusoids are of.
-    scales: modulated norms keep scales of their own.
-    final: the final norm is modulated too.
-    is_md4: sinusoids of DDPM's periods (the longest is the period itself), as
-      many as the embedded time is wide; an MLP four times as wide inside; and the
-      embedded time goes through the MLPs' own activation, not SiLU, to the norms.
-  """
-
-  clock: Callable[[jax.Array], jax.Array]
-  scales: bool = False
-  final: bool = False
-  is_md4: bool = False
-
-
-def _sigma(t):
-  return -jnp.log1p(-jnp.minimum(t, 1 - MIN_TIME_ALPHA))
-
-
-# 'dit': 1000 t, DiT's. | 'sigma': -log alpha where t = 1 - alpha, as on the linear
-# schedule: SEDD, MDLM, Duo. | 'unit': t itself: GIDD. | 'constant': always 0, so
-# that the network does not know the time: MDLM and BD3-LM, mostly. | 'md4': MD4's.
-TIME_FORMS = {
-  'dit': TimeForm(lambda t: TIME_SCALE * t),
-  'sigma': TimeForm(_sigma, scales=True, final=True),
-  'unit': TimeForm(lambda t: t, scales=True, final=True),
-  'constant': TimeForm(jnp.zeros_like, scales=True, final=True),
-  'md4': TimeForm(lambda t: TIME_SCALE * t, final=True, is_md4=True),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """The network's shape; each field is a key of `config.model`.
-
-  Attributes:
-    vocab_size: ids, mask_id included (from the tokenizer).
-    num_layers: blocks.
-    embed_dim: width D.
-    num_heads: attention heads; divides embed_dim into an even head size.
-    num_kv_heads: of keys and values, each shared by num_heads / num_kv_heads
-      neighbouring queries (GQA, arXiv 2305.13245); 0: num_heads.
-    head_size: 0 is embed_dim / num_heads.
-    mlp_dim: hidden width of the MLP; 0 is 4 D (or 8/3 D where it is gated,
-      rounded up to a multiple of 64, for the same number of parameters).
-    mlp: 'gelu' (erf), 'gelu_tanh' (GPT-2's approximation), 'relu2' (squared
-      ReLU); or gated: 'geglu', 'geglu_tanh', 'swiglu' or 'glu' (sigmoid).
-    qk_norm: RMSNorm on queries and keys of each head.
-    tie_embeddings: the output projection is the embedding's transpose.
-    dropout: rate on each block's two outputs, in [0, 1).
-    time_conditioning: adaLN-zero on t (DiT, arXiv 2212.09748).
-    time_form: in which form, of TIME_FORMS.
-    time_dim: width of the embedded time; 0 is embed_dim.
-    output_bias: the output projection has a bias.
-    embedding_dim: width of the embedding, from which a dense layer leads to
-      embed_dim; 0 is embed_dim itself, without that layer.
-    causal: from the objective.
-    block_size: from the objective; S > 0 is a network of block diffusion, which
-      sees a noisy and a clean copy of its text.
-    rope_theta: base of the rotary frequencies.
-    num_positions: 0, or so many learned positions that are added to the tokens'
-      embeddings instead of the rotary ones: the longest text.
-    norm: 'rms' (RMSNorm) or 'layer' (LayerNorm), before each branch and at the end.
-    norm_eps: added to the mean square, or the variance; QK-norm's too. It keeps
-      the all-zero vector finite.
-    norm_bias: of LayerNorm.
-    attention_bias: which of the attention's projections have one: 'none', 'qkv'
-      (queries, keys and values) or 'all' (the output too).
-    mlp_bias: whether the MLP's projections have one.
-    shift_outputs: the output at position i is read from position i - 1 (at 0 from
-      0), where a network that was once autoregressive predicts its token
-      (DiffuLLaMA, arXiv 2410.17891; Dream, 2508.15487).
-    dtype: of the matrix products; parameters are float32.
-    remat: 'none', 'dots' (keeps matrix products) or 'full'.
-    unroll: apply the layers one after another instead of in a scan: the same
-      parameters and results, about 15% faster on a CPU (a scan first fills its
-      stacked activations with zeros and copies each layer's in and out), slower
-      to compile with many layers.
-    attention: 'auto', 'xla', 'cudnn' or 'pallas'.
-    platform: that programs are compiled for, 'cpu', 'gpu' or 'tpu'; '' is this
-      machine's. (Ahead of time for a TPU it is not.)
-  """
-
-  vocab_size: int
-  num_layers: int
-  embed_dim: int
-  num_heads: int
-  num_kv_heads: int
-  head_size: int
-  mlp_dim: int
-  mlp: str
-  qk_norm: bool
-  tie_embeddings: bool
-  dropout: float
-  time_conditioning: bool
-  time_form: str
-  time_dim: int
-  output_bias: bool
-  embedding_dim: int
-  causal: bool
-  block_size: int
-  rope_theta: float
-  num_positions: int
-  norm: str
-  norm_eps: float
-  norm_bias: bool
-  attention_bias: str
-  mlp_bias: bool
-  shift_outputs: bool
-  dtype: str
-  remat: str
-  unroll: bool
-  attention: str
-  platform: str = ''
-
-  def __post_init__(self):
-    for key in ('num_layers', 'embed_dim', 'num_heads'):
-      if getattr(self, key) < 1:
-        raise InputError(f'model.{key}={getattr(self, key)!r} must be >= 1')
-    for key in ('num_kv_heads', 'head_size', 'mlp_dim', 'num_positions'):
-      if getattr(self, key) < 0:
-        raise InputError(
-          f'model.{key}={getattr(self, key)!r} must be >= 0 '
-          f'(0: {"none" if key == "num_positions" else "chosen"})'
-        )
-    if (
-      not self.head_size
-      and self.embed_dim % self.num_heads
-      or (not self.num_positions and self.head_dim % 2)
-    ):
-      raise InputError(
-        f'model.num_heads={self.num_heads!r} must divide model.embed_dim='
-        f'{self.embed_dim!r} into heads of an even size (rotary positions)'
-        + (f'; model.head_size={self.head_size!r}' if self.head_size else '')
-      )
-    if self.num_heads % self.kv_heads:
-      raise InputError(
-        f'model.num_kv_heads={self.num_kv_heads!r} must divide '
-        f'model.num_heads={self.num_heads!r}'
-      )
-    for key in ('time_dim', 'embedding_dim'):
-      if getattr(self, key) < 0:
-        raise InputError(
-          f'model.{key}={getattr(self, key)!r} must be >= 0 (0: embed_dim)'
-        )
-    for key, allowed in (
-      ('mlp', MLPS),
-      ('remat', REMATS),
-      ('dtype', DTYPES),
-      ('norm', NORMS),
-      ('attention_bias', ATTENTION_BIASES),
-      ('time_form', TIME_FORMS),
-    ):
-      if getattr(self, key) not in allowed:
-        raise InputError(
-          f'model.{key}={getattr(self, key)!r} is not one of {sorted(allowed)}'
-        )
-    for key in ('rope_theta', 'norm_eps'):
-      if not getattr(self, key) > 0:
-        raise InputError(f'model.{key}={getattr(self, key)!r} must be > 0')
-    if self.norm_bias and self.norm != 'layer':
-      raise InputError(
-        f'model.norm_bias=True has no effect with model.norm='
-        f"{self.norm!r}, only with 'layer'"
-      )
-    if self.shift_outputs and (self.causal or self.block_size):
-      raise InputError(
-        'model.shift_outputs=True is for objectives that see a whole noisy text '
-        "('masked', ...); 'ar' shifts its input, and 'block' sees blocks: it must "
-        'be False with them'
-      )
-    if not 0 <= self.dropout < 1:
-      raise InputError(f'model.dropout={self.dropout!r} must be in [0, 1)')
-    attention.check_backend(
-      self.attention, self.platform or jax.default_backend()
-    )
-    if not self.time_conditioning and (
-      self.time_form != 'dit' or self.time_dim
-    ):
-      raise InputError(
-        f'model.time_form={self.time_form!r} and model.time_dim='
-        f'{self.time_dim!r} have no effect with model.time_conditioning=False; '
-        "they must be 'dit' and 0"
-      )
-    if self.time_dim % 2:
-      raise InputError(f'model.time_dim={self.time_dim!r} must be even')
-    if self.embedding_dim and self.tie_embeddings:
-      raise InputError(
-        f'model.embedding_dim={self.embedding_dim!r} does not go with '
-        'model.tie_embeddings=True: the output projection is not as wide'
-      )
-    if self.block_size and self.knows_time:
-      raise InputError(
-        'model.time_conditioning=True does not go with block '
-        'diffusion, whose blocks have times of their own; it must '
-        "be False, or model.time_form be 'constant'"
-      )
-    if self.block_size and self.attention == 'cudnn':
-      raise InputError(
-        "model.attention='cudnn' does not know the pattern of "
-        "block diffusion; 'auto', 'xla' or 'pallas' are allowed"
-      )
-
-  @property
-  def head_dim(self) -> int:
-    """Width of a head."""
-    return self.head_size or self.embed_dim // self.num_heads
-
-  @property
-  def kv_heads(self) -> int:
-    """Heads of keys and values."""
-    return self.num_kv_heads or self.num_heads
-
-  @property
-  def knows_time(self) -> bool:
-    """Whether its output depends on the time."""
-    return self.time_conditioning and self.time_form != 'constant'
-
-  @property
-  def time_width(self) -> int:
-    """Width of the embedded time."""
-    return self.time_dim or self.embed_dim
-
-  @property
-  def is_gated(self) -> bool:
-    """Whether the MLP has a second input matrix, its gate."""
-    return self.mlp in GATED
-
-  @property
-  def mlp_width(self) -> int:
-    """Hidden width of the MLP, `mlp_dim` or its default."""
-    if self.mlp_dim:
-      return self.mlp_dim
-    if self.is_gated:
-      return -(-8 * self.embed_dim // (3 * 64)) * 64
-    return 4 * self.embed_dim
 
 
 class Cache(NamedTuple):
@@ -323,173 +50,6 @@ class Cache(NamedTuple):
 
   layers: Any
   last: Any
-
-
-def rotary_table(
-  positions: jax.Array, head_dim: int, theta: float
-) -> jax.Array:
-  """cos and sin of the rotary angles at [L] positions, [2, L, 1, Dh / 2].
-
-  Source: RoFormer, arXiv 2104.09864, equation 34.
-  """
-  frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
-  angle = positions[:, None] * frequency[None]
-  return jnp.stack([jnp.cos(angle), jnp.sin(angle)])[:, :, None, :]
-
-
-def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
-  """Applies rotary positions to x [B, L, H, Dh] (halves form the pairs)."""
-  # In float32: bfloat16 angles would differ by 0.4% at every distance.
-  cos, sin = table[:, None]
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
-  ).astype(x.dtype)
-
-
-def dropout_mask(
-  keys: jax.Array, rate: float, shape: tuple[int, int]
-) -> jax.Array:
-  """Factors 0 or 1 / (1 - rate), [B, L, D], each example's from its own key.
-
-  So the mask does not depend on the device or micro-batch an example lands on.
-  """
-  draw = lambda key: jax.random.bernoulli(key, 1 - rate, shape)
-  return jax.vmap(draw)(keys) / (1 - rate)
-
-
-@jax.custom_vjp
-def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """x [T, D] times kernel [D, F] -> [T, F], with a backward pass for CPUs.
-
-  JAX's own rule asks for the kernel's gradient as (dy^T x)^T, for which XLA's
-  CPU backend makes a transposed copy of dy and fuses into it, element by element
-  in the wrong order, whatever produced dy: at width 256 that copy alone took
-  a third of the MLP's backward pass. Asking for x^T dy of a finished dy costs
-  none.
-  """
-  return x @ kernel
-
-
-def _linear_forward(x, kernel):
-  return x @ kernel, (x, kernel)
-
-
-def _linear_backward(residuals, dy):
-  x, kernel = residuals
-  # What is compiled ahead of time for a TPU is not for this machine's backend.
-  dy = jax.lax.platform_dependent(
-    dy, cpu=jax.lax.optimization_barrier, default=lambda dy: dy
-  )
-  return dy @ kernel.T, jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
-
-
-linear.defvjp(_linear_forward, _linear_backward)
-
-
-class Linear(nn.Module):
-  """A dense layer, [..., D] -> [..., features].
-
-  Attributes:
-    features: size of the output.
-    dtype: of the product.
-    use_bias: whether it has one, zero at the start.
-    std: standard deviation of the initial kernel.
-    join: over whose tensor groups the products are summed, before the bias is
-      added once: the kernel is split by its rows. By default nothing is.
-  """
-
-  features: int
-  dtype: Any
-  use_bias: bool = False
-  std: float = INIT_STD
-  join: Shards = Shards()
-
-  @nn.compact
-  def __call__(self, x):
-    kernel = self.param(
-      'kernel', nn.initializers.normal(self.std), (x.shape[-1], self.features)
-    )
-    y = linear(x.reshape(-1, x.shape[-1]), kernel.astype(self.dtype))
-    y = sharding.join(y, self.join)
-    if self.use_bias:
-      bias = self.param('bias', nn.initializers.zeros, (self.features,))
-      y = y + bias.astype(self.dtype)[None]
-    return y.reshape(*x.shape[:-1], self.features)
-
-
-class Norm(nn.Module):
-  """RMSNorm or LayerNorm, with a learned scale; computed in float32."""
-
-  config: ModelConfig
-  use_scale: bool = True
-
-  @nn.compact
-  def __call__(self, x):
-    cfg, scale, bias = self.config, None, None
-    if self.use_scale:
-      scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-      if cfg.norm_bias:
-        bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-    norm = functools.partial(
-      normalize,
-      dtype=jnp.dtype(cfg.dtype),
-      eps=cfg.norm_eps,
-      is_centred=cfg.norm == 'layer',
-    )
-    return _keeps_inputs(norm, cfg.platform)(x, scale, bias=bias)
-
-
-def _keeps_inputs(f: Callable[..., Any], platform: str) -> Callable[..., Any]:
-  """f, of which a backward pass keeps the arguments and nothing between.
-
-  Not on a CPU, where working it out again costs what is saved.
-  """
-  if (platform or jax.default_backend()) == 'cpu':
-    return f
-  return jax.checkpoint(f, prevent_cse=False)
-
-
-def normalize(
-  x: jax.Array,
-  scale: jax.Array | None,
-  dtype: Any,
-  eps: float,
-  is_centred: bool = False,
-  bias: jax.Array | None = None,
-) -> jax.Array:
-  """x / rms(x) over the last axis, times the scale [D]; computed in float32.
-
-  With `is_centred` of x without its mean: LayerNorm.
-  """
-  x = x.astype(jnp.float32)
-  if is_centred:
-    x = x - jnp.mean(x, -1, keepdims=True)
-  x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
-  if scale is not None:
-    x = x * jnp.expand_dims(scale, range(x.ndim - 1))
-  if bias is not None:
-    x = x + jnp.expand_dims(bias, range(x.ndim - 1))
-  return x.astype(dtype)
-
-
-class Heads(nn.Module):
-  """Queries or keys [B, L, H, Dh]: QK-norm and rotated, where configured."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, x, rotary):
-    cfg, scale = self.config, None
-    if cfg.qk_norm:
-      scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    if rotary is not None and attention.has_kernels(
-      cfg.attention, cfg.platform, x
-    ):
-      return pallas_attention.rotate(x, scale, rotary, cfg.norm_eps)
-    if scale is not None:
-      x = normalize(x, scale, jnp.dtype(cfg.dtype), cfg.norm_eps)
-    return x if rotary is None else rotate(x, rotary)
 
 
 class Block(nn.Module):
@@ -570,7 +130,7 @@ class Block(nn.Module):
         dtype=dtype,
         name='modulation',
         kernel_init=nn.initializers.zeros,
-      )(_activate_time(cfg, time))
+      )(activate_time(cfg, time))
       modulation = sharding.concatenate(modulation, shards)
       shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
         modulation, 6, axis=-1
@@ -644,7 +204,7 @@ class Block(nn.Module):
     up = Linear(mlp_width, dtype, cfg.mlp_bias, name='mlp_in')(h)
     if cfg.is_gated:
       gate = Linear(mlp_width, dtype, cfg.mlp_bias, name='mlp_gate')(h)
-      up = _keeps_inputs(
+      up = keeps_inputs(
         lambda gate, up: MLPS[cfg.mlp](gate) * up, cfg.platform
       )(gate, up)
     else:
@@ -653,36 +213,6 @@ class Block(nn.Module):
       up
     )
     return x + branch(out, gate2, 1), own
-
-
-def _activate_time(config: ModelConfig, time: jax.Array) -> jax.Array:
-  """What the layers that make shifts, scales and gates of the time see."""
-  is_md4 = TIME_FORMS[config.time_form].is_md4
-  return MLPS[config.mlp](time) if is_md4 else nn.silu(time)
-
-
-class TimeEmbedding(nn.Module):
-  """t -> [B, time_width]: sinusoids and a two-layer MLP (as in DiT)."""
-
-  config: ModelConfig
-
-  @nn.compact
-  def __call__(self, t):
-    cfg, form = self.config, TIME_FORMS[self.config.time_form]
-    half = (cfg.time_width if form.is_md4 else TIME_FEATURES) // 2
-    last = half - 1 if form.is_md4 else half
-    frequency = jnp.exp(-jnp.log(TIME_PERIOD) * jnp.arange(half) / last)
-    angle = form.clock(t.astype(jnp.float32))[:, None] * frequency[None]
-    features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    dense = functools.partial(
-      nn.Dense,
-      dtype=jnp.dtype(cfg.dtype),
-      kernel_init=nn.initializers.normal(INIT_STD),
-    )
-    inner = 4 * cfg.time_width if form.is_md4 else cfg.time_width
-    return dense(cfg.time_width, name='out')(
-      nn.silu(dense(inner, name='in')(features))
-    )
 
 
 class Transformer(nn.Module):
@@ -886,7 +416,7 @@ class Transformer(nn.Module):
     x = self.final_norm(x)
     if cfg.time_conditioning and TIME_FORMS[cfg.time_form].final:
       shift, scale = jnp.split(
-        self.final_modulation(_activate_time(cfg, time)), 2, axis=-1
+        self.final_modulation(activate_time(cfg, time)), 2, axis=-1
       )
       wanted = (
         (lambda y: y[:, None])
@@ -1086,26 +616,3 @@ def gather_ends(params, shards: Shards):
   blocks = ('layers', 'last_layer')
   ends = {name: tree for name, tree in params.items() if name not in blocks}
   return {**params, **sharding.gather(ends, shards)}
-
-
-def num_params(params) -> int:
-  """Number of scalars in a tree of arrays."""
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def train_flops_per_token(config: ModelConfig, length: int) -> float:
-  """Model FLOPs of one token's forward and backward pass.
-
-  6 x (matrix parameters) + 12 x layers x length x heads' width for the attention; a
-  multiply-add is 2. Unreduced: counted as if every position went through every
-  layer and the output projection; of block diffusion both copies' layers count.
-  """
-  width, inner = config.embed_dim, config.num_heads * config.head_dim
-  mlp = (3 if config.is_gated else 2) * width * config.mlp_width
-  heads = 2 * width * (inner + config.kv_heads * config.head_dim)
-  layers = config.num_layers * (heads + mlp)
-  copies = 2 if config.block_size else 1
-  return (
-    copies * (6 * layers + 12 * config.num_layers * length * inner)
-    + 6 * width * config.vocab_size
-  )

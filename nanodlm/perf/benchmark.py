@@ -45,7 +45,7 @@ import optax
 
 from nanodlm import config as configs
 from nanodlm.devices import mesh as meshes
-from nanodlm.model import transformer
+from nanodlm.model.config import ModelConfig, train_flops_per_token
 from nanodlm.perf import compile as ahead
 from nanodlm.perf import hlo
 from nanodlm.samplers import prefix_cache
@@ -151,10 +151,10 @@ def _build(config, settings, vocab_size: int, devices=None):
   return mesh, configs.make_objective(config, vocab_size - 1), network
 
 
-def _forward_flops(config: transformer.ModelConfig, length: int) -> float:
+def _forward_flops(config: ModelConfig, length: int) -> float:
   """Of one token, without the output projection."""
   head = 6 * config.embed_dim * config.vocab_size
-  return (transformer.train_flops_per_token(config, length) - head) / 3
+  return (train_flops_per_token(config, length) - head) / 3
 
 
 def _random_batch(
@@ -195,7 +195,7 @@ def benchmark_train(config, settings, vocab_size: int) -> dict[str, float]:
   secs = _time(step, _NUM_WARMUP.value - 1, _NUM_TIMED.value)
   length = settings.data.length
   num_tokens = settings.train.batch_size * length
-  flops = transformer.train_flops_per_token(network.config, length) * num_tokens
+  flops = train_flops_per_token(network.config, length) * num_tokens
   counted = hlo.cost(hlo.parse(train_step.as_text())).flops  # of one device
   return {
     'num_params': network.num_params(objective),
@@ -292,7 +292,7 @@ def benchmark_sampler(
 class PlainBlock(nn.Module):
   """A block as one writes it first."""
 
-  config: transformer.ModelConfig
+  config: ModelConfig
 
   @nn.compact
   def __call__(self, x):
@@ -312,7 +312,7 @@ class PlainBlock(nn.Module):
 class PlainModel(nn.Module):
   """tokens [B, L] -> logits [B, L, V] float32, the embedding tied or not."""
 
-  config: transformer.ModelConfig
+  config: ModelConfig
 
   @nn.compact
   def __call__(self, tokens):

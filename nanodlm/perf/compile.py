@@ -34,7 +34,7 @@ from ml_collections import config_dict
 from nanodlm import config as configs
 from nanodlm.data import tokenizers
 from nanodlm.devices import mesh as meshes
-from nanodlm.model import transformer
+from nanodlm.model.config import train_flops_per_token
 from nanodlm.perf import hlo
 from nanodlm.steps import train as steps
 from nanodlm.training import metrics
@@ -391,9 +391,7 @@ def compile_config(
     'tokens_per_step': tokens,
     'model_flops': tokens
     / len(devices)
-    * transformer.train_flops_per_token(
-      plan.network.config, settings.data.length
-    ),
+    * train_flops_per_token(plan.network.config, settings.data.length),
     'part_bytes': plan.parts,
   }
   programs = report['programs'] = {}

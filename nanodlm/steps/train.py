@@ -19,6 +19,7 @@ from nanodlm.devices import mesh as meshes
 from nanodlm.devices import sharding
 from nanodlm.devices.sharding import Shards
 from nanodlm.model import losses, transformer
+from nanodlm.model.config import ModelConfig, num_params
 from nanodlm.noise import categorical
 from nanodlm.show import watch
 from nanodlm.training import optim
@@ -39,7 +40,7 @@ class Network:
     shards: over how many devices its parameters are split.
   """
 
-  config: transformer.ModelConfig
+  config: ModelConfig
   chunk_size: int
   shards: Shards = Shards()
 
@@ -57,7 +58,7 @@ class Network:
 
   def num_params(self, objective: Objective) -> int:
     """Number of parameters, without what pads the vocabulary."""
-    return transformer.num_params(
+    return num_params(
       jax.eval_shape(
         lambda: states.init_params(self.config, objective, jax.random.key(0))
       )

@@ -9,6 +9,7 @@ import optax
 
 from nanodlm.devices.sharding import Shards
 from nanodlm.model import transformer
+from nanodlm.model.config import ModelConfig
 from nanodlm.types import Objective
 
 
@@ -38,7 +39,7 @@ class TrainState:
 
 
 def init_params(
-  config: transformer.ModelConfig,
+  config: ModelConfig,
   objective: Objective,
   key: jax.Array,
   shards: Shards = Shards(),
@@ -52,7 +53,7 @@ def init_params(
 
 
 def init_state(
-  config: transformer.ModelConfig,
+  config: ModelConfig,
   objective: Objective,
   optimizer: optax.GradientTransformation,
   seed: int,

@@ -19,7 +19,7 @@ from nanodlm.interop import convert, export
 from nanodlm.interop import tensors as tensor_files
 from nanodlm.interop.families import FAMILIES
 from nanodlm.interop.families import layout as layouts
-from nanodlm.model import transformer
+from nanodlm.model import layers, transformer
 from nanodlm.training import checkpoint
 from nanodlm.training import state as states
 from nanodlm.types import InputError
@@ -290,9 +290,9 @@ class ParityTest(FolderTest):
       return (y[..., 0] + 1j * y[..., 1]) * np.exp(1j * angle)
 
     def ours(kernel):
-      table = transformer.rotary_table(np.arange(4), 6, 100.0)
+      table = layers.rotary_table(np.arange(4), 6, 100.0)
       y = (x @ how.read(kernel).T).reshape(1, 4, 2, 6).astype(np.float32)
-      return np.asarray(transformer.rotate(y, table))[0]
+      return np.asarray(layers.rotate(y, table))[0]
 
     expected = np.einsum('ihd,jhd->hij', theirs(q), theirs(k).conj()).real
     scores = np.einsum('ihd,jhd->hij', ours(q), ours(k))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanodlm.devices import mesh as meshes
-from nanodlm.model import attention, pallas_attention, transformer
+from nanodlm.model import attention, layers, pallas_attention
 from nanodlm.objectives import masked
 from nanodlm.steps import train as steps
 from nanodlm.training import optim
@@ -77,13 +77,13 @@ class KernelTest(parameterized.TestCase):
   def test_rotate(self, head_dim, has_norm):
     length = 1536  # three blocks
     x = draw(BATCH, length, 2, head_dim)
-    table = transformer.rotary_table(jnp.arange(length), head_dim, 1e4)
+    table = layers.rotary_table(jnp.arange(length), head_dim, 1e4)
     arrays = (x, 1 + 0.1 * draw(head_dim)) if has_norm else (x,)
 
     def theirs(x, scale=None):
       if scale is not None:
-        x = transformer.normalize(x, scale, x.dtype, EPS)
-      return transformer.rotate(x, table)
+        x = layers.normalize(x, scale, x.dtype, EPS)
+      return layers.rotate(x, table)
 
     assert_same(
       lambda x, scale=None: pallas_attention.rotate(x, scale, table, EPS, True),

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from nanodlm.model import attention, transformer
+from nanodlm.model import attention, layers, transformer
+from nanodlm.model.config import GATED, MLPS, num_params, train_flops_per_token
 from nanodlm.types import InputError
 from tests import toys
 
@@ -398,7 +399,7 @@ class OptionsTest(parameterized.TestCase):
     centred = x - x.mean(-1, keepdims=True)
     expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-2)
     np.testing.assert_allclose(
-      transformer.normalize(x, scale, jnp.float32, 1e-2, True, bias),
+      layers.normalize(x, scale, jnp.float32, 1e-2, True, bias),
       expected * scale + bias,
       atol=1e-5,
     )
@@ -546,34 +547,28 @@ class PartsTest(parameterized.TestCase):
   def test_activations(self, mlp, reference):
     x = np.linspace(-4, 4, 101)
     np.testing.assert_allclose(
-      transformer.MLPS[mlp](jnp.asarray(x, jnp.float32)),
-      reference(x),
-      atol=1e-5,
+      MLPS[mlp](jnp.asarray(x, jnp.float32)), reference(x), atol=1e-5
     )
     slope = (reference(x + 1e-6) - reference(x - 1e-6)) / 2e-6
-    gradient = jax.vmap(jax.grad(transformer.MLPS[mlp]))(
-      jnp.asarray(x, jnp.float32)
-    )
+    gradient = jax.vmap(jax.grad(MLPS[mlp]))(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(gradient, slope, atol=1e-4)
 
   def test_every_mlp_is_tested(self):
     self.assertEqual(
-      set(transformer.MLPS),
+      set(MLPS),
       {'gelu', 'gelu_tanh', 'relu2', 'geglu', 'geglu_tanh', 'swiglu', 'glu'},
     )
 
-  @parameterized.product(
-    mlp=sorted(transformer.MLPS), tie_embeddings=(True, False)
-  )
+  @parameterized.product(mlp=sorted(MLPS), tie_embeddings=(True, False))
   def test_every_mlp_and_its_size(self, mlp, tie_embeddings):
     config = toys.model_config(
       mlp=mlp, tie_embeddings=tie_embeddings, num_layers=2, mlp_dim=24
     )
     params = params_of(config)
-    matrices = 3 if mlp in transformer.GATED else 2
+    matrices = 3 if mlp in GATED else 2
     block = 4 * 16 * 16 + matrices * 16 * 24 + 2 * 16
     self.assertEqual(
-      transformer.num_params(params),
+      num_params(params),
       2 * block + 16 + (1 if tie_embeddings else 2) * 12 * 16,
     )
     hidden = hidden_of(config, params)
@@ -586,8 +581,7 @@ class PartsTest(parameterized.TestCase):
     np.testing.assert_allclose(logits, hidden @ kernel, atol=1e-4)
     # Training: 2 forward and 4 backward for each element of a matrix.
     self.assertEqual(
-      transformer.train_flops_per_token(config, 0),
-      6 * (2 * (block - 2 * 16) + 12 * 16),
+      train_flops_per_token(config, 0), 6 * (2 * (block - 2 * 16) + 12 * 16)
     )
 
   @parameterized.parameters(
@@ -663,7 +657,7 @@ class PartsTest(parameterized.TestCase):
     self.assertGreater(np.abs(rows[0] - rows[1]).max(), 1e-2)
 
   def test_dropout_mask(self):
-    mask = np.asarray(transformer.dropout_mask(dropout_keys(), 0.25, (50, 40)))
+    mask = np.asarray(layers.dropout_mask(dropout_keys(), 0.25, (50, 40)))
     self.assertEqual(mask.shape, (BATCH, 50, 40))
     np.testing.assert_allclose(np.unique(mask), [0, 4 / 3], rtol=1e-6)
     deviation = (1 / 3 / 2000) ** 0.5
@@ -687,12 +681,10 @@ class PartsTest(parameterized.TestCase):
     self.assertLess(np.sqrt(np.mean(difference**2)), 0.1)
 
   def test_rotary_positions_are_relative(self):
-    table = transformer.rotary_table(jnp.arange(8), 4, 100.0)
+    table = layers.rotary_table(jnp.arange(8), 4, 100.0)
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 4))
     q, k = (
-      transformer.rotate(
-        jnp.tile(jnp.asarray(x, jnp.float32), (1, 8, 1, 1)), table
-      )
+      layers.rotate(jnp.tile(jnp.asarray(x, jnp.float32), (1, 8, 1, 1)), table)
       for x in (q, k)
     )
     scores = np.einsum('bqhd,bkhd->qk', q, k)
@@ -708,7 +700,7 @@ class PartsTest(parameterized.TestCase):
       for s in ((7, 4), (4, 5), (7, 5))
     )
     for ours, theirs in zip(
-      jax.grad(lambda x, k: jnp.sum(transformer.linear(x, k) * weight), (0, 1))(
+      jax.grad(lambda x, k: jnp.sum(layers.linear(x, k) * weight), (0, 1))(
         x, kernel
       ),
       (weight @ kernel.T, x.T @ weight),

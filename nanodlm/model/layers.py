@@ -1,0 +1,216 @@
+"""The layers of the transformer: norms, heads, dense layers and the time."""
+
+import functools
+from typing import Any, Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nanodlm.devices import sharding
+from nanodlm.devices.sharding import Shards
+from nanodlm.model import attention, pallas_attention
+from nanodlm.model.config import MLPS, ModelConfig, TIME_FORMS
+
+# Standard deviation of the initial weights, as in GPT-2.
+INIT_STD = 0.02
+TIME_FEATURES = 256
+# Their longest wave is about 2 pi times it.
+TIME_PERIOD = 10_000.0
+
+
+def rotary_table(
+  positions: jax.Array, head_dim: int, theta: float
+) -> jax.Array:
+  """cos and sin of the rotary angles at [L] positions, [2, L, 1, Dh / 2].
+
+  Source: RoFormer, arXiv 2104.09864, equation 34.
+  """
+  frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
+  angle = positions[:, None] * frequency[None]
+  return jnp.stack([jnp.cos(angle), jnp.sin(angle)])[:, :, None, :]
+
+
+def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
+  """Applies rotary positions to x [B, L, H, Dh] (halves form the pairs)."""
+  # In float32: bfloat16 angles would differ by 0.4% at every distance.
+  cos, sin = table[:, None]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  ).astype(x.dtype)
+
+
+def dropout_mask(
+  keys: jax.Array, rate: float, shape: tuple[int, int]
+) -> jax.Array:
+  """Factors 0 or 1 / (1 - rate), [B, L, D], each example's from its own key.
+
+  So the mask does not depend on the device or micro-batch an example lands on.
+  """
+  draw = lambda key: jax.random.bernoulli(key, 1 - rate, shape)
+  return jax.vmap(draw)(keys) / (1 - rate)
+
+
+@jax.custom_vjp
+def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """x [T, D] times kernel [D, F] -> [T, F], with a backward pass for CPUs.
+
+  JAX's own rule asks for the kernel's gradient as (dy^T x)^T, for which XLA's
+  CPU backend makes a transposed copy of dy and fuses into it, element by element
+  in the wrong order, whatever produced dy: at width 256 that copy alone took
+  a third of the MLP's backward pass. Asking for x^T dy of a finished dy costs
+  none.
+  """
+  return x @ kernel
+
+
+def _linear_forward(x, kernel):
+  return x @ kernel, (x, kernel)
+
+
+def _linear_backward(residuals, dy):
+  x, kernel = residuals
+  # What is compiled ahead of time for a TPU is not for this machine's backend.
+  dy = jax.lax.platform_dependent(
+    dy, cpu=jax.lax.optimization_barrier, default=lambda dy: dy
+  )
+  return dy @ kernel.T, jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+class Linear(nn.Module):
+  """A dense layer, [..., D] -> [..., features].
+
+  Attributes:
+    features: size of the output.
+    dtype: of the product.
+    use_bias: whether it has one, zero at the start.
+    std: standard deviation of the initial kernel.
+    join: over whose tensor groups the products are summed, before the bias is
+      added once: the kernel is split by its rows. By default nothing is.
+  """
+
+  features: int
+  dtype: Any
+  use_bias: bool = False
+  std: float = INIT_STD
+  join: Shards = Shards()
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param(
+      'kernel', nn.initializers.normal(self.std), (x.shape[-1], self.features)
+    )
+    y = linear(x.reshape(-1, x.shape[-1]), kernel.astype(self.dtype))
+    y = sharding.join(y, self.join)
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, (self.features,))
+      y = y + bias.astype(self.dtype)[None]
+    return y.reshape(*x.shape[:-1], self.features)
+
+
+class Norm(nn.Module):
+  """RMSNorm or LayerNorm, with a learned scale; computed in float32."""
+
+  config: ModelConfig
+  use_scale: bool = True
+
+  @nn.compact
+  def __call__(self, x):
+    cfg, scale, bias = self.config, None, None
+    if self.use_scale:
+      scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+      if cfg.norm_bias:
+        bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+    norm = functools.partial(
+      normalize,
+      dtype=jnp.dtype(cfg.dtype),
+      eps=cfg.norm_eps,
+      is_centred=cfg.norm == 'layer',
+    )
+    return keeps_inputs(norm, cfg.platform)(x, scale, bias=bias)
+
+
+def keeps_inputs(f: Callable[..., Any], platform: str) -> Callable[..., Any]:
+  """f, of which a backward pass keeps the arguments and nothing between.
+
+  Not on a CPU, where working it out again costs what is saved.
+  """
+  if (platform or jax.default_backend()) == 'cpu':
+    return f
+  return jax.checkpoint(f, prevent_cse=False)
+
+
+def normalize(
+  x: jax.Array,
+  scale: jax.Array | None,
+  dtype: Any,
+  eps: float,
+  is_centred: bool = False,
+  bias: jax.Array | None = None,
+) -> jax.Array:
+  """x / rms(x) over the last axis, times the scale [D]; computed in float32.
+
+  With `is_centred` of x without its mean: LayerNorm.
+  """
+  x = x.astype(jnp.float32)
+  if is_centred:
+    x = x - jnp.mean(x, -1, keepdims=True)
+  x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+  if scale is not None:
+    x = x * jnp.expand_dims(scale, range(x.ndim - 1))
+  if bias is not None:
+    x = x + jnp.expand_dims(bias, range(x.ndim - 1))
+  return x.astype(dtype)
+
+
+class Heads(nn.Module):
+  """Queries or keys [B, L, H, Dh]: QK-norm and rotated, where configured."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, rotary):
+    cfg, scale = self.config, None
+    if cfg.qk_norm:
+      scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    if rotary is not None and attention.has_kernels(
+      cfg.attention, cfg.platform, x
+    ):
+      return pallas_attention.rotate(x, scale, rotary, cfg.norm_eps)
+    if scale is not None:
+      x = normalize(x, scale, jnp.dtype(cfg.dtype), cfg.norm_eps)
+    return x if rotary is None else rotate(x, rotary)
+
+
+def activate_time(config: ModelConfig, time: jax.Array) -> jax.Array:
+  """What the layers that make shifts, scales and gates of the time see."""
+  is_md4 = TIME_FORMS[config.time_form].is_md4
+  return MLPS[config.mlp](time) if is_md4 else nn.silu(time)
+
+
+class TimeEmbedding(nn.Module):
+  """t -> [B, time_width]: sinusoids and a two-layer MLP (as in DiT)."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, t):
+    cfg, form = self.config, TIME_FORMS[self.config.time_form]
+    half = (cfg.time_width if form.is_md4 else TIME_FEATURES) // 2
+    last = half - 1 if form.is_md4 else half
+    frequency = jnp.exp(-jnp.log(TIME_PERIOD) * jnp.arange(half) / last)
+    angle = form.clock(t.astype(jnp.float32))[:, None] * frequency[None]
+    features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    dense = functools.partial(
+      nn.Dense,
+      dtype=jnp.dtype(cfg.dtype),
+      kernel_init=nn.initializers.normal(INIT_STD),
+    )
+    inner = 4 * cfg.time_width if form.is_md4 else cfg.time_width
+    return dense(cfg.time_width, name='out')(
+      nn.silu(dense(inner, name='in')(features))
+    )
