@@ -208,6 +208,15 @@ def on_any_device(flag: jax.Array) -> jax.Array:
   return jax.lax.pmax(flag.astype(jnp.int32), FSDP) > 0
 
 
+def max_over_batch(x: jax.Array) -> jax.Array:
+  """The largest x, any shape, of the devices that split the batch."""
+  # What was reduced over one of the axes already differs along the other alone,
+  # and JAX 0.12 refuses a reduction over axes of both kinds.
+  varying = jax.typeof(x).manual_axis_type.varying
+  axes = tuple(axis for axis in BATCH_AXES if axis in varying)
+  return jax.lax.pmax(x, axes) if axes else x
+
+
 def on_first_device(make: Callable[[], jax.Array]) -> jax.Array:
   """make() -> [] int32 on the first of the devices that share their rows.
 

@@ -54,8 +54,15 @@ _CALLED = re.compile(
   r'(?:calls|to_apply|body|condition|true_computation|false_computation)='
   r'%?([\w.\-]+)|(?:branch_computations|called_computations)=\{([^}]*)\}'
 )
-# {{0,1},{2,3}}, or [groups,size]<=[...]; {} is one group of all.
-_GROUPS = re.compile(r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])')
+# {{0,1},{2,3}}, or [groups,size]<=[...], or the axes of a mesh that a group
+# spans, mesh['a'=2,'b'=8] {'a','b':(1)4}, here half of b; behind the mesh there
+# may be the order of its devices. {} is one group of all.
+_GROUPS = re.compile(
+  r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|'
+  r'mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\})'
+)
+_AXIS_SIZE = re.compile(r"'([^']*)'=(\d+)")
+_AXIS_PART = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")
 _WINDOW = re.compile(r'window=\{([^}]*)\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
@@ -417,6 +424,11 @@ def group_size(instruction: Instruction) -> int | None:
   match = _GROUPS.search(instruction.rest)
   if not match:
     return None
+  if match[3] is not None:
+    sizes = dict(_AXIS_SIZE.findall(match[3]))
+    return math.prod(
+      int(part or sizes[axis]) for axis, part in _AXIS_PART.findall(match[4])
+    )
   return int(match[2]) if match[2] else len(match[1].split(','))
 
 

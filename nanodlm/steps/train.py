@@ -746,9 +746,7 @@ def _sample(
       shift=-watch.AHEAD if objective.causal else 0,
     )
   samples = run(keys, canvas, denoise)
-  return samples._replace(
-    num_calls=jax.lax.pmax(samples.num_calls, meshes.BATCH_AXES)
-  )
+  return samples._replace(num_calls=sharding.max_over_batch(samples.num_calls))
 
 
 class Rows(NamedTuple):

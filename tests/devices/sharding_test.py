@@ -6,6 +6,8 @@ import re
 
 from absl.testing import absltest, parameterized
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
@@ -308,6 +310,19 @@ class EvalAndSampleTest(parameterized.TestCase):
       ).tokens
 
     np.testing.assert_array_equal(sample((1, 1, 1)), sample(shape))
+
+
+class MaxOverBatchTest(parameterized.TestCase):
+  @parameterized.parameters((), ('data',), ('fsdp',), ('data', 'fsdp'))
+  def test_of_a_value_that_differs_along_some_axes(self, *axes):
+    def largest(x):
+      return sharding.max_over_batch(jnp.max(x))
+
+    x = np.arange(24).reshape(12, 2)
+    run = jax.shard_map(
+      largest, mesh=make_mesh((2, 2, 2)), in_specs=P(axes), out_specs=P()
+    )
+    self.assertEqual(jax.jit(run)(x), 23)
 
 
 class MemoryTest(parameterized.TestCase):

@@ -161,6 +161,10 @@ class CompiledHereTest(parameterized.TestCase):
     ('[4,1]<=[4]', 1),
     ('[2,4]<=[8]', 4),
     ('{}', None),
+    ("mesh['a'=1,'b'=8] {'a'}", 1),
+    ("mesh['a'=2,'b'=3,'c'=4] {'a','c'}", 8),
+    ("mesh['a'=2,'b'=8] {'a','b':(1)4}", 8),
+    ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", 4),
   )
   def test_size_of_a_group(self, groups, size):
     (line,) = hlo.parse(
