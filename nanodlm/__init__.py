@@ -1,23 +1,40 @@
-"""nanodlm: diffusion language models in JAX.
+"""Diffusion language models in JAX: train, evaluate, sample and tune them.
 
-Notation, used in every module:
+    import nanodlm
+    lm = nanodlm.load('runs/quickstart')
+    lm.sample('The {} is {5}.', num_samples=2)   # texts
+    lm.bound(['Some text.'])                     # nats, bits/byte, intervals
+    lm.logits(lm.tokenizer.encode('Some text.'))  # [L, V]
 
-| name              | meaning                                                  | shape         |
-|-------------------|----------------------------------------------------------|---------------|
-| x0                | clean tokens, int32                                      | [B, L]        |
-| xt, xs            | noisy tokens at times s < t                              | [B, L]        |
-| t, s              | time, 0 clean, 1 noise                                   | [B]           |
-| alpha_t           | P(token kept at t)                                       | [B]           |
-| logits, log_p     | unnormalised, log_softmax; float32                       | [B, L, V]     |
-| hidden            | what the network returns before the output projection    | [B, L, D]     |
-| loss, nll         | what is minimised, what is reported; nats per token      | [B, L]        |
-| weight            | 1 counts, 0 padding or prompt                            | [B, L]        |
-| fixed             | positions a sampler may not touch                        | [B, L] bool   |
-| key, keys         | one PRNG key; one per example                            | [], [B]       |
-| mask_id           | the mask's id, always vocab_size - 1                     |               |
-| vocab_size        | number of ids, mask_id included                          |               |
+Notation, in all modules:
 
-Verbs: make_* builds from a config section, sample_* takes a key, init_* makes
-state. Units stand in names: num_*, *_every_steps, *_secs, *_bytes. Metrics are
-named split/name: train/loss, eval/nll, eval/bits_per_byte.
+    x0 [B, L]       clean tokens, int32
+    xt, xs [B, L]   noisy tokens at times s < t
+    t, s [B]        time, 0 clean, 1 noise
+    alpha_t         probability that a token is kept at time t
+    logits [B, L, V], log_p   float32
+    hidden [B, L, D]          before the output projection
+    loss, nll       what is minimised; what is reported, nats per token
+    fixed [B, L]    bool, positions that a sampler may not touch
+    key [], keys [B]          random keys: of a batch, of each example
+    mask_id         the mask's id, the largest one; vocab_size includes it
 """
+
+from typing import Any
+
+__version__ = '0.1.0'
+
+
+def load(workdir: str, *, step: int = 0) -> Any:
+  """Loads a trained run; see `nanodlm.lm.LanguageModel`.
+
+  Args:
+    workdir: of the run, as given to --workdir.
+    step: of the checkpoint; 0 is the last one.
+
+  Raises:
+    InputError: there is no such run or checkpoint, or it is damaged.
+  """
+  from nanodlm import lm  # Here, so that importing the package stays cheap.
+
+  return lm.load(workdir, step=step)

@@ -1,287 +1,547 @@
-"""The protocols that objectives, samplers and their callers agree on."""
+"""Interfaces between objectives, networks, samplers and the steps.
 
+To add a method, write one class and list it in one dict, such as
+`objectives.OBJECTIVES`, `samplers.SAMPLERS` or `model.NETWORKS`. Facts that
+callers need are attributes of the class.
+
+Shapes: B examples, L tokens, K chosen positions, V ids, D hidden width.
+"""
+
+import abc
+from collections.abc import Callable
 import dataclasses
-from typing import Any, Callable, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import jax
+from jax import Array
+import jax.numpy as jnp
 
 
 class InputError(ValueError):
-  """An error caused by user input: a setting, a file, a prompt, a workdir.
+  """An error caused by user input; printed without a traceback.
 
-  The message names the key, the value and what is allowed; launch.py prints it
-  without a traceback.
+  The message names the key, its value and the allowed values.
   """
 
 
+class Batch(NamedTuple):
+  """A batch of texts, as NumPy or JAX arrays.
+
+  Attributes:
+    tokens: [B, L] int32.
+    eligible: [B, L] bool, tokens to noise and score. The others remain clean
+      and do not contribute to the loss.
+    weight: [B] float32, factor of each example's loss. It may be negative (an
+      advantage) and does not affect the denominator of means.
+    num_tokens: [B] int32, denominator of nats per token.
+    num_bytes: [B] int32, UTF-8 bytes of the eligible text.
+    segment_ids: [B, L] int32 or None; attention is limited to a segment.
+    index: [B] int32 or None, position of each example in its split, from which
+      evaluation derives the noise. Training uses the row in the global batch.
+  """
+
+  tokens: Any
+  eligible: Any
+  weight: Any
+  num_tokens: Any
+  num_bytes: Any
+  segment_ids: Any = None
+  index: Any = None
+
+
 class Noised(NamedTuple):
-  """One noised batch: what the network sees and what its output is scored on.
+  """A noised batch: the network's input and the data to score its output.
 
   Attributes:
     tokens: [B, L] int32, the network's input.
     t: [B] float32, the time given to a time-conditioned network.
-    scored: [B, L] bool, positions with a term in the loss. Only these go
+    scored: [B, L] bool, positions with a term in the loss. Only these pass
       through the output projection.
-    level: [B, L] float32, the noise level at each position, in [0, 1] (masked
-      noise: the expected share of masked tokens around it; mixtures: the time);
-      used to report the loss by noise level. NaN where the notion does not
-      apply.
-    fields: pytree of [B, L] arrays that `Objective.terms` needs per position.
-    clean: [B, L] int32 or None, the clean text where the network sees it beside
-      the noisy one (`Objective.block_size` > 0).
+    level: [B, L] float32 in [0, 1], noise level for reports: the expected share
+      of masked tokens for masked noise, the time for mixtures, else NaN.
+    fields: pytree of [B, L] arrays, the inputs of `Objective.terms`.
+    clean: [B, L] int32 or None, the clean text if the network also reads it
+      (`Objective.block_size` > 0).
   """
 
-  tokens: jax.Array
-  t: jax.Array
-  scored: jax.Array
-  level: jax.Array
+  tokens: Array
+  t: Array
+  scored: Array
+  level: Array
   fields: Any
-  clean: jax.Array | None = None
+  clean: Array | None = None
 
 
 class Terms(NamedTuple):
   """Per-position results of an objective, all [N] float32.
 
   Attributes:
-    loss: what is minimised, nats.
-    nll: this position's term of the bound on -log p(x0) (or of the exact
-      value), nats; sums over positions, 0 where a position is not scored.
-    cross_entropy: -log p(x0) under the network's output, unweighted, nats.
-    correct: 1.0 where the clean token has the largest probability.
+    loss: the minimised quantity, in nats.
+    nll: term of the bound on -log p(x0), or of its exact value, in nats; summed
+      over positions.
+    cross_entropy: -log p(x0) under the network's output, unweighted, in nats.
+    correct: 1.0 if the clean token has the largest probability, else 0.0.
   """
 
-  loss: jax.Array
-  nll: jax.Array
-  cross_entropy: jax.Array
-  correct: jax.Array
+  loss: Array
+  nll: Array
+  cross_entropy: Array
+  correct: Array
 
 
-class Objective(Protocol):
-  """A training objective: pure functions of arrays, no network, no mesh.
+class RowSums(NamedTuple):
+  """Sums of `Terms` over the positions of each row, all [B] float32.
 
-  Objectives inherit it for what those have in common that learn nothing.
+  `loss` and `nll` are weighted. The others are sums over the scored positions,
+  of which there are `scored`.
+  """
+
+  loss: Array
+  nll: Array
+  cross_entropy: Array
+  correct: Array
+  scored: Array
+
+
+class Scores(NamedTuple):
+  """The scores of a batch.
 
   Attributes:
-    causal: whether the network must be causal.
-    exact: whether `nll` is the exact value, without noise, and not a bound.
-    block_size: 0, or S of a network that sees its own block of S noisy tokens
-      and the clean blocks before it.
-    group_size: examples that share one draw of the noise level; consecutive
-      rows of the global batch form a group, so every slice of it (a device's,
-      a micro-batch's) must hold whole groups.
-    needs_time: whether the network must be time-conditioned.
-    num_draws: of the noise, for each example of a training batch.
+    total: [] float32, the sum that training minimises; the only differentiable
+      output.
+    rows: sums over each scored row.
+    by_level: sums by noise level, for reports: {name: [NUM_LEVEL_BINS]}.
   """
 
-  causal: bool
-  exact: bool
-  block_size: int
-  group_size: int
-  needs_time: bool
-  num_draws: int = 1
+  total: Array
+  rows: RowSums
+  by_level: dict[str, Array]
 
-  def init_params(self) -> dict[str, jax.Array]:
-    """What it learns beside the network; by default nothing."""
-    return {}
 
-  def bind(self, params: dict[str, jax.Array]) -> 'Objective':
-    """The objective with these values of its parameters."""
-    del params
-    return self
+class Score(Protocol):
+  """Runs the network on a noised batch and sums the objective's terms."""
 
-  def noise_surrogate(
-    self, noised: Noised, x0: jax.Array, weight: jax.Array, loss: jax.Array
-  ) -> jax.Array | float:
-    """A term [] whose gradient is the training loss's by the noise's own law.
+  def __call__(
+    self,
+    noised: Noised,
+    weight: Array,
+    of_rows: Callable[[Array], Array] | None = None,
+    use_frozen: bool = False,
+  ) -> Scores:
+    """Scores R rows, R = n B; rows n i to n i + n - 1 belong to example i.
 
     Args:
-      noised: of the rows, num_draws neighbours for each example.
-      x0: [B, L].
-      weight: [B, L].
-      loss: [B], each row's.
+      noised: the noised rows.
+      weight: [R, L] float32, factor of each position's loss; 0 if not eligible.
+      of_rows: maps the weighted losses of the rows, [R], to the minimised value
+        []; None is their sum.
+      use_frozen: whether to use `TrainState.frozen`, without a gradient.
     """
-    del noised, x0, weight, loss
-    return 0.0
+    ...
 
-  def sample_levels(
-    self, key: jax.Array, batch_size: int, length: int
-  ) -> jax.Array:
-    """Draws the GLOBAL batch's noise levels, [B, ...] float32 in [0, 1)."""
 
-  def eval_levels(
-    self, key: jax.Array, num_draws: int, length: int
-  ) -> jax.Array:
-    """Draws one example's stratified levels for evaluation, [num_draws, ...]."""
+class Objective(abc.ABC):
+  """A training objective, as pure functions of arrays.
 
+  Subclasses are frozen dataclasses. Their fields are `mask_id`, the largest id,
+  and keys of `config.objective`. The ids below `mask_id` are the real tokens.
+
+  Attributes:
+    mask_id: the mask's id.
+    default_sampler: the sampler selected by sampler.name='auto'.
+    predicts_masked: whether the network, normalised over the real tokens,
+      predicts masked tokens regardless of when they were masked, as the
+      samplers of masked noise require.
+    causal: whether the network must be causal.
+    exact: whether `nll` is exact and free of noise, instead of a bound.
+    block_size: number S of noisy tokens in a block, which sees itself and the
+      clean blocks before it; 0 without blocks.
+    group_size: number of consecutive rows of the global batch that share one
+      draw of the noise level. Devices and micro-batches hold whole groups.
+    needs_time: whether the network must be time-conditioned.
+    can_correct: whether the network also predicts tokens that are not masked,
+      so that it can correct a finished text.
+  """
+
+  mask_id: int
+  default_sampler: str
+  predicts_masked: bool = False
+  causal: bool = False
+  exact: bool = False
+  block_size: int = 0
+  group_size: int = 1
+  needs_time: bool = False
+  can_correct: bool = False
+
+  def loss(
+    self, batch: Batch, levels: Array, keys: Array, score: Score
+  ) -> Scores:
+    """Computes the training loss; by default, scores one noised batch.
+
+    `levels` [B, ...] are from `sample_levels`; `keys` [B] are one per example.
+    """
+    noised = self.corrupt(keys, levels, batch.tokens, batch.eligible)
+    return score(noised, batch.eligible * batch.weight[:, None])
+
+  def init_params(self) -> dict[str, Array]:
+    """Returns the parameters that the objective itself learns."""
+    return {}
+
+  def bind(self, params: dict[str, Array]) -> 'Objective':
+    """Returns the objective with the given values of its parameters."""
+    return self
+
+  @abc.abstractmethod
+  def sample_levels(self, key: Array, batch_size: int, length: int) -> Array:
+    """Draws noise levels of the GLOBAL batch, [B, ...] float32 in [0, 1)."""
+
+  def eval_levels(self, key: Array, num_draws: int, length: int) -> Array:
+    """Draws stratified levels of one example, [num_draws, ...]."""
+    return self.sample_levels(key, num_draws, length)
+
+  @abc.abstractmethod
   def corrupt(
-    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, weight: jax.Array
+    self, keys: Array, levels: Array, x0: Array, eligible: Array
   ) -> Noised:
-    """Noises x0 [B, L]; keys [B] and levels [B, ...] are each example's own."""
+    """Noises the eligible tokens of x0 [B, L]; keys [B], levels [B, ...]."""
 
-  def terms(self, logits: jax.Array, fields: Any, vocab: Any) -> Terms:
+  @abc.abstractmethod
+  def terms(self, logits: Array, fields: Any, vocab: Any) -> Terms:
     """Scores logits [N, V] float32 against fields of [N] arrays.
 
-    `vocab`, a `categorical.Vocab`, says which ids the logits are of; sums over
-    the vocabulary are its.
+    `vocab` is a `categorical.Vocab`: the ids of the logits, and reductions over
+    the vocabulary.
     """
 
-  def max_scored(self, batch_size: int, length: int) -> int:
-    """A static bound on the scored positions of `batch_size` whole groups."""
-
   def evaluation(self) -> 'Objective':
-    """The form whose mean is reported: no truncation, least variance."""
+    """Returns the unbiased form of least variance, used for evaluation."""
+    return self
 
   def naive(self) -> 'Objective':
-    """The bound at independent times: what plain Monte Carlo would do."""
+    """Returns the plain Monte Carlo form, with independent times."""
+    return self.evaluation()
 
-  def network_input(self, tokens: jax.Array) -> jax.Array:
-    """Turns a sampler's canvas [B, L] into the network's input [B, L]."""
+  def max_scored(self, batch_size: int, length: int) -> int:
+    """Returns a static upper bound on the number of scored positions."""
+    return batch_size * length
 
-  def network_time(self, level: jax.Array) -> jax.Array:
-    """The time [B] given to the network at a sampler's `level` [B]."""
+  def network_input(self, tokens: Array) -> Array:
+    """Converts a sampler's canvas [B, L] to the network's input [B, L]."""
+    return tokens
+
+  def network_time(self, level: Array) -> Array:
+    """Converts a sampler's `level` [B] to the network's time [B]."""
+    return level
+
+  def unread_keys(self, uses_time: bool) -> frozenset[str]:
+    """Returns the fields that have no effect, given the others.
+
+    `uses_time` is whether the network or the sampler depends on the time.
+    """
+    return frozenset()
+
+  def sees_right(self, length: int) -> bool:
+    """Returns whether gaps in a row of `length` tokens see the text after."""
+    return not self.causal and not 0 < self.block_size < length
 
 
-def sees_right(objective: Objective, length: int) -> bool:
-  """Whether a network sees the text behind a gap in a row of `length` tokens."""
-  ends_early = 0 < objective.block_size < length
-  return not objective.causal and not ends_early
+class ReverseRule(abc.ABC):
+  """A mixin of objectives whose noise `samplers.posterior` can reverse."""
+
+  can_correct: bool
+
+  @abc.abstractmethod
+  def sample_prior(self, keys: Array, length: int) -> Array:
+    """Draws the canvas at t = 1, pure noise: keys [B] -> [B, length] int32."""
+
+  def level_at(self, t: Array, free_share: Array) -> Array:
+    """Returns the `level` [B] of `Denoise` at time t [].
+
+    `free_share` [B] is the share of positions outside the prompt.
+    """
+    return jnp.full(free_share.shape, t)
+
+  @abc.abstractmethod
+  def reverse(
+    self, logits: Array, xt: Array, s: Array, t: Array, draw
+  ) -> Array:
+    """Returns log p(xs | xt), independent across positions, [B, L, V].
+
+    Args:
+      logits: [B, L, V], the network's output.
+      xt: [B, L] int32.
+      s: [], time of the result, s < t; at s = 0 no masks remain.
+      t: [], time of xt.
+      draw: a `categorical.Draw`: temperature, top-k and top-p of the predicted
+        clean token.
+    """
+
+
+class Hidden(NamedTuple):
+  """A network's output before the projection to the vocabulary.
+
+  Attributes:
+    states: [B, L, D], or [N, D] for chosen positions.
+    aux_loss: [] float32 or None, added to `Scores.total`, such as a
+      load-balancing loss.
+  """
+
+  states: Array
+  aux_loss: Array | None = None
+
+
+class Network(abc.ABC):
+  """A network with explicit parameters, for any objective.
+
+  `hidden` and `logits` are separate calls, so that only scored or revealed
+  positions pass through the V-wide projection. Implementations are frozen
+  dataclasses with global sizes, listed in `model.NETWORKS`. Under a mesh, the
+  methods run on the part of the parameters that a device holds.
+
+  Attributes:
+    vocab_size: number of ids, including the mask.
+    shards: a `sharding.Shards`, how the parameters are split over devices.
+    has_dropout: whether `hidden` reads `dropout_keys`.
+    knows_time: whether the output depends on t.
+    num_positions: maximum number of tokens; 0 is unlimited.
+    has_cache: whether `init_cache` and `advance` are implemented.
+  """
+
+  vocab_size: int
+  shards: Any
+  has_dropout: bool = False
+  knows_time: bool = False
+  num_positions: int = 0
+  has_cache: bool = False
+
+  @classmethod
+  @abc.abstractmethod
+  def make(
+    cls,
+    section: Any,
+    *,
+    vocab_size: int,
+    objective: Objective,
+    shards: Any,
+    platform: str = '',
+  ) -> 'Network':
+    """Builds the network of an objective; raises InputError.
+
+    `section` is a mapping with the keys of `config.model`; `platform`, the
+    compilation target, is 'cpu', 'gpu', 'tpu' or '' (the default backend).
+    """
+
+  def check(self, length: int):
+    """Raises InputError if the network does not support `length` tokens."""
+    del length  # By default, any length is supported.
+
+  @abc.abstractmethod
+  def init_params(self, key: Array) -> Any:
+    """Draws the initial parameters, unsplit: a dict of float32 arrays."""
+
+  @abc.abstractmethod
+  def hidden(
+    self,
+    params: Any,
+    tokens: Array,
+    t: Array,
+    *,
+    clean: Array | None = None,
+    segment_ids: Array | None = None,
+    dropout_keys: Array | None = None,
+    seen: Array | None = None,
+    positions: Array | None = None,
+  ) -> Hidden:
+    """Runs the network up to the output projection.
+
+    Args:
+      params: parameters from `gather`.
+      tokens: [B, L] int32.
+      t: [B] float32 in [0, 1].
+      clean: [B, L] int32, the clean text; block diffusion only.
+      segment_ids: [B, L] int32; attention is limited to a segment.
+      dropout_keys: [B], one per example; None disables dropout.
+      seen: [B, L, L] bool, the attention mask; None is the network's own.
+      positions: [N] int32 indices into B * L to return; None is all.
+    """
+
+  @abc.abstractmethod
+  def kernel(self, params: Any) -> Any:
+    """Returns the projection's parameters, a pytree of [V, ...] arrays."""
+
+  @abc.abstractmethod
+  def logits(self, kernel: Any, states: Array) -> Array:
+    """Projects states [..., D] with `kernel` to [..., V] float32."""
+
+  def gather(self, params: Any) -> Any:
+    """Gathers split parameters that every call needs; by default, none."""
+    return params
+
+  def init_cache(self, batch_size: int, length: int) -> Any:
+    """Returns an empty cache of `length` positions."""
+    raise InputError(f'{type(self).__name__} does not support a cache')
+
+  def advance(
+    self,
+    params: Any,
+    tokens: Array,
+    t: Array,
+    start: Array,
+    cache: Any,
+    visible: Array,
+    positions: Array | None = None,
+  ) -> tuple[Array, Any]:
+    """Runs S consecutive tokens against the cache.
+
+    Args:
+      params: parameters from `gather`.
+      tokens: [B, S] int32, at positions start to start + S - 1.
+      t: [B] float32.
+      start: [] int32, position of the first token.
+      cache: keys and values of C positions, start + S <= C.
+      visible: [C] bool, the cached positions that the tokens attend to.
+      positions: [N] int32 indices into B * S to return; None is all.
+
+    Returns:
+      States [B, S, D] or [N, D], and the cache updated with the tokens.
+    """
+    raise InputError(f'{type(self).__name__} does not support a cache')
+
+  @abc.abstractmethod
+  def flops_per_token(self, length: int) -> float:
+    """Returns the FLOPs per token of a forward and backward pass."""
 
 
 class Canvas(NamedTuple):
-  """What a sampler starts from: a blank page, a prompt, or a text with gaps.
+  """The input of a sampler: blank, a prompt, or a text with gaps.
 
   Attributes:
-    tokens: [B, L] int32; mask_id wherever `fixed` is False.
-    fixed: [B, L] bool, positions the sampler may not touch.
+    tokens: [B, L] int32; mask_id where `fixed` is False.
+    fixed: [B, L] bool, positions that the sampler may not change.
   """
 
-  tokens: jax.Array
-  fixed: jax.Array
+  tokens: Any
+  fixed: Any
 
 
 class Samples(NamedTuple):
-  """What a sampler returns.
+  """The output of a sampler.
 
   Attributes:
     tokens: [B, L] int32 without mask_id.
-    num_calls: [] int32, calls of the network, each on the whole batch; a guided
-      call, on twice the rows, counts as two.
+    num_calls: [] int32, network calls on the whole batch; a guided call, which
+      has twice the rows, counts as two.
   """
 
-  tokens: jax.Array
-  num_calls: jax.Array
+  tokens: Any
+  num_calls: Any
 
 
 # denoise(tokens [B, L], level [B], positions [B, K]) -> logits [B, K, V] of the
-# clean tokens at `positions`: only these go through the output projection.
-# `level`, in [0, 1], is for masked noise the expected share of masked tokens in
-# the whole row, prompt included, whatever the training's schedule was; for a
-# mixture, which has no such share, the time itself. `Objective.network_time`
-# turns it into the network's time.
-Denoise = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# clean tokens at `positions`. `level` is in [0, 1]: for masked noise, on any
+# schedule, the expected share of masked tokens in the whole row, prompt
+# included; for mixtures, the time. `Objective.network_time` converts it.
+Denoise = Callable[[Array, Array, Array], Array]
 
 
 class CachedDenoise(Protocol):
-  """A `Denoise` that can also keep keys and values of finished positions."""
+  """A `Denoise` that can also cache keys and values."""
 
-  def __call__(
-    self, tokens: jax.Array, level: jax.Array, positions: jax.Array
-  ) -> jax.Array:
-    """See `Denoise`."""
+  def __call__(self, tokens: Array, level: Array, positions: Array) -> Array:
+    """Returns logits [B, K, V]; see `Denoise`."""
+    ...
 
-  def init_cache(self, tokens: jax.Array) -> Any:
-    """An empty cache for a canvas of the shape of tokens [B, C]."""
+  def init_cache(self, tokens: Array) -> Any:
+    """Returns an empty cache for a canvas with the shape of tokens [B, C]."""
 
   def advance(
     self,
     cache: Any,
-    tokens: jax.Array,
-    start: jax.Array,
-    visible: jax.Array,
-    level: jax.Array | None = None,
+    tokens: Array,
+    start: Array | int,
+    visible: Array,
+    level: Array | None = None,
   ) -> Any:
-    """Writes the network's inputs [B, S] at start .. start + S - 1.
+    """Caches inputs [B, S] of the network at start .. start + S - 1.
 
-    They see each other and the cached positions that `visible` [C] marks.
+    They attend to each other and to the cached positions in `visible` [C] bool.
     """
 
   def within(
     self,
     cache: Any,
-    tokens: jax.Array,
-    start: jax.Array,
-    level: jax.Array,
-    positions: jax.Array,
-    visible: jax.Array,
-  ) -> tuple[jax.Array, Any]:
-    """Logits [B, K, V] at `positions` [B, K] among inputs [B, S] at `start`.
+    tokens: Array,
+    start: Array,
+    level: Array,
+    positions: Array,
+    visible: Array,
+  ) -> tuple[Array, Any]:
+    """Returns logits [B, K, V] at `positions` [B, K], and the cache.
 
-    And the cache as `advance` would leave it.
+    Other arguments are as in `advance`; `positions` are relative to `start`.
     """
+    ...
 
 
-class Sampler(Protocol):
-  """A reverse rule: (key, canvas, denoise) -> samples; pure, jittable.
+class Sampler(abc.ABC):
+  """A sampler, (keys, canvas, denoise) -> samples; pure and jittable.
 
-  Samplers inherit it.
+  Subclasses are frozen dataclasses whose fields are keys of `config.sampler`,
+  except for those supplied by the run: `draw` (a `categorical.Draw`),
+  `schedule`, `mask_id`, `rule` (the objective), `inner` (the sampler of a
+  block), `block_size` and `eos_id`.
+
+  Attributes:
+    fills_blocks: whether it can be the `inner` sampler of another sampler.
+    can_be_guided: whether sampler.guidance applies, which replaces the prompt
+      with masks.
+    is_final: whether revealed tokens never change.
+    needs_cache: whether it uses a cache, which a network with
+      model.shift_outputs=True does not support.
   """
 
-  def with_rule(self, rule: 'ReverseRule') -> 'Sampler':
-    """The sampler with the objective as training left it, where it asks for it."""
-    del rule
+  fills_blocks: bool = False
+  can_be_guided: bool = False
+  is_final: bool = False
+  needs_cache: bool = False
+
+  @classmethod
+  @abc.abstractmethod
+  def fits(cls, objective: Objective) -> bool:
+    """Returns whether the sampler supports networks of the objective."""
+
+  @abc.abstractmethod
+  def max_calls(self, length: int) -> int:
+    """Returns the maximum number of network calls for `length` free positions.
+
+    A step that reveals more positions than expected can take further calls.
+    """
+
+  def with_rule(self, rule: Any) -> 'Sampler':
+    """Returns the sampler with the objective's learned parameters."""
     return self
 
   def with_draw(self, draw: Any) -> 'Sampler':
-    """The sampler with another `categorical.Draw` or `RowDraw`."""
-    return dataclasses.replace(self, draw=draw)
+    """Returns the sampler with another `categorical.Draw` or `RowDraw`."""
+    return dataclasses.replace(self, draw=draw)  # pyright: ignore
 
-  def __call__(
-    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-  ) -> Samples:
-    """Fills the canvas; keys [B], one per example."""
+  def unread_keys(self) -> frozenset[str]:
+    """Returns the fields that have no effect, given the others."""
+    return frozenset()
+
+  @abc.abstractmethod
+  def __call__(self, keys: Array, canvas: Canvas, denoise: Any) -> Samples:
+    """Fills the canvas; keys [B]."""
 
 
-class ReverseRule(Protocol):
-  """How an objective's own noise is undone, step by step; no network.
+class Batches(Protocol):
+  """A source of training batches: text, or rollouts of the current model."""
 
-  Attributes:
-    mask_id: the mask's id.
-    can_correct: whether the network also predicts tokens that are not masked,
-      so that a finished text can be corrected with it.
-  """
-
-  mask_id: int
-  can_correct: bool
-
-  def sample_prior(self, keys: jax.Array, length: int) -> jax.Array:
-    """Draws pure noise, the canvas at t = 1: keys [B] -> [B, length] int32."""
-
-  def level_at(self, t: jax.Array, free_share: jax.Array) -> jax.Array:
-    """The `level` [B] of `Denoise` at time t [].
+  def __call__(self, state: Any, step: int) -> Batch:
+    """Returns the global batch of a step, on the devices.
 
     Args:
-      t: [].
-      free_share: [B], the share of positions that are not a prompt.
+      state: the `TrainState` before the step.
+      step: number of steps taken. The batch must depend on (state, step) alone,
+        so that a resumed run repeats it.
     """
-
-  def reverse(
-    self,
-    logits: jax.Array,
-    xt: jax.Array,
-    s: jax.Array,
-    t: jax.Array,
-    draw: Any,
-  ) -> jax.Array:
-    """The law of xs given xt, each position's on its own.
-
-    Args:
-      logits: [B, L, V], the network's.
-      xt: [B, L].
-      s: [], the time to go to; at s = 0 no mask_id is left.
-      t: [], the time of xt, > s.
-      draw: a `categorical.Draw`: temperature, top-k and top-p of the prediction
-        of the clean token.
-
-    Returns:
-      [B, L, V] float32 log-probabilities.
-    """
+    ...

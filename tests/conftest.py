@@ -16,8 +16,8 @@ flags = [
 ]
 if jax.__version_info__ < (0, 11):
   flags.append('--xla_cpu_use_fusion_emitters=false')
-# Of the processes that tests start, and of pytest's own with -n: they share what
-# they compile, for one suite.
+# All processes of one suite, pytest's own workers and those that tests start,
+# share what they compile.
 if 'PYTEST_XDIST_WORKER' not in os.environ:
   _programs = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _programs.name
@@ -31,7 +31,7 @@ jax.config.update('jax_debug_key_reuse', True)
 def pytest_configure(config):
   # The last matching filter wins: a warning that points at our code fails.
   config.addinivalue_line('filterwarnings', r'error:::nanodlm(\.|$)')
-  # What Orbax and asyncio leave behind of a restore that failed.
+  # Warnings that Orbax and asyncio give after a restore that failed.
   config.addinivalue_line(
     'filterwarnings',
     'ignore:Exception ignored in. (<coroutine object _read_array|'

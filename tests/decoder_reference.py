@@ -1,7 +1,7 @@
-"""Decoders of published checkpoints in NumPy, from the tensors by their own names.
+"""Decoders of published checkpoints in NumPy, with the original tensor names.
 
-Written from the papers and the published code's names alone: nothing of nanodlm is
-used. One head and one query at a time, float64.
+They follow the papers and the names of the published code, and are independent
+of nanodlm. They compute one head and one query at a time, in float64.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ def gelu_tanh(x):
 
 
 def turn(x, theta):
-  """Rotary positions of [L, Dh]: features i and i + Dh / 2 are a complex number."""
+  """Rotates [L, Dh]: features i and i + Dh / 2 form a complex number."""
   half = x.shape[-1] // 2
   angle = np.arange(len(x))[:, None] * theta ** (-np.arange(half) / half)
   z = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)

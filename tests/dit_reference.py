@@ -204,7 +204,7 @@ def md4_logits(params, tokens, t, mlp, head_dim):
     head_dim: width of a head.
 
   Returns:
-    [B, L, V]; the mask, id V, has no column.
+    [B, L, V]; without a column for the mask, id V.
   """
   activation = MD4_ACTIVATIONS[mlp]
   dense = lambda p, x: (

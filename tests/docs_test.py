@@ -1,6 +1,5 @@
 """The reference of the API: every public name is documented, and it renders."""
 
-import functools
 import importlib
 import inspect
 import pkgutil
@@ -9,68 +8,59 @@ import re
 import pytest
 
 import nanodlm
-from nanodlm.interop import families
+from nanodlm import types
 
 MODULES = [
   'nanodlm',
   *sorted(
     module.name
     for module in pkgutil.walk_packages(nanodlm.__path__, 'nanodlm.')
+    if not module.name.endswith('__main__')
   ),
 ]
 
 
-def members_of(module):
-  """(name, object) of a module's own public functions, classes and their members."""
+def is_function(value):
+  return inspect.isroutine(value) or isinstance(value, property)
+
+
+def is_documented(cls, key):
+  """Whether a class itself documents a member, if only as an attribute."""
+  attributes = re.findall(r'^ +(\w+):', cls.__doc__ or '', re.M)
+  value = vars(cls).get(key)
+  return key in attributes or is_function(value) and bool(inspect.getdoc(value))
+
+
+def undocumented(module):
+  """Names of a module's own public functions, classes and their members.
+
+  A member may have the docstring of a base class or of a protocol.
+  """
+  protocols = [
+    value
+    for name, value in {**vars(types), **vars(module)}.items()
+    if getattr(value, '_is_protocol', False)
+  ]
   for name, value in vars(module).items():
-    if (
-      name.startswith('_')
-      or getattr(value, '__module__', '') != module.__name__
-    ):
+    is_own = getattr(value, '__module__', '') == module.__name__
+    if name.startswith('_') or not is_own:
       continue
     if not (inspect.isclass(value) or inspect.isroutine(value)):
       continue
-    yield name, value
-    for key in vars(value) if inspect.isclass(value) else ():
-      member = inspect.getattr_static(value, key)
-      if not key.startswith('_') and (
-        inspect.isroutine(member) or isinstance(member, property)
-      ):
-        yield f'{name}.{key}', getattr(value, key)
-
-
-@functools.cache
-def names_of_protocols():
-  """What any protocol documents: its implementations need not say it again."""
-  return {
-    name.partition('.')[2]
-    for module in map(importlib.import_module, MODULES)
-    for name, value in members_of(module)
-    if '.' in name
-    and getattr(vars(module)[name.partition('.')[0]], '_is_protocol', False)
-    and inspect.getdoc(value)
-  }
-
-
-def functions_of_a_family(module):
-  """What `families` documents once, of a module in its table."""
-  if module not in families.FAMILIES.values():
-    return set()
-  return set(re.findall(r'^  (\w+)\(', families.__doc__, re.M))
+    if not inspect.getdoc(value):
+      yield name
+    for key, member in vars(value).items() if inspect.isclass(value) else ():
+      if not key.startswith('_') and is_function(member):
+        bases = (*value.__mro__, *protocols)
+        if not any(is_documented(base, key) for base in bases):
+          yield f'{name}.{key}'
 
 
 @pytest.mark.parametrize('name', MODULES)
 def test_public_names_have_docstrings(name):
   module = importlib.import_module(name)
   assert module.__doc__, name
-  # A method may have its base's, or its protocol's.
-  assert not [
-    member
-    for member, value in members_of(module)
-    if not inspect.getdoc(value)
-    and member.partition('.')[2] not in names_of_protocols()
-    and member not in functions_of_a_family(module)
-  ]
+  assert not list(undocumented(module))
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,5 @@
 """Evaluation of a workdir: other texts, and the noise of the estimator."""
 
-import dataclasses
 import json
 import logging
 import math
@@ -11,6 +10,8 @@ import pytest
 
 from nanodlm import config as configs
 from nanodlm import evaluate
+from nanodlm import lm as lms
+from nanodlm import run as runs
 from nanodlm.objectives import masking
 from nanodlm.types import InputError
 from tests import workdirs
@@ -24,13 +25,14 @@ def flat(tmp_path_factory):
   return workdirs.make_workdir(tmp_path_factory.mktemp('flat'), scale=0.0)
 
 
+def settings_of(workdir, source=''):
+  config = configs.read_run(workdir)
+  config.data.source = source or config.data.source
+  return configs.make_settings(config)
+
+
 def evaluate_on(workdir, source, **options):
-  defaults = configs.load_base()
-  config = evaluate.load_config(workdir, defaults)
-  trained_on = config.data.source
-  config.data.source = source or trained_on
-  settings = configs.validate(config)
-  subject = evaluate.open_subject(config, settings, workdir, trained_on)
+  subject = evaluate.open_subject(settings_of(workdir, source), workdir)
   return evaluate.evaluate_subject(subject, **options)
 
 
@@ -42,10 +44,10 @@ def test_a_workdir_has_its_own_tokenizer(tmp_path):
     ('sentencepiece', '', ''),
     ('bytes', '', ''),
   ):
-    config = configs.load_base()
+    config = configs.load()
     config.tokenizer.name, config.tokenizer.path = name, path
     config.tokenizer.vocab_size = 300 * (name == 'sentencepiece' and not path)
-    own = evaluate.own_tokenizer(configs.validate(config), str(tmp_path))
+    own = evaluate.own_tokenizer(configs.make_settings(config), str(tmp_path))
     assert (own.name, own.path) == (name, expected)
     assert own.vocab_size == config.tokenizer.vocab_size
 
@@ -60,22 +62,17 @@ def test_other_texts_in_bytes(tokenizer, tmp_path):
   (tmp_path / 'a.txt').write_text(text)
   lines = [json.dumps({'text': f'{i} {text[:200]}'}) for i in range(20)]
   (tmp_path / 'b.jsonl').write_text('\n'.join(lines))
-  run, params, step = evaluate.open_run(workdir)
-  assert step == 0 and run.tokenizer.name == tokenizer
+  lm = lms.load(workdir)
+  run = lm.run
+  assert lm.step == 0 and run.tokenizer.name == tokenizer
   for source in (f'text:{tmp_path}/a.txt', f'jsonl:{tmp_path}/b.jsonl'):
     means = evaluate_on(workdir, source)
     np.testing.assert_allclose(
       means['eval/nll'], math.log(run.tokenizer.mask_id), rtol=1e-5
     )
-    data = dataclasses.replace(run.settings.data, source=source)
-    packed = evaluate.open_data(
-      dataclasses.replace(run.settings, data=data),
-      workdir,
-      run.tokenizer,
-      run.settings.data.source,
-    )
-    tokens = evaluate.validation_rows(run, packed, 0)['tokens'].reshape(-1)
-    # The bytes of the text itself; a separator is printed as two and counts none.
+    packed = evaluate.open_data(settings_of(workdir, source), lm)
+    tokens = evaluate.validation_rows(run, packed, 0).tokens.reshape(-1)
+    # Bytes of the text; a decoded separator has two bytes, which do not count.
     num_bytes = len(run.tokenizer.decode(tokens).encode()) - 2 * np.sum(
       tokens == run.tokenizer.separator_id
     )
@@ -88,13 +85,11 @@ def test_other_texts_in_bytes(tokenizer, tmp_path):
 
 
 def test_noise_of_both_estimators(flat, caplog):
-  run, params, _ = evaluate.open_run(flat)
-  packed = evaluate.open_data(
-    run.settings, flat, run.tokenizer, run.settings.data.source
-  )
-  noise = evaluate.measure_noise(run, packed, params, 0)
-  # All tokens cost the same: noise by count has no variance, and sum / t of a
-  # Bernoulli(t) mask has (1 - t) / t for each token.
+  lm = lms.load(flat)
+  packed = evaluate.open_data(lm.run.settings, lm)
+  noise = evaluate.measure_noise(lm.run, packed, lm.params, 0)
+  # All tokens cost the same. Noise by count then has zero variance, and a
+  # Bernoulli(t) mask divided by t has the variance (1 - t) / t.
   assert noise['noise_ci95'] < 1e-5
   spread = (
     math.log(1 / masking.NAIVE_MIN_TIME) / (1 - masking.NAIVE_MIN_TIME) - 1
@@ -106,81 +101,77 @@ def test_noise_of_both_estimators(flat, caplog):
   with caplog.at_level(logging.INFO, 'nanodlm'):
     means = evaluate_on(flat, '', noise_examples=16)
   assert means['eval/naive_noise_ci95'] > 0
-  assert 'times as many network calls' in caplog.text
-  assert 'measured on 16 rows only' in caplog.text
+  assert 'independent times would give' in caplog.text
+  assert 'on only 16 rows' in caplog.text
 
 
 def test_score_takes_any_number_of_rows(tmp_path):
-  workdir = workdirs.make_workdir(tmp_path)
-  run, params, _ = evaluate.open_run(workdir)
-  tokens = (
-    np.random.default_rng(0).integers(256, size=(11, 16)).astype(np.int32)
-  )
-  weight = np.ones((11, 16), np.float32)
-  batch = {'tokens': tokens, 'weight': weight}
+  lm = lms.load(workdirs.make_workdir(tmp_path))
+  tokens = np.random.default_rng(0).integers(256, size=(11, 16))
+  eligible = np.ones((11, 16), bool)
   values = [
-    evaluate.make_score(run, num_draws=2, batch_size=size)(
-      params, jax.random.key(1), batch
+    lms.make_score(lm.run, num_draws=2, batch_size=size)(
+      lm.params, jax.random.key(1), lms.make_batch(tokens, eligible)
     )['nll']
     for size in (8, 16)
   ]
   assert values[0].shape == (11,)
   np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
-  some = {
-    'tokens': tokens[3:5],
-    'weight': weight[3:5],
-    'index': np.arange(3, 5, dtype=np.int32),
-  }
-  score = evaluate.make_score(run, num_draws=2, batch_size=8)
+  index = np.arange(3, 5, dtype=np.int32)
+  some = lms.make_batch(tokens[3:5], eligible[3:5], index=index)
+  score = lms.make_score(lm.run, num_draws=2, batch_size=8)
   np.testing.assert_allclose(
-    score(params, jax.random.key(1), some)['nll'], values[0][3:5], rtol=1e-5
+    score(lm.params, jax.random.key(1), some)['nll'], values[0][3:5], rtol=1e-5
   )
 
 
 def test_exact_values_have_no_noise(tmp_path):
-  workdir = workdirs.make_workdir(tmp_path, objective__name='ar')
-  run, params, _ = evaluate.open_run(workdir)
+  lm = lms.load(workdirs.make_workdir(tmp_path, objective__name='ar'))
   with pytest.raises(InputError, match='exact'):
-    evaluate.measure_noise(run, None, params, 4)
+    evaluate.measure_noise(lm.run, None, lm.params, 4)
 
 
 def test_with_sampler(flat):
-  run, _, _ = evaluate.open_run(flat)
-  other = evaluate.with_sampler(run, {'name': 'ancestral', 'temperature': 0.5})
-  assert other.config.sampler.num_steps == configs.load_base().sampler.num_steps
-  same = evaluate.with_sampler(run, {'temperature': 0.5})
-  assert same.config.sampler.num_steps == run.config.sampler.num_steps == 4
-  assert run.config.sampler.temperature == 1.0
-  # A number of steps takes the place of listed times, and the other way round.
-  listed = evaluate.with_sampler(other, {'grid': '1,0.3,0'})
-  assert listed.config.sampler.grid == '1,0.3,0'
-  stepped = evaluate.with_sampler(listed, {'name': 'ancestral', 'num_steps': 8})
-  assert (stepped.config.sampler.grid, stepped.config.sampler.num_steps) == (
-    'uniform',
-    8,
-  )
-  cosine = evaluate.with_sampler(other, {'grid': 'cosine', 'num_steps': 8})
-  again = evaluate.with_sampler(cosine, {'num_steps': 9})
-  assert again.config.sampler.grid == 'cosine'
+  run = lms.load(flat).run
+  section = lambda run: run.settings.sampler
+  other = run.with_sampler({'name': 'ancestral', 'temperature': 0.5})
+  assert section(other)['num_steps'] == configs.load().sampler.num_steps
+  same = run.with_sampler({'temperature': 0.5})
+  assert section(same)['num_steps'] == section(run)['num_steps'] == 4
+  assert section(run)['temperature'] == 1.0
+  # A number of steps replaces listed times, and the other way round.
+  listed = other.with_sampler({'grid': '1,0.3,0'})
+  assert section(listed)['grid'] == '1,0.3,0'
+  stepped = listed.with_sampler({'name': 'ancestral', 'num_steps': 8})
+  assert section(stepped)['grid'] == 'uniform'
+  assert section(stepped)['num_steps'] == 8
+  cosine = other.with_sampler({'grid': 'cosine', 'num_steps': 8})
+  again = cosine.with_sampler({'num_steps': 9})
+  assert section(again)['grid'] == 'cosine'
   with pytest.raises(InputError, match='does not fit'):
-    evaluate.with_sampler(run, {'name': 'ar'})
+    run.with_sampler({'name': 'ar'})
+  with pytest.raises(InputError, match="sampler.num_steps='8'"):
+    run.with_sampler({'num_steps': '8'})
+  with pytest.raises(InputError, match='sampler.num_step: .*num_steps'):
+    run.with_sampler({'num_step': 8})
 
 
 def test_no_run(tmp_path):
-  with pytest.raises(InputError, match='holds no run'):
-    evaluate.open_run(str(tmp_path))
+  with pytest.raises(InputError, match='is not the folder of a run'):
+    lms.load(str(tmp_path))
 
 
 @pytest.mark.parametrize(
   'mesh, expected',
-  [
-    ((-1, 2, 2), (-1, 2, 2)),
-    ((1, 16, 1), (-1, 1, 1)),
-    ((-1, 3, 1), (-1, 1, 1)),
-  ],
+  [((-1, 2, 2), (2, 2, 2)), ((1, 16, 1), (8, 1, 1)), ((-1, 3, 1), (8, 1, 1))],
 )
-def test_a_run_can_be_looked_at_on_other_devices(mesh, expected):
-  config = configs.load_base()
+def test_a_run_can_be_evaluated_on_other_devices(mesh, expected):
+  config = configs.load()
   config.mesh.update(dict(zip(('data', 'fsdp', 'tensor'), mesh)))
-  evaluate.fit_mesh(config)
-  assert tuple(config.mesh.values()) == expected
+  config.model.num_heads = 8
+  run = runs.make_run(configs.make_settings(config), refit=True)
+  assert tuple(run.mesh.shape.values()) == expected
+  if expected == (8, 1, 1):
+    given = configs.make_settings(config, ['mesh.data'])
+    with pytest.raises(InputError, match='mesh='):
+      runs.make_run(given, refit=True)

@@ -1,9 +1,11 @@
-"""The README's worked examples, run as they stand, with fewer and smaller steps.
+"""The README's examples, run as printed, with fewer and smaller steps.
 
-What is different here: a `python` that comes first on the PATH adds SMALLER to the
-commands that train. The examples run at the same time.
+A `python` that comes first on the PATH adds SMALLER to the commands that train.
+The examples run at the same time. What the README says about objectives,
+samplers, configs and files is compared with the code.
 """
 
+import inspect
 import json
 import os
 import pathlib
@@ -14,19 +16,35 @@ import sys
 
 import pytest
 
+from nanodlm import __main__ as command_line
+from nanodlm import config as configs
+from nanodlm import run as runs
+from nanodlm.objectives import OBJECTIVES
+from nanodlm.samplers import SAMPLERS
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
-BLOCKS = re.findall(
-  r'```bash\n(.*?)```',
-  README.partition('\n## Worked examples\n')[2].partition('\n## ')[0],
-  re.DOTALL,
-)
-# The command that the third one goes on from.
+
+
+def code_of(title, language='bash'):
+  """Returns the first block of code in a section of the README."""
+  section = README.partition(f'\n## {title}\n')[2].partition('\n## ')[0]
+  return re.search(rf'```{language}\n(.*?)```', section, re.DOTALL)[1]
+
+
+def command_of_config(name):
+  """Returns the first block of code in the docstring of a config."""
+  source = (ROOT / 'configs' / f'{name}.py').read_text()
+  doc = inspect.cleandoc(re.search(r'"""(.*?)"""', source, re.DOTALL)[1])
+  return re.search(r'((?:    .*\n)+)', doc)[1].replace('\n    ', '\n')[4:]
+
+
+# Fine-tuning starts from the quickstart's run, as the Python example does.
 QUICKSTART = re.search(
-  r'&& (python launch\.py --config=configs/quickstart\.py '
-  r'--workdir=\S+)\n',
+  r'\n(python launch\.py --config=configs/quickstart\.py --workdir=\S+)\n',
   README,
 )[1]
+PYTHON_CODE = code_of('From Python', 'python')
 SMALLER = ' '.join(
   f'--config.{change}'
   for change in (
@@ -55,14 +73,19 @@ exec {shlex.quote(sys.executable)} "$@"
 
 @pytest.fixture(scope='module')
 def examples(tmp_path_factory):
-  """(folder, output) of each example, in a clone of its own."""
+  """Returns (folder, output) of each example, each in its own clone."""
   environment = {
     **os.environ,
     'XLA_FLAGS': '--xla_backend_optimization_level=0',
     'NANODLM_DATA_DIR': str(tmp_path_factory.mktemp('data')),
   }
   folders, processes = [], []
-  scripts = [*BLOCKS[:2], f'{QUICKSTART}\n{BLOCKS[2]}']
+  scripts = [
+    code_of('Your own text'),
+    code_of('Evaluate'),
+    f'{QUICKSTART}\n{command_of_config("sft")}\n'
+    f"python - <<'END'\n{PYTHON_CODE}END",
+  ]
   for i, script in enumerate(scripts):
     folder = tmp_path_factory.mktemp(f'example{i}')
     for name in ('launch.py', 'configs', 'nanodlm'):
@@ -98,10 +121,6 @@ def samples_of(workdir):
   ]
 
 
-def test_there_are_three():
-  assert len(BLOCKS) == 3
-
-
 def test_train_and_infill(examples):
   folder, output = examples[0]
   assert (folder / 'capitals.txt').read_text().count('\n') == 8000
@@ -116,8 +135,9 @@ def test_train_and_infill(examples):
     assert text[20:-7] == b' is Rome. The capital of Spain is '
 
 
-def test_compare_and_report(examples):
+def test_evaluate_compare_and_report(examples):
   folder, output = examples[1]
+  assert (folder / 'runs' / 'masked' / 'eval.jsonl').is_file()
   table = (folder / 'runs' / 'compared' / 'comparison.txt').read_text()
   assert table in output
   for name in ('masked', 'ar'):
@@ -154,3 +174,62 @@ def test_fine_tune_and_answer(examples):
   assert not {sample['prompt'] for sample in samples} & {
     pair['prompt'] for pair in pairs
   }
+
+
+def test_python(examples):
+  _, output = examples[2]
+  texts, bits_per_byte, shape = output.splitlines()[-3:]
+  assert len(eval(texts)) == 2
+  assert float(bits_per_byte) > 0
+  assert re.fullmatch(r'\(\d+, 2050\)', shape)
+
+
+def rows_of(header):
+  """Returns the cells of a table's rows: {name: [cell, ...]}."""
+  table = README.partition(f'| `{header}` |')[2].partition('\n\n')[0]
+  rows = [
+    [cell.strip() for cell in line.strip('|').split('|')]
+    for line in table.splitlines()[2:]
+  ]
+  return {name.strip('`'): cells for name, *cells in rows}
+
+
+def objective_of(name):
+  config = configs.load()
+  config.objective.name = name
+  return runs.make_objective(configs.make_settings(config))
+
+
+def test_table_of_objectives():
+  rows = rows_of('objective.name')
+  assert set(rows) == set(OBJECTIVES)
+  for name, (_, value, reads_time, sampler) in rows.items():
+    objective = objective_of(name)
+    assert value == ('exact' if objective.exact else 'bound'), name
+    assert reads_time == ('always' if objective.needs_time else 'optional')
+    assert sampler == f'`{objective.default_sampler}`', name
+
+
+def test_table_of_samplers():
+  rows = rows_of('sampler.name')
+  assert set(rows) == set(SAMPLERS)
+  for name, (fits, _, guided, final, _) in rows.items():
+    cls = SAMPLERS[name]
+    fitting = {x for x in OBJECTIVES if cls.fits(objective_of(x))}
+    listed = set(re.findall(r'`(\w+)`', fits))
+    if fits.startswith('all but'):
+      listed = set(OBJECTIVES) - listed
+    assert listed == fitting, name
+    assert guided == ('yes' if cls.can_be_guided else 'no'), name
+    if isinstance(cls.is_final, property):
+      assert final == 'inner', name
+    else:
+      assert final == ('yes' if cls.is_final else 'no'), name
+
+
+def test_files_and_modes_exist():
+  for path in re.findall(r'\]\(([^)#]+)\)', README):
+    assert (ROOT / path).exists(), path
+  for path in re.findall(r'--config=(\S+)', README):
+    assert (ROOT / path).is_file(), path
+  assert set(re.findall(r'--mode=(\w+)', README)) <= set(command_line.MODES)

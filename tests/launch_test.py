@@ -104,7 +104,7 @@ def finished(tmp_path_factory):
 def test_train_leaves_what_people_look_for(finished):
   workdir, output = finished
   names = {path.name.strip('.').split('.')[0] for path in workdir.iterdir()}
-  # And no compiled programs, which a workdir from somebody else could bring.
+  # No compiled programs, since a workdir may come from other people.
   assert names == {
     'config',
     'metrics',
@@ -326,16 +326,17 @@ def test_diverging_run_stops_and_keeps_its_checkpoint(finished, tmp_path):
   'named, args',
   [
     (
-      "--config.model.num_layer: there is no such key; did you mean 'num_layers'?",
+      "--config.model.num_layer: unknown key; did you mean 'num_layers'?",
       ['--config.model.num_layer=2'],
     ),
     (
-      '--config.train.learning_rate: there is no such key; config.optim.learning_rate '
-      'is there',
+      '--config.train.learning_rate: unknown key; did you mean '
+      'config.optim.learning_rate?',
       ['--config.seed=2', '--config.train.learning_rate=1'],
     ),
     (
-      "--config.optimizer.name: there is no section 'optimizer'; did you mean 'optim'?",
+      "--config.optimizer.name: unknown section 'optimizer'; did you mean "
+      "'optim'?",
       ['--config.optimizer.name=adamw'],
     ),
     ('model.num_heads=3', ['--config.model.num_heads=3']),
@@ -383,7 +384,7 @@ def test_full_disk_ends_the_run_and_keeps_its_checkpoints(tmp_path):
     prefix=('bash', '-c', 'ulimit -f 100; exec "$0" "$@"'),
   )
   assert status == 1, output
-  # Orbax's own threads may still print behind it.
+  # Orbax's own threads may still print afterwards.
   assert re.search(
     r'error: a checkpoint in \S+ could not be written: .*'
     r'The complete ones there: \[5\]',
@@ -426,12 +427,12 @@ def test_a_reader_that_has_seen_enough():
 def test_misused_modes(finished, tmp_path):
   workdir, _ = finished
   for args, words in (
-    (('--mode=sample', f'--workdir={tmp_path}'), 'holds no run'),
+    (('--mode=sample', f'--workdir={tmp_path}'), 'is not the folder of a run'),
     (('--mode=train', TINY), 'needs --workdir'),
     ((f'--workdir={tmp_path}/mistyped',), 'a new one needs a --config'),
     (
       (TINY, f'--workdir={tmp_path}', '--prompt_file=x'),
-      '--prompt_file has no effect',
+      '--prompt_file is not a flag of --mode=train',
     ),
     (('--mode=import', f'--workdir={tmp_path}/new'), 'needs --from'),
     (
@@ -440,7 +441,7 @@ def test_misused_modes(finished, tmp_path):
     ),
     (
       ('--mode=sample', f'--workdir={workdir}', '--prompt=' + 'x' * 65),
-      'takes 65 tokens',
+      'needs 65 tokens',
     ),
     (
       ('--mode=sample', f'--workdir={workdir}', '--config.sampler.name=ar'),
@@ -448,7 +449,7 @@ def test_misused_modes(finished, tmp_path):
     ),
     (
       ('--mode=eval', f'--workdir={workdir}', '--infill_examples=8'),
-      '--infill_examples=8 has no effect without --infill',
+      '--infill_examples=8 needs --infill',
     ),
     (
       ('--mode=eval', f'--workdir={workdir}', '--infill=0.5,2'),
@@ -471,9 +472,9 @@ def refusing(path, *args, **kwargs):
     raise PermissionError(path)
   return stat(path, *args, **kwargs)
 import jax
-import launch
+from nanodlm import __main__ as launch
 os.stat, access = refusing, os.access
-os.access = lambda path, mode: False  # which root may never be told
+os.access = lambda path, mode: False  # which never holds for root
 launch._set_up_compilation_cache()
 print(jax.config.jax_compilation_cache_dir)
 os.stat, os.access = stat, access

@@ -6,6 +6,10 @@ import socket
 import subprocess
 import sys
 
+from absl import flags
+
+from nanodlm.types import InputError
+
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = (
   '--config=configs/tiny.py',
@@ -78,3 +82,28 @@ def finish(process):
 def launch(*args, **kwargs):
   """(exit status, output) of a whole run."""
   return finish(start(*args, **kwargs))
+
+
+def run_mode(module, *args, start=None):
+  """Parses a mode's own flags and runs it in this process.
+
+  Args:
+    module: the mode's.
+    *args: its flags.
+    start: a `config.Start`, or None for modes that do not read one.
+
+  Returns:
+    The exit status; an error that is caused by the arguments is printed.
+  """
+  known = set(flags.FLAGS)
+  module.define_flags()
+  try:
+    flags.FLAGS(['test', *map(str, args)])
+    return module.main(start)
+  except (InputError, flags.Error) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  finally:
+    flags.FLAGS.unparse_flags()
+    for name in set(flags.FLAGS) - known:
+      delattr(flags.FLAGS, name)

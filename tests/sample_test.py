@@ -1,139 +1,57 @@
-"""Prompts: what becomes fixed, what is left to fill."""
+"""Several samplers for one model, from the command line's text."""
 
-import dataclasses
-
-import numpy as np
 import pytest
 
+from nanodlm import lm as lms
 from nanodlm import sample
-from nanodlm.data import tokenizers
-from nanodlm.sample import Gap
 from nanodlm.types import InputError
+from tests import workdirs
 
-BYTES = tokenizers.BytesTokenizer()
 
-
-@pytest.mark.parametrize(
-  'prompt, parts',
-  [
-    ('', [Gap(None)]),
-    ('def f', ['def f', Gap(None)]),
-    ('def {} return {}', ['def ', Gap(None), ' return ', Gap(None)]),
-    ('{12}.', [Gap(12), '.']),
-    ('{}{3}', [Gap(None), Gap(3)]),
-    ('a {{b}} {}', ['a {b} ', Gap(None)]),
-    ('if (x) { y; } {2}', ['if (x) { y; } ', Gap(2)]),
-    ('{{}}', ['{}', Gap(None)]),
-  ],
-)
-def test_parse_prompt(prompt, parts):
-  assert sample.parse_prompt(prompt) == parts
+@pytest.fixture(scope='module')
+def lm(tmp_path_factory):
+  return lms.load(workdirs.make_workdir(tmp_path_factory.mktemp('sample')))
 
 
 @pytest.mark.parametrize(
-  'prompt, literal',
+  'text, parts',
   [
     ('', []),
-    ('a {} b {12} c', []),
-    ('{{x}} {}', []),
-    ('a {x} {}', ['{x}']),
-    ('{x} {x} {-1} {1 2}', ['{x}', '{-1}', '{1 2}']),
-    ('if (a) {\n{}', ['{']),
-    ('a } {{b', ['}']),
-    ('{{{x}}} {3}', ['{', '}']),
+    ('ar', ['ar']),
+    ('fixed_count,block', ['fixed_count', 'block']),
+    (
+      'remask:grid=1,0.5,0;eta=1,ancestral:num_steps=8',
+      ['remask:grid=1,0.5,0;eta=1', 'ancestral:num_steps=8'],
+    ),
   ],
 )
-def test_braces_that_are_no_gap(prompt, literal):
-  assert sample.literal_braces(prompt) == literal
+def test_split_samplers(text, parts):
+  assert sample.split_samplers(text) == parts
 
 
-def canvas(prompt, length, sees_right=True):
-  tokens, fixed = sample.make_canvas(prompt, BYTES, length, sees_right)
-  assert np.all((tokens == BYTES.mask_id) == ~fixed)
-  return ''.join(chr(t) if f else '_' for t, f in zip(tokens, fixed))
-
-
-@pytest.mark.parametrize(
-  'prompt, length, text',
-  [
-    ('', 4, '____'),
-    ('ab', 5, 'ab___'),
-    ('a{}b', 6, 'a____b'),
-    ('a{}b{}', 7, 'a__b___'),
-    ('a{2}b{}', 8, 'a__b____'),
-    ('a{2}b', 8, 'a__b'),  # every gap has its size: no longer than that
-    ('abc{}', 4, 'abc_'),
-  ],
-)
-def test_make_canvas(prompt, length, text):
-  assert canvas(prompt, length) == text
-
-
-@pytest.mark.parametrize('prompt', ['abcde', 'abc{}d{}', 'a{9}'])
-def test_prompt_that_does_not_fit(prompt):
-  with pytest.raises(InputError, match='takes .* tokens'):
-    canvas(prompt, 4)
-
-
-def test_causal_models_take_a_gap_at_the_end_only():
-  assert canvas('ab{}', 4, sees_right=False) == 'ab__'
-  with pytest.raises(InputError, match='left to right'):
-    canvas('a{}b', 4, sees_right=False)
-
-
-def test_read_prompts(tmp_path):
-  path = tmp_path / 'a.jsonl'
-  path.write_text(
-    '\ufeff{"prompt": "a\\n{}", "response": "b"}\n\n{"prompt": "\u2028é"}'
-  )
-  assert sample.read_prompts(str(path)) == ['a\n{}', '\u2028é']
+def test_parse_sampler():
+  assert sample.parse_sampler('confidence:threshold=0.9; num_steps=0') == {
+    'name': 'confidence',
+    'threshold': 0.9,
+    'num_steps': 0,
+  }
+  assert sample.parse_sampler('block:cache=False')['cache'] is False
 
 
 @pytest.mark.parametrize(
   'text, message',
   [
-    ('', 'holds no prompt'),
-    ('\n \n', 'holds no prompt'),
-    ('{"prompt": "a"}\nplain', 'line 2 must be'),
-    ('{"prompt": "a", "id": ' + '1' * 5000 + '}', 'line 1 must be'),
-    ('["prompt"]', 'line 1 must be'),
-    ('{"text": "a"}', 'line 1 must be'),
-    ('{"prompt": 3}', 'line 1 must be'),
-    ('{"prompt": ""}', 'line 1 must be'),
+    ('confidence:treshold=1', 'threshold'),
+    ('remask:eta', 'KEY=VALUE'),
+    ('remask:name=ar', 'KEY=VALUE'),
+    ('remask:eta=high', "eta='high'.*float"),
+    ('block:cache=maybe', 'cache'),
+    ('warp', "'warp' is not one of"),
+    ('ar', 'does not fit'),
+    ('fixed_count:eta=1', 'is ignored'),
+    ('remask:eta=2', 'eta'),
   ],
 )
-def test_prompt_file_that_will_not_do(tmp_path, text, message):
-  path = tmp_path / 'a.jsonl'
-  path.write_text(text)
-  with pytest.raises(InputError, match=f'--prompt_file=.*a.jsonl.*{message}'):
-    sample.read_prompts(str(path))
-
-
-def test_prompt_file_that_is_not_there(tmp_path):
-  with pytest.raises(InputError, match='--prompt_file=.*cannot be read'):
-    sample.read_prompts(str(tmp_path / 'gone'))
-
-
-@pytest.mark.parametrize(
-  'tokens, end', [([3, 4, 9, 5, 9, 9], 2), ([9, 9], 0), ([3, 4], 2), ([], 0)]
-)
-def test_until_end(tokens, end):
-  tokens = np.array(tokens, np.int32)
-  np.testing.assert_array_equal(sample.until_end(tokens, 9), tokens[:end])
-
-
-def test_unknown_characters():
-  num_bytes = BYTES.num_bytes.copy()
-  num_bytes[ord('?')] = 0  # as SentencePiece's unknown piece has
-
-  @dataclasses.dataclass(frozen=True)
-  class WithUnknown:
-    name = 'toy'
-    mask_id = BYTES.mask_id
-    encode = staticmethod(BYTES.encode)
-
-  tokenizer = WithUnknown()
-  object.__setattr__(tokenizer, 'num_bytes', num_bytes)
-  with pytest.raises(InputError, match="'a\\?' holds characters"):
-    sample.make_canvas('a?{}', tokenizer, 8, True)
-  assert len(sample.make_canvas('ab{}', tokenizer, 8, True)[0]) == 8
+def test_wrong_samplers(lm, text, message):
+  with pytest.raises(InputError, match=f'(?s)--samplers=.*{message}'):
+    sample.with_samplers(lm, [text])

@@ -1,7 +1,7 @@
-"""Texts few enough to enumerate, and a network small enough to compile.
+"""Enumerable texts, and networks that are tables or compile quickly.
 
-A table stands for a network: the row of each canvas (tokens and masks) holds
-the logits of every position, so that expectations can be sums over all cases.
+A table replaces a network: its row for each canvas (tokens and masks) contains
+the logits of all positions, so that expectations are sums over all cases.
 """
 
 import itertools

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from nanodlm import config as configs
-from nanodlm import evaluate
-from nanodlm.data import prepare, tokenizers
+from nanodlm import run as runs
+from nanodlm.data import prepare
+from nanodlm.data.tokenizers.saved import save_tokenizer
 from nanodlm.model import transformer
 from nanodlm.training import checkpoint, optim
 from nanodlm.training import state as states
@@ -47,7 +48,7 @@ def make_workdir(folder, *, scale=3.0, **changes):
   folder.mkdir(parents=True, exist_ok=True)
   source = folder / 'text.txt'
   source.write_text(TEXT)
-  config = configs.load_base()
+  config = configs.load()
   config.data.update(
     source=f'text:{source}',
     length=LENGTH,
@@ -63,25 +64,25 @@ def make_workdir(folder, *, scale=3.0, **changes):
     config[section][leaf] = value
   if config.objective.name != 'ar':
     config.sampler.num_steps = 4
-  settings = configs.validate(config)
+  settings = configs.make_settings(config)
   packed = prepare.prepare(settings.data, settings.tokenizer)
-  shape = configs.make_model(config, packed.tokenizer.vocab_size)
+  run = runs.make_run(settings, devices=jax.devices()[:1], refit=True)
+  run = run.with_tokenizer(packed.tokenizer)
   optimizer = optim.make_optimizer(settings.optim, 1)
   state = states.init_state(
-    shape,
-    configs.make_objective(config, packed.tokenizer.mask_id),
-    optimizer,
-    0,
-    use_ema=False,
+    run.network, run.objective, optimizer, 0, use_ema=False
   )
   state = state.replace(params=jax.tree.map(lambda x: scale * x, state.params))
   workdir = folder / 'run'
   workdir.mkdir()
-  (workdir / evaluate.CONFIG_FILE).write_text(configs.to_json(config))
-  tokenizers.save(packed.tokenizer, workdir)
+  (workdir / 'config.json').write_text(settings.to_json())
+  save_tokenizer(packed.tokenizer, workdir)
   with checkpoint.open_manager(str(workdir)) as manager:
     checkpoint.save(
-      manager, state, config, {'step': 0, 'example': 0, 'fingerprint': ''}
+      manager,
+      state,
+      settings.to_dict(),
+      {'step': 0, 'example': 0, 'fingerprint': ''},
     )
     checkpoint.wait(manager)
   return str(workdir)

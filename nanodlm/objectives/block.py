@@ -1,4 +1,4 @@
-"""Block diffusion: autoregressive over blocks, masked diffusion inside them."""
+"""Block diffusion: autoregressive over blocks, masked diffusion within."""
 
 import dataclasses
 
@@ -12,23 +12,26 @@ from nanodlm.types import InputError, Noised, Terms
 
 @dataclasses.dataclass(frozen=True)
 class Block(masking.MaskedNoise):
-  """The sum over blocks of the masked bound given the clean blocks before.
+  """The sum of the masked bounds of blocks, given the clean blocks before.
 
       loss_i = scale_b * 1[xt_i = mask] * -log p(x0_i | xt_b, x0_{<b})
 
-  for i in block b. Each block has a noise level of its own; `masking.MaskedNoise`
-  is applied to the blocks as if they were short rows. With one block of the whole
-  text it is masked diffusion, with blocks of one token the exact autoregressive
-  negative log-likelihood. Source: BD3-LM, arXiv 2503.09573, equation 8.
+  for i in block b. Each block has its own noise level and is noised like a row
+  of `masking.MaskedNoise`. A single block is masked diffusion; blocks of one
+  token give the exact autoregressive negative log-likelihood. Source: BD3-LM,
+  arXiv 2503.09573, equation 8.
 
-  Differs from the paper: noise by count inside each block is the default (its
-  variance is what the paper's clipped schedules fight; nothing is clipped here).
+  Differs from the paper: the default noise is by count within each block. It
+  reduces the variance without the clipped schedules of the paper.
 
   Attributes:
-    block_size: S, divides the number of tokens of an example.
+    block_size: S, a divisor of the number of tokens of an example.
   """
 
   block_size: int = 16
+
+  predicts_masked = False
+  default_sampler = 'block'
 
   def __post_init__(self):
     super().__post_init__()
@@ -36,27 +39,30 @@ class Block(masking.MaskedNoise):
       raise InputError(f'objective.block_size={self.block_size!r} must be >= 1')
 
   def num_blocks(self, length: int) -> int:
-    """Blocks of a row of `length` tokens.
+    """Returns the number of blocks in a row of `length` tokens.
 
     Raises:
-      InputError: they do not divide it.
+      InputError: the block size does not divide `length`.
     """
     if length % self.block_size:
       divisors = [n for n in range(1, length + 1) if length % n == 0]
       raise InputError(
         f'objective.block_size={self.block_size!r} does not divide data.length='
-        f'{length!r}; these do: {divisors}'
+        f'{length!r}; allowed values are {divisors}'
       )
     return length // self.block_size
 
   def _to_blocks(self, x: jax.Array, num_blocks: int) -> jax.Array:
-    """[B, num_blocks * ...] -> [B * num_blocks, ...], partners side by side."""
+    """Reshapes rows [B, num_blocks, ...] to [B * num_blocks, ...].
+
+    Blocks at the same place in the rows of a group become neighbours.
+    """
     group = self.group_size
     x = x.reshape(-1, group, num_blocks, *x.shape[2:])
     return x.swapaxes(1, 2).reshape(-1, *x.shape[3:])
 
   def _to_rows(self, x: jax.Array, num_blocks: int) -> jax.Array:
-    """The inverse of _to_blocks: [B * num_blocks, ...] -> [B, num_blocks, ...]."""
+    """Inverts `_to_blocks`: [B * num_blocks, ...] -> [B, num_blocks, ...]."""
     group = self.group_size
     x = x.reshape(-1, num_blocks, group, *x.shape[1:])
     return x.swapaxes(1, 2).reshape(-1, num_blocks, *x.shape[3:])
@@ -64,7 +70,7 @@ class Block(masking.MaskedNoise):
   def sample_levels(
     self, key: jax.Array, batch_size: int, length: int
   ) -> jax.Array:
-    """[B, num_blocks], stratified over all blocks of the global batch."""
+    """Stratifies over all blocks of the global batch, [B, num_blocks]."""
     num_blocks = self.num_blocks(length)
     levels = super().sample_levels(key, batch_size * num_blocks, length)
     return self._to_rows(levels, num_blocks)
@@ -72,13 +78,13 @@ class Block(masking.MaskedNoise):
   def eval_levels(
     self, key: jax.Array, num_draws: int, length: int
   ) -> jax.Array:
-    """[num_draws, num_blocks], each block's draws stratified."""
+    """Stratifies the draws of each block, [num_draws, num_blocks]."""
     keys = jax.random.split(key, self.num_blocks(length))
     sample = super().sample_levels
     return jax.vmap(lambda key: sample(key, num_draws, length))(keys).T
 
   def corrupt(
-    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, weight: jax.Array
+    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, eligible: jax.Array
   ) -> Noised:
     num_rows, length = x0.shape
     num_blocks = self.num_blocks(length)
@@ -93,7 +99,10 @@ class Block(masking.MaskedNoise):
       x.reshape(num_rows, num_blocks, self.block_size), num_blocks
     )
     noised = super().corrupt(
-      block_keys, self._to_blocks(levels, num_blocks), split(x0), split(weight)
+      block_keys,
+      self._to_blocks(levels, num_blocks),
+      split(x0),
+      split(eligible),
     )
     join = lambda x: self._to_rows(x, num_blocks).reshape(num_rows, length)
     return Noised(

@@ -9,7 +9,7 @@ from nanodlm.noise import categorical
 from nanodlm.objectives import masking
 from nanodlm.types import Noised, Terms
 
-# Steps where num_timesteps is 0: as in the paper's text experiments.
+# Used if num_timesteps is 0, as in the text experiments of the paper.
 DEFAULT_TIMESTEPS = 1000
 
 
@@ -18,24 +18,24 @@ class D3PM(masking.MaskedNoise):
   """The discrete-time bound of T steps, T KL(q(xs | xt, x0) || p(xs | xt)).
 
   Source: Austin et al., arXiv 2107.03006, absorbing state and x0
-  parametrisation: p(xs | xt) is the posterior averaged over the network's x,
-  and x may put a share x_m on the mask, "still masked at s". With m_t = 1 -
-  alpha_t, rho = (alpha_s - alpha_t) / m_t and D = m_t + alpha_t x_m a masked
-  position has
+  parametrisation. p(xs | xt) is the posterior averaged over the network's
+  prediction x, which may assign a probability x_m to the mask, "still masked at
+  s". With m_t = 1 - alpha_t, rho = (alpha_s - alpha_t) / m_t and D = m_t +
+  alpha_t x_m, the divergence at a masked position is
 
       KL = rho (log(D / m_t) - log x(x0))
            + (1 - rho) (log(D / m_t) - log((m_s + alpha_s x_m) / m_s)).
 
-  The step to s = 0 is the reconstruction term; what x puts on the mask there is
-  lost. Never below the masked bound in T steps of x without its mask, so a
-  masked sampler may be used with this network.
+  The step to s = 0 is the reconstruction term, to which x_m does not
+  contribute. The bound is at least the masked bound in T steps of x normalised
+  without the mask, so masked samplers can use this network.
 
-  Differs from the paper: any schedule; no auxiliary cross entropy; the last
-  step of sampling leaves no mask.
+  Differs from the paper: the schedule is arbitrary; the auxiliary cross entropy
+  is omitted; the last step of sampling reveals all masks.
 
   Attributes:
-    num_timesteps: T; 0 is DEFAULT_TIMESTEPS.
-    min_time: steps that start below it are not trained on (evaluation has all).
+    num_timesteps: T; 0 selects DEFAULT_TIMESTEPS.
+    min_time: training omits steps that start below it; evaluation does not.
   """
 
   noise: str = 'stratified'
@@ -44,7 +44,7 @@ class D3PM(masking.MaskedNoise):
 
   @property
   def num_steps(self) -> int:
-    """T, `num_timesteps` or its default."""
+    """The number of steps T: `num_timesteps` or its default."""
     return self.num_timesteps or DEFAULT_TIMESTEPS
 
   def evaluation(self) -> 'D3PM':
@@ -54,17 +54,15 @@ class D3PM(masking.MaskedNoise):
     return dataclasses.replace(self.evaluation(), noise='uniform')
 
   def corrupt(
-    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, weight: jax.Array
+    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, eligible: jax.Array
   ) -> Noised:
     s, t = self.step_times(levels, self.num_steps)
     noise_s, noise_t = self.schedule.noise(s), self.schedule.noise(t)
-    eligible = weight > 0
     xt = self.process.corrupt(keys, noise_t, x0, eligible)
     spread = lambda x: jnp.broadcast_to(x[:, None], x0.shape)
-    t = self.told_time(t, noise_t, eligible)
     return Noised(
       tokens=xt,
-      t=t,
+      t=self.input_time(t, noise_t, eligible),
       scored=eligible & (xt == self.mask_id),
       level=spread(noise_t),
       fields={
@@ -81,7 +79,7 @@ class D3PM(masking.MaskedNoise):
     )
     log_masked, log_clean = self._log_shares(logits, vocab)
     masked = jnp.exp(log_masked)
-    # log(D / m) at t and s; where m_s is 0, the term at s counts nothing.
+    # log(D / m) at t and s. The term at s vanishes if m_s is 0.
     log_d_t = jnp.log1p((1 - noise_t) / noise_t * masked)
     is_last = noise_s <= 0
     safe_s = jnp.where(is_last, 1.0, noise_s)
@@ -98,7 +96,7 @@ class D3PM(masking.MaskedNoise):
   def reveal_probability(
     self, logits: jax.Array, s: jax.Array, t: jax.Array
   ) -> jax.Array:
-    """(alpha_s - alpha_t) (1 - x_m) / D, [B, L]."""
+    """Returns (alpha_s - alpha_t) (1 - x_m) / D, [B, L]."""
     noise_s, noise_t = self.schedule.noise(s), self.schedule.noise(t)
     log_masked, log_clean = self._log_shares(logits)
     return (
@@ -108,7 +106,7 @@ class D3PM(masking.MaskedNoise):
     )
 
   def _log_shares(self, logits, vocab=categorical.WHOLE):
-    """log x_m and log(1 - x_m) of logits [..., V], [...] each."""
+    """Returns log x_m and log(1 - x_m), [...] each, of logits [..., V]."""
     clean = categorical.log_sum_exp(
       categorical.exclude_mask(logits, self.mask_id, vocab), vocab
     )

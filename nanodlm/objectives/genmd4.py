@@ -1,4 +1,4 @@
-"""Masked noise whose schedule is learned, one for each token: GenMD4."""
+"""GenMD4: masked noise with a learned schedule for each token."""
 
 import dataclasses
 from typing import Any
@@ -8,67 +8,68 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanodlm.noise import categorical, processes, times
-from nanodlm.types import Noised, Objective, Terms
+from nanodlm.types import (
+  Batch,
+  Noised,
+  Objective,
+  ReverseRule,
+  Score,
+  Scores,
+  Terms,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class GenMD4(Objective):
+class GenMD4(ReverseRule, Objective):
   """The bound of masked noise with alpha_v(t) = 1 - t^w_v for token v.
 
-  Source: MD4, arXiv 2406.04329, section on state-dependent schedules. A token v
-  is masked in dt at w_v / t times the probability of being masked, the network's
-  reverse reveals v at x_v w_v / t, and comparing the two gives for each mask
+  Source: MD4, arXiv 2406.04329, section on state-dependent schedules. A masked
+  token v is revealed in reverse time at the rate w_v / t, and by the network at
+  the rate x_v w_v / t. Their comparison gives, for each mask,
 
       loss_i = (1 / t) (w_x0 (-log x_x0 - 1) + sum_v w_v x_v)
-             = (1 / t) (w_x0 * -log x_x0 + sum_v (w_v - w_x0) x_v) >= 0;
+             = (1 / t) (w_x0 * -log x_x0 + sum_v (w_v - w_x0) x_v) >= 0,
 
-  the masked loss where w = 1. That i is masked tells of x0_i, by the time, so
-  that the network must know the time.
+  which is the masked loss if w = 1. At a known time, a mask is itself evidence
+  about the token it hides, so the network must be time-conditioned.
 
-  w = softplus(params['rate']) is trained too. It decides which tokens are
-  masked: that part of the gradient is the score function's, with the other one
-  of two draws of an example as the baseline (RLOO, as in the paper).
+  The rates w = softplus(params['rate']) are trained. Since they determine which
+  tokens are masked, part of their gradient is a score-function estimate, whose
+  baseline is the other one of two draws per example (RLOO, as in the paper).
 
-  Times are t = u^2, u ~ U(0, 1], and the loss is multiplied by dt/du: at uniform
-  times its variance would be infinite for w <= 1, so it is for w <= 1/2.
+  Times are t = u^2, u ~ U(0, 1], and the loss is multiplied by dt/du. The
+  variance is then infinite only for w <= 1/2; at uniform times it would be for
+  w <= 1.
 
-  Differs from the paper: alpha_v(1) = 0 exactly, so nothing is left out of the
-  bound (the paper has (1 - eps) t^w).
+  Differs from the paper: alpha_v(1) = 0 exactly, so that the bound is complete
+  (the paper uses (1 - eps) t^w).
 
   Attributes:
     mask_id: the mask's id; the ids below it are the N real tokens.
     noise: how u is drawn: 'stratified' (over the global batch) or 'uniform'.
-    rates: w, [N], > 0; None: all 1. `bind` sets it.
+    rates: w, [N], > 0, set by `bind`; None is all 1.
   """
 
   mask_id: int
   noise: str = 'stratified'
   rates: Any = None
 
-  causal = False
-  exact = False
-  block_size = 0
-  group_size = 1
-  num_draws = 2
+  default_sampler = 'posterior'
   needs_time = True
-  can_correct = False
-  noises = (
-    'stratified',
-    'uniform',
-  )  # the first is what objective.noise='auto' stands for
+  noises = ('stratified', 'uniform')  # The first is objective.noise='auto'.
 
   def __post_init__(self):
     times.check_noise(self.noise, self.noises)
 
   def init_params(self) -> dict[str, jax.Array]:
-    """w = 1, MDLM's schedule for all tokens."""
+    """Returns the parameters of w = 1, the linear schedule for all tokens."""
     return {'rate': jnp.full((self.mask_id,), np.log(np.expm1(1.0)))}
 
   def bind(self, params: dict[str, jax.Array]) -> 'GenMD4':
     return dataclasses.replace(self, rates=jax.nn.softplus(params['rate']))
 
   def _rate(self, ids: jax.Array) -> jax.Array:
-    """w of ids, any shape; 1 for those that are no real token."""
+    """Returns w of ids of any shape; 1 for the mask and padding."""
     if self.rates is None:
       return jnp.ones(ids.shape)
     rates = jnp.asarray(self.rates, jnp.float32)
@@ -85,19 +86,12 @@ class GenMD4(Objective):
   def sample_levels(
     self, key: jax.Array, batch_size: int, length: int
   ) -> jax.Array:
-    del length
     return times.SAMPLE_LEVELS[self.noise](key, batch_size)
 
-  def eval_levels(
-    self, key: jax.Array, num_draws: int, length: int
-  ) -> jax.Array:
-    return self.sample_levels(key, num_draws, length)
-
   def corrupt(
-    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, weight: jax.Array
+    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, eligible: jax.Array
   ) -> Noised:
-    eligible = weight > 0
-    u = 1 - levels  # in (0, 1]
+    u = 1 - levels  # In (0, 1].
     spread = lambda x: jnp.broadcast_to(x[:, None], x0.shape)
     xt = processes.Masked(self.mask_id).corrupt(
       keys, spread(u * u) ** self._rate(x0), x0, eligible
@@ -119,33 +113,35 @@ class GenMD4(Objective):
     loss = fields['scale'] * (own * ce + excess)
     return Terms(loss=loss, nll=loss, cross_entropy=ce, correct=correct)
 
-  def noise_surrogate(
-    self, noised: Noised, x0: jax.Array, weight: jax.Array, loss: jax.Array
-  ) -> jax.Array:
-    """The sum over pairs of (f_1 - f_2) (log q(z_1) - log q(z_2)), []."""
+  def loss(
+    self, batch: Batch, levels: jax.Array, keys: jax.Array, score: Score
+  ) -> Scores:
+    """Scores two draws of each example and adds the schedule's gradient."""
+    keys = jax.vmap(jax.random.split)(keys).reshape(-1)
+    twice = lambda x: jnp.repeat(x, 2, axis=0)
+    x0, eligible = twice(batch.tokens), twice(batch.eligible)
+    noised = self.corrupt(keys, twice(levels), x0, eligible)
+    scores = score(noised, eligible * twice(batch.weight / 2)[:, None])
+    gradient = self._schedule_gradient(noised, x0, eligible, scores.rows.loss)
+    return scores._replace(total=scores.total + gradient)
+
+  def _schedule_gradient(self, noised, x0, eligible, loss):
+    """Sums (f_1 - f_2) (log q(z_1) - log q(z_2)) over pairs of draws, [].
+
+    Its gradient is the score-function estimate, with the other draw as the
+    baseline.
+    """
     log_mask = self._rate(x0) * jnp.log(noised.t)[:, None]
-    # (At t = 1, where log_mask is 0, only a token that is given is left alone.)
-    is_kept = (weight > 0) & ~noised.scored
+    # At t = 1, log_mask is 0 and every eligible token is masked.
+    is_kept = eligible & ~noised.scored
     log_keep = jnp.log(-jnp.expm1(jnp.where(is_kept, log_mask, -1.0)))
     log_q = jnp.where(noised.scored, log_mask, log_keep)
-    log_q = jnp.sum(jnp.where(weight > 0, log_q, 0.0), axis=1).reshape(-1, 2)
+    log_q = jnp.sum(jnp.where(eligible, log_q, 0.0), axis=1).reshape(-1, 2)
     f = jax.lax.stop_gradient(loss).reshape(-1, 2)
     return jnp.sum((f[:, 0] - f[:, 1]) * (log_q[:, 0] - log_q[:, 1]))
 
-  def max_scored(self, batch_size: int, length: int) -> int:
-    return batch_size * length
-
-  def network_input(self, tokens: jax.Array) -> jax.Array:
-    return tokens
-
-  def network_time(self, level: jax.Array) -> jax.Array:
-    return level
-
   def sample_prior(self, keys: jax.Array, length: int) -> jax.Array:
     return processes.Masked(self.mask_id).prior((keys.shape[0], length))
-
-  def level_at(self, t: jax.Array, free_share: jax.Array) -> jax.Array:
-    return jnp.full(free_share.shape, t)
 
   def reverse(
     self,
@@ -155,7 +151,7 @@ class GenMD4(Objective):
     t: jax.Array,
     draw: categorical.Draw,
   ) -> jax.Array:
-    """A mask becomes v with probability x_v (alpha_v(s) - alpha_v(t)) / t^w_v."""
+    """Reveals v with probability x_v (alpha_v(s) - alpha_v(t)) / t^w_v."""
     x = jnp.exp(draw.log_prob(logits))
     ids = categorical.WHOLE.ids(logits)
     hidden = x * (s / t) ** self._rate(ids)

@@ -1,4 +1,4 @@
-"""Masked (absorbing) diffusion: MDLM, MD4 and LLaDA are configs of this file."""
+"""Masked (absorbing) diffusion, with MDLM, MD4 and LLaDA as special cases."""
 
 import dataclasses
 
@@ -21,12 +21,14 @@ class Masked(masking.MaskedNoise):
 
   - continuous time: MDLM, arXiv 2406.07524, equation 10; MD4, arXiv 2406.04329,
     equation 5.
-  - discrete time: MD4, section 2. An upper bound of the continuous-time value
-    for a denoiser whose predictions agree with each other, as a posterior's do.
-  - fixed count: the same value as continuous time under any schedule, with less
-    variance and no truncation: the any-order autoregressive form (Ou et al.,
-    arXiv 2406.03736; LLaDA, arXiv 2502.09992, equation 6).
+  - discrete time: MD4, section 2. It is an upper bound of the continuous-time
+    value if the predictions are consistent, like those of an exact posterior.
+  - fixed count: the any-order autoregressive form (Ou et al., arXiv 2406.03736;
+    LLaDA, arXiv 2502.09992, equation 6). It equals continuous time on any
+    schedule, with less variance and no truncation.
   """
+
+  default_sampler = 'fixed_count'
 
   def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
     return self.weighted_cross_entropy(logits, fields, vocab)

@@ -1,4 +1,4 @@
-"""Masked noise: how the objectives that share it draw it and weigh it."""
+"""Masked noise and its loss weights, shared by several objectives."""
 
 import dataclasses
 
@@ -6,35 +6,35 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical, processes, schedules, times
-from nanodlm.types import InputError, Noised, Objective, Terms
+from nanodlm.types import InputError, Noised, Objective, ReverseRule, Terms
 
 NOISES = ('count', 'stratified', 'uniform')
-# What MDLM samples times from (arXiv 2406.07524, its published code): without it
-# the variance of masked diffusion at independent times is infinite. It leaves out
-# about this share of the bound.
+# Truncation of times in MDLM's published code (arXiv 2406.07524). Without it,
+# the variance at independent times is infinite. It omits about this share of
+# the bound.
 NAIVE_MIN_TIME = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedNoise(Objective):
-  """Which tokens are masked, and the factor of each masked one's loss.
+class MaskedNoise(ReverseRule, Objective):
+  """Chooses the masked tokens and the scale of the loss of each.
 
   - continuous time (num_timesteps = 0, noise 'stratified' or 'uniform'):
     scale = -dalpha_t / (1 - alpha_t), t ~ U(min_time, 1].
   - discrete time (num_timesteps = T): t = j/T, j uniform on 1..T, s = t - 1/T,
     scale = T (alpha_s - alpha_t) / (1 - alpha_t).
   - fixed count (noise 'count'): k uniform on 1..n, exactly k of the n eligible
-    positions masked, scale = n / k. Rows 2p and 2p + 1 get k and n + 1 - k, so
-    that every whole number of pairs has the same number of scored positions.
+    positions masked, scale = n / k. Rows 2p and 2p + 1 mask k and n + 1 - k
+    positions, so that the number of scored positions in a batch is constant.
 
   Attributes:
     mask_id: the mask's id.
     schedule: alpha(t).
     noise: 'count', 'stratified' (over the global batch) or 'uniform'.
     num_timesteps: T of the discrete-time form; 0 is continuous time.
-    min_time: t is drawn from (min_time, 1]. 0 leaves nothing out; a positive
-      value bounds the scale but leaves the bound's share below it out of the
-      TRAINING loss (evaluation always uses the fixed count).
+    min_time: t is drawn from (min_time, 1]. A positive value bounds the scale
+      and omits the bound's share below it from the TRAINING loss; evaluation
+      always uses the fixed count.
   """
 
   mask_id: int
@@ -43,12 +43,9 @@ class MaskedNoise(Objective):
   num_timesteps: int = 0
   min_time: float = 0.0
 
-  causal = False
-  exact = False
-  block_size = 0
-  needs_time = False
-  can_correct = False
-  noises = NOISES  # the first is what objective.noise='auto' stands for
+  predicts_masked = True
+  default_sampler = 'posterior'
+  noises = NOISES  # The first is objective.noise='auto'.
 
   def __post_init__(self):
     times.check_noise(self.noise, self.noises)
@@ -63,29 +60,29 @@ class MaskedNoise(Objective):
       )
     if self.noise == 'count' and (self.num_timesteps or self.min_time):
       raise InputError(
-        "objective.noise='count' draws no time: objective.num_timesteps="
-        f'{self.num_timesteps!r} and objective.min_time={self.min_time!r} must '
-        "be 0 with it, or objective.noise be 'stratified' or 'uniform'"
+        "objective.noise='count' draws no times: set objective.num_timesteps="
+        f'{self.num_timesteps!r} and objective.min_time={self.min_time!r} to 0,'
+        " or objective.noise to 'stratified' or 'uniform'"
       )
 
   @property
   def group_size(self) -> int:
-    """Two where noise by count is drawn in pairs (k, L + 1 - k)."""
+    """Two for noise by count, drawn in pairs (k, n + 1 - k), else one."""
     return 2 if self.noise == 'count' else 1
 
   @property
   def process(self) -> processes.Masked:
-    """How tokens become noise."""
+    """The forward process."""
     return processes.Masked(self.mask_id)
 
   def evaluation(self) -> 'MaskedNoise':
-    """The form whose mean is reported: no truncation, least variance."""
+    """Returns noise by count: no truncation, least variance."""
     return dataclasses.replace(
       self, noise='count', num_timesteps=0, min_time=0.0
     )
 
   def naive(self) -> 'MaskedNoise':
-    """The bound at independent times, MDLM's, with its truncation."""
+    """Returns the bound at independent times, truncated as in MDLM."""
     return dataclasses.replace(
       self.evaluation(), noise='uniform', min_time=NAIVE_MIN_TIME
     )
@@ -93,18 +90,11 @@ class MaskedNoise(Objective):
   def sample_levels(
     self, key: jax.Array, batch_size: int, length: int
   ) -> jax.Array:
-    del length
     return times.SAMPLE_LEVELS[self.noise](key, batch_size)
 
-  def eval_levels(
-    self, key: jax.Array, num_draws: int, length: int
-  ) -> jax.Array:
-    return self.sample_levels(key, num_draws, length)
-
   def corrupt(
-    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, weight: jax.Array
+    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, eligible: jax.Array
   ) -> Noised:
-    eligible = weight > 0
     if self.noise == 'count':
       n = jnp.sum(eligible, axis=1)
       offset = jnp.minimum((levels * n).astype(jnp.int32), n - 1)
@@ -119,7 +109,7 @@ class MaskedNoise(Objective):
       t, scale = self.time_and_scale(levels)
       level = self.schedule.noise(t)
       xt = self.process.corrupt(keys, level, x0, eligible)
-      t = self.told_time(t, level, eligible)
+      t = self.input_time(t, level, eligible)
     scored = eligible & (xt == self.mask_id)
     scale = jnp.where(scored, scale[:, None], 0.0)
     level = jnp.broadcast_to(level[:, None], x0.shape)
@@ -131,39 +121,31 @@ class MaskedNoise(Objective):
       fields={'target': x0, 'scale': scale},
     )
 
-  def told_time(
+  def input_time(
     self, t: jax.Array, level: jax.Array, eligible: jax.Array
   ) -> jax.Array:
-    """The network's time [B] where a row of [B, L] is partly a prompt.
+    """Returns the network's time [B] for eligible positions [B, L].
 
-    That of the expected share of masks in the whole row, as samplers tell it;
-    t itself where all of the row is eligible.
+    In a row with a prompt, it is the time of the expected share of masks in the
+    whole row, as in sampling; otherwise, t.
     """
     share = jnp.mean(eligible, axis=1)
     return jnp.where(share < 1, self.network_time(level * share), t)
 
   def time_and_scale(self, levels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The time that a level u in [0, 1) stands for, and the loss's scale there.
-
-    Args:
-      levels: [B].
-
-    Returns:
-      t [B] in (min_time, 1] and the factor of the cross entropy [B].
-    """
+    """Returns the time t in (min_time, 1] and the scale, [B], of levels [B]."""
     if self.num_timesteps:
       s, t = self.step_times(levels, self.num_timesteps)
       noise_t = self.schedule.noise(t)
-      return t, (
-        self.num_timesteps * (noise_t - self.schedule.noise(s)) / noise_t
-      )
-    t = 1 - levels * (1 - self.min_time)  # u in [0, 1), so t is never 0
+      reveal = noise_t - self.schedule.noise(s)
+      return t, self.num_timesteps * reveal / noise_t
+    t = 1 - levels * (1 - self.min_time)  # Not 0, since levels are below 1.
     return t, -schedules.dalpha(self.schedule, t) / self.schedule.noise(t)
 
   def weighted_cross_entropy(
     self, logits: jax.Array, fields, vocab=categorical.WHOLE
   ) -> Terms:
-    """scale * -log p(x0_i | xt), the loss of an x0 prediction."""
+    """Computes scale * -log p(x0_i | xt), the loss of an x0 prediction."""
     ce, correct = categorical.cross_entropy(
       logits, fields['target'], self.mask_id, vocab
     )
@@ -173,7 +155,7 @@ class MaskedNoise(Objective):
   def step_times(
     self, levels: jax.Array, num_timesteps: int
   ) -> tuple[jax.Array, jax.Array]:
-    """The ends s < t, [B] each, of the chain's step that each level picks."""
+    """Returns the ends s < t, [B] each, of the step selected by each level."""
     first = int(self.min_time * num_timesteps)
     step = first + jnp.floor(levels * (num_timesteps - first))
     return step / num_timesteps, (step + 1) / num_timesteps
@@ -183,11 +165,12 @@ class MaskedNoise(Objective):
       return batch_size // 2 * (length + 1)
     return batch_size * length
 
-  def network_input(self, tokens: jax.Array) -> jax.Array:
-    return tokens
-
   def network_time(self, level: jax.Array) -> jax.Array:
     return self.schedule.inverse(level)
+
+  def unread_keys(self, uses_time: bool) -> frozenset[str]:
+    is_timeless = self.noise == 'count' and not uses_time
+    return frozenset({'schedule'} if is_timeless else ())
 
   def sample_prior(self, keys: jax.Array, length: int) -> jax.Array:
     return self.process.prior((keys.shape[0], length))
@@ -205,7 +188,7 @@ class MaskedNoise(Objective):
   ) -> jax.Array:
     p_x0 = jnp.exp(draw.log_prob(logits))
     probability = self.reveal_probability(logits, s, t)
-    # At s = 0 everything is revealed, whatever the network says.
+    # At s = 0 every mask is revealed, regardless of the network.
     probability = jnp.where(s > 0, jnp.clip(probability, 0, 1), 1.0)
     p_xs = self.process.reveal(xt, p_x0, probability)
     return categorical.safe_log(p_xs)
@@ -213,7 +196,7 @@ class MaskedNoise(Objective):
   def reveal_probability(
     self, logits: jax.Array, s: jax.Array, t: jax.Array
   ) -> jax.Array:
-    """P(a masked position is revealed between t and s), [B, L].
+    """Returns P(a masked position is revealed between t and s), [B, L].
 
     Source: MDLM, arXiv 2406.07524, equation 6: (alpha_s - alpha_t) /
     (1 - alpha_t).

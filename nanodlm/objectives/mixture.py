@@ -1,4 +1,4 @@
-"""Noise that replaces tokens: uniform (UDLM) and hybrid (GIDD), one bound."""
+"""Noise that replaces tokens: uniform (UDLM) and hybrid (GIDD)."""
 
 import dataclasses
 
@@ -6,70 +6,66 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical, processes, schedules, times
-from nanodlm.types import InputError, Noised, Objective, Terms
+from nanodlm.types import InputError, Noised, Objective, ReverseRule, Terms
 
 NOISES = ('stratified', 'uniform')
-# The clock u is kept this far from 0 and 1, where rates are infinite. Less than
-# 1e-5 of the bound lies outside (see the tests).
+# Minimum distance of u from 0 and 1, where rates are infinite. It omits less
+# than 1e-5 of the bound, as the tests show.
 MIN_CLOCK = 1e-6
-# Below it phi is computed by its series: phi's relative error then stays under
-# 1e-5, where d - log(1 + d) alone would lose it all.
+# Below this |d|, phi is computed by its series, with a relative error under
+# 1e-5; d - log(1 + d) would cancel.
 SERIES_BELOW = 0.05
-# A share per token below it is taken for 0: float32 could not divide by it, and
-# no draw has ever met it.
+# Shares per token below this count as 0. float32 cannot divide by them, and
+# draws do not encounter them.
 MIN_MASS = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureNoise(Objective):
+class MixtureNoise(ReverseRule, Objective):
   """The continuous-time bound for any `processes.Mixture`.
 
-  The noise is a Markov chain that jumps into token z, from wherever it stands,
-  at the rate g(z) = b'(z) - (alpha' / alpha) b(z), as d/dt of q_t shows;
-  comparing its reverse with the network's gives
+  The noise is a Markov chain that jumps from any token to token z at the rate
+  g(z) = b'(z) - (alpha' / alpha) b(z), by differentiation of q_t. Comparison of
+  its reverse with the network's gives
 
       loss_i = g(z) / q(z) * [KL(q || p) + r - 1 - log r],  r = q(z) / p(z),
 
   where z = xt_i, q = q_t(. | x0_i) and p = q_t(. | x), the same mixture around
-  the network's x. This is GIDD's bound (arXiv 2503.04482) with its weight g / q
-  written for any shares; for uniform noise it is UDLM's (arXiv 2412.10193);
-  where nothing but masks is mixed in it is the masked bound. x is the law of
-  x0_i given the OTHER positions: with it the bound is exact.
+  the network's prediction x. This is the bound of GIDD (arXiv 2503.04482), with
+  its weight g / q generalised to any shares. It is the bound of UDLM (arXiv
+  2412.10193) for uniform noise, and the masked bound for masks alone. The bound
+  is exact if x is the law of x0_i given the OTHER positions.
 
   Times are t = tau(u) = u^2 (3 - 2u), u ~ U(0, 1), and the loss is multiplied
-  by tau'(u): hybrid noise has rates ~ t^{-1/2} at the ends, and tau' cancels
-  them, so that nothing but MIN_CLOCK is left out. It also keeps the variance of
-  uniform noise's loss finite; hybrid noise's grows with log(1 / MIN_CLOCK).
+  by tau'(u), which cancels the rates ~ t^{-1/2} of hybrid noise at both ends;
+  only MIN_CLOCK truncates the bound. The loss of uniform noise then has finite
+  variance; that of hybrid noise grows with log(1 / MIN_CLOCK).
 
   Attributes:
     mask_id: the mask's id; the ids below it are the real tokens.
     noise: how u is drawn: 'stratified' (over the global batch) or 'uniform'.
-    max_weight: g / q is clipped to it in TRAINING (GIDD's clamped weights); 0
-      is off. The reported nll is never clipped.
+    max_weight: upper limit of g / q in TRAINING (GIDD's clamped weights); 0
+      disables it. The reported nll is not clipped.
   """
 
   mask_id: int
   noise: str = 'stratified'
   max_weight: float = 0.0
 
-  causal = False
-  exact = False
-  block_size = 0
-  group_size = 1
-  needs_time = False
+  default_sampler = 'posterior'
   can_correct = True
-  noises = NOISES  # the first is what objective.noise='auto' stands for
+  noises = NOISES  # The first is objective.noise='auto'.
 
   def __post_init__(self):
     times.check_noise(self.noise, self.noises)
     if not self.max_weight >= 0:
       raise InputError(
-        f'objective.max_weight={self.max_weight!r} must be >= 0 (0: off)'
+        f'objective.max_weight={self.max_weight!r} must be >= 0; 0 disables it'
       )
 
   @property
   def process(self) -> processes.Mixture:
-    """How tokens become noise."""
+    """The forward process."""
     raise NotImplementedError
 
   def evaluation(self) -> 'MixtureNoise':
@@ -81,18 +77,11 @@ class MixtureNoise(Objective):
   def sample_levels(
     self, key: jax.Array, batch_size: int, length: int
   ) -> jax.Array:
-    del length
     return times.SAMPLE_LEVELS[self.noise](key, batch_size)
 
-  def eval_levels(
-    self, key: jax.Array, num_draws: int, length: int
-  ) -> jax.Array:
-    return self.sample_levels(key, num_draws, length)
-
   def corrupt(
-    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, weight: jax.Array
+    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, eligible: jax.Array
   ) -> Noised:
-    eligible = weight > 0
     t, rest = times.smoothstep(_clock(levels))
     xt = self.process.corrupt(keys, self.process.parts(t, rest), x0, eligible)
     return Noised(
@@ -106,7 +95,7 @@ class MixtureNoise(Objective):
   def fields(
     self, levels: jax.Array, x0: jax.Array, xt: jax.Array
   ) -> dict[str, jax.Array]:
-    """What `terms` needs: levels [B], x0 and xt [B, L] -> arrays [B, L]."""
+    """Returns the fields of `terms`, [B, L]: levels [B], x0 and xt [B, L]."""
     u = _clock(levels)
     (t, rest), (speed, _) = jax.jvp(times.smoothstep, (u,), (jnp.ones_like(u),))
     one = jnp.ones_like(t)
@@ -114,12 +103,12 @@ class MixtureNoise(Objective):
     spread = lambda x: jnp.broadcast_to(x[:, None], x0.shape)
     parts, rates, speed = jax.tree.map(spread, (parts, rates, speed))
     b = self.process.mass(parts, xt)
-    # alpha = 0, t = 1 in float32: the bracket is of second order in alpha.
+    # t may round to 1, where the loss is 0: its bracket is O(alpha^2).
     is_alive = parts.alpha > 0
     alpha = jnp.where(is_alive, parts.alpha, 1.0)
     jump = self.process.mass(rates, xt) - rates.alpha / alpha * b
     q = b + jnp.where(xt == x0, parts.alpha, 0.0)
-    # (Where q = 0, xt cannot have been drawn.)
+    # If q = 0, xt cannot be drawn.
     ratio = jnp.where(is_alive & (q > 0), jump / jnp.where(q > 0, q, 1.0), 0.0)
     clipped = jnp.minimum(ratio, self.max_weight) if self.max_weight else ratio
     mass = parts.uniform / self.mask_id
@@ -152,20 +141,8 @@ class MixtureNoise(Objective):
       correct=correct.astype(jnp.float32),
     )
 
-  def max_scored(self, batch_size: int, length: int) -> int:
-    return batch_size * length
-
-  def network_input(self, tokens: jax.Array) -> jax.Array:
-    return tokens
-
-  def network_time(self, level: jax.Array) -> jax.Array:
-    return level
-
   def sample_prior(self, keys: jax.Array, length: int) -> jax.Array:
     return self.process.sample_prior(keys, length)
-
-  def level_at(self, t: jax.Array, free_share: jax.Array) -> jax.Array:
-    return jnp.full(free_share.shape, t)
 
   def reverse(
     self,
@@ -181,9 +158,10 @@ class MixtureNoise(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(MixtureNoise):
-  """Uniform noise, on any schedule: UDLM, arXiv 2412.10193.
+  """Uniform noise on any schedule. Source: UDLM, arXiv 2412.10193.
 
-  Nothing in a text tells how noisy it is, so the network must be told the time.
+  The noise level is not visible in the text, so the network must be
+  time-conditioned.
 
   Attributes:
     schedule: alpha(t).
@@ -195,19 +173,19 @@ class Uniform(MixtureNoise):
 
   @property
   def process(self) -> processes.Uniform:
-    """How tokens become noise: random tokens only."""
+    """The forward process: random tokens only."""
     return processes.Uniform(self.mask_id, self.schedule)
 
 
 @dataclasses.dataclass(frozen=True)
 class Hybrid(MixtureNoise):
-  """Masks and uniform tokens: GIDD, arXiv 2503.04482.
+  """Masks and uniform tokens. Source: GIDD, arXiv 2503.04482.
 
-  The share of masks tells the network the time; conditioning is optional.
+  The share of masks reveals the time, so time conditioning is optional.
 
   Attributes:
-    p_uniform: the largest share of uniform tokens, at t = 1/2, in [0, 1).
-    gamma: of `processes.Hybrid`; at least 1, or the loss has no variance.
+    p_uniform: maximum share of uniform tokens, at t = 1/2, in [0, 1).
+    gamma: see `processes.Hybrid`; below 1 the loss has infinite variance.
   """
 
   p_uniform: float = 0.1
@@ -224,12 +202,12 @@ class Hybrid(MixtureNoise):
 
   @property
   def process(self) -> processes.Hybrid:
-    """How tokens become noise: masks and random tokens."""
+    """The forward process: masks and random tokens."""
     return processes.Hybrid(self.mask_id, self.p_uniform, self.gamma)
 
 
 def phi(d: jax.Array, log1p_d: jax.Array) -> jax.Array:
-  """phi(1 + d) = d - log(1 + d), >= 0, for d > -1; any shape."""
+  """Computes phi(1 + d) = d - log(1 + d) >= 0 for d > -1 of any shape."""
   is_small = jnp.abs(d) < SERIES_BELOW
   e = jnp.where(is_small, d, 0.0)
   series = e * e * (1 / 2 - e * (1 / 3 - e * (1 / 4 - e * (1 / 5 - e / 6))))
@@ -237,23 +215,23 @@ def phi(d: jax.Array, log1p_d: jax.Array) -> jax.Array:
 
 
 def _clock(levels):
-  """u for levels in [0, 1), as far from 0 and 1 as MIN_CLOCK."""
+  """Returns u in [MIN_CLOCK, 1 - MIN_CLOCK] for levels in [0, 1)."""
   return jnp.clip(1 - levels, MIN_CLOCK, 1 - MIN_CLOCK)
 
 
 def _divergence(log_x, log_x0, fields, vocab):
-  """KL(q || p) = sum_y q_y phi(p_y / q_y), [N]."""
+  """Computes KL(q || p) = sum_y q_y phi(p_y / q_y), [N]."""
   is_target = vocab.ids(log_x) == fields['target'][:, None]
   alpha, b = fields['alpha'], fields['mass']
   is_mixed = b > 0
   safe_b = jnp.where(is_mixed, b, 1.0)
-  # y != x0: q_y = b and p_y - q_y = alpha x_y.
+  # For y != x0, q_y = b and p_y - q_y = alpha x_y.
   gain = jnp.where(is_target, 0.0, alpha[:, None] * jnp.exp(log_x))
   d = gain / safe_b[:, None]
   others = jnp.where(
     is_mixed[:, None], safe_b[:, None] * phi(d, jnp.log1p(d)), gain
   )
-  # y = x0: q = alpha + b and p - q = -alpha (1 - x0).
+  # For y = x0, q = alpha + b and p - q = -alpha (1 - x0).
   q = alpha + b
   d = alpha * jnp.expm1(log_x0) / jnp.where(q > 0, q, 1.0)
   log_ratio = jnp.where(
@@ -263,9 +241,9 @@ def _divergence(log_x, log_x0, fields, vocab):
 
 
 def _ratio_excess(log_xz, log_x0, is_clean, is_mask, fields):
-  """r - 1 - log r = phi(q(z) / p(z)), [N]; 0 at the mask, where q = p."""
+  """Computes r - 1 - log r = phi(q(z) / p(z)), [N]; 0 at masks (q = p)."""
   alpha, b = fields['alpha'], fields['mass']
-  is_mixed = b > 0  # without uniform noise nothing jumps into a real token
+  is_mixed = b > 0  # Without uniform noise, no jump ends in a real token.
   safe_b = jnp.where(is_mixed, b, 1.0)
   d = _shortfall(log_x0, alpha, b)
   clean = phi(d, jnp.log1p(d))
@@ -275,6 +253,6 @@ def _ratio_excess(log_xz, log_x0, is_clean, is_mask, fields):
 
 
 def _shortfall(log_x0, alpha, b):
-  """q / p - 1 at the clean token, >= 0, [N]; 0 where b = 0."""
+  """Computes q / p - 1 >= 0 at the clean token, [N]; 0 if b = 0."""
   p = jnp.where(b > 0, alpha * jnp.exp(log_x0) + b, 1.0)
   return jnp.where(b > 0, -alpha * jnp.expm1(log_x0) / p, 0.0)

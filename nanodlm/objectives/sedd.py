@@ -1,4 +1,4 @@
-"""Score entropy on masked noise (SEDD): ratios instead of probabilities."""
+"""SEDD: score entropy on masked noise."""
 
 import dataclasses
 
@@ -14,23 +14,23 @@ from nanodlm.types import Terms
 class ScoreEntropy(masking.MaskedNoise):
   """The denoising score entropy of masked noise.
 
-  Source: Lou et al., SEDD, arXiv 2310.16834. The network's raw output stands
-  for the log-ratios s_y = raw_y - log expm1(sigma) - log N of its N tokens,
-  sigma = -log alpha. Put into the score entropy of a masked position,
+  Source: Lou et al., SEDD, arXiv 2310.16834. The network's raw output gives the
+  log-ratios s_y = raw_y - log expm1(sigma) - log N of its N tokens, with sigma
+  = -log alpha. In the score entropy of a masked position,
 
       sigma' (sum_y e^{s_y} - r s_{x0} + r (log r - 1)),  r = 1 / expm1(sigma),
 
-  all of sigma leaves as the factor sigma' r = -alpha' / (1 - alpha), the scale
-  of the masked loss:
+  sigma then only appears in the factor sigma' r = -alpha' / (1 - alpha), the
+  scale of the masked loss:
 
       loss_i = scale (S - raw_{x0} + log N - 1),  S = mean_y e^{raw_y}
              = scale (-log p(x0) + S - 1 - log S),  p = softmax(raw).
 
-  So it is the masked loss of the normalised network plus a penalty on S != 1,
-  and every noise of `masking.MaskedNoise` serves it. A masked sampler, which
-  normalises, may be used with this network: its bound is the first term.
+  This is the masked loss of the normalised network plus a penalty on S != 1, so
+  every noise of `masking.MaskedNoise` applies. Masked samplers, which
+  normalise, can use this network; their bound is the first term.
 
-  Differs from the paper: noise by count is possible, and its default.
+  Differs from the paper: noise by count is supported and the default.
   """
 
   def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
@@ -44,11 +44,11 @@ class ScoreEntropy(masking.MaskedNoise):
   def reveal_probability(
     self, logits: jax.Array, s: jax.Array, t: jax.Array
   ) -> jax.Array:
-    """Analytic ("Tweedie") step, SEDD section 4: S times the posterior's."""
+    """Returns S times the posterior's: the analytic step, SEDD section 4."""
     posterior = super().reveal_probability(logits, s, t)
     return posterior * jnp.exp(self._log_mean_ratio(logits))
 
   def _log_mean_ratio(self, logits, vocab=categorical.WHOLE):
-    """log S, [...] for logits [..., V]."""
+    """Returns log S, [...], of logits [..., V]."""
     logits = categorical.exclude_mask(logits, self.mask_id, vocab)
     return categorical.log_sum_exp(logits, vocab) - jnp.log(self.mask_id)

@@ -1,4 +1,19 @@
-"""Samplers by name: one file each, one line here."""
+"""Samplers by name. To add one, write a file and list its class here.
+
+first_hitting   Exact; one call per token.
+fixed_count     Exact with one call per token; the tokens of one call are
+                drawn independently.
+ancestral       Exact as num_steps grows.
+confidence      margin, entropy, random: exact with one position per call.
+                max_prob prefers probable texts and collapses to few words
+                at temperature 1.
+remask          cap, rescale: exact as num_steps grows. conf, loop:
+                approximate.
+posterior       Exact as num_steps grows, for any noise.
+block           As the inner sampler; finished blocks are cached exactly.
+prefix_cache    Approximate: keys and values outside the block are stale.
+ar              Exact, left to right, cached.
+"""
 
 from nanodlm.samplers import (
   ancestral,
@@ -11,8 +26,9 @@ from nanodlm.samplers import (
   prefix_cache,
   remask,
 )
+from nanodlm.types import Sampler
 
-SAMPLERS = {
+SAMPLERS: dict[str, type[Sampler]] = {
   'ancestral': ancestral.Ancestral,
   'ar': ar.LeftToRight,
   'block': block.Block,
@@ -23,46 +39,3 @@ SAMPLERS = {
   'prefix_cache': prefix_cache.PrefixCache,
   'remask': remask.Remask,
 }
-
-# What sampler.name='auto' stands for, by objective.
-DEFAULTS = {
-  'ar': 'ar',
-  'block': 'block',
-  'd3pm': 'posterior',
-  'genmd4': 'posterior',
-  'hybrid': 'posterior',
-  'masked': 'fixed_count',
-  'sedd': 'posterior',
-  'uniform': 'posterior',
-}
-
-# What may fill a block, under 'block' and 'prefix_cache'.
-INNER = ('ancestral', 'confidence', 'first_hitting', 'fixed_count', 'remask')
-
-# Objectives whose networks predict the masked tokens. Normalised over the real
-# tokens, d3pm's and sedd's are masked models too, with a bound that is at most
-# their own, so that the samplers of masked noise are right for them.
-_MASKED = ('masked', 'd3pm', 'sedd')
-
-# The objectives whose networks a sampler can be used with.
-FITS = {
-  'ancestral': _MASKED,
-  'ar': ('ar',),
-  'block': ('block',),
-  'confidence': _MASKED,
-  'first_hitting': _MASKED,
-  'fixed_count': _MASKED,
-  'posterior': (*_MASKED, 'genmd4', 'hybrid', 'uniform'),
-  'prefix_cache': _MASKED,
-  'remask': _MASKED,
-}
-
-# Where sampler.guidance may be > 0: the network knows masks, in prompts too.
-GUIDED = frozenset(
-  {'ancestral', 'confidence', 'first_hitting', 'fixed_count', 'remask'}
-)
-
-# Samplers whose tokens are final once they are revealed.
-FINAL = frozenset(
-  {'ancestral', 'ar', 'confidence', 'first_hitting', 'fixed_count'}
-)

@@ -8,25 +8,39 @@ import jax.numpy as jnp
 from nanodlm.devices import sharding
 from nanodlm.noise.categorical import Draw
 from nanodlm.samplers import reveal
-from nanodlm.types import CachedDenoise, Canvas, Sampler, Samples
+from nanodlm.types import CachedDenoise, Canvas, Objective, Sampler, Samples
 
 
 @dataclasses.dataclass(frozen=True)
 class LeftToRight(Sampler):
   """Draws the free positions from left to right, one per call; exact.
 
-  The causal network sees nothing to the right of the position it draws, so the
-  free positions should be the end of the canvas (`sample.py` refuses others).
+  A causal network does not see text to the right of the drawn position, so the
+  free positions should be at the end of the canvas (`prompts.make_canvas`
+  refuses others).
 
   Attributes:
     draw: how tokens are drawn.
-    cache: keep keys and values: one call for a prompt, then each call is on one
-      token. Without it each call runs the whole canvas: the same tokens (up to
-      float rounding), slower.
+    cache: whether to cache keys and values: one call reads the prompt, then
+      each call runs one token. Without it, each call runs the whole canvas,
+      with the same result up to float rounding.
   """
 
   draw: Draw
   cache: bool = True
+
+  is_final = True
+
+  @classmethod
+  def fits(cls, objective: Objective) -> bool:
+    return objective.causal
+
+  @property
+  def needs_cache(self) -> bool:  # pyright: ignore
+    return self.cache
+
+  def max_calls(self, length: int) -> int:
+    return length + self.cache  # One more call reads the prompt.
 
   def __call__(
     self, keys: jax.Array, canvas: Canvas, denoise: CachedDenoise
@@ -39,7 +53,7 @@ class LeftToRight(Sampler):
         keys, canvas, plan, denoise, self.draw, num_slots=1
       )
     length = free.shape[1]
-    # The network's input is the text shifted right by one, mask_id in front.
+    # The network's input is the text shifted right by one, after mask_id.
     tokens = jnp.where(free, self.draw.mask_id, canvas.tokens)
     inputs = jnp.pad(
       tokens, ((0, 0), (1, 0)), constant_values=self.draw.mask_id
@@ -59,10 +73,9 @@ class LeftToRight(Sampler):
       level = jnp.ones((token.shape[0],))
       logits, cache = denoise.within(cache, token, i, level, own, where < i)
       column = lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
-      draw_keys = jax.vmap(
-        lambda key, step: jax.random.fold_in(jax.random.fold_in(key, step), 0)
-      )(keys, column(rank)[:, 0])
-      drawn = self.draw.sample(draw_keys, logits)
+      # The keys of `reveal.sample_plan`, so that the cache changes nothing.
+      step_keys = jax.vmap(jax.random.fold_in)(keys, column(rank)[:, 0])
+      drawn = self.draw.sample(reveal.fold_in_each(step_keys, 0), logits)
       drawn = jnp.where(column(free), drawn, column(tokens))
       inputs = jax.lax.dynamic_update_slice_in_dim(inputs, drawn, i + 1, axis=1)
       return inputs, cache, i + 1, num_calls + 1

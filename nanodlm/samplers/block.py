@@ -1,4 +1,4 @@
-"""Block by block sampling of a block-diffusion model."""
+"""Block-by-block sampling of a block-diffusion model."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.devices import sharding
-from nanodlm.samplers import reveal
+from nanodlm.samplers import base, reveal
 from nanodlm.types import (
   CachedDenoise,
   Canvas,
   InputError,
-  ReverseRule,
+  Objective,
   Sampler,
   Samples,
 )
@@ -21,7 +21,7 @@ NO_EOS = -1
 
 
 class _State(NamedTuple):
-  """What the loop over blocks carries: tokens [B, C], rows done [B]."""
+  """State of the loop over blocks: tokens [B, C], done [B]."""
 
   tokens: jax.Array
   cache: Any
@@ -31,25 +31,25 @@ class _State(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Block(Sampler):
-  """Fills blocks from left to right, each by a masked sampler.
+class Block(base.OuterSampler):
+  """Fills blocks from left to right, each with a masked sampler.
 
-  A block sees the finished ones as clean text. Their keys and values are computed
-  once, from the finished block, and cached: exact, as no clean position ever sees
-  a later or a noisy one. The canvas may be longer than the training texts. Source:
-  BD3-LM, arXiv 2503.09573, algorithm 2.
+  A block sees the finished blocks as clean text. Their keys and values are
+  computed once and cached, which is exact, since clean positions do not attend
+  to later or noisy ones. The canvas may be longer than the training texts.
+  Source: BD3-LM, arXiv 2503.09573, algorithm 2.
 
-  `num_calls` counts the inner sampler's calls and, with the cache, one more for
-  each finished block; each of them is on the S tokens of a block.
+  `num_calls` counts the calls of the inner sampler and, with the cache, one
+  call per finished block. Each of them runs the S tokens of a block.
 
   Attributes:
     inner: the sampler of one block, [B, S]; its steps are per block.
-    block_size: S, the model's.
+    block_size: S of the model.
     mask_id: the mask's id.
-    cache: whether finished blocks are cached. Without it each call runs the whole
-      canvas: the same tokens (up to float rounding), slower.
-    eos_id: a row that has drawn this token is done: all free positions after it
-      become this token. NO_EOS: rows are always filled.
+    cache: whether to cache finished blocks. Without it, each call runs the
+      whole canvas, with the same result up to float rounding.
+    eos_id: a row that draws this token is done, and its remaining free
+      positions become this token. With NO_EOS, rows are always filled.
   """
 
   inner: Sampler
@@ -62,17 +62,23 @@ class Block(Sampler):
     if self.block_size < 1:
       raise InputError(f'block_size={self.block_size!r} must be >= 1')
 
-  def with_rule(self, rule: ReverseRule) -> 'Block':
-    return dataclasses.replace(self, inner=self.inner.with_rule(rule))
+  @classmethod
+  def fits(cls, objective: Objective) -> bool:
+    return bool(objective.block_size)
 
-  def with_draw(self, draw: Any) -> 'Block':
-    return dataclasses.replace(self, inner=self.inner.with_draw(draw))
+  @property
+  def needs_cache(self) -> bool:  # pyright: ignore
+    return self.cache
+
+  def max_calls(self, length: int) -> int:
+    num_blocks = -(-length // self.block_size) + 1  # The first may be partial.
+    return num_blocks * (self.inner.max_calls(self.block_size) + self.cache)
 
   def __call__(
     self, keys: jax.Array, canvas: Canvas, denoise: CachedDenoise
   ) -> Samples:
     length = canvas.tokens.shape[1]
-    # A last block that sticks out keeps its masks there.
+    # The canvas is extended to whole blocks by fixed masks.
     pad = ((0, 0), (0, -length % self.block_size))
     fixed = jnp.pad(canvas.fixed, pad, constant_values=True)
     tokens = jnp.pad(
@@ -96,9 +102,9 @@ class Block(Sampler):
     state = jax.lax.while_loop(
       has_work, lambda state: self._fill(keys, fixed, denoise, state), state
     )
-    # Where all rows were done early.
+    # Positions are left if all rows were done before the last block.
     left = self._free_from(state.block, fixed)
-    tokens = jnp.where(left, self._eos(tokens), state.tokens)
+    tokens = jnp.where(left, self.eos_id, state.tokens)
     return Samples(tokens[:, :length], state.num_calls)
 
   def _fill(self, keys, fixed, denoise, state):
@@ -110,9 +116,7 @@ class Block(Sampler):
       cache = jax.lax.cond(block > 0, extend, lambda cache: cache, cache)
       num_calls += block > 0
     own = Canvas(self._cut(tokens, start), self._cut(fixed, start))
-    own_tokens = jnp.where(
-      done[:, None] & ~own.fixed, self._eos(tokens), own.tokens
-    )
+    own_tokens = jnp.where(done[:, None] & ~own.fixed, self.eos_id, own.tokens)
     samples = self.inner(
       reveal.fold_in_each(keys, block),
       Canvas(own_tokens, own.fixed | done[:, None]),
@@ -128,13 +132,13 @@ class Block(Sampler):
     )
 
   def _extend(self, denoise, tokens, cache, start):
-    """The cache with the finished block before `start`."""
+    """Returns the cache, extended by the finished block before `start`."""
     before = start - self.block_size
     visible = jnp.arange(tokens.shape[1]) < before
     return denoise.advance(cache, self._cut(tokens, before), before, visible)
 
   def _within(self, denoise, tokens, cache, start):
-    """The `Denoise` of the block at `start`, whose canvas is [B, S]."""
+    """Returns the `Denoise` of the block at `start`, with a canvas [B, S]."""
     if not self.cache:
       return lambda part, level, positions: denoise(
         _paste(tokens, part, start), level, start + positions
@@ -145,27 +149,21 @@ class Block(Sampler):
     )[0]
 
   def _end(self, drawn, fixed, done):
-    """A block [B, S] that ends where eos_id was drawn; and the rows done."""
+    """Ends a block [B, S] at the first eos_id; returns it and the rows done."""
     if self.eos_id == NO_EOS:
       return drawn, done
-    eos = self._eos(drawn)
-    is_eos = (drawn == eos) & ~fixed
+    is_eos = (drawn == self.eos_id) & ~fixed
     after = jnp.cumsum(is_eos, axis=1) - is_eos > 0
-    return (
-      jnp.where(after & ~fixed, eos, drawn),
-      done | jnp.any(is_eos, axis=1),
-    )
+    drawn = jnp.where(after & ~fixed, self.eos_id, drawn)
+    return drawn, done | jnp.any(is_eos, axis=1)
 
   def _free_from(self, block, fixed):
-    """Which positions of `block` and those after it are free, [B, C]."""
+    """Returns which positions from `block` on are free, [B, C]."""
     where = jnp.arange(fixed.shape[1])
     return ~fixed & (where >= block * self.block_size)[None]
 
   def _cut(self, x, start):
     return jax.lax.dynamic_slice_in_dim(x, start, self.block_size, axis=1)
-
-  def _eos(self, tokens):
-    return jnp.asarray(self.eos_id, tokens.dtype)
 
 
 def _paste(x, block, start):

@@ -1,4 +1,4 @@
-"""Confidence sampling of a masked model: the surest positions first."""
+"""Confidence sampling of a masked model: most confident positions first."""
 
 import dataclasses
 
@@ -8,53 +8,54 @@ import jax.numpy as jnp
 from nanodlm.devices import sharding
 from nanodlm.noise import categorical, processes
 from nanodlm.noise.categorical import Draw
-from nanodlm.types import Canvas, Denoise, InputError, Sampler, Samples
+from nanodlm.samplers import base, reveal
+from nanodlm.types import Canvas, Denoise, InputError, Samples
 
 SCORES = ('max_prob', 'margin', 'entropy', 'random')
 
 
 @dataclasses.dataclass(frozen=True)
-class Confidence(Sampler):
-  """Draws every masked position, keeps the most confident ones, masks the rest.
+class Confidence(base.MaskedSampler):
+  """Draws all masked positions and keeps the most confident tokens.
 
-  The confidence of a position comes from the network's own distribution p
-  there, whatever the temperature, top-k and top-p of the draw (at temperature 0
-  the drawn distribution would be certain everywhere):
+  The confidence of a position is a function of the network's distribution p,
+  before temperature, top-k and top-p (at temperature 0 every draw would be
+  certain):
 
-  - 'max_prob': p of the token that was DRAWN, which is the largest p only at
-    temperature 0 (MaskGIT, arXiv 2202.04200; LLaDA, arXiv 2502.09992).
-  - 'margin': the largest p less the second largest.
-  - 'entropy': minus the entropy of p.
+  - 'max_prob': p of the DRAWN token, which is the largest p only at temperature
+    0 (MaskGIT, arXiv 2202.04200; LLaDA, arXiv 2502.09992).
+  - 'margin': the difference of the two largest p.
+  - 'entropy': the negative entropy of p.
   - 'random': uniform noise.
 
-  How many positions a call keeps is one of three rules; of `num_steps`,
-  `threshold` and `entropy_budget` exactly one is > 0:
+  Exactly one of `num_steps`, `threshold` and `entropy_budget` is positive. It
+  determines the number of positions that a call keeps:
 
-  - num_steps: ceil(masked left / calls left), so at most num_steps calls.
-  - threshold: all with confidence >= threshold, at least one (Fast-dLLM, arXiv
-    2505.22618). Above 1: one per call.
-  - entropy_budget: in order of confidence, as long as the sum of the entropies
-    of p less the largest of them stays <= the budget, so at least one
-    (EB-Sampler, arXiv 2505.24857). That bounds the divergence of the product
-    that is drawn from any joint law with these marginals; nats.
+  - num_steps: ceil(masks left / calls left), hence at most num_steps calls.
+  - threshold: all positions with confidence >= threshold, at least one
+    (Fast-dLLM, arXiv 2505.22618). A threshold above 1 keeps one per call.
+  - entropy_budget: as many, in order of confidence, as keep the sum of their
+    entropies minus the largest entropy <= the budget, at least one (EB-Sampler,
+    arXiv 2505.24857). This bounds the divergence, in nats, between the drawn
+    product and any joint law with the same marginals.
 
-  With one position per call every score but 'max_prob' reproduces the network's
-  law exactly: the order then depends on the text so far only. 'max_prob' looks
-  at the drawn token, which favours likely texts whatever the number of calls:
-  at temperature 1 it ends in a few common words.
+  With one position per call, every score except 'max_prob' reproduces the
+  network's law exactly, since the order depends only on the text so far.
+  'max_prob' depends on the drawn token and favours likely texts at any number
+  of calls: at temperature 1 it degenerates to a few common words.
 
   Differs from MaskGIT: no noise is added to the confidence.
 
   Attributes:
     draw: how tokens are drawn.
-    num_steps: calls, spread over the blocks in proportion to their size; with
-      fewer calls than blocks each block still takes one.
-    score: what orders the positions.
-    threshold: of the confidence; 0: off.
-    entropy_budget: nats; 0: off.
-    block_size: 0, or the number of free positions that must be filled before
-      the next so many are begun, from left to right (semi-autoregressive,
-      LLaDA). Only a block's positions are projected.
+    num_steps: number of calls, distributed over the blocks in proportion to
+      their size, at least one per block; 0 disables the rule.
+    score: the confidence that orders the positions.
+    threshold: minimum confidence; 0 disables the rule.
+    entropy_budget: in nats; 0 disables the rule.
+    block_size: free positions per block, or 0 for one block. Blocks are filled
+      from left to right (semi-autoregressive, LLaDA), and only the positions of
+      one block are projected.
   """
 
   draw: Draw
@@ -79,14 +80,18 @@ class Confidence(Sampler):
       )
       raise InputError(
         f'{values}: exactly one of them must be > 0 with sampler.name='
-        "'confidence', and the others 0 (--config.sampler.num_steps=0, say): it "
-        'says how many positions a call keeps'
+        "'confidence' and determines how many positions a call keeps; set the "
+        'others to 0, for example --config.sampler.num_steps=0'
       )
     if self.threshold and self.score not in ('max_prob', 'margin'):
       raise InputError(
-        f'sampler.threshold={self.threshold!r} is a probability: '
-        f"sampler.score={self.score!r} must be 'max_prob' or 'margin' with it"
+        f'sampler.threshold={self.threshold!r} is a probability, so '
+        f"sampler.score={self.score!r} must be 'max_prob' or 'margin'"
       )
+
+  def max_calls(self, length: int) -> int:
+    num_blocks = -(-length // (self.block_size or max(length, 1)))
+    return min(max(self.num_steps or length, num_blocks), length)
 
   def __call__(
     self, keys: jax.Array, canvas: Canvas, denoise: Denoise
@@ -102,18 +107,17 @@ class Confidence(Sampler):
       tokens, hidden, num_calls = state
       current = jnp.min(jnp.where(hidden, block, length), axis=1)
       in_block = hidden & (block == current[:, None])
-      # Stable, so the block's masks come first, from left to right.
+      # The sort is stable: masks of the block come first, from left to right.
       positions = jnp.argsort(~in_block, axis=1, stable=True)[:, :block_size]
       is_open = jnp.take_along_axis(in_block, positions, axis=1)
-      # The masked share of the whole row, prompt included, as in training.
+      # As in training, the share of masks is of the whole row, with the prompt.
       level = jnp.mean(hidden, axis=1)
       logits = denoise(tokens, level, positions.astype(jnp.int32))
-      draw_keys, score_keys = jax.vmap(
-        lambda key: tuple(jax.random.split(jax.random.fold_in(key, num_calls)))
-      )(keys)
+      call_keys = reveal.fold_in_each(keys, num_calls)
+      draw_keys, score_keys = reveal.split_each(call_keys)
       drawn = self.draw.sample(draw_keys, logits)
       confidence, entropy = self._confidence(score_keys, logits, drawn)
-      # A row that is not done was part of every call so far.
+      # All previous calls filled positions of each row that is not done.
       block_end = jnp.minimum((current + 1) * block_size, num_free)
       end_call = self.num_steps * block_end // jnp.maximum(num_free, 1)
       kept = self._kept(confidence, entropy, is_open, end_call - num_calls)
@@ -125,17 +129,15 @@ class Confidence(Sampler):
       )
 
     tokens = jnp.where(free, self.draw.mask_id, canvas.tokens)
-    # From the data, so that under shard_map it varies over devices as they do.
-    zero = jnp.sum(num_free, dtype=jnp.int32) * 0
     tokens, _, num_calls = jax.lax.while_loop(
       lambda state: sharding.on_any_device(jnp.any(state[1])),
       step,
-      (tokens, free, zero),
+      (tokens, free, jnp.zeros_like(tokens[0, 0])),
     )
     return Samples(tokens=tokens, num_calls=num_calls)
 
   def _confidence(self, keys, logits, drawn):
-    """Confidence and entropy of p [B, K] from logits [B, K, V]."""
+    """Returns the confidence and the entropy, [B, K], at logits [B, K, V]."""
     log_p = categorical.log_prob(logits, self.draw.mask_id)
     p = jnp.exp(log_p)
     entropy = -jnp.sum(p * log_p, axis=-1)
@@ -147,13 +149,11 @@ class Confidence(Sampler):
     elif self.score == 'entropy':
       confidence = -entropy
     else:
-      confidence = jax.vmap(
-        lambda key: jax.random.uniform(key, drawn.shape[1:])
-      )(keys)
+      confidence = reveal.uniform_each(keys, drawn.shape[1])
     return confidence, entropy
 
   def _kept(self, confidence, entropy, is_open, calls_left):
-    """Which of the open positions a call keeps, [B, K] bool."""
+    """Returns which of the open positions a call keeps, [B, K] bool."""
     order = jnp.argsort(
       jnp.where(is_open, -confidence, jnp.inf), axis=1, stable=True
     )
@@ -165,7 +165,7 @@ class Confidence(Sampler):
       if self.threshold:
         passes = is_open & (confidence >= self.threshold)
       else:
-        # Falls never along the order, so those that pass are its first.
+        # The excess never decreases, so a prefix of the order passes.
         entropy = jnp.take_along_axis(entropy, order, axis=1)
         excess = jnp.cumsum(entropy, axis=1) - jax.lax.cummax(entropy, axis=1)
         passes = excess <= self.entropy_budget

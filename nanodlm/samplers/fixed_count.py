@@ -1,4 +1,4 @@
-"""Fixed-count sampling of a masked model: so many positions in each step."""
+"""Fixed-count sampling of a masked model: equally many tokens in each step."""
 
 import dataclasses
 
@@ -7,21 +7,21 @@ import jax.numpy as jnp
 
 from nanodlm.noise import processes
 from nanodlm.noise.categorical import Draw
-from nanodlm.samplers import reveal
-from nanodlm.types import Canvas, Denoise, InputError, Sampler, Samples
+from nanodlm.samplers import base, reveal
+from nanodlm.types import Canvas, Denoise, InputError, Samples
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedCount(Sampler):
+class FixedCount(base.MaskedSampler):
   """Reveals n / T of a row's n free positions in each step, in random order.
 
-  The reverse of the fixed-count objective. With T = n it is the any-order
-  autoregressive model, exact; with fewer steps it differs from ancestral
-  sampling only in that the number revealed per step does not vary.
+  This is the reverse of the fixed-count objective. With T = n it is the
+  any-order autoregressive model, which is exact. With fewer steps it differs
+  from ancestral sampling only in that every step reveals the same number.
 
   Attributes:
     draw: how tokens are drawn.
-    num_steps: T; a row with fewer free positions takes one call for each.
+    num_steps: T; a row with fewer free positions takes one call per position.
   """
 
   draw: Draw
@@ -31,27 +31,24 @@ class FixedCount(Sampler):
     if self.num_steps < 1:
       raise InputError(f'sampler.num_steps={self.num_steps!r} must be >= 1')
 
+  def max_calls(self, length: int) -> int:
+    return min(self.num_steps, length)
+
   def __call__(
     self, keys: jax.Array, canvas: Canvas, denoise: Denoise
   ) -> Samples:
     length = canvas.tokens.shape[1]
     num_steps = min(self.num_steps, length)
-    plan_keys, draw_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(
-      keys
-    )
+    plan_keys, draw_keys = reveal.split_each(keys)
     rank = processes.random_rank(plan_keys, ~canvas.fixed)
     num_free = jnp.sum(~canvas.fixed, axis=1, keepdims=True)
-    # In integers: rank r goes to step floor(r T / n), at most ceil(n / T) each.
+    # In integers: step floor(r T / n) reveals rank r, at most ceil(n / T) each.
     step = rank * num_steps // jnp.maximum(num_free, 1)
     is_before = step[:, :, None] < jnp.arange(num_steps)[None, None]
     revealed = jnp.sum(is_before & ~canvas.fixed[:, :, None], axis=1)
-    # The masked share of the whole row, prompt included, as in training.
-    level = (num_free - revealed) / length
+    # As in training, the share of masks is of the whole row, prompt included.
+    plan = reveal.Plan(step, (num_free - revealed) / length)
+    num_slots = -(-length // num_steps)
     return reveal.sample_plan(
-      draw_keys,
-      canvas,
-      reveal.Plan(step, level),
-      denoise,
-      self.draw,
-      -(-length // num_steps),
+      draw_keys, canvas, plan, denoise, self.draw, num_slots
     )

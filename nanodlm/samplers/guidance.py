@@ -1,61 +1,64 @@
-"""Classifier-free guidance without a class: the prompt is what is dropped."""
+"""Unsupervised classifier-free guidance, which drops the prompt."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical
+from nanodlm.samplers import base
 from nanodlm.types import (
   Canvas,
   Denoise,
   InputError,
-  ReverseRule,
+  Objective,
   Sampler,
   Samples,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Guided(Sampler):
-  """A sampler that is drawn further towards the prompt.
+class Guided(base.OuterSampler):
+  """A sampler with strengthened dependence on the prompt.
 
-  Every distribution p(x | prompt, rest) becomes proportional to
+  Every distribution p(x | prompt, rest) is replaced by one proportional to
 
-      p(x | prompt, rest)^(1 + weight) / p(x | rest)^weight,
+      p(x | prompt, rest)^(1 + w) / p(x | rest)^w,
 
-  where p(x | rest) is the network's with masks in place of the prompt (all
-  fixed positions): "unsupervised classifier-free guidance" (Nie et al., arXiv
-  2410.18514; LLaDA, arXiv 2502.09992). Both come from one call with 2 B rows
-  and `num_calls` counts two for it. A blank canvas has no prompt: guidance then
-  changes nothing and costs as much.
+  where p(x | rest) is the network's prediction with masks in place of the
+  prompt (all fixed positions). Source: Nie et al., arXiv 2410.18514; LLaDA,
+  arXiv 2502.09992. One call with 2 B rows computes both, and `num_calls` counts
+  it twice. On a blank canvas guidance has no effect, at the same cost.
 
   Attributes:
-    sampler: of a network that knows masks.
-    weight: w >= 0; 0 changes nothing.
+    inner: a sampler with `can_be_guided`.
+    guidance: w >= 0; 0 has no effect.
     mask_id: the mask's id.
   """
 
-  sampler: Sampler
-  weight: float
+  inner: Sampler
+  guidance: float
   mask_id: int
 
   def __post_init__(self):
-    if not self.weight >= 0:
-      raise InputError(f'sampler.guidance={self.weight!r} must be >= 0')
+    if not self.guidance >= 0:
+      raise InputError(f'sampler.guidance={self.guidance!r} must be >= 0')
 
-  def with_rule(self, rule: ReverseRule) -> 'Guided':
-    return dataclasses.replace(self, sampler=self.sampler.with_rule(rule))
+  @classmethod
+  def fits(cls, objective: Objective) -> bool:
+    return objective.predicts_masked
 
-  def with_draw(self, draw: Any) -> 'Guided':
-    return dataclasses.replace(self, sampler=self.sampler.with_draw(draw))
+  def max_calls(self, length: int) -> int:
+    return 2 * self.inner.max_calls(length)
+
+  def unread_keys(self) -> frozenset[str]:
+    return self.inner.unread_keys()
 
   def __call__(
     self, keys: jax.Array, canvas: Canvas, denoise: Denoise
   ) -> Samples:
-    samples = self.sampler(
-      keys, canvas, guide(denoise, canvas.fixed, self.weight, self.mask_id)
+    samples = self.inner(
+      keys, canvas, guide(denoise, canvas.fixed, self.guidance, self.mask_id)
     )
     return samples._replace(num_calls=2 * samples.num_calls)
 
@@ -63,7 +66,7 @@ class Guided(Sampler):
 def guide(
   denoise: Denoise, fixed: jax.Array, weight: float, mask_id: int
 ) -> Denoise:
-  """A `types.Denoise` of guided log-probabilities, not normalised.
+  """Returns a `types.Denoise` of unnormalised, guided log-probabilities.
 
   Args:
     denoise: the network.
@@ -74,14 +77,14 @@ def guide(
 
   def guided(tokens, level, positions):
     both = lambda x, y: jnp.concatenate([x, y])
-    # The level is a share of the whole row, in which the prompt is now masked.
+    # The level is a share of the whole row, and the prompt is now masked too.
     without_level = jnp.minimum(level + jnp.mean(fixed, axis=1), 1.0)
     logits = denoise(
       both(tokens, jnp.where(fixed, mask_id, tokens)),
       both(level, without_level),
       both(positions, positions),
     )
-    # Normalised over the clean tokens, so that this is a log likelihood ratio.
+    # Both are normalised, so that their difference is a log likelihood ratio.
     log_p, without = jnp.split(categorical.log_prob(logits, mask_id), 2)
     return without + (weight + 1) * (log_p - without)
 

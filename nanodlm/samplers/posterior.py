@@ -1,4 +1,4 @@
-"""Posterior sampling: any noise is undone on a grid, then corrected."""
+"""Posterior sampling: reverses any noise on a grid, then corrects the text."""
 
 import dataclasses
 
@@ -13,36 +13,37 @@ from nanodlm.types import (
   Canvas,
   Denoise,
   InputError,
+  Objective,
   ReverseRule,
   Sampler,
   Samples,
 )
 
-# The time told to the network when it corrects a finished text: near 0, with a
-# little noise left, so that a wrong token here and there is what it expects.
+# Time given to the network when it corrects a finished text. It is slightly
+# above 0, so that the network expects a few wrong tokens.
 CORRECTION_TIME = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Posterior(Sampler):
-  """Walks a grid 1 = t_0 > ... > t_T = 0 with the objective's own rule.
+  """Follows the objective's reverse process on a grid 1 = t_0 > ... > t_T = 0.
 
-  In each step every free position is drawn from p(xs | xt), independently of
-  the others: the posterior q(xs | xt, x0) averaged over the prediction
-  (D3PM, arXiv 2107.03006; for masked noise the law of `ancestral` on the
-  training's schedule). Exact as T grows, where the network is.
+  Each step draws every free position independently from p(xs | xt), the
+  posterior q(xs | xt, x0) averaged over the predicted x0. Source: D3PM, arXiv
+  2107.03006. For masked noise, this is the law of `ancestral` on the training
+  schedule. With an exact network, the law is exact as T grows.
 
-  Afterwards, for noise that replaces tokens, self-correction (GIDD, arXiv
+  For noise that replaces tokens, self-correction can follow (GIDD, arXiv
   2503.04482): each step draws a candidate for every free position and accepts
-  one, of those that differ from the text the most probable. A row in which none
-  differs is finished.
+  the most probable of the candidates that differ from the text. A row without
+  such a candidate is finished.
 
   Attributes:
     draw: how tokens are drawn from the network's prediction.
-    num_steps: T, network calls; see `grid`.
+    num_steps: T, the number of network calls; see `grid`.
     rule: the objective.
-    grid: 'uniform', 'cosine' or the times; see `times.reverse_grid`.
-    num_corrections: steps of self-correction at most, a network call each.
+    grid: 'uniform', 'cosine' or a list of times; see `times.reverse_grid`.
+    num_corrections: maximum number of correction steps, one call each.
   """
 
   draw: Draw
@@ -60,9 +61,20 @@ class Posterior(Sampler):
     if self.num_corrections and not self.rule.can_correct:
       raise InputError(
         f'sampler.num_corrections={self.num_corrections!r} must be 0 for a '
-        'network that predicts masked tokens only: it cannot judge the '
-        "others; objective.name='uniform' and 'hybrid' can"
+        'network that predicts only masked tokens; networks of objective.name='
+        "'uniform' and 'hybrid' can correct others"
       )
+
+  @classmethod
+  def fits(cls, objective: Objective) -> bool:
+    return isinstance(objective, ReverseRule) and not objective.block_size
+
+  def max_calls(self, length: int) -> int:
+    num_steps = times.reverse_grid(self.num_steps, self.grid).size - 1
+    return num_steps + self.num_corrections
+
+  def unread_keys(self) -> frozenset[str]:
+    return frozenset({'num_steps'} if times.is_listed(self.grid) else ())
 
   def with_rule(self, rule: ReverseRule) -> 'Posterior':
     return dataclasses.replace(self, rule=rule)
@@ -71,9 +83,7 @@ class Posterior(Sampler):
     self, keys: jax.Array, canvas: Canvas, denoise: Denoise
   ) -> Samples:
     length = canvas.tokens.shape[1]
-    prior_keys, step_keys, correction_keys = jax.vmap(
-      lambda key: tuple(jax.random.split(key, 3))
-    )(keys)
+    prior_keys, step_keys, correction_keys = reveal.split_each(keys, 3)
     tokens = jnp.where(
       canvas.fixed, canvas.tokens, self.rule.sample_prior(prior_keys, length)
     )
@@ -86,7 +96,7 @@ class Posterior(Sampler):
     return Samples(tokens=tokens, num_calls=num_steps + num_corrections)
 
   def _denoise(self, keys, tokens, fixed, denoise):
-    """From noise to tokens [B, L]; and the number of calls."""
+    """Returns tokens [B, L] drawn from noise, and the number of calls."""
     grid = times.reverse_grid(self.num_steps, self.grid)
     num_steps = grid.size - 1
     positions = _all_positions(tokens)
@@ -102,7 +112,7 @@ class Posterior(Sampler):
       )
       return step + 1, jnp.where(fixed, tokens, drawn)
 
-    # Nothing to do is no call.
+    # A canvas without free positions takes no calls.
     has_work = sharding.on_any_device(jnp.any(~fixed))
     first = jnp.where(has_work, 0, num_steps)
     last, tokens = jax.lax.while_loop(
@@ -111,7 +121,7 @@ class Posterior(Sampler):
     return tokens, last - first
 
   def _correct(self, keys, tokens, fixed, denoise):
-    """Corrected tokens [B, L]; and the number of calls."""
+    """Returns corrected tokens [B, L] and the number of calls."""
     positions = _all_positions(tokens)
     level = self.rule.level_at(
       jnp.float32(CORRECTION_TIME), jnp.mean(~fixed, axis=1)
@@ -121,7 +131,7 @@ class Posterior(Sampler):
       step, tokens, is_open = state
       logits = denoise(tokens, level, positions)
       candidate = self.draw.sample(reveal.fold_in_each(keys, step), logits)
-      # The network's own probability: after temperature 0 all would be 1.
+      # The score ignores the temperature: at 0, all probabilities would be 1.
       log_p = categorical.log_prob(logits, self.draw.mask_id)
       score = jnp.take_along_axis(log_p, candidate[..., None], axis=-1)[..., 0]
       differs = ~fixed & (candidate != tokens)

@@ -1,4 +1,4 @@
-"""Remasking (ReMDM) sampling of a masked model: tokens may be taken back."""
+"""Remasking (ReMDM) sampling of a masked model: masks revealed tokens again."""
 
 import dataclasses
 
@@ -6,71 +6,60 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import schedules, times
-from nanodlm.noise.categorical import Draw
-from nanodlm.samplers import reveal
-from nanodlm.types import Canvas, Denoise, InputError, Sampler, Samples
+from nanodlm.samplers import ancestral, reveal
+from nanodlm.types import Canvas, Denoise, InputError, Samples
 
 KINDS = ('cap', 'rescale', 'conf', 'loop')
 
-# Of 'loop': where time stands still, and alpha meanwhile. The paper's released
-# settings.
+# 'loop' holds alpha at LOOP_ALPHA between these times, as in the paper's code.
 LOOP_ON, LOOP_OFF, LOOP_ALPHA = 0.55, 0.05, 0.9
 
-# Instead of 0 in a denominator whose quotient is then not used.
+# Replaces 0 in a denominator whose quotient is not used.
 TINY = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
-class Remask(Sampler):
-  """Ancestral sampling that returns revealed tokens to the mask now and then.
+class Remask(ancestral.Ancestral):
+  """Ancestral sampling that occasionally masks revealed tokens again.
 
-  In the step from t to s each revealed position is masked again with
-  probability sigma, and each masked one is revealed with probability
-  (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), so that it is still masked
-  with probability 1 - alpha_s after the step: the network meets the noise that
-  it was trained on. sigma is at most sigma_max = min(1, (1 - alpha_s) /
-  alpha_t), which is 0 in the last step: no mask is left. Source: ReMDM, arXiv
-  2503.00307.
+  The step from t to s masks each revealed position with probability sigma and
+  reveals each masked one with probability (alpha_s - (1 - sigma) alpha_t) /
+  (1 - alpha_t). A position is then masked with probability 1 - alpha_s, the
+  noise that the network was trained on. sigma is at most sigma_max = min(1, (1
+  - alpha_s) / alpha_t), which is 0 in the last step, so that no masks remain.
+  Source: ReMDM, arXiv 2503.00307. The kinds, with eta of the paper's code:
 
-  - 'cap': sigma = min(eta, sigma_max); eta is .008 in the paper's code.
-  - 'rescale': sigma = eta sigma_max; .015.
-  - 'conf': sigma_i = eta sigma_max w_i, with w the softmax over the row's
-    revealed free positions of minus the probability that the network gave the
-    token when it was revealed. w sums to 1, so that about eta sigma_max tokens
-    of a row are taken back in a step; eta is 1 there. Masked positions
-    are revealed as if sigma were 0, so that here slightly more are masked than
-    the schedule says.
-  - 'loop': sigma = min(eta, sigma_max) for t in [.05, .55], where alpha stands
-    at .9; sigma = 0 before and after, where alpha covers 0 to .9 and .9 to 1;
-    .02.
+  - 'cap': sigma = min(eta, sigma_max); eta = 0.008.
+  - 'rescale': sigma = eta sigma_max; eta = 0.015.
+  - 'conf': sigma_i = eta sigma_max w_i; eta = 1. w is a softmax over the
+    revealed free positions of a row, of the negative probability of each token
+    at its reveal, so that a step masks about eta sigma_max tokens of the row.
+    Masked positions are revealed as with sigma = 0, so slightly more are masked
+    than the schedule prescribes.
+  - 'loop': sigma = min(eta, sigma_max) for t in [0.05, 0.55], while alpha is
+    held at 0.9; sigma = 0 before and after, while alpha runs from 0 to 0.9 and
+    from 0.9 to 1; eta = 0.02.
 
-  eta = 0 is ancestral sampling, for 'loop' on a grid of its own. Tokens of one
-  step are drawn independently of each other, as there, and more of them the
-  larger eta is; 'cap' and 'rescale' are exact as T grows, the more slowly the
-  larger eta. What remasking repairs is a network's errors; with an exact
-  network it has nothing to repair and costs accuracy.
+  eta = 0 is ancestral sampling, for 'loop' on another grid. The tokens of one
+  step are drawn independently, and a larger eta draws more of them; 'cap' and
+  'rescale' are exact as T grows, more slowly for larger eta. Remasking corrects
+  errors of the network. With an exact network it only costs accuracy.
 
   Differs from the paper: a step of 'loop' across a boundary ends on it, where
   the released code jumps.
 
   Attributes:
-    draw: how tokens are drawn.
-    num_steps: T; see `grid`.
-    schedule: alpha(t) of the reverse process; need not be the training's.
-    grid: 'uniform', 'cosine' or the times; see `times.reverse_grid`.
     remask: one of the kinds above.
-    eta: how much is taken back, in [0, 1].
+    eta: strength of remasking, in [0, 1].
   """
 
-  draw: Draw
-  num_steps: int
-  schedule: schedules.Schedule = schedules.Linear()
-  grid: str = 'uniform'
   remask: str = 'cap'
   eta: float = 0.04
 
+  is_final = False
+
   def __post_init__(self):
-    times.check_grid(self.num_steps, self.grid)
+    super().__post_init__()
     if self.remask not in KINDS:
       raise InputError(
         f'sampler.remask={self.remask!r} is not one of {list(KINDS)}'
@@ -79,7 +68,7 @@ class Remask(Sampler):
       raise InputError(f'sampler.eta={self.eta!r} must be in [0, 1]')
 
   def _times(self) -> jax.Array:
-    """The schedule's time at each point of the grid, [T + 1]."""
+    """Returns the time of the schedule at each point of the grid, [T + 1]."""
     t = times.reverse_grid(self.num_steps, self.grid)
     if self.remask != 'loop':
       return t
@@ -88,13 +77,13 @@ class Remask(Sampler):
     return jnp.where(t > LOOP_ON, before, jnp.minimum(t / LOOP_OFF, 1) * hold)
 
   def noise_levels(self) -> jax.Array:
-    """1 - alpha at the points of the grid, [T + 1], from exactly 1 to 0."""
+    """Returns 1 - alpha on the grid, [T + 1], from exactly 1 to exactly 0."""
     return schedules.noise_levels(self.schedule, self._times())
 
   def remask_probs(self) -> jax.Array:
-    """sigma of each step, [T]; of 'conf', summed over the row."""
+    """Returns sigma of each step, [T]; for 'conf', its sum over the row."""
     noise_t, noise_s = self.noise_levels()[:-1], self.noise_levels()[1:]
-    # Finite at alpha_t = 0, where nothing is revealed and sigma is of no one.
+    # At alpha_t = 0 nothing is revealed, and sigma only has to be finite.
     sigma_max = jnp.minimum(1, noise_s / jnp.maximum(1 - noise_t, TINY))
     if self.remask in ('rescale', 'conf'):
       return self.eta * sigma_max
@@ -105,7 +94,7 @@ class Remask(Sampler):
     return sigma
 
   def reveal_probs(self) -> jax.Array:
-    """The probability that a step reveals a masked position, [T]."""
+    """Returns the probability that a step reveals a masked position, [T]."""
     noise_t, noise_s = self.noise_levels()[:-1], self.noise_levels()[1:]
     sigma = 0.0 if self.remask == 'conf' else self.remask_probs()
     return (noise_t - noise_s + sigma * (1 - noise_t)) / noise_t
@@ -116,12 +105,9 @@ class Remask(Sampler):
     batch, length = canvas.tokens.shape
     noise, sigmas = self.noise_levels(), self.remask_probs()
     reveal_probs = self.reveal_probs()
-    plan_keys, draw_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(
-      keys
-    )
+    plan_keys, draw_keys = reveal.split_each(keys)
     free = ~canvas.fixed
-    # The expected masked share of the whole row, prompt included, as in
-    # training.
+    # As in training, the share of masks is of the whole row, prompt included.
     free_share = jnp.mean(free, axis=1)
 
     def step(j, state):
@@ -131,9 +117,7 @@ class Remask(Sampler):
       sigma = jnp.full((batch, length), sigmas[j])
       if self.remask == 'conf':
         sigma *= _softmax(-prob, revealed)
-      u = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(
-        reveal.fold_in_each(plan_keys, j)
-      )
+      u = reveal.uniform_each(reveal.fold_in_each(plan_keys, j), length)
       tokens, prob, calls = reveal.draw_pending(
         reveal.fold_in_each(draw_keys, j),
         tokens,
@@ -148,14 +132,10 @@ class Remask(Sampler):
       return tokens, prob, num_calls + calls
 
     tokens = jnp.where(free, self.draw.mask_id, canvas.tokens)
-    prob = None
-    if self.remask == 'conf':
-      prob = jnp.zeros_like(free, jnp.float32)
-    # From the data, so that under shard_map it varies over devices as they do.
-    zero = jnp.sum(free, dtype=jnp.int32) * 0
-    tokens, _, num_calls = jax.lax.fori_loop(
-      0, sigmas.size, step, (tokens, prob, zero)
-    )
+    is_conf = self.remask == 'conf'
+    prob = jnp.zeros_like(free, jnp.float32) if is_conf else None
+    state = (tokens, prob, jnp.zeros_like(tokens[0, 0]))
+    tokens, _, num_calls = jax.lax.fori_loop(0, sigmas.size, step, state)
     return Samples(tokens=tokens, num_calls=num_calls)
 
   def _num_slots(self, length: int) -> int:
@@ -165,6 +145,6 @@ class Remask(Sampler):
 
 
 def _softmax(x: jax.Array, where: jax.Array) -> jax.Array:
-  """Softmax over the positions `where` of each row [B, L], 0 elsewhere."""
-  exp = jnp.where(where, jnp.exp(x), 0.0)  # x in [-1, 0]
+  """Computes a softmax over the positions `where` of rows [B, L]."""
+  exp = jnp.where(where, jnp.exp(x), 0.0)  # x is in [-1, 0].
   return exp / jnp.maximum(jnp.sum(exp, axis=1, keepdims=True), TINY)

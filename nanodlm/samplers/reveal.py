@@ -1,10 +1,10 @@
-"""The loops under samplers that choose positions before they call the network.
+"""Loops of samplers that choose positions before they call the network.
 
-Ancestral, fixed-count and first-hitting sampling of a masked model, and
-left-to-right sampling, differ only in WHEN each position is revealed, and that
-can be drawn before the network is called (`sample_plan`). Remasking decides
-step by step, but still before each call (`draw_pending`). So only the positions
-being revealed are projected, and steps that reveal nothing cost nothing.
+Ancestral, fixed-count, first-hitting and left-to-right sampling differ only in
+WHEN each position is revealed, which can be drawn before the first network call
+(`sample_plan`). Remasking chooses the positions of each step before its call
+(`draw_pending`). Hence only the revealed positions are projected, and steps
+that reveal no position take no call.
 """
 
 from typing import NamedTuple
@@ -19,12 +19,11 @@ from nanodlm.types import Canvas, Denoise, Samples
 
 
 class Plan(NamedTuple):
-  """When each position is revealed.
+  """The step that reveals each position.
 
   Attributes:
-    step: [B, L] int32, the step in 0..T-1 that reveals the position; anything
-      where the canvas is fixed.
-    level: [B, T] float32, the noise level told to the network at each step.
+    step: [B, L] int32 in 0..T-1; ignored if the position is fixed.
+    level: [B, T] float32, the noise level given to the network at each step.
   """
 
   step: jax.Array
@@ -41,20 +40,20 @@ def sample_plan(
 ) -> Samples:
   """Reveals the canvas step by step.
 
-  All positions of one step are drawn independently given the tokens as they
-  were before the step. A row with more than `num_slots` of them in a step takes
-  further calls on the same tokens, so the law is exact for any `num_slots`.
+  The positions of one step are drawn independently, given the tokens before the
+  step. A row with more than `num_slots` positions in a step takes further calls
+  on the same tokens, so the law does not depend on `num_slots`.
 
   Args:
     keys: [B].
     canvas: tokens and fixed, [B, L].
-    plan: the order; the sampler's whole identity.
+    plan: the steps, which define the sampler.
     denoise: the network.
     draw: how a token is drawn from its logits.
-    num_slots: positions of a row projected by one call.
+    num_slots: number of positions per row that one call projects.
 
   Returns:
-    tokens [B, L]; num_calls at most T unless a step overflows `num_slots`.
+    Samples with num_calls <= T, unless a step overflows `num_slots`.
   """
   last = jnp.int32(plan.level.shape[1])
 
@@ -91,32 +90,31 @@ def draw_pending(
   num_slots: int,
   prob: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-  """Draws the pending positions, independently of each other given `tokens`.
+  """Draws the pending positions independently of each other, given `tokens`.
 
-  As many calls as the fullest row needs, all on the same tokens; none where
-  nothing is pending.
+  The number of calls is that of the row with the most pending positions.
 
   Args:
     keys: [B].
-    tokens: [B, L], what the network sees.
+    tokens: [B, L], the network's input in all calls.
     pending: [B, L] bool.
-    level: [B], the noise level told to the network.
+    level: [B], the noise level given to the network.
     denoise: the network.
     draw: how a token is drawn from its logits.
-    num_slots: positions of a row projected by one call.
-    prob: [B, L] or None; where a token is drawn it becomes the network's
-      probability of it.
+    num_slots: number of positions per row that one call projects.
+    prob: [B, L] float32 or None, the network's probability of each token;
+      updated at the drawn positions.
 
   Returns:
-    tokens [B, L] and prob with the pending positions replaced, and the number
-    of calls [] int32.
+    tokens and prob with the pending positions replaced, and the number of calls
+    [] int32.
   """
   num_slots = min(num_slots, tokens.shape[1])
   row = jnp.arange(tokens.shape[0])[:, None]
 
   def call(state):
     drawn, prob, pending, num_calls = state
-    # Stable, so the pending positions come first, from left to right.
+    # The sort is stable: pending positions come first, from left to right.
     positions = jnp.argsort(~pending, axis=1, stable=True)[:, :num_slots]
     is_pending = jnp.take_along_axis(pending, positions, axis=1)
     logits = denoise(tokens, level, positions.astype(jnp.int32))
@@ -130,8 +128,8 @@ def draw_pending(
     pending = pending.at[row, positions].min(~is_pending)
     return drawn, prob, pending, num_calls + 1
 
-  # From the data, so that under shard_map it varies over devices as they do.
-  zero = jnp.sum(pending, dtype=jnp.int32) * 0
+  # Under shard_map, this zero varies over devices as the tokens do.
+  zero = jnp.zeros_like(tokens[0, 0])
   drawn, prob, _, num_calls = jax.lax.while_loop(
     lambda state: sharding.on_any_device(jnp.any(state[2])),
     call,
@@ -140,11 +138,25 @@ def draw_pending(
   return drawn, prob, num_calls
 
 
-def fold_in_each(keys: jax.Array, data: jax.Array) -> jax.Array:
-  """fold_in(key, data) of each of [B] keys."""
+def fold_in_each(keys: jax.Array, data: jax.Array | int) -> jax.Array:
+  """Returns fold_in(key, data) for each of [B] keys."""
   return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
 
+def split_each(keys: jax.Array, num: int = 2) -> tuple[jax.Array, ...]:
+  """Splits each of [B] keys; returns `num` arrays of [B] keys."""
+  return jax.vmap(lambda key: tuple(jax.random.split(key, num)))(keys)
+
+
+def uniform_each(keys: jax.Array, length: int) -> jax.Array:
+  """Draws U[0, 1) with each of [B] keys, [B, length]."""
+  return jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
+
+
 def enough_slots(mean: float) -> int:
-  """Slots that a step with `mean` expected reveals overflows once in 10^4."""
-  return int(mean + 4 * mean**0.5 + 1)  # mean + 4 deviations
+  """Returns a number of slots that few steps exceed.
+
+  A step with `mean` expected reveals exceeds it once in 10^4, since it is four
+  standard deviations above the mean.
+  """
+  return int(mean + 4 * mean**0.5 + 1)

@@ -1,1 +1,1 @@
-"""The jitted steps: training, evaluation, sampling."""
+"""Jitted steps of training, evaluation and sampling."""

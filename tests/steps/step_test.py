@@ -1,4 +1,4 @@
-"""Tests of nanodlm.steps.train: the same numbers on any devices and micro-batches."""
+"""Tests of nanodlm.steps, which are invariant to devices and micro-batches."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ import optax
 
 from nanodlm.devices import mesh as meshes
 from nanodlm.model import transformer
+from nanodlm.model.network import TransformerNetwork
 from nanodlm.noise.categorical import Draw
 from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block
@@ -25,9 +26,12 @@ from nanodlm.samplers.guidance import Guided
 from nanodlm.samplers.posterior import Posterior
 from nanodlm.samplers.prefix_cache import PrefixCache
 from nanodlm.samplers.remask import Remask
-from nanodlm.steps import train as steps
+from nanodlm.steps import evaluate as evaluate_steps
+from nanodlm.steps import sample as sample_steps
+from nanodlm.steps import train as train_steps
+from nanodlm.steps.network import check_batch_size, Denoiser, Scorer
 from nanodlm.training import state as states
-from nanodlm.types import Canvas, InputError, Sampler
+from nanodlm.types import Batch, Canvas, InputError, Sampler
 from tests import toys
 
 MASK = 11
@@ -47,7 +51,7 @@ OBJECTIVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Spy:
-  """An objective that writes down the noise that it made."""
+  """An objective that records its noise."""
 
   inner: object
   seen: list
@@ -58,13 +62,16 @@ class Spy:
   def bind(self, params):
     return dataclasses.replace(self, inner=self.inner.bind(params))
 
-  def corrupt(self, keys, levels, x0, weight):
-    noised = self.inner.corrupt(keys, levels, x0, weight)
+  def loss(self, *args):
+    return type(self.inner).loss(self, *args)
+
+  def corrupt(self, keys, levels, x0, eligible):
+    noised = self.inner.corrupt(keys, levels, x0, eligible)
     record = {
       'key': jax.random.key_data(keys),
       'level': levels,
       'x0': x0,
-      'weight': weight,
+      'eligible': eligible,
       'tokens': noised.tokens,
       't': noised.t,
       'scored': noised.scored,
@@ -76,7 +83,7 @@ class Spy:
     return noised
 
   def records(self):
-    """What was seen since the last call, rows in the order of their keys."""
+    """Returns the noise since the last call, rows sorted by key."""
     jax.effects_barrier()
     record = jax.tree.map(lambda *x: np.concatenate(x), *self.seen)
     self.seen.clear()
@@ -91,7 +98,12 @@ def network(name, dropout=0.0):
     block_size=OBJECTIVES[name].block_size,
     dropout=dropout,
   )
-  return steps.Network(config, chunk_size=20)
+  return TransformerNetwork(config)
+
+
+def scorer(name, objective=None, dropout=0.0):
+  objective = objective or OBJECTIVES[name]
+  return Scorer(network(name, dropout), objective, chunk_size=20)
 
 
 def make_mesh(num_devices):
@@ -102,10 +114,10 @@ def make_mesh(num_devices):
 
 @functools.cache
 def initial_params():
-  """On the host; the same for a causal network."""
+  """Parameters on the host, for causal networks too."""
   init = jax.jit(transformer.init_params, static_argnums=0)
   params = init(network('count').config, jax.random.key(0))
-  # Larger than at the start of training, so that everything matters.
+  # Large parameters make every part of the network matter.
   return jax.tree.map(lambda x: 3 * np.array(x), params)
 
 
@@ -125,33 +137,28 @@ def make_state(mesh, name='count'):
 
 
 def make_batch(seed=0, segments=False):
-  """A prompt, paddings, one row that is all padding, and whole rows."""
+  """A batch with a prompt, padding, a row of padding, and whole rows."""
   rng = np.random.default_rng(seed)
-  weight = np.ones((BATCH, LENGTH), np.float32)
-  weight[1, :3] = 0
-  weight[4, 5:] = 0
-  weight[9] = 0
-  batch = {
-    'tokens': rng.integers(MASK, size=weight.shape).astype(np.int32),
-    'weight': weight,
-    'num_bytes': weight.sum(1).astype(np.int32),
-  }
+  eligible = np.ones((BATCH, LENGTH), bool)
+  eligible[1, :3] = eligible[4, 5:] = eligible[9] = False
+  num = eligible.sum(1).astype(np.int32)
+  segment_ids = None
   if segments:
-    batch['segment_ids'] = np.tile(
-      (np.arange(LENGTH) > 3).astype(np.int32), (BATCH, 1)
-    )
-  return batch
+    ends = (np.arange(LENGTH) > 3).astype(np.int32)
+    segment_ids = np.tile(ends, (BATCH, 1))
+  tokens = rng.integers(MASK, size=eligible.shape).astype(np.int32)
+  weight = np.ones(BATCH, np.float32)
+  return Batch(tokens, eligible, weight, num, num, segment_ids)
 
 
 @functools.cache
 def trainer(name, num_devices, num_microbatches, dropout):
-  """(jitted step, spy, mesh), compiled once for all tests."""
+  """Returns (jitted step, spy, mesh), compiled once for all tests."""
   spy, mesh = Spy(OBJECTIVES[name], []), make_mesh(num_devices)
   optimizer = optax.sgd(LEARNING_RATE, momentum=0.9)
   return (
-    steps.make_train_step(
-      network(name, dropout),
-      spy,
+    train_steps.make_train_step(
+      scorer(name, spy, dropout),
       optimizer,
       optax.constant_schedule(1e-3),
       mesh,
@@ -170,14 +177,14 @@ def host(tree):
 
 @functools.cache
 def two_steps(name, num_devices, num_microbatches, dropout=0.1):
-  """States and metrics after each of two steps, and the noise of each."""
+  """Returns states and metrics after each of two steps, and their noise."""
   train, spy, mesh = trainer(name, num_devices, num_microbatches, dropout)
   jax.effects_barrier()
-  spy.seen.clear()  # another test's
+  spy.seen.clear()  # Noise of other tests.
   state, history, noise = make_state(mesh, name), [], []
   for seed in range(2):
     state, metrics = train(state, meshes.shard_batch(mesh, make_batch(seed)))
-    # Not the key: numpy has no such type.
+    # NumPy cannot represent keys.
     history.append(
       (host((state.step, state.params, state.ema_params)), host(metrics))
     )
@@ -208,27 +215,23 @@ class TrainStepTest(parameterized.TestCase):
     # With dropout, whose masks also belong to the example.
     history, noise = two_steps(name, 1, 1)
     others, other_noise = two_steps(name, num_devices, num_microbatches)
-    # (Products of many factors may be rounded otherwise in another program.)
-    same = (
-      np.testing.assert_array_equal
-      if name != 'hybrid'
-      else (functools.partial(np.testing.assert_allclose, rtol=1e-5))
-    )
-    jax.tree.map(same, noise, other_noise)
+    # Other programs may round the many products of hybrid noise differently.
+    rtol = 1e-5 if name == 'hybrid' else 0
+    assert_close(noise, other_noise, rtol, atol=0)
     assert_close(history, others)
     train, _, _ = trainer(name, num_devices, num_microbatches, 0.1)
-    self.assertEqual(train._cache_size(), 1)  # both steps ran what was compiled
+    self.assertEqual(train._cache_size(), 1)  # Both steps used one program.
 
   @parameterized.parameters(*OBJECTIVES)
   def test_rows_and_steps_have_noise_of_their_own(self, name):
     _, noise = two_steps(name, 1, 1)
     noise = jax.tree.map(lambda *x: np.concatenate(x), *noise)
-    num_draws = OBJECTIVES[name].num_draws
+    num_draws = 2 if name == 'genmd4' else 1
     self.assertLen(np.unique(noise['key'], axis=0), 2 * BATCH * num_draws)
     if name == 'ar':
       return
-    # Of whole rows: which positions are noisy, where some but not all are.
-    whole = noise['weight'].all(1)
+    # Which positions of whole rows are noisy, if some but not all are.
+    whole = noise['eligible'].all(1)
     masked = (noise['tokens'] != noise['x0'])[whole]
     some = masked[(masked.sum(1) > 1) & (masked.sum(1) < LENGTH - 1)]
     self.assertGreater(len(np.unique(some, axis=0)), 0.7 * len(some))
@@ -241,15 +244,16 @@ class TrainStepTest(parameterized.TestCase):
     class Shifted(GenMD4):
       slope: float = 0.0
 
-      def noise_surrogate(self, *args):
-        return super().noise_surrogate(*args) + self.slope * jnp.sum(self.rates)
+      def loss(self, *args):
+        scores = super().loss(*args)
+        extra = self.slope * jnp.sum(self.rates)
+        return scores._replace(total=scores.total + extra)
 
     mesh, batch = make_mesh(2), make_batch(3)
     rates = {}
     for slope in (0.0, 7.0):
-      train = steps.make_train_step(
-        network('genmd4'),
-        Shifted(MASK, slope=slope),
+      train = train_steps.make_train_step(
+        scorer('genmd4', Shifted(MASK, slope=slope)),
         optax.sgd(LEARNING_RATE),
         optax.constant_schedule(1e-3),
         mesh,
@@ -267,9 +271,9 @@ class TrainStepTest(parameterized.TestCase):
       rates[slope] = np.array(state.params['objective']['rate'])
     # An example is drawn twice, and counted once.
     for key in ('weight', 'num_bytes'):
-      self.assertEqual(metrics[key], batch['weight'].sum())
+      self.assertEqual(metrics[key], batch.eligible.sum())
     self.assertGreater(np.min(abs(rates[0.0] - raw)), 0)
-    total = 2 * 2 * 7 / batch['weight'].sum()  # devices, micro-batches
+    total = 2 * 2 * 7 / batch.eligible.sum()  # devices, micro-batches
     np.testing.assert_allclose(
       rates[7.0] - rates[0.0],
       -LEARNING_RATE * total / (1 + np.exp(-raw)),
@@ -286,8 +290,8 @@ class TrainStepTest(parameterized.TestCase):
 
   @parameterized.parameters('count', 'uniform', 'ar')
   def test_the_gradient_is_that_of_a_dense_loss(self, name):
-    # From the noise alone: sum(loss * weight) / sum(weight) over all eligible
-    # tokens, every logit computed.
+    # Recomputes sum(loss * weight) / sum(weight) from the recorded noise, with
+    # the logits of all tokens.
     train, spy, mesh = trainer(name, 2, 2, 0.0)
     batch = make_batch(3)
     state, metrics = train(make_state(mesh), meshes.shard_batch(mesh, batch))
@@ -303,9 +307,9 @@ class TrainStepTest(parameterized.TestCase):
         logits[..., :MASK], noise['x0']
       )
       scale = noise.get('scale', 1.0) * noise['scored']
-      return jnp.sum(scale * ce * noise['weight'])
+      return jnp.sum(scale * ce * noise['eligible'])
 
-    params, total = initial_params(), batch['weight'].sum()
+    params, total = initial_params(), batch.eligible.sum()
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     expected = jax.tree.map(
       lambda p, g: p - LEARNING_RATE * g / total, params, gradient
@@ -322,8 +326,8 @@ class TrainStepTest(parameterized.TestCase):
   def test_sums(self):
     batch, (history, noise) = make_batch(1), two_steps('count', 1, 1)
     metrics = history[1][1]
-    self.assertEqual(metrics['weight'], batch['weight'].sum())
-    self.assertEqual(metrics['num_bytes'], batch['num_bytes'].sum())
+    self.assertEqual(metrics['weight'], batch.eligible.sum())
+    self.assertEqual(metrics['num_bytes'], batch.num_bytes.sum())
     self.assertEqual(metrics['scored'], noise[1]['scored'].sum())
     self.assertEqual(metrics['bin_scored'].sum(), metrics['scored'])
     np.testing.assert_allclose(
@@ -335,10 +339,11 @@ class TrainStepTest(parameterized.TestCase):
   def test_padding_that_is_scored_is_not_counted_as_text(self):
     train, _, mesh = trainer('count', 4, 2, 0.1)
     batch, plain = make_batch(0), two_steps('count', 1, 1)[0][0][1]
-    self.assertEqual(plain['weight'], batch['weight'].sum())
-    batch['num_tokens'] = np.minimum(batch['weight'].sum(1), 3).astype(np.int32)
+    self.assertEqual(plain['weight'], batch.eligible.sum())
+    few = np.minimum(batch.num_tokens, 3)
+    batch = batch._replace(num_tokens=few)
     _, metrics = train(make_state(mesh), meshes.shard_batch(mesh, batch))
-    self.assertEqual(metrics['weight'], batch['num_tokens'].sum())
+    self.assertEqual(metrics['weight'], batch.num_tokens.sum())
     for name in ('loss', 'nll', 'scored', 'num_bytes'):  # the same sums
       np.testing.assert_allclose(metrics[name], plain[name], rtol=1e-5)
     np.testing.assert_allclose(  # and another denominator
@@ -367,27 +372,25 @@ class TrainStepTest(parameterized.TestCase):
       norm['scale'] = norm['scale'].at[3].set(jnp.nan)
       state = jax.device_put(state, meshes.replicated(mesh))
     else:
-      batch['weight'][2, 4] = np.inf
+      batch.weight[2] = np.inf
     content = lambda s: host((s.params, s.ema_params, s.opt_state))
     before = content(state)
     state, metrics = train(state, meshes.shard_batch(mesh, batch))
     jax.tree.map(np.testing.assert_array_equal, content(state), before)
     self.assertEqual(metrics['skipped'], 1)
     self.assertEqual(state.step, 2)
-    if where == 'weight':  # and on it goes
+    if where == 'weight':  # Training continues.
       state, metrics = train(state, meshes.shard_batch(mesh, make_batch(1)))
       self.assertEqual(metrics['skipped'], 0)
       self.assertTrue(np.isfinite(metrics['param_norm']))
       self.assertNotEqual(metrics['param_norm'], 0)
 
-  @parameterized.parameters(
-    (15, 1, 1), (16, 8, 2), (24, 8, 1), (0, 1, 1), (16, 1, 0)
-  )
+  @parameterized.parameters((15, 1, 1), (16, 8, 2), (24, 8, 1), (0, 1, 1))
   def test_a_batch_that_does_not_divide_is_an_error(
     self, batch_size, num_devices, num_microbatches
   ):
     with self.assertRaisesRegex(InputError, r'^train\.(batch_size|num_micro)'):
-      steps.check_batch_size(
+      check_batch_size(
         batch_size, make_mesh(num_devices), num_microbatches, group_size=2
       )
 
@@ -395,8 +398,8 @@ class TrainStepTest(parameterized.TestCase):
 @functools.cache
 def evaluator(name, num_devices):
   mesh = make_mesh(num_devices)
-  return steps.make_eval_step(
-    network(name, 0.1), OBJECTIVES[name], mesh, num_draws=4, seed=5
+  return evaluate_steps.make_eval_step(
+    scorer(name, dropout=0.1), mesh, num_draws=4, seed=5
   ), mesh
 
 
@@ -407,17 +410,17 @@ def evaluate(name, num_devices, batch, params=None):
 
 
 def eval_batch():
-  return {**make_batch(), 'index': np.arange(BATCH, dtype=np.int32) + 100}
+  return make_batch()._replace(index=np.arange(BATCH, dtype=np.int32) + 100)
 
 
 class EvalStepTest(parameterized.TestCase):
-  def test_devices_and_order_and_repetition_change_nothing(self):
+  def test_devices_order_and_repetition_change_nothing(self):
     batch = eval_batch()
     sums = evaluate('count', 1, batch)
     again = evaluate('count', 1, batch)
     jax.tree.map(np.testing.assert_array_equal, again, sums)
     order = np.random.default_rng(0).permutation(BATCH)
-    mixed = {key: x[order] for key, x in batch.items()}
+    mixed = jax.tree.map(lambda x: x[order], batch)
     assert_close(evaluate('count', 8, mixed), sums, rtol=1e-5)
 
   def test_padded_batches_add_up(self):
@@ -425,18 +428,18 @@ class EvalStepTest(parameterized.TestCase):
     sums = evaluate('count', 1, batch)
     parts = []
     for rows in (slice(0, 5), slice(5, BATCH)):
-      # The last batch of a split: its rows first, then rows without weight.
-      part = {key: np.zeros_like(x) for key, x in batch.items()}
-      for key, x in batch.items():
-        part[key][: rows.stop - rows.start] = x[rows]
+      # Like the last batch of a split: its rows, then padding rows.
+      part = jax.tree.map(np.zeros_like, batch)
+      for ours, theirs in zip(jax.tree.leaves(part), jax.tree.leaves(batch)):
+        ours[: rows.stop - rows.start] = theirs[rows]
       parts.append(evaluate('count', 1, part))
     assert_close(jax.tree.map(np.add, *parts), sums, rtol=1e-5)
     self.assertEqual(sums['num_examples'], BATCH - 1)
-    self.assertEqual(sums['weight'], batch['weight'].sum())
+    self.assertEqual(sums['weight'], batch.eligible.sum())
 
   def test_noise_is_the_examples_own(self):
     batch = eval_batch()
-    other = {**batch, 'index': batch['index'] + BATCH}
+    other = batch._replace(index=batch.index + BATCH)
     self.assertGreater(
       abs(
         evaluate('count', 1, batch)['nll'] - evaluate('count', 1, other)['nll']
@@ -482,11 +485,10 @@ class EvalStepTest(parameterized.TestCase):
   def test_tokens_that_nats_are_reported_per(self, name):
     # Equal logits: log V for each of the 8 positions, of which 2 are counted.
     zeros = jax.tree.map(np.zeros_like, initial_params())
-    batch = {
-      **eval_batch(),
-      'weight': np.ones((BATCH, LENGTH), np.float32),
-      'num_tokens': np.full(BATCH, 2, np.int32),
-    }
+    batch = eval_batch()._replace(
+      eligible=np.ones((BATCH, LENGTH), bool),
+      num_tokens=np.full(BATCH, 2, np.int32),
+    )
     sums = evaluate(name, 1, batch, zeros)
     self.assertEqual(sums['weight'], 2 * BATCH)
     np.testing.assert_allclose(
@@ -498,27 +500,23 @@ class EvalStepTest(parameterized.TestCase):
   def test_autoregressive_is_exact(self):
     batch, config = eval_batch(), network('ar').config
     params = initial_params()
-    tokens = OBJECTIVES['ar'].network_input(batch['tokens'])
+    tokens = OBJECTIVES['ar'].network_input(batch.tokens)
     hidden = transformer.Transformer(config).apply({'params': params}, tokens)
     logits = transformer.output_logits(
       transformer.output_kernel(params), hidden
     )
     ce = optax.softmax_cross_entropy_with_integer_labels(
-      logits[..., :MASK], batch['tokens']
+      logits[..., :MASK], batch.tokens
     )
     np.testing.assert_allclose(
-      evaluate('ar', 1, batch)['nll'], np.sum(ce * batch['weight']), rtol=1e-5
+      evaluate('ar', 1, batch)['nll'], np.sum(ce * batch.eligible), rtol=1e-5
     )
 
   @parameterized.parameters(0, 3)
   def test_draws_are_whole_groups(self, num_draws):
     with self.assertRaisesRegex(InputError, f'eval.num_draws={num_draws}'):
-      steps.make_eval_step(
-        network('count'),
-        OBJECTIVES['count'],
-        make_mesh(1),
-        num_draws=num_draws,
-        seed=0,
+      evaluate_steps.make_eval_step(
+        scorer('count'), make_mesh(1), num_draws=num_draws, seed=0
       )
 
 
@@ -526,16 +524,13 @@ class ScoreStepTest(parameterized.TestCase):
   @parameterized.parameters('count', 'ar')
   def test_rows_are_those_of_the_evaluation(self, name):
     batch = eval_batch()
-    rows = {key: batch[key] for key in ('tokens', 'weight', 'index')}
     values = []
     for num_devices in (1, 8):
       mesh = make_mesh(num_devices)
-      score = steps.make_score_step(
-        network(name, 0.1), OBJECTIVES[name], mesh, num_draws=4
-      )
+      score = evaluate_steps.make_score_step(scorer(name), mesh, num_draws=4)
       params = jax.device_put(initial_params(), meshes.replicated(mesh))
       values.append(
-        host(score(params, jax.random.key(5), meshes.shard_batch(mesh, rows)))
+        host(score(params, jax.random.key(5), meshes.shard_batch(mesh, batch)))
       )
     assert_close(values[0], values[1], rtol=1e-5)
     sums = evaluate(name, 1, batch)
@@ -548,16 +543,14 @@ class ScoreStepTest(parameterized.TestCase):
 
   def test_uses_the_form_it_is_given(self):
     mesh = make_mesh(1)
-    rows = {key: eval_batch()[key] for key in ('tokens', 'weight', 'index')}
-    rows['weight'] = np.ones_like(rows['weight'])
+    rows = eval_batch()
+    rows = rows._replace(eligible=np.ones_like(rows.eligible))
     zeros = jax.device_put(
       jax.tree.map(np.zeros_like, initial_params()), meshes.replicated(mesh)
     )
     spread = {}
     for name in ('count', 'uniform'):
-      score = steps.make_score_step(
-        network(name), OBJECTIVES[name], mesh, num_draws=2
-      )
+      score = evaluate_steps.make_score_step(scorer(name), mesh, num_draws=2)
       nll = score(zeros, jax.random.key(5), meshes.shard_batch(mesh, rows))[
         'nll'
       ]
@@ -567,9 +560,7 @@ class ScoreStepTest(parameterized.TestCase):
 
   def test_draws_are_whole_groups(self):
     with self.assertRaisesRegex(InputError, 'eval.num_draws=3'):
-      steps.make_score_step(
-        network('count'), OBJECTIVES['count'], make_mesh(1), num_draws=3
-      )
+      evaluate_steps.make_score_step(scorer('count'), make_mesh(1), num_draws=3)
 
 
 class AnnealTest(absltest.TestCase):
@@ -577,9 +568,8 @@ class AnnealTest(absltest.TestCase):
     mesh = make_mesh(8)
 
     def losses_at(anneal_steps, numbers):
-      train = steps.make_train_step(
-        network('count'),
-        OBJECTIVES['count'],
+      train = train_steps.make_train_step(
+        scorer('count'),
         optax.sgd(LEARNING_RATE, momentum=0.9),
         optax.constant_schedule(1e-3),
         mesh,
@@ -611,14 +601,12 @@ class SampleStepTest(parameterized.TestCase):
       np.full((8, LENGTH), MASK, np.int32), np.zeros((8, LENGTH), bool)
     )
     sampler = Posterior(Draw(MASK), 4, objective)
-    run = steps.make_sample_step(
-      network('genmd4'), objective, sampler, make_mesh(1)
-    )
+    run = sample_steps.make_sample_step(scorer('genmd4'), sampler, make_mesh(1))
     tokens = run(params, jax.random.key(1), canvas).tokens
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(1), i))(
       jnp.arange(8)
     )
-    denoise = steps.Denoiser(network('genmd4'), objective, params)
+    denoise = Denoiser(network('genmd4'), objective, params)
     for rates, is_same in ((np.log1p(np.exp(rate)), True), (None, False)):
       alone = dataclasses.replace(sampler, rule=GenMD4(MASK, rates=rates))
       sample = jax.jit(lambda keys: alone(keys, canvas, denoise).tokens)
@@ -634,7 +622,7 @@ class SampleStepTest(parameterized.TestCase):
     ),
   )
   def test_a_cache_changes_nothing(self, name, sampler, num_calls):
-    # Of a canvas as long as the training texts, and of one half as long again.
+    # A canvas of the training length, and one that is 1.5 times as long.
     for num_devices, length in ((8, LENGTH), (1, 3 * LENGTH // 2)):
       fixed = np.arange(length)[None] < np.full((BATCH, 1), 3)
       canvas = Canvas(np.where(fixed, 3, MASK).astype(np.int32), fixed)
@@ -642,9 +630,9 @@ class SampleStepTest(parameterized.TestCase):
       params = jax.device_put(initial_params(), meshes.replicated(mesh))
       samples = [
         host(
-          steps.make_sample_step(
-            network(name), OBJECTIVES[name], sampler(cache), mesh
-          )(params, jax.random.key(0), meshes.shard_batch(mesh, canvas))
+          sample_steps.make_sample_step(scorer(name), sampler(cache), mesh)(
+            params, jax.random.key(0), meshes.shard_batch(mesh, canvas)
+          )
         )
         for cache in (False, True)
       ]
@@ -662,9 +650,9 @@ class SampleStepTest(parameterized.TestCase):
     mesh, inner = make_mesh(8), FixedCount(Draw(MASK), num_steps=3)
     params = jax.device_put(initial_params(), meshes.replicated(mesh))
     sample = lambda sampler: host(
-      steps.make_sample_step(
-        network('count'), OBJECTIVES['count'], sampler, mesh
-      )(params, jax.random.key(0), meshes.shard_batch(mesh, canvas))
+      sample_steps.make_sample_step(scorer('count'), sampler, mesh)(
+        params, jax.random.key(0), meshes.shard_batch(mesh, canvas)
+      )
     )
     whole = sample(PrefixCache(inner, LENGTH, MASK))
     halves = sample(PrefixCache(inner, LENGTH // 2, MASK))
@@ -672,6 +660,8 @@ class SampleStepTest(parameterized.TestCase):
 
     class Plain(Sampler):
       """The inner sampler with PrefixCache's keys of block 0."""
+
+      fits = max_calls = None
 
       def __call__(self, keys, canvas, denoise):
         keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
@@ -690,15 +680,15 @@ class SampleStepTest(parameterized.TestCase):
     ('ar', LeftToRight),
   )
   def test_rows_with_settings_of_their_own(self, name, make_sampler):
-    # As the same rows with those settings compiled in, on one device.
+    # Compares with the same settings compiled in, on one device.
     fixed = np.arange(LENGTH)[None] < np.full((BATCH, 1), 3)
     tokens = np.where(fixed, 3, MASK).astype(np.int32)
     settings = [(1.0, 0, 1.0), (0.7, 3, 0.9)]
-    mine = np.arange(BATCH) % 2  # which of the two
+    mine = np.arange(BATCH) % 2  # The setting of each row.
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
       jax.random.key(0), np.arange(BATCH)
     )
-    rows = steps.Rows(
+    rows = sample_steps.Rows(
       np.asarray(jax.random.key_data(keys)),
       tokens,
       fixed,
@@ -709,11 +699,8 @@ class SampleStepTest(parameterized.TestCase):
     for i, setting in enumerate(settings):
       mesh = make_mesh(1)
       params = jax.device_put(initial_params(), meshes.replicated(mesh))
-      sample = steps.make_sample_step(
-        network(name),
-        OBJECTIVES[name],
-        make_sampler(Draw(MASK, *setting)),
-        mesh,
+      sample = sample_steps.make_sample_step(
+        scorer(name), make_sampler(Draw(MASK, *setting)), mesh
       )
       expected[mine == i] = host(
         sample(
@@ -724,8 +711,8 @@ class SampleStepTest(parameterized.TestCase):
       ).tokens[mine == i]
     mesh = make_mesh(8)
     params = jax.device_put(initial_params(), meshes.replicated(mesh))
-    sample = steps.make_rows_step(
-      network(name), OBJECTIVES[name], make_sampler(Draw(MASK)), mesh
+    sample = sample_steps.make_rows_step(
+      scorer(name), make_sampler(Draw(MASK)), mesh
     )
     samples = host(sample(params, meshes.shard_batch(mesh, rows)))
     np.testing.assert_array_equal(samples.tokens, expected)
@@ -741,9 +728,7 @@ class SampleStepTest(parameterized.TestCase):
     samples = []
     for num_devices in (1, 8):
       mesh = make_mesh(num_devices)
-      sample = steps.make_sample_step(
-        network('count'), OBJECTIVES['count'], sampler, mesh
-      )
+      sample = sample_steps.make_sample_step(scorer('count'), sampler, mesh)
       params = jax.device_put(initial_params(), meshes.replicated(mesh))
       rows = meshes.shard_batch(mesh, canvas)
       samples.append(host(sample(params, jax.random.key(0), rows)))

@@ -1,0 +1,256 @@
+"""The command line: finds the mode, parses its flags, sets the process up.
+
+Each mode is a module with `define_flags()` and `main(start) -> exit status`.
+Its flags are declared next to the code that reads them.
+"""
+
+import importlib
+import logging
+import os
+import pathlib
+import signal
+import sys
+from types import ModuleType
+from typing import NoReturn
+
+# TensorFlow, which CLU's TensorBoard writer imports, would log to the terminal.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+
+from absl import app, flags
+from absl import logging as absl_logging
+import jax
+from ml_collections import config_flags
+
+from nanodlm import config as configs
+from nanodlm.devices import multihost
+from nanodlm.types import InputError
+
+MODES = {
+  'train': 'nanodlm.train',
+  'eval': 'nanodlm.evals.held_out',
+  'sample': 'nanodlm.show.sampling',
+  'serve': 'nanodlm.serving.app',
+  'compare': 'nanodlm.evals.compare',
+  'report': 'nanodlm.show.report',
+  'prepare': 'nanodlm.data.prepare',
+  'compile': 'nanodlm.perf.compile',
+  'benchmark': 'nanodlm.perf.benchmark',
+  'import': 'nanodlm.interop.convert',
+  'export': 'nanodlm.interop.export',
+}
+# These modes name their runs by flags of their own, or have none.
+WITHOUT_WORKDIR = ('prepare', 'compile', 'compare', 'report', 'benchmark')
+# These modes may run as several processes.
+DISTRIBUTED = ('train', 'eval', 'sample', 'serve', 'prepare')
+# These modes leave nothing half done when they are interrupted.
+INTERRUPTIBLE = ('eval', 'sample', 'serve')
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config',
+  None,
+  'The settings, a Python file; also the name of a config that comes with the '
+  'project, as quickstart. By default those saved in --workdir. '
+  '--config.SECTION.KEY=VALUE changes one.',
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', '', 'Folder of the run: config, metrics, checkpoints.'
+)
+_MODE = flags.DEFINE_enum('mode', 'train', sorted(MODES), 'What to do.')
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the command line; a mistake in it is one line and exit status 2."""
+  mode = _find(argv, 'mode') or 'train'
+  try:
+    module = importlib.import_module(MODES.get(mode, MODES['train']))
+  except InputError as error:  # A package that the mode needs is missing.
+    _exit_with(str(error))
+  module.define_flags()
+  multihost.define_flags()
+  if any(arg.lstrip('-') in ('help', 'h', 'helpfull') for arg in argv[1:]):
+    try:
+      _print_help(mode, module)
+    except BrokenPipeError:
+      _leave_closed_pipe()
+  path = _find(argv, 'config')
+  rest = [arg for arg in argv[1:] if not _is_flag(arg, 'config')]
+  if not path:
+    path = str(configs.find_file('base'))
+  elif not os.path.isfile(path):
+    known = configs.find_file(pathlib.Path(path).stem)
+    if not known.is_file():
+      _exit_with(
+        f'--config={path!r} is not a file, seen from {os.getcwd()}; try '
+        f'{known.with_name("quickstart.py")}'
+      )
+    path = str(known)
+  try:
+    # The file before its overrides, whatever their order on the command line.
+    rest = flags.FLAGS([argv[0], f'--config={path}', *rest])
+    _ = _CONFIG.value.seed  # Parses the file and its overrides.
+    if rest[1:]:
+      _exit_with(f'unexpected arguments: {rest[1:]}; every setting is a flag')
+    return rest
+  except BrokenPipeError:
+    _leave_closed_pipe()
+  except flags.UnrecognizedFlagError as error:
+    _exit_with(
+      f'--{error.flagname} is not a flag of --mode={mode}; '
+      f'--mode={mode} --help lists them'
+    )
+  except (flags.Error, AttributeError, KeyError, OSError) as error:
+    while error.args and isinstance(error.args[0], Exception):
+      error = error.args[0]
+    # str() of a KeyError quotes its message.
+    text = error.args[0] if isinstance(error, KeyError) else str(error)
+    _exit_with(_unknown_key(argv) or ' '.join(str(text).split()))
+
+
+def _is_flag(arg: str, name: str) -> bool:
+  return arg.startswith((f'--{name}=', f'-{name}='))
+
+
+def _find(argv: list[str], name: str) -> str:
+  """Returns the value of --name=VALUE on the command line, '' without one."""
+  values = [arg.partition('=')[2] for arg in argv[1:] if _is_flag(arg, name)]
+  return values[-1] if values else ''
+
+
+def _unknown_key(argv: list[str]) -> str:
+  """Returns what is wrong with the first setting that does not exist."""
+  for arg in argv[1:]:
+    path = arg.partition('=')[0].lstrip('-')
+    if path.startswith('config.'):
+      problem = configs.unknown_key(path.removeprefix('config.'))
+      if problem:
+        return f'--{path}: {problem}'
+  return ''
+
+
+def _print_help(mode: str, module: ModuleType):
+  own = {
+    flag.name
+    for flag in flags.FLAGS.flags_by_module_dict().get(module.__name__, [])
+  }
+  common = ['mode', 'config', 'workdir']
+  print(f'{(module.__doc__ or "").strip()}\n\n--mode={mode} reads these flags:')
+  for name in [*common, *sorted(own)]:
+    flag = flags.FLAGS[name]
+    default = f' (default: {flag.default})' if flag.default else ''
+    print(f'  --{name}: {flag.help}{default}')
+  print('Keys of --config.SECTION.KEY=VALUE are listed in configs/base.py.')
+  sys.stdout.flush()
+  sys.exit(0)
+
+
+def _exit_with(message: str) -> NoReturn:
+  print(
+    f'error: {message}\n--help lists the flags, configs/base.py the settings',
+    file=sys.stderr,
+  )
+  sys.exit(2)
+
+
+def _leave_closed_pipe() -> NoReturn:
+  """Ends as a program does that SIGPIPE ends, which Python ignores."""
+  os._exit(128 + signal.SIGPIPE)
+
+
+def main(argv: list[str]) -> int:
+  """Runs the mode; returns the exit status."""
+  del argv
+  _set_up_logging()
+  try:
+    mode, workdir = _MODE.value, _WORKDIR.value
+    if not workdir and mode not in WITHOUT_WORKDIR:
+      raise InputError(f'--mode={mode} needs --workdir')
+    flag = flags.FLAGS['config']
+    start = configs.Start(
+      mode,
+      workdir,
+      _CONFIG.value,
+      bool(_find(sys.argv, 'config')),
+      config_flags.get_override_values(flag),
+    )
+    if mode in DISTRIBUTED:
+      multihost.init_distributed()
+    if mode != 'compile':
+      _set_up_compilation_cache()
+    if mode in INTERRUPTIBLE:
+      _exit_on_signals()
+    return importlib.import_module(MODES[mode]).main(start)
+  except InputError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1:
+      raise
+    print(
+      'error: a computation of several processes failed, most likely because '
+      f'another one was lost: {str(error).splitlines()[0]}',
+      file=sys.stderr,
+    )
+    multihost.leave(1)
+  except BrokenPipeError:  # `| head` has seen enough.
+    _leave_closed_pipe()
+  except KeyboardInterrupt:  # Before training handles signals.
+    print('interrupted', file=sys.stderr)
+    return 130
+  return 1
+
+
+def _exit_on_signals():
+  """Ends at once on Ctrl-C or SIGTERM, in modes that leave nothing half done.
+
+  JAX's runtime can lose the exception of a Ctrl-C, or take long to end.
+  """
+
+  def leave(number, frame):
+    del frame
+    os.write(2, f'interrupted by {signal.Signals(number).name}\n'.encode())
+    os._exit(128 + number)
+
+  signal.signal(signal.SIGINT, leave)
+  if jax.process_count() == 1:  # Otherwise JAX handles it.
+    signal.signal(signal.SIGTERM, leave)
+
+
+def _set_up_logging():
+  """Logs plain lines of our own; what libraries log needs --verbosity."""
+  handler = logging.StreamHandler(sys.stdout)
+  handler.setFormatter(logging.Formatter('%(message)s'))
+  log = logging.getLogger('nanodlm')
+  log.handlers, log.propagate = [handler], False
+  log.setLevel(logging.INFO)
+  if not flags.FLAGS['verbosity'].present:
+    absl_logging.set_verbosity(absl_logging.FATAL)
+
+
+def _set_up_compilation_cache():
+  """Keeps compiled programs, so that a second start is faster.
+
+  They are code, and a workdir or prepared data may come from others: they are
+  kept with the user's own files, unless JAX_COMPILATION_CACHE_DIR says where.
+  """
+  if jax.config.values['jax_compilation_cache_dir'] is None:
+    folder = pathlib.Path(
+      os.path.expanduser('~/.cache/nanodlm/compilation_cache')
+    ).absolute()
+    # os.path, since pathlib raises for folders that may not be looked at.
+    existing = next(
+      path for path in (folder, *folder.parents) if os.path.exists(path)
+    )
+    if not os.access(existing, os.W_OK | os.X_OK):
+      return
+    jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def run():
+  """Entry point of `python launch.py` and of `python -m nanodlm`."""
+  app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == '__main__':
+  run()

@@ -1,0 +1,437 @@
+"""A trained model that samples texts, bounds their probability, gives logits.
+
+    lm = nanodlm.load('runs/quickstart')
+    lm.sample('The {} is {5}.', num_samples=2)
+
+The command line, the server and the evaluations use the same object.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanodlm import config as configs
+from nanodlm import prompts
+from nanodlm import run as runs
+from nanodlm.data.tokenizers.base import Tokenizer
+from nanodlm.data.tokenizers.saved import load_tokenizer
+from nanodlm.devices import mesh as meshes
+from nanodlm.run import Run
+from nanodlm.show import watch
+from nanodlm.steps import evaluate as evaluate_steps
+from nanodlm.steps import sample as sample_steps
+from nanodlm.types import Batch, Canvas, InputError, Objective
+
+# Number of independent evaluations for the interval of a bound.
+NUM_REPEATS = 8
+# Probabilities are recorded for this many most probable tokens.
+NUM_RECORDED = 64
+# Rows are padded to a multiple of this length, to compile fewer programs.
+LENGTH_STEP = 64
+
+
+class Sample(NamedTuple):
+  """A sampled text, with details of its sampling.
+
+  Attributes:
+    text: the text; for a model of pairs, up to the end of the response.
+    tokens: [n] int32, the whole canvas.
+    fixed: [n] bool, positions of the prompt.
+    num_calls: number of network calls of the batch.
+    probabilities: [n] float32, the network's probability of each token at its
+      reveal; NaN for the prompt and for tokens outside the NUM_RECORDED most
+      probable ones.
+  """
+
+  text: str
+  tokens: np.ndarray
+  fixed: np.ndarray
+  num_calls: int
+  probabilities: np.ndarray
+
+
+class Bound(NamedTuple):
+  """An upper bound on -log p(text), or its exact value.
+
+  Attributes:
+    nats: the bound for the whole text.
+    nats_ci95: half width of its 95% interval over the noise; 0 if exact.
+    bits_per_byte: nats / log(2) / num_bytes.
+    bits_per_byte_ci95: half width of its 95% interval.
+    num_tokens: number of tokens.
+    num_bytes: number of UTF-8 bytes.
+    is_exact: whether the bound is the exact value.
+  """
+
+  nats: float
+  nats_ci95: float
+  bits_per_byte: float
+  bits_per_byte_ci95: float
+  num_tokens: int
+  num_bytes: int
+  is_exact: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LanguageModel:
+  """A run with its parameters.
+
+  Attributes:
+    run: mesh, network, objective, sampler and tokenizer.
+    params: the averaged parameters, on the devices.
+    step: training step of the checkpoint.
+    workdir: folder of the run.
+  """
+
+  run: Run
+  params: Any
+  step: int
+  workdir: str
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """The tokenizer, with encode(text) and decode(ids)."""
+    return self.run.tokenizer
+
+  def with_sampler(
+    self, changes: Mapping[str, Any], *, is_given: bool = False
+  ) -> 'LanguageModel':
+    """Returns the model with another sampler; see `Run.with_sampler`."""
+    run = self.run.with_sampler(changes, is_given=is_given)
+    return dataclasses.replace(self, run=run)
+
+  def sample(
+    self,
+    prompt: str = '',
+    *,
+    num_samples: int = 1,
+    sampler: str | None = None,
+    num_steps: int | None = None,
+    temperature: float | None = None,
+    seed: int = 0,
+    length: int | None = None,
+    details: bool = False,
+    **settings: Any,
+  ) -> list[Any]:
+    """Samples texts.
+
+    Args:
+      prompt: a text with gaps, '{}' of automatic size or '{12}' of 12 tokens. A
+        prompt without a gap is continued; '' is a blank canvas.
+      num_samples: number of texts.
+      sampler: a name in `samplers.SAMPLERS`; None is the run's sampler.
+      num_steps: number of network calls, per block if there are blocks.
+      temperature: divides the logits; 0 takes the most probable token.
+      seed: seed of the samples.
+      length: number of tokens of the canvas; None is the run's.
+      details: whether to return `Sample` objects instead of texts.
+      **settings: other keys of `config.sampler`, such as top_p=0.9.
+
+    Raises:
+      InputError: the prompt does not fit the canvas, or a setting is invalid.
+    """
+    chosen = {'name': sampler, 'num_steps': num_steps}
+    chosen |= {'temperature': temperature, **settings}
+    changes = {key: x for key, x in chosen.items() if x is not None}
+    run = self.run.with_sampler(changes, is_given=True) if changes else self.run
+    row, fixed = lay_out(run, prompt, length or run.settings.sample_length)
+    tokens = np.tile(row, (num_samples, 1))
+    recorder = watch.Recorder(whole_batch(run, tokens))
+    num_top = NUM_RECORDED if details else 0
+    view = watch.View(recorder, run.tokenizer.mask_id, num_top)
+    fill = make_fill(run, view=view if details else None)
+    filled, num_calls = fill(
+      self.params,
+      jax.random.key(seed),
+      tokens,
+      np.tile(fixed, (num_samples, 1)),
+    )
+    texts = [run.tokenizer.decode(shown_tokens(run, row)) for row in filled]
+    if not details:
+      return texts
+    trajectories = recorder.trajectories(filled)
+    return [
+      Sample(text, row, fixed, int(num_calls), _probabilities(trajectory))
+      for text, row, trajectory in zip(texts, filled, trajectories)
+    ]
+
+  def bound(
+    self,
+    texts: Sequence[str],
+    *,
+    num_draws: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+  ) -> list[Bound]:
+    """Bounds -log p of each text, without a final separator.
+
+    A text longer than data.length is split into rows that are scored
+    independently.
+
+    Args:
+      texts: non-empty texts.
+      num_draws: noise draws per row and repetition, of which there are
+        NUM_REPEATS; None is eval.num_draws.
+      seed: seed of the noise.
+      batch_size: number of rows per network call.
+
+    Raises:
+      InputError: a text is empty or not a string.
+    """
+    for text in texts:
+      if not isinstance(text, str) or not text:
+        raise InputError(f'texts must be non-empty strings, not {text!r}')
+    run = self.run
+    rows = [run.tokenizer.encode(text) for text in texts]
+    batch, owner = self._windows(rows)
+    score = make_score(
+      run,
+      num_draws=num_draws or run.settings.eval.num_draws,
+      batch_size=batch_size,
+    )
+    num = 1 if run.objective.exact else NUM_REPEATS
+    repeats = []
+    for key in jax.random.split(jax.random.key(seed), num):
+      nll = score(self.params, key, batch)['nll']
+      repeats.append(np.bincount(owner, weights=nll, minlength=len(rows)))
+    nats = np.mean(repeats, axis=0)
+    spread = np.std(repeats, axis=0, ddof=1) if num > 1 else np.zeros(len(rows))
+    half_width = 1.96 * spread / num**0.5
+    bounds = []
+    for text, row, value, width in zip(texts, rows, nats, half_width):
+      num_bytes = len(text.encode())
+      per_byte = 1 / (np.log(2) * num_bytes)
+      bounds.append(
+        Bound(
+          nats=float(value),
+          nats_ci95=float(width),
+          bits_per_byte=float(value * per_byte),
+          bits_per_byte_ci95=float(width * per_byte),
+          num_tokens=len(row),
+          num_bytes=num_bytes,
+          is_exact=run.objective.exact,
+        )
+      )
+    return bounds
+
+  def _windows(self, rows: Sequence[np.ndarray]) -> tuple[Batch, np.ndarray]:
+    """Splits texts into rows; returns them and the text index of each, [N]."""
+    longest = self.run.settings.data.length
+    parts = [
+      (i, row[first : first + longest])
+      for i, row in enumerate(rows)
+      for first in range(0, len(row), longest)
+    ]
+    size = max(len(part) for _, part in parts)
+    step = np.lcm(LENGTH_STEP, self.run.objective.block_size or 1)
+    size = min(-(-size // step) * step, longest)
+    tokens = np.zeros((len(parts), size), np.int32)
+    is_text = np.zeros((len(parts), size), bool)
+    for i, (_, part) in enumerate(parts):
+      tokens[i, : len(part)] = part
+      is_text[i, : len(part)] = True
+    # The padding is a separate segment, so that texts do not attend to it.
+    batch = make_batch(tokens, is_text, (~is_text).astype(np.int32))
+    return batch, np.array([owner for owner, _ in parts])
+
+  def logits(self, tokens: Any, level: float | None = None) -> np.ndarray:
+    """Returns the network's logits of the clean tokens.
+
+    Args:
+      tokens: [B, L] or [L] ids, `tokenizer.mask_id` for masks.
+      level: the noise level in [0, 1], ignored unless the network is
+        time-conditioned: the expected share of masks for masked noise, the time
+        for mixtures. None is the share of masks in each row.
+
+    Returns:
+      [B, L, V] or [L, V] float32; the last logit is the mask's.
+    """
+    ids = np.asarray(tokens, np.int32)
+    rows = np.atleast_2d(ids)
+    vocab_size = self.run.network.vocab_size
+    is_valid = rows.ndim == 2 and rows.size and rows.min() >= 0
+    if not is_valid or rows.max() >= vocab_size:
+      raise InputError(
+        f'tokens of shape {ids.shape} must be [L] or [B, L] ids below '
+        f'{vocab_size}'
+      )
+    is_mask = np.asarray(rows == self.tokenizer.mask_id)
+    levels = np.asarray(is_mask.mean(axis=1), np.float32)
+    if level is not None:
+      if not 0 <= level <= 1:
+        raise InputError(f'level={level!r} must be in [0, 1]')
+      levels = np.full(len(rows), level, np.float32)
+    mesh = self.run.mesh
+    step = sample_steps.make_logits_step(self.run.scorer, mesh)
+    padded = whole_batch(self.run, rows), whole_batch(self.run, levels)
+    logits = step(self.params, *meshes.shard_whole_batch(mesh, padded))
+    logits = jax.device_get(logits)[: len(rows)]
+    return logits if ids.ndim == 2 else logits[0]
+
+
+def load(
+  workdir: str, *, step: int = 0, settings: configs.Settings | None = None
+) -> LanguageModel:
+  """Loads the averaged parameters of a run.
+
+  Args:
+    workdir: folder of the run, as given to --workdir.
+    step: training step of the checkpoint; 0 is the last one.
+    settings: modified settings; None is those of the run.
+
+  Raises:
+    InputError: the run or the checkpoint does not exist or is damaged.
+  """
+  if settings is None:
+    settings = configs.make_settings(configs.read_run(workdir))
+  run = runs.make_run(settings, refit=True)
+  run = run.with_tokenizer(load_tokenizer(workdir))
+  return LanguageModel(run, *runs.load_params(run, workdir, step), workdir)
+
+
+def _probabilities(trajectory: watch.Trajectory) -> np.ndarray:
+  """Returns the probability [n] of each token at its reveal."""
+  probabilities = np.full(trajectory.frames.shape[1], np.nan, np.float32)
+  for position, call in enumerate(trajectory.changed_at()):
+    answer = trajectory.answers[call] if call >= 0 else None
+    if answer is None:
+      continue
+    (row,) = np.nonzero(answer.positions == position)
+    is_token = answer.top_tokens[row] == trajectory.frames[-1, position]
+    if is_token.any():
+      probabilities[position] = answer.top_probs[row][is_token][0]
+  return probabilities
+
+
+def lay_out(
+  run: Run, prompt: str, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Makes the canvas of a prompt; see `prompts.make_canvas`."""
+  return prompts.make_canvas(
+    prompt, run.tokenizer, length, run.objective.sees_right(length)
+  )
+
+
+def shown_tokens(run: Run, tokens: np.ndarray) -> np.ndarray:
+  """Returns the part of a sample [n] to show: a response up to its end."""
+  if not run.settings.data.is_pairs:
+    return tokens
+  return prompts.until_end(tokens, run.tokenizer.separator_id)
+
+
+def make_batch(
+  tokens: np.ndarray,
+  eligible: np.ndarray,
+  segment_ids: np.ndarray | None = None,
+  index: np.ndarray | None = None,
+) -> Batch:
+  """Returns a batch of N texts to score, with num_bytes = 0."""
+  num = len(tokens)
+  return Batch(
+    tokens=np.asarray(tokens, np.int32),
+    eligible=np.asarray(eligible, bool),
+    weight=np.ones(num, np.float32),
+    num_tokens=np.sum(eligible, axis=1, dtype=np.int32),
+    num_bytes=np.zeros(num, np.int32),
+    segment_ids=segment_ids,
+    index=np.arange(num, dtype=np.int32) if index is None else index,
+  )
+
+
+def pad_rows(x: np.ndarray, num_rows: int) -> np.ndarray:
+  """Pads x [n, ...] with zeros to `num_rows` rows."""
+  return np.pad(x, ((0, num_rows - len(x)),) + ((0, 0),) * (x.ndim - 1))
+
+
+def whole_batch(run: Run, x: np.ndarray) -> np.ndarray:
+  """Pads x [n, ...] with zeros to a multiple of the mesh's batch shards."""
+  shards = meshes.num_batch_shards(run.mesh)
+  return pad_rows(x, -(-len(x) // shards) * shards)
+
+
+def make_fill(
+  run: Run, batch_size: int = 0, view: watch.View | None = None
+) -> Callable[..., tuple[np.ndarray, float]]:
+  """Returns fill(params, key, tokens, fixed) -> (tokens, num_calls).
+
+  Args:
+    run: the network and its sampler.
+    batch_size: number of canvases per batch; 0 is all of them.
+    view: observer of the network calls, which include padding rows, or None.
+
+  Returns:
+    A function of parameters, a key, and canvases tokens [N, n] int32 and fixed
+    [N, n] bool, as NumPy arrays that are equal on all processes. num_calls is
+    the mean number of network calls per batch.
+  """
+  mesh = run.mesh
+  sample_step = sample_steps.make_sample_step(
+    run.scorer, run.sampler, mesh, view
+  )
+  gather = jax.jit(jnp.asarray, out_shardings=meshes.replicated(mesh))
+  shards = meshes.num_batch_shards(mesh)
+
+  def fill(
+    params: Any, key: jax.Array, tokens: np.ndarray, fixed: np.ndarray
+  ) -> tuple[np.ndarray, float]:
+    size = -(-(batch_size or len(tokens)) // shards) * shards
+    filled, calls = [], []
+    for i, first in enumerate(range(0, len(tokens), size)):
+      rows = pad_rows(tokens[first : first + size], size)
+      # Padding rows have no free positions.
+      free = pad_rows(~fixed[first : first + size], size)
+      canvas = meshes.shard_whole_batch(mesh, Canvas(rows, ~free))
+      samples = sample_step(params, jax.random.fold_in(key, i), canvas)
+      filled.append(jax.device_get(gather(samples.tokens)))
+      calls.append(int(samples.num_calls))
+    return np.concatenate(filled)[: len(tokens)], float(np.mean(calls))
+
+  return fill
+
+
+def make_score(
+  run: Run,
+  *,
+  num_draws: int,
+  batch_size: int,
+  objective: Objective | None = None,
+) -> Callable[..., dict[str, np.ndarray]]:
+  """Returns score(params, key, batch) -> values [N], for any N.
+
+  Args:
+    run: the network, objective and mesh.
+    num_draws: noise draws per row.
+    batch_size: rows per network call, rounded up to the mesh's batch shards.
+    objective: the form of the objective; None is its evaluation form.
+
+  Returns:
+    A function of parameters, a key and a Batch with an index, as NumPy arrays
+    that are equal on all processes. Its values are those of
+    `steps.evaluate.make_score_step`.
+  """
+  if objective is None:
+    objective = run.objective.evaluation()
+  scorer = dataclasses.replace(run.scorer, objective=objective)
+  score_step = evaluate_steps.make_score_step(
+    scorer, run.mesh, num_draws=num_draws
+  )
+  shards = meshes.num_batch_shards(run.mesh)
+  batch_size = -(-batch_size // shards) * shards
+
+  def score(params: Any, key: jax.Array, batch: Batch) -> dict[str, np.ndarray]:
+    num, parts = len(batch.tokens), []
+    for first in range(0, num, batch_size):
+      cut = lambda x: pad_rows(x[first : first + batch_size], batch_size)
+      part = meshes.shard_whole_batch(run.mesh, jax.tree.map(cut, batch))
+      values = score_step(params, jax.random.clone(key), part)
+      parts.append(jax.device_get(values))
+    return {
+      name: np.concatenate([part[name] for part in parts])[:num]
+      for name in parts[0]
+    }
+
+  return score

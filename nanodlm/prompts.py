@@ -1,0 +1,174 @@
+"""Prompts: texts with gaps, and their canvases."""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import numpy as np
+
+from nanodlm.data.tokenizers.base import Tokenizer
+from nanodlm.types import InputError
+
+# Doubled braces are literal; {} is a gap with an equal share of the remaining
+# tokens, {12} a gap of 12 tokens.
+_PARTS = re.compile(r'\{\{|\}\}|\{(\d*)\}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+  """A gap of `size` tokens; None is a share of the remaining tokens."""
+
+  size: int | None
+
+
+def parse_prompt(prompt: str) -> list[str | Gap]:
+  """Splits a prompt into texts and gaps.
+
+  '{}' is a gap of automatic size, '{12}' a gap of 12 tokens; '{{', '}}' and all
+  other braces are text. A prompt without a gap is continued to the end of the
+  canvas.
+  """
+  parts, text, end = [], '', 0
+  for match in _PARTS.finditer(prompt):
+    text += prompt[end : match.start()]
+    end = match.end()
+    if match.group() in ('{{', '}}'):
+      text += match.group()[0]
+      continue
+    if text:
+      parts.append(text)
+    # 18 digits exceed any canvas, and int() refuses very long numbers.
+    size = int(match.group(1)[:18]) if match.group(1) else None
+    if size == 0:
+      raise InputError(
+        f'--prompt={prompt!r} has a gap of 0 tokens; use at least 1, '
+        'or {} for a share of the canvas'
+      )
+    parts.append(Gap(size))
+    text = ''
+  text += prompt[end:]
+  if text:
+    parts.append(text)
+  if not any(isinstance(part, Gap) for part in parts):
+    parts.append(Gap(None))
+  return parts
+
+
+def literal_braces(prompt: str) -> list[str]:
+  """Returns texts that resemble gaps: '{x}', or a single brace."""
+  rest = _PARTS.sub('\0', prompt)
+  return list(dict.fromkeys(re.findall(r'\{[^{}\0]*\}|[{}]', rest)))
+
+
+def make_canvas(
+  prompt: str, tokenizer: Tokenizer, length: int, sees_right: bool
+) -> tuple[np.ndarray, np.ndarray]:
+  """Makes a canvas of n <= `length` tokens.
+
+  Args:
+    prompt: see `parse_prompt`; '' is a blank canvas.
+    tokenizer: the model's tokenizer.
+    length: maximum number of tokens, used in full if a gap has automatic size.
+    sees_right: whether gaps see the text after them. If not, the only gap must
+      be at the end of the prompt.
+
+  Returns:
+    tokens [n] int32 with mask_id in the gaps, and fixed [n] bool.
+
+  Raises:
+    InputError: the prompt is too long, or has text after a gap that the model
+      does not see.
+  """
+  parts = parse_prompt(prompt)
+  if not sees_right and any(isinstance(part, Gap) for part in parts[:-1]):
+    raise InputError(
+      f'--prompt={prompt!r}: a model that reads from left to right (by tokens '
+      'or blocks) only fills a gap at the end; text after a gap needs '
+      'objective.name=masked'
+    )
+  pieces = [
+    part if isinstance(part, Gap) else _encode(part, prompt, tokenizer)
+    for part in parts
+  ]
+  used = sum(
+    (piece.size or 0) if isinstance(piece, Gap) else len(piece)
+    for piece in pieces
+  )
+  automatic = sum(
+    isinstance(piece, Gap) and piece.size is None for piece in pieces
+  )
+  if used + automatic > length:
+    shown = prompt if len(prompt) < 60 else prompt[:60] + '...'
+    raise InputError(
+      f'--prompt={shown!r} needs {used} tokens and has {automatic} '
+      f'gap(s) of automatic size, but the canvas has {length} tokens '
+      '(sampler.length, by default data.length)'
+    )
+  room, share = length - used, 0
+  tokens, fixed = [], []
+  for piece in pieces:
+    if not isinstance(piece, Gap):
+      tokens.extend(piece)
+      fixed.extend([True] * len(piece))
+      continue
+    size = piece.size
+    if size is None:
+      # With cumulative rounding, shares differ by at most one token.
+      size = room * (share + 1) // automatic - room * share // automatic
+      share += 1
+    tokens.extend([tokenizer.mask_id] * size)
+    fixed.extend([False] * size)
+  return np.asarray(tokens, np.int32), np.asarray(fixed, bool)
+
+
+def _encode(text: str, prompt: str, tokenizer: Tokenizer) -> np.ndarray:
+  tokens = tokenizer.encode(text)
+  # Only control tokens and the unknown token have no bytes.
+  if np.any(tokenizer.num_bytes[tokens] == 0):
+    raise InputError(
+      f'--prompt={prompt!r}: {text!r} contains characters that the '
+      f'{tokenizer.name} tokenizer does not support'
+    )
+  return tokens
+
+
+def read_prompts(path: str) -> list[str]:
+  """Returns the field 'prompt' of every line of a JSONL file.
+
+  Raises:
+    InputError: the file cannot be read or is empty, or the field of a line is
+      not a non-empty string.
+  """
+  prompts = []
+  try:
+    lines = pathlib.Path(path).read_text(encoding='utf-8-sig').split('\n')
+  except (OSError, UnicodeDecodeError) as error:
+    raise InputError(
+      f'--prompt_file={path!r} cannot be read: {error}'
+    ) from error
+  for number, line in enumerate(lines, start=1):
+    if not line.strip():
+      continue
+    try:
+      prompt = json.loads(line)['prompt']
+    except (ValueError, RecursionError, KeyError, TypeError):
+      prompt = None
+    if not isinstance(prompt, str) or not prompt:
+      raise InputError(
+        f'--prompt_file={path!r}: line {number} must be a JSON object with a '
+        'non-empty string in its field \'prompt\', such as {"prompt": "def f("}'
+      )
+    prompts.append(prompt)
+  if not prompts:
+    raise InputError(
+      f'--prompt_file={path!r} is empty; it needs one JSON object per line, '
+      "with a string in its field 'prompt'"
+    )
+  return prompts
+
+
+def until_end(tokens: np.ndarray, separator_id: int) -> np.ndarray:
+  """Returns the tokens before the first separator in [n], a response."""
+  ends = np.flatnonzero(tokens == separator_id)
+  return tokens[: ends[0]] if ends.size else tokens

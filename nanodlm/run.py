@@ -1,0 +1,512 @@
+"""A run: mesh, objective, network, sampler and tokenizer, each built once."""
+
+from collections.abc import Callable, Collection, Mapping
+import dataclasses
+import pathlib
+import types
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+
+from nanodlm import config as configs
+from nanodlm import objectives, samplers
+from nanodlm import workdir as workdirs
+from nanodlm.config import Settings
+from nanodlm.data.tokenizers.base import Tokenizer
+from nanodlm.devices import mesh as meshes
+from nanodlm.devices import multihost
+from nanodlm.devices.sharding import Shards, UNSPLIT
+from nanodlm.model import NETWORKS
+from nanodlm.noise import categorical, schedules, times
+from nanodlm.samplers import guidance
+from nanodlm.samplers.block import NO_EOS
+from nanodlm.steps import train as train_steps
+from nanodlm.steps.network import check_batch_size, Scorer
+from nanodlm.training import checkpoint, optim
+from nanodlm.training import state as states
+from nanodlm.types import InputError, Network, Objective, Sampler
+
+T = TypeVar('T')
+# Stands for the vocabulary until the tokenizer is known.
+STAND_IN_SIZE = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What training, evaluation and sampling all start from.
+
+  Attributes:
+    settings: the checked config.
+    mesh: the device mesh.
+    objective: the training objective.
+    network: the network.
+    sampler: the sampler of `settings.sampler`.
+    platform: what programs are compiled for; '' is this machine's devices.
+    known_tokenizer: what the network's ids stand for; None until it is known.
+  """
+
+  settings: Settings
+  mesh: jax.sharding.Mesh
+  objective: Objective
+  network: Network
+  sampler: Sampler
+  platform: str = ''
+  known_tokenizer: Tokenizer | None = None
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """What the network's ids stand for."""
+    if self.known_tokenizer is None:
+      raise ValueError('the tokenizer of this run is not known yet')
+    return self.known_tokenizer
+
+  @property
+  def scorer(self) -> Scorer:
+    """The network and the objective, put together."""
+    chunk_size = self.settings.train.chunk_size
+    return Scorer(self.network, self.objective, chunk_size)
+
+  @property
+  def sampler_name(self) -> str:
+    """`config.sampler.name`, with 'auto' resolved by the objective."""
+    return _sampler_name(self.settings, self.objective)
+
+  def num_params(self) -> int:
+    """Returns the number of parameters, without what pads the vocabulary."""
+    whole = dataclasses.replace(self.network, shards=Shards())  # pyright: ignore
+    shapes = jax.eval_shape(
+      lambda: states.init_params(whole, self.objective, jax.random.key(0))
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+  def with_vocabulary(self, vocab_size: int) -> 'Run':
+    """Returns the run of a network with this number of ids, mask included."""
+    objective = dataclasses.replace(self.objective, mask_id=vocab_size - 1)  # pyright: ignore
+    return dataclasses.replace(
+      self,
+      objective=objective,
+      network=make_network(
+        self.settings, objective, self.network.shards, self.platform
+      ),
+      sampler=make_sampler(self.settings, objective),
+    )
+
+  def with_tokenizer(self, tokenizer: Tokenizer) -> 'Run':
+    """Returns the run of a network of this tokenizer's ids."""
+    run = self.with_vocabulary(tokenizer.vocab_size)
+    sampler = make_sampler(run.settings, run.objective, tokenizer.separator_id)
+    return dataclasses.replace(run, sampler=sampler, known_tokenizer=tokenizer)
+
+  def with_sampler(
+    self, changes: Mapping[str, Any], *, is_given: bool = False
+  ) -> 'Run':
+    """Returns the run with changes to its `config.sampler`.
+
+    With another `name` than the run's own, keys outside `changes` take their
+    defaults: the run's were meant for another sampler. A `num_steps` replaces a
+    grid that lists its times.
+
+    Args:
+      changes: {key: value}.
+      is_given: whether each of them must have an effect.
+
+    Raises:
+      InputError: it does not fit the objective, or a value is not allowed.
+    """
+    defaults = configs.load().sampler
+    section = configs.load().sampler
+    if changes.get('name', self.sampler_name) == self.sampler_name:
+      section.update(self.settings.sampler)
+    if 'num_steps' in changes and times.is_listed(section.grid):
+      section.grid = defaults.grid
+    for key, value in changes.items():
+      if key not in section:
+        raise InputError(
+          f'sampler.{key}: there is no such key{configs.suggest(key, section)}'
+        )
+      configs.set_value(section, key, value, f'sampler.{key}')
+    settings = self.settings.replace(
+      sampler=types.MappingProxyType(section.to_dict())
+    )
+    settings.check_sample()
+    tokenizer = self.known_tokenizer
+    eos_id = NO_EOS if tokenizer is None else tokenizer.separator_id
+    run = dataclasses.replace(
+      self,
+      settings=settings,
+      sampler=make_sampler(settings, self.objective, eos_id),
+    )
+    _check_network(run)
+    if is_given:
+      given = [f'sampler.{key}' for key in changes]
+      _check_effects(run, given)
+    return run
+
+  def describe_sampler(self) -> dict[str, Any]:
+    """Returns `config.sampler` with its name resolved, as JSON values."""
+    return {**self.settings.sampler, 'name': self.sampler_name}
+
+
+def make_run(
+  settings: Settings,
+  *,
+  devices: Any = None,
+  platform: str = '',
+  refit: bool = False,
+) -> Run:
+  """Builds a run and checks all rules that cross sections.
+
+  The tokenizer may not exist yet: `Run.with_tokenizer` adds it.
+
+  Args:
+    settings: the checked config.
+    devices: for the mesh; all of them by default.
+    platform: what programs are compiled for, if not this machine's devices.
+    refit: use all devices along `data` if the configured mesh does not fit
+      them and was not chosen by hand. A run may be evaluated on other devices
+      than it was trained on.
+
+  Raises:
+    InputError: naming the key, its value and what is allowed.
+  """
+  is_chosen = any(key.startswith('mesh.') for key in settings.given)
+  mesh = meshes.make_mesh(settings.mesh, devices, refit=refit and not is_chosen)
+  objective = make_objective(settings)
+  run = Run(
+    settings=settings,
+    mesh=mesh,
+    objective=objective,
+    network=make_network(settings, objective, meshes.shards(mesh), platform),
+    sampler=make_sampler(settings, objective),
+    platform=platform,
+  )
+  _check_network(run)
+  _check_batches(run)
+  _check_effects(run, settings.given)
+  return run
+
+
+def make_objective(settings: Settings) -> Objective:
+  """Builds the objective; its vocabulary comes with the tokenizer."""
+  section = settings.objective
+  cls = _choose(objectives.OBJECTIVES, section['name'], 'objective')
+  names = _field_names(cls)
+  given: dict[str, Any] = {'mask_id': STAND_IN_SIZE - 1}
+  if 'schedule' in names:
+    given['schedule'] = schedules.make_schedule(
+      section['schedule'], section['power']
+    )
+  if 'noise' in names and section['noise'] == 'auto':
+    given['noise'] = cls.noises[0]  # pyright: ignore
+  return _build(cls, section, given)
+
+
+def make_network(
+  settings: Settings,
+  objective: Objective,
+  shards: Shards = UNSPLIT,
+  platform: str = '',
+) -> Network:
+  """Builds the network of `config.model` for an objective and its ids."""
+  cls = _choose(NETWORKS, settings.model['name'], 'model')
+  return cls.make(
+    settings.model,
+    vocab_size=objective.mask_id + 1,
+    objective=objective,
+    shards=shards,
+    platform=platform,
+  )
+
+
+def _sampler_name(settings: Settings, objective: Objective) -> str:
+  name = settings.sampler['name']
+  return objective.default_sampler if name == 'auto' else name
+
+
+def fitting_samplers(objective: Objective) -> list[str]:
+  """Returns the samplers that can be used with an objective's network."""
+  return sorted(
+    name for name, cls in samplers.SAMPLERS.items() if cls.fits(objective)
+  )
+
+
+def make_sampler(
+  settings: Settings, objective: Objective, separator_id: int = NO_EOS
+) -> Sampler:
+  """Builds the sampler of `config.sampler`, which must fit the objective.
+
+  A sampler's field `rule` gets the objective itself, `inner` the sampler of a
+  block, `eos_id` the separator if sampler.stop_at_eos is set.
+  """
+  section = settings.sampler
+  name = _sampler_name(settings, objective)
+  cls = _choose(samplers.SAMPLERS, name, 'sampler', 'auto')
+  if not cls.fits(objective):
+    raise InputError(
+      f'sampler.name={name!r} does not fit objective.name='
+      f'{settings.objective["name"]!r}; these do: '
+      f'{fitting_samplers(objective)}'
+    )
+  given: dict[str, Any] = {
+    'mask_id': objective.mask_id,
+    'eos_id': separator_id if section['stop_at_eos'] else NO_EOS,
+  }
+  if objective.block_size:
+    given['block_size'] = objective.block_size
+  sampler = _make_sampler(cls, section, objective, given)
+  strength = section['guidance']
+  if not strength:
+    return sampler
+  if not cls.can_be_guided:
+    able = sorted(
+      name for name, cls in samplers.SAMPLERS.items() if cls.can_be_guided
+    )
+    raise InputError(
+      f'sampler.guidance={strength!r} does not fit sampler.name={name!r}: '
+      'guidance puts masks in place of the prompt, which it cannot use; these '
+      f'samplers can be guided: {able}'
+    )
+  return guidance.Guided(sampler, strength, objective.mask_id)
+
+
+def _make_sampler(cls, section, objective, given) -> Sampler:
+  names = _field_names(cls)
+  given = {key: value for key, value in given.items() if key in names}
+  if 'draw' in names:
+    given['draw'] = _build(
+      categorical.Draw, section, {'mask_id': objective.mask_id}
+    )
+  if 'schedule' in names:
+    given['schedule'] = schedules.make_schedule(
+      section['schedule'], section['power'], 'sampler'
+    )
+  if 'rule' in names:
+    given['rule'] = objective
+  if 'inner' in names:
+    able = {
+      name: inner
+      for name, inner in samplers.SAMPLERS.items()
+      if inner.fills_blocks
+    }
+    inner = able.get(section['inner'])
+    if inner is None:
+      raise InputError(
+        f'sampler.inner={section["inner"]!r} is not one of {sorted(able)}'
+      )
+    given['inner'] = _make_sampler(inner, section, objective, {})
+  return _build(cls, section, given)
+
+
+def _choose(table: Mapping[str, T], name: str, section: str, *more: str) -> T:
+  if name not in table:
+    raise InputError(
+      f'{section}.name={name!r} is not one of {[*more, *sorted(table)]}'
+    )
+  return table[name]
+
+
+def _field_names(cls: Any) -> set[str]:
+  return {field.name for field in dataclasses.fields(cls)}
+
+
+def _build(
+  cls: Callable[..., T], section: Mapping[str, Any], given: Mapping[str, Any]
+) -> T:
+  """Returns cls with `given` fields and others from the section."""
+  values = {name: section[name] for name in _field_names(cls) & set(section)}
+  return cls(**{**values, **given})
+
+
+def _check_network(run: Run):
+  """Checks that objective, sampler and network go together."""
+  settings, objective, network = run.settings, run.objective, run.network
+  name = settings.objective['name']
+  data = settings.data
+  if data.clean_infill_rate and not objective.sees_right(data.length):
+    raise InputError(
+      f'data.clean_infill_rate={data.clean_infill_rate!r} is not for '
+      f'objective.name={name!r}, which sees nothing to the right of a gap; '
+      'data.clean_prefix_rate is'
+    )
+  for key, length in (
+    ('data', data.length),
+    ('sampler', settings.sample.length),
+  ):
+    if length:
+      network.check(length)
+    if 0 < network.num_positions < length:
+      raise InputError(
+        f'{key}.length={length!r} must be at most '
+        f'model.num_positions={network.num_positions!r}'
+      )
+  steps = settings.train.anneal_steps
+  if steps and (objective.causal or objective.block_size):
+    raise InputError(
+      f'train.anneal_steps={steps!r} is ignored with objective.name={name!r}: '
+      'it is for networks that see the whole text'
+    )
+  if steps and settings.model['attention'] not in ('auto', 'xla'):
+    raise InputError(
+      f'model.attention={settings.model["attention"]!r} does not know the '
+      f"pattern of train.anneal_steps={steps!r}; 'auto' and 'xla' do"
+    )
+  if run.sampler.needs_cache and not network.has_cache:
+    raise InputError(
+      f'sampler.name={run.sampler_name!r} does not fit model.shift_outputs='
+      f'{settings.model["shift_outputs"]!r} and model.name='
+      f'{settings.model["name"]!r}: it keeps keys and values of finished '
+      'tokens, which this network cannot'
+    )
+  if objective.needs_time and not network.knows_time:
+    is_on = settings.model['time_conditioning']
+    key = 'time_form' if is_on else 'time_conditioning'
+    wanted = "another than 'constant'" if is_on else 'True'
+    raise InputError(
+      f'model.{key}={settings.model[key]!r} must be {wanted} with '
+      f'objective.name={name!r}: its noisy text does not show how noisy it is'
+    )
+
+
+def _check_batches(run: Run):
+  """Checks that batches and draws are whole groups."""
+  settings, objective = run.settings, run.objective
+  objective.max_scored(objective.group_size, settings.data.length)  # or raises
+  shared = objective.evaluation().group_size
+  if settings.eval.num_draws % shared:
+    raise InputError(
+      f'eval.num_draws={settings.eval.num_draws!r} must be a '
+      f'multiple of {shared} with this objective'
+    )
+  if settings.train.batch_size % objective.group_size:
+    raise InputError(
+      f'train.batch_size={settings.train.batch_size!r} must be a multiple of '
+      f'{objective.group_size}: with objective.noise='
+      f'{settings.objective["noise"]!r} examples share draws of the noise'
+    )
+
+
+def check_training(run: Run):
+  """Raises InputError unless batches divide into the devices of the mesh."""
+  train = run.settings.train
+  group_size = run.objective.group_size
+  check_batch_size(
+    train.batch_size, run.mesh, train.num_microbatches, group_size
+  )
+  check_batch_size(
+    run.settings.eval.batch_size, run.mesh, key='eval.batch_size'
+  )
+
+
+def _keys_of(thing: Any, unread: Collection[str]) -> set[str]:
+  """Returns the names of the fields that a dataclass and its parts read."""
+  keys = set()
+  for field in dataclasses.fields(thing):
+    if field.name in unread:
+      continue
+    keys.add(field.name)
+    value = getattr(thing, field.name)
+    if isinstance(value, Sampler):
+      keys |= _keys_of(value, value.unread_keys())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, Objective):
+      keys |= _keys_of(value, ())
+  return keys
+
+
+def reads_steps(sampler: Sampler) -> bool:
+  """Returns whether a sampler reads sampler.num_steps."""
+  return 'num_steps' in _keys_of(sampler, sampler.unread_keys())
+
+
+def _check_effects(run: Run, given: Collection[str]):
+  """Raises InputError if a key set by hand has no effect."""
+  settings, objective, sampler = run.settings, run.objective, run.sampler
+  sampled = _keys_of(sampler, sampler.unread_keys())
+  if objective.block_size:  # It is the objective's.
+    sampled.discard('block_size')
+  if 'eos_id' in sampled:
+    sampled.add('stop_at_eos')
+  sampled |= {'num_samples', 'length', 'seed', 'guidance'}
+  uses_time = settings.model['time_conditioning'] or 'rule' in sampled
+  effects = {
+    'objective': _keys_of(objective, objective.unread_keys(uses_time)),
+    'sampler': sampled,
+    'optim': optim.reads(settings.optim.name, settings.optim.schedule),
+  }
+  names = {
+    'objective': settings.objective['name'],
+    'sampler': run.sampler_name,
+    'optim': settings.optim.name,
+  }
+  values = settings.to_dict()
+  for key in sorted(given):
+    section, _, leaf = key.partition('.')
+    if section in effects and leaf != 'name' and leaf not in effects[section]:
+      used = sorted(effects[section] & set(values[section]))
+      raise InputError(
+        f'{key}={values[section][leaf]!r} is ignored with {section}.name='
+        f'{names[section]!r} and the other settings; the keys in effect are '
+        f'{used}'
+      )
+
+
+class Training(NamedTuple):
+  """What a run trains with.
+
+  Attributes:
+    step: see `steps.train.make_train_step`.
+    init_state: () -> TrainState at step 0, whole; to be traced.
+  """
+
+  step: train_steps.Step
+  init_state: Callable[[], states.TrainState]
+
+
+def make_training(run: Run) -> Training:
+  """Puts the training of a run together.
+
+  Raises:
+    InputError: the batch does not divide into devices and groups.
+  """
+  settings = run.settings
+  num_steps, ema_decay = settings.train.num_steps, settings.optim.ema_decay
+  optimizer = optim.make_optimizer(settings.optim, num_steps)
+  step = train_steps.make_train_step(
+    run.scorer,
+    optimizer,
+    optim.make_schedule(settings.optim, num_steps),
+    run.mesh,
+    batch_size=settings.train.batch_size,
+    num_microbatches=settings.train.num_microbatches,
+    ema_decay=ema_decay,
+    anneal_steps=settings.train.anneal_steps,
+  )
+  init_state = lambda: states.init_state(
+    run.network, run.objective, optimizer, settings.seed, ema_decay > 0
+  )
+  return Training(step, init_state)
+
+
+def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
+  """Returns the averaged parameters of a workdir's checkpoint, and its step.
+
+  Args:
+    run: what they must fit.
+    workdir: of the run that saved them.
+    step: of the checkpoint. 0 is the last one or, if that is damaged, the one
+      before, with a warning.
+
+  Raises:
+    InputError: there is no such checkpoint, it is damaged or of another shape.
+  """
+  shapes = meshes.shapes_sharded(
+    run.mesh, lambda: run.scorer.init_params(jax.random.key(0))
+  )
+  if not (pathlib.Path(workdir) / workdirs.CHECKPOINTS).is_dir():
+    raise InputError(
+      f'{workdir!r} is not the folder of a run: it lacks {workdirs.CHECKPOINTS}'
+    )
+  vocab_size = run.objective.mask_id + 1
+  with checkpoint.open_manager(workdir, read_only=True) as manager:
+    found = multihost.on_process_0(lambda: checkpoint.find_step(manager, step))
+    params = checkpoint.restore_params(manager, shapes, found, vocab_size)
+  return params, found

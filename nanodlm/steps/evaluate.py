@@ -1,0 +1,148 @@
+"""Evaluation steps: the bound of a batch and of each example."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from nanodlm.devices import mesh as meshes
+from nanodlm.steps.network import bind, fold_in_each, Scorer
+from nanodlm.types import Batch, InputError, Objective
+
+
+def make_eval_step(
+  scorer: Scorer, mesh: jax.sharding.Mesh, *, num_draws: int, seed: int
+) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+  """Builds the jitted evaluation step, (params, batch) -> sums.
+
+  Each example is scored `num_draws` times (once if the objective is exact), at
+  noise levels stratified within the example. Keys depend on `seed` and the
+  example's index, so that all evaluations use the same noise.
+
+  Args:
+    scorer: the network, without dropout, and the objective, whose
+      `evaluation()` form is used.
+    mesh: the device mesh.
+    num_draws: draws per example, a multiple of the objective's group size.
+    seed: seed of the evaluation noise.
+
+  Returns:
+    A function of the parameters and a batch with an index. It returns sums over
+    rows: nll, weight (the denominator of nats per token), num_bytes; for
+    intervals of ratios, the squares nll2, weight2, num_bytes2 and the products
+    nll_weight, nll_num_bytes; and num_examples, correct, scored,
+    bin_cross_entropy, bin_scored.
+  """
+  scorer = dataclasses.replace(scorer, objective=scorer.objective.evaluation())
+  num_draws = _check_draws(scorer.objective, num_draws)
+
+  def step(params, batch):
+    key = jax.random.key(seed)
+    rows, level_sums = _score_rows(scorer, num_draws, params, key, batch)
+    nll = rows['nll']
+    weight = batch.num_tokens.astype(jnp.float32)
+    num_bytes = batch.num_bytes.astype(jnp.float32)
+    sums = {
+      'nll': nll,
+      'weight': weight,
+      'num_bytes': num_bytes,
+      'nll2': nll * nll,
+      'nll_weight': nll * weight,
+      'weight2': weight * weight,
+      'nll_num_bytes': nll * num_bytes,
+      'num_bytes2': num_bytes * num_bytes,
+      'num_examples': (weight > 0).astype(jnp.float32),
+      'correct': rows['correct'],
+      'scored': rows['scored'],
+    }
+    sums = {**jax.tree.map(jnp.sum, sums), **level_sums}
+    return jax.lax.psum(sums, meshes.BATCH_AXES)
+
+  in_specs = scorer.specs(), P(meshes.BATCH_AXES)
+  return jax.jit(
+    jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=P())
+  )
+
+
+def make_score_step(
+  scorer: Scorer, mesh: jax.sharding.Mesh, *, num_draws: int
+) -> Callable[[Any, jax.Array, Batch], dict[str, jax.Array]]:
+  """Builds the jitted (params, key, batch) -> values of each example.
+
+  Args:
+    scorer: the network, without dropout, and the objective, used as given; pass
+      its `evaluation()` form for the bound.
+    mesh: the device mesh.
+    num_draws: draws per example, a multiple of the objective's group size.
+
+  Returns:
+    A function of the parameters, a key and a batch with an index; example i
+    draws from fold_in(key, index[i]). It returns a dict of [B]: nll in nats,
+    summed over positions and averaged over draws; correct and scored, summed
+    over both.
+  """
+  num_draws = _check_draws(scorer.objective, num_draws)
+
+  def step(params, key, batch):
+    return _score_rows(scorer, num_draws, params, key, batch)[0]
+
+  rows = P(meshes.BATCH_AXES)
+  sharded = jax.shard_map(
+    step, mesh=mesh, in_specs=(scorer.specs(), P(), rows), out_specs=rows
+  )
+  return jax.jit(sharded, out_shardings=meshes.replicated(mesh))
+
+
+def _check_draws(objective: Objective, num_draws: int) -> int:
+  """Returns the number of draws per example; 1 if the objective is exact."""
+  if objective.exact:
+    return 1
+  if num_draws < 1 or num_draws % objective.group_size:
+    raise InputError(
+      f'eval.num_draws={num_draws!r} must be a positive multiple '
+      f'of {objective.group_size}'
+    )
+  return num_draws
+
+
+def _score_rows(scorer, num_draws, params, key, batch):
+  """Scores each example `num_draws` times, at levels stratified within it.
+
+  Returns:
+    A dict of [B]: nll, averaged over draws, correct and scored, summed over
+    them; and `Scores.by_level`.
+  """
+  objective = bind(scorer.objective, params)
+  group, length = objective.group_size, batch.tokens.shape[1]
+  keys = fold_in_each(key, batch.index)
+  level_keys, noise_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(
+    keys
+  )
+  levels = jax.vmap(lambda key: objective.eval_levels(key, num_draws, length))(
+    level_keys
+  )
+  repeat = lambda x: jnp.repeat(x, group, axis=0)
+  tokens, eligible = repeat(batch.tokens), repeat(batch.eligible)
+  score = scorer.scoring(params, segment_ids=batch.segment_ids)
+
+  def draw(_, j):
+    index = j * group + jnp.arange(group)
+    draw_keys = jax.vmap(lambda key: fold_in_each(key, index))(noise_keys)
+    level = levels[:, index].reshape(-1, *levels.shape[2:])
+    noised = objective.corrupt(draw_keys.reshape(-1), level, tokens, eligible)
+    scores = score(noised, eligible.astype(jnp.float32))
+    by_example = jax.tree.map(
+      lambda x: x.reshape(-1, group).sum(1), scores.rows
+    )
+    return None, (by_example, scores.by_level)
+
+  _, stacked = jax.lax.scan(draw, None, jnp.arange(num_draws // group))
+  rows, level_sums = jax.tree.map(lambda x: jnp.sum(x, 0), stacked)
+  return {
+    'nll': rows.nll / num_draws,
+    'correct': rows.correct,
+    'scored': rows.scored,
+  }, level_sums

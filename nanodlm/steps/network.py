@@ -1,0 +1,284 @@
+"""The network as steps call it: to score noised texts and denoise canvases."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nanodlm.devices import mesh as meshes
+from nanodlm.devices import sharding
+from nanodlm.devices.sharding import Shards
+from nanodlm.model import losses
+from nanodlm.noise import categorical
+from nanodlm.training import state as states
+from nanodlm.types import (
+  InputError,
+  Network,
+  Noised,
+  Objective,
+  RowSums,
+  Score,
+  Scores,
+)
+
+NUM_LEVEL_BINS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+  """A network and the objective that scores its output.
+
+  Attributes:
+    network: the network.
+    objective: the objective.
+    chunk_size: number of positions per call of the output projection.
+  """
+
+  network: Network
+  objective: Objective
+  chunk_size: int
+
+  @property
+  def shards(self) -> Shards:
+    """How the parameters are split over devices."""
+    return self.network.shards
+
+  def init_params(self, key: jax.Array) -> Any:
+    """Draws the initial parameters, unsplit."""
+    return states.init_params(self.network, self.objective, key)
+
+  def specs(self) -> Any:
+    """Returns the partition of each parameter on the mesh, a pytree."""
+    shapes = jax.eval_shape(lambda: self.init_params(jax.random.key(0)))
+    return sharding.specs(shapes, self.shards)
+
+  def scoring(
+    self,
+    params: Any,
+    frozen: Any = None,
+    *,
+    segment_ids: jax.Array | None = None,
+    dropout_keys: jax.Array | None = None,
+    seen: jax.Array | None = None,
+  ) -> Score:
+    """Returns the `types.Score` of B examples with the given parameters.
+
+    `params` and `frozen` (of `TrainState`) are this device's part. The other
+    arguments are those of `Network.hidden`.
+    """
+    given = (segment_ids, dropout_keys, seen)
+
+    def score(
+      noised: Noised,
+      weight: jax.Array,
+      of_rows: Callable[[jax.Array], jax.Array] | None = None,
+      use_frozen: bool = False,
+    ) -> Scores:
+      def repeat(x):
+        num = len(weight) // len(x)
+        return x if num == 1 else jnp.repeat(x, num, axis=0)
+
+      options: Any = jax.tree.map(repeat, given)
+      if use_frozen:
+        scores: Any = self._score(frozen, noised, weight, None, *options)
+        return jax.lax.stop_gradient(scores)
+      return self._score(params, noised, weight, of_rows, *options)
+
+    return score
+
+  def _score(
+    self, params, noised, weight, of_rows, segment_ids, dropout_keys, seen
+  ) -> Scores:
+    batch, length = noised.scored.shape
+    flat = lambda x: x.reshape(-1)
+    capacity = self.objective.max_scored(batch, length)
+    if capacity < batch * length:
+      positions, is_real = losses.gather_scored(noised.scored, capacity)
+      take = lambda x: flat(x)[positions]
+      row = positions // length
+    else:
+      positions, is_real = None, flat(noised.scored)
+      take = flat
+      row = jnp.arange(batch * length) // length
+    params = self.network.gather(params)
+    hidden = self.network.hidden(
+      params,
+      noised.tokens,
+      noised.t,
+      clean=noised.clean,
+      segment_ids=segment_ids,
+      dropout_keys=dropout_keys,
+      seen=seen,
+      positions=positions,
+    )
+    states = hidden.states.reshape(-1, hidden.states.shape[-1])
+    states = sharding.split(states, self.shards)
+    weight = jnp.where(is_real, take(weight), 0.0)
+    vocab = categorical.Vocab(
+      sharding.TENSOR if self.shards.tensor > 1 else None
+    )
+    fields = jax.tree.map(take, noised.fields)
+    per_row = lambda x: jax.ops.segment_sum(x, row, batch)
+
+    def project(weight) -> Any:
+      return losses.projected_terms(
+        self.network.logits,
+        lambda logits, learned, fields: self.objective.bind(learned).terms(
+          logits, fields, vocab
+        ),
+        self.chunk_size,
+        self.network.kernel(params),
+        params.get('objective', {}),
+        states,
+        fields,
+        weight,
+      )
+
+    if of_rows is None:
+      total, terms = project(weight)
+      loss = per_row(terms.loss * weight)
+    else:
+      # The first pass computes the losses of the rows, without a gradient. The
+      # second weights each position by the derivative with respect to its row's
+      # loss, so that the gradient of `total` is that of `value`.
+      _, terms = jax.lax.stop_gradient(project(weight))
+      value, slope = jax.value_and_grad(of_rows)(per_row(terms.loss * weight))
+      total, _ = project(weight * jax.lax.stop_gradient(slope)[row])
+      total += jax.lax.stop_gradient(value - total)
+      loss = jnp.full((batch,), 1 / batch) * value
+    if hidden.aux_loss is not None:
+      total += hidden.aux_loss
+    counted = (weight > 0).astype(jnp.float32)
+    cross_entropy = terms.cross_entropy * counted
+    rows = RowSums(
+      loss=loss,
+      nll=per_row(terms.nll * weight),
+      cross_entropy=per_row(cross_entropy),
+      correct=per_row(terms.correct * counted),
+      scored=per_row(counted),
+    )
+    return Scores(
+      total, rows, _level_sums(take(noised.level), cross_entropy, counted)
+    )
+
+
+def _level_sums(level, cross_entropy, counted):
+  """Sums terms [N] by noise level [N]; returns [NUM_LEVEL_BINS] each."""
+  level_bin = (level * NUM_LEVEL_BINS).astype(jnp.int32)
+  in_bin = jax.nn.one_hot(
+    jnp.clip(level_bin, 0, NUM_LEVEL_BINS - 1), NUM_LEVEL_BINS
+  )
+  in_bin = jnp.where(jnp.isnan(level)[:, None], 0.0, in_bin)
+  return {
+    'bin_cross_entropy': cross_entropy @ in_bin,
+    'bin_scored': counted @ in_bin,
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+  """A `types.CachedDenoise` that calls a network.
+
+  For block diffusion, the plain call uses the canvas as both the noisy and the
+  clean text, which is correct for a block after finished blocks.
+
+  Attributes:
+    network: the network.
+    objective: the objective that trained it.
+    params: its parameters, from `Network.gather`.
+    segment_ids: [B, L] int32 or None, segments of the plain call.
+  """
+
+  network: Network
+  objective: Objective
+  params: Any
+  segment_ids: jax.Array | None = None
+
+  def __call__(self, tokens, level, positions):
+    segment_ids = self.segment_ids
+    if segment_ids is not None:  # A guided call repeats the rows.
+      segment_ids = jnp.tile(segment_ids, (len(tokens) // len(segment_ids), 1))
+    hidden = self.network.hidden(
+      self.params,
+      self.objective.network_input(tokens),
+      self.objective.network_time(level),
+      clean=tokens if self.objective.block_size else None,
+      segment_ids=segment_ids,
+      positions=_flat(positions, tokens.shape[1]),
+    )
+    return self._logits(hidden.states, positions)
+
+  def init_cache(self, tokens):
+    cache = self.network.init_cache(*tokens.shape)
+    # Loops under shard_map require a cache that varies over devices as the
+    # tokens and heads do.
+    zero = sharding.split(jnp.zeros_like(tokens[0, 0]), self.network.shards)
+    return jax.tree.map(lambda x: x + zero.astype(x.dtype), cache)
+
+  def advance(self, cache, tokens, start, visible, level=None):
+    return self._advance(cache, tokens, start, visible, level, None)[1]
+
+  def within(self, cache, tokens, start, level, positions, visible):
+    states, cache = self._advance(
+      cache, tokens, start, visible, level, _flat(positions, tokens.shape[1])
+    )
+    return self._logits(states, positions), cache
+
+  def _advance(self, cache, tokens, start, visible, level, positions):
+    if level is None:
+      level = jnp.zeros((tokens.shape[0],))
+    time = self.objective.network_time(level)
+    return self.network.advance(
+      self.params, tokens, time, start, cache, visible, positions
+    )
+
+  def _logits(self, states, positions):
+    logits = sharding.concatenate(
+      self.network.logits(self.network.kernel(self.params), states),
+      self.network.shards,
+    )
+    # Padding is removed, since draws depend on the number of outcomes.
+    logits = logits[..., : self.network.vocab_size]
+    return logits.reshape(*positions.shape, -1)
+
+
+def _flat(positions: jax.Array, length: int) -> jax.Array:
+  """Converts indices into rows, [B, K], to indices into B * length, [B * K]."""
+  row = jnp.arange(positions.shape[0])[:, None]
+  return (row * length + positions).reshape(-1)
+
+
+def bind(objective: Objective, params: Any) -> Objective:
+  """Returns the objective with its own entry of all parameters."""
+  return objective.bind(params.get('objective', {}))
+
+
+def row_index(num_rows: int) -> jax.Array:
+  """Returns the global indices [num_rows] of this device's rows."""
+  shard = jax.lax.axis_index(meshes.BATCH_AXES)
+  return shard * num_rows + jnp.arange(num_rows)
+
+
+def fold_in_each(key: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns fold_in(key, i) for each i in index [N], [N] keys."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+
+
+def check_batch_size(
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+  num_microbatches: int = 1,
+  group_size: int = 1,
+  key: str = 'train.batch_size',
+):
+  """Raises InputError unless all micro-batches consist of whole groups."""
+  shards = meshes.num_batch_shards(mesh)
+  unit = shards * num_microbatches * group_size
+  if batch_size < 1 or batch_size % unit:
+    raise InputError(
+      f'{key}={batch_size!r} must be a positive multiple of {unit} = {shards} '
+      f'devices x {num_microbatches} micro-batches x {group_size} (examples '
+      'that share one noise draw)'
+    )

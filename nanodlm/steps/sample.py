@@ -1,0 +1,162 @@
+"""Sampling steps: run a sampler and a network on a mesh."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from nanodlm.devices import mesh as meshes
+from nanodlm.devices import sharding
+from nanodlm.noise import categorical
+from nanodlm.show import watch
+from nanodlm.steps.network import (
+  bind,
+  Denoiser,
+  fold_in_each,
+  row_index,
+  Scorer,
+)
+from nanodlm.types import Canvas, Sampler, Samples
+
+
+def make_sample_step(
+  scorer: Scorer,
+  sampler: Sampler,
+  mesh: jax.sharding.Mesh,
+  view: watch.View | None = None,
+) -> Callable[[Any, jax.Array, Canvas], Samples]:
+  """Builds the jitted sampler, (params, key, canvas) -> samples.
+
+  The batch size is a multiple of the mesh's batch shards. Row i draws from
+  fold_in(key, i), so its sample does not depend on the other rows.
+
+  Args:
+    scorer: the network, without dropout, and its objective.
+    sampler: the sampler.
+    mesh: the device mesh.
+    view: observer of the network calls, or None.
+  """
+
+  def step(params, key, canvas):
+    keys = fold_in_each(key, row_index(canvas.tokens.shape[0]))
+    return _sample(scorer, sampler, view, params, keys, canvas)
+
+  rows = P(meshes.BATCH_AXES)
+  return jax.jit(
+    jax.shard_map(
+      step,
+      mesh=mesh,
+      in_specs=(scorer.specs(), P(), rows),
+      out_specs=Samples(tokens=rows, num_calls=P()),
+    )
+  )
+
+
+def _sample(
+  scorer, sampler, view, params, keys, canvas, segment_ids=None
+) -> Samples:
+  """Fills this device's rows of a batch under shard_map; keys [B]."""
+  objective = scorer.objective
+  num_rows = canvas.tokens.shape[0]
+  denoise = Denoiser(
+    scorer.network, objective, scorer.network.gather(params), segment_ids
+  )
+  if view is not None:
+    denoise = watch.Watched(
+      denoise,
+      view,
+      num_rows,
+      row_index(num_rows)[0],
+      shift=-watch.AHEAD if objective.causal else 0,
+    )
+  samples = sampler.with_rule(bind(objective, params))(keys, canvas, denoise)
+  num_calls = sharding.max_over_batch(samples.num_calls)
+  return samples._replace(num_calls=num_calls)
+
+
+class Rows(NamedTuple):
+  """Canvases of different requests, sampled together.
+
+  Attributes:
+    key_data: [B, 2] uint32, `jax.random.key_data` of the key of each row.
+    tokens: [B, L] int32; arbitrary in the padding.
+    fixed: [B, L] bool; True in the padding.
+    length: [B] int32, number of tokens before the padding.
+    temperature: [B] float32, see `categorical.Draw`.
+    top_k: [B] int32.
+    top_p: [B] float32.
+  """
+
+  key_data: Any
+  tokens: Any
+  fixed: Any
+  length: Any
+  temperature: Any
+  top_k: Any
+  top_p: Any
+
+
+def make_rows_step(
+  scorer: Scorer,
+  sampler: Sampler,
+  mesh: jax.sharding.Mesh,
+  view: watch.View | None = None,
+) -> Callable[[Any, Rows], Samples]:
+  """Builds the jitted sampler of `Rows`, (params, rows) -> samples.
+
+  Each row has its own key and draw, so its sample depends only on the row and
+  L. Networks do not attend to the padding. The arguments are those of
+  `make_sample_step`; the sampler's own draw is replaced.
+  """
+  objective = scorer.objective
+  is_one_way = objective.causal or objective.block_size
+
+  def step(params, rows):
+    segment_ids = None
+    if not is_one_way:
+      where = jnp.arange(rows.tokens.shape[1])[None]
+      segment_ids = (where >= rows.length[:, None]).astype(jnp.int32)
+    draw = categorical.RowDraw(
+      objective.mask_id, rows.temperature, rows.top_k, rows.top_p
+    )
+    keys = jax.random.wrap_key_data(rows.key_data)
+    canvas = Canvas(rows.tokens, rows.fixed)
+    return _sample(
+      scorer, sampler.with_draw(draw), view, params, keys, canvas, segment_ids
+    )
+
+  split = P(meshes.BATCH_AXES)
+  return jax.jit(
+    jax.shard_map(
+      step,
+      mesh=mesh,
+      in_specs=(scorer.specs(), split),
+      out_specs=Samples(tokens=split, num_calls=P()),
+    )
+  )
+
+
+def make_logits_step(
+  scorer: Scorer, mesh: jax.sharding.Mesh
+) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+  """Builds the jitted (params, tokens [B, L], level [B]) -> logits [B, L, V].
+
+  Args:
+    scorer: the network, without dropout, and its objective.
+    mesh: the device mesh; B is a multiple of its batch shards.
+  """
+
+  def step(params, tokens, level):
+    denoise = Denoiser(
+      scorer.network, scorer.objective, scorer.network.gather(params)
+    )
+    where = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    return denoise(tokens, level, jnp.broadcast_to(where, tokens.shape))
+
+  rows = P(meshes.BATCH_AXES)
+  sharded = jax.shard_map(
+    step, mesh=mesh, in_specs=(scorer.specs(), rows, rows), out_specs=rows
+  )
+  return jax.jit(sharded, out_shardings=meshes.replicated(mesh))

@@ -1,0 +1,170 @@
+"""The Python API: samples, bounds and logits of a trained run."""
+
+import math
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import nanodlm
+from nanodlm.types import InputError
+from tests import launches, workdirs
+
+TEXT = 'The quick brown fox jumps over the lazy dog.'
+
+
+@pytest.fixture(scope='module')
+def masked(tmp_path_factory):
+  return nanodlm.load(workdirs.make_workdir(tmp_path_factory.mktemp('masked')))
+
+
+@pytest.fixture(scope='module')
+def ar(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('ar')
+  return nanodlm.load(workdirs.make_workdir(folder, objective__name='ar'))
+
+
+def test_texts(masked):
+  texts = masked.sample('The {} {3}.', num_samples=3, seed=1)
+  assert len(texts) == 3 and all(text.startswith('The ') for text in texts)
+  assert texts == masked.sample('The {} {3}.', num_samples=3, seed=1)
+  assert texts != masked.sample('The {} {3}.', num_samples=3, seed=2)
+  (greedy,) = masked.sample(temperature=0.0, num_steps=2, length=8)
+  assert greedy == masked.sample(temperature=0.0, num_steps=2, length=8)[0]
+
+
+def test_details(masked):
+  for sampler, num_calls in (('fixed_count', 4), ('first_hitting', 14)):
+    samples = masked.sample('ab', num_samples=2, sampler=sampler, details=True)
+    for sample in samples:
+      assert sample.tokens.shape == sample.fixed.shape == (16,)
+      assert sample.fixed.tolist() == [True] * 2 + [False] * 14
+      assert sample.num_calls == num_calls
+      assert sample.text == masked.tokenizer.decode(sample.tokens)
+      known = sample.probabilities[~np.isnan(sample.probabilities)]
+      assert np.isnan(sample.probabilities[:2]).all() and known.size
+      assert 0 < known.min() and known.max() <= 1
+
+
+def test_probabilities_are_those_of_the_call_that_revealed_a_token(ar):
+  (sample,) = ar.sample('ab', details=True)
+  log_p = workdirs.log_probs(
+    ar.run, ar.params, ar.run.objective.network_input(sample.tokens[None])[0]
+  )
+  expected = np.exp(log_p[np.arange(16), sample.tokens])
+  known = ~np.isnan(sample.probabilities)
+  assert known.any() and not known[:2].any()
+  np.testing.assert_allclose(
+    sample.probabilities[known], expected[known], rtol=1e-4
+  )
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'sampler': 'ar'}, "sampler.name='ar' does not fit"),
+    ({'num_steps': 0}, 'sampler.num_steps=0'),
+    ({'sampler': 'first_hitting', 'num_steps': 3}, 'num_steps=3 is ignored'),
+    ({'temperature': -1.0}, 'sampler.temperature=-1.0'),
+    ({'top_q': 1.0}, 'sampler.top_q'),
+    ({'prompt': 'x' * 17}, 'needs 17 tokens'),
+  ],
+)
+def test_wrong_settings(masked, options, message):
+  with pytest.raises(InputError, match=message):
+    masked.sample(**options)
+
+
+def test_exact_values(ar):
+  texts = ['abc', TEXT[:16], TEXT]
+  bounds = ar.bound(texts)
+  for text, bound in zip(texts, bounds):
+    ids, expected = ar.tokenizer.encode(text), 0.0
+    for first in range(0, len(ids), 16):  # Rows of the training's length.
+      row = np.asarray(ids[first : first + 16], np.int32)
+      inputs = ar.run.objective.network_input(row[None])[0]
+      log_p = workdirs.log_probs(ar.run, ar.params, inputs)
+      expected -= log_p[np.arange(len(row)), row].sum()
+    assert bound.is_exact and bound.nats_ci95 == 0
+    assert bound.num_tokens == len(ids)
+    assert bound.num_bytes == len(text.encode())
+    np.testing.assert_allclose(bound.nats, expected, rtol=1e-4)
+    bits = expected / math.log(2) / len(text)
+    np.testing.assert_allclose(bound.bits_per_byte, bits, rtol=1e-4)
+
+
+@pytest.mark.parametrize('objective', ['masked', 'block'])
+def test_bounds_of_a_network_that_knows_nothing(tmp_path, objective):
+  # Equal logits: log V for each token, whatever the noise and the padding.
+  changes = {'objective__name': objective}
+  if objective == 'block':
+    changes |= {'objective__block_size': 4}
+  lm = nanodlm.load(workdirs.make_workdir(tmp_path, scale=0.0, **changes))
+  for text, bound in zip(['abcde', TEXT], lm.bound(['abcde', TEXT])):
+    expected = math.log(lm.tokenizer.mask_id) * len(text)
+    assert not bound.is_exact
+    np.testing.assert_allclose(bound.nats, expected, rtol=1e-4)
+    assert bound.nats_ci95 < 1e-3
+
+
+def test_bounds_have_an_interval(masked):
+  one, again = masked.bound([TEXT, TEXT[:5]]), masked.bound([TEXT, TEXT[:5]])
+  assert one == again
+  other = masked.bound([TEXT], seed=1)[0]
+  assert one[0].nats_ci95 > 0 and other.nats != one[0].nats
+  assert abs(other.nats - one[0].nats) < 3 * (
+    one[0].nats_ci95 + other.nats_ci95
+  )
+  # A text alone and with others: its noise is tied to its place, not to them.
+  np.testing.assert_allclose(
+    masked.bound([TEXT])[0].nats, one[0].nats, rtol=1e-5
+  )
+  with pytest.raises(InputError, match="''"):
+    masked.bound(['a', ''])
+
+
+def test_logits(masked, ar):
+  mask_id = masked.tokenizer.mask_id
+  tokens = np.array([[1, mask_id, 3, 4], [mask_id, 2, 2, 2]])
+  logits = masked.logits(tokens)
+  assert logits.shape == (2, 4, mask_id + 1) and logits.dtype == np.float32
+  np.testing.assert_allclose(masked.logits(tokens[0]), logits[0], rtol=1e-4)
+  p = np.exp(workdirs.log_probs(masked.run, masked.params, tokens[0]))
+  own = np.asarray(jax.nn.softmax(logits[0, :, :mask_id]))
+  np.testing.assert_allclose(own, p, rtol=1e-3, atol=1e-6)
+  # The autoregressive network predicts a token from those before it.
+  changed = np.array([1, 2, 3, 9])
+  same = ar.logits(np.array([1, 2, 3, 4])), ar.logits(changed)
+  np.testing.assert_allclose(same[0], same[1], rtol=1e-5)
+  for wrong in ([[-1]], [mask_id + 1], []):
+    with pytest.raises(InputError, match='ids below'):
+      masked.logits(wrong)
+  with pytest.raises(InputError, match='level=2'):
+    masked.logits([1], level=2)
+
+
+def test_no_run(tmp_path):
+  with pytest.raises(InputError, match='lacks config.json'):
+    nanodlm.load(str(tmp_path))
+
+
+def test_importing_is_cheap(masked):
+  heavy = {'jax', 'tensorflow', 'fastapi', 'matplotlib', 'torch'}
+  code = (
+    'import sys, nanodlm; print(*sys.modules); '
+    f'nanodlm.load({masked.workdir!r}); print(*sys.modules)'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=launches.ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  imported, loaded = (
+    set(line.split()) for line in done.stdout.splitlines()[-2:]
+  )
+  assert not imported & heavy
+  assert loaded & heavy == {'jax'}
