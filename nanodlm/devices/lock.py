@@ -1,49 +1,54 @@
-"""One training run at a time in a workdir.
+"""A lock that allows one training run at a time in a workdir.
 
-JAX is imported where a run takes the lock, not where somebody looks at it.
+JAX is imported by the functions that take the lock; `is_held` does without.
 """
 
+from collections.abc import Iterator
 import contextlib
+import errno
 import fcntl
 import logging
 import os
 import pathlib
 import socket
-import time
-from typing import Iterator
+
+import filelock
 
 from nanodlm.types import InputError
 
 log = logging.getLogger('nanodlm')
 
 LOCK_FILE = '.lock'
-# `is_held` may have the lock for an instant.
-_RETRY_SECS = 0.1
+# `is_held` locks the file for an instant, which a starting run waits out.
+_TIMEOUT_SECS = 1.0
+# Errors of flock on a file system without locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 def is_held(workdir: str) -> bool | None:
-  """Whether a training run is going on in `workdir`; None where none can say.
+  """Returns whether a training run is active in `workdir`; None if unknown.
 
-  Without JAX, and without being in the way of a run that starts meanwhile.
+  Needs read access only, and does not disturb a run that starts meanwhile.
   """
   try:
     with open(pathlib.Path(workdir) / LOCK_FILE) as file:
+      # A shared lock, which `filelock` does not have.
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
   except FileNotFoundError:
     return False
   except BlockingIOError:
     return True
-  except OSError:  # it may not be read, or the file system has no locks
+  except OSError:  # An unreadable file, or no support for locks.
     return None
   return False
 
 
 def check_free(workdir: str):
-  """Raises InputError where a training run is going on in `workdir`.
+  """Raises InputError if a training run is active in `workdir`.
 
-  Before the slow part of a start; `hold` is what keeps others out.
+  An early check, before the slow part of a start; it writes nothing.
   """
-  from nanodlm.devices import multihost  # pylint: disable=g-import-not-at-top
+  from nanodlm.devices import multihost
 
   if multihost.on_process_0((pathlib.Path(workdir) / LOCK_FILE).exists):
     with hold(workdir):
@@ -52,16 +57,17 @@ def check_free(workdir: str):
 
 @contextlib.contextmanager
 def hold(workdir: str) -> Iterator[None]:
-  """Keeps other training runs out of a workdir, from all processes of this one.
+  """Keeps other training runs out of a workdir; all processes call it together.
 
-  Process 0 holds a lock of the operating system on workdir/.lock, which ends with
-  the process, however that ends. Evaluation and sampling need no lock. A file
-  system without locks (some network ones) lets everyone in, with a warning.
+  Process 0 holds an operating system lock on workdir/.lock, which the system
+  frees when the process ends in any way. Evaluation and sampling need no lock.
+  A file system without locks (some network ones) admits every run, with a
+  warning.
 
   Raises:
-    InputError: another run holds it.
+    InputError: another run holds the lock.
   """
-  from nanodlm.devices import multihost  # pylint: disable=g-import-not-at-top
+  from nanodlm.devices import multihost
 
   with contextlib.ExitStack() as stack:
     multihost.on_process_0(lambda: _lock(workdir, stack))
@@ -69,32 +75,25 @@ def hold(workdir: str) -> Iterator[None]:
 
 
 def _lock(workdir: str, stack: contextlib.ExitStack) -> int:
-  """Locks until `stack` is closed."""
+  """Holds the lock until `stack` is closed."""
   path = pathlib.Path(workdir) / LOCK_FILE
-  # Not truncated: it says who holds it. It stays, since a file that is removed
-  # could be locked by one run while another locks its successor.
-  file = stack.enter_context(open(path, 'a+'))
+  lock = filelock.FileLock(path, _TIMEOUT_SECS, fallback_to_soft=False)
   try:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      time.sleep(_RETRY_SECS)
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    file.seek(0)
+    stack.enter_context(lock)
+  except filelock.Timeout:
+    holder = path.read_text().strip() or 'which just started'
     raise InputError(
-      f'--workdir={workdir!r} is in use by another training run '
-      f'({file.read().strip() or "which just started"}); wait for its end, or '
-      'give another workdir'
+      f'--workdir={workdir!r} is in use by another training run ({holder}); '
+      'wait until it ends, or give another workdir'
     ) from None
   except OSError as error:
+    if error.errno not in _NO_LOCKS:
+      raise
     log.warning(
-      '%s cannot be locked (%s): nothing stops a second run from writing '
-      'to the same workdir',
+      '%s cannot be locked (%s): nothing prevents a second run from writing to '
+      'the same workdir',
       path,
       error.strerror,
     )
-  file.truncate(0)
-  file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
-  file.flush()
+  path.write_text(f'process {os.getpid()} on {socket.gethostname()}\n')
   return 0

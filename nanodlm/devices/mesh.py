@@ -1,11 +1,27 @@
-"""The device mesh: named axes `data`, `fsdp`, `tensor`, and what lies on them."""
+"""The device mesh with axes `data`, `fsdp`, `tensor`, and placement on it.
 
+config.mesh divides the devices: `data` copies of the parameters, `fsdp` devices
+that split each copy (gathered layer by layer in the forward pass and again in
+the backward pass), and `tensor` devices that split heads, MLP and vocabulary.
+Losses, gradients, samples and checkpoints are the same on all meshes.
+XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight devices of a
+CPU to try it.
+
+Sequence parallelism is missing: a device holds whole rows, because the
+positions of the last layer, noise by count and the canvases of samplers are of
+whole rows. It would take a ring over a fourth mesh axis in model/attention.py,
+and gathers by row in steps/ and model/losses.py.
+"""
+
+from collections.abc import Callable
 import dataclasses
+import logging
 import math
-from typing import Any, Callable
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
@@ -13,16 +29,19 @@ from nanodlm.devices import sharding
 from nanodlm.devices.sharding import AXES, BATCH_AXES
 from nanodlm.types import InputError
 
+log = logging.getLogger('nanodlm')
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
   """Devices along each axis; each field is a key of `config.mesh`.
 
-  One of them may be -1: the devices that the other axes leave.
+  At most one may be -1, which takes the devices that the other axes leave.
 
   Attributes:
     data: copies of the parameters, each with its part of the batch.
-    fsdp: devices that split a copy of the parameters, and its part of the batch.
+    fsdp: devices that split a copy of the parameters, and its part of the
+      batch.
     tensor: devices that split the heads, the MLP and the vocabulary.
   """
 
@@ -31,124 +50,120 @@ class MeshConfig:
   tensor: int
 
   def __post_init__(self):
-    sizes = {axis: getattr(self, axis) for axis in AXES}
+    sizes = dataclasses.asdict(self)
     for axis, size in sizes.items():
       if size == 0 or size < -1:
         raise InputError(
-          f'mesh.{axis}={size!r} must be >= 1, or -1 for the '
-          'devices that the other axes leave'
+          f'mesh.{axis}={size!r} must be >= 1, or -1 for the devices that the '
+          'other axes leave'
         )
-    if sum(size == -1 for size in sizes.values()) > 1:
-      raise InputError(
-        f'mesh={sizes}: only one axis can be -1, the devices '
-        'that the others leave'
-      )
+    if list(sizes.values()).count(-1) > 1:
+      raise InputError(f'mesh={sizes}: only one axis can be -1')
 
 
-def make_mesh(config: MeshConfig, devices=None) -> jax.sharding.Mesh:
-  """Lays the devices (default: all, of all processes) out over AXES.
+def make_mesh(
+  config: MeshConfig, devices=None, *, refit: bool = False
+) -> jax.sharding.Mesh:
+  """Arranges the devices (default: all, of all processes) along AXES.
+
+  With `refit`, sizes that do not fit are replaced by all devices along `data`.
 
   Raises:
     InputError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = {axis: getattr(config, axis) for axis in AXES}
-  given = math.prod(size for size in sizes.values() if size != -1)
-  for axis in AXES:
-    if sizes[axis] == -1 and len(devices) % given == 0:
-      sizes[axis] = len(devices) // given
-  if math.prod(sizes.values()) != len(devices):
-    raise InputError(
-      f'mesh={sizes}: the sizes must multiply to the {len(devices)} devices '
-      'there are, one of them may be -1 for the rest; the product of the given '
-      f'ones is {given}'
+  sizes = [getattr(config, axis) for axis in AXES]
+  given = math.prod(size for size in sizes if size != -1)
+  shape = [len(devices) // given if size == -1 else size for size in sizes]
+  if math.prod(shape) != len(devices) and refit:
+    log.info(
+      'mesh %s does not fit the %d devices here: using all of them along data',
+      dict(zip(AXES, sizes)),
+      len(devices),
     )
-  # By process, so that each one's rows of the batch are contiguous; jax.make_mesh
-  # would follow the topology.
+    shape = [len(devices), 1, 1]
+  if math.prod(shape) != len(devices):
+    raise InputError(
+      f'mesh={dict(zip(AXES, sizes))}: the sizes must multiply to the '
+      f'{len(devices)} devices there are, those given multiply to {given}; '
+      'one of them may be -1 for the rest'
+    )
+  # In the order of processes, so that the batch rows of each are contiguous;
+  # jax.make_mesh would follow the topology.
   devices = sorted(
     devices, key=lambda device: (device.process_index, device.id)
   )
-  return jax.sharding.Mesh(
-    np.asarray(devices).reshape(tuple(sizes.values())),
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-  )
+  return jax.sharding.Mesh(np.asarray(devices).reshape(shape), AXES)
 
 
 def shards(mesh: jax.sharding.Mesh) -> sharding.Shards:
-  """Over how many devices the parameters are split."""
+  """Returns the numbers of devices that split the parameters."""
   return sharding.Shards(mesh.shape[sharding.FSDP], mesh.shape[sharding.TENSOR])
 
 
 def shardings(mesh: jax.sharding.Mesh, tree: Any) -> Any:
-  """Where the leaves of a parameter tree, or of a state of some, lie."""
+  """Returns the sharding of each leaf of a tree of parameters or of a state."""
   return jax.tree.map(
     lambda spec: NamedSharding(mesh, spec), sharding.specs(tree, shards(mesh))
   )
 
 
 def place(shardings: Any, tree: Any) -> Any:
-  """Abstract arrays with their shardings (one for all, or a tree of them)."""
-  if isinstance(shardings, jax.sharding.Sharding):
-    one = shardings
-    shardings = jax.tree.map(lambda _: one, tree)
+  """Makes abstract arrays with the given shardings: a tree, or one for all."""
   return jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-    tree,
+    lambda where, part: jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), part
+    ),
     shardings,
+    tree,
   )
 
 
 def init_sharded(mesh: jax.sharding.Mesh, init: Callable[[], Any]) -> Any:
-  """What `init` makes, parameters or a state of some, each device its part."""
+  """Computes init(), parameters or a state; each device computes its part."""
   return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init)))()
 
 
 def shapes_sharded(mesh: jax.sharding.Mesh, init: Callable[[], Any]) -> Any:
-  """`init_sharded` as abstract arrays: nothing is computed."""
+  """Returns the abstract arrays of `init_sharded`, computing nothing."""
   shapes = jax.eval_shape(init)
   return place(shardings(mesh, shapes), shapes)
 
 
 def bytes_per_device(tree: Any) -> int:
-  """Bytes of arrays, abstract or not, on one device; keys as their words."""
+  """Returns the bytes per device of a tree of arrays, abstract or not."""
   total = 0
   for x in jax.tree.leaves(tree):
-    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-    total += (8 if is_key else x.dtype.itemsize) * math.prod(
-      x.sharding.shard_shape(x.shape)
-    )
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    itemsize = 8 if is_key else x.dtype.itemsize
+    total += itemsize * math.prod(x.sharding.shard_shape(x.shape))
   return total
 
 
 def num_batch_shards(mesh: jax.sharding.Mesh) -> int:
-  """Devices that hold different rows of the batch."""
+  """Returns the number of parts that the batch is split into."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Every device holds the whole array."""
+  """Returns the sharding by which every device has the whole array."""
   return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Rows of the leading axis split over the batch axes, in device order."""
+  """Returns the sharding that splits the leading axis, in device order."""
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> slice:
-  """The contiguous rows of the global batch that this process's devices hold."""
+  """Returns the rows of the global batch that this process's devices hold."""
   index = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-  starts = [rows[0].start or 0 for rows in index.values()]
-  stops = [
-    batch_size if rows[0].stop is None else rows[0].stop
-    for rows in index.values()
-  ]
-  return slice(min(starts), max(stops))
+  rows = [rows[0].indices(batch_size) for rows in index.values() if rows]
+  return slice(min(row[0] for row in rows), max(row[1] for row in rows))
 
 
 def shard_batch(mesh: jax.sharding.Mesh, batch):
-  """Puts this process's rows (numpy, `local_rows`) on its devices."""
+  """Puts this process's rows (NumPy, of `local_rows`) on its devices."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, x), batch
@@ -156,9 +171,7 @@ def shard_batch(mesh: jax.sharding.Mesh, batch):
 
 
 def shard_whole_batch(mesh: jax.sharding.Mesh, batch):
-  """The same for a batch of which every process has all rows."""
-
-  def put(x):
-    return shard_batch(mesh, x[local_rows(mesh, x.shape[0])])
-
-  return jax.tree.map(put, batch)
+  """Puts this process's rows of a batch that all processes have."""
+  return shard_batch(
+    mesh, jax.tree.map(lambda x: x[local_rows(mesh, x.shape[0])], batch)
+  )

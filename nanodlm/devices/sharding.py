@@ -1,47 +1,41 @@
-"""Which axis of which parameter lies on which axis of the mesh: the one table.
+"""How parameters are split over the mesh, and the collectives of that split.
 
-`fsdp` splits the parameters, their averages and the optimiser's state over the
-devices that also split the batch: a block's parameters are gathered when the
-block runs, in the forward and again in the backward pass, and the transpose of
-that gather sums and splits their gradients. `tensor` splits the work of one
-example: the heads, the MLP's width and the vocabulary; what the devices of a
-tensor group hold of the residual stream is the same.
+Three named axes: `data` copies the parameters. `fsdp` splits them, their
+  averages and the optimizer's state over devices that also split the batch: a
+  block gathers its parameters when it runs, in the forward and again in the
+  backward pass, and the transpose of that gather sums and splits their
+  gradients. `tensor` splits the work on one example (heads, MLP width and
+  vocabulary); the residual stream is the same on all devices of a tensor group.
 
-The functions here are the collectives of these two axes. All of them do nothing
-on an axis of one device, so that the network also runs without a mesh.
+Every collective is the identity on an axis of one device, so that the network
+also runs without a mesh.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
-# The batch is split over both.
+# The axes that split the batch.
 BATCH_AXES = (DATA, FSDP)
 
 _COLUMNS = {'kernel': (FSDP, TENSOR), 'bias': (TENSOR,)}
 _ROWS = {'kernel': (TENSOR, FSDP), 'bias': (FSDP,)}
 _WIDTH = {'scale': (FSDP,), 'bias': (FSDP,)}
-# Mesh axes of the LAST dimensions of a parameter, by its module's name and its
-# own, or by its own alone. What is not listed is replicated.
+_TIME = {'kernel': (None, FSDP)}
+# The mesh axes of a parameter's LAST dimensions, by module and parameter name
+# or by parameter name alone. All other parameters are replicated.
 _BY_MODULE = {
-  'query': _COLUMNS,
-  'key': _COLUMNS,
-  'value': _COLUMNS,
-  'attention_out': _ROWS,
-  'mlp_in': _COLUMNS,
-  'mlp_gate': _COLUMNS,
-  'mlp_out': _ROWS,
-  'modulation': _COLUMNS,
-  'in': {'kernel': (None, FSDP)},
-  'out': {'kernel': (None, FSDP)},  # of the time
-  'attention_norm': _WIDTH,
-  'mlp_norm': _WIDTH,
-  'final_norm': _WIDTH,
+  **dict.fromkeys(('query', 'key', 'value', 'modulation'), _COLUMNS),
+  **dict.fromkeys(('mlp_in', 'mlp_gate'), _COLUMNS),
+  **dict.fromkeys(('attention_out', 'mlp_out'), _ROWS),
+  **dict.fromkeys(('attention_norm', 'mlp_norm', 'final_norm'), _WIDTH),
+  **dict.fromkeys(('in', 'out'), _TIME),
 }
 _BY_NAME = {
   'embedding': (TENSOR, FSDP),
@@ -49,16 +43,16 @@ _BY_NAME = {
   'output_bias': (TENSOR,),
   'position_embedding': (None, FSDP),
 }
-# Those with a row for each id; rows behind the vocabulary are padding.
+# Parameters with one row per id. Rows after the last id are padding.
 BY_VOCABULARY = frozenset({'embedding', 'output', 'output_bias'})
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-  """Over how many devices a network's parameters are split.
+  """The numbers of devices that split a network's parameters.
 
   Attributes:
-    fsdp: devices that each hold a part of every matrix, gathered when used.
+    fsdp: devices that each store a part of every matrix and gather it for use.
     tensor: devices that each compute with a part of every matrix.
   """
 
@@ -66,13 +60,16 @@ class Shards:
   tensor: int = 1
 
 
+UNSPLIT = Shards()
+
+
 def spec(path: Any, ndim: int, shards: Shards) -> P:
-  """The partition of the leaf at a tree path: a parameter, its average, moment.
+  """Returns the partition of one leaf: a parameter, its average or its moment.
 
   Args:
-    path: from jax.tree_util, of a parameter tree or of one that holds such trees.
-    ndim: of the leaf; 0 is replicated.
-    shards: an axis of one device is left out: nothing differs along it.
+    path: from jax.tree_util, in a tree of parameters or one that contains such.
+    ndim: number of dimensions of the leaf; scalars are replicated.
+    shards: axes of one device are left out of the result.
   """
   names = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
   axes = ()
@@ -81,35 +78,32 @@ def spec(path: Any, ndim: int, shards: Shards) -> P:
     axes = module.get(names[-1], _BY_NAME.get(names[-1], ()))
   sizes = {FSDP: shards.fsdp, TENSOR: shards.tensor, None: 1}
   axes = [axis if sizes[axis] > 1 else None for axis in axes]
-  if not any(axes):
-    return P()  # one way to write it: another would be compiled for anew
-  return P(*(None,) * (ndim - len(axes)), *axes)
+  # P() and P(None) are equivalent, but JAX would compile once for each.
+  return P(*(None,) * (ndim - len(axes)), *axes) if any(axes) else P()
 
 
 def specs(tree: Any, shards: Shards) -> Any:
-  """`spec` of every leaf."""
+  """Returns the `spec` of every leaf."""
   return jax.tree_util.tree_map_with_path(
     lambda path, leaf: spec(path, leaf.ndim, shards), tree
   )
 
 
 def gather(params: Any, shards: Shards, dtype: Any = jnp.float32) -> Any:
-  """A tree of this device's parameters with the fsdp axes whole again.
+  """Gathers this device's parameters over fsdp.
 
-  Matrices travel in `dtype`; their gradients come back, and are summed, in float32.
+  Matrices are sent in `dtype`; their gradients are sent and summed in float32.
   """
   if shards.fsdp == 1:
     return params
 
-  def whole(path, leaf):
-    axes = spec(path, leaf.ndim, shards)
+  def whole(leaf, axes):
     if FSDP not in axes:
       return leaf
-    return _all_gather(
-      leaf, axes.index(FSDP), dtype if leaf.ndim > 1 else leaf.dtype
-    )
+    wire = dtype if leaf.ndim > 1 else leaf.dtype
+    return _all_gather(leaf, axes.index(FSDP), wire)
 
-  return jax.tree_util.tree_map_with_path(whole, params)
+  return jax.tree.map(whole, params, specs(params, shards))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -117,93 +111,87 @@ def _all_gather(x, axis, dtype):
   return jax.lax.all_gather(x.astype(dtype), FSDP, axis=axis, tiled=True)
 
 
-def _gather_forward(x, axis, dtype):
-  return _all_gather(x, axis, dtype), None
-
-
 def _gather_backward(axis, dtype, _, gradient):
   del dtype
+  gradient = gradient.astype(jnp.float32)
   return (
-    jax.lax.psum_scatter(
-      gradient.astype(jnp.float32), FSDP, scatter_dimension=axis, tiled=True
-    ),
+    jax.lax.psum_scatter(gradient, FSDP, scatter_dimension=axis, tiled=True),
   )
 
 
-_all_gather.defvjp(_gather_forward, _gather_backward)
+_all_gather.defvjp(
+  lambda x, axis, dtype: (_all_gather(x, axis, dtype), None), _gather_backward
+)
 
 
 def save_all_but_gathered(primitive: Any, *args: Any, **params: Any) -> bool:
-  """A policy of jax.checkpoint: the backward pass gathers a block anew."""
+  """A jax.checkpoint policy under which the backward pass gathers again."""
   del args, params
   return primitive is not jax.lax.all_gather_p
 
 
 def split(x: jax.Array, shards: Shards) -> jax.Array:
-  """x, about to be used by each device of a tensor group for its own part.
+  """Marks x as the input of work that is split over a tensor group.
 
-  Its transpose is the sum of the parts' gradients.
+  Its transpose sums the gradients of the parts.
   """
-  if shards.tensor == 1:
-    return x
-  return jax.lax.pcast(x, (TENSOR,), to='varying')
+  return x if shards.tensor == 1 else jax.lax.pcast(x, TENSOR, to='varying')
 
 
 def join(x: jax.Array, shards: Shards) -> jax.Array:
-  """The sum over a tensor group of its parts' contributions."""
+  """Sums the contributions of a tensor group."""
   return x if shards.tensor == 1 else jax.lax.psum(x, TENSOR)
 
 
 def concatenate(x: jax.Array, shards: Shards) -> jax.Array:
-  """The parts of a tensor group side by side along the last axis."""
+  """Concatenates the parts of a tensor group along the last axis."""
   if shards.tensor == 1:
     return x
-  # A sum with zeros and not a gather, so that the result counts as the same on
+  # A sum with zeros rather than a gather: its result is known to be the same on
   # every device of the group.
   own = jax.lax.axis_index(TENSOR)
   parts = [jnp.where(own == part, x, 0) for part in range(shards.tensor)]
   return jax.lax.psum(jnp.concatenate(parts, axis=-1), TENSOR)
 
 
+def _unsplit(axes: P) -> tuple[str, ...]:
+  return tuple(axis for axis in BATCH_AXES if axis not in axes)
+
+
 def sum_gradients(gradient: Any, shards: Shards) -> Any:
   """Sums the gradients of a tree of parameters over the batch axes.
 
-  Those of a parameter that is split over fsdp were summed there by the transpose
-  of its gather.
+  The transpose of the gather has summed those of split parameters over fsdp.
   """
-
-  def total(path, leaf):
-    axes = spec(path, leaf.ndim, shards)
-    return jax.lax.psum(leaf, tuple(a for a in BATCH_AXES if a not in axes))
-
-  return jax.tree_util.tree_map_with_path(total, gradient)
+  return jax.tree.map(
+    lambda leaf, axes: jax.lax.psum(leaf, _unsplit(axes)),
+    gradient,
+    specs(gradient, shards),
+  )
 
 
 def local(params: Any, shards: Shards) -> Any:
-  """Parameters marked as differing between the devices that split the batch.
+  """Marks parameters as differing between the devices that split the batch.
 
-  So their gradients stay local sums until `sum_gradients`.
+  Their gradients then stay local sums until `sum_gradients`.
   """
-
-  def mark(path, leaf):
-    axes = spec(path, leaf.ndim, shards)
-    return jax.lax.pcast(
-      leaf, tuple(a for a in BATCH_AXES if a not in axes), to='varying'
-    )
-
-  return jax.tree_util.tree_map_with_path(mark, params)
+  return jax.tree.map(
+    lambda leaf, axes: jax.lax.pcast(leaf, _unsplit(axes), to='varying'),
+    params,
+    specs(params, shards),
+  )
 
 
 def on_any_device(flag: jax.Array) -> jax.Array:
-  """Where flag, any shape, holds on any device that must stay in step with this.
+  """Returns whether flag, of any shape, holds on any device of the fsdp axis.
 
-  A network whose parameters are split over fsdp is called by all devices of that
-  axis together: a loop around it must go on for all as long as for one.
+  These devices call a network with split parameters together, so a loop around
+  it must not end on one of them before the others.
   """
   try:
     if jax.lax.axis_size(FSDP) == 1:
       return flag
-  except NameError:  # no mesh
+  except NameError:  # Called without a mesh.
     return flag
   return jax.lax.pmax(flag.astype(jnp.int32), FSDP) > 0
 
@@ -218,26 +206,27 @@ def max_over_batch(x: jax.Array) -> jax.Array:
 
 
 def on_first_device(make: Callable[[], jax.Array]) -> jax.Array:
-  """make() -> [] int32 on the first of the devices that share their rows.
+  """Calls make() -> [] int32 on the first device of each tensor group.
 
-  All of them have its value: those of the axis `tensor`, and of `fsdp` the
-  smallest of theirs, since they go on together or not at all.
+  All devices of the group get its value, and all of fsdp the smallest of these:
+  they continue together or not at all.
   """
   try:
     index = jax.lax.axis_index(TENSOR)
-  except NameError:  # no mesh
+  except NameError:  # Called without a mesh.
     return make()
-  # What the host returns counts as the same on all devices, and is not.
+  # JAX takes a value from the host to be the same on all devices; it is not.
   own = lambda: jax.lax.pcast(make(), AXES, to='varying')
   value = jax.lax.cond(index == 0, own, lambda: zeros_like(own))
   return jax.lax.pmin(jax.lax.psum(value, TENSOR), FSDP)
 
 
 def zeros_like(make: Callable[[], Any]) -> Any:
-  """Zeros of the shapes of make(), which vary over devices like its values."""
+  """Returns zeros with the shapes and the varying axes of make()'s result."""
 
   def zeros(x):
-    axes = tuple(x.manual_axis_type.varying)
+    kind = x.manual_axis_type  # None outside of shard_map.
+    axes = tuple(kind.varying) if kind else ()
     value = jnp.zeros(x.shape, x.dtype)
     return jax.lax.pcast(value, axes, to='varying') if axes else value
 
@@ -245,5 +234,5 @@ def zeros_like(make: Callable[[], Any]) -> Any:
 
 
 def padded(size: int, shards: Shards) -> int:
-  """The vocabulary's size rounded up to a whole number a device."""
+  """Rounds the vocabulary's size up to a multiple of the tensor devices."""
   return -(-size // shards.tensor) * shards.tensor

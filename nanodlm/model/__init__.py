@@ -1,1 +1,6 @@
-"""The transformer, its attention and its losses."""
+"""Networks by name: one file and one line here for each."""
+
+from nanodlm.model import network
+from nanodlm.types import Network
+
+NETWORKS: dict[str, type[Network]] = {'transformer': network.TransformerNetwork}

@@ -1,8 +1,8 @@
-"""The network's configuration, its tables of choices, and its costs."""
+"""The network's settings, the tables of their choices, and the costs."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Callable
 
 import flax.linen as nn
 import jax
@@ -11,34 +11,37 @@ import jax.numpy as jnp
 from nanodlm.model import attention
 from nanodlm.types import InputError
 
-# The network sees 1000 t, so that the sinusoids below resolve t in [0, 1].
+# Scales t in [0, 1] to the range for which the sinusoids of a time were chosen.
 TIME_SCALE = 1000.0
-# The least share of kept tokens that 'sigma' tells of, as in SEDD and MDLM, whose
-# schedules end there: behind it -log alpha is infinite.
+# The smallest alpha that time_form='sigma' represents, at which the schedules
+# of SEDD and MDLM end: -log alpha is infinite at 0.
 MIN_TIME_ALPHA = 1e-3
 
 
 @jax.custom_jvp
 def relu2(x: jax.Array) -> jax.Array:
-  """max(x, 0)^2 (Primer, arXiv 2109.08668)."""
+  """max(x, 0)^2. Source: Primer, arXiv 2109.08668."""
   return jnp.square(jnp.maximum(x, 0))
 
 
 @relu2.defjvp
 def _relu2_jvp(primals, tangents):
-  # Keeps one array for the backward pass, where JAX's own rule keeps two.
+  # Stores one array for the backward pass; JAX's own rule stores two.
   positive = jnp.maximum(primals[0], 0)
   return jnp.square(positive), 2 * positive * tangents[0]
 
 
-# By this name 'dots' keeps the attention's output, a product of its own kernels.
+# Names the attention's output, so that remat='dots' stores it although it is
+# not the result of a matrix product of XLA.
 ATTENTION_OUT = 'attention_out'
+_GELU = functools.partial(nn.gelu, approximate=False)
+_GELU_TANH = functools.partial(nn.gelu, approximate=True)
 MLPS = {
-  'gelu': functools.partial(nn.gelu, approximate=False),
-  'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+  'gelu': _GELU,
+  'gelu_tanh': _GELU_TANH,
   'relu2': relu2,
-  'geglu': functools.partial(nn.gelu, approximate=False),
-  'geglu_tanh': functools.partial(nn.gelu, approximate=True),
+  'geglu': _GELU,
+  'geglu_tanh': _GELU_TANH,
   'swiglu': nn.silu,
   'glu': nn.sigmoid,
 }
@@ -58,15 +61,15 @@ DTYPES = ('float32', 'bfloat16')
 
 @dataclasses.dataclass(frozen=True)
 class TimeForm:
-  """How a network is told the time, as one of the published ones is.
+  """The form in which a network receives the time; one per published network.
 
   Attributes:
-    clock: t [B] in [0, 1] -> what the sinusoids are of.
-    scales: modulated norms keep scales of their own.
-    final: the final norm is modulated too.
-    is_md4: sinusoids of DDPM's periods (the longest is the period itself), as
-      many as the embedded time is wide; an MLP four times as wide inside; and the
-      embedded time goes through the MLPs' own activation, not SiLU, to the norms.
+    clock: maps t [B] in [0, 1] to the argument of the sinusoids.
+    scales: whether modulated norms have scales of their own.
+    final: whether the final norm is modulated, too.
+    is_md4: MD4's: the longest sinusoid has DDPM's period, their number is the
+      width of the embedded time, the inner MLP is four times as wide, and the
+      embedded time passes the activation of the MLPs, not SiLU, to the norms.
   """
 
   clock: Callable[[jax.Array], jax.Array]
@@ -79,13 +82,14 @@ def _sigma(t):
   return -jnp.log1p(-jnp.minimum(t, 1 - MIN_TIME_ALPHA))
 
 
-# 'dit': 1000 t, DiT's. | 'sigma': -log alpha where t = 1 - alpha, as on the linear
-# schedule: SEDD, MDLM, Duo. | 'unit': t itself: GIDD. | 'constant': always 0, so
-# that the network does not know the time: MDLM and BD3-LM, mostly. | 'md4': MD4's.
 TIME_FORMS = {
+  # 1000 t: DiT.
   'dit': TimeForm(lambda t: TIME_SCALE * t),
+  # -log alpha of the linear schedule: SEDD, MDLM, Duo.
   'sigma': TimeForm(_sigma, scales=True, final=True),
+  # t: GIDD.
   'unit': TimeForm(lambda t: t, scales=True, final=True),
+  # 0, a network that does not know the time: most MDLM and BD3-LM checkpoints.
   'constant': TimeForm(jnp.zeros_like, scales=True, final=True),
   'md4': TimeForm(lambda t: TIME_SCALE * t, final=True, is_md4=True),
 }
@@ -93,54 +97,26 @@ TIME_FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The network's shape; each field is a key of `config.model`.
+  """The network's settings: keys of `config.model` (configs/base.py) and more.
 
   Attributes:
-    vocab_size: ids, mask_id included (from the tokenizer).
-    num_layers: blocks.
-    embed_dim: width D.
-    num_heads: attention heads; divides embed_dim into an even head size.
-    num_kv_heads: of keys and values, each shared by num_heads / num_kv_heads
-      neighbouring queries (GQA, arXiv 2305.13245); 0: num_heads.
-    head_size: 0 is embed_dim / num_heads.
-    mlp_dim: hidden width of the MLP; 0 is 4 D (or 8/3 D where it is gated,
-      rounded up to a multiple of 64, for the same number of parameters).
-    mlp: 'gelu' (erf), 'gelu_tanh' (GPT-2's approximation), 'relu2' (squared
-      ReLU); or gated: 'geglu', 'geglu_tanh', 'swiglu' or 'glu' (sigmoid).
-    qk_norm: RMSNorm on queries and keys of each head.
-    tie_embeddings: the output projection is the embedding's transpose.
-    dropout: rate on each block's two outputs, in [0, 1).
+    vocab_size: number of ids, mask_id included; from the tokenizer.
+    num_kv_heads: each is shared by num_heads / num_kv_heads neighbouring
+      queries (GQA, arXiv 2305.13245).
+    mlp_dim: hidden width of the MLP; 0: 4 D, or 8/3 D rounded up to a multiple
+      of 64 if it is gated, for the same number of parameters.
     time_conditioning: adaLN-zero on t (DiT, arXiv 2212.09748).
-    time_form: in which form, of TIME_FORMS.
-    time_dim: width of the embedded time; 0 is embed_dim.
-    output_bias: the output projection has a bias.
-    embedding_dim: width of the embedding, from which a dense layer leads to
-      embed_dim; 0 is embed_dim itself, without that layer.
-    causal: from the objective.
-    block_size: from the objective; S > 0 is a network of block diffusion, which
-      sees a noisy and a clean copy of its text.
-    rope_theta: base of the rotary frequencies.
-    num_positions: 0, or so many learned positions that are added to the tokens'
-      embeddings instead of the rotary ones: the longest text.
-    norm: 'rms' (RMSNorm) or 'layer' (LayerNorm), before each branch and at the end.
-    norm_eps: added to the mean square, or the variance; QK-norm's too. It keeps
-      the all-zero vector finite.
-    norm_bias: of LayerNorm.
-    attention_bias: which of the attention's projections have one: 'none', 'qkv'
-      (queries, keys and values) or 'all' (the output too).
-    mlp_bias: whether the MLP's projections have one.
-    shift_outputs: the output at position i is read from position i - 1 (at 0 from
-      0), where a network that was once autoregressive predicts its token
-      (DiffuLLaMA, arXiv 2410.17891; Dream, 2508.15487).
-    dtype: of the matrix products; parameters are float32.
-    remat: 'none', 'dots' (keeps matrix products) or 'full'.
-    unroll: apply the layers one after another instead of in a scan: the same
-      parameters and results, about 15% faster on a CPU (a scan first fills its
-      stacked activations with zeros and copies each layer's in and out), slower
-      to compile with many layers.
-    attention: 'auto', 'xla', 'cudnn' or 'pallas'.
-    platform: that programs are compiled for, 'cpu', 'gpu' or 'tpu'; '' is this
-      machine's. (Ahead of time for a TPU it is not.)
+    causal: whether a position sees earlier ones only; from the objective.
+    block_size: S, from the objective; S > 0 for block diffusion, whose network
+      takes a noisy and a clean copy of the text.
+    norm_eps: keeps the norm of a zero vector finite; QK-norms use it, too.
+    shift_outputs: the output at position i is read at i - 1 (at 0 for 0), where
+      a formerly autoregressive network predicts its token (DiffuLLaMA, arXiv
+      2410.17891; Dream, arXiv 2508.15487).
+    unroll: applies the layers without a scan, which copies each layer's
+      activations: 13% less CPU time a step, but slower to compile.
+    platform: 'cpu', 'gpu' or 'tpu', for which programs are compiled; '': this
+      machine's. From the caller.
   """
 
   vocab_size: int
@@ -176,35 +152,36 @@ class ModelConfig:
   platform: str = ''
 
   def __post_init__(self):
+    def require(is_valid, key, rule):
+      if not is_valid:
+        raise InputError(f'model.{key}={getattr(self, key)!r} {rule}')
+
     for key in ('num_layers', 'embed_dim', 'num_heads'):
-      if getattr(self, key) < 1:
-        raise InputError(f'model.{key}={getattr(self, key)!r} must be >= 1')
-    for key in ('num_kv_heads', 'head_size', 'mlp_dim', 'num_positions'):
-      if getattr(self, key) < 0:
-        raise InputError(
-          f'model.{key}={getattr(self, key)!r} must be >= 0 '
-          f'(0: {"none" if key == "num_positions" else "chosen"})'
-        )
-    if (
-      not self.head_size
-      and self.embed_dim % self.num_heads
-      or (not self.num_positions and self.head_dim % 2)
+      require(getattr(self, key) >= 1, key, 'must be >= 1')
+    for key, default in (
+      ('num_kv_heads', 'num_heads'),
+      ('head_size', 'embed_dim / num_heads'),
+      ('mlp_dim', 'chosen by mlp'),
+      ('num_positions', 'none'),
+      ('time_dim', 'embed_dim'),
+      ('embedding_dim', 'embed_dim'),
     ):
-      raise InputError(
-        f'model.num_heads={self.num_heads!r} must divide model.embed_dim='
-        f'{self.embed_dim!r} into heads of an even size (rotary positions)'
-        + (f'; model.head_size={self.head_size!r}' if self.head_size else '')
-      )
-    if self.num_heads % self.kv_heads:
-      raise InputError(
-        f'model.num_kv_heads={self.num_kv_heads!r} must divide '
-        f'model.num_heads={self.num_heads!r}'
-      )
-    for key in ('time_dim', 'embedding_dim'):
-      if getattr(self, key) < 0:
-        raise InputError(
-          f'model.{key}={getattr(self, key)!r} must be >= 0 (0: embed_dim)'
-        )
+      require(getattr(self, key) >= 0, key, f'must be >= 0 (0: {default})')
+    require(
+      self.head_size or self.embed_dim % self.num_heads == 0,
+      'num_heads',
+      f'must divide model.embed_dim={self.embed_dim!r}',
+    )
+    require(
+      self.num_positions or self.head_dim % 2 == 0,
+      'head_size' if self.head_size else 'num_heads',
+      f'makes heads of {self.head_dim}; rotary positions need an even size',
+    )
+    require(
+      self.num_heads % self.kv_heads == 0,
+      'num_kv_heads',
+      f'must divide model.num_heads={self.num_heads!r}',
+    )
     for key, allowed in (
       ('mlp', MLPS),
       ('remat', REMATS),
@@ -213,55 +190,47 @@ class ModelConfig:
       ('attention_bias', ATTENTION_BIASES),
       ('time_form', TIME_FORMS),
     ):
-      if getattr(self, key) not in allowed:
-        raise InputError(
-          f'model.{key}={getattr(self, key)!r} is not one of {sorted(allowed)}'
-        )
+      rule = f'is not one of {sorted(allowed)}'
+      require(getattr(self, key) in allowed, key, rule)
     for key in ('rope_theta', 'norm_eps'):
-      if not getattr(self, key) > 0:
-        raise InputError(f'model.{key}={getattr(self, key)!r} must be > 0')
-    if self.norm_bias and self.norm != 'layer':
-      raise InputError(
-        f'model.norm_bias=True has no effect with model.norm='
-        f"{self.norm!r}, only with 'layer'"
+      require(getattr(self, key) > 0, key, 'must be > 0')
+    require(0 <= self.dropout < 1, 'dropout', 'must be in [0, 1)')
+    require(self.time_dim % 2 == 0, 'time_dim', 'must be even')
+    require(
+      not self.norm_bias or self.norm == 'layer',
+      'norm_bias',
+      f"is ignored by model.norm={self.norm!r}; it needs 'layer'",
+    )
+    require(
+      not self.shift_outputs or not (self.causal or self.block_size),
+      'shift_outputs',
+      'must be False with objectives that shift their input or see blocks',
+    )
+    for key, unset in (('time_form', 'dit'), ('time_dim', 0)):
+      require(
+        self.time_conditioning or getattr(self, key) == unset,
+        key,
+        f'is ignored by model.time_conditioning=False; it must be {unset!r}',
       )
-    if self.shift_outputs and (self.causal or self.block_size):
-      raise InputError(
-        'model.shift_outputs=True is for objectives that see a whole noisy text '
-        "('masked', ...); 'ar' shifts its input, and 'block' sees blocks: it must "
-        'be False with them'
-      )
-    if not 0 <= self.dropout < 1:
-      raise InputError(f'model.dropout={self.dropout!r} must be in [0, 1)')
+    require(
+      not self.embedding_dim or not self.tie_embeddings,
+      'embedding_dim',
+      'must be 0 with model.tie_embeddings=True, which needs one width',
+    )
+    require(
+      not self.block_size or not self.knows_time,
+      'time_conditioning',
+      "must be False, or model.time_form 'constant', with block diffusion: its "
+      'blocks have times of their own',
+    )
     attention.check_backend(
       self.attention, self.platform or jax.default_backend()
     )
-    if not self.time_conditioning and (
-      self.time_form != 'dit' or self.time_dim
-    ):
-      raise InputError(
-        f'model.time_form={self.time_form!r} and model.time_dim='
-        f'{self.time_dim!r} have no effect with model.time_conditioning=False; '
-        "they must be 'dit' and 0"
-      )
-    if self.time_dim % 2:
-      raise InputError(f'model.time_dim={self.time_dim!r} must be even')
-    if self.embedding_dim and self.tie_embeddings:
-      raise InputError(
-        f'model.embedding_dim={self.embedding_dim!r} does not go with '
-        'model.tie_embeddings=True: the output projection is not as wide'
-      )
-    if self.block_size and self.knows_time:
-      raise InputError(
-        'model.time_conditioning=True does not go with block '
-        'diffusion, whose blocks have times of their own; it must '
-        "be False, or model.time_form be 'constant'"
-      )
-    if self.block_size and self.attention == 'cudnn':
-      raise InputError(
-        "model.attention='cudnn' does not know the pattern of "
-        "block diffusion; 'auto', 'xla' or 'pallas' are allowed"
-      )
+    require(
+      not self.block_size or self.attention != 'cudnn',
+      'attention',
+      "does not support block diffusion; use 'auto', 'xla' or 'pallas'",
+    )
 
   @property
   def head_dim(self) -> int:
@@ -270,12 +239,12 @@ class ModelConfig:
 
   @property
   def kv_heads(self) -> int:
-    """Heads of keys and values."""
+    """Number of heads of keys and values."""
     return self.num_kv_heads or self.num_heads
 
   @property
   def knows_time(self) -> bool:
-    """Whether its output depends on the time."""
+    """Whether the output depends on the time."""
     return self.time_conditioning and self.time_form != 'constant'
 
   @property
@@ -285,30 +254,28 @@ class ModelConfig:
 
   @property
   def is_gated(self) -> bool:
-    """Whether the MLP has a second input matrix, its gate."""
+    """Whether the MLP has a second input matrix, the gate."""
     return self.mlp in GATED
 
   @property
   def mlp_width(self) -> int:
-    """Hidden width of the MLP, `mlp_dim` or its default."""
-    if self.mlp_dim:
-      return self.mlp_dim
-    if self.is_gated:
+    """Hidden width of the MLP."""
+    if self.is_gated and not self.mlp_dim:
       return -(-8 * self.embed_dim // (3 * 64)) * 64
-    return 4 * self.embed_dim
+    return self.mlp_dim or 4 * self.embed_dim
 
 
 def num_params(params) -> int:
-  """Number of scalars in a tree of arrays."""
+  """Counts the scalars in a tree of arrays."""
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
-  """Model FLOPs of one token's forward and backward pass.
+  """Counts the model FLOPs of one token's forward and backward pass.
 
-  6 x (matrix parameters) + 12 x layers x length x heads' width for the attention; a
-  multiply-add is 2. Unreduced: counted as if every position went through every
-  layer and the output projection; of block diffusion both copies' layers count.
+  6 x (matrix parameters) + 12 x layers x length x heads' width for the
+  attention, as if every position passed every layer and the output projection.
+  A multiply-add counts as 2. Both copies of block diffusion count.
   """
   width, inner = config.embed_dim, config.num_heads * config.head_dim
   mlp = (3 if config.is_gated else 2) * width * config.mlp_width

@@ -1,7 +1,8 @@
-"""The layers of the transformer: norms, heads, dense layers and the time."""
+"""The layers of the transformer: dense layers, norms, heads and the time."""
 
+from collections.abc import Callable
 import functools
-from typing import Any, Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,15 +15,15 @@ from nanodlm.model.config import MLPS, ModelConfig, TIME_FORMS
 
 # Standard deviation of the initial weights, as in GPT-2.
 INIT_STD = 0.02
+# Number of sinusoids of the time, and the longest wave's length over 2 pi.
 TIME_FEATURES = 256
-# Their longest wave is about 2 pi times it.
 TIME_PERIOD = 10_000.0
 
 
 def rotary_table(
   positions: jax.Array, head_dim: int, theta: float
 ) -> jax.Array:
-  """cos and sin of the rotary angles at [L] positions, [2, L, 1, Dh / 2].
+  """Tabulates cos and sin of the angles at [L] positions, [2, L, 1, Dh / 2].
 
   Source: RoFormer, arXiv 2104.09864, equation 34.
   """
@@ -32,8 +33,8 @@ def rotary_table(
 
 
 def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
-  """Applies rotary positions to x [B, L, H, Dh] (halves form the pairs)."""
-  # In float32: bfloat16 angles would differ by 0.4% at every distance.
+  """Rotates x [B, L, H, Dh], whose two halves form the pairs, by position."""
+  # In float32, since bfloat16 angles would be off by 0.4% at every distance.
   cos, sin = table[:, None]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate(
@@ -44,9 +45,9 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
 def dropout_mask(
   keys: jax.Array, rate: float, shape: tuple[int, int]
 ) -> jax.Array:
-  """Factors 0 or 1 / (1 - rate), [B, L, D], each example's from its own key.
+  """Draws factors 0 or 1 / (1 - rate), [B, L, D], for each example by its key.
 
-  So the mask does not depend on the device or micro-batch an example lands on.
+  The mask thus does not depend on the example's device or micro-batch.
   """
   draw = lambda key: jax.random.bernoulli(key, 1 - rate, shape)
   return jax.vmap(draw)(keys) / (1 - rate)
@@ -54,31 +55,22 @@ def dropout_mask(
 
 @jax.custom_vjp
 def linear(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """x [T, D] times kernel [D, F] -> [T, F], with a backward pass for CPUs.
+  """Multiplies x [T, D] with kernel [D, F].
 
-  JAX's own rule asks for the kernel's gradient as (dy^T x)^T, for which XLA's
-  CPU backend makes a transposed copy of dy and fuses into it, element by element
-  in the wrong order, whatever produced dy: at width 256 that copy alone took
-  a third of the MLP's backward pass. Asking for x^T dy of a finished dy costs
-  none.
+  The kernel's gradient is x^T dy, where JAX's own rule takes (dy^T x)^T. On a
+  CPU these round differently in bfloat16.
   """
   return x @ kernel
 
 
-def _linear_forward(x, kernel):
-  return x @ kernel, (x, kernel)
-
-
 def _linear_backward(residuals, dy):
   x, kernel = residuals
-  # What is compiled ahead of time for a TPU is not for this machine's backend.
-  dy = jax.lax.platform_dependent(
-    dy, cpu=jax.lax.optimization_barrier, default=lambda dy: dy
-  )
   return dy @ kernel.T, jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())))
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+linear.defvjp(
+  lambda x, kernel: (linear(x, kernel), (x, kernel)), _linear_backward
+)
 
 
 class Linear(nn.Module):
@@ -87,10 +79,10 @@ class Linear(nn.Module):
   Attributes:
     features: size of the output.
     dtype: of the product.
-    use_bias: whether it has one, zero at the start.
+    use_bias: whether there is a bias, initially zero.
     std: standard deviation of the initial kernel.
-    join: over whose tensor groups the products are summed, before the bias is
-      added once: the kernel is split by its rows. By default nothing is.
+    join: tensor groups over which products are summed before the bias is added,
+      if the kernel is split by rows; none by default.
   """
 
   features: int
@@ -113,7 +105,7 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-  """RMSNorm or LayerNorm, with a learned scale; computed in float32."""
+  """RMSNorm or LayerNorm with a learned scale, computed in float32."""
 
   config: ModelConfig
   use_scale: bool = True
@@ -135,9 +127,9 @@ class Norm(nn.Module):
 
 
 def keeps_inputs(f: Callable[..., Any], platform: str) -> Callable[..., Any]:
-  """f, of which a backward pass keeps the arguments and nothing between.
+  """Makes the backward pass of f store its arguments and nothing else.
 
-  Not on a CPU, where working it out again costs what is saved.
+  Except on a CPU, where computing f again takes longer than memory traffic.
   """
   if (platform or jax.default_backend()) == 'cpu':
     return f
@@ -152,9 +144,10 @@ def normalize(
   is_centred: bool = False,
   bias: jax.Array | None = None,
 ) -> jax.Array:
-  """x / rms(x) over the last axis, times the scale [D]; computed in float32.
+  """Divides x by its root mean square over the last axis, in float32.
 
-  With `is_centred` of x without its mean: LayerNorm.
+  A scale [D] and a bias [D] are applied after. With `is_centred` the mean is
+  subtracted first: LayerNorm.
   """
   x = x.astype(jnp.float32)
   if is_centred:
@@ -168,7 +161,7 @@ def normalize(
 
 
 class Heads(nn.Module):
-  """Queries or keys [B, L, H, Dh]: QK-norm and rotated, where configured."""
+  """Applies QK-norm and rotary positions, if configured, to [B, L, H, Dh]."""
 
   config: ModelConfig
 
@@ -186,14 +179,8 @@ class Heads(nn.Module):
     return x if rotary is None else rotate(x, rotary)
 
 
-def activate_time(config: ModelConfig, time: jax.Array) -> jax.Array:
-  """What the layers that make shifts, scales and gates of the time see."""
-  is_md4 = TIME_FORMS[config.time_form].is_md4
-  return MLPS[config.mlp](time) if is_md4 else nn.silu(time)
-
-
 class TimeEmbedding(nn.Module):
-  """t -> [B, time_width]: sinusoids and a two-layer MLP (as in DiT)."""
+  """Maps t [B] to [B, time_width]: sinusoids and a two-layer MLP, as in DiT."""
 
   config: ModelConfig
 
@@ -211,6 +198,11 @@ class TimeEmbedding(nn.Module):
       kernel_init=nn.initializers.normal(INIT_STD),
     )
     inner = 4 * cfg.time_width if form.is_md4 else cfg.time_width
-    return dense(cfg.time_width, name='out')(
-      nn.silu(dense(inner, name='in')(features))
-    )
+    inside = nn.silu(dense(inner, name='in')(features))
+    return dense(cfg.time_width, name='out')(inside)
+
+
+def activate_time(config: ModelConfig, time: jax.Array) -> jax.Array:
+  """Activates the embedded time for the layers that make shifts and scales."""
+  is_md4 = TIME_FORMS[config.time_form].is_md4
+  return MLPS[config.mlp](time) if is_md4 else nn.silu(time)

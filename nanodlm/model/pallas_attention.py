@@ -1,33 +1,29 @@
 """Pallas kernels for TPUs: attention, and the norm and rotation of its heads.
 
-No score leaves the chip. XLA keeps the float32 probabilities of every layer for
-the backward pass: at length 1024 that is 4.4 GiB for 8 rows of GPT-2 small, and
-about half of the step's cycles. Here the backward kernel works them out again
-from q, k and v.
+Scores never leave the chip: the backward kernel recomputes them from q, k and
+  v. XLA stores the float32 probabilities of every layer for the backward pass:
+  at length 1024 these are 4.4 GiB for 8 rows of GPT-2 small, and half of the
+  step's cycles. For configs/gpt2_small.py with 8 rows per v5e chip the compiler
+  estimates, in millions of cycles and GiB of temporary memory (nothing was
+  run): XLA's attention 292 and 13.6, this one 153 and 6.7, with
+  model.remat='dots' 160 and 3.3; with norm and rotation as a kernel and with
+  norms and gated activations that store their inputs only 131 and 4.5, without
+  a scan over the layers 90 and 2.8.
 
-What was tried, on configs/gpt2_small.py with 8 rows a v5e chip, in millions of
-cycles as the compiler estimates them, kernels added as in `compile`, and GiB of
-temporaries (nothing was run): XLA's attention 292 and 13.6; this one 153 and 6.7;
-with model.remat='dots' 160 and 3.3, as it runs the forward kernel twice; norm and
-rotation as a kernel, and norms and gated activations that keep their inputs
-only, 131 and 4.5; the layers unrolled instead of scanned, which spares the copies
-in and out of stacked activations, 90 and 2.8.
+JAX's splash attention is not an option: it cannot tell shard_map over which
+devices its outputs vary.
 
-Why not JAX's splash attention: it cannot tell shard_map over which devices its
-results vary (its output shapes carry no such mark), and there is no inner
-shard_map left to turn the check off for where all mesh axes are manual already.
-
-How it is laid out. q, k and v stay [B, L, H x Dh], in 128 lanes a block, so that
-nothing is transposed or padded in HBM; of two heads of 64 in a block one is
-zeroed at a time, which costs the matrix unit what padding would. Scores are kept
-as [keys, queries]: reductions then run over sublanes, and what must be turned
-around is [L, 128], not [L, L]. All keys of a head fit into VMEM, so the softmax
-is a plain one, without running maxima.
+Layout: q, k and v stay [B, L, H x Dh] in blocks of 128 lanes, so that nothing
+  is transposed or padded in HBM. Of two heads of 64 in a block, one at a time
+  is zeroed, which costs the matrix unit no more than padding. Scores are [keys,
+  queries]: reductions run over sublanes, and only [L, 128] is transposed. All
+  keys of a head fit into VMEM, so that the softmax needs no running maxima.
 """
 
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
@@ -35,30 +31,30 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 LANES = 128
-# Scores of one block, [keys, queries] float32, 2 MiB that are alive a few times
-# over. With 4096 keys a kernel needs 16.5 MiB of VMEM, the default share is 16.
+# Scores of one block, [keys, queries] float32: 2 MiB, a few of which are alive.
+# A kernel with 4096 keys needs 16.5 MiB of VMEM; the default limit is 16.
 MAX_SCORES = 2**19
 VMEM_BYTES = 24 * 2**20
-# Of 16 bits; half of it of float32. (A v4, whose VMEM is 16 MiB in all, cannot take
-# 4096 keys: model.attention='xla' there.)
+# In 16 bits; half of it in float32. A v4 with its 16 MiB of VMEM cannot take
+# 4096 keys; use model.attention='xla' there.
 MAX_KEYS = MAX_SCORES // LANES
 MIN_SCORE = float(jnp.finfo(jnp.float32).min)
 
 
 def _divide(x, divisor: int):
-  """x // divisor of numbers >= 0, without the care that // takes of others."""
+  """x // divisor for x >= 0; the operator // adds code for other signs."""
   return jax.lax.div(x, jnp.int32(divisor))
 
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-  """Which keys a query sees, beside segments.
+  """The keys that a query sees, apart from segments.
 
   Attributes:
-    kind: 'all'; 'causal', keys of the query's own and earlier blocks; 'noisy',
-      where keys 0..L-1 are noisy and L..2L-1 clean, the noisy ones of its own
-      block and the clean ones of earlier blocks.
-    block_size: S; 1 is a causal text model.
+    kind: 'all'; 'causal': keys of the query's own and earlier blocks; 'noisy':
+      of the noisy keys 0..L-1 those of its own block, of the clean keys L..2L-1
+      those of earlier blocks.
+    block_size: S; 1 for a causal text model.
   """
 
   kind: str
@@ -67,7 +63,7 @@ class Pattern:
   def seen(
     self, keys: jax.Array, queries: jax.Array, num_keys: int
   ) -> jax.Array | None:
-    """Positions keys [K, 1] and queries [1, Q] -> [K, Q] bool; None is all."""
+    """Maps positions [K, 1] and [1, Q] to [K, Q] bool; None: all seen."""
     if self.kind == 'all':
       return None
     query_block = _divide(queries, self.block_size)
@@ -76,22 +72,21 @@ class Pattern:
     half = num_keys // 2
     is_noisy = keys < half
     block = _divide(jnp.where(is_noisy, keys, keys - half), self.block_size)
-    # One comparison of twice the block: odd for noisy keys.
+    # Twice the block, and odd for noisy keys.
     code = 2 * block + is_noisy.astype(jnp.int32)
     limit = 2 * query_block
     return (code == limit + 1) | ((code < limit) & (code & 1 == 0))
 
 
-def fits(
-  num_heads: int, head_dim: int, num_queries: int, num_keys: int, itemsize: int
-) -> bool:
-  """Whether the kernel can take these sizes; `itemsize` is a number's bytes."""
+def fits(q: Any, num_keys: int) -> bool:
+  """Returns whether the kernel supports q [B, Lq, H, Dh] on that many keys."""
+  _, num_queries, num_heads, head_dim = q.shape
   if head_dim % LANES and (LANES % head_dim or num_heads % (LANES // head_dim)):
     return False
   return (
     num_queries % LANES == 0
     and num_keys % LANES == 0
-    and num_keys <= MAX_KEYS * 2 // max(itemsize, 2)
+    and num_keys <= MAX_KEYS * 2 // max(q.dtype.itemsize, 2)
   )
 
 
@@ -104,31 +99,32 @@ def attention(
   key_ids: jax.Array | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """Scaled dot-product attention, softmax in float32; sizes as `fits` says.
+  """Scaled dot-product attention with a float32 softmax, of sizes that `fits`.
 
   Args:
     q: [B, Lq, H, Dh].
     k: [B, Lk, H, Dh].
     v: [B, Lk, H, Dh].
-    pattern: who sees whom.
-    query_ids: [B, Lq] int32, segments: only keys with the same id are seen.
-    key_ids: [B, Lk] int32.
-    interpret: run without a TPU, slowly, for tests.
+    pattern: the keys that each query sees.
+    query_ids: [B, Lq] int32 segments; only keys with the same id are seen.
+    key_ids: [B, Lk] int32, required with query_ids.
+    interpret: runs without a TPU, slowly, for tests.
 
   Returns:
     [B, Lq, H, Dh] in q's dtype.
   """
   merge = lambda x: x.reshape(*x.shape[:2], -1)
   ids = None
-  if query_ids is not None:
+  if query_ids is not None and key_ids is not None:
     ids = (query_ids[:, None, :], key_ids[:, :, None])
   setup = _Setup(pattern, q.shape[-1], interpret)
-  return _attention(setup, merge(q), merge(k), merge(v), ids).reshape(q.shape)
+  out: Any = _attention(setup, merge(q), merge(k), merge(v), ids)
+  return out.reshape(q.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Setup:
-  """What is static in a call."""
+  """The static parameters of a call."""
 
   pattern: Pattern
   head_dim: int
@@ -136,23 +132,23 @@ class _Setup:
 
   @property
   def width(self) -> int:
-    """Lanes of a block: one head, or several narrow ones."""
+    """Lanes of a block: of one head, or of several narrow ones."""
     return max(self.head_dim, LANES)
 
   @property
   def factor(self) -> float:
-    """Of the scores."""
+    """Scale of the scores."""
     return self.head_dim**-0.5
 
   def num_queries(self, q, k) -> int:
-    """Queries of a block."""
+    """Number of queries in a block."""
     size = 512
     while q.shape[1] % size or size * k.shape[1] > MAX_SCORES:
       size //= 2
     return size
 
   def seen(self, num_keys, num_queries, start, id_refs):
-    """[K, Q] bool of the block of queries that begins at `start`, or None."""
+    """[K, Q] bool for the block of queries from `start` on; None: all."""
     keys = jax.lax.broadcasted_iota(jnp.int32, (num_keys, 1), 0)
     queries = start + jax.lax.broadcasted_iota(jnp.int32, (1, num_queries), 1)
     seen = self.pattern.seen(keys, queries, num_keys)
@@ -162,7 +158,7 @@ class _Setup:
     return seen
 
   def heads(self):
-    """A float32 row [1, width] for each head of a block: 1 in its own lanes."""
+    """One float32 row [1, width] per head of a block, 1 in the head's lanes."""
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, self.width), 1)
     return [
       (_divide(lane, self.head_dim) == head).astype(jnp.float32)
@@ -171,19 +167,19 @@ class _Setup:
 
 
 def _dot(a, b, a_dim, b_dim):
-  """Contracts one dimension of each -> float32."""
+  """Contracts a_dim of a with b_dim of b, in float32."""
   return jax.lax.dot_general(
     a, b, (((a_dim,), (b_dim,)), ((), ())), preferred_element_type=jnp.float32
   )
 
 
 def _own(x, head, factor=1.0):
-  """A block [Q, width] with the other heads' lanes at 0."""
+  """Zeroes the lanes of the other heads in a block [Q, width]."""
   return (x.astype(jnp.float32) * (head * factor)).astype(x.dtype)
 
 
 def _exp_scores(q, k, seen):
-  """exp(scores - their maximum) [K, Q] and its inverse sum [1, Q], float32."""
+  """Returns exp(scores - maximum) [K, Q] and 1 / its sum [1, Q], float32."""
   scores = _dot(k, q, 1, 1)
   if seen is not None:
     scores = jnp.where(seen, scores, MIN_SCORE)
@@ -221,7 +217,7 @@ def _backward_kernel(setup, q_ref, k_ref, v_ref, out_ref, d_out_ref, *refs):
     own, d_own = _own(q, head, setup.factor), _own(d_out, head)
     exp, inverse = _exp_scores(own, k, seen)
     weights = exp * inverse
-    # d_out . out of each query, as a row.
+    # The product d_out . out of each query, as a row.
     delta = jnp.sum((inner * head).T, axis=0, keepdims=True)
     d_scores = (weights * (_dot(v, d_own, 1, 1) - delta)).astype(q.dtype)
     dv_sum[...] += _dot(weights.astype(d_own.dtype), d_own, 1, 0)
@@ -235,68 +231,88 @@ def _backward_kernel(setup, q_ref, k_ref, v_ref, out_ref, d_out_ref, *refs):
     dv_ref[0] = dv_sum[...].astype(dv_ref.dtype)
 
 
-def _call(kernel, setup, name, num_products, q, k, rest, ids, outs, scratch=()):
-  """Runs a kernel over rows, heads and blocks of queries.
+def _run(kernel, setup, name, grid, inputs, outputs, scratch=(), cost=(0, 0)):
+  """Runs a kernel over rows, heads and blocks of positions.
 
   Args:
-    kernel: takes `setup`, then references.
-    setup: see there.
+    kernel: takes references to its inputs, outputs and scratch memory.
+    setup: a _Setup.
     name: in profiles.
-    num_products: of [Lq, Lk] by a head, for the estimate of its cost.
-    q: [B, Lq, W]; k too, of Lk.
-    k: its shape is that of every key-sided array.
-    rest: the arrays beside them, each in q's or k's shape.
-    ids: (rows, columns) or None.
-    outs: which side each result has: 'q' or 'k'.
-    scratch: VMEM that lasts over a head's blocks of queries.
-
-  Returns:
-    The results, in q's or k's shapes and q's dtype.
+    grid: numbers of rows, heads and blocks.
+    inputs: pairs (array, BlockSpec).
+    outputs: pairs (array of the output's shape and dtype, BlockSpec).
+    scratch: shapes of float32 VMEM that lasts over the blocks of a head.
+    cost: FLOPs of matrix products, and transcendentals.
   """
-  batch, length, width = q.shape
-  size, lanes = setup.num_queries(q, k), setup.width
-  side = {
-    'q': pl.BlockSpec((1, size, lanes), lambda b, h, i: (b, i, h)),
-    'k': pl.BlockSpec((1, k.shape[1], lanes), lambda b, h, i: (b, 0, h)),
-  }
-  args, specs = (
-    [q, k, *(x for _, x in rest)],
-    [side['q'], side['k'], *(side[where] for where, _ in rest)],
-  )
-  if ids is not None:
-    args += ids
-    specs += [
-      pl.BlockSpec((1, 1, size), lambda b, h, i: (b, 0, i)),
-      pl.BlockSpec((1, k.shape[1], 1), lambda b, h, i: (b, 0, 0)),
-    ]
-  varies = jax.typeof(q).manual_axis_type
-  shape = {
-    where: jax.ShapeDtypeStruct(x.shape, q.dtype, manual_axis_type=varies)
-    for where, x in (('q', q), ('k', k))
-  }
-  pairs = batch * length * k.shape[1]
-  moved = sum(x.size * x.dtype.itemsize for x in args) + sum(
-    math.prod(shape[where].shape) * q.dtype.itemsize for where in outs
-  )
+  args, in_specs = zip(*inputs)
+  outs, out_specs = zip(*outputs)
+  varies = jax.typeof(args[0]).manual_axis_type
   return pl.pallas_call(
-    functools.partial(kernel, setup),
-    grid=(batch, width // lanes, length // size),
-    in_specs=specs,
-    out_specs=[side[where] for where in outs],
-    out_shape=[shape[where] for where in outs],
-    scratch_shapes=[pltpu.VMEM(x, jnp.float32) for x in scratch],
+    kernel,
+    grid=grid,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    out_shape=[
+      jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varies)
+      for x in outs
+    ],
+    scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary'),
       vmem_limit_bytes=VMEM_BYTES,
     ),
     cost_estimate=pl.CostEstimate(
-      flops=2 * num_products * pairs * width,
-      transcendentals=pairs * width // setup.head_dim,
-      bytes_accessed=moved,
+      flops=cost[0],
+      transcendentals=cost[1],
+      bytes_accessed=sum(
+        math.prod(x.shape) * x.dtype.itemsize for x in (*args, *outs)
+      ),
     ),
     name=name,
     interpret=setup.interpret,
   )(*args)
+
+
+def _call(kernel, setup, name, num_products, q, k, rest, ids, outs, scratch=()):
+  """Runs an attention kernel.
+
+  Args:
+    kernel: takes `setup`, then references.
+    setup: a _Setup.
+    name: in profiles.
+    num_products: products of [Lq, Lk] per head, to estimate the cost.
+    q: [B, Lq, W].
+    k: [B, Lk, W].
+    rest: the other arrays, as pairs of 'q' or 'k', whose shape it has, and
+      array.
+    ids: (rows, columns) or None.
+    outs: 'q' or 'k' for each result, whose shape it has, in q's dtype.
+    scratch: as in `_run`.
+  """
+  batch, length, width = q.shape
+  num_keys, size, lanes = k.shape[1], setup.num_queries(q, k), setup.width
+  side = {
+    'q': pl.BlockSpec((1, size, lanes), lambda b, h, i: (b, i, h)),
+    'k': pl.BlockSpec((1, num_keys, lanes), lambda b, h, i: (b, 0, h)),
+  }
+  inputs = [('q', q), ('k', k), *rest]
+  inputs = [(x, side[where]) for where, x in inputs]
+  if ids is not None:
+    row = pl.BlockSpec((1, 1, size), lambda b, h, i: (b, 0, i))
+    column = pl.BlockSpec((1, num_keys, 1), lambda b, h, i: (b, 0, 0))
+    inputs += [(ids[0], row), (ids[1], column)]
+  shapes = {'q': q, 'k': jax.ShapeDtypeStruct(k.shape, q.dtype)}
+  pairs = batch * length * num_keys
+  return _run(
+    functools.partial(kernel, setup),
+    setup,
+    name,
+    (batch, width // lanes, length // size),
+    inputs,
+    [(shapes[where], side[where]) for where in outs],
+    scratch,
+    (2 * num_products * pairs * width, pairs * width // setup.head_dim),
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -313,20 +329,12 @@ def _attention_forward(setup, q, k, v, ids):
 
 def _attention_backward(setup, residuals, d_out):
   q, k, v, ids, out = residuals
+  rest = [('k', v), ('q', out), ('q', d_out)]
   scratch = [(k.shape[1], setup.width)] * 2
-  dq, dk, dv = _call(
-    _backward_kernel,
-    setup,
-    'attention_backward',
-    5,
-    q,
-    k,
-    [('k', v), ('q', out), ('q', d_out)],
-    ids,
-    ['q', 'k', 'k'],
-    scratch,
-  )
-  return dq, dk, dv, None
+  kernel, name = _backward_kernel, 'attention_backward'
+  outs = ['q', 'k', 'k']
+  grads = _call(kernel, setup, name, 5, q, k, rest, ids, outs, scratch)
+  return *grads, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -339,15 +347,15 @@ def rotate(
   eps: float,
   interpret: bool = False,
 ) -> jax.Array:
-  """RMSNorm of each head, where there is a scale, then rotary positions.
+  """Applies RMSNorm to each head, if there is a scale, then rotary positions.
 
-  In one pass: XLA lays heads of 64 out with the positions in the lanes, takes
-  five passes over float32 copies and turns them around for the kernel above.
+  In one pass: XLA puts the positions of heads of 64 into the lanes, makes five
+  passes over float32 copies and transposes them for the kernel above.
 
   Args:
-    x: [B, L, H, Dh]; sizes as `fits` says.
+    x: [B, L, H, Dh] that `fits`.
     scale: [Dh] float32, or None for no norm.
-    table: [2, L, 1, Dh / 2], cosines and sines (`model.rotary_table`).
+    table: [2, L, 1, Dh / 2], from `layers.rotary_table`.
     eps: of the norm.
     interpret: as in `attention`.
 
@@ -362,20 +370,22 @@ def rotate(
     jnp.tile(cos, (1, 2 * copies)),
     jnp.tile(jnp.concatenate([-sin, sin], -1), (1, copies)),
   )
+  row: Any = scale
   if scale is not None:
-    # Here and not in the kernel's rule: so its gradients are summed over the
-    # devices among which only the heads differ.
+    # Outside of the kernel's own rule, so that its gradients are summed over
+    # the devices that differ in their heads only.
     varying = jax.typeof(x).manual_axis_type.varying
     missing = varying - jax.typeof(scale).manual_axis_type.varying
     if missing:
-      scale = jax.lax.pcast(scale, tuple(missing), to='varying')
-    scale = jnp.tile(scale, copies)[None]
+      row = jax.lax.pcast(scale, tuple(missing), to='varying')
+    row = jnp.tile(row, copies)[None]
   merged = x.reshape(*x.shape[:2], -1)
-  return _rotate(setup, eps, merged, scale, tables).reshape(x.shape)
+  out: Any = _rotate(setup, eps, merged, row, tables)
+  return out.reshape(x.shape)
 
 
 def _swap(setup, x):
-  """Exchanges the halves of every head."""
+  """Swaps the halves of every head."""
   half = setup.head_dim // 2
   lane = jax.lax.broadcasted_iota(jnp.int32, (1, setup.width), 1)
   return jnp.where(
@@ -386,7 +396,7 @@ def _swap(setup, x):
 
 
 def _head_means(setup, x):
-  """Each head's mean over its own lanes, in all of them."""
+  """Writes each head's mean over its lanes to all of them."""
   return (
     sum(
       head * jnp.sum(x * head, axis=1, keepdims=True) for head in setup.heads()
@@ -425,52 +435,26 @@ def _rotate_back_kernel(setup, eps, x_ref, d_out_ref, cos_ref, sin_ref, *refs):
   dx_ref[0] = dx.astype(dx_ref.dtype)
 
 
-def _call_rotate(kernel, setup, eps, name, arrays, tables, scale, with_d_scale):
-  """Runs a kernel over rows, heads and blocks of positions."""
-  batch, length, width = arrays[0].shape
+def _call_rotate(kernel, setup, eps, name, arrays, tables, scale, has_d_scale):
+  """Runs a rotation kernel."""
+  x = arrays[0]
+  batch, length, width = x.shape
   size, lanes = min(length, MAX_SCORES // 4 // LANES), setup.width
   while length % size:
     size //= 2
   grid = (batch, width // lanes, length // size)
   block = pl.BlockSpec((1, size, lanes), lambda b, h, i: (b, i, h))
   table = pl.BlockSpec((size, lanes), lambda b, h, i: (i, 0))
-  args, specs = [*arrays, *tables], [block] * len(arrays) + [table] * 2
+  inputs = [(y, block) for y in arrays] + [(y, table) for y in tables]
   if scale is not None:
-    args.append(scale)
-    specs.append(pl.BlockSpec((1, lanes), lambda b, h, i: (0, 0)))
-  varies = jax.typeof(arrays[0]).manual_axis_type
-  shapes = [
-    jax.ShapeDtypeStruct(
-      arrays[0].shape, arrays[0].dtype, manual_axis_type=varies
-    )
-  ]
-  out_specs = [block]
-  if with_d_scale:
-    shapes.append(
-      jax.ShapeDtypeStruct(
-        (*grid[:2], 1, lanes), jnp.float32, manual_axis_type=varies
-      )
-    )
-    out_specs.append(
-      pl.BlockSpec((1, 1, 1, lanes), lambda b, h, i: (b, h, 0, 0))
-    )
-  moved = sum(x.size * x.dtype.itemsize for x in [*args, arrays[0]])
-  return pl.pallas_call(
-    functools.partial(kernel, setup, eps),
-    grid=grid,
-    in_specs=specs,
-    out_specs=out_specs,
-    out_shape=shapes,
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=('parallel', 'parallel', 'arbitrary')
-    ),
-    # No products; FLOPs of the vector unit are not the peak rate's.
-    cost_estimate=pl.CostEstimate(
-      flops=0, transcendentals=0, bytes_accessed=moved
-    ),
-    name=name,
-    interpret=setup.interpret,
-  )(*args)
+    inputs.append((scale, pl.BlockSpec((1, lanes), lambda b, h, i: (0, 0))))
+  outputs = [(x, block)]
+  if has_d_scale:
+    shape = jax.ShapeDtypeStruct((*grid[:2], 1, lanes), jnp.float32)
+    row = pl.BlockSpec((1, 1, 1, lanes), lambda b, h, i: (b, h, 0, 0))
+    outputs.append((shape, row))
+  kernel = functools.partial(kernel, setup, eps)
+  return _run(kernel, setup, name, grid, inputs, outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -486,28 +470,17 @@ def _rotate_forward(setup, eps, x, scale, tables):
 
 def _rotate_backward(setup, eps, residuals, d_out):
   x, scale, tables = residuals
-  arrays = [d_out] if scale is None else [x, d_out]
-  kernel = (
-    _rotate_back_kernel
-    if scale is not None
-    else (
-      lambda setup, eps, *refs: _rotate_back_kernel(setup, eps, None, *refs)
+  name = 'rotate_backward'
+  if scale is None:
+    kernel = lambda setup, eps, *refs: _rotate_back_kernel(
+      setup, eps, None, *refs
     )
+    (dx,) = _call_rotate(kernel, setup, eps, name, [d_out], tables, None, False)
+    return dx, None, None
+  dx, d_scale = _call_rotate(
+    _rotate_back_kernel, setup, eps, name, [x, d_out], tables, scale, True
   )
-  out = _call_rotate(
-    kernel,
-    setup,
-    eps,
-    'rotate_backward',
-    arrays,
-    tables,
-    scale,
-    scale is not None,
-  )
-  d_scale = None
-  if scale is not None:
-    d_scale = jnp.sum(out[1], axis=(0, 1))
-  return out[0], d_scale, None
+  return dx, jnp.sum(d_scale, axis=(0, 1)), None
 
 
 _rotate.defvjp(_rotate_forward, _rotate_backward)

@@ -1,10 +1,10 @@
-"""The transformer: tokens (and t) -> hidden; hidden -> logits are two calls.
+"""The transformer, with one call for hidden states and one for their logits.
 
-Pre-norm blocks, with rotary positions by default, scanned over all layers but
-the last. That one is on its own because it can be told which positions are
-wanted: its keys and values need every position, its output projection and MLP
-only those that are scored (in training, half of them) or revealed (in sampling,
-a few).
+Blocks are pre-normed, with rotary positions by default, and scanned over all
+layers but the last. The last one is separate because its caller can choose the
+positions wanted: its keys and values need every position, its output projection
+and MLP only those that are scored (half of them in training) or revealed (a few
+in sampling).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from nanodlm.devices import sharding
-from nanodlm.devices.sharding import Shards
+from nanodlm.devices.sharding import Shards, UNSPLIT
 from nanodlm.model import attention
 from nanodlm.model.config import (
   ATTENTION_OUT,
@@ -41,7 +41,7 @@ from nanodlm.types import InputError
 
 
 class Cache(NamedTuple):
-  """Keys and values of the positions that a sampler is done with.
+  """Keys and values of positions that a sampler has finished.
 
   Attributes:
     layers: (keys, values), [num_layers - 1, B, C, K, Dh] each, or None.
@@ -52,58 +52,62 @@ class Cache(NamedTuple):
   last: Any
 
 
+class Context(NamedTuple):
+  """Inputs that all blocks share; None for those that do not apply.
+
+  Attributes:
+    time: [B, time_width], the embedded time.
+    rotary: from `rotary_table`; None if positions are learned.
+    segment_ids: [B, L] int32; a position attends within its segment.
+    dropout_keys: [B], one per example.
+    visible: [C] bool, the cached positions that are seen.
+    seen: [B, L, L] bool, the positions that each one sees, instead of those
+      that the config says.
+  """
+
+  time: Any = None
+  rotary: Any = None
+  segment_ids: Any = None
+  dropout_keys: Any = None
+  visible: Any = None
+  seen: Any = None
+
+
 class Block(nn.Module):
   """Attention and MLP, each pre-normed and added to the residual stream.
 
-  With time conditioning each branch is shifted, scaled and gated by the time
-  (adaLN-zero): the gates start at 0, the norms have no scale of their own.
+  With time conditioning the time shifts, scales and gates each branch
+  (adaLN-zero): the gates are 0 initially, the norms have no scales of their
+  own.
   """
 
   config: ModelConfig
   shards: Shards = Shards()
 
   @nn.compact
-  def __call__(
-    self,
-    x,
-    layer,
-    cached,
-    time,
-    rotary,
-    segment_ids,
-    dropout_keys,
-    visible,
-    seen,
-    positions=None,
-  ):
+  def __call__(self, x, layer, cached, context, positions=None):
     """Applies the block.
 
     Args:
-      x: [B, L, D]; B is even with `config.block_size`, noisy rows and clean ones.
+      x: [B, L, D]; with `config.block_size` the noisy rows, then the clean
+        ones.
       layer: [] int32, the block's index.
       cached: (keys, values) of other positions, [B, C, K, Dh] each, or None.
-      time: [B, D] embedded time, or None.
-      rotary: `rotary_table(L)`, or None where positions are learned.
-      segment_ids: [B, L] int32 or None.
-      dropout_keys: [B] or None.
-      visible: [C] bool, which of the cached positions are seen, or None.
-      seen: [B, L, L] bool, which positions each one sees; None is the config's.
-      positions: [N] int32 indices into B * L of the rows wanted; None is all.
+      context: a Context.
+      positions: [N] int32 indices into B * L of the rows wanted; None: all.
 
     Returns:
       [B, L, D], or [N, D] with `positions`; and the tokens' own (keys, values)
-      where some are cached, else None.
+      if there is a cache, else None.
     """
     cfg, shards = self.config, self.shards
     batch, length, width = x.shape
     dtype = jnp.dtype(cfg.dtype)
-    # This device's: a part of the heads and of the MLP.
+    # This device has a part of the heads and of the MLP.
     num_heads = cfg.num_heads // shards.tensor
     kv_heads = cfg.kv_heads // shards.tensor
     inner, mlp_width = num_heads * cfg.head_dim, cfg.mlp_width // shards.tensor
-    norm = functools.partial(
-      Norm, cfg, not cfg.time_conditioning or TIME_FORMS[cfg.time_form].scales
-    )
+    has_scales = not cfg.time_conditioning or TIME_FORMS[cfg.time_form].scales
 
     def pick(y):  # [B, L, D] -> the wanted rows
       return y if positions is None else y.reshape(-1, y.shape[-1])[positions]
@@ -111,117 +115,102 @@ class Block(nn.Module):
     def pick_time(y):  # [B, D] -> broadcastable to the wanted rows
       return y[:, None] if positions is None else y[positions // length]
 
+    def normed(name, y, shift, scale):
+      y = Norm(cfg, has_scales, name=name)(y)
+      if shift is not None:
+        y = y * (1 + scale) + shift
+      return sharding.split(y, shards)
+
     def branch(y, gate, salt):
       if gate is not None:
         y = y * pick_time(gate)
-      if dropout_keys is not None and cfg.dropout:
+      if context.dropout_keys is not None and cfg.dropout:
         keys = jax.vmap(
           lambda key: jax.random.fold_in(jax.random.fold_in(key, layer), salt)
-        )(dropout_keys)
-        y = y * pick(dropout_mask(keys, cfg.dropout, (length, width))).astype(
-          y.dtype
-        )
+        )(context.dropout_keys)
+        mask = pick(dropout_mask(keys, cfg.dropout, (length, width)))
+        y = y * mask.astype(y.dtype)
       return y
 
-    gate1 = gate2 = None
+    shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
     if cfg.time_conditioning:
       modulation = nn.Dense(
         6 * width // shards.tensor,
         dtype=dtype,
         name='modulation',
         kernel_init=nn.initializers.zeros,
-      )(activate_time(cfg, time))
+      )(activate_time(cfg, context.time))
       modulation = sharding.concatenate(modulation, shards)
-      shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
-        modulation, 6, axis=-1
-      )
+      parts = jnp.split(modulation, 6, axis=-1)
+      shift1, scale1, gate1, shift2, scale2, gate2 = parts
+      shift1, scale1 = shift1[:, None], scale1[:, None]
+      shift2, scale2 = pick_time(shift2), pick_time(scale2)
 
-    h = norm(name='attention_norm')(x)
-    if cfg.time_conditioning:
-      h = h * (1 + scale1[:, None]) + shift1[:, None]
-    h = sharding.split(h, shards)
-    q, k, v = (
-      Linear(
-        heads * cfg.head_dim, dtype, cfg.attention_bias != 'none', name=name
-      )(h).reshape(batch, length, heads, cfg.head_dim)
-      for name, heads in (
-        ('query', num_heads),
-        ('key', kv_heads),
-        ('value', kv_heads),
-      )
-    )
-    q, k = (
-      Heads(cfg, name='q_norm')(q, rotary),
-      Heads(cfg, name='k_norm')(k, rotary),
-    )
+    h = normed('attention_norm', x, shift1, scale1)
+
+    def project(name, heads):
+      has_bias = cfg.attention_bias != 'none'
+      y = Linear(heads * cfg.head_dim, dtype, has_bias, name=name)(h)
+      return y.reshape(batch, length, heads, cfg.head_dim)
+
+    q, k = project('query', num_heads), project('key', kv_heads)
+    v = project('value', kv_heads)
+    q = Heads(cfg, name='q_norm')(q, context.rotary)
+    k = Heads(cfg, name='k_norm')(k, context.rotary)
     own = None
+    kernel = {
+      'segment_ids': context.segment_ids,
+      'backend': cfg.attention,
+      'platform': cfg.platform,
+    }
     if cached is not None:
-      own = (k, v)
+      own = k, v
+      cached_k, cached_v = cached
       h = attention.cached_attention(
-        q, k, v, *cached, visible, causal=cfg.causal
+        q, k, v, cached_k, cached_v, context.visible, causal=cfg.causal
       )
     elif cfg.block_size:
-      if positions is not None:  # of the noisy rows, the last layer's output
+      if positions is not None:  # They are noisy rows of the last layer.
         q = q[: batch // 2]
       h = attention.block_attention(
-        q,
-        k,
-        v,
-        block_size=cfg.block_size,
-        segment_ids=segment_ids,
-        backend=cfg.attention,
-        platform=cfg.platform,
+        q, k, v, block_size=cfg.block_size, **kernel
       )
     else:
       h = attention.attention(
-        q,
-        k,
-        v,
-        causal=cfg.causal,
-        seen=seen,
-        segment_ids=segment_ids,
-        backend=cfg.attention,
-        platform=cfg.platform,
+        q, k, v, causal=cfg.causal, seen=context.seen, **kernel
       )
-    h = pick(
-      ad_checkpoint.checkpoint_name(h, ATTENTION_OUT).reshape(-1, length, inner)
-    )
-    out_std = INIT_STD / (2 * cfg.num_layers) ** 0.5
-    out = Linear(
+    h = ad_checkpoint.checkpoint_name(h, ATTENTION_OUT)
+    h = pick(h.reshape(-1, length, inner))
+    leave = functools.partial(
+      Linear,
       width,
       dtype,
-      cfg.attention_bias == 'all',
-      out_std,
-      shards,
-      name='attention_out',
-    )(h)
+      std=INIT_STD / (2 * cfg.num_layers) ** 0.5,
+      join=shards,
+    )
+    has_bias = cfg.attention_bias == 'all'
+    out = leave(use_bias=has_bias, name='attention_out')(h)
     x = pick(x) + branch(out, gate1, 0)
 
-    h = norm(name='mlp_norm')(x)
-    if cfg.time_conditioning:
-      h = h * (1 + pick_time(scale2)) + pick_time(shift2)
-    h = sharding.split(h, shards)
+    h = normed('mlp_norm', x, shift2, scale2)
     up = Linear(mlp_width, dtype, cfg.mlp_bias, name='mlp_in')(h)
     if cfg.is_gated:
       gate = Linear(mlp_width, dtype, cfg.mlp_bias, name='mlp_gate')(h)
-      up = keeps_inputs(
-        lambda gate, up: MLPS[cfg.mlp](gate) * up, cfg.platform
-      )(gate, up)
+      product = lambda gate, up: MLPS[cfg.mlp](gate) * up
+      up = keeps_inputs(product, cfg.platform)(gate, up)
     else:
       up = MLPS[cfg.mlp](up)
-    out = Linear(width, dtype, cfg.mlp_bias, out_std, shards, name='mlp_out')(
-      up
-    )
+    out = leave(use_bias=cfg.mlp_bias, name='mlp_out')(up)
     return x + branch(out, gate2, 1), own
 
 
 class Transformer(nn.Module):
-  """Tokens -> hidden; `output_logits` makes logits of them.
+  """Maps tokens to hidden states, which `output_logits` maps to logits.
 
   Attributes:
-    config: the network's shape.
-    shards: over how many devices its parameters are split. The blocks gather
-      theirs over fsdp when they run; `gather_ends` does it for the others.
+    config: the network's settings.
+    shards: numbers of devices that split the parameters. Blocks gather theirs
+      over fsdp when they run; `gather_ends` gathers the others.
   """
 
   config: ModelConfig
@@ -273,53 +262,46 @@ class Transformer(nn.Module):
     seen: jax.Array | None = None,
     positions: jax.Array | None = None,
   ) -> jax.Array:
-    """The network up to, not including, the output projection.
+    """Applies the network up to, not including, the output projection.
 
     Args:
       tokens: [B, L] int32.
-      t: [B] float32 in [0, 1]; read with time conditioning only.
+      t: [B] float32 in [0, 1]; required with time conditioning.
       clean: [B, L] int32, the clean text, with `config.block_size` only.
-      segment_ids: [B, L] int32; a position attends within its segment.
-      dropout_keys: [B], one per example; None turns dropout off.
-      seen: [B, L, L] bool, which positions each one sees, as `opening_mask`;
-        None: as the config says.
-      positions: [N] int32 indices into B * L of the rows wanted, None for all.
-        The last block computes its output for those only.
+      segment_ids: as in Context.
+      dropout_keys: as in Context; None turns dropout off.
+      seen: as in Context, for example from `opening_mask`.
+      positions: [N] int32 indices into B * L of the rows wanted; None: all. The
+        last block computes its output for those only.
 
     Returns:
       hidden [B, L, D], or [N, D] with `positions`, in the compute dtype.
     """
-    shape = tokens.shape
+    batch, length = tokens.shape
     if self.config.block_size:
       twice = lambda x: None if x is None else jnp.concatenate([x, x])
-      tokens, t = jnp.concatenate([tokens, clean]), twice(t)
+      tokens, t = jnp.concatenate([tokens, jnp.asarray(clean)]), twice(t)
       segment_ids = twice(segment_ids)
-      if dropout_keys is not None:  # the copies' masks are independent
+      if dropout_keys is not None:  # The masks of the copies are independent.
+        fold = jax.vmap(jax.random.fold_in, (0, None))
         dropout_keys = jnp.concatenate(
-          [
-            jax.vmap(lambda key: jax.random.fold_in(key, copy))(dropout_keys)
-            for copy in range(2)
-          ]
+          [fold(dropout_keys, copy) for copy in range(2)]
         )
     wanted = positions
-    if (self.config.block_size or self.config.shift_outputs) and wanted is None:
-      wanted = jnp.arange(shape[0] * shape[1])
-    if self.config.shift_outputs:
-      wanted = jnp.where(wanted % shape[1] == 0, wanted, wanted - 1)
-    hidden, _ = self._layers(
-      tokens,
-      t,
-      jnp.arange(shape[1]),
-      Cache(None, None),
-      segment_ids,
-      dropout_keys,
-      None,
-      seen,
-      wanted,
+    if positions is None and (
+      self.config.block_size or self.config.shift_outputs
+    ):
+      wanted = jnp.arange(batch * length)
+    if self.config.shift_outputs and wanted is not None:
+      wanted = jnp.where(wanted % length == 0, wanted, wanted - 1)
+    context = Context(
+      segment_ids=segment_ids, dropout_keys=dropout_keys, seen=seen
     )
-    if positions is None:
-      hidden = hidden.reshape(*shape, -1)
-    return hidden
+    where, cache = jnp.arange(length), Cache(None, None)
+    hidden, _ = self._layers(tokens, t, where, cache, context, wanted)
+    return (
+      hidden if positions is not None else hidden.reshape(batch, length, -1)
+    )
 
   def advance(
     self,
@@ -330,15 +312,15 @@ class Transformer(nn.Module):
     visible: jax.Array,
     positions: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache]:
-    """The network on S consecutive tokens, the rest coming from a cache.
+    """Applies the network to S consecutive tokens, with a cache for the rest.
 
     Args:
       tokens: [B, S] int32.
-      t: [B] float32; read with time conditioning only.
-      start: [] int32, the position of the first of them.
+      t: [B] float32; required with time conditioning.
+      start: [] int32, the position of the first token.
       cache: of C positions, with start + S <= C.
       visible: [C] bool, the cached positions that the tokens see.
-      positions: [N] int32 indices into B * S of the rows wanted, None for all.
+      positions: [N] int32 indices into B * S of the rows wanted; None: all.
 
     Returns:
       hidden [B, S, D] or [N, D], and the cache with the tokens' own keys and
@@ -346,13 +328,12 @@ class Transformer(nn.Module):
     """
     if self.config.shift_outputs:
       raise InputError(
-        'model.shift_outputs=True reads outputs from before a block, '
-        'which a cache of keys and values does not have'
+        'model.shift_outputs=True reads outputs from before a block, which a '
+        'cache of keys and values does not have'
       )
     where = start + jnp.arange(tokens.shape[1])
-    hidden, own = self._layers(
-      tokens, t, where, cache, None, None, visible, None, positions
-    )
+    context = Context(visible=visible)
+    hidden, own = self._layers(tokens, t, where, cache, context, positions)
 
     def write(old, new):
       return jax.lax.dynamic_update_slice_in_dim(
@@ -361,75 +342,47 @@ class Transformer(nn.Module):
 
     return hidden, jax.tree.map(write, cache, own)
 
-  def _layers(
-    self,
-    tokens,
-    t,
-    where,
-    cache,
-    segment_ids,
-    dropout_keys,
-    visible,
-    seen,
-    positions,
-  ):
-    """Hidden states of tokens at `where` [L], and their own keys and values."""
+  def _layers(self, tokens, t, where, cache, context, positions):
+    """Returns hidden states of tokens at `where` [L], and their own Cache."""
     cfg = self.config
-    last_layer = cfg.num_layers - 1
+    num_scanned = cfg.num_layers - 1
     x = self._embed(tokens, where)
-    time = None
     if cfg.time_conditioning:
-      time = self.time_embedding(
-        t if cfg.knows_time else jnp.zeros(tokens.shape[:1])
-      )
-    rotary = (
-      None
-      if cfg.num_positions
-      else rotary_table(where, cfg.head_dim, cfg.rope_theta)
-    )
-    args = (time, rotary, segment_ids, dropout_keys, visible, seen)
+      t = t if cfg.knows_time else jnp.zeros(tokens.shape[:1])
+      context = context._replace(time=self.time_embedding(t))
+    if not cfg.num_positions:
+      table = rotary_table(where, cfg.head_dim, cfg.rope_theta)
+      context = context._replace(rotary=table)
     if self.is_initializing():
-      self._init_layers(x, args)
+      self._init_layers(x, context)
     own = None
-    if cfg.num_layers > 1:
-      # In a scan XLA does not undo the recomputation; elsewhere it would.
+    if num_scanned:
+      # A scan already keeps XLA from merging the recomputation with the
+      # original.
       apply = self._make_apply(prevent_cse=cfg.unroll)
 
       def body(x, layer):
         params, index, cached = layer
-        return apply(params, x, index, cached, *args)
+        return apply(params, x, index, cached, context)
 
-      layers = (
-        self.layers.variables['params'],
-        jnp.arange(last_layer),
-        cache.layers,
-      )
+      params = self.layers.variables['params']
+      layers = params, jnp.arange(num_scanned), cache.layers
       x, own = (_unrolled_scan if cfg.unroll else jax.lax.scan)(body, x, layers)
-    x, last = self._make_apply(prevent_cse=True)(
-      self.last_layer.variables['params'],
-      x,
-      last_layer,
-      cache.last,
-      *args,
-      positions,
-    )
+    params = self.last_layer.variables['params']
+    apply = self._make_apply(prevent_cse=True)
+    x, last = apply(params, x, num_scanned, cache.last, context, positions)
     x = self.final_norm(x)
     if cfg.time_conditioning and TIME_FORMS[cfg.time_form].final:
-      shift, scale = jnp.split(
-        self.final_modulation(activate_time(cfg, time)), 2, axis=-1
-      )
-      wanted = (
-        (lambda y: y[:, None])
-        if positions is None
-        else (lambda y: y[positions // tokens.shape[1]])
-      )
-      x = x * (1 + wanted(scale)) + wanted(shift)
+      y = self.final_modulation(activate_time(cfg, context.time))
+      y = y[:, None] if positions is None else y[positions // tokens.shape[1]]
+      shift, scale = jnp.split(y, 2, axis=-1)
+      x = x * (1 + scale) + shift
     return x, Cache(own, last)
 
   def _embed(self, tokens, where):
     """[B, L] at positions [L] -> [B, L, D]."""
-    # Rows first, then the cast: the gradients of a row, the mask's above all,
-    # are summed in float32.
+    # Rows are cast after the lookup, so that the gradients of a row, above all
+    # of the mask's, are summed in float32.
     dtype = jnp.dtype(self.config.dtype)
     if self.shards.tensor == 1:
       rows = self.embedding[tokens]
@@ -447,7 +400,7 @@ class Transformer(nn.Module):
     return rows.astype(dtype)
 
   def _make_apply(self, prevent_cse):
-    """apply(params, x, layer, cached, *args) of a block, with remat."""
+    """Returns apply(params, x, layer, cached, context), a block with remat."""
     cfg, shards = self.config, self.shards
 
     def apply(params, x, *args):
@@ -461,23 +414,23 @@ class Transformer(nn.Module):
       policy = sharding.save_all_but_gathered
     return jax.checkpoint(apply, policy=policy, prevent_cse=prevent_cse)
 
-  def _init_layers(self, x, args):
-    """Draws the parameters of all blocks, those of the scan stacked."""
-    num_layers = self.config.num_layers
-    if num_layers > 1:
+  def _init_layers(self, x, context):
+    """Draws the parameters of all blocks, stacked for those of the scan."""
+    num_scanned = self.config.num_layers - 1
+    if num_scanned:
       nn.scan(
-        lambda block, x, layer: block(x, layer, None, *args),
+        lambda block, x, layer: block(x, layer, None, context),
         variable_axes={'params': 0},
         split_rngs={'params': True},
-        length=num_layers - 1,
-      )(self.layers, x, jnp.arange(num_layers - 1))
-    self.last_layer(x, num_layers - 1, None, *args)
+        length=num_scanned,
+      )(self.layers, x, jnp.arange(num_scanned))
+    self.last_layer(x, num_scanned, None, context)
 
 
 def _unrolled_scan(body, carry, xs):
-  """jax.lax.scan, one step written after another."""
-  # unstack and not indexing: its transpose stacks, where n index operations
-  # would each pad their gradient to the full stack.
+  """jax.lax.scan as a Python loop."""
+  # The transpose of unstack is one stack. Indexing would pad the gradient of
+  # each step to the full stack.
   leaves, tree = jax.tree.flatten(xs)
   outs = []
   for x in zip(*map(jnp.unstack, leaves)):
@@ -487,11 +440,11 @@ def _unrolled_scan(body, carry, xs):
 
 
 def opening_mask(keys: jax.Array, share: jax.Array, length: int) -> jax.Array:
-  """Attention between causal and full: attention mask annealing.
+  """Draws attention between causal and full: attention mask annealing.
 
-  Source: DiffuLLaMA, arXiv 2410.17891, section 3.2, by which an autoregressive
-  network becomes a diffusion model.
-  Differs from the paper: each example has a mask of its own, not each batch.
+  Source: DiffuLLaMA, arXiv 2410.17891, section 3.2, which turns an
+  autoregressive network into a diffusion model. Differs from the paper: each
+  example, not each batch, has its own mask.
 
   Args:
     keys: [B], one per example.
@@ -499,23 +452,19 @@ def opening_mask(keys: jax.Array, share: jax.Array, length: int) -> jax.Array:
     length: L.
 
   Returns:
-    [B, L, L] bool, which positions (last axis) each position sees; a position
-    always sees itself and those to its left.
+    [B, L, L] bool, the positions (last axis) that each position sees; always
+    itself and those to its left.
   """
   draw = lambda key: jax.random.bernoulli(key, share, (length, length))
   return jax.vmap(draw)(keys) | jnp.tril(jnp.ones((length, length), bool))[None]
 
 
 def init_cache(
-  config: ModelConfig, batch_size: int, length: int, shards: Shards = Shards()
+  config: ModelConfig, batch_size: int, length: int, shards: Shards = UNSPLIT
 ) -> Cache:
-  """An empty cache of `length` positions, in the compute dtype."""
-  shape = (
-    batch_size,
-    length,
-    config.kv_heads // shards.tensor,
-    config.head_dim,
-  )
+  """Makes an empty cache of `length` positions, in the compute dtype."""
+  kv_heads = config.kv_heads // shards.tensor
+  shape = (batch_size, length, kv_heads, config.head_dim)
   zeros = lambda *lead: (jnp.zeros(lead + shape, config.dtype),) * 2
   layers = zeros(config.num_layers - 1) if config.num_layers > 1 else None
   return Cache(layers, zeros())
@@ -534,7 +483,7 @@ class Affine(NamedTuple):
 
 
 def output_kernel(params) -> jax.Array | Affine:
-  """The output projection's kernel [V, D] (float32), tied or not, and its bias."""
+  """Returns the output projection [V, D], tied or not, with its bias."""
   kernel = params.get('output', params['embedding'])
   if 'output_bias' in params:
     return Affine(kernel, params['output_bias'])
@@ -542,11 +491,12 @@ def output_kernel(params) -> jax.Array | Affine:
 
 
 def output_logits(kernel: jax.Array | Affine, hidden: jax.Array) -> jax.Array:
-  """hidden [..., D] times kernel [V, D], transposed, -> [..., V] float32."""
+  """Projects hidden [..., D] with kernel [V, D] to logits [..., V], float32."""
   if isinstance(kernel, Affine):
     bias = jnp.expand_dims(kernel.bias, range(hidden.ndim - 1))
     return output_logits(kernel.kernel, hidden) + bias
-  # Not a transposed kernel: where the product is in a loop XLA would make one.
+  # A transposed kernel would be materialised by XLA if the product is in a
+  # loop.
   last = ((hidden.ndim - 1,), (1,))
   return jax.lax.dot_general(
     hidden,
@@ -556,16 +506,16 @@ def output_logits(kernel: jax.Array | Affine, hidden: jax.Array) -> jax.Array:
   )
 
 
-def init_params(config: ModelConfig, key: jax.Array, shards: Shards = Shards()):
-  """Draws the initial parameters, a nested dict of float32 arrays, whole.
+def init_params(config: ModelConfig, key: jax.Array, shards: Shards = UNSPLIT):
+  """Draws the initial parameters, a nested dict of whole float32 arrays.
 
-  The same numbers for any `shards`; only the vocabulary is padded for them, by
-  rows of zeros, which stay zeros.
+  The numbers do not depend on `shards`, for which the vocabulary is padded with
+  rows of zeros that stay zero.
   """
-  # Neither changes a shape; kernels do not take two tokens.
+  # Neither setting changes a shape, and kernels do not support two tokens.
   config = dataclasses.replace(config, block_size=0, attention='xla')
   tokens = jnp.zeros((1, 2), jnp.int32)
-  params = Transformer(config).init(key, tokens, jnp.zeros((1,)))['params']
+  params: Any = Transformer(config).init(key, tokens, jnp.zeros((1,)))['params']
   padding = sharding.padded(config.vocab_size, shards) - config.vocab_size
   for name in sharding.BY_VOCABULARY & set(params):
     x = params[name]
@@ -574,45 +524,38 @@ def init_params(config: ModelConfig, key: jax.Array, shards: Shards = Shards()):
 
 
 def check_shards(config: ModelConfig, shards: Shards, length: int = 0):
-  """Raises InputError where the network cannot be split so.
+  """Raises InputError if the network cannot be split so.
 
   Args:
     config: the network.
-    shards: over how many devices.
-    length: of the texts, for what kernels ask of a device's part; 0: not checked.
+    shards: numbers of devices.
+    length: of the texts, to check the sizes that kernels support; 0: unchecked.
   """
-  for axis, keys in (
-    ('fsdp', ('embed_dim', 'embedding_dim', 'time_width')),
-    ('tensor', ('num_heads', 'kv_heads', 'mlp_width')),
+  for axis, key, value in (
+    ('fsdp', 'embed_dim', config.embed_dim),
+    ('fsdp', 'embedding_dim', config.embedding_dim),
+    ('fsdp', 'time_dim', config.time_width),
+    ('tensor', 'num_heads', config.num_heads),
+    ('tensor', 'num_kv_heads', config.kv_heads),
+    ('tensor', 'mlp_dim', config.mlp_width),
   ):
     size = getattr(shards, axis)
-    for key in keys:
-      if getattr(config, key) % size:
-        name = {
-          'mlp_width': 'mlp_dim',
-          'kv_heads': 'num_kv_heads',
-          'time_width': 'time_dim',
-        }.get(key, key)
-        chosen = '' if getattr(config, name) else ' (chosen, for 0)'
-        raise InputError(
-          f'mesh.{axis}={size!r} does not divide model.{name}='
-          f'{getattr(config, key)!r}{chosen}; it must, as its parts lie on so '
-          'many devices'
-        )
+    if value % size:
+      chosen = '' if getattr(config, key) else ' (chosen for 0)'
+      raise InputError(
+        f'mesh.{axis}={size!r} does not divide model.{key}={value!r}{chosen}, '
+        'and must: its parts are on that many devices'
+      )
   if length:
-    copies = 2 if config.block_size else 1
-    attention.check_sizes(
-      config.attention,
-      config.num_heads // shards.tensor,
-      config.head_dim,
-      length,
-      copies * length,
-      jnp.dtype(config.dtype).itemsize,
-    )
+    num_heads = config.num_heads // shards.tensor
+    shape = (1, length, num_heads, config.head_dim)
+    q = jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))
+    num_keys = (2 if config.block_size else 1) * length
+    attention.check_sizes(config.attention, q, num_keys)
 
 
 def gather_ends(params, shards: Shards):
-  """The parameters with all that belongs to no block gathered over fsdp."""
+  """Gathers, over fsdp, the parameters that belong to no block."""
   blocks = ('layers', 'last_layer')
   ends = {name: tree for name, tree in params.items() if name not in blocks}
   return {**params, **sharding.gather(ends, shards)}

@@ -1,1 +1,1 @@
-"""Noise processes, their schedules and times, and draws from categorical laws."""
+"""Noise processes, their schedules and times, and categorical distributions."""

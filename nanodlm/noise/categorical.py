@@ -1,11 +1,11 @@
-"""Exact draws from logits: temperature, top-k, top-p. The precision rule is here.
+"""Exact draws from logits, with temperature, top-k and top-p.
 
-The precision rule: logits become float32 before anything is normalised, ids
-from mask_id on are excluded before normalising, and the Gumbel noise is drawn
-with mode='high'. JAX's default float32 Gumbel noise stops near 16, so that an
-outcome 16 nats below the best is never drawn and rare ones come out too seldom;
-the same fault in float32/float64 mixes is why published generative perplexities
-of masked models were too good (Zheng et al., arXiv 2409.02908).
+Logits are cast to float32 before normalisation, ids from mask_id on are
+excluded before it, and Gumbel noise is drawn with mode='high'. JAX's default
+float32 Gumbel noise ends near 16, so that an outcome 16 nats below the best is
+never drawn and rare ones too seldom; the same fault in mixtures of float32 and
+float64 made published generative perplexities of masked models too good (Zheng
+et al., arXiv 2409.02908).
 """
 
 import dataclasses
@@ -18,62 +18,59 @@ from nanodlm.types import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Vocab:
-  """Which ids the last axis of logits holds: all, or a device's share of them.
+  """The ids on the last axis of logits: all, or this device's share of them.
 
-  The functions below and the objectives take sums over the vocabulary through
-  it, so that a vocabulary split over devices is never gathered.
+  The functions below and the objectives use it for reductions over the
+  vocabulary, so that one that is split over devices is never gathered.
 
   Attributes:
-    axis: the mesh axis over whose devices the ids are split evenly, in order;
-      None where all of them are here.
+    axis: the mesh axis that splits the ids evenly, in order; None: all are
+      here.
   """
 
   axis: str | None = None
 
   def ids(self, logits: jax.Array) -> jax.Array:
-    """The ids of logits [..., V], [1, ..., V] int32."""
+    """Returns the ids of logits [..., V], [1, ..., V] int32."""
     ids = jnp.arange(logits.shape[-1])
     if self.axis is not None:
       ids += jax.lax.axis_index(self.axis) * logits.shape[-1]
     return jnp.expand_dims(ids, range(logits.ndim - 1))
 
   def sum(self, x: jax.Array) -> jax.Array:
-    """The sum of x [..., V] over the whole vocabulary, [...]."""
+    """Sums x [..., V] over the whole vocabulary, [...]."""
     total = jnp.sum(x, axis=-1)
     return total if self.axis is None else jax.lax.psum(total, self.axis)
 
   def max(self, x: jax.Array) -> jax.Array:
-    """The maximum of x [..., V] over it, [...]; carries no gradient."""
+    """Returns the maximum of x [..., V], [...], without a gradient."""
     best = jax.lax.stop_gradient(jnp.max(x, axis=-1))
     return best if self.axis is None else jax.lax.pmax(best, self.axis)
 
   def pick(self, x: jax.Array, ids: jax.Array) -> jax.Array:
-    """x [..., V] at ids [...], each within the whole vocabulary; [...].
-
-    By a comparison and not a gather: its transpose is elementwise and fuses into
-    a softmax's, where a gather's would scatter into zeros of the size of x.
-    """
+    """Picks x [..., V] at ids [...] of the whole vocabulary, [...]."""
+    # The transpose of a comparison is elementwise and fuses into a softmax's;
+    # that of a gather scatters into zeros of the size of x.
     is_it = self.ids(x) == ids[..., None]
     return self.sum(jnp.where(is_it, x, 0.0))
 
 
 WHOLE = Vocab()
 
-# Finite, so that a row can be subtracted from itself without NaN; exp() of it
-# is exactly 0 in float32.
+# Finite, so that a row minus itself is not NaN; its exp() is exactly 0.
 NEG_INF = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-  """How a token is drawn from logits.
+  """The settings by which a token is drawn from logits.
 
   Attributes:
-    mask_id: this id and any above it (vocabulary padding) are never drawn.
+    mask_id: this id and those above it (vocabulary padding) are never drawn.
     temperature: divides the logits; 0 takes the most probable token.
-    top_k: keep this many most probable tokens; 0 keeps all.
-    top_p: keep the smallest set with at least this probability, in (0, 1]; 1
-      keeps all (nucleus sampling, arXiv 1904.09751).
+    top_k: number of most probable tokens kept; 0: all.
+    top_p: probability of the smallest set of tokens kept, in (0, 1]; 1: all
+      (nucleus sampling, arXiv 1904.09751).
   """
 
   mask_id: int
@@ -90,13 +87,10 @@ class Draw:
       raise InputError(f'sampler.top_p={self.top_p!r} must be in (0, 1]')
 
   def log_prob(self, logits: jax.Array) -> jax.Array:
-    """The distribution that is drawn from, [..., V] float32 log-probabilities."""
+    """Returns the log-probabilities of a draw, [..., V] float32."""
     logits = exclude_mask(logits, self.mask_id)
     if self.temperature == 0:
-      best = jax.nn.one_hot(
-        jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool
-      )
-      return jnp.where(best, 0.0, NEG_INF)
+      return jnp.where(_is_best(logits), 0.0, NEG_INF)
     logits = logits / self.temperature
     if self.top_k and self.top_k < self.mask_id:
       kth = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
@@ -122,10 +116,9 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowDraw:
-  """A `Draw` whose settings are each row's own, and not compiled in.
+  """A `Draw` with settings per row that are not compiled in.
 
-  A row is drawn as a `Draw` with its settings would draw it, whatever those of
-  the other rows are.
+  Each row is drawn as by a `Draw` with its settings.
 
   Attributes:
     mask_id: as in `Draw`.
@@ -140,13 +133,11 @@ class RowDraw:
   top_p: jax.Array
 
   def log_prob(self, logits: jax.Array) -> jax.Array:
-    """As `Draw.log_prob`, of logits [B, K, V]."""
+    """As `Draw.log_prob`, for logits [B, K, V]."""
     logits = exclude_mask(logits, self.mask_id)
     column = lambda x: x[:, None, None]
     is_greedy = column(self.temperature == 0)
-    best = jax.nn.one_hot(
-      jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=bool
-    )
+    best = _is_best(logits)
     logits = logits / jnp.where(is_greedy, 1.0, column(self.temperature))
     has_k, has_p = column(self.top_k > 0), column(self.top_p < 1)
 
@@ -159,7 +150,7 @@ class RowDraw:
       )
       return jnp.where(has_p, _keep_top_p(log_p, column(self.top_p)), log_p)
 
-    # Sorting the vocabulary is what costs.
+    # Sorting the vocabulary is the expensive part.
     log_p = jax.lax.cond(
       jnp.any(has_k | has_p), cut, jax.nn.log_softmax, logits
     )
@@ -173,12 +164,17 @@ class RowDraw:
     return jnp.where(self.temperature[:, None] == 0, greedy, drawn)
 
 
+def _is_best(logits: jax.Array) -> jax.Array:
+  best = jnp.argmax(logits, axis=-1)
+  return jax.nn.one_hot(best, logits.shape[-1], dtype=bool)
+
+
 def _keep_top_p(log_p: jax.Array, top_p: jax.Array | float) -> jax.Array:
-  """log_p [..., V] of the smallest set with probability `top_p`, normalised."""
+  """Restricts log_p [..., V] to the smallest set with probability `top_p`."""
   descending = -jnp.sort(-log_p, axis=-1)
   p = jnp.exp(descending)
-  # A token stays if the probability of all better ones is below top_p, so
-  # the best always stays.
+  # A token is kept if the better ones have less than top_p together; the best
+  # always is.
   kept = jnp.cumsum(p, axis=-1) - p < top_p
   threshold = jnp.min(
     jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True
@@ -189,41 +185,41 @@ def _keep_top_p(log_p: jax.Array, top_p: jax.Array | float) -> jax.Array:
 def exclude_mask(
   logits: jax.Array, mask_id: int, vocab: Vocab = WHOLE
 ) -> jax.Array:
-  """logits [..., V] in float32 with mask_id and the ids above it impossible."""
+  """Excludes ids from mask_id on from logits [..., V], cast to float32."""
   return jnp.where(
     vocab.ids(logits) < mask_id, logits.astype(jnp.float32), NEG_INF
   )
 
 
 def safe_log(p: jax.Array) -> jax.Array:
-  """log p with NEG_INF for 0, any shape."""
+  """Returns log p, NEG_INF for 0; any shape."""
   return jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1.0)), NEG_INF)
 
 
 def log_prob(
   logits: jax.Array, mask_id: int, vocab: Vocab = WHOLE
 ) -> jax.Array:
-  """The network's own distribution, [..., V] float32 log-probabilities."""
+  """Returns the network's own log-probabilities, [..., V] float32."""
   logits = exclude_mask(logits, mask_id, vocab)
-  # Shifted first: a probability near 1 is then exact to its distance from 1.
+  # Shifted first, so that a probability near 1 keeps its distance from 1.
   shifted = logits - vocab.max(logits)[..., None]
   return shifted - jnp.log(vocab.sum(jnp.exp(shifted)))[..., None]
 
 
 def log_sum_exp(logits: jax.Array, vocab: Vocab = WHOLE) -> jax.Array:
-  """log sum_v exp(logits [..., v]), [...]."""
+  """Returns log sum_v exp(logits [..., v]), [...]."""
   best = vocab.max(logits)
   return best + jnp.log(vocab.sum(jnp.exp(logits - best[..., None])))
 
 
 def prob_of(logits: jax.Array, tokens: jax.Array, mask_id: int) -> jax.Array:
-  """The network's probability of tokens [...] under logits [..., V]."""
+  """Returns the probability of tokens [...] under logits [..., V]."""
   log_p = log_prob(logits, mask_id)
   return jnp.exp(jnp.take_along_axis(log_p, tokens[..., None], -1)[..., 0])
 
 
 def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
-  """One exact draw per row of [..., V] logits, int32."""
+  """Draws one id exactly for each row of [..., V] logits, int32."""
   return jax.random.categorical(
     key, logits.astype(jnp.float32), axis=-1, mode='high'
   ).astype(jnp.int32)
@@ -232,17 +228,17 @@ def sample_categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
 def cross_entropy(
   logits: jax.Array, targets: jax.Array, mask_id: int, vocab: Vocab = WHOLE
 ) -> tuple[jax.Array, jax.Array]:
-  """-log softmax(logits)[target] over the ids below mask_id.
+  """Computes -log softmax(logits)[target] over the ids below mask_id.
 
   Args:
     logits: [N, V].
     targets: [N] int32 below mask_id.
-    mask_id: this id and those above it are excluded before normalising.
-    vocab: which ids the logits are of.
+    mask_id: this id and those above it are excluded before normalisation.
+    vocab: the ids of the logits.
 
   Returns:
-    The cross entropy [N] in nats, and [N] float32, 1 where the target has the
-    largest logit.
+    The cross entropy [N] in nats, and [N] float32, 1 if the target has the
+    largest logit, else 0.
   """
   logits = exclude_mask(logits, mask_id, vocab)
   shifted = logits - vocab.max(logits)[:, None]

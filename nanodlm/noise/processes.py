@@ -1,9 +1,8 @@
-"""Forward noise processes: how clean tokens become noisy, and the way back.
+"""Forward noise processes and their posteriors.
 
-A process knows nothing of networks. Masked noise takes the probability that a
-token is kept; `Mixture`, which masks and replaces tokens, the time, because its
-shares are functions of it. Every key is one example's own, so the noise of an
-example does not depend on the batch it stands in.
+`Masked` takes the probability that a token is masked; `Mixture`, which masks
+and replaces tokens, takes shares that are functions of the time. Each example
+has its own key, so its noise does not depend on its batch.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ from nanodlm.noise import schedules
 
 @dataclasses.dataclass(frozen=True)
 class Masked:
-  """Absorbing noise: a token becomes mask_id, and stays so.
+  """Absorbing noise: a token becomes mask_id and remains so.
 
   Source: D3PM, arXiv 2107.03006, "absorbing state"; MDLM, arXiv 2406.07524.
 
@@ -28,22 +27,19 @@ class Masked:
   mask_id: int
 
   def prior(self, shape: tuple[int, ...]) -> jax.Array:
-    """The noise at t = 1: every token masked."""
+    """Returns the noise at t = 1: every token masked."""
     return jnp.full(shape, self.mask_id, jnp.int32)
 
   def corrupt(
     self, keys: jax.Array, noise: jax.Array, x0: jax.Array, eligible: jax.Array
   ) -> jax.Array:
-    """Masks each eligible token independently.
+    """Masks each eligible token of x0 [B, L] independently; returns xt [B, L].
 
     Args:
       keys: [B].
       noise: [B] or [B, L], P(masked) = 1 - alpha_t.
       x0: [B, L].
-      eligible: [B, L] bool; other positions stay clean.
-
-    Returns:
-      xt, [B, L].
+      eligible: [B, L] bool; other positions remain clean.
     """
     length = x0.shape[1]
     u = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
@@ -53,16 +49,13 @@ class Masked:
   def corrupt_count(
     self, keys: jax.Array, count: jax.Array, x0: jax.Array, eligible: jax.Array
   ) -> jax.Array:
-    """Masks exactly `count` [B] eligible tokens of each row, chosen uniformly.
+    """Masks exactly `count` eligible tokens of each row, chosen uniformly.
 
     Args:
       keys: [B].
       count: [B] int32, at most the row's number of eligible positions.
       x0: [B, L].
       eligible: [B, L] bool.
-
-    Returns:
-      xt, [B, L].
     """
     rank = random_rank(keys, eligible)
     return jnp.where(eligible & (rank < count[:, None]), self.mask_id, x0)
@@ -70,15 +63,12 @@ class Masked:
   def reveal(
     self, xt: jax.Array, p_x0: jax.Array, probability: jax.Array
   ) -> jax.Array:
-    """q(xs | xt) when x0 ~ p_x0, by the probability of being revealed.
+    """Returns q(xs | xt) for x0 ~ p_x0, [B, L, V].
 
     Args:
-      xt: [B, L]; a token that is not masked stays what it is.
+      xt: [B, L]; tokens that are not masked remain.
       p_x0: [B, L, V], 0 at mask_id.
-      probability: [B, L], of being revealed.
-
-    Returns:
-      [B, L, V] probabilities.
+      probability: [B, L], that a masked token is revealed.
     """
     mask = jax.nn.one_hot(self.mask_id, p_x0.shape[-1])[None, None]
     carried = jax.nn.one_hot(xt, p_x0.shape[-1])
@@ -88,12 +78,12 @@ class Masked:
 
 
 class Parts(NamedTuple):
-  """The shares of q_t(z | x0), which add up to 1; arrays of one shape.
+  """The shares of q_t(z | x0), which sum to 1; arrays of one shape.
 
   Attributes:
-    alpha: P(the token is left alone).
+    alpha: P(the token is kept).
     mask: P(it became mask_id).
-    uniform: P(it was drawn anew from the N real tokens; perhaps x0 again).
+    uniform: P(it was redrawn from the N real tokens, x0 included).
   """
 
   alpha: jax.Array
@@ -103,27 +93,25 @@ class Parts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Noise that masks or replaces tokens, in shares that change with time.
+  """Noise that masks or replaces tokens, in shares that vary with time.
 
       q_t(z | x0) = alpha [z = x0] + b(z),
       b(mask) = mask share, b(z) = uniform share / N for the N = mask_id real
       tokens z.
 
   Source: GIDD, arXiv 2503.04482, for any such shares; D3PM's absorbing and
-  uniform noise (arXiv 2107.03006) are its ends. Subclasses say `parts`.
+  uniform noise (arXiv 2107.03006) are its ends. Subclasses define `parts`.
 
   Attributes:
-    mask_id: the mask's id; the ids below it are the N real tokens.
+    mask_id: id of the mask; the ids below it are the N real tokens.
   """
 
   mask_id: int
 
   def parts(self, t: jax.Array, rest: jax.Array | None = None) -> Parts:
-    """The shares at t.
+    """Returns the shares at times t in [0, 1], any shape.
 
-    Args:
-      t: times in [0, 1], any shape.
-      rest: 1 - t, where it is known better than by subtraction.
+    `rest` is 1 - t, if it is known without the rounding of a subtraction.
     """
     raise NotImplementedError
 
@@ -132,35 +120,30 @@ class Mixture:
     raise NotImplementedError
 
   def mass(self, parts: Parts, z: jax.Array) -> jax.Array:
-    """b(z): parts and z of one shape, or scalar parts; 0 above mask_id."""
+    """Returns b(z), 0 above mask_id; parts are scalar or of the shape of z."""
     real = jnp.where(z < self.mask_id, parts.uniform / self.mask_id, 0.0)
     return jnp.where(z == self.mask_id, parts.mask, real)
 
   def corrupt(
     self, keys: jax.Array, parts: Parts, x0: jax.Array, eligible: jax.Array
   ) -> jax.Array:
-    """Draws xt ~ q_t(. | x0) for each eligible token independently.
+    """Draws xt ~ q_t(. | x0), [B, L] int32, independently for each token.
 
     Args:
       keys: [B].
       parts: the shares, [B] each.
       x0: [B, L].
-      eligible: [B, L] bool; other positions stay clean.
-
-    Returns:
-      xt, [B, L] int32.
+      eligible: [B, L] bool; other positions remain clean.
     """
     length = x0.shape[1]
-    which_keys, token_keys = jax.vmap(lambda key: tuple(jax.random.split(key)))(
-      keys
-    )
+    halve = jax.vmap(lambda key: tuple(jax.random.split(key)))
+    which_keys, token_keys = halve(keys)
     u = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(which_keys)
-    # Small shares are compared with small u, where float32 is fine.
+    # Small shares are compared with small u, for which float32 is fine.
     is_noise = u < (parts.mask + parts.uniform)[:, None]
     is_uniform = u < parts.uniform[:, None]
-    noise = jnp.where(
-      is_uniform, self._uniform_tokens(token_keys, length), self.mask_id
-    )
+    tokens = self._uniform_tokens(token_keys, length)
+    noise = jnp.where(is_uniform, tokens, self.mask_id)
     return jnp.where(eligible & is_noise, noise, x0).astype(jnp.int32)
 
   def _uniform_tokens(self, keys, length):
@@ -171,27 +154,27 @@ class Mixture:
   def posterior(
     self, xt: jax.Array, p_x0: jax.Array, s: jax.Array, t: jax.Array
   ) -> jax.Array:
-    """q(xs | xt) when x0 ~ p_x0: q_{t|s}(xt | xs) q_s(xs) / q_t(xt).
+    """Returns q(xs | xt) = q_{t|s}(xt | xs) q_s(xs) / q_t(xt) for x0 ~ p_x0.
 
-    Source: GIDD, arXiv 2503.04482: q_{t|s} is such a mixture as well, with
-    alpha_{t|s} = alpha_t / alpha_s and b_{t|s} = b_t - alpha_{t|s} b_s. At
-    s = 0 it is p_x0 * q_t(xt | .), normalised: not p_x0, which is the law of x0
-    given the OTHER positions.
+    Source: GIDD, arXiv 2503.04482: q_{t|s} is such a mixture, too, with
+    alpha_{t|s} = alpha_t / alpha_s and b_{t|s} = b_t - alpha_{t|s} b_s. At s =
+    0 the result is p_x0 * q_t(xt | .), normalised, and not p_x0, which is the
+    law of x0 given the OTHER positions.
 
     Args:
       xt: [B, L].
       p_x0: [B, L, V] probabilities of the clean token, 0 at mask_id.
-      s: [], the time to go to, s < t.
-      t: [], the time of xt.
+      s: [], time of the result, s < t.
+      t: [], time of xt.
 
     Returns:
-      [B, L, V] probabilities. Where p_x0 makes xt impossible, xt stays.
+      [B, L, V] probabilities. If xt is impossible under p_x0, it remains.
     """
     at_s, at_t = self.parts(s), self.parts(t)
     kept = at_t.alpha / at_s.alpha
     step = jax.tree.map(
       lambda b_t, b_s: jnp.maximum(b_t - kept * b_s, 0.0), at_t, at_s
-    )  # (its alpha is 0 and not used)
+    )  # Its alpha is 0 and unused.
     ids = jnp.arange(p_x0.shape[-1])
     here = jax.nn.one_hot(xt, p_x0.shape[-1])
     forward = kept * here + self.mass(step, xt)[..., None]
@@ -202,11 +185,7 @@ class Mixture:
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Mixture):
-  """Uniform noise on any schedule: UDLM, arXiv 2412.10193.
-
-  Attributes:
-    schedule: alpha(t).
-  """
+  """Uniform noise on any schedule. Source: UDLM, arXiv 2412.10193."""
 
   schedule: schedules.Schedule = schedules.Linear()
 
@@ -221,7 +200,7 @@ class Uniform(Mixture):
 
 @dataclasses.dataclass(frozen=True)
 class Hybrid(Mixture):
-  """Masks and uniform tokens: GIDD, arXiv 2503.04482, section 3.
+  """Masks and uniform tokens. Source: GIDD, arXiv 2503.04482, section 3.
 
       c = B (t (1 - t))^{gamma/2}, B = 2^gamma p / (1 - p), C = 1 + c,
       alpha = (1 - t) / C, mask = t / C, uniform = c / C.
@@ -229,8 +208,8 @@ class Hybrid(Mixture):
   The uniform share is 0 at both ends and largest, p, at t = 1/2.
 
   Attributes:
-    p_uniform: p, in [0, 1); 0 is masked noise on the linear schedule.
-    gamma: how fast the uniform share grows and falls.
+    p_uniform: p, in [0, 1); 0: masked noise on the linear schedule.
+    gamma: rate at which the uniform share grows and falls.
   """
 
   p_uniform: float = 0.1
@@ -247,23 +226,24 @@ class Hybrid(Mixture):
 
 
 def random_rank(keys: jax.Array, eligible: jax.Array) -> jax.Array:
-  """A uniformly random order of each row's eligible positions.
+  """Draws a uniformly random order of each row's eligible positions.
 
   Args:
     keys: [B].
     eligible: [B, L] bool.
 
   Returns:
-    [B, L] int32: 0 .. n-1 on the row's n eligible positions, n .. L-1 elsewhere.
+    [B, L] int32: 0 .. n-1 on the row's n eligible positions, n .. L-1
+    elsewhere.
   """
   length = eligible.shape[1]
-  # Bits, not floats: float32's 2^23 values collide often enough at long L to
-  # tie ranks; 32 bits and a stable sort leave a bias below 2^-32 L.
+  # Bits, since float32's 2^23 values would tie ranks too often at long L. 32
+  # bits and a stable sort leave a bias below 2^-32 L.
   bits = jax.vmap(lambda key: jax.random.bits(key, (length,)))(keys)
   order = jnp.lexsort((bits, ~eligible), axis=-1)
   return inverse_permutation(order)
 
 
 def inverse_permutation(order: jax.Array) -> jax.Array:
-  """rank with rank[b, order[b, j]] = j, [B, L] int32."""
+  """Returns rank with rank[b, order[b, j]] = j, [B, L] int32."""
   return jnp.argsort(order, axis=-1).astype(jnp.int32)

@@ -1,9 +1,8 @@
-"""Noise schedules: how the probability that a token is kept falls with time.
+"""Noise schedules: the probability alpha(t) that a token is kept at time t.
 
 A schedule is defined by its noise probability m(t) = 1 - alpha(t), because the
-masked bound needs m near t = 0, where 1 - alpha would lose every digit in
-float32. Derivatives come from jax.jvp, never from a formula written by hand.
-All schedules here have exact end points: m(0) = 0 and m(1) = 1.
+masked bound needs m near t = 0, where 1 - alpha loses every digit in float32.
+Derivatives come from jax.jvp. The end points are exact: m(0) = 0 and m(1) = 1.
 """
 
 import dataclasses
@@ -19,10 +18,12 @@ class Schedule(Protocol):
   """alpha(t), a decreasing function from alpha(0) = 1 to alpha(1) = 0."""
 
   def noise(self, t: jax.Array) -> jax.Array:
-    """m(t) = 1 - alpha(t), any shape, float32 in [0, 1]."""
+    """Returns m(t) = 1 - alpha(t), any shape, float32 in [0, 1]."""
+    ...
 
   def inverse(self, noise: jax.Array) -> jax.Array:
-    """The time t at which noise(t) is the given value in [0, 1]."""
+    """Returns the time t at which noise(t) is the given value in [0, 1]."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +41,12 @@ class Linear:
 class Cosine:
   """alpha(t) = f(t) / f(0), f(t) = cos^2(((t + offset) / (1 + offset)) pi/2).
 
-  Source: Nichol and Dhariwal, arXiv 2102.09672, equation 17, used by nano-dlm.
-  The division by f(0) makes alpha(0) exactly 1, as in the paper; without it
-  0.016% of the tokens would be masked at t = 0 and the bound would need a
-  reconstruction term.
+  Source: Nichol and Dhariwal, arXiv 2102.09672, equation 17. Without the
+  division by f(0), 0.016% of the tokens would be masked at t = 0, and the bound
+  would need a reconstruction term.
 
   Attributes:
-    offset: the paper's s, at least 0.
+    offset: the paper's s, >= 0.
   """
 
   offset: float = 0.008
@@ -80,11 +80,7 @@ class MD4Cosine:
 
 @dataclasses.dataclass(frozen=True)
 class Polynomial:
-  """alpha(t) = 1 - t^power; power 1 is Linear, 0.5 is nano-dlm's sqrt.
-
-  Attributes:
-    power: the exponent, > 0.
-  """
+  """alpha(t) = 1 - t^power, power > 0; power 1 is Linear."""
 
   power: float = 2.0
 
@@ -95,11 +91,20 @@ class Polynomial:
     return noise ** (1 / self.power)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sqrt:
+  """alpha(t) = 1 - sqrt(t)."""
+
+  power = 0.5  # Not a field: nobody chooses it.
+  noise = Polynomial.noise
+  inverse = Polynomial.inverse
+
+
 SCHEDULES = {
   'linear': lambda power: Linear(),
   'cosine': lambda power: Cosine(),
   'md4_cosine': lambda power: MD4Cosine(),
-  'sqrt': lambda power: Polynomial(0.5),
+  'sqrt': lambda power: Sqrt(),
   'polynomial': Polynomial,
 }
 
@@ -107,9 +112,12 @@ SCHEDULES = {
 def make_schedule(
   name: str, power: float = 2.0, section: str = 'objective'
 ) -> Schedule:
-  """Builds a schedule by name; `power` is the polynomial's exponent.
+  """Makes a schedule by name.
 
-  `section` is the config section that errors name.
+  Args:
+    name: a key of SCHEDULES.
+    power: exponent of 'polynomial', > 0.
+    section: of the config, for errors.
 
   Raises:
     InputError: the name is unknown or the power is not positive.
@@ -124,11 +132,11 @@ def make_schedule(
 
 
 def dalpha(schedule: Schedule, t: jax.Array) -> jax.Array:
-  """The time derivative of alpha, <= 0, any shape."""
+  """Returns the time derivative of alpha, <= 0, any shape."""
   t = jnp.asarray(t)
   return -jax.jvp(schedule.noise, (t,), (jnp.ones_like(t),))[1]
 
 
 def noise_levels(schedule: Schedule, t: jax.Array) -> jax.Array:
-  """m at t_0 .. t_T, [T + 1], from exactly 1 to exactly 0."""
+  """Returns m at t_0 .. t_T, [T + 1], from exactly 1 to exactly 0."""
   return schedule.noise(t).at[0].set(1.0).at[-1].set(0.0)

@@ -1,11 +1,11 @@
-"""The times: how levels are drawn, and the grids that samplers walk.
+"""Draws of noise levels, and the time grids of samplers.
 
-A level is a number u in [0, 1): a time, or the quantile of a count. All draws
-are for the whole batch at once and identical on every device, which then takes
-its own rows: drawing per device would lose the stratification.
+A level is a number u in [0, 1): a time, or the quantile of a count. Levels are
+drawn for the whole batch on every device, which then takes its own rows: a draw
+per device would not be stratified.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,15 @@ GRIDS = ('uniform', 'cosine')
 
 
 def sample_uniform(key: jax.Array, batch_size: int) -> jax.Array:
-  """Independent u ~ U[0, 1), [B]."""
+  """Draws independent u ~ U[0, 1), [B]."""
   return jax.random.uniform(key, (batch_size,))
 
 
 def sample_stratified(key: jax.Array, batch_size: int) -> jax.Array:
-  """One u in each of B equal strata, in random order, [B].
+  """Draws one u in each of B equal strata, in random order, [B].
 
-  Source: the low-discrepancy sampler of Kingma et al., arXiv 2107.00630,
-  appendix I.1, with a jitter of its own in each stratum. Each u is marginally
-  U[0, 1).
+  Each u is marginally U[0, 1). Source: the low-discrepancy sampler of Kingma et
+  al., arXiv 2107.00630, appendix I.1, with a separate jitter in each stratum.
   """
   order_key, jitter_key = jax.random.split(key)
   order = jax.random.permutation(order_key, batch_size)
@@ -36,11 +35,11 @@ def sample_stratified(key: jax.Array, batch_size: int) -> jax.Array:
 
 
 def sample_stratified_pairs(key: jax.Array, batch_size: int) -> jax.Array:
-  """Stratified levels that rows 2p and 2p + 1 share, [B]; B is even."""
+  """Draws stratified levels that rows 2p and 2p + 1 share, [B]; B is even."""
   return jnp.repeat(sample_stratified(key, batch_size // 2), 2)
 
 
-# How `objective.noise` draws levels, (key, batch_size) -> [B].
+# The choices of `objective.noise`: (key, batch_size) -> levels [B].
 SAMPLE_LEVELS = {
   'count': sample_stratified_pairs,
   'stratified': sample_stratified,
@@ -49,28 +48,28 @@ SAMPLE_LEVELS = {
 
 
 def check_noise(noise: str, allowed: Sequence[str]):
-  """Raises InputError for a noise that the objective does not have."""
+  """Raises InputError if the objective does not support the noise."""
   if noise not in allowed:
     raise InputError(f'objective.noise={noise!r} is not one of {list(allowed)}')
 
 
 def smoothstep(u: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """t = u^2 (3 - 2u) and 1 - t, both without cancellation; any shape.
+  """Returns t = u^2 (3 - 2u) and 1 - t, both without cancellation; any shape.
 
-  A clock that slows down at both ends: du draws times of density
-  1 / (6 sqrt(t)) near t = 0, and likewise near 1.
+  A uniform u gives times of density 1 / (6 sqrt(t)) near t = 0, and likewise
+  near 1.
   """
   v = 1 - u
   return u * u * (3 - 2 * u), v * v * (3 - 2 * v)
 
 
 def is_listed(grid: str) -> bool:
-  """Whether a grid lists its times, and so has a number of steps of its own."""
+  """Returns whether a grid lists its times, which fixes their number."""
   return grid not in GRIDS
 
 
 def check_grid(num_steps: int, grid: str):
-  """Raises InputError for a grid that `reverse_grid` does not know."""
+  """Raises InputError if `reverse_grid` does not support the grid."""
   if is_listed(grid):
     _parse_times(grid)
   elif num_steps < 1:
@@ -78,12 +77,12 @@ def check_grid(num_steps: int, grid: str):
 
 
 def _parse_times(grid: str) -> np.ndarray:
-  """The times [T + 1] that a grid lists."""
+  """Returns the times [T + 1] that a grid lists."""
   try:
     t = np.array([float(text) for text in grid.split(',')], np.float32)
   except ValueError:
     t = np.zeros(0, np.float32)
-  # In float32, where two times may be one; and NaN is below nothing.
+  # In float32, since two times may round to one. NaN fails the comparison.
   if t.size < 2 or t[0] != 1 or t[-1] != 0 or not np.all(np.diff(t) < 0):
     raise InputError(
       f'sampler.grid={grid!r} is not one of {list(GRIDS)}, nor a list of times '
@@ -93,13 +92,13 @@ def _parse_times(grid: str) -> np.ndarray:
 
 
 def reverse_grid(num_steps: int, grid: str) -> jax.Array:
-  """The times t_0 .. t_T of a sampler's T steps, [T + 1], from 1 to 0.
+  """Returns the times t_0 .. t_T of a sampler's T steps, [T + 1], from 1 to 0.
 
   Args:
-    num_steps: T; not read where `is_listed(grid)`.
-    grid: 'uniform', t_j = 1 - j/T; 'cosine', t_j = cos(pi/2 * j/T), shorter
-      steps at the start (MD4, arXiv 2406.04329, section 5); or the times
-      themselves, as '1,0.5,0.2,0'.
+    num_steps: T; ignored by a grid that lists its times.
+    grid: 'uniform', t_j = 1 - j/T; 'cosine', t_j = cos(pi/2 * j/T), with
+      shorter steps at the start (MD4, arXiv 2406.04329, section 5); or the
+      times, such as '1,0.5,0.2,0'.
   """
   if is_listed(grid):
     return jnp.asarray(_parse_times(grid))

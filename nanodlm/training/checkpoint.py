@@ -1,51 +1,46 @@
 """Checkpoints with Orbax: asynchronous, atomic, checksummed, with their config.
 
-A checkpoint holds four items: `params`, `ema_params` (where there are any), `rest`
-(step, optimiser state, key) and `meta` (JSON: config, data position). Evaluation
-and sampling read one of the first two only.
-
-It also holds the checksums of its files, which Orbax leaves to the disk. They are
-written after the files and before the folder gets its name, so that every complete
-checkpoint has them, except those of older versions. They are checked before a
-checkpoint is read: where it is damaged, the one before is taken.
+A checkpoint holds the items `params`, `ema_params` (if there is an average),
+`rest` (step, optimizer state, key) and `meta` (JSON: config, data position).
+Evaluation and sampling read one of the first two only. Its checksums are
+written after its files and before its folder gets its name, so every complete
+checkpoint has them, except those of older versions. They are checked before it
+is read; if it is damaged, the one before is used.
 """
 
-from concurrent import futures
+from collections.abc import Mapping
 import contextlib
+import dataclasses
 import functools
-import hashlib
-import json
 import logging
-import os
 import pathlib
 from typing import Any
 
 import jax
-from ml_collections import config_dict
-import numpy as np
 import orbax.checkpoint as ocp
 
 from nanodlm.devices import sharding
+from nanodlm.training import checksums
+from nanodlm.training.checksums import CHECKSUMS, complete_steps, find_damage
 from nanodlm.training.state import TrainState
 from nanodlm.types import InputError
 
 log = logging.getLogger('nanodlm')
 
 FOLDER = 'checkpoints'
-# {path: [bytes, SHA-256]} of the files of a checkpoint's items.
-CHECKSUMS = 'checksums.json'
 PARAMS = ('params', 'ema_params')
-_CONCURRENT_GB = 96  # Orbax's own default
-# Of a large array, that are compressed and written at once by `save_params`.
+_CONCURRENT_GB = 96  # Orbax's default.
+# Chunk size, in bytes, in which `save_params` compresses and writes large
+# arrays.
 _CHUNK_BYTES = 2**25
-# Orbax gives up on a save after so long, by the clock of the wall: a laptop that
-# slept, or a clock that was set, would end the run. Several processes may wait for
-# one whose save has failed, so that there it cannot be forever.
+# Orbax aborts a save after this time on the wall clock, by which a laptop that
+# slept would end its run. Several processes may wait for one whose save failed,
+# so their wait must be finite.
 _SAVE_TIMEOUT_SECS = {'one': 100 * 365 * 86400, 'several': 3600}
 
 
 class SaveError(RuntimeError):
-  """A checkpoint could not be written; the complete ones are as they were."""
+  """A checkpoint could not be written; the complete ones are unchanged."""
 
 
 def open_manager(
@@ -56,23 +51,18 @@ def open_manager(
   read_only: bool = False,
   concurrent_gb: int = _CONCURRENT_GB,
 ) -> ocp.CheckpointManager:
-  """The manager of `workdir`/checkpoints; a half-written checkpoint is no
-  checkpoint to it.
+  """Opens the manager of `workdir`/checkpoints, which ignores incomplete ones.
 
-  At most `concurrent_gb` x 10^9 bytes of parameters are being written at a time;
-  the largest array must be smaller.
+  At most `concurrent_gb` x 10^9 bytes of parameters are being written at a
+  time; the largest array must be smaller.
   """
   directory = pathlib.Path(workdir).absolute() / FOLDER
   several = 'one' if jax.process_count() == 1 else 'several'
-  async_options = (
-    None
-    if read_only
-    else ocp.AsyncOptions(
-      timeout_secs=_SAVE_TIMEOUT_SECS[several],
-      # Else threads wait for the folders, by that clock too.
-      create_directories_asynchronously=False,
-      post_finalization_callback=functools.partial(_write_checksums, directory),
-    )
+  async_options = ocp.AsyncOptions(
+    timeout_secs=_SAVE_TIMEOUT_SECS[several],
+    # Asynchronous creation would wait for the folders by the wall clock, too.
+    create_directories_asynchronously=False,
+    post_finalization_callback=functools.partial(_write_checksums, directory),
   )
   return ocp.CheckpointManager(
     directory,
@@ -89,9 +79,16 @@ def open_manager(
       read_only=read_only,
       cleanup_tmp_directories=not read_only,
       enable_async_checkpointing=not read_only,
-      async_options=async_options,
+      async_options=None if read_only else async_options,
     ),
   )
+
+
+def _write_checksums(directory: pathlib.Path):
+  """Called by Orbax on process 0 when all files of a checkpoint are written."""
+  # There is one: those of a killed run are removed before the first save.
+  (folder,) = directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}')
+  checksums.write(folder)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -105,36 +102,44 @@ def _rest(state: TrainState) -> dict[str, Any]:
 def save(
   manager: ocp.CheckpointManager,
   state: TrainState,
-  config: config_dict.ConfigDict,
+  config: Mapping[str, Any],
   position: dict[str, Any],
 ):
-  """Starts saving `state`; returns when the state may be donated again.
+  """Starts saving `state`; returns once the state may be donated again.
+
+  Checkpoints of this step or a later one are deleted: a run that resumed from
+  before them has found them damaged.
 
   Args:
     manager: from `open_manager`.
-    state: to be saved, at state.step.
-    config: the run's.
-    position: where the data stands: {'step': n, 'example': n * batch_size,
-      'fingerprint': of the text}.
+    state: saved as step state.step.
+    config: of the run.
+    position: of the data: {'step': n, 'example': n * batch_size, 'fingerprint':
+      of the text}.
 
   Raises:
-    SaveError: this or an EARLIER save failed (a full disk, say).
+    SaveError: this save or an EARLIER one failed, on a full disk for example.
   """
   items = {
     'params': ocp.args.StandardSave(state.params),
     'rest': ocp.args.StandardSave(_rest(state)),
-    'meta': ocp.args.JsonSave({'config': config.to_dict(), 'data': position}),
+    'meta': ocp.args.JsonSave({'config': dict(config), 'data': position}),
   }
   if state.ema_params is not None:
     items['ema_params'] = ocp.args.StandardSave(state.ema_params)
+  step = int(state.step)
   with _explaining(manager):
-    manager.save(int(state.step), args=ocp.args.Composite(**items))
+    for damaged in manager.all_steps():
+      if damaged >= step:
+        log.warning('replacing the damaged checkpoint of step %d', damaged)
+        manager.delete(damaged)
+    manager.save(step, args=ocp.args.Composite(**items))
 
 
 def save_params(
   manager: ocp.CheckpointManager,
   params: Any,
-  config: config_dict.ConfigDict,
+  config: Mapping[str, Any],
   origin: dict[str, Any],
 ):
   """Saves parameters alone, as step 0: to evaluate, sample and start from.
@@ -143,7 +148,7 @@ def save_params(
     manager: from `open_manager`.
     params: arrays, of NumPy or JAX.
     config: of the network.
-    origin: where they come from, JSON values.
+    origin: JSON values that describe the source of the parameters.
 
   Raises:
     SaveError: as `save`.
@@ -151,30 +156,28 @@ def save_params(
   chunks = jax.tree.map(
     lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params
   )
+  items = {
+    'params': ocp.args.StandardSave(params, save_args=chunks),
+    'meta': ocp.args.JsonSave({'config': dict(config), 'data': origin}),
+  }
   with _explaining(manager):
-    manager.save(
-      0,
-      args=ocp.args.Composite(
-        params=ocp.args.StandardSave(params, save_args=chunks),
-        meta=ocp.args.JsonSave({'config': config.to_dict(), 'data': origin}),
-      ),
-    )
+    manager.save(0, args=ocp.args.Composite(**items))
 
 
 def holds_weights_alone(workdir: str) -> bool:
-  """Whether a workdir's only checkpoint is one of `save_params`."""
+  """Returns whether a workdir's last checkpoint holds parameters alone."""
   directory = pathlib.Path(workdir) / FOLDER
   steps = complete_steps(directory)
   if not steps or (directory / str(steps[-1]) / 'rest').exists():
     return False
-  written = _read_checksums(directory / str(steps[-1]))
+  written = checksums.read(directory / str(steps[-1]))
   return written is not None and not any(
     name.startswith('rest/') for name in written
   )
 
 
 def wait(manager: ocp.CheckpointManager):
-  """Returns when the last save is complete; raises SaveError as `save` does."""
+  """Waits until the last save is complete; raises SaveError as `save` does."""
   with _explaining(manager):
     manager.wait_until_finished()
 
@@ -184,169 +187,17 @@ def _explaining(manager: ocp.CheckpointManager):
   try:
     yield
   except (OSError, ValueError, RuntimeError) as error:
+    directory = pathlib.Path(manager.directory)
     raise SaveError(
-      f'a checkpoint in {manager.directory} could not be written: '
-      f'{error}. The complete ones there: '
-      f'{complete_steps(manager.directory)}'
+      f'a checkpoint in {directory} could not be written: {error}. '
+      f'The complete ones there: {complete_steps(directory)}'
     ) from error
-
-
-def complete_steps(directory: pathlib.Path) -> list[int]:
-  """Steps of the complete checkpoints in a folder, read off the disk, rising."""
-  if not directory.is_dir():
-    return []
-  return sorted(
-    int(path.name) for path in directory.iterdir() if path.name.isdigit()
-  )
-
-
-def _write_checksums(directory: pathlib.Path):
-  """Writes CHECKSUMS for the checkpoint that waits in `directory` for its name.
-
-  Orbax calls this on process 0, when the files of all processes are there.
-  """
-  # The only one: those of a killed run are gone before the first save.
-  (folder,) = directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}')
-  names = [
-    path.relative_to(folder).as_posix()
-    for path in folder.glob('*/**/*')
-    if path.is_file()
-  ]
-  with open(folder / CHECKSUMS, 'w') as file:
-    json.dump(
-      {
-        name: [size, digest]
-        for name, size, digest in _digests(folder, sorted(names))
-      },
-      file,
-      indent=1,
-    )
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _read_checksums(folder: pathlib.Path) -> dict[str, tuple[int, str]] | None:
-  """{name: (bytes, SHA-256)}; None where CHECKSUMS is absent or unreadable."""
-  try:
-    return {
-      name: (int(size), str(digest))
-      for name, (size, digest) in json.loads(
-        (folder / CHECKSUMS).read_bytes()
-      ).items()
-    }
-  except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-    return None
-
-
-def _digests(
-  folder: pathlib.Path, names: list[str]
-) -> list[tuple[str, int, str]]:
-  """(name, bytes, SHA-256) of files."""
-
-  def digest(name):
-    with open(folder / name, 'rb') as file:
-      value = hashlib.file_digest(file, 'sha256').hexdigest()
-      return name, file.tell(), value
-
-  with futures.ThreadPoolExecutor() as pool:
-    return list(pool.map(digest, names))
-
-
-def find_damage(folder: pathlib.Path, items: tuple[str, ...] = ()) -> str:
-  """What is wrong with the files of a checkpoint; '' where nothing is.
-
-  Args:
-    folder: of the checkpoint. One without CHECKSUMS is of an older version, and
-      passes, unless one before it has them or an item is missing.
-    items: those that matter; all by default.
-  """
-  path = folder / CHECKSUMS
-  if not path.exists():
-    for item in ('params', 'rest', 'meta'):
-      if not (folder / item).is_dir():
-        return f'{item} is missing'
-    before = [
-      step for step in complete_steps(folder.parent) if step < int(folder.name)
-    ]
-    if any((folder.parent / str(step) / CHECKSUMS).exists() for step in before):
-      return f'{CHECKSUMS} is missing'
-    return ''
-  written = _read_checksums(folder)
-  if written is None:
-    return f'{CHECKSUMS} is unreadable'
-  written = {
-    name: said
-    for name, said in written.items()
-    if not items or name.split('/')[0] in items
-  }
-  try:
-    for name, (size, _) in written.items():
-      if not (folder / name).is_file():
-        return f'{name} is missing'
-      found = os.path.getsize(folder / name)
-      if found != size:
-        return f'{name} has {found} bytes instead of {size}'
-    for name, _, digest in _digests(folder, list(written)):
-      if digest != written[name][1]:
-        return f'the content of {name} has changed'
-  except OSError as error:
-    return f'it cannot be read: {error}'
-  return ''
-
-
-def set_damaged_aside(workdir: str) -> int:
-  """Renames the damaged checkpoints behind the last intact one.
-
-  They become STEP.damaged, so that a run that goes on from before can save at the
-  same steps; none is deleted.
-
-  Returns:
-    The step of the last intact checkpoint, -1 where there is none at all.
-
-  Raises:
-    InputError: all are damaged. None is renamed then.
-  """
-  directory = pathlib.Path(workdir).absolute() / FOLDER
-  damage = {}
-  for step in reversed(complete_steps(directory)):
-    damage[step] = find_damage(directory / str(step))
-    if not damage[step]:
-      break
-  else:
-    if damage:
-      raise InputError(
-        _all_damaged(directory, damage)
-        + '. Move that folder away to start again at step 0'
-      )
-    return -1
-  for other in damage:
-    if other != step:
-      aside = directory / f'{other}.damaged'
-      while aside.exists():
-        aside = aside.with_name(f'{aside.name}.damaged')
-      (directory / str(other)).rename(aside)
-      log.warning(
-        'checkpoint %s is DAMAGED: %s. It is now called %s; going on '
-        'from step %d, %d steps are lost and will be trained again',
-        directory / str(other),
-        damage[other],
-        aside.name,
-        step,
-        other - step,
-      )
-  return step
-
-
-def _all_damaged(directory, damage):
-  return f'{directory} holds no checkpoint that is not damaged: ' + '; '.join(
-    f'of {step}, {text}' for step, text in damage.items()
-  )
 
 
 def restore_state(
   manager: ocp.CheckpointManager, state: TrainState, step: int, vocab_size: int
 ) -> TrainState:
-  """The saved state of `step`, with the shapes and shardings of `state`.
+  """Restores the state of `step` with the shapes and shardings of `state`.
 
   It may have been saved on any number of devices and processes.
 
@@ -354,11 +205,11 @@ def restore_state(
     manager: from `open_manager`.
     state: of the shapes and shardings wanted.
     step: of the checkpoint.
-    vocab_size: rows of the embeddings behind it are padding, of which the saved
-      state may have had more or fewer.
+    vocab_size: embedding rows from here on are padding, whose number may
+      differ.
 
   Raises:
-    InputError: the checkpoint is of another shape.
+    InputError: the checkpoint has other shapes.
   """
   strict = check_shapes(manager, step, 'params', state.params, vocab_size)
   abstract = lambda tree: ocp.args.StandardRestore(
@@ -369,7 +220,8 @@ def restore_state(
     items['ema_params'] = abstract(state.ema_params)
   saved = _restore(manager, step, items)
   key = jax.random.wrap_key_data(saved['rest']['key'])
-  return TrainState(
+  return dataclasses.replace(
+    state,
     step=saved['rest']['step'],
     params=saved['params'],
     ema_params=saved['ema_params'] if state.ema_params is not None else None,
@@ -381,7 +233,7 @@ def restore_state(
 def restore_params(
   manager: ocp.CheckpointManager, params: Any, step: int, vocab_size: int
 ) -> Any:
-  """The averaged parameters of `step`, or the plain ones where there are none.
+  """Restores the averaged parameters of `step`, else the others.
 
   Args:
     manager: from `open_manager`.
@@ -390,33 +242,35 @@ def restore_params(
     vocab_size: as in `restore_state`.
 
   Raises:
-    InputError: the checkpoint is of another shape.
+    InputError: the checkpoint has other shapes.
   """
-  item = 'params'
-  if (manager.directory / str(step) / 'ema_params').exists():
-    item = 'ema_params'
+  has_average = (manager.directory / str(step) / 'ema_params').exists()
+  item = 'ema_params' if has_average else 'params'
   strict = check_shapes(manager, step, item, params, vocab_size)
   return _restore(
     manager, step, {item: ocp.args.StandardRestore(params, strict=strict)}
   )[item]
 
 
+def restore_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  """Restores {'config': ..., 'data': ...} of a checkpoint."""
+  return _restore(manager, step, {'meta': ocp.args.JsonRestore()})['meta']
+
+
 def _restore(manager, step, items):
   try:
     return manager.restore(step, args=ocp.args.Composite(**items))
-  except jax.errors.JaxRuntimeError:  # of the devices, not of the files
+  except jax.errors.JaxRuntimeError:  # From the devices, not the files.
     raise
-  except Exception as error:  # pylint: disable=broad-exception-caught
-    # (For data that cannot be read Orbax raises no narrower one.)
-    folder = manager.directory / str(step)
-    hint = (
-      ''
-      if (folder / CHECKSUMS).exists()
-      else (
-        f'. It has no {CHECKSUMS}, so it may be damaged: move that folder away to '
-        'use the one before'
+  except (
+    Exception
+  ) as error:  # Orbax raises no narrower one for unreadable data.
+    folder, hint = pathlib.Path(manager.directory) / str(step), ''
+    if not (folder / CHECKSUMS).exists():
+      hint = (
+        f'. It has no {CHECKSUMS}, so it may be damaged: move that folder away '
+        'to use the one before'
       )
-    )
     raise InputError(
       f'checkpoint {folder} cannot be read into this model: {error}{hint}'
     ) from error
@@ -429,21 +283,22 @@ def check_shapes(
   params: Any,
   vocab_size: int,
 ) -> bool:
-  """Whether the shapes are the same; False where only padding differs.
+  """Returns whether all shapes agree; False if only the padding differs.
 
   Raises:
-    InputError: they differ in more, naming the parameters.
+    InputError: other shapes differ; it names the parameters.
   """
   there, here = _shapes(manager.item_metadata(step)[item]), _shapes(params)
-  saved, wanted = (
-    {
+
+  def unpadded(shapes):
+    return {
       name: (min(shape[0], vocab_size), *shape[1:])
       if name in sharding.BY_VOCABULARY
       else shape
       for name, shape in shapes.items()
     }
-    for shapes in (there, here)
-  )
+
+  saved, wanted = unpadded(there), unpadded(here)
   lines = [
     f'  {name}: {saved.get(name, "absent")} there, '
     f'{wanted.get(name, "absent")} here'
@@ -452,8 +307,8 @@ def check_shapes(
   ]
   if lines:
     raise InputError(
-      f'checkpoint {manager.directory / str(step)} is of another '
-      'shape:\n' + '\n'.join(lines)
+      f'checkpoint {manager.directory / str(step)} has other shapes:\n'
+      + '\n'.join(lines)
     )
   return there == here
 
@@ -463,109 +318,82 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
   return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
 
 
-def restore_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-  """{'config': ..., 'data': ...} of a checkpoint."""
-  return _restore(manager, step, {'meta': ocp.args.JsonRestore()})['meta']
-
-
 def find_step(
   manager: ocp.CheckpointManager, step: int = 0, items: tuple[str, ...] = PARAMS
 ) -> int:
-  """`step`, or for 0 the last one whose `items` are not damaged.
+  """Returns `step`, or for 0 the last step whose `items` are intact.
 
   Args:
     manager: from `open_manager`.
     step: of the checkpoint wanted.
-    items: what will be read of it.
+    items: those that will be read.
 
   Raises:
-    InputError: there is no such checkpoint; says which there are, or what is
-      wrong with it.
+    InputError: there is no such checkpoint, or it is damaged.
   """
-  # Off the disk: a run that goes on here may save and delete meanwhile.
-  steps = complete_steps(manager.directory)
+  # Read from the disk: a run that is active here saves and deletes meanwhile.
+  directory = pathlib.Path(manager.directory)
+  steps = complete_steps(directory)
   if not steps:
-    raise InputError(f'{manager.directory} holds no complete checkpoint')
-  if step:
-    if step not in steps:
-      raise InputError(
-        f'{manager.directory} holds no checkpoint of step {step}; '
-        f'it has {steps}'
-      )
-    damage = find_damage(manager.directory / str(step), items)
-    if damage:
-      raise InputError(
-        f'checkpoint {manager.directory / str(step)} is damaged: '
-        f'{damage}. There are those of steps {steps}'
-      )
-    return step
-  damage = {}
+    raise InputError(f'{directory} does not hold a complete checkpoint')
+  if not step:
+    return _last_intact(directory, items)
+  if step not in steps:
+    raise InputError(
+      f'{directory} does not hold step {step}; its steps are {steps}'
+    )
+  damage = find_damage(directory / str(step), items)
+  if damage:
+    raise InputError(
+      f'checkpoint {directory / str(step)} is damaged: {damage}. The steps '
+      f'there are {steps}'
+    )
+  return step
+
+
+def find_intact(workdir: str) -> int:
+  """Returns the step that training resumes from, -1 for a new run.
+
+  It is that of the last intact checkpoint. Later ones are damaged; they stay
+  until the run saves their step again.
+
+  Raises:
+    InputError: all checkpoints are damaged.
+  """
+  directory = pathlib.Path(workdir).absolute() / FOLDER
+  steps = complete_steps(directory)
+  step = _last_intact(directory) if steps else -1
+  if steps and step != steps[-1]:
+    log.warning(
+      '%d steps are lost and will be trained again, from step %d on',
+      steps[-1] - step,
+      step,
+    )
+  return step
+
+
+def _last_intact(directory: pathlib.Path, items: tuple[str, ...] = ()) -> int:
+  steps, damage = complete_steps(directory), {}
   for step in reversed(steps):
-    damage[step] = find_damage(manager.directory / str(step), items)
+    damage[step] = find_damage(directory / str(step), items)
     if not damage[step]:
       return step
-    if complete_steps(manager.directory)[-1:] != steps[-1:]:
-      return find_step(manager, 0, items)  # it was being deleted, not damaged
+    if complete_steps(directory)[-1:] != steps[-1:]:
+      return _last_intact(directory, items)  # The run has deleted this one.
     log.warning(
       'checkpoint %s is DAMAGED: %s. Using the one before',
-      manager.directory / str(step),
+      directory / str(step),
       damage[step],
     )
-  raise InputError(_all_damaged(manager.directory, damage))
-
-
-# The item of other projects' checkpoint managers that holds the parameters.
-_FOREIGN_ITEM = 'train_state'
-
-
-def find_foreign(path: pathlib.Path) -> pathlib.Path | None:
-  """The folder of a whole training state that Orbax saved, or None.
-
-  Args:
-    path: it, the checkpoint that it is an item of, the folder of those, or a
-      workdir; the last checkpoint is taken.
-  """
-  if not path.is_dir():
-    return None
-  if (path / '_METADATA').is_file():
-    return path
-  for folder in (path, path / FOLDER):
-    steps = complete_steps(folder)
-    if steps:
-      folder = folder / str(steps[-1])
-    if (folder / _FOREIGN_ITEM / '_METADATA').is_file():
-      return folder / _FOREIGN_ITEM
-  return None
-
-
-def foreign_metadata(folder: pathlib.Path) -> dict[str, Any]:
-  """The tree of `find_foreign`'s folder, with shapes for leaves."""
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    try:
-      return checkpointer.metadata(folder.absolute()).item_metadata.tree
-    except Exception as error:  # pylint: disable=broad-exception-caught
-      # (For data that cannot be read Orbax raises no narrower one.)
-      raise InputError(f'{folder} cannot be read: {error}') from error
-
-
-def restore_foreign(folder: pathlib.Path, item: str) -> Any:
-  """One entry of that tree, NumPy arrays."""
-  tree = {item: foreign_metadata(folder)[item]}
-  args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    try:
-      return checkpointer.restore(
-        folder.absolute(),
-        args=ocp.args.PyTreeRestore(
-          item=tree, restore_args=args, partial_restore=True
-        ),
-      )[item]
-    except Exception as error:  # pylint: disable=broad-exception-caught
-      raise InputError(f'{folder} cannot be read: {error}') from error
+  raise InputError(
+    f'all checkpoints in {directory} are damaged ('
+    + '; '.join(f'of step {step}, {text}' for step, text in damage.items())
+    + '). Move that folder away to start again at step 0'
+  )
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-  """{path with '/': leaf}."""
+  """Returns {path with '/': leaf}."""
   return {
     '/'.join(str(getattr(part, 'key', part)) for part in path): leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

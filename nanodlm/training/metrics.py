@@ -1,12 +1,13 @@
-"""Sums become means here: names, units and intervals of what is reported."""
+"""Turns sums into the reported means: their names, units and intervals."""
 
+from collections.abc import Sequence
 import math
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 
-# Dense matrix rate of one device in its 16-bit format, FLOP/s, from the makers'
-# data sheets (without sparsity); keyed by the start of jax's device_kind.
+# Matrix products of one device in its 16-bit format, dense, in FLOP/s, from the
+# makers' data sheets. Keys are prefixes of JAX's device_kind.
 PEAK_FLOPS = {
   'NVIDIA H100': 989e12,
   'NVIDIA H200': 989e12,
@@ -22,7 +23,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """The device's peak, FLOP/s, or None where it is not known."""
+  """Returns the device's peak in FLOP/s, or None if it is unknown."""
   for prefix, value in PEAK_FLOPS.items():
     if device_kind.startswith(prefix):
       return value
@@ -38,10 +39,9 @@ def add(sums: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def finite_or_none(values: dict[str, Any]) -> dict[str, float | None]:
-  """Scalars as JSON can hold them: None for what is not finite."""
-  values = {key: float(value) for key, value in values.items()}
+  """Converts scalars for JSON, with None for those that are not finite."""
   return {
-    key: value if math.isfinite(value) else None
+    key: float(value) if math.isfinite(value) else None
     for key, value in values.items()
   }
 
@@ -51,10 +51,10 @@ def _ratio(total, count) -> float:
 
 
 def level_means(sums: dict[str, np.ndarray], split: str) -> dict[str, float]:
-  """Cross entropy per scored token by noise level, in ten equal bins.
+  """Returns the cross entropy per scored token in ten bins of noise level.
 
-  `split_by_level/cross_entropy_3` is the mean over tokens whose noise level (see
-  `types.Noised`) was 0.3 to 0.4, nats; a bin that saw no token is left out.
+  `split_by_level/cross_entropy_3` is the mean, in nats, over tokens with a
+  noise level (see `types.Noised`) of 0.3 to 0.4. Empty bins are omitted.
   """
   return {
     f'{split}_by_level/cross_entropy_{i}': float(total / count)
@@ -66,12 +66,11 @@ def level_means(sums: dict[str, np.ndarray], split: str) -> dict[str, float]:
 
 
 def train_means(sums: dict[str, np.ndarray]) -> dict[str, float]:
-  """Means over the steps that were added up (see `step._sums`).
+  """Returns the means of training steps from their added sums.
 
-  Returns:
-    train/loss, nats per token; train/nll and train/bits_per_byte, of the noisy
-    bound on the training text; train/accuracy of the scored tokens; and the cross
-    entropy by noise level.
+  They are train/loss in nats per token; train/nll and train/bits_per_byte of
+  the noisy bound on the training text; train/accuracy of the scored tokens; and
+  `level_means`.
   """
   return {
     'train/loss': _ratio(sums['loss'], sums['weight']),
@@ -83,7 +82,7 @@ def train_means(sums: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def _half_width(sums: dict[str, np.ndarray], per: str) -> float:
-  """1.96 standard errors of sum(nll) / sum(per), a ratio over examples."""
+  """Returns 1.96 standard errors of sum(nll) / sum(per) over examples."""
   num = sums['num_examples']
   if num < 2:
     return math.nan
@@ -99,15 +98,15 @@ def _half_width(sums: dict[str, np.ndarray], per: str) -> float:
 
 
 def ratio_interval(total: np.ndarray, count: np.ndarray) -> tuple[float, float]:
-  """sum(total) / sum(count) over rows, and the half width of its 95% interval.
+  """Returns sum(total) / sum(count) and the half width of its 95% interval.
 
   Args:
-    total: [N], of each row: correct tokens, nats.
-    count: [N], of each row: tokens, bytes; rows of count 0 are left out.
+    total: [N], per row: correct tokens, or nats.
+    count: [N], per row: tokens, or bytes; rows with count 0 are omitted.
 
   Returns:
-    The ratio and 1.96 standard errors, which hold the spread between rows; NaN
-    where there are fewer than two.
+    The ratio and 1.96 standard errors, from the spread between rows; the latter
+    is NaN for fewer than two rows.
   """
   total, count = (
     np.asarray(x, np.float64)[np.asarray(count) > 0] for x in (total, count)
@@ -123,21 +122,21 @@ def ratio_interval(total: np.ndarray, count: np.ndarray) -> tuple[float, float]:
   return _ratio(sums['nll'], sums['count']), _half_width(sums, 'count')
 
 
-# The n of distinct-n.
+# The values of n in distinct_n.
 DISTINCT_N = (1, 2, 3)
 
 
 def text_statistics(tokens: np.ndarray) -> dict[str, float]:
-  """How varied texts are: what a low perplexity alone does not show.
+  """Measures the variety of texts, which a low perplexity alone does not show.
 
   Args:
     tokens: [N, L] int ids of N texts.
 
   Returns:
-    unigram_entropy, of the histogram of all tokens; sample_entropy, the mean over
-    texts of the entropy of each one's own histogram (the "entropy" printed beside
-    generative perplexity since Zheng et al., arXiv 2409.02908), nats per token;
-    distinct_1, distinct_2, distinct_3: different n-grams among all n-grams, in
+    unigram_entropy of the histogram of all tokens, and sample_entropy, the mean
+    over texts of the entropy of each one's own histogram, in nats per token
+    (reported with generative perplexity since Zheng et al., arXiv 2409.02908);
+    distinct_1, distinct_2, distinct_3: distinct n-grams among all n-grams, in
     [0, 1] (Li et al., arXiv 1510.03055).
   """
   tokens = np.asarray(tokens)
@@ -156,7 +155,7 @@ def text_statistics(tokens: np.ndarray) -> dict[str, float]:
 
 
 def _entropy(tokens: np.ndarray) -> float:
-  """Of the histogram of the ids, nats."""
+  """Returns the entropy of the histogram of the ids, in nats."""
   counts = np.unique(tokens, return_counts=True)[1]
   share = counts / counts.sum()
   return float(-np.sum(share * np.log(share)))
@@ -165,20 +164,19 @@ def _entropy(tokens: np.ndarray) -> float:
 def eval_means(
   sums: dict[str, np.ndarray], split: str = 'eval'
 ) -> dict[str, float]:
-  """The held-out bound (or exact value) with its interval.
+  """Returns the held-out bound (or exact value) and its interval.
 
-  The intervals are 1.96 standard errors of a ratio of sums over examples, each
-  the mean of its noise draws: they hold the spread of the text and of the noise.
+  Intervals are 1.96 standard errors of a ratio of sums over examples, each the
+  mean of its noise draws: they contain the spread of the text and of the noise.
 
   Args:
-    sums: see `step.make_eval_step`.
+    sums: from `steps.make_eval_step`.
     split: the metrics' prefix.
 
   Returns:
-    split/nll and split/nll_ci95 (half width), nats per token; split/ppl;
-    split/bits_per_token; split/bits_per_byte and split/bits_per_byte_ci95;
-    split/accuracy and the cross entropy by noise level, of all scored tokens
-    (padding too, where it is scored); and split/num_examples.
+    nll and nll_ci95 (half width) in nats per token; ppl; bits_per_token;
+    bits_per_byte and bits_per_byte_ci95; accuracy and `level_means` of all
+    scored tokens, padding included if it is scored; num_examples.
   """
   nll = _ratio(sums['nll'], sums['weight'])
   means = {
@@ -195,3 +193,32 @@ def eval_means(
     **{f'{split}/{key}': value for key, value in means.items()},
     **level_means(sums, split),
   }
+
+
+def format_table(
+  columns: Sequence[tuple[Any, ...]], rows: Sequence[dict[str, Any]]
+) -> list[str]:
+  """Formats rows as the lines of a table with aligned columns.
+
+  Args:
+    columns: title, key, format and, if there is one, the unit that values are
+      divided by.
+    rows: values by key, with half widths of intervals as KEY_ci95; '-' is shown
+      for a value that is absent or None.
+  """
+  cells = [[column[0] for column in columns]]
+  for row in rows:
+    cells.append([])
+    for _, key, form, *unit in columns:
+      value = row.get(key)
+      if value is not None and unit:
+        value /= unit[0]
+      cell = '-' if value is None else format(value, form)
+      if f'{key}_ci95' in row:
+        cell += f' ± {row[f"{key}_ci95"]:.4f}'
+      cells[-1].append(cell)
+  widths = [max(map(len, column)) for column in zip(*cells)]
+  return [
+    '  '.join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
+    for first, *rest in cells
+  ]

@@ -1,4 +1,4 @@
-"""The training state: everything a run needs to go on, and nothing else."""
+"""The training state: everything a run needs to resume, and nothing else."""
 
 from typing import Any
 
@@ -7,10 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nanodlm.devices.sharding import Shards
-from nanodlm.model import transformer
-from nanodlm.model.config import ModelConfig
-from nanodlm.types import Objective
+from nanodlm.types import Network, Objective
 
 
 @flax.struct.dataclass
@@ -18,12 +15,15 @@ class TrainState:
   """State after `step` steps.
 
   Attributes:
-    step: [] int32, steps taken (skipped ones included).
-    params: the network's parameters, float32.
-    ema_params: their exponential moving average; None where it is off.
+    step: [] int32, steps taken, skipped ones included.
+    params: the trained parameters, float32; under 'objective' those of the
+      objective, if it has any.
+    ema_params: their exponential moving average; None if it is off.
     opt_state: the optimiser's.
     key: the run's noise key. It never changes: step n's noise comes from
       fold_in(key, n).
+    frozen: parameters that are used but not trained (a teacher, a reference
+      policy), or None. Checkpoints leave them out.
   """
 
   step: jax.Array
@@ -31,43 +31,34 @@ class TrainState:
   ema_params: Any
   opt_state: Any
   key: jax.Array
+  frozen: Any = None
 
   @property
   def eval_params(self):
-    """What evaluation and sampling use: the average where there is one."""
+    """What evaluation and sampling use: the average, if there is one."""
     return self.params if self.ema_params is None else self.ema_params
 
 
-def init_params(
-  config: ModelConfig,
-  objective: Objective,
-  key: jax.Array,
-  shards: Shards = Shards(),
-):
-  """The network's parameters and, under 'objective', what the objective learns."""
-  params, learned = (
-    transformer.init_params(config, key, shards),
-    objective.init_params(),
-  )
+def init_params(network: Network, objective: Objective, key: jax.Array) -> Any:
+  """Draws the network's parameters and, under 'objective', the objective's."""
+  params, learned = network.init_params(key), objective.init_params()
   return {**params, 'objective': learned} if learned else params
 
 
 def init_state(
-  config: ModelConfig,
+  network: Network,
   objective: Objective,
   optimizer: optax.GradientTransformation,
   seed: int,
   use_ema: bool,
-  shards: Shards = Shards(),
 ) -> TrainState:
-  """Draws the state of step 0 from the seed; see `model.init_params`."""
+  """Draws the state of step 0 from the seed."""
   init_key, noise_key = jax.random.split(jax.random.key(seed))
-  params = init_params(config, objective, init_key, shards)
-  ema_params = jax.tree.map(jnp.copy, params) if use_ema else None
+  params = init_params(network, objective, init_key)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    ema_params=ema_params,
+    ema_params=jax.tree.map(jnp.copy, params) if use_ema else None,
     opt_state=optimizer.init(params),
     key=noise_key,
   )

@@ -1,4 +1,4 @@
-"""Several processes on one machine, and runs that change their number of devices.
+"""Several processes on one machine, and runs that change their devices.
 
 NANODLM_PROCESSES=4 pytest tests/multiprocess_test.py takes four processes.
 """
@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 
 from nanodlm import config as configs
-from nanodlm import evaluate
 from nanodlm.data import pipeline, prepare
 from nanodlm.devices import mesh as meshes
-from nanodlm.steps import train as steps
-from nanodlm.training import checkpoint, optim
-from nanodlm.training import state as states
+from nanodlm.run import make_run, make_training
+from nanodlm.training import checkpoint, checksums
 from tests import launches, workdirs
 from tests.launch_test import metric_lines, wait_for
 
@@ -49,12 +47,12 @@ def start(workdir, *args):
 
 
 def steps_of(workdir):
-  return checkpoint.complete_steps(workdir / checkpoint.FOLDER)
+  return checksums.complete_steps(workdir / checkpoint.FOLDER)
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-  """A run of one process, and what several left when one of them got SIGTERM."""
+  """A run of one process, and of several of which one got SIGTERM."""
   root = tmp_path_factory.mktemp('runs')
   status, output = launches.launch(
     *ARGS, f'--workdir={root}/one', num_devices=NUM_DEVICES
@@ -82,7 +80,7 @@ def test_sigterm_saves_on_every_process(runs):
   last = steps_of(several)[-1]
   assert 20 <= last < NUM_STEPS
   assert last >= max(losses(several))  # none of the steps taken is lost
-  assert checkpoint.find_damage(several / checkpoint.FOLDER / str(last)) == ''
+  assert checksums.find_damage(several / checkpoint.FOLDER / str(last)) == ''
 
 
 def test_several_processes_train_as_one_does(runs):
@@ -117,7 +115,7 @@ def test_a_lost_process_ends_the_others_and_one_process_goes_on(runs):
       'another one is lost|another task died|Fatal Python error', output
     ), output
   processes[-1].communicate()
-  # One process with as many devices takes over, with yet another mesh.
+  # One process with the same devices resumes, with yet another mesh.
   last = steps_of(several)[-1]
   status, output = launches.launch(
     *ARGS,
@@ -163,31 +161,18 @@ class Trainer:
   """A run on a mesh of its own, a step at a time."""
 
   def __init__(self, workdir, shape):
-    self.config = evaluate.load_config(workdir, configs.load_base())
-    self.config.mesh.update(dict(zip(meshes.AXES, shape)))
-    self.settings = settings = configs.validate(self.config)
+    config = configs.read_run(workdir)
+    config.mesh.update(dict(zip(meshes.AXES, shape)))
+    config.optim.ema_decay = 0.9
+    config.train.batch_size = BATCH_SIZE
+    self.settings = settings = configs.make_settings(config)
     self.packed = prepare.prepare(settings.data, settings.tokenizer)
-    self.mesh = meshes.make_mesh(settings.mesh, jax.devices()[: np.prod(shape)])
-    shape = configs.make_model(self.config, self.packed.tokenizer.vocab_size)
-    objective = configs.make_objective(
-      self.config, self.packed.tokenizer.mask_id
-    )
-    optimizer = optim.make_optimizer(settings.optim, settings.train.num_steps)
-    shards = meshes.shards(self.mesh)
-    self.state = meshes.init_sharded(
-      self.mesh,
-      lambda: states.init_state(shape, objective, optimizer, 0, True, shards),
-    )
-    self.train_step = steps.make_train_step(
-      steps.Network(shape, settings.train.chunk_size, shards),
-      objective,
-      optimizer,
-      optim.make_schedule(settings.optim, settings.train.num_steps),
-      self.mesh,
-      batch_size=BATCH_SIZE,
-      num_microbatches=1,
-      ema_decay=0.9,
-    )
+    run = make_run(settings, devices=jax.devices()[: np.prod(shape)])
+    run = run.with_tokenizer(self.packed.tokenizer)
+    self.mesh = run.mesh
+    training = make_training(run)
+    self.state = meshes.init_sharded(run.mesh, training.init_state)
+    self.train_step = training.step
 
   def train(self, state, num_steps):
     """The state after more steps, and the losses of these."""
@@ -225,7 +210,7 @@ def test_a_checkpoint_goes_on_with_other_devices(trainers, tmp_path, before):
   trainer = trainers[before]
   state, _ = trainer.train(trainer.state, 2)
   with checkpoint.open_manager(str(tmp_path)) as manager:
-    checkpoint.save(manager, state, trainer.config, {})
+    checkpoint.save(manager, state, trainer.settings.to_dict(), {})
     checkpoint.wait(manager)
     saved_params = jax.device_get(state.params)
     _, expected = trainer.train(state, 2)

@@ -1,4 +1,4 @@
-"""Parameters split over fsdp and tensor: the same numbers as on one device."""
+"""Tests that parameters split over fsdp and tensor change no numbers."""
 
 import dataclasses
 import functools
@@ -16,14 +16,18 @@ from nanodlm.devices import mesh as meshes
 from nanodlm.devices import sharding
 from nanodlm.devices.sharding import Shards
 from nanodlm.model import transformer
+from nanodlm.model.network import TransformerNetwork
 from nanodlm.noise.categorical import Draw
 from nanodlm.objectives import ar, block, d3pm, genmd4, masked, mixture, sedd
-from nanodlm.steps import train as steps
+from nanodlm.steps import evaluate as evaluate_steps
+from nanodlm.steps import sample as sample_steps
+from nanodlm.steps import train as train_steps
+from nanodlm.steps.network import Scorer
 from nanodlm.training import state as states
 from nanodlm.types import InputError
 from tests import toys
 
-VOCAB = 13  # no multiple of 2 or 8: padded where the tensor axis asks for it
+VOCAB = 13  # Not a multiple of 2, so that the tensor axis needs padding.
 MASK = VOCAB - 1
 BATCH, LENGTH, WIDTH = 16, 8, 32
 LEARNING_RATE = 0.02
@@ -64,7 +68,11 @@ def make_network(name, shape, **changes):
       **changes,
     }
   )
-  return steps.Network(config, 20, Shards(*shape[1:]))
+  return TransformerNetwork(config, Shards(*shape[1:]))
+
+
+def make_scorer(name, network):
+  return Scorer(network, OBJECTIVES[name], 20)
 
 
 def make_optimizer():
@@ -74,7 +82,7 @@ def make_optimizer():
 
 @functools.cache
 def initial_params(config, scale):
-  """Larger weights than at the start of training, so that all of it matters."""
+  """Larger weights than initial ones, so that each has an effect."""
   config = dataclasses.replace(config, remat='none', unroll=False)
   params = jax.jit(transformer.init_params, static_argnums=0)(
     config, jax.random.key(0)
@@ -107,18 +115,15 @@ def make_state(network, mesh, name, scale=3):
 
 def make_batch(seed):
   rng = np.random.default_rng(seed)
-  weight = np.ones((BATCH, LENGTH), np.float32)
-  weight[1, :3] = 0
-  weight[9] = 0
-  return {
-    'tokens': rng.integers(MASK, size=weight.shape).astype(np.int32),
-    'weight': weight,
-    'num_bytes': weight.sum(1).astype(np.int32),
-  }
+  eligible = np.ones((BATCH, LENGTH), bool)
+  eligible[1, :3] = eligible[9] = False
+  tokens = rng.integers(MASK, size=eligible.shape).astype(np.int32)
+  num = eligible.sum(1).astype(np.int32)
+  return types.Batch(tokens, eligible, np.ones(BATCH, np.float32), num, num)
 
 
 def unpadded(tree):
-  """On the host, without the rows that only pad the vocabulary."""
+  """Copies parameters to the host, without the padding of the vocabulary."""
 
   def cut(path, x):
     name = getattr(path[-1], 'key', '')
@@ -129,11 +134,10 @@ def unpadded(tree):
 
 
 def train(name, shape, num_microbatches=1, scale=3, anneal_steps=0, **changes):
-  """A step: how parameters and average changed, and its metrics."""
+  """Takes a step; returns changes of parameters and average, and metrics."""
   mesh, network = make_mesh(shape), make_network(name, shape, **changes)
-  train_step = steps.make_train_step(
-    network,
-    OBJECTIVES[name],
+  train_step = train_steps.make_train_step(
+    make_scorer(name, network),
     make_optimizer(),
     optax.constant_schedule(LEARNING_RATE),
     mesh,
@@ -143,14 +147,14 @@ def train(name, shape, num_microbatches=1, scale=3, anneal_steps=0, **changes):
     anneal_steps=anneal_steps,
   )
   state = make_state(network, mesh, name, scale)
-  if anneal_steps:  # half open
+  if anneal_steps:  # Half open.
     state = state.replace(step=state.step + 1)
   initial = unpadded((state.params, state.ema_params))
   batch = meshes.shard_whole_batch(mesh, make_batch(0))
   state, metrics = train_step(state, batch)
   final = unpadded((state.params, state.ema_params))
   train_step(state, batch)
-  assert train_step._cache_size() == 1  # what comes out goes in again
+  assert train_step._cache_size() == 1  # Outputs are inputs again.
   return jax.tree.map(np.subtract, final, initial), jax.device_get(metrics)
 
 
@@ -160,7 +164,7 @@ def on_one_device(name):
 
 
 def assert_close(a, b, rtol=1e-3):
-  """Relative to the whole array: a wrong gradient is wrong by a factor."""
+  """Compares relative to the whole array, as errors would be factors."""
   a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
   np.testing.assert_equal(np.isnan(a), np.isnan(b))
   a, b = np.nan_to_num(a), np.nan_to_num(b)
@@ -190,7 +194,7 @@ class TrainTest(parameterized.TestCase):
       train(name, shape, num_microbatches, remat=remat, unroll=unroll),
     )
 
-  def test_is_the_same_with_what_imported_networks_have(self):
+  def test_is_the_same_with_options_of_imported_networks(self):
     changes = dict(
       time_form='sigma',
       time_dim=16,
@@ -210,7 +214,7 @@ class TrainTest(parameterized.TestCase):
   @parameterized.parameters(('ar', (1, 2, 2)), ('masked', (2, 2, 2)))
   def test_options_of_published_networks(self, name, shape):
     # Keys shared by two queries each, biases, LayerNorm, learned positions; and
-    # what makes a masked network of an autoregressive one.
+    # the options that turn an autoregressive network into a masked one.
     options = dict(
       num_layers=2, num_kv_heads=4, attention_bias='all', mlp_bias=True
     )
@@ -229,8 +233,8 @@ class TrainTest(parameterized.TestCase):
     jax.tree.map(assert_close, on_one_device(name), train(name, (1, 2, 4)))
 
   def test_is_the_same_in_low_precision(self):
-    # Gathered parameters in bfloat16, their gradients in float32. A wrong sum over
-    # devices would be wrong by a factor.
+    # Parameters are gathered in bfloat16, their gradients in float32. A wrong
+    # sum over devices would be wrong by a factor.
     changes = {'dtype': 'bfloat16', 'scale': 1}
     (one, _), (four, _) = (
       train('masked', shape, **changes) for shape in ((1, 1, 1), (1, 4, 1))
@@ -245,10 +249,11 @@ class EvalAndSampleTest(parameterized.TestCase):
   def test_evaluation_is_the_same(self, name, shape):
     def sums(shape):
       mesh, network = make_mesh(shape), make_network(name, shape)
-      run = steps.make_eval_step(
-        network, OBJECTIVES[name], mesh, num_draws=2, seed=3
+      run = evaluate_steps.make_eval_step(
+        make_scorer(name, network), mesh, num_draws=2, seed=3
       )
-      batch = {**make_batch(5), 'index': np.arange(BATCH, dtype=np.int32)}
+      index = np.arange(BATCH, dtype=np.int32)
+      batch = make_batch(5)._replace(index=index)
       return jax.device_get(
         run(
           make_params(network, mesh, name),
@@ -274,8 +279,8 @@ class EvalAndSampleTest(parameterized.TestCase):
     shape=((1, 8, 1), (2, 2, 2)),
   )
   def test_samples_are_the_same_and_no_device_waits(self, name, shape):
-    # Each row, so each device, has another number of tokens to fill: loops that
-    # were not kept in step would wait for each other forever.
+    # Each row, and so each device, has another number of tokens to fill: loops
+    # of different lengths would wait for each other forever.
     objective = name if name in OBJECTIVES else 'masked'
     draw = Draw(MASK)
     inner = samplers.SAMPLERS['fixed_count'](draw, 2)
@@ -283,12 +288,12 @@ class EvalAndSampleTest(parameterized.TestCase):
       'block': lambda cls: cls(inner, 4, MASK),
       'prefix_cache': lambda cls: cls(inner, 4, MASK),
       'posterior': lambda cls: cls(draw, 4, OBJECTIVES[objective]),
-      # By chance: on a blank canvas confidences are tied, up to rounding.
+      # At random, since on a blank canvas confidences are tied up to rounding.
       'confidence': lambda cls: cls(draw, 4, 'random'),
       'ar': lambda cls: cls(draw),
       'first_hitting': lambda cls: cls(draw),
     }
-    if objective == 'genmd4':  # with the rates that were learned
+    if objective == 'genmd4':  # With the learned rates.
       name = 'posterior'
     sampler = sampler.get(name, lambda cls: cls(draw, 4))(
       samplers.SAMPLERS[name]
@@ -301,8 +306,8 @@ class EvalAndSampleTest(parameterized.TestCase):
 
     def sample(shape):
       mesh, network = make_mesh(shape), make_network(objective, shape)
-      run = steps.make_sample_step(
-        network, OBJECTIVES[objective], sampler, mesh
+      run = sample_steps.make_sample_step(
+        make_scorer(objective, network), sampler, mesh
       )
       canvas = meshes.shard_whole_batch(mesh, types.Canvas(tokens, fixed))
       return jax.device_get(
@@ -333,12 +338,7 @@ class MemoryTest(parameterized.TestCase):
     mesh = make_mesh(shape)
     network = make_network('masked', shape, vocab_size=64, embed_dim=128)
     init = lambda: states.init_state(
-      network.config,
-      OBJECTIVES['masked'],
-      optax.adamw(1e-3),
-      0,
-      True,
-      network.shards,
+      network, OBJECTIVES['masked'], optax.adamw(1e-3), 0, True
     )
     state = meshes.init_sharded(mesh, init)
     leaves = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
@@ -350,9 +350,8 @@ class MemoryTest(parameterized.TestCase):
     shape, num_layers = (1, 8, 1), 5
     mesh = make_mesh(shape)
     network = make_network('masked', shape, num_layers=num_layers)
-    train_step = steps.make_train_step(
-      network,
-      OBJECTIVES['masked'],
+    train_step = train_steps.make_train_step(
+      make_scorer('masked', network),
       make_optimizer(),
       optax.constant_schedule(LEARNING_RATE),
       mesh,
@@ -380,9 +379,7 @@ class SpecTest(parameterized.TestCase):
     network = make_network(
       'hybrid', (1, 2, 2), tie_embeddings=False, num_positions=LENGTH
     )
-    params = jax.eval_shape(
-      lambda: network.init_params(OBJECTIVES['hybrid'], jax.random.key(0))
-    )
+    params = jax.eval_shape(lambda: network.init_params(jax.random.key(0)))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
       if path[-1].key == 'position_embedding':
         self.assertIn('fsdp', sharding.spec(path, leaf.ndim, network.shards))
@@ -405,7 +402,7 @@ class SpecTest(parameterized.TestCase):
   @parameterized.parameters(
     ((-1, 2, 2), (2, 2, 2)), ((2, -1, 1), (2, 4, 1)), ((1, 1, -1), (1, 1, 8))
   )
-  def test_the_rest_of_the_devices(self, sizes, shape):
+  def test_minus_one_takes_the_remaining_devices(self, sizes, shape):
     mesh = meshes.make_mesh(meshes.MeshConfig(*sizes))
     self.assertEqual(tuple(mesh.shape.values()), shape)
 

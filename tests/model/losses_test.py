@@ -1,4 +1,4 @@
-"""Tests of nanodlm.model.transformer.losses: chunks change neither values nor gradients."""
+"""Tests of nanodlm.model.losses against the loss from all logits."""
 
 import functools
 
@@ -6,7 +6,6 @@ from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from nanodlm.model import losses, transformer
 from nanodlm.objectives.masked import Masked
@@ -22,7 +21,7 @@ def inputs(num_real=NUM):
     'target': rng.integers(VOCAB - 1, size=NUM),
     'scale': rng.random(NUM).astype(np.float32),
   }
-  # Prompts and paddings are zeros anywhere, also at the start of a chunk.
+  # Prompts and padding have weight 0 anywhere, also at the start of a chunk.
   is_real = (np.arange(NUM) < num_real) & (np.arange(NUM) % 3 != 0)
   return kernel, hidden, fields, (rng.random(NUM) * is_real).astype(np.float32)
 
@@ -50,7 +49,7 @@ class ProjectedTermsTest(parameterized.TestCase):
     # With few real positions, whole chunks have weight 0 and are skipped.
     kernel, hidden, fields, weight = inputs(num_real)
 
-    def scaled(loss):  # a cotangent other than 1
+    def scaled(loss):  # A cotangent other than 1.
       def total(kernel, hidden):
         value, terms = loss(kernel, hidden, fields, weight)
         return -2.5 * value, terms
@@ -67,7 +66,7 @@ class ProjectedTermsTest(parameterized.TestCase):
       self.assertEqual(ours.shape, (NUM,))
       np.testing.assert_allclose(ours[real], theirs[real], rtol=1e-5, atol=1e-6)
 
-    # And the pass without a gradient.
+    # The pass without a gradient gives the same.
     only_value, only_terms = chunked(chunk_size, kernel, hidden, fields, weight)
     np.testing.assert_allclose(
       only_value, expected / -2.5, rtol=1e-5, atol=1e-6
@@ -76,9 +75,9 @@ class ProjectedTermsTest(parameterized.TestCase):
       np.testing.assert_allclose(ours[real], theirs[real], rtol=1e-5, atol=1e-6)
 
   @parameterized.product(chunk_size=(3, 7, NUM), has_bias=(False, True))
-  def test_blocks_and_parts_change_nothing(self, chunk_size, has_bias):
-    # As a CPU does with large vocabularies; 9 ids are 2 parts of 5, which share
-    # one.
+  def test_gradients_of_a_bias_and_of_learned_parameters(
+    self, chunk_size, has_bias
+  ):
     kernel, hidden, fields, weight = inputs()
     bias = np.linspace(-1, 2, VOCAB, dtype=np.float32)
     kernel = transformer.Affine(kernel, bias) if has_bias else kernel
@@ -88,12 +87,10 @@ class ProjectedTermsTest(parameterized.TestCase):
       ours = Masked(VOCAB - 1).terms(logits, fields)
       return ours._replace(loss=learned**2 * ours.loss)
 
-    @jax.jit
     def in_chunks(*args):
-      total = lambda *args: losses.projected_terms(
+      return losses.projected_terms(
         transformer.output_logits, terms, chunk_size, *args, fields, weight
       )
-      return jax.value_and_grad(total, (0, 1, 2), has_aux=True)(*args)
 
     def plain(kernel, learned, hidden):
       logits = (
@@ -104,20 +101,16 @@ class ProjectedTermsTest(parameterized.TestCase):
       ours = terms(logits, learned, fields)
       return jnp.sum(ours.loss * weight), ours
 
-    args = kernel, learned, hidden
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(losses, 'BLOCK_SIZE', 2 * VOCAB)
-      patch.setattr(losses, 'PART_SIZE', 5 * (WIDTH + has_bias))
-      ours = in_chunks(*args)
-      jaxpr = str(jax.make_jaxpr(in_chunks)(*args))
-    for array in (f'f32[2,{VOCAB}]', f'f32[5,{WIDTH}]'):
-      self.assertTrue(array in jaxpr, array)
-    theirs = jax.value_and_grad(plain, (0, 1, 2), has_aux=True)(*args)
+    ours, theirs = (
+      jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(
+        kernel, learned, hidden
+      )
+      for total in (in_chunks, plain)
+    )
     for leaf, expected in zip(
       jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True
     ):
-      is_per_position = leaf.shape == (NUM,)
-      real = (weight != 0) if is_per_position else ...
+      real = (weight != 0) if leaf.shape == (NUM,) else ...
       np.testing.assert_allclose(
         leaf[real], expected[real], rtol=1e-5, atol=1e-5
       )
@@ -146,7 +139,7 @@ class ProjectedTermsTest(parameterized.TestCase):
     self.assertNotIn(f'[{NUM},{VOCAB}]', str(jaxpr))
 
   def test_memory_at_a_large_vocabulary(self):
-    # Compiled, not run: 16k positions of 50k ids are 3.3 GB of logits.
+    # Compiled, not run: the logits of 16k positions and 50k ids take 3.3 GB.
     num, width, vocab = 16_384, 768, 50_258
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     args = (array(vocab, width), array(num, width), array(num))
@@ -181,8 +174,8 @@ class ProjectedTermsTest(parameterized.TestCase):
     )
     self.assertLess(fused_bytes, 0.15 * plain_bytes)
 
-  def test_what_fills_the_last_chunk_up_is_no_division_by_zero(self):
-    # As D3PM's terms are where the noise is 0, which no real position's is.
+  def test_padding_of_the_last_chunk_causes_no_division_by_zero(self):
+    # D3PM's terms divide by a noise level, positive for real positions.
     kernel, hidden, fields, weight = inputs()
     fields['scale'] += 0.1
 

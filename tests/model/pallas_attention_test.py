@@ -10,14 +10,16 @@ import numpy as np
 
 from nanodlm.devices import mesh as meshes
 from nanodlm.model import attention, layers, pallas_attention
+from nanodlm.model.network import TransformerNetwork
 from nanodlm.objectives import masked
 from nanodlm.steps import train as steps
+from nanodlm.steps.network import Scorer
 from nanodlm.training import optim
 from nanodlm.training import state as states
-from nanodlm.types import InputError
+from nanodlm.types import Batch, InputError
 from tests import toys
 
-BATCH, LENGTH, HEADS = 2, 384, 4  # three blocks of queries
+BATCH, LENGTH, HEADS = 2, 384, 4  # Three blocks of queries.
 EPS = 1e-6
 IDS = (np.arange(LENGTH)[None] >= np.array([[100], [250]])).astype(np.int32)
 
@@ -75,7 +77,7 @@ class KernelTest(parameterized.TestCase):
 
   @parameterized.parameters((64, True), (128, True), (64, False))
   def test_rotate(self, head_dim, has_norm):
-    length = 1536  # three blocks
+    length = 1536  # Three blocks.
     x = draw(BATCH, length, 2, head_dim)
     table = layers.rotary_table(jnp.arange(length), head_dim, 1e4)
     arrays = (x, 1 + 0.1 * draw(head_dim)) if has_norm else (x,)
@@ -92,25 +94,29 @@ class KernelTest(parameterized.TestCase):
       atol=1e-5,
     )
 
-  def test_sizes(self):
-    fits = pallas_attention.fits
-    self.assertTrue(fits(12, 64, 1024, 1024, 2))
-    self.assertTrue(fits(32, 128, 4096, 4096, 2))
-    self.assertFalse(fits(32, 128, 4096, 4096, 4))
-    self.assertFalse(fits(3, 64, 1024, 1024, 2))  # half a block of heads
-    self.assertFalse(fits(8, 96, 1024, 1024, 2))
-    self.assertFalse(fits(12, 64, 1000, 1000, 2))
-    self.assertFalse(fits(12, 64, 8192, 8192, 2))  # too long for VMEM
+  @parameterized.parameters(
+    (12, 64, 1024, 'bfloat16', True),
+    (32, 128, 4096, 'bfloat16', True),
+    (32, 128, 4096, 'float32', False),
+    (3, 64, 1024, 'bfloat16', False),  # Half a block of heads.
+    (8, 96, 1024, 'bfloat16', False),
+    (12, 64, 1000, 'bfloat16', False),
+    (12, 64, 8192, 'bfloat16', False),  # Too long for VMEM.
+  )
+  def test_sizes(self, num_heads, head_dim, length, dtype, fits):
+    q = jax.ShapeDtypeStruct((1, length, num_heads, head_dim), jnp.dtype(dtype))
+    self.assertEqual(pallas_attention.fits(q, length), fits)
 
-  def test_where_it_is_refused(self):
+  def test_unsupported_sizes_are_refused(self):
     with self.assertRaisesRegex(InputError, 'needs a TPU'):
       toys.model_config(attention='pallas')
+    q = jax.ShapeDtypeStruct((1, 6, 2, 8), jnp.bfloat16)
     with self.assertRaisesRegex(InputError, '2 heads of 8 on 6 queries'):
-      attention.check_sizes('pallas', 2, 8, 6, 6, 2)
+      attention.check_sizes('pallas', q, 6)
 
 
 class ForTpuTest(parameterized.TestCase):
-  """What is lowered for a TPU, on a machine without one."""
+  """Programs lowered for a TPU, on a machine without one."""
 
   def lowered(self, platform, sizes=(-1, 1, 1), **changes):
     config = toys.model_config(
@@ -128,10 +134,9 @@ class ForTpuTest(parameterized.TestCase):
       1,
     )
     mesh = meshes.make_mesh(meshes.MeshConfig(*sizes))
-    shards = meshes.shards(mesh)
+    network = TransformerNetwork(config, meshes.shards(mesh))
     step = steps.make_train_step(
-      steps.Network(config, 64, shards),
-      masked.Masked(11),
+      Scorer(network, masked.Masked(11), 64),
       optimizer,
       lambda step: 1e-3,
       mesh,
@@ -140,29 +145,27 @@ class ForTpuTest(parameterized.TestCase):
       ema_decay=0,
     )
     state = jax.eval_shape(
-      lambda: states.init_state(
-        config, masked.Masked(11), optimizer, 0, False, shards
-      )
+      lambda: states.init_state(network, masked.Masked(11), optimizer, 0, False)
     )
     array = jax.ShapeDtypeStruct
-    batch = {
-      'tokens': array((16, 128), jnp.int32),
-      'weight': array((16, 128), jnp.float32),
-      'num_bytes': array((16,), jnp.int32),
-    }
-    with (
-      warnings.catch_warnings()
-    ):  # of donation, as abstract arrays lie nowhere
+    batch = Batch(
+      tokens=array((16, 128), jnp.int32),
+      eligible=array((16, 128), bool),
+      weight=array((16,), jnp.float32),
+      num_tokens=array((16,), jnp.int32),
+      num_bytes=array((16,), jnp.int32),
+    )
+    with warnings.catch_warnings():
+      # The donation of abstract arrays is not usable.
       warnings.simplefilter('ignore')
-      return (
-        step.trace(state, batch).lower(lowering_platforms=('tpu',)).as_text()
-      )
+      traced = step.trace(state, batch)
+      return traced.lower(lowering_platforms=('tpu',)).as_text()
 
   @parameterized.parameters((-1, 1, 1), (2, 2, 2))
   def test_kernels(self, *sizes):
-    # With shard_map's check of what varies over devices left on: the gradients
-    # of the norms' scales, the same for all heads, are summed over `tensor`. (The
-    # interpreter cannot run under that check.)
+    # Under shard_map's check of varying axes, as the gradients of the norms'
+    # scales, the same for all heads, are summed over `tensor`. (The interpreter
+    # cannot run under that check.)
     on_tpu = self.lowered('tpu', sizes)
     for kernel in (
       'attention_forward',

@@ -1,4 +1,4 @@
-"""Tests of nanodlm.noise.categorical: draws at their rates, rare ones included."""
+"""Tests of nanodlm.noise.categorical: frequencies, also of rare tokens."""
 
 from unittest import mock
 
@@ -16,7 +16,7 @@ from tests import toys
 
 MASK = 8
 LOGITS = np.random.default_rng(0).normal(size=10).astype(np.float32) * 1.5
-LOGITS[MASK:] = 30.0  # the mask, and padding of the vocabulary
+LOGITS[MASK:] = 30.0  # The mask, and padding of the vocabulary.
 
 
 def softmax(logits):
@@ -25,7 +25,7 @@ def softmax(logits):
 
 
 def draw_many(draw, logits, num=20_000):
-  """Counts of each id over rows and positions."""
+  """Counts each id over rows and positions."""
   num_rows, num_slots = num // 4, 4
   keys = jax.random.split(jax.random.key(0), num_rows)
   logits = jnp.broadcast_to(
@@ -36,7 +36,7 @@ def draw_many(draw, logits, num=20_000):
 
 
 def nucleus(p, top_p):
-  """The smallest set of best tokens with at least top_p, renormalised."""
+  """Renormalises p on the smallest set of best tokens with at least top_p."""
   order = np.argsort(-p)
   num = np.searchsorted(np.cumsum(p[order]), top_p) + 1
   kept = np.zeros_like(p)
@@ -52,7 +52,7 @@ class DrawTest(parameterized.TestCase):
     counts = draw_many(Draw(MASK, temperature), LOGITS)
     self.assertGreater(toys.chi_square(counts, expected), 1e-3)
 
-  def test_rare_tokens_come_at_their_rate(self):
+  def test_rare_tokens_are_drawn_at_their_rate(self):
     # 512 tokens, each 12 nats below the best.
     logits = np.full(514, -12.0, np.float32)
     logits[0], logits[513] = 0, 50
@@ -63,8 +63,8 @@ class DrawTest(parameterized.TestCase):
     )
 
   def test_the_tail_of_the_noise_is_not_cut_off(self):
-    # The default mode cannot draw what is 17 nats below the best. To see that
-    # in frequencies takes 10^9 random numbers: look at what is asked for.
+    # The default mode cannot draw a token 17 nats below the best. Frequencies
+    # would show that after 10^9 draws only, so the request is checked.
     with mock.patch.object(
       jax.random, 'categorical', wraps=jax.random.categorical
     ) as categorical_draw:
@@ -129,7 +129,11 @@ class DrawTest(parameterized.TestCase):
       jax.random.key(6), (len(settings), 4, MASK + 2)
     )
     temperature, top_k, top_p = map(np.array, zip(*settings))
-    for rows in (slice(None), slice(0, 1), slice(0, 2)):  # cut or not
+    for rows in (
+      slice(None),
+      slice(0, 1),
+      slice(0, 2),
+    ):  # With and without cuts.
       draw = categorical.RowDraw(
         MASK, temperature[rows], top_k[rows], top_p[rows]
       )
@@ -145,7 +149,7 @@ class DrawTest(parameterized.TestCase):
         )
 
   def test_low_precision_logits(self):
-    # Normalised in float32: 1000 equal logits and not the sum of their bf16.
+    # Normalised in float32: a bfloat16 sum of 1000 terms would be wrong.
     logits = jnp.zeros(1001, jnp.bfloat16)
     log_p = Draw(1000).log_prob(logits)
     self.assertEqual(log_p.dtype, jnp.float32)

@@ -1,4 +1,4 @@
-"""Tests of nanodlm.noise.processes: both ways through time agree, by enumeration."""
+"""Tests of nanodlm.noise.processes: posteriors, by enumeration."""
 
 import itertools
 
@@ -170,7 +170,7 @@ class MixtureTest(parameterized.TestCase):
   def test_posterior_agrees_with_the_marginals(self, process, interval):
     s, t = interval
     q_s, q_t = self.marginal(process, s), self.marginal(process, t)
-    # q(xt | xs) is a mixture too: the one that takes q_s to q_t.
+    # q(xt | xs) is a mixture, too: the one that maps q_s to q_t.
     alpha_s, alpha_t = (
       np.float64(process.parts(jnp.float32(x)).alpha) for x in interval
     )
@@ -195,7 +195,7 @@ class MixtureTest(parameterized.TestCase):
       possible = after > 1e-6
       bayes = before[:, None] * forward / np.maximum(after, 1e-12)
       np.testing.assert_allclose(steps[possible], bayes.T[possible], atol=1e-5)
-      # What p_x0 rules out stays as it is.
+      # Tokens that are impossible under p_x0 remain.
       np.testing.assert_allclose(steps[~possible], np.eye(4)[~possible])
       if s == 0:
         np.testing.assert_allclose(steps[possible, MASK], 0)

@@ -1,4 +1,4 @@
-"""Tests of nanodlm.noise.schedules: each is one, and accurate near t = 0."""
+"""Tests of nanodlm.noise.schedules: their laws, and accuracy near t = 0."""
 
 from absl.testing import parameterized
 import jax
@@ -10,7 +10,7 @@ from nanodlm.types import InputError
 
 T = np.linspace(0, 1, 401).astype(np.float32)
 
-# noise(t) by its textbook formula, float64 where 1 - alpha loses nothing.
+# noise(t) by its textbook formula, in float64, where 1 - alpha is accurate.
 REFERENCES = {
   'linear': lambda t: t,
   'cosine': lambda t: (
@@ -62,7 +62,7 @@ class SchedulesTest(parameterized.TestCase):
 
   @parameterized.named_parameters(ROWS)
   def test_is_accurate_near_zero(self, schedule, reference):
-    # Relative, against float64: the bound divides by it.
+    # Relative to float64, since the bound divides by it.
     t = np.float32([1e-6, 1e-5, 1e-4, 1e-3])
     with jax.enable_x64():
       exact = np.asarray(schedule.noise(t.astype(np.float64)))
@@ -74,8 +74,8 @@ class SchedulesTest(parameterized.TestCase):
   @parameterized.named_parameters(ROWS)
   def test_inverse(self, schedule, reference):
     del reference
-    # Away from the end where md4_cosine and cosine are flat: float32 cannot say
-    # which of many t had that noise.
+    # Away from the end where md4_cosine and cosine are flat: in float32 many t
+    # have the same noise there.
     t = T[T < 0.97]
     np.testing.assert_allclose(
       schedule.inverse(schedule.noise(t)), t, atol=2e-5

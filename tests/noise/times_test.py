@@ -1,4 +1,4 @@
-"""Tests of nanodlm.noise.times: uniform one by one, even together."""
+"""Tests of nanodlm.noise.times: uniform levels, stratified together."""
 
 from absl.testing import parameterized
 import jax
@@ -32,7 +32,7 @@ class TimesTest(parameterized.TestCase):
     self.assertEqual(u.dtype, np.float32)
     self.assertGreaterEqual(u.min(), 0)
     self.assertLess(u.max(), 1)
-    for row in range(6):  # whatever its place in the batch
+    for row in range(6):  # At any place in the batch.
       self.assertGreater(stats.kstest(u[:, row], 'uniform').pvalue, 1e-3)
 
   @parameterized.parameters(1, 2, 7, 64)
@@ -61,8 +61,8 @@ class GridTest(parameterized.TestCase):
     self.assertLess(np.max(np.diff(t)), 0)
 
   @parameterized.parameters('1,0.7,0.4,0.1,0', '1.0, .7,4e-1, .1, 0.0')
-  def test_listed_times_are_what_they_are(self, grid):
-    times.check_grid(0, grid)  # the number of steps is its own
+  def test_listed_times_are_used(self, grid):
+    times.check_grid(0, grid)  # The list fixes the number of steps.
     np.testing.assert_array_equal(
       times.reverse_grid(128, grid), np.float32([1, 0.7, 0.4, 0.1, 0])
     )
@@ -89,7 +89,7 @@ class GridTest(parameterized.TestCase):
     '0,0.5,1',
     '1,0.50000001,0.5,0',
   )
-  def test_what_is_no_list_of_times(self, grid):
+  def test_invalid_lists_of_times(self, grid):
     with self.assertRaisesRegex(
       InputError, f'^sampler.grid={grid!r} is not one of .* falls from 1 to 0'
     ):

@@ -1,6 +1,7 @@
-"""What a run survives: kills, damaged files, NaN, a second run, a wild clock.
+"""Tests that a run survives kills, damage, NaN, a second run and clock jumps.
 
-NANODLM_KILLS=50 pytest tests/faults_test.py -k killed -s kills one run 50 times.
+NANODLM_KILLS=50 pytest tests/training/faults_test.py -k killed -s kills a run
+50 times.
 """
 
 import os
@@ -17,8 +18,8 @@ import pytest
 
 from nanodlm import config as configs
 from nanodlm.data import pipeline, prepare
-from nanodlm.devices import lock
-from nanodlm.training import checkpoint
+from nanodlm.training import checkpoint, checksums
+from nanodlm.training.state import TrainState
 from nanodlm.types import InputError
 from tests import launches, workdirs
 from tests.launch_test import arrays, assert_identical, metric_lines, wait_for
@@ -26,14 +27,14 @@ from tests.launch_test import arrays, assert_identical, metric_lines, wait_for
 NUM_KILLS = int(os.environ.get('NANODLM_KILLS', 2))
 NUM_STEPS = 100 + 20 * NUM_KILLS
 EVERY_STEPS = 5
-# Most of the time a save is under way, and old checkpoints go.
+# Most of the time a save is in progress, and old checkpoints are deleted.
 ARGS = (
   *launches.TINY,
   f'--config.train.num_steps={NUM_STEPS}',
   f'--config.checkpoint.every_steps={EVERY_STEPS}',
   '--config.checkpoint.max_to_keep=2',
 )
-# The clock of the wall goes back and forth by a year several times a second.
+# The wall clock jumps by a year, back and forth, several times a second.
 WILD_CLOCK = """
 import time
 real, real_ns = time.time, time.time_ns
@@ -44,7 +45,7 @@ time.time_ns = lambda: real_ns() + jump() * 10 ** 9
 
 
 def complete(workdir):
-  return checkpoint.complete_steps(workdir / checkpoint.FOLDER)
+  return checksums.complete_steps(workdir / checkpoint.FOLDER)
 
 
 def flip_bit(path, at=0.5):
@@ -62,13 +63,12 @@ def largest_file(folder):
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-  """A run of ARGS that nothing disturbed, and what others made of it meanwhile."""
+  """An undisturbed run, and the outputs of a second run and of a reader."""
   workdir = tmp_path_factory.mktemp('runs') / 'finished'
   process = launches.start(*ARGS, f'--workdir={workdir}')
   wait_for(lambda: complete(workdir), process)
-  process.send_signal(
-    signal.SIGSTOP
-  )  # it goes on; this takes no part of it away
+  # Paused, so that it does not end before the others have started.
+  process.send_signal(signal.SIGSTOP)
   second = launches.start(*ARGS, f'--workdir={workdir}')
   reader = launches.start('--mode=eval', f'--workdir={workdir}')
   others = [launches.finish(other) for other in (second, reader)]
@@ -90,28 +90,6 @@ def test_second_run_on_a_workdir_is_refused_and_evaluation_is_not(finished):
   assert eval_status == 0 and 'held-out bound' in eval_output, eval_output
 
 
-def test_lock_is_left_by_the_one_who_has_it(tmp_path):
-  lock.check_free(str(tmp_path))  # writes nothing
-  assert not list(tmp_path.iterdir())
-  with lock.hold(str(tmp_path)):
-    with pytest.raises(InputError, match=f'process {os.getpid()} on'):
-      lock.check_free(str(tmp_path))
-  lock.check_free(str(tmp_path))
-  with lock.hold(str(tmp_path)):
-    pass
-
-
-def test_file_system_without_locks_lets_everyone_in(
-  tmp_path, monkeypatch, caplog
-):
-  def flock(*_):
-    raise OSError(95, 'Operation not supported')
-
-  monkeypatch.setattr(lock.fcntl, 'flock', flock)
-  with lock.hold(str(tmp_path)), lock.hold(str(tmp_path)):
-    assert 'nothing stops a second run' in caplog.text
-
-
 def test_killed_and_damaged_run_ends_bit_identical(finished, tmp_path):
   reference, *_ = finished
   workdir = tmp_path / 'run'
@@ -123,13 +101,12 @@ def test_killed_and_damaged_run_ends_bit_identical(finished, tmp_path):
 
   while kills < NUM_KILLS:
     process = launches.start(*ARGS, f'--workdir={workdir}', before=WILD_CLOCK)
-    if (
-      kills % 3 < 2
-    ):  # in a save; at some time of the training; or of the start
+    # A kill comes during a save, during training or during the start.
+    if kills % 3 < 2:
       wait_for(lambda: complete(workdir)[-1:] not in ([], [last]), process)
     if kills % 3 == 0:
       while process.poll() is None and not unfinished():
-        time.sleep(0.0005)  # or this takes one of two cores
+        time.sleep(0.0005)  # Without it this loop would take a core.
     time.sleep(rng.uniform(0, (0.03, 0.2, 6)[kills % 3]))
     process.kill()
     status, output = launches.finish(process)
@@ -146,11 +123,11 @@ def test_killed_and_damaged_run_ends_bit_identical(finished, tmp_path):
   )
   assert status == 0, output
   assert f'checkpoint {damaged} is DAMAGED: the content of rest/' in output
-  assert (
-    f'now called {last}.damaged; going on from step {last - EVERY_STEPS}, '
-    f'{EVERY_STEPS} steps are lost'
-  ) in output
-  assert (folder / f'{last}.damaged' / 'rest').is_dir()
+  resumed = (
+    f'{EVERY_STEPS} steps are lost and will be trained again, from step '
+  )
+  assert resumed + str(last - EVERY_STEPS) in output
+  assert f'replacing the damaged checkpoint of step {last}' in output
   print(f'{kills} kills, {in_saves} of them in a save, {NUM_STEPS} steps')
   assert not unfinished()
   assert complete(workdir) == [NUM_STEPS - EVERY_STEPS, NUM_STEPS]
@@ -158,11 +135,11 @@ def test_killed_and_damaged_run_ends_bit_identical(finished, tmp_path):
 
 
 def damage_checksums(folder):
-  flip_bit(folder / checkpoint.CHECKSUMS)
+  flip_bit(folder / checksums.CHECKSUMS)
 
 
 def empty_checksums(folder):
-  (folder / checkpoint.CHECKSUMS).write_bytes(b'')
+  (folder / checksums.CHECKSUMS).write_bytes(b'')
 
 
 def flip(folder):
@@ -227,35 +204,42 @@ def test_every_damage_is_found(steps_to_damage, damage, words, caplog):
     assert f'{folder}/3 is DAMAGED' in caplog.text
     with pytest.raises(InputError, match=f'{folder}/3 is damaged: .*{words}'):
       checkpoint.find_step(manager, 3, items)
-  assert complete(steps_to_damage) == [1, 2, 3]  # readers change nothing
-  assert checkpoint.set_damaged_aside(workdir) == 2
-  assert complete(steps_to_damage) == [1, 2]
-  assert '3.damaged' in caplog.text and '1 steps are lost' in caplog.text
+  assert checkpoint.find_intact(workdir) == 2
+  assert '1 steps are lost' in caplog.text
+  assert complete(steps_to_damage) == [1, 2, 3]  # Nothing is deleted yet.
   damage(folder / '2')
   damage(folder / '1')
   before = sorted(folder.rglob('*'))
-  with pytest.raises(InputError, match='no checkpoint that is not damaged'):
-    checkpoint.set_damaged_aside(workdir)
+  with pytest.raises(InputError, match='all checkpoints in .* are damaged'):
+    checkpoint.find_intact(workdir)
   assert before == sorted(folder.rglob('*'))
 
 
-def test_damaged_names_do_not_collide(steps_to_damage):
-  folder = steps_to_damage / checkpoint.FOLDER
-  flip(folder / '3')
-  shutil.copytree(folder / '3', folder / 'again')
-  assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 2
-  (folder / 'again').rename(folder / '3')
-  assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 2
-  assert {'3.damaged', '3.damaged.damaged'} <= {
-    p.name for p in folder.iterdir()
-  }
+@pytest.mark.parametrize(
+  'step, kept', [(2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 3, 4])]
+)
+def test_next_save_replaces_damaged_checkpoints(steps_to_damage, step, kept):
+  flip(steps_to_damage / checkpoint.FOLDER / '3')
+  flip(steps_to_damage / checkpoint.FOLDER / '2')
+  workdir = str(steps_to_damage)
+  assert checkpoint.find_intact(workdir) == 1
+  params = {'kernel': jax.numpy.full((2, 3), float(step))}
+  state = TrainState(jax.numpy.int32(step), params, None, {}, jax.random.key(0))
+  with checkpoint.open_manager(workdir) as manager:
+    checkpoint.save(manager, state, {}, {'step': step})
+    checkpoint.wait(manager)
+    assert manager.latest_step() == step
+    restored = checkpoint.restore_state(manager, state, step, vocab_size=9)
+  np.testing.assert_array_equal(restored.params['kernel'], params['kernel'])
+  assert complete(steps_to_damage) == kept
+  assert checkpoint.find_intact(workdir) == step
 
 
 def test_checkpoint_of_an_older_version_has_no_checksums(steps_to_damage):
   folder = steps_to_damage / checkpoint.FOLDER / '3'
   for other in folder.parent.iterdir():
-    (other / checkpoint.CHECKSUMS).unlink()
-  assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 3
+    (other / checksums.CHECKSUMS).unlink()
+  assert checkpoint.find_intact(str(steps_to_damage)) == 3
   with checkpoint.open_manager(str(steps_to_damage), read_only=True) as manager:
     assert checkpoint.find_step(manager) == 3
     assert checkpoint.restore_meta(manager, 3)['data']['step'] == 0
@@ -276,19 +260,20 @@ def test_checkpoint_of_an_older_version_has_no_checksums(steps_to_damage):
 @pytest.mark.parametrize(
   'content', [b'', b'{"rest/\xf4": 3}', b'[]', b'[' * 100_000]
 )
-def test_damage_in_two_places_is_no_import(steps_to_damage, content):
+def test_damage_in_two_places_is_not_taken_for_an_import(
+  steps_to_damage, content
+):
   folder = steps_to_damage / checkpoint.FOLDER / '3'
   assert not checkpoint.holds_weights_alone(str(steps_to_damage))
   shutil.rmtree(folder / 'rest')
-  assert not checkpoint.holds_weights_alone(
-    str(steps_to_damage)
-  )  # it is listed
-  (folder / checkpoint.CHECKSUMS).write_bytes(content)
+  # The checksums still list it.
   assert not checkpoint.holds_weights_alone(str(steps_to_damage))
-  assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 2
+  (folder / checksums.CHECKSUMS).write_bytes(content)
+  assert not checkpoint.holds_weights_alone(str(steps_to_damage))
+  assert checkpoint.find_intact(str(steps_to_damage)) == 2
 
 
-@pytest.mark.parametrize('lost', [checkpoint.CHECKSUMS, 'everything'])
+@pytest.mark.parametrize('lost', [checksums.CHECKSUMS, 'everything'])
 def test_checkpoint_that_lost_its_checksums_is_damaged(steps_to_damage, lost):
   folder = steps_to_damage / checkpoint.FOLDER / '3'
   if lost == 'everything':
@@ -296,18 +281,18 @@ def test_checkpoint_that_lost_its_checksums_is_damaged(steps_to_damage, lost):
     folder.mkdir()
   else:
     (folder / lost).unlink()
-  assert 'is missing' in checkpoint.find_damage(folder)
-  assert checkpoint.set_damaged_aside(str(steps_to_damage)) == 2
+  assert 'is missing' in checksums.find_damage(folder)
+  assert checkpoint.find_intact(str(steps_to_damage)) == 2
 
 
-def test_a_step_with_nan_is_skipped_and_the_run_goes_on(tmp_path):
+def test_a_step_with_nan_is_skipped_and_the_run_continues(tmp_path):
   before = """
 import nanodlm.data.pipeline as pipeline
 make = pipeline.make_train_iterator
 def make_with_nan(*args, start_step=0, **kwargs):
   for step, batch in enumerate(make(*args, start_step=start_step, **kwargs)):
     if step + start_step in (6, 9, 10):
-      batch["weight"][0, 3] = float("nan")
+      batch.weight[0] = float("nan")
     yield batch
 pipeline.make_train_iterator = make_with_nan
 """
@@ -334,14 +319,14 @@ pipeline.make_train_iterator = make_with_nan
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
-  """A small prepared dataset: what opens it, and its folder."""
+  """A function that opens a small dataset, its folder, and its config."""
   root = tmp_path_factory.mktemp('damaged_data')
   (root / 'text.txt').write_text(workdirs.TEXT * 20)
-  config = configs.load_base()
+  config = configs.load()
   config.data.update(
     source=f'text:{root}/text.txt', length=16, data_dir=str(root / 'data')
   )
-  settings = configs.validate(config)
+  settings = configs.make_settings(config)
   open_data = lambda: prepare.prepare(settings.data, settings.tokenizer)
   return open_data, pathlib.Path(open_data().folders[0]), settings.data
 
@@ -371,7 +356,7 @@ def flip_start(path):
   flip_bit(path, 0.1)
 
 
-def flip_end(path):  # the bracket that ends a JSON file
+def flip_end(path):  # In a JSON file, the closing bracket.
   flip_bit(path, 0.9999)
 
 
@@ -397,10 +382,7 @@ def test_damaged_data_is_an_error_that_says_what_to_do(prepared, name, damage):
   try:
     damage(path)
     with pytest.raises(InputError) as raised:
-      if damage not in (
-        flip_start,
-        flip_bit,
-      ):  # found at once, not when it is read
+      if damage not in (flip_start, flip_bit):  # Found before data is read.
         open_data()
       else:
         read_all(open_data, data_config)

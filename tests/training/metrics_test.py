@@ -1,4 +1,4 @@
-"""Means, units and the interval."""
+"""Tests of nanodlm.training.metrics: means, units and intervals."""
 
 import math
 
@@ -44,8 +44,8 @@ def test_interval_covers_the_mean_about_19_times_in_20():
   hits, byte_hits = 0, 0
   for _ in range(2000):
     weight = np.full(60, 16.0)
-    num_bytes = generator.integers(20, 60, 60)  # mean 39.5 a row
-    nll = generator.gamma(4.0, 4.0, 60)  # mean 16: 1 nat per token
+    num_bytes = generator.integers(20, 60, 60)  # Mean 39.5 per row.
+    nll = generator.gamma(4.0, 4.0, 60)  # Mean 16: 1 nat per token.
     means = metrics.eval_means(sums_of(nll, weight, num_bytes))
     hits += abs(means['eval/nll'] - 1.0) < means['eval/nll_ci95']
     byte_hits += (
@@ -98,13 +98,13 @@ def test_text_statistics():
   same = metrics.text_statistics(np.full((2, 8), 5))
   assert same['unigram_entropy'] == same['sample_entropy'] == 0
   assert [same[f'distinct_{n}'] for n in (1, 2, 3)] == [1 / 16, 1 / 14, 1 / 12]
-  # Each text repeats one token, of two in all.
+  # Each text repeats one of two tokens.
   two = metrics.text_statistics(np.repeat([[3], [9]], 8, axis=1))
   assert math.isclose(two['unigram_entropy'], math.log(2))
   assert two['sample_entropy'] == 0 and two['distinct_2'] == 2 / 14
   varied = metrics.text_statistics(np.arange(16).reshape(2, 8))
   assert math.isclose(varied['unigram_entropy'], math.log(16))
   assert math.isclose(varied['sample_entropy'], math.log(8))
-  # n-grams do not cross from one text into the next.
+  # An n-gram lies within one text.
   assert varied['distinct_1'] == varied['distinct_3'] == 1
   assert math.isnan(metrics.text_statistics(np.zeros((3, 2)))['distinct_3'])

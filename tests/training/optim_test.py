@@ -1,4 +1,4 @@
-"""Tests of nanodlm.training.optim: what is decayed, how far, and that all descend."""
+"""Tests of nanodlm.training.optim: weight decay, schedules and descent."""
 
 from absl.testing import parameterized
 import jax
@@ -88,7 +88,7 @@ class OptimTest(parameterized.TestCase):
 
   @parameterized.parameters(*optim.OPTIMIZERS)
   def test_decays_by_the_learning_rate_times_the_decay(self, name):
-    # With no gradient, what is left is the decay.
+    # Without a gradient only the decay remains.
     params = {
       'embedding': jnp.ones((4, 2)),
       'norm': {'scale': jnp.ones(2)},
@@ -151,7 +151,7 @@ class OptimTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-    # step: 0, end of the warm-up, after it, half of the rest, last, end
+    # Steps: 0, end of the warm-up, after it, half of the rest, last, end.
     ('cosine', [0.025, 0.1, 0.1, 0.055, None, 0.01]),
     ('constant', [0.025, 0.1, 0.1, 0.1, 0.1, 0.1]),
     ('wsd', [0.025, 0.1, 0.1, 0.1, None, 0.01]),
