@@ -1,4 +1,1 @@
-"""Text to batches: sources of documents, a builder of packed rows, a pipeline.
-
-Imports nothing, so that launch.py starts without TFDS and grain.
-"""
+"""The data path: a source of text, tokens, packed rows on disk, batches."""

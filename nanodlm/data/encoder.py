@@ -1,199 +1,223 @@
-"""Parts of a source to files of token ids, by one process, several, or Beam.
+"""Encodes the parts of a source to files of token ids, the slow stage.
 
-A part becomes a file of ids and a table of its documents, under its number. The
-table is written last and renamed into place: what has one is finished, whoever
-made it, and is never made again. The ids follow from the source and the tokenizer
-alone, so that any engine with any number of workers leaves the same files.
+A part becomes a file of ids and a table of its documents. The table is written
+last and renamed into place: a part with a table is finished, and is never done
+again. The ids follow from the source and the tokenizer alone, so any engine
+with any number of workers leaves the same files.
 """
 
+import abc
 import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-import contextlib
+from concurrent import futures
+from concurrent.futures import process
 import dataclasses
+import functools
 import hashlib
-import itertools
+import logging
 import multiprocessing
-from multiprocessing import connection
 import os
 import pathlib
 import re
 import signal
+import threading
+import time
 import traceback
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from nanodlm.data import sources, tokenizers
+from nanodlm.data.folder import Interrupted
+from nanodlm.data.sources.base import Part, Source
+from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.types import InputError
 
-# Texts are handed to the tokenizer's threads in groups of about this size, and
-# of a part of it where there is one thread, which gains nothing from more.
+# Texts are passed to the tokenizer's threads in groups of about this size; a
+# single thread gains nothing from large groups.
 BATCH_CHARS = 4 << 20
 ONE_THREAD_CHARS = 1 << 18
+PROGRESS_SECS = 3.0
+# A row of the table of a part: a document that is not empty. `num_bytes` is the
+# size of its text in UTF-8, `num_tokens` includes the separator at its end, and
+# `prompt_length` counts the ids of its first piece, the prompt of a pair.
+DOCUMENT = np.dtype(
+  [
+    ('hash', np.uint64),
+    ('num_bytes', np.int64),
+    ('num_tokens', np.int64),
+    ('prompt_length', np.int64),
+  ]
+)
+
+_log = logging.getLogger('nanodlm')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-  """What is the same for all parts; it can be pickled.
+  """What all parts share; it can be pickled.
 
   Attributes:
-    source: see sources.Source.
-    tokenizer: see tokenizers.Tokenizer.
-    folder: where the files go; the same for all workers.
-    num_threads: that encode in a process; 0 is one for each core.
+    source: the source.
+    tokenizer: the tokenizer.
+    folder: where the files are written; the same for all workers.
+    num_threads: threads that encode in each process; 0 is one for each core.
   """
 
-  source: sources.Source
-  tokenizer: tokenizers.Tokenizer
+  source: Source
+  tokenizer: Tokenizer
   folder: pathlib.Path
   num_threads: int
 
   @property
   def dtype(self) -> np.dtype:
-    """The smaller of 16 and 32 bits that holds every id."""
-    return np.dtype(
-      np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32
-    )
-
-  @property
-  def is_pairs(self) -> bool:
-    """Whether each document is a row: a prompt and its response."""
-    return isinstance(self.source, sources.PairsSource)
+    """The smaller of uint16 and uint32 that holds every id."""
+    is_small = self.tokenizer.vocab_size <= 1 << 16
+    return np.dtype(np.uint16 if is_small else np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A part, or some characters of one that is all of one document.
+  """A part, or some characters of one that belongs to a single document.
 
   Attributes:
-    number: of its files.
-    part: see sources.Part.
-    split: 'train' or 'validation', '' where it is not known yet.
+    number: the number of its files.
+    part: the part.
+    split: 'train' or 'validation'; 'any' if its documents are assigned later;
+      'stream' if the whole source is one stream of tokens, which is cut later.
     start: its first character.
-    stop: one past the last; None is the end of the part.
-    is_end: whether the text ends here though its document does not.
+    stop: one past its last character, where the text then ends although its
+      document does not; None is the end of the part.
   """
 
   number: int
-  part: sources.Part
+  part: Part
   split: str
   start: int = 0
   stop: int | None = None
-  is_end: bool = False
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Table:
-  """The documents of a part that are not empty, [n] each.
+class Engine(abc.ABC):
+  """What runs the work; the result is the same with each."""
 
-  Attributes:
-    hashes: uint64 of their text.
-    num_bytes: of their text in UTF-8.
-    num_tokens: ids, a separator at the end included.
-    prompt_lengths: int32, ids of the prompts of pairs; else none, [0].
+  num_threads: int  # That encode in each process; see Job.
+
+  @abc.abstractmethod
+  def map(self, function: Callable[[Any], None], tasks: Sequence) -> Iterator:
+    """Calls function(task) for all tasks; yields finished tasks in any order.
+
+    An engine may yield none of them: the files show what is done.
+    """
+
+
+def encode(job: Job, tasks: Sequence[Task], engine: Engine) -> list[np.ndarray]:
+  """Encodes the parts that are not finished yet.
+
+  Returns:
+    The table of each part, an array of DOCUMENT.
+
+  Raises:
+    InputError: the source is damaged, or a worker was lost.
   """
+  missing = [task for task in tasks if _read_table(job, task) is None]
+  if num_done := len(tasks) - len(missing):
+    _log.info(
+      f'resuming an earlier preparation: {num_done} of {len(tasks)} parts done'
+    )
+  start = due = time.monotonic()
+  millions = 0.0
+  work = engine.map(functools.partial(encode_part, job), missing)
+  for i, task in enumerate(work, start=1):
+    table = _read_table(job, task)
+    millions += 0 if table is None else table['num_tokens'].sum() / 1e6
+    if time.monotonic() - due >= PROGRESS_SECS:
+      due = time.monotonic()
+      _log.info(
+        f'encoding: {millions:.1f} M tokens, {millions / (due - start):.2f} M '
+        f'tokens/s, {i / len(missing):.0%} done'
+      )
+  tables = [_read_table(job, task) for task in tasks]
+  for task, table in zip(tasks, tables):
+    if table is None:
+      raise job.source.error(
+        f'part {task.number} is not in {job.folder}: workers on other machines '
+        'must see data.data_dir under the same path'
+      )
+  _log.info(f'encoded {len(missing)} parts in {time.monotonic() - start:.1f} s')
+  return [table for table in tables if table is not None]
 
-  hashes: np.ndarray
-  num_bytes: np.ndarray
-  num_tokens: np.ndarray
-  prompt_lengths: np.ndarray
+
+def remove_files(folder: pathlib.Path) -> None:
+  """Removes the files of this stage."""
+  for file in folder.glob('part-*'):
+    file.unlink()
 
 
 def tokens_path(folder: pathlib.Path, number: int) -> pathlib.Path:
-  """The file of the ids of a part."""
+  """Returns the path of the ids of a part."""
   return folder / f'part-{number:06d}.tokens'
 
 
-def _table_path(folder: pathlib.Path, number: int) -> pathlib.Path:
-  return folder / f'part-{number:06d}.npz'
-
-
-def encode_part(job: Job, task: Task) -> tuple[Task, Table]:
-  """Writes the two files of a part; returns the task and its table.
+def encode_part(job: Job, task: Task) -> None:
+  """Writes the two files of a part.
 
   Raises:
-    InputError: the source is broken, or has ids that the tokenizer has not.
+    InputError: the source is damaged, or holds ids outside the vocabulary.
   """
   path = tokens_path(job.folder, task.number)
-  # Two processes may be at the same part where an engine tries a thing twice.
+  # Some engines retry a part while another process still works on it.
   partial = path.with_suffix(f'.partial-{os.getpid()}')
   with open(partial, 'wb') as file:
-    if getattr(job.source, 'is_tokens', False):
-      table = _write_ids(job, task, file)
-    else:
-      table = _write_documents(job, task, file)
+    write = _write_ids if job.source.is_tokens else _write_documents
+    table = array.array('Q', write(job, task, file))
   os.replace(partial, path)
   with open(partial, 'wb') as file:
-    np.savez(file, **dataclasses.asdict(table))
-  os.replace(partial, _table_path(job.folder, task.number))
-  return task, table
+    documents = np.array(table, np.uint64).view(DOCUMENT)
+    np.savez(file, documents=documents, task=repr(task))
+  os.replace(partial, path.with_suffix('.npz'))
 
 
-def finished(job: Job, task: Task) -> Table | None:
-  """The table of a part that is done, else None."""
+def _read_table(job: Job, task: Task) -> np.ndarray | None:
+  """Returns the table of a part; None if the part is not finished."""
+  path = tokens_path(job.folder, task.number)
   try:
-    with np.load(_table_path(job.folder, task.number)) as arrays:
-      table = Table(**arrays)
-    size = tokens_path(job.folder, task.number).stat().st_size
-  # Whatever NumPy makes of a file that the disk lost a piece of.
-  except Exception:  # pylint: disable=broad-exception-caught
+    with np.load(path.with_suffix('.npz')) as saved:
+      table, cut = saved['documents'], saved['task']
+    size = table['num_tokens'].sum() * job.dtype.itemsize
+    # Another version may have cut the source into other parts.
+    return table if cut == repr(task) and path.stat().st_size == size else None
+  # NumPy raises errors of many classes for a truncated file.
+  except Exception:
     return None
-  whole = int(table.num_tokens.sum()) * job.dtype.itemsize
-  return table if size == whole else None
 
 
-def _write_documents(job: Job, task: Task, file: Any) -> Table:
-  """Writes documents, each with a separator behind it."""
+def _write_documents(job: Job, task: Task, file: Any) -> Iterator[int]:
+  """Writes documents, each followed by a separator; yields their table."""
   separator = np.array([job.tokenizer.separator_id], job.dtype).tobytes()
-  hashes, num_bytes = array.array('Q'), array.array('q')
-  num_tokens, prompt_lengths = array.array('q'), array.array('i')
-  digest = None  # None: the next piece begins a document
-  num_chars = ONE_THREAD_CHARS if job.num_threads == 1 else BATCH_CHARS
-  for batch in _batches(_pieces(job.source.read(task.part), task), num_chars):
-    encoded = job.tokenizer.encode_batch(
-      [text for text, _, _ in batch], job.num_threads
-    )
+  digest = None  # None: the next piece begins a document.
+  num_bytes = num_tokens = prompt_length = 0
+  for batch in _batches(job, task):
+    texts = [text for text, _, _ in batch]
+    encoded = job.tokenizer.encode_batch(texts, job.num_threads)
     for (text, is_last, is_end), ids in zip(batch, encoded, strict=True):
       if digest is None:
         digest = hashlib.blake2b(digest_size=8)
-        num_bytes.append(0)
-        num_tokens.append(0)
-        if job.is_pairs:
-          prompt_lengths.append(ids.size)
+        num_bytes, num_tokens, prompt_length = 0, 0, ids.size
       data = text.encode()
       digest.update(data)
       file.write(ids.astype(job.dtype).tobytes())
-      num_bytes[-1] += len(data)
-      num_tokens[-1] += ids.size
+      num_bytes += len(data)
+      num_tokens += ids.size
       if is_last:
-        hashes.append(int.from_bytes(digest.digest(), 'little'))
-        digest = None
         if is_end:
           file.write(separator)
-          num_tokens[-1] += 1
-  return Table(
-    np.array(hashes, np.uint64),
-    np.array(num_bytes, np.int64),
-    np.array(num_tokens, np.int64),
-    np.array(prompt_lengths, np.int32),
-  )
+          num_tokens += 1
+        yield int.from_bytes(digest.digest(), 'little')
+        yield from (num_bytes, num_tokens, prompt_length)
+        digest = None
 
 
-def _pieces(
-  documents: Iterable[sources.Document], task: Task
-) -> Iterator[tuple[str, bool, bool]]:
-  """(text, whether it is its document's last piece, and ends the text)."""
-  for document in documents:
-    pieces = cut(document.open(), task.start, task.stop)
-    piece = next(pieces, '')
-    while piece:
-      following = next(pieces, '')
-      yield piece, not following, document.is_end or task.is_end
-      piece = following
-
-
-def cut(pieces: Iterator[str], start: int, stop: int | None) -> Iterator[str]:
-  """Characters [start, stop) of a text in pieces, in pieces."""
+def cut(pieces: Iterable[str], start: int, stop: int | None) -> Iterator[str]:
+  """Yields characters [start, stop) of a text in pieces, in pieces."""
   position = 0
   for piece in pieces:
     end = len(piece) if stop is None else max(stop - position, 0)
@@ -203,233 +227,149 @@ def cut(pieces: Iterator[str], start: int, stop: int | None) -> Iterator[str]:
       yield part
 
 
-def _batches(
-  pieces: Iterator[tuple[str, bool, bool]], num_chars: int
-) -> Iterator[list[tuple[str, bool, bool]]]:
-  """Groups of about num_chars characters."""
+def _batches(job: Job, task: Task) -> Iterator[list[tuple[str, bool, bool]]]:
+  """Yields pieces of text in groups for the tokenizer's threads.
+
+  A piece is (text, whether it ends its document, whether the text ends).
+  """
+  num_chars = ONE_THREAD_CHARS if job.num_threads == 1 else BATCH_CHARS
   batch, size = [], 0
-  for item in pieces:
-    batch.append(item)
-    size += len(item[0])
-    if size >= num_chars:
-      yield batch
-      batch, size = [], 0
+  for document in job.source.read(task.part):
+    is_end = document.is_end or task.stop is not None
+    pieces = cut(document.open(), task.start, task.stop)
+    piece = next(pieces, '')
+    while piece:
+      following = next(pieces, '')
+      batch.append((piece, not following, is_end))
+      size += len(piece)
+      piece = following
+      if size >= num_chars:
+        yield batch
+        batch, size = [], 0
   if batch:
     yield batch
 
 
-def _write_ids(job: Job, task: Task, file: Any) -> Table:
-  """Writes rows of ids as they are, if the tokenizer has all of them."""
+def _write_ids(job: Job, task: Task, file: Any) -> Iterator[int]:
+  """Writes rows of ids unchanged, if the tokenizer has all of them."""
   num_bytes = num_tokens = 0
-  num_ids = job.tokenizer.vocab_size - 1  # without the mask
+  num_ids = job.tokenizer.mask_id
   for rows in job.source.read(task.part):
     bad = np.flatnonzero((rows.ids < 0) | (rows.ids >= num_ids))
     if bad.size:
-      raise InputError(
-        f'data.source={job.source.spec!r}: {rows.place(bad[0])} holds the id '
-        f'{rows.ids[bad[0]]}, but those of tokenizer.name='
-        f'{job.tokenizer.name!r} are 0 to {num_ids - 1}; name the tokenizer '
-        'that made the ids'
+      raise job.source.error(
+        f'{rows.place(bad[0])} holds the id {rows.ids[bad[0]]}, but the ids of '
+        f'tokenizer.name={job.tokenizer.name!r} are 0 to {num_ids - 1}; name '
+        'the tokenizer that made the ids'
       )
     file.write(rows.ids.astype(job.dtype).tobytes())
     num_tokens += rows.ids.size
     num_bytes += int(job.tokenizer.num_bytes[rows.ids].sum())
-  return Table(
-    np.zeros([1], np.uint64),
-    np.array([num_bytes]),
-    np.array([num_tokens]),
-    np.zeros([0], np.int32),
-  )
-
-
-# ----------------------------------------------------------------- engines
-
-
-class Engine(Protocol):
-  """Who does the work.
-
-  Attributes:
-    num_threads: that each process encodes with; see Job.
-  """
-
-  num_threads: int
-
-  def map(
-    self, function: Callable[[Any], Any], tasks: Sequence[Any]
-  ) -> Iterator[Any]:
-    """Calls function(task) for all tasks; yields results, in no order.
-
-    An engine may yield none of them: what was done is seen in the files.
-    """
+  yield from (0, num_bytes, num_tokens, 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class ThisProcess:
-  """Encodes with the threads of this process; see Engine."""
+class ThisProcess(Engine):
+  """Encodes with the threads of this process."""
 
   num_threads: int = 0
 
-  def map(
-    self, function: Callable[[Any], Any], tasks: Sequence[Any]
-  ) -> Iterator[Any]:
-    return map(function, tasks)
-
-
-class WorkerLost(InputError):
-  """A worker died; what it and the others finished is kept."""
+  def map(self, function: Callable[[Any], None], tasks: Sequence) -> Iterator:
+    for task in tasks:
+      function(task)
+      yield task
 
 
 @dataclasses.dataclass(frozen=True)
-class Workers:
-  """So many processes of this machine; see Engine.
-
-  Attributes:
-    num_workers: at least 1.
-    num_threads: see Engine.
-  """
+class Workers(Engine):
+  """Encodes with `num_workers` >= 1 processes of this machine."""
 
   num_workers: int
   num_threads: int = 1
 
-  def __post_init__(self):
-    if self.num_workers < 1:
-      raise InputError(
-        f'--prepare_workers={self.num_workers} must be at least 1'
-      )
-
-  def map(
-    self, function: Callable[[Any], Any], tasks: Sequence[Any]
-  ) -> Iterator[Any]:
-    # Forking would copy the locks of JAX's and TFDS's threads. An executor of
-    # concurrent.futures can wait for its workers forever after two Ctrl-C.
+  def map(self, function: Callable[[Any], None], tasks: Sequence) -> Iterator:
+    others = set(multiprocessing.active_children())
+    # Forking would copy the locks of JAX's and TFDS's threads.
     context = multiprocessing.get_context('spawn')
-    rest, busy, workers = iter(tasks), [], []
+    # A worker receives the function, which may be large, only once.
+    executor = futures.ProcessPoolExecutor(
+      self.num_workers, context, _start_worker, (function,)
+    )
     try:
-      for task in itertools.islice(rest, self.num_workers):
-        ours, theirs = context.Pipe()
-        worker = context.Process(
-          target=_serve, args=(theirs, function), daemon=True
-        )
-        worker.start()
-        theirs.close()  # so that the end of the worker is the end of the pipe
-        workers.append(worker)
-        busy.append(ours)
-        ours.send(task)
-      while busy:
-        for pipe in connection.wait(busy):
-          error, result = pipe.recv()
-          if error is not None:
-            raise error
-          busy.remove(pipe)
-          for task in itertools.islice(rest, 1):
-            busy.append(pipe)
-            pipe.send(task)
-          yield result
-    except (EOFError, ConnectionError) as error:
-      raise WorkerLost(
-        'a process of the preparation was killed, most likely for want of '
-        'memory. Run again, with a smaller --prepare_workers: what is finished '
-        'is kept'
+      work = [executor.submit(_work, task) for task in tasks]
+      for done in futures.as_completed(work):
+        yield done.result()
+    except process.BrokenProcessPool as error:
+      raise Interrupted(
+        'a process of the preparation was killed, probably because memory ran '
+        'out. Run again with a smaller --prepare_workers; finished parts are '
+        'kept'
       ) from error
     finally:
-      for worker in workers:
-        worker.kill()  # idle, or at work for nobody
-      for worker in workers:
-        worker.join()
+      # After an error or Ctrl-C, nothing waits for tasks in progress.
+      for worker in set(multiprocessing.active_children()) - others:
+        worker.kill()
+      executor.shutdown(cancel_futures=True)
 
 
-def _serve(pipe: connection.Connection, function: Callable[[Any], Any]) -> None:
-  """A worker: answers tasks with (error, result), until the pipe ends."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
-  with contextlib.suppress(EOFError, ConnectionError):  # so is its own end
-    while True:
-      task = pipe.recv()
-      try:
-        answer = None, function(task)
-      # Raised again by the parent.
-      except Exception as error:  # pylint: disable=broad-exception-caught
-        answer = _sendable(error, traceback.format_exc()), None
-      pipe.send(answer)
+_function: Callable[[Any], None]  # Of this process, if it is a worker.
 
 
-def _sendable(error: Exception, text: str) -> Exception:
-  """An error that any process can read; `text` is its traceback."""
-  if isinstance(error, InputError):
-    return error
-  if type(error) in (OSError, FileNotFoundError, PermissionError, MemoryError):
-    error.add_note(text)
-    return error
-  # Of a class of somebody else's, which may not survive the way.
-  return RuntimeError(text)
+def _start_worker(function: Callable[[Any], None]) -> None:
+  """Leaves Ctrl-C to the parent, and ends if the parent is killed."""
+  global _function
+  _function = function
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  parent: Any = multiprocessing.parent_process()
+  end = lambda: (parent.join(), os._exit(1))
+  threading.Thread(target=end, daemon=True).start()
+
+
+def _work(task: Any) -> Any:
+  try:
+    _function(task)
+  except (InputError, OSError):
+    raise
+  # Errors of other classes may not survive being sent to another process.
+  except Exception:
+    raise RuntimeError(traceback.format_exc()) from None
+  return task
 
 
 @dataclasses.dataclass(frozen=True)
-class Beam:
-  """Apache Beam, on the runner that its options name; see Engine.
-
-  Attributes:
-    options: of the pipeline, as 'runner=FlinkRunner'.
-    num_threads: see Engine.
-  """
+class Beam(Engine):
+  """Encodes with Apache Beam and options such as 'runner=FlinkRunner'."""
 
   options: tuple[str, ...]
   num_threads: int = 1
 
   def __post_init__(self):
     try:
-      import apache_beam  # pylint: disable=g-import-not-at-top
-    except ModuleNotFoundError as error:
+      self._make_pipeline()
+    # Beam raises errors of several classes for names and missing packages.
+    except Exception as error:
       raise InputError(
-        "--prepare_engine='beam' needs the package apache-beam: "
-        "pip install -e '.[beam]'"
-      ) from error
-    for option in self.options:
-      if option.startswith('-'):
-        raise InputError(
-          f'--beam_options: write {option.lstrip("-")!r} instead of {option!r}'
-        )
-    try:
-      apache_beam.runners.runner.create_runner(self.runner)
-    # Beam raises errors of several kinds for names and for missing packages.
-    except Exception as error:  # pylint: disable=broad-exception-caught
-      raise InputError(
-        f'--beam_options: runner={self.runner}: {error}'
+        f'--prepare_engine=beam with --beam_options={list(self.options)}: '
+        f"{error}. Beam itself is installed by pip install -e '.[beam]'"
       ) from error
 
-  @property
-  def pipeline_options(self) -> Any:
-    """apache_beam's PipelineOptions."""
-    from apache_beam.options import pipeline_options  # pylint: disable=g-import-not-at-top
+  def _make_pipeline(self) -> Any:
+    from apache_beam import Pipeline  # pyright: ignore[reportMissingImports]  # An extra.
+    from apache_beam.options import pipeline_options  # pyright: ignore[reportMissingImports]
 
-    return pipeline_options.PipelineOptions(
-      [f'--{option}' for option in self.options]
-    )
+    given = [f'--{option.lstrip("-")}' for option in self.options]
+    return Pipeline(options=pipeline_options.PipelineOptions(given))
 
-  @property
-  def runner(self) -> str:
-    """The name of the runner, by default Beam's local one."""
-    from apache_beam.options import pipeline_options  # pylint: disable=g-import-not-at-top
-
-    return (
-      self.pipeline_options.view_as(pipeline_options.StandardOptions).runner
-      or 'DirectRunner'
-    )
-
-  def map(
-    self, function: Callable[[Any], Any], tasks: Sequence[Any]
-  ) -> Iterator[Any]:
-    import apache_beam as beam  # pylint: disable=g-import-not-at-top
+  def map(self, function: Callable[[Any], None], tasks: Sequence) -> Iterator:
+    import apache_beam as beam  # pyright: ignore[reportMissingImports]
 
     try:
-      with beam.Pipeline(self.runner, self.pipeline_options) as pipeline:
-        _ = (
-          pipeline
-          | beam.Create(tasks)
-          | beam.Reshuffle()  # else a runner may fuse all into one worker
-          | 'Encode' >> beam.Map(_run, function)
-        )
-    # A worker's error comes as another one that holds its text somewhere.
-    except Exception as error:  # pylint: disable=broad-exception-caught
+      with self._make_pipeline() as pipeline:
+        # Without Reshuffle, a runner may fuse all tasks into one worker.
+        todo = pipeline | beam.Create(tasks) | beam.Reshuffle()
+        _ = todo | 'Encode' >> beam.Map(function)
+    # A worker's error arrives as another one, which contains its text.
+    except Exception as error:
       text = f'{type(error).__name__}: {error}'
       if found := _WORKER_ERROR.search(text):
         raise InputError(found[1]) from error
@@ -438,7 +378,3 @@ class Beam:
 
 
 _WORKER_ERROR = re.compile(r'\bInputError: (.*?)(?: \[while running|\n|$)')
-
-
-def _run(task: Any, function: Callable[[Any], Any]) -> None:
-  function(task)

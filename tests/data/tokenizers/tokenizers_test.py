@@ -1,4 +1,4 @@
-"""Tests of nanodlm.data.tokenizers: nothing is lost, and text never becomes control."""
+"""Tests of tokenizers: nothing is lost, and text never becomes control."""
 
 import json
 import os
@@ -12,13 +12,15 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 import numpy as np
 
-from nanodlm.data import tokenizers
+from nanodlm.data import network, tokenizers
+from nanodlm.data.tokenizers import huggingface, saved, tiktoken
+from nanodlm.data.tokenizers.bytes import BytesTokenizer
+from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
+from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from nanodlm.interop import export
 from nanodlm.types import InputError
 
-SHARED = os.path.join(
-  os.path.dirname(__file__), '..', '..', '..', 'shared', 'data'
-)
+SHARED = os.path.join(os.path.dirname(__file__), *['..'] * 4, 'shared', 'data')
 TIKTOKEN_CACHE = os.path.abspath(os.path.join(SHARED, 'tiktoken_cache'))
 
 TEXTS = (
@@ -60,7 +62,7 @@ class TokenizersTest(parameterized.TestCase):
         'the quick brown fox jumps over the lazy dog and runs away'.split()
       )
       texts = [' '.join(words[i % 5 :]) + '\n' for i in range(200)]
-      tokenizers.train_sentencepiece(iter(texts), 320, path)
+      SentencePieceTokenizer.train(iter(texts), 320, path)
       return tokenizers.make_tokenizer(config(name, path))
     if name == 'hugging_face':
       content = export.bytes_tokenizer()
@@ -78,7 +80,7 @@ class TokenizersTest(parameterized.TestCase):
       ]
       path = pathlib.Path(self.folder()) / 'tokenizer.json'
       path.write_text(json.dumps(content))
-      return tokenizers.load_hugging_face(str(path), 258, 257, 256)
+      return huggingface.load_hugging_face(str(path), 258, 257, 256)
     if name == 'gpt2' and not os.path.isdir(TIKTOKEN_CACHE):
       self.skipTest('no tiktoken files')
     return tokenizers.make_tokenizer(config(name))
@@ -125,7 +127,7 @@ class TokenizersTest(parameterized.TestCase):
       self.assertEqual(spelled[-2:], ['[M]', '\n\n'])
 
   def test_spell_of_broken_bytes(self):
-    tokenizer = tokenizers.BytesTokenizer()
+    tokenizer = BytesTokenizer()
     whole = [*'é😀'.encode()]
     self.assertEqual(
       tokenizer.spell([97, *whole]), ['a', 'é', '', '😀', '', '', '']
@@ -164,15 +166,15 @@ class TokenizersTest(parameterized.TestCase):
     np.testing.assert_array_equal(tokenizer.encode('hello world'), [31373, 995])
 
   def test_spare_ids_of_gpt2_are_of_no_text_and_are_saved(self):
-    tokenizer = tokenizers.with_spare_ids(self.make('gpt2'), 2)
+    tokenizer = self.make('gpt2').with_spare_ids(2)
     self.assertEqual(
       (tokenizer.separator_id, tokenizer.mask_id), (50256, 50259)
     )
     self.assertEqual(tokenizer.decode([31373, 50257, 50259, 50258]), 'hello_')
     self.assertEqual(tokenizer.num_bytes[50257:].sum(), 0)
     folder = self.folder()
-    tokenizers.save(tokenizer, folder)
-    again = tokenizers.load(folder)
+    save_tokenizer(tokenizer, folder)
+    again = load_tokenizer(folder)
     self.assertEqual(again.to_json(), tokenizer.to_json())
     np.testing.assert_array_equal(again.encode('hello world'), [31373, 995])
 
@@ -209,9 +211,7 @@ class TokenizersTest(parameterized.TestCase):
       with self.assertRaisesRegex(
         InputError, f'tokenizer.vocab_size={vocab_size} '
       ):
-        tokenizers.train_sentencepiece(
-          iter(['few words'] * 9), vocab_size, path
-        )
+        SentencePieceTokenizer.train(iter(['few words'] * 9), vocab_size, path)
 
   def test_not_a_sentencepiece_model(self):
     path = os.path.join(self.folder(), 'x.model')
@@ -234,7 +234,7 @@ class TokenizersTest(parameterized.TestCase):
   def test_offline_and_not_cached_fails_at_once(self):
     os.environ['TIKTOKEN_CACHE_DIR'] = self.folder()
     with (
-      mock.patch.object(tokenizers, 'is_reachable', return_value=False),
+      mock.patch.object(tiktoken, 'is_reachable', return_value=False),
       mock.patch('requests.get', side_effect=AssertionError('may hang')),
     ):
       start = time.monotonic()
@@ -244,25 +244,25 @@ class TokenizersTest(parameterized.TestCase):
 
   def test_is_reachable_gives_up(self):
     with mock.patch('socket.create_connection', side_effect=TimeoutError):
-      self.assertFalse(tokenizers.is_reachable('https://example.com/x'))
+      self.assertFalse(network.is_reachable('https://example.com/x'))
     with mock.patch('socket.create_connection') as connect:
-      self.assertTrue(tokenizers.is_reachable('https://example.com/x'))
+      self.assertTrue(network.is_reachable('https://example.com/x'))
     with mock.patch.dict(os.environ, {'https_proxy': 'http://proxy.test:3128'}):
       with mock.patch('socket.create_connection') as connect:
-        tokenizers.is_reachable('https://example.com/x')
+        network.is_reachable('https://example.com/x')
     self.assertEqual(connect.call_args.args[0], ('proxy.test', 3128))
 
   def test_half_a_surrogate_pair(self):
     with self.assertRaisesRegex(InputError, 'surrogate'):
-      tokenizers.BytesTokenizer().encode('a\ud800')
+      BytesTokenizer().encode('a\ud800')
 
   @parameterized.parameters('bytes', 'sentencepiece', 'gpt2', 'hugging_face')
   def test_saved_folder_is_enough(self, name):
     tokenizer, folder = self.make(name), self.folder()
-    tokenizers.save(tokenizer, folder)
+    save_tokenizer(tokenizer, folder)
     if name == 'sentencepiece':
       os.unlink(tokenizer.path)
-    loaded = tokenizers.load(folder)
+    loaded = load_tokenizer(folder)
     self.assertEqual(loaded.fingerprint, tokenizer.fingerprint)
     np.testing.assert_array_equal(
       loaded.encode(TEXTS[1]), tokenizer.encode(TEXTS[1])
@@ -270,28 +270,28 @@ class TokenizersTest(parameterized.TestCase):
 
   def test_saved_tokenizer_that_changed_is_refused(self):
     folder = self.folder()
-    tokenizers.save(self.make('sentencepiece'), folder)
-    other = os.path.join(folder, tokenizers.SAVED_MODEL)
-    tokenizers.train_sentencepiece(
+    save_tokenizer(self.make('sentencepiece'), folder)
+    other = os.path.join(folder, saved.SAVED_MODEL)
+    SentencePieceTokenizer.train(
       iter(['entirely other text\n'] * 50), 270, other
     )
     with self.assertRaisesRegex(InputError, 'other ids'):
-      tokenizers.load(folder)
+      load_tokenizer(folder)
     with self.assertRaisesRegex(InputError, 'cannot be read'):
-      tokenizers.load(self.folder())
+      load_tokenizer(self.folder())
 
   @parameterized.parameters(
     (b'{"name": "by\xf4es"}', 'cannot be read'),
     (b'{', 'cannot be read'),
-    (b'{"nbme": "bytes"}', "is not what .* KeyError\\('name'"),
-    (b'[]', 'is not what'),
+    (b'{"nbme": "bytes"}', "is not a saved .* KeyError\\('name'"),
+    (b'[]', 'is not a saved'),
   )
   def test_saved_tokenizer_that_is_damaged_is_refused(self, content, message):
     folder = self.folder()
-    with open(os.path.join(folder, tokenizers.SAVED), 'wb') as file:
+    with open(os.path.join(folder, saved.SAVED), 'wb') as file:
       file.write(content)
-    with self.assertRaisesRegex(InputError, f'{tokenizers.SAVED} {message}'):
-      tokenizers.load(folder)
+    with self.assertRaisesRegex(InputError, f'{saved.SAVED} {message}'):
+      load_tokenizer(folder)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Tests of nanodlm.data.sources."""
+"""Tests of text, JSONL and pairs in files."""
 
 import bz2
 import gzip
@@ -6,7 +6,6 @@ import importlib.util
 import json
 import lzma
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -15,16 +14,15 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 
 from nanodlm.data import sources
+from nanodlm.data.sources import base, files
 from nanodlm.types import InputError
 
-SHARED = os.path.join(
-  os.path.dirname(__file__), '..', '..', '..', 'shared', 'data'
-)
+SHARED = os.path.join(os.path.dirname(__file__), *['..'] * 4, 'shared', 'data')
 
 
 def texts(source, split='train'):
   return [
-    ''.join(document.open()) for document in sources.documents(source, split)
+    ''.join(document.open()) for document in base.documents(source, split)
   ]
 
 
@@ -47,7 +45,7 @@ class FilesTest(parameterized.TestCase):
     source = sources.make_source(f'text:{self.folder}/**/*.txt')
     self.assertEqual(texts(source), ['first é\n', 'second\r\n', 'third'])
     self.assertEqual(texts(source), texts(source))
-    self.assertEqual(source.splits, ('train',))
+    self.assertFalse(source.has_validation)
 
   @parameterized.parameters(
     ('.gz', gzip.compress), ('.bz2', bz2.compress), ('.xz', lzma.compress)
@@ -89,10 +87,10 @@ class FilesTest(parameterized.TestCase):
 
   def test_long_documents_come_in_pieces_cut_between_tokens(self):
     line = 'Some words, "quoted"\n\n  and indented é\nNext line.\n'
-    text = line * (3 * sources.PIECE_CHARS // len(line))
+    text = line * (3 * base.PIECE_CHARS // len(line))
     self.write('a.txt', text)
-    self.write('b.txt', 'x' * (9 * sources.PIECE_CHARS))  # nowhere to cut
-    one, two = sources.documents(
+    self.write('b.txt', 'x' * (9 * base.PIECE_CHARS))  # nowhere to cut
+    one, two = base.documents(
       sources.make_source(f'text:{self.folder}/*'), 'train'
     )
     pieces = list(one.open())
@@ -102,9 +100,9 @@ class FilesTest(parameterized.TestCase):
       self.assertRegex(left[-2:], r'\S\n')
       self.assertRegex(right[0], r'\w')
     pieces = list(two.open())
-    self.assertEqual(sum(map(len, pieces)), 9 * sources.PIECE_CHARS)
-    self.assertLessEqual(max(map(len, pieces)), 5 * sources.PIECE_CHARS)
-    in_memory = sources.document_of('x', text)
+    self.assertEqual(sum(map(len, pieces)), 9 * base.PIECE_CHARS)
+    self.assertLessEqual(max(map(len, pieces)), 5 * base.PIECE_CHARS)
+    in_memory = base.document_of(text)
     self.assertEqual(''.join(in_memory.open()), text)
 
   def test_cutting_changes_no_gpt2_token(self):
@@ -118,8 +116,8 @@ class FilesTest(parameterized.TestCase):
       encoding = tiktoken.get_encoding('gpt2')
     with open(os.path.join(SHARED, 'tinyshakespeare.txt')) as file:
       text = file.read()[:20000]
-    with mock.patch.object(sources, 'PIECE_CHARS', 1000):
-      pieces = list(sources.document_of('x', text).open())
+    with mock.patch.object(base, 'PIECE_CHARS', 1000):
+      pieces = list(base.document_of(text).open())
     self.assertGreater(len(pieces), 10)
     self.assertEqual(
       sum(map(encoding.encode_ordinary, pieces), []),
@@ -146,9 +144,9 @@ class FilesTest(parameterized.TestCase):
       r'a\.jsonl:2 is not a JSON object: Exceeds the limit',
     ),
     (b'{"text": "ok"}\n' + b'[' * 100_000, r'a\.jsonl:2 is not a JSON object'),
-    (b'{"text": "ok"}\n["text"]\n', r'a\.jsonl:2 has no text in field'),
-    (b'{"body": "ok"}\n', r"a\.jsonl:1 has no text in field 'text'.*body"),
-    (b'{"text": 3}\n', r'a\.jsonl:1 has no text'),
+    (b'{"text": "ok"}\n["text"]\n', r'a\.jsonl:2 is not a JSON object.*list'),
+    (b'{"body": "ok"}\n', r"a\.jsonl:1 lacks a text in field 'text'.*body"),
+    (b'{"text": 3}\n', r'a\.jsonl:1 lacks a text'),
     (b'{"text": "\xff"}\n', r'a\.jsonl:1 is not UTF-8 text at byte 10'),
     (b'{"text": "\\ud800"}\n', r'a\.jsonl:1 holds half of a surrogate'),
   )
@@ -167,7 +165,7 @@ class FilesTest(parameterized.TestCase):
     self.write('y.jsonl.gz', gzip.compress(data))
     pairs = lambda spec: [
       list(document.open())
-      for document in sources.documents(sources.make_source(spec), 'train')
+      for document in base.documents(sources.make_source(spec), 'train')
     ]
     default = [['p', 'r\n'], ['é', ' ']]
     self.assertEqual(pairs(f'pairs:{self.folder}/x.jsonl'), default)
@@ -176,12 +174,11 @@ class FilesTest(parameterized.TestCase):
       pairs(f'pairs:{self.folder}/x.jsonl:q:a'), [['q1', 'a1'], ['q2', 'a2']]
     )
     document = next(
-      sources.documents(
+      base.documents(
         sources.make_source(f'pairs:{self.folder}/x.jsonl'), 'train'
       )
     )
     self.assertEqual(list(document.open()), list(document.open()))
-    self.assertEndsWith(str(document.name), 'x.jsonl:1')
     os.rename(f'{self.folder}/x.jsonl', f'{self.folder}/x:q:a')  # a file's name
     self.assertEqual(pairs(f'pairs:{self.folder}/x:q:a'), default)
 
@@ -190,22 +187,25 @@ class FilesTest(parameterized.TestCase):
       b'{"prompt": "p", "response": "r"}\n{"prompt": \n',
       r'a\.jsonl:2 is not a JSON object',
     ),
-    (b'"prompt"\n', r'a\.jsonl:1 has no text in field'),
+    (b'"prompt"\n', r'a\.jsonl:1 is not a JSON object.*str'),
     (
       b'{"prompt": "p"}\n',
-      r"a\.jsonl:1 has no text in field 'response'; it has \['prompt'\]\. "
-      "Name the fields as 'pairs:GLOB:PROMPT_FIELD:RESPONSE_F",
+      r"a\.jsonl:1 lacks a text in field 'response'; its fields are "
+      r"\['prompt'\]\. Name the fields as 'pairs:GLOB:PROMPT_FIELD:RESPONSE_F",
     ),
-    (b'{"response": "r"}\n', r"a\.jsonl:1 has no text in field 'prompt'"),
-    (b'{"prompt": ["p"], "response": "r"}\n', r"no text in field 'prompt'"),
-    (b'{"prompt": "p", "response": 3}\n', r"no text in field 'response'"),
+    (b'{"response": "r"}\n', r"a\.jsonl:1 lacks a text in field 'prompt'"),
+    (
+      b'{"prompt": ["p"], "response": "r"}\n',
+      r"lacks a text in field 'prompt'",
+    ),
+    (b'{"prompt": "p", "response": 3}\n', r"lacks a text in field 'response'"),
     (
       b'{"prompt": "", "response": "r"}\n',
       r"a\.jsonl:1 has an empty text in field 'prompt'",
     ),
     (
       b'{"prompt": "p", "response": ""}\n',
-      r"a\.jsonl:1 has an empty text in field 'response'.*at least one char",
+      r"a\.jsonl:1 has an empty text in field 'response' of a pair",
     ),
     (
       b'{"prompt": "p", "response": "\\ud800"}\n',
@@ -218,9 +218,9 @@ class FilesTest(parameterized.TestCase):
       texts(sources.make_source(f'pairs:{self.folder}/a.jsonl'))
 
   def test_not_text(self):
-    self.write('a.txt', b'fine\n' + b'x' * sources.PIECE_CHARS + b'\0rest')
+    self.write('a.txt', b'fine\n' + b'x' * base.PIECE_CHARS + b'\0rest')
     with self.assertRaisesRegex(
-      InputError, f'a.txt holds NUL bytes .*byte {sources.PIECE_CHARS + 5}'
+      InputError, f'a.txt holds NUL bytes .*byte {base.PIECE_CHARS + 5}'
     ):
       texts(sources.make_source(f'text:{self.folder}/*'))
 
@@ -230,8 +230,8 @@ class FilesTest(parameterized.TestCase):
     (b'cut\xc3', 3),
     # A character that spans two blocks, and then a bad byte.
     (
-      b'x' * (sources.PIECE_CHARS - 1) + 'é'.encode() + b'abc\xff',
-      sources.PIECE_CHARS + 4,
+      b'x' * (base.PIECE_CHARS - 1) + 'é'.encode() + b'abc\xff',
+      base.PIECE_CHARS + 4,
     ),
   )
   def test_not_utf8_says_where(self, data, offset):
@@ -258,7 +258,7 @@ class FilesTest(parameterized.TestCase):
   @parameterized.parameters(False, True)
   def test_fingerprint_changes_with_the_files(self, large):
     if large:
-      self.enterContext(mock.patch.object(sources, '_MAX_HASHED_BYTES', 0))
+      self.enterContext(mock.patch.object(files, '_MAX_HASHED_BYTES', 0))
     path = self.write('a.txt', 'one')
     make = lambda: sources.make_source(
       f'text:{self.folder}/*.txt'
@@ -273,100 +273,6 @@ class FilesTest(parameterized.TestCase):
     self.assertNotEqual(changed, before)
     self.write('b.txt', 'more')
     self.assertNotEqual(make(), changed)
-
-
-class EmbeddedTest(absltest.TestCase):
-  def test_two_megabytes_of_english_in_order(self):
-    source = sources.make_source('embedded')
-    start = time.monotonic()
-    documents = texts(source)
-    self.assertLess(time.monotonic() - start, 30)  # 4 s on an idle core
-    self.assertEqual(documents, texts(source))
-    text = ''.join(documents)
-    self.assertGreater(len(text), 1_900_000)
-    self.assertGreater(len(documents), 300)
-    ascii_share = sum(c.isascii() for c in text) / len(text)
-    self.assertGreater(ascii_share, 0.999)
-    self.assertGreater(text.count(' the '), 10_000)
-    self.assertEqual(
-      source.fingerprint(), sources.make_source('embedded').fingerprint()
-    )
-    names = [document.name for document in sources.documents(source, 'train')]
-    self.assertFalse([name for name in names if 'test' in name.split('/')])
-
-
-class TfdsTest(absltest.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.folder = self.enterContext(tempfile.TemporaryDirectory())
-    import tensorflow_datasets as tfds
-
-    self.enterContext(
-      mock.patch.object(tfds.core.constants, 'DATA_DIR', self.folder)
-    )
-
-  def test_unknown_dataset_names_close_ones(self):
-    with self.assertRaisesRegex(
-      InputError, "close names: .*'tiny_shakespeare'"
-    ):
-      sources.make_source('tfds:tiny_shakespear')
-    with self.assertRaisesRegex(InputError, 'nosuch'):
-      sources.make_source('tfds:wikipedia/nosuch')
-
-  def test_features(self):
-    self.assertEqual(sources.make_source('tfds:pg19').feature, 'book_text')
-    self.assertEqual(sources.make_source('tfds:c4:url').feature, 'url')
-    with self.assertRaisesRegex(InputError, r"one of \['text', 'title'\]"):
-      sources.make_source('tfds:wikipedia/20230601.en:body')
-
-  def test_no_network(self):
-    source = sources.make_source('tfds:tiny_shakespeare')
-    with mock.patch.object(sources, 'is_reachable', return_value=False):
-      with self.assertRaisesRegex(InputError, 'tiny_shakespeare/1.0.0'):
-        source.splits  # pylint: disable=pointless-statement
-    self.assertEmpty(os.listdir(self.folder))
-
-  def test_tiny_shakespeare_from_a_copied_file(self):
-    if not os.path.isdir(SHARED):
-      self.skipTest('no shared data')
-    if not importlib.util.find_spec('tensorflow'):
-      self.skipTest('TFDS prepares this dataset with tensorflow')
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download import resource
-
-    builder = tfds.builder('tiny_shakespeare', data_dir=self.folder)
-    downloads = os.path.join(self.folder, 'downloads', 'tiny_shakespeare')
-    os.makedirs(downloads)
-    original = os.path.join(SHARED, 'tinyshakespeare.txt')
-    for url, info in builder.url_infos.items():
-      path = os.path.join(downloads, resource.get_dl_fname(url, info.checksum))
-      shutil.copyfile(original, path)
-      with open(path + '.INFO', 'w') as file:
-        json.dump(
-          {
-            'original_fname': info.filename,
-            'urls': [url],
-            'dataset_names': ['tiny_shakespeare'],
-            'url_info': {
-              'size': int(info.size),
-              'checksum': info.checksum,
-              'filename': info.filename,
-            },
-          },
-          file,
-        )
-    source = sources.make_source('tfds:tiny_shakespeare', self.folder)
-    with mock.patch.object(sources, 'is_reachable', return_value=False):
-      self.assertEqual(source.splits, ('train', 'validation'))
-    (train,) = texts(source)
-    (validation,) = texts(source, 'validation')
-    with open(original) as file:
-      text = file.read()
-    self.assertEqual(train, text[: len(train)])
-    self.assertEqual(
-      validation, text[len(train) : len(train) + len(validation)]
-    )
-    self.assertGreater(len(validation), 50_000)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,129 @@
+"""The checked settings of `config.data` and `config.tokenizer`."""
+
+import dataclasses
+from typing import Literal
+
+from nanodlm.data import sources, tokenizers
+from nanodlm.types import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """`config.data`; configs/base.py explains the keys."""
+
+  source: str
+  length: int
+  eval_fraction: float
+  eval_tokens: int
+  test_tokens: int
+  data_dir: str
+  crop: Literal['chunk', 'random']
+  segment_ids: bool
+  padding: Literal['eos', 'masked']
+  clean_prefix_rate: float
+  clean_infill_rate: float
+  prefetch_batches: int
+  num_threads: int
+
+  @property
+  def is_pairs(self) -> bool:
+    """Whether a row is a prompt and its response."""
+    cls = sources.find_class(self.source)
+    return cls is not None and cls.is_pairs
+
+  def __post_init__(self):
+    lowest = dict(
+      length=2, prefetch_batches=1, num_threads=1, eval_tokens=0, test_tokens=0
+    )
+    for key, bound in lowest.items():
+      self._check(key, getattr(self, key) >= bound, f'must be >= {bound}')
+    for key, allowed in (
+      ('crop', ['chunk', 'random']),
+      ('padding', ['eos', 'masked']),
+    ):
+      is_allowed = getattr(self, key) in allowed
+      self._check(key, is_allowed, f'is not one of {allowed}')
+    sources.parse_mixture(self.source)
+    # Text is held out in exactly one way.
+    self._check(
+      'eval_tokens',
+      not (self.eval_tokens and self.eval_fraction),
+      f'and data.eval_fraction={self.eval_fraction!r} both say how much is '
+      'held out; set one of them to 0',
+    )
+    self._check(
+      'eval_fraction',
+      self.eval_tokens or 0 < self.eval_fraction < 1,
+      'must be in (0, 1), or 0 with data.eval_tokens: every run is evaluated '
+      'on text it was not trained on',
+    )
+    self._check(
+      'test_tokens',
+      self.eval_tokens or not self.test_tokens,
+      'needs data.eval_tokens, the tokens before them',
+    )
+    for key in ('clean_prefix_rate', 'clean_infill_rate'):
+      self._check(key, 0 <= getattr(self, key) <= 1, 'must be in [0, 1]')
+    self._check(
+      'clean_prefix_rate',
+      self.clean_prefix_rate + self.clean_infill_rate <= 1,
+      f'and data.clean_infill_rate={self.clean_infill_rate!r} must not add up '
+      'to more than 1',
+    )
+    self._check(
+      'clean_infill_rate',
+      self.length >= 3 or not self.clean_infill_rate,
+      f'needs data.length >= 3, not {self.length!r}',
+    )
+    where = f'with data.source={self.source!r}'
+    if not self.is_pairs:
+      text = f'has no effect {where}, only with pairs'
+      self._check('padding', self.padding == 'eos', text)
+      return
+    for key in ('segment_ids', 'clean_prefix_rate', 'clean_infill_rate'):
+      text = f'is not allowed {where}: a row is one pair, given its prompt'
+      self._check(key, not getattr(self, key), text)
+    text = f"must be 'chunk' {where}: a window would begin inside a pair"
+    self._check('crop', self.crop == 'chunk', text)
+
+  def _check(self, key: str, is_right: object, text: str) -> None:
+    if not is_right:
+      raise InputError(f'data.{key}={getattr(self, key)!r} {text}')
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+  """`config.tokenizer`; configs/base.py explains the keys."""
+
+  name: str
+  path: str
+  vocab_size: int
+
+  @property
+  def is_trained(self) -> bool:
+    """Whether a model is trained on the training text."""
+    cls = tokenizers.find_class(self.name)
+    return bool(cls.min_trained_size) and not self.path
+
+  def __post_init__(self):
+    cls = tokenizers.find_class(self.name)
+    name = f'tokenizer.name={self.name!r}'
+    path = f'tokenizer.path={self.path!r}'
+    vocab_size = f'tokenizer.vocab_size={self.vocab_size!r}'
+    if self.path and not cls.reads_path:
+      readers = [k for k, c in tokenizers.TOKENIZERS.items() if c.reads_path]
+      raise InputError(f'{path} has no effect with {name}, only with {readers}')
+    if cls.reads_path and not self.path and not self.is_trained:
+      raise InputError(
+        f'{path} must be the workdir (or the file) that {name} reads'
+      )
+    if self.vocab_size and not self.is_trained:
+      raise InputError(
+        f'{vocab_size} has no effect with {name}, {path}: it is the size of a '
+        'model that is trained on the source; leave it at 0'
+      )
+    if self.is_trained and self.vocab_size < cls.min_trained_size:
+      raise InputError(
+        f'{vocab_size} must be >= {cls.min_trained_size} (2048, for example) '
+        'to train a model on the source; or name a model in tokenizer.path'
+      )

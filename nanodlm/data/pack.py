@@ -1,0 +1,327 @@
+"""Token ids in plain files to rows of exactly L tokens in a TFDS dataset.
+
+A separator follows each document, and the resulting stream is cut into rows;
+train and validation are packed separately. Nothing else is inserted: a BOS or
+EOS in every row would be a token that costs nothing to predict. Rows of token
+ids are a stream already and are cut as they are. A pair is a row of its own:
+the prompt, the response, and separators to the end of the row, at least one.
+TFDS's own builder for ordered data would hold all rows in memory.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+import operator
+import pathlib
+import shutil
+from typing import Any
+
+import array_record.python.array_record_module as array_record
+import numpy as np
+import tensorflow_datasets as tfds
+
+from nanodlm.data import encoder, split
+from nanodlm.data.config import DataConfig
+from nanodlm.data.packed import Example, NAME, SPLITS, VERSION
+from nanodlm.data.sources.tfds import quiet_tfds
+from nanodlm.types import InputError
+
+# The largest shard, in rows and in bytes.
+SHARD_ROWS = 1 << 17
+_SHARD_BYTES = 64 << 20
+# Ids are read in blocks of this many bytes.
+_BLOCK_BYTES = 1 << 20
+
+_log = logging.getLogger('nanodlm')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stream:
+  """Token ids in the files of parts, and how they become rows.
+
+  Attributes:
+    job: what wrote the files.
+    length: tokens per row.
+    ranges: [n, 4] int64, the number of a part, the first token in it, one past
+      the last, and the tokens of a pair's prompt. A range of a pair is a row,
+      filled up with separators.
+    num_dropped_documents: pairs longer than a row.
+  """
+
+  job: encoder.Job
+  length: int
+  ranges: np.ndarray
+  num_dropped_documents: int = 0
+
+  @property
+  def is_pairs(self) -> bool:
+    """Whether a row is a prompt and its response."""
+    return self.job.source.is_pairs
+
+  @property
+  def num_tokens(self) -> int:
+    """The number of tokens; for pairs, including the separators that fill."""
+    if self.is_pairs:
+      return len(self.ranges) * self.length
+    return int((self.ranges[:, 2] - self.ranges[:, 1]).sum())
+
+  @property
+  def num_rows(self) -> int:
+    """The number of whole rows."""
+    return self.num_tokens // self.length
+
+  def shards(self) -> 'list[Stream]':
+    """Returns the rows in pieces, each with the ranges that it needs."""
+    row_bytes = self.length * self.job.dtype.itemsize
+    shard_rows = min(SHARD_ROWS, max(_SHARD_BYTES // row_bytes, 1))
+    num_shards = math.ceil(self.num_rows / shard_rows)
+    borders = [self.num_rows * i // num_shards for i in range(num_shards + 1)]
+    shards = []
+    for start, stop in itertools.pairwise(borders):
+      if self.is_pairs:
+        ranges = self.ranges[start:stop]
+      else:
+        ranges = part_of(self.ranges, start * self.length, stop * self.length)
+      shards.append(dataclasses.replace(self, ranges=ranges))
+    return shards
+
+  def rows(self) -> Iterator[dict[str, Any]]:
+    """Yields the examples; the last tokens, less than a row, are dropped."""
+    dtype, tokenizer = self.job.dtype, self.job.tokenizer
+    if self.is_pairs:
+      for tokens, start in zip(self._read(), self.ranges[:, 3].tolist()):
+        row = np.full([self.length], tokenizer.separator_id, dtype)
+        row[: tokens.size] = tokens
+        num_bytes = int(tokenizer.num_bytes[row[start:]].sum())
+        yield {'tokens': row, 'prompt_length': start, 'num_bytes': num_bytes}
+      return
+    rest = np.zeros([0], dtype)
+    for tokens in self._read():
+      tokens = np.concatenate([rest, tokens])
+      block = tokens[: tokens.size // self.length * self.length]
+      rest = tokens[block.size :]
+      block = block.reshape(-1, self.length)
+      sizes = tokenizer.num_bytes[block].sum(axis=1).tolist()
+      for row, num_bytes in zip(block, sizes):
+        yield {'tokens': row, 'num_bytes': num_bytes}
+
+  def count(self) -> dict[str, int]:
+    """Returns the counts of PackedData.metadata."""
+    num_documents = len(self.ranges)
+    if not self.is_pairs:
+      separator = self.job.tokenizer.separator_id
+      num_documents = sum(
+        int((tokens == separator).sum()) for tokens in self._read()
+      )
+    return {
+      'num_rows': self.num_rows,
+      'num_tokens': self.num_rows * self.length,
+      'num_bytes': sum(row['num_bytes'] for row in self.rows()),
+      'num_documents': max(num_documents, 1),  # A cut one may end elsewhere.
+      'num_dropped_tokens': self.num_tokens % self.length,
+      'num_dropped_documents': self.num_dropped_documents,
+    }
+
+  def _read(self) -> Iterator[np.ndarray]:
+    """Yields the tokens of the ranges, in blocks if those are long."""
+    folder, dtype = self.job.folder, self.job.dtype
+    size = max(_BLOCK_BYTES // dtype.itemsize, self.length)
+    ranges = self.ranges.tolist()
+    for number, group in itertools.groupby(ranges, operator.itemgetter(0)):
+      with open(encoder.tokens_path(folder, number), 'rb') as file:
+        for _, start, stop, _ in group:
+          file.seek(start * dtype.itemsize)
+          for i in range(start, stop, size):
+            # Pages of a mapped file would count as memory of this process.
+            yield np.fromfile(file, dtype, min(size, stop - i))
+
+
+def part_of(ranges: np.ndarray, start: int, stop: int) -> np.ndarray:
+  """Returns the ranges of tokens [start, stop) of a stream."""
+  ends = np.cumsum(ranges[:, 2] - ranges[:, 1])
+  first = np.searchsorted(ends, start, 'right')
+  last = np.searchsorted(ends, stop, 'left') + 1
+  part, ends = ranges[first:last].copy(), ends[first:last]
+  if len(part):
+    begin = ends[0] - (part[0, 2] - part[0, 1])
+    part[-1, 2] -= max(ends[-1] - stop, 0)
+    part[0, 1] += start - begin
+  return part[part[:, 2] > part[:, 1]]
+
+
+def make_streams(
+  job: encoder.Job,
+  tasks: Sequence[encoder.Task],
+  tables: Sequence[np.ndarray],
+  data_config: DataConfig,
+) -> dict[str, Stream]:
+  """Returns the tokens of each split, in the order of the source.
+
+  Raises:
+    InputError: nothing would be left to train or to evaluate on, or a split is
+      shorter than a row.
+  """
+  length, is_pairs = data_config.length, job.source.is_pairs
+  streams = {}
+  if tasks[0].split == 'stream':
+    everything = [
+      [task.number, 0, table['num_tokens'].sum(), 0]
+      for task, table in zip(tasks, tables, strict=True)
+    ]
+    ranges = np.array(everything, np.int64)
+    total = int(ranges[:, 2].sum())
+    borders = split.stream_borders(job.source, total, data_config)
+    for name, border in borders.items():
+      streams[name] = Stream(job, length, part_of(ranges, *border))
+  else:
+    if tasks[0].split == 'any':
+      held_out = split.held_out(job.source, tables, data_config)
+    else:
+      held_out = [
+        np.full(len(table), task.split == 'validation')
+        for task, table in zip(tasks, tables, strict=True)
+      ]
+    for name in SPLITS:
+      # One part at a time, so that few ranges are in memory.
+      ranges = [
+        _ranges(task.number, table, side == (name == 'validation'), is_pairs)
+        for task, table, side in zip(tasks, tables, held_out, strict=True)
+      ]
+      streams[name] = Stream(job, length, np.concatenate(ranges))
+      if is_pairs:
+        streams[name] = _fitting_pairs(name, streams[name])
+  shortest = min(stream.num_tokens for stream in streams.values())
+  if shortest < length:
+    sizes = ' and '.join(
+      f'{stream.num_tokens} tokens in {name}'
+      for name, stream in streams.items()
+    )
+    raise InputError(
+      f'data.length={length} is longer than the text: there are {sizes}. Use '
+      f'data.length<={shortest}, more text, or another data.eval_fraction (now '
+      f'{data_config.eval_fraction}) or data.eval_tokens '
+      f'({data_config.eval_tokens})'
+    )
+  return streams
+
+
+def _ranges(
+  number: int, table: np.ndarray, side: np.ndarray, is_pairs: bool
+) -> np.ndarray:
+  """Returns the ranges of the documents of a part that `side` chooses.
+
+  Neighbours become one range, unless they are pairs.
+  """
+  stops = np.cumsum(table['num_tokens'])
+  starts = stops - table['num_tokens']
+  numbers = np.full(len(table), number)
+  columns = [numbers, starts, stops, table['prompt_length']]
+  ranges = np.stack(columns, axis=1)[side]
+  if is_pairs or not len(ranges):
+    return ranges
+  is_border = ranges[1:, 1] != ranges[:-1, 2]
+  merged = ranges[np.append(True, is_border)]
+  merged[:, 2] = ranges[np.append(is_border, True), 2]
+  return merged
+
+
+def _fitting_pairs(name: str, stream: Stream) -> Stream:
+  """Leaves out, and reports, the pairs of a split that are longer than a row.
+
+  Raises:
+    InputError: none is left.
+  """
+  length = stream.length
+  sizes = stream.ranges[:, 2] - stream.ranges[:, 1]
+  fits = sizes <= length
+  num, num_dropped = len(sizes), int((~fits).sum())
+  if num_dropped == num:
+    raise InputError(
+      f'data.length={length} is too short for all {num} pairs of {name}: '
+      f'prompt, response and a separator take at least {min(sizes)} tokens. '
+      'Use a larger data.length, or shorter pairs'
+    )
+  if num_dropped:
+    _log.warning(
+      f'data.length={length}: left out {num_dropped} of {num} pairs of {name}, '
+      f'which are longer (up to {max(sizes)} tokens)'
+    )
+  padding = 1 - sizes[fits].mean() / length
+  _log.info(
+    f'{name}: {fits.sum()} pairs; {padding:.0%} of their rows is padding'
+  )
+  return Stream(stream.job, length, stream.ranges[fits], num_dropped)
+
+
+def write(
+  folder: pathlib.Path,
+  streams: Mapping[str, Stream],
+  metadata: Mapping[str, Any],
+  engine: encoder.Engine,
+) -> None:
+  """Writes the rows of each split and PackedData.metadata as a TFDS dataset."""
+  shutil.rmtree(folder / NAME, ignore_errors=True)  # of an interrupted write
+  target = folder / NAME / VERSION
+  target.mkdir(parents=True)
+  shards = {}
+  for name, stream in streams.items():
+    parts = stream.shards()
+    path = target / f'{NAME}-{name}.array_record'
+    shards[name] = [
+      (part, pathlib.Path(f'{path}-{i:05d}-of-{len(parts):05d}'))
+      for i, part in enumerate(parts)
+    ]
+  train = streams['train']
+  job, length = train.job, train.length
+  tasks = [
+    (part.ranges, path) for name in shards for part, path in shards[name]
+  ]
+  for _ in engine.map(functools.partial(_write_shard, job, length), tasks):
+    pass
+  features = {
+    # Encoding.BYTES stores the ids as they are in memory.
+    'tokens': tfds.features.Tensor(
+      shape=(length,), dtype=job.dtype, encoding=tfds.features.Encoding.BYTES
+    ),
+    'num_bytes': tfds.features.Scalar(np.int32),
+  }
+  if train.is_pairs:
+    features['prompt_length'] = tfds.features.Scalar(np.int32)
+  with quiet_tfds():
+    tfds.folder_dataset.write_metadata(
+      data_dir=target,
+      features=features,
+      split_infos=[
+        tfds.core.SplitInfo(
+          name=name,
+          shard_lengths=[part.num_rows for part, _ in written],
+          num_bytes=sum(path.stat().st_size for _, path in written),
+        )
+        for name, written in shards.items()
+      ],
+      check_data=False,
+      description='Text packed into rows of token ids.',
+      metadata=tfds.core.MetadataDict(metadata),
+      disable_shuffling=True,
+    )
+
+
+def _write_shard(
+  job: encoder.Job, length: int, task: tuple[np.ndarray, pathlib.Path]
+) -> None:
+  """Writes the records that TFDS would write for the same rows, but faster."""
+  ranges, path = task
+  writer = array_record.ArrayRecordWriter(str(path), 'group_size:1')
+  for row in Stream(job, length, ranges).rows():
+    example = Example()
+    for name, value in row.items():
+      feature = example.features.feature[name]
+      if isinstance(value, np.ndarray):
+        feature.bytes_list.value.append(value.tobytes())
+      else:
+        feature.int64_list.value.append(value)
+    writer.write(example.SerializeToString(deterministic=True))
+  writer.close()

@@ -1,0 +1,215 @@
+"""A prepared dataset: rows of exactly L tokens, read at random from disk."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import hashlib
+import itertools
+import logging
+import pathlib
+from typing import Any
+
+import grain
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
+
+from nanodlm.data import sources
+from nanodlm.data.sources.tfds import quiet_tfds
+from nanodlm.data.tokenizers.base import Tokenizer
+from nanodlm.types import InputError
+
+SPLITS = ('train', 'validation')
+# The TFDS dataset in the folder of a prepared dataset.
+NAME, VERSION = 'packed_tokens', '1.0.0'
+# Fewer validation rows of a mixture than this are reported.
+_FEW_ROWS = 32
+
+_log = logging.getLogger('nanodlm')
+# Protocol buffers make their classes when they are imported.
+Example: Any = getattr(tf_example_pb2, 'Example')  # noqa: B009
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedRows:
+  """The rows of one split; reading one takes about 30 microseconds.
+
+  Attributes:
+    records: random access to serialized tf.train.Example records.
+    dtype: how ids are stored, uint16 or uint32.
+    files: the (path, number of rows) of each file, in order.
+  """
+
+  records: Any
+  dtype: np.dtype
+  files: Sequence[tuple[pathlib.Path, int]]
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    """Returns {'tokens': [L] int32, 'num_bytes': int} of row i >= 0.
+
+    A pair also has its 'prompt_length', in tokens; its num_bytes are those of
+    the response.
+
+    Raises:
+      InputError: the row is damaged, by the hash that ArrayRecord stores.
+    """
+    try:
+      record = self.records[i]
+    except (RuntimeError, OSError) as error:
+      ends = np.cumsum([num_rows for _, num_rows in self.files])
+      path, _ = self.files[int(np.searchsorted(ends, i, 'right'))]
+      raise _damaged(path, error) from error
+    features = Example.FromString(record).features.feature
+    tokens = np.frombuffer(features['tokens'].bytes_list.value[0], self.dtype)
+    row: dict[str, Any] = {'tokens': tokens.astype(np.int32)}
+    for name in features.keys() - row.keys():
+      row[name] = features[name].int64_list.value[0]
+    return row
+
+
+# PackedRows, or a grain.MapDataset of the rows of a mixture.
+Rows = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedData:
+  """A prepared dataset, or a mixture of several.
+
+  Attributes:
+    folders: the folder of each dataset.
+    length: L, tokens per row.
+    tokenizer: the tokenizer that made the tokens.
+    is_pairs: whether a row is a prompt and its response.
+    train, validation: the rows of each split.
+    metadata: JSON values: what determines the content, and for each of SPLITS a
+      dict with 'num_rows', 'num_tokens' and 'num_bytes' in those rows,
+      'num_documents', 'num_dropped_tokens' (at the end, less than a row) and
+      'num_dropped_documents' (pairs longer than a row).
+    train_borders: the index of the first training row of each dataset, and the
+      number of all.
+    weights: the share of the examples that comes from each dataset.
+  """
+
+  folders: tuple[str, ...]
+  length: int
+  tokenizer: Tokenizer
+  is_pairs: bool
+  train: Rows
+  validation: Rows
+  metadata: Mapping[str, Any]
+  train_borders: tuple[int, ...]
+  weights: tuple[float, ...] = (1.0,)
+
+
+def open_packed(path: pathlib.Path, tokenizer: Tokenizer) -> PackedData:
+  """Opens a prepared dataset; InputError if a file is missing or damaged."""
+  folder = path / NAME / VERSION
+  try:
+    with quiet_tfds():
+      builder: Any = tfds.builder_from_directory(folder)
+      info = builder.info
+      metadata = dict(info.metadata)
+      rows = {
+        split: PackedRows(
+          builder.as_data_source(split).data_source,
+          np.dtype(info.features['tokens'].np_dtype),
+          _check_files(info.splits[split], metadata[split]['num_rows']),
+        )
+        for split in SPLITS
+      }
+      return PackedData(
+        folders=(str(path),),
+        length=metadata['length'],
+        tokenizer=tokenizer,
+        is_pairs='prompt_length' in info.features,
+        train=rows['train'],
+        validation=rows['validation'],
+        metadata=metadata,
+        train_borders=(0, len(rows['train'])),
+      )
+  except InputError:
+    raise
+  # TFDS raises errors of many classes for files that it did not write.
+  except Exception as error:
+    raise _damaged(folder, error) from error
+
+
+def _check_files(split: Any, num_rows: int) -> list[tuple[pathlib.Path, int]]:
+  """Returns the files of a split and their rows, if none is missing or short.
+
+  Their content is hashed, and checked when it is read.
+  """
+  paths, lengths = list(map(pathlib.Path, split.filepaths)), split.shard_lengths
+  where = paths[0] if len(paths) == 1 else paths[0].parent
+  size = sum(path.stat().st_size for path in paths)
+  if size != split.num_bytes:
+    raise _damaged(where, f'{size} bytes instead of {int(split.num_bytes)}')
+  if sum(lengths) != num_rows:
+    raise _damaged(where, f'{sum(lengths)} rows instead of {num_rows}')
+  return list(zip(paths, lengths, strict=True))
+
+
+def _damaged(path: pathlib.Path, error: Exception | str) -> InputError:
+  """Returns the error of a damaged file or folder of a prepared dataset."""
+  folder = path
+  while folder.name != NAME:
+    folder = folder.parent
+  return InputError(
+    f'prepared data {path} is damaged ({error}). Delete {folder.parent}, and '
+    'the next start prepares it again'
+  )
+
+
+def mix(source: str, all_packed: Sequence[PackedData]) -> PackedData:
+  """Combines the datasets of the sources of a mixture by its weights."""
+  mixture = sources.parse_mixture(source)
+  weights = tuple(weight for weight, _ in mixture)
+  train = [packed.train for packed in all_packed]
+  held_out = [packed.validation for packed in all_packed]
+  borders = _borders(held_out)
+  # The validation rows are in the shares of the weights and interleaved, so
+  # that the first few are a sample of the mixture, too.
+  mixed: Any = grain.MapDataset.mix(
+    [grain.MapDataset.range(a, b) for a, b in itertools.pairwise(borders)],
+    weights,
+  )
+  order = [mixed[i] for i in range(len(mixed))]
+  _log.info(
+    f'mixture: evaluating on {len(order)} of {borders[-1]} validation rows, by '
+    'the weights'
+  )
+  nums = np.histogram(order, borders)[0]
+  if len(order) < _FEW_ROWS or not nums.all():
+    uses = ', '.join(
+      f'{num} of {len(rows)} of {part!r} (weight {weight:g})'
+      for num, rows, (weight, part) in zip(nums, held_out, mixture)
+    )
+    _log.warning(
+      f'data.source={source!r}: rows evaluated on: {len(order)}, because the '
+      f'weights would need more of a source than is held out: {uses}. Hold out '
+      'more (data.eval_fraction, data.eval_tokens), or change the weights'
+    )
+  metadata = {**all_packed[0].metadata, 'source': source}
+  fingerprints = [p.metadata['source_fingerprint'] for p in all_packed]
+  digest = hashlib.sha256(repr(fingerprints).encode())
+  metadata['source_fingerprint'] = digest.hexdigest()
+  for split in SPLITS:
+    counts = [packed.metadata[split] for packed in all_packed]
+    metadata[split] = {key: sum(c[key] for c in counts) for key in counts[0]}
+  return dataclasses.replace(
+    all_packed[0],
+    folders=tuple(folder for packed in all_packed for folder in packed.folders),
+    train=grain.MapDataset.concatenate([*map(grain.MapDataset.source, train)]),
+    validation=grain.MapDataset.mix(
+      [*map(grain.MapDataset.source, held_out)], weights
+    ),
+    metadata=metadata,
+    train_borders=tuple(_borders(train)),
+    weights=weights,
+  )
+
+
+def _borders(parts: Sequence[Rows]) -> list[int]:
+  return list(itertools.accumulate(map(len, parts), initial=0))

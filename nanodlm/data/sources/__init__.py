@@ -1,0 +1,130 @@
+"""Where text comes from: the kinds of config.data.source.
+
+    embedded                    English that ships with Python, 2 MB
+    text:GLOB                   text files in UTF-8, one document each
+    jsonl:GLOB[:FIELD]          JSON objects, one document per line
+    parquet:GLOB[:FIELD]        rows of Parquet files
+    tfds:NAME[:FEATURE]         a dataset of TensorFlow Datasets
+    hf:NAME[[:CONFIG]:FEATURE]  a dataset of the Hugging Face Hub, or a folder
+    tokens:GLOB[:FIELD]         rows of token ids in Parquet files
+    hf_tokens:NAME[[:CONFIG]:FEATURE]
+    pairs:GLOB[:PROMPT_FIELD:RESPONSE_FIELD]
+                                prompts with responses in JSONL files
+    mix:0.7*SOURCE+0.3*SOURCE   a mixture; the weights are shares of the
+                                training examples
+
+A GLOB may contain '**'. Text and JSONL files may be compressed (.gz, .bz2, .xz,
+.zst). A new kind is a subclass of `Source` and one entry in `SOURCES`.
+
+    embedded                  text:books/**/*.txt.gz
+    jsonl:corpus/*.jsonl:body parquet:part-*.parquet:text
+    tfds:lm1b                 tfds:wikipedia/20230601.en
+    hf:HuggingFaceFW/fineweb-edu:sample-10BT:text
+    hf_tokens:NeelNanda/openwebtext-tokenized-9b
+
+Several documents are split into training and validation text by document, a
+single one at its end: join a handful of files into one. data.eval_fraction says
+how much is held out, or data.eval_tokens with data.eval_fraction=0: whole
+documents until that number is reached, or, for a single document or rows of
+ids, exactly the last tokens. data.test_tokens leaves out that number of tokens
+after those (the usual split of text8).
+
+Rows of ids must be made by tokenizer.name: an id outside its vocabulary is an
+error that names the row.
+
+The weights of a mixture are shares of the training examples, the same in every
+batch. Each source is prepared separately and holds out its own part; the
+evaluation takes rows of these parts in the shares of the weights, so that the
+bound is the mixture's. --mode=eval --config.data.source=SOURCE evaluates on one
+of them. Pairs cannot be mixed.
+"""
+
+import math
+import re
+
+from nanodlm.data.sources import arrow, base, embedded, files, tfds
+from nanodlm.types import InputError
+
+# The class of each kind; a kind is followed by a colon.
+SOURCES: dict[str, type[base.Source]] = {
+  'embedded': embedded.EmbeddedSource,
+  'text': files.TextSource,
+  'jsonl': files.JsonlSource,
+  'pairs': files.PairsSource,
+  'tfds': tfds.TfdsSource,
+  'hf': arrow.HfSource,
+  'hf_tokens': arrow.HfTokensSource,
+  'parquet': arrow.ParquetSource,
+  'tokens': arrow.ParquetTokensSource,
+}
+_MIX = 'mix'
+
+
+def find_class(spec: str) -> type[base.Source] | None:
+  """Returns the class of config.data.source; None if its kind is unknown."""
+  return SOURCES.get(spec.partition(':')[0])
+
+
+def make_source(spec: str, data_dir: str = '') -> base.Source:
+  """Makes the source that config.data.source names.
+
+  Args:
+    spec: one of the forms above, except a mixture.
+    data_dir: a folder that may hold datasets or downloads, searched before
+      TFDS's own folder ($TFDS_DATA_DIR or ~/tensorflow_datasets).
+
+  Raises:
+    InputError: the form is unknown, or it names nothing that exists.
+  """
+  cls, name = find_class(spec), spec.partition(':')[2]
+  if cls is None or cls.takes_name != bool(name):
+    forms = [form for known in SOURCES.values() for form in known.forms]
+    raise InputError(
+      f'data.source={spec!r} is not one of {forms}, nor a mixture, '
+      "'mix:0.7*SOURCE+0.3*SOURCE'"
+    )
+  return cls.make(spec, name, data_dir)
+
+
+def parse_mixture(spec: str) -> tuple[tuple[float, str], ...]:
+  """Returns the (weight, source) pairs of 'mix:WEIGHT*SOURCE+...'.
+
+  The weights are divided by their sum. Any other source is the only one, of
+  weight 1.
+
+  Raises:
+    InputError: the form is wrong, or a weight is not positive.
+  """
+  kind, _, rest = spec.partition(':')
+  if kind != _MIX:
+    return ((1.0, spec),)
+
+  def error(text: str) -> InputError:
+    return InputError(f'data.source={spec!r}: {text}')
+
+  form = "write it as 'mix:0.7*text:a/*.txt+0.3*jsonl:b/*.jsonl'"
+  # A glob may contain '+' and '*', too, but no kind after them.
+  kinds = '|'.join(map(re.escape, (*SOURCES, _MIX)))
+  parts: dict[str, float] = {}
+  for item in re.split(rf'\+(?=[^+*:/]*\*(?:{kinds})(?:[:+]|$))', rest):
+    number, _, source = item.partition('*')
+    try:
+      weight = float(number)
+    except ValueError:
+      weight = math.nan
+    if not source or not 0 < weight < math.inf:
+      raise error(
+        f"{item!r} is not a positive weight, '*' and a source; {form}"
+      )
+    cls = find_class(source)
+    if cls is None or not cls.may_be_mixed:
+      raise error(
+        f'{source!r} cannot be part of a mixture; text and tokens can'
+      )
+    if source in parts:
+      raise error(f'it names {source!r} twice; add up its weights')
+    parts[source] = weight
+  if len(parts) < 2:
+    raise error(f'it mixes only one source; {form}')
+  total = sum(parts.values())
+  return tuple((weight / total, source) for source, weight in parts.items())

@@ -1,0 +1,154 @@
+"""The interface of a tokenizer: text to token ids and back."""
+
+import abc
+from collections.abc import Iterable, Sequence
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import numpy as np
+
+from nanodlm.types import InputError
+
+# How decode() prints the token that ends a document.
+SEPARATOR_TEXT = '\n\n'
+Ids = Sequence[int] | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer(abc.ABC):
+  """Text to ids and back. Instances can be pickled.
+
+  The mask is always the last id. A tokenizer without a separator of its own
+  gets one, the id before the mask.
+
+  Attributes:
+    reads_path: whether it reads config.tokenizer.path.
+    min_trained_size: the smallest vocab_size that `train` accepts; 0 if such a
+      tokenizer cannot be trained.
+    name: config.tokenizer.name.
+    pieces: the UTF-8 bytes of ids 0, 1, ...; empty for control tokens.
+    separator_id: the token that ends a document.
+    fingerprint: a hash of everything that determines the ids; two tokenizers
+      with the same fingerprint are interchangeable.
+  """
+
+  reads_path: ClassVar[bool] = False
+  min_trained_size: ClassVar[int] = 0
+
+  name: str
+  pieces: tuple[bytes, ...]
+  separator_id: int
+  fingerprint: str
+
+  @classmethod
+  @abc.abstractmethod
+  def make(cls, name: str, path: str) -> 'Tokenizer':
+    """Makes the tokenizer of config.tokenizer.name and .path.
+
+    Raises:
+      InputError: it does not exist, or its files are missing or damaged.
+    """
+
+  @classmethod
+  def from_json(cls, described: dict[str, Any], path: str) -> 'Tokenizer':
+    """Makes the tokenizer again from its to_json() and a copy of its file."""
+    return cls.make(described['name'], path)
+
+  @classmethod
+  def train(cls, texts: Iterable[str], vocab_size: int, path: str) -> None:
+    """Trains a model on texts, read once and in order, and writes it."""
+    raise NotImplementedError(f'{cls.__name__} cannot be trained')
+
+  @property
+  def vocab_size(self) -> int:
+    """The number of ids, including the mask."""
+    return max(len(self.pieces), self.separator_id + 1) + 1
+
+  @property
+  def mask_id(self) -> int:
+    """The id of the mask, vocab_size - 1."""
+    return self.vocab_size - 1
+
+  @functools.cached_property
+  def num_bytes(self) -> np.ndarray:
+    """UTF-8 bytes of text of each id, [vocab_size] int32."""
+    sizes = np.zeros([self.vocab_size], np.int32)
+    sizes[: len(self.pieces)] = [len(piece) for piece in self.pieces]
+    sizes.setflags(write=False)
+    return sizes
+
+  @abc.abstractmethod
+  def encode(self, text: str) -> np.ndarray:
+    """Returns the ids of `text`, [n] int32, without a separator."""
+
+  def encode_batch(
+    self, texts: Sequence[str], num_threads: int = 0
+  ) -> list[np.ndarray]:
+    """Returns encode() of every text.
+
+    Tokenizers that encode without Python's lock use `num_threads` threads; 0 is
+    one for each core.
+    """
+    del num_threads
+    return [self.encode(text) for text in texts]
+
+  def decode(self, tokens: Ids, mask_text: str = '_') -> str:
+    """Returns the text of ids [n]; invalid UTF-8 becomes U+FFFD.
+
+    A mask is printed as `mask_text`, and a separator as an empty line.
+    """
+    pieces = self._pieces_of(tokens, mask_text)
+    return b''.join(pieces).decode('utf-8', errors='replace')
+
+  def spell(self, tokens: Ids, mask_text: str = '_') -> list[str]:
+    """Returns the part of the text that each of the ids [n] accounts for.
+
+    A character that several ids spell belongs to the first one, and the others
+    get ''. A byte that is not part of a character is U+FFFD.
+    """
+    pieces = self._pieces_of(tokens, mask_text)
+    owners = [i for i, piece in enumerate(pieces) for _ in piece]
+    texts, place = [''] * len(pieces), 0
+    # An invalid byte becomes a lone surrogate: one character for one byte.
+    for character in b''.join(pieces).decode('utf-8', 'surrogateescape'):
+      is_invalid = '\udc80' <= character <= '\udcff'
+      texts[owners[place]] += '\ufffd' if is_invalid else character
+      place += 1 if is_invalid else len(character.encode())
+    return texts
+
+  def _pieces_of(self, tokens: Ids, mask_text: str) -> list[bytes]:
+    special = {
+      self.mask_id: mask_text.encode(),
+      self.separator_id: SEPARATOR_TEXT.encode(),
+    }
+    ids = np.asarray(tokens).reshape(-1).tolist()
+    return [special[i] if i in special else self.pieces[i] for i in ids]
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns what identifies this tokenizer, as plain JSON values.
+
+    If it has a 'path', that file is saved and passed to from_json().
+    """
+    return {
+      'name': self.name,
+      'vocab_size': self.vocab_size,
+      'mask_id': self.mask_id,
+      'separator_id': self.separator_id,
+      'fingerprint': self.fingerprint,
+    }
+
+
+def utf8(text: str) -> bytes:
+  """Returns the UTF-8 bytes of `text`.
+
+  Raises:
+    InputError: the text holds half of a surrogate pair.
+  """
+  try:
+    return text.encode()
+  except UnicodeEncodeError as error:
+    raise InputError(
+      f'the text holds {text[error.start]!r} at character {error.start}, '
+      'half of a surrogate pair, which UTF-8 cannot represent'
+    ) from error

@@ -1,0 +1,154 @@
+"""The tokenizer.json of imported checkpoints."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from nanodlm.data.tokenizers import base
+from nanodlm.data.tokenizers.sentencepiece import SPACE_MARK
+from nanodlm.types import InputError
+
+NAME = 'huggingface'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class HuggingFaceTokenizer(base.Tokenizer):
+  """A tokenizer.json of Hugging Face's `tokenizers`, with the mask moved last.
+
+  Attributes:
+    path: the file, as given.
+    processor: tokenizers.Tokenizer.
+    mask_place: the file's id of the mask. If that is not the last id of the
+      checkpoint's vocabulary, the two are exchanged.
+  """
+
+  path: str
+  processor: Any
+  mask_place: int
+
+  @classmethod
+  def make(cls, name: str, path: str) -> 'HuggingFaceTokenizer':
+    raise InputError(
+      f'tokenizer.name={name!r} is the tokenizer of an imported checkpoint; '
+      "use tokenizer.name='run' and its workdir as tokenizer.path"
+    )
+
+  @classmethod
+  def from_json(
+    cls, described: dict[str, Any], path: str
+  ) -> 'HuggingFaceTokenizer':
+    keys = ('vocab_size', 'mask_place', 'separator_id')
+    return load_hugging_face(path, *(described[key] for key in keys))
+
+  def encode(self, text: str) -> np.ndarray:
+    return self.encode_batch([text], 1)[0]
+
+  def encode_batch(
+    self, texts: Sequence[str], num_threads: int = 0
+  ) -> list[np.ndarray]:
+    for text in texts:
+      base.utf8(text)
+    # Encodes special tokens as ordinary text. (A pickled copy forgets it.)
+    self.processor.encode_special_tokens = True
+    # The library uses one thread for each core, except in batches of one.
+    batches = [[text] for text in texts] if num_threads == 1 else [list(texts)]
+    encode = self.processor.encode_batch
+    encoded = [encode(batch, add_special_tokens=False) for batch in batches]
+    ids = [np.array(one.ids, np.int32) for batch in encoded for one in batch]
+    return [np.where(row == self.mask_id, self.mask_place, row) for row in ids]
+
+  def to_json(self) -> dict[str, Any]:
+    own = dict(path=self.path, mask_place=self.mask_place)
+    return super().to_json() | own
+
+
+def load_hugging_face(
+  path: str, vocab_size: int, mask_place: int, separator_id: int
+) -> HuggingFaceTokenizer:
+  """Loads a tokenizer.json of Hugging Face's `tokenizers`.
+
+  Args:
+    path: the file.
+    vocab_size: ids of the network, including the mask; the file may have fewer.
+    mask_place: the file's id of the mask, or vocab_size - 1 if it has none.
+    separator_id: the id, after the exchange, of the token that ends a document.
+
+  Raises:
+    InputError: it is not such a file, or has more ids than the network.
+  """
+  if importlib.util.find_spec('tokenizers') is None:
+    raise InputError(
+      f"{path} needs the tokenizers package: pip install -e '.[hub]'"
+    )
+  import tokenizers
+
+  try:
+    content = pathlib.Path(path).read_bytes()
+    processor = tokenizers.Tokenizer.from_buffer(content)
+  except OSError as error:
+    raise InputError(f'{path} cannot be read ({error.strerror})') from error
+  except Exception as error:  # The library raises no narrower class.
+    raise InputError(f'{path} is not a tokenizer.json: {error}') from error
+  processor.no_truncation()
+  processor.no_padding()
+  known = processor.get_vocab(with_added_tokens=True)
+  if (last := max(known.values(), default=0)) >= vocab_size:
+    raise InputError(
+      f'{path} has ids up to {last}, but the network only {vocab_size} ids'
+    )
+  piece_bytes = _piece_reader(json.loads(content), processor)
+  pieces = [b''] * vocab_size
+  for text, i in known.items():
+    pieces[i] = piece_bytes(text, i)
+  # The mask and the last id are exchanged, and the mask spells nothing.
+  pieces[mask_place] = pieces[-1]
+  digest = hashlib.sha256(content)
+  digest.update(f'{vocab_size} {mask_place} {separator_id}'.encode())
+  return HuggingFaceTokenizer(
+    name=NAME,
+    pieces=tuple(pieces[:-1]),
+    separator_id=separator_id,
+    fingerprint=f'{NAME}-{digest.hexdigest()[:16]}',
+    path=path,
+    processor=processor,
+    mask_place=mask_place,
+  )
+
+
+def byte_alphabet() -> dict[str, int]:
+  """Returns {character: byte}: how byte-level tokenizers (GPT-2) spell pieces.
+
+  A printable character is its own byte; the other bytes are U+0100 and on.
+  """
+  plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(256) if byte not in plain]
+  codes = [*plain, *range(256, 256 + len(others))]
+  return dict(zip(map(chr, codes), [*plain, *others]))
+
+
+def _piece_reader(
+  content: dict[str, Any], processor: Any
+) -> Callable[[str, int], bytes]:
+  """Returns the function (piece, id) -> UTF-8 bytes for the file's decoder."""
+  added = processor.get_added_tokens_decoder()
+  kinds = json.dumps(content.get('decoder') or {})
+  alphabet = byte_alphabet()
+
+  def read(text: str, i: int) -> bytes:
+    if i in added:
+      return b'' if added[i].special else text.encode()
+    if 'ByteLevel' in kinds and all(c in alphabet for c in text):
+      return bytes(alphabet[c] for c in text)
+    if 'ByteFallback' in kinds and len(text) == 6 and text.startswith('<0x'):
+      return bytes([int(text[3:5], 16)])
+    if 'WordPiece' in kinds:
+      return text[2:].encode() if text.startswith('##') else f' {text}'.encode()
+    return text.replace(SPACE_MARK, ' ').encode()
+
+  return read

@@ -1,0 +1,63 @@
+"""Tokenizers saved in a folder, such as the workdir of a run."""
+
+import json
+import os
+import pathlib
+import shutil
+
+from nanodlm.data import tokenizers
+from nanodlm.data.tokenizers import base
+from nanodlm.types import InputError
+
+# The files that `save` writes.
+SAVED, SAVED_MODEL = 'tokenizer.json', 'tokenizer.model'
+
+
+def save_tokenizer(
+  tokenizer: base.Tokenizer, folder: str | os.PathLike[str]
+) -> None:
+  """Writes what `load` needs into a folder: a JSON file, and a model if any."""
+  folder = pathlib.Path(folder)
+  described = tokenizer.to_json()
+  if path := described.pop('path', ''):
+    # A copy, so that the folder is complete even if the original is removed.
+    shutil.copyfile(path, folder / SAVED_MODEL)
+  (folder / SAVED).write_text(json.dumps(described, indent=2) + '\n')
+
+
+def load_tokenizer(folder: str | os.PathLike[str]) -> base.Tokenizer:
+  """Returns the tokenizer that `save` wrote.
+
+  Raises:
+    InputError: it is missing or damaged, or it no longer produces the ids that
+      it produced when it was saved.
+  """
+  path = pathlib.Path(folder, SAVED)
+  try:
+    described = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError) as error:
+    raise InputError(f'{path} cannot be read: {error}') from error
+  try:
+    cls = tokenizers.find_class(described['name'])
+    model_path = path.with_name(SAVED_MODEL)
+    tokenizer = cls.from_json(described, str(model_path))
+    is_same = tokenizer.fingerprint == described['fingerprint']
+  except (KeyError, TypeError) as error:
+    raise InputError(f'{path} is not a saved tokenizer: {error!r}') from error
+  if not is_same:
+    raise InputError(
+      f'{path}: the {described["name"]} tokenizer found here makes other ids '
+      'than the one that was saved'
+    )
+  return tokenizer
+
+
+class RunTokenizer(base.Tokenizer):
+  """Stands for the tokenizer of another run, whose workdir is the path."""
+
+  reads_path = True
+
+  @classmethod
+  def make(cls, name: str, path: str) -> base.Tokenizer:
+    del name
+    return load_tokenizer(path)

@@ -1,0 +1,138 @@
+"""Tests of nanodlm.data.packed: mixtures."""
+
+import json
+import pathlib
+from unittest import mock
+
+from absl.testing import absltest, parameterized
+import numpy as np
+
+from nanodlm.data import pipeline, prepare, sources
+from nanodlm.types import InputError
+from tests.data import cases
+from tests.data.cases import BYTES, DataTest
+
+
+class MixtureTest(DataTest):
+  def setUp(self):
+    super().setUp()
+    for letter, number in (('a', 40), ('b', 160)):
+      (self.folder / f'{letter}.txt').write_text(letter * 16 * number)
+    self.spec = (
+      f'mix:0.75*text:{self.folder}/a*.txt+0.25*text:{self.folder}/b.txt'
+    )
+    self.settings = dict(eval_fraction=0.2)
+
+  def letters(self, batch):
+    return ''.join(chr(row[0]) for row in batch.tokens)
+
+  def test_shares_order_and_resuming(self):
+    config = self.config(self.spec, **self.settings)
+    packed = prepare.prepare(config, BYTES)
+    self.assertEqual(packed.weights, (0.75, 0.25))
+    self.assertLen(
+      {
+        path
+        for folder in packed.folders
+        for path in pathlib.Path(folder).glob('manifest.json')
+      },
+      2,
+    )
+    make = lambda **k: pipeline.make_train_iterator(
+      packed, config, seed=3, batch_size=40, **k
+    )
+    batches = [next(it) for it in [make()] for _ in range(8)]
+    for batch in batches:  # 240 of a's 32 rows, 80 of b's 128
+      self.assertEqual(self.letters(batch).count('a'), 30)
+    again = make(start_step=5, rows=slice(10, 30))
+    for batch in batches[5:]:
+      np.testing.assert_array_equal(next(again).tokens, batch.tokens[10:30])
+
+  def test_what_is_held_out_has_the_same_shares(self):
+    config = self.config(self.spec, **self.settings)
+    packed = prepare.prepare(config, BYTES)
+    # 8 rows of a, 32 of b: 3 to 1 while both last.
+    self.assertLen(packed.validation, 10)
+    for size, share in ((4, 3), (8, 6)):
+      batch = next(
+        iter(pipeline.make_eval_batches(packed, config, batch_size=size))
+      )
+      self.assertEqual(self.letters(batch).count('a'), share)
+
+  @parameterized.parameters(
+    (0.2, 0.75, 'rows evaluated on: 10,.*: 8 of 8 of .*0.75.*, 2 of 32 of '),
+    (0.9, 0.99, 'rows evaluated on: 36,.*: 36 of 36 of .*, 0 of 144 of '),
+    (0.2, 0.2, None),
+  )  # 40 rows, 8 of them of a
+  def test_few_rows_are_told(self, eval_fraction, weight, message):
+    spec = (
+      f'mix:{weight}*text:{self.folder}/a.txt'
+      f'+{1 - weight}*text:{self.folder}/b.txt'
+    )
+    with self.assertLogs('nanodlm') as logs:
+      self.prepare(spec, eval_fraction=eval_fraction)
+    warnings = [
+      record.getMessage()
+      for record in logs.records
+      if record.levelname == 'WARNING'
+    ]
+    self.assertLen(warnings, 0 if message is None else 1)
+    for warning in warnings:
+      self.assertRegex(warning, message)
+
+  def test_random_windows_stay_in_their_source(self):
+    config = self.config(self.spec, **{**self.settings, 'crop': 'random'})
+    packed = prepare.prepare(config, BYTES)
+    batches = pipeline.make_train_iterator(
+      packed, config, seed=0, batch_size=64
+    )
+    for _ in range(5):
+      for row in next(batches).tokens:
+        self.assertLen(set(row.tolist()) - {256}, 1)
+
+  def test_each_source_is_prepared_once_and_alone(self):
+    config = self.config(self.spec, **self.settings)
+    packed = prepare.prepare(config, BYTES)
+    b = self.config(f'text:{self.folder}/b.txt', **self.settings)
+    with (
+      mock.patch.object(prepare, '_build', side_effect=AssertionError),
+      mock.patch.object(prepare, '_prepare', wraps=prepare._prepare) as inner,
+    ):
+      alone = prepare.prepare(b, BYTES)
+      prepare.prepare(config, BYTES)
+    self.assertEqual(packed.folders[1], alone.folders[0])
+    self.assertEqual(inner.call_args.args[0], b)  # nothing else of it changes
+    json.dumps(packed.metadata)
+
+  @parameterized.parameters(
+    ('mix:text:a', "'text:a' is not a positive weight"),
+    ('mix:1*text:a', 'mixes only one source'),
+    ('mix:0*text:a+1*text:b', "'0.text:a' is not a positive weight"),
+    ('mix:x*text:a+1*text:b', "'x.text:a' is not a positive weight"),
+    ('mix:1*text:a+2*pairs:b', "'pairs:b' cannot be part of a mixture"),
+    ('mix:1*text:a+2*text:a', "names 'text:a' twice"),
+    ('mix:1*text:nosuchfile+2*embedded', 'matches no file'),
+  )
+  def test_mistakes(self, spec, message):
+    with self.assertRaisesRegex(InputError, 'data.source=.*' + message):
+      self.prepare(spec)
+
+  def test_globs_may_hold_the_signs(self):
+    self.assertEqual(
+      sources.parse_mixture(
+        'mix:3*text:a+b/*.txt+1*jsonl:c+2*d:body+4*embedded'
+      ),
+      (
+        (0.375, 'text:a+b/*.txt'),
+        (0.125, 'jsonl:c+2*d:body'),
+        (0.5, 'embedded'),
+      ),
+    )
+
+  def test_tokenizer_to_be_trained(self):
+    with self.assertRaisesRegex(InputError, "tokenizer.path='' trains"):
+      self.prepare(self.spec, cases.SENTENCEPIECE)
+
+
+if __name__ == '__main__':
+  absltest.main()

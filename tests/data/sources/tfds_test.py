@@ -1,0 +1,101 @@
+"""Tests of TFDS datasets."""
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from unittest import mock
+
+from absl.testing import absltest
+
+from nanodlm.data import sources
+from nanodlm.data.sources import base
+from nanodlm.data.sources import tfds as tfds_source
+from nanodlm.types import InputError
+
+SHARED = os.path.join(os.path.dirname(__file__), *['..'] * 4, 'shared', 'data')
+
+
+def texts(source, split='train'):
+  return [
+    ''.join(document.open()) for document in base.documents(source, split)
+  ]
+
+
+class TfdsTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = self.enterContext(tempfile.TemporaryDirectory())
+    import tensorflow_datasets as tfds
+
+    self.enterContext(
+      mock.patch.object(tfds.core.constants, 'DATA_DIR', self.folder)
+    )
+
+  def test_unknown_dataset_names_close_ones(self):
+    with self.assertRaisesRegex(
+      InputError, "close names: .*'tiny_shakespeare'"
+    ):
+      sources.make_source('tfds:tiny_shakespear')
+    with self.assertRaisesRegex(InputError, 'nosuch'):
+      sources.make_source('tfds:wikipedia/nosuch')
+
+  def test_features(self):
+    self.assertEqual(sources.make_source('tfds:pg19').feature, 'book_text')
+    self.assertEqual(sources.make_source('tfds:c4:url').feature, 'url')
+    with self.assertRaisesRegex(InputError, r"one of \['text', 'title'\]"):
+      sources.make_source('tfds:wikipedia/20230601.en:body')
+
+  def test_no_network(self):
+    source = sources.make_source('tfds:tiny_shakespeare')
+    with mock.patch.object(tfds_source, 'is_reachable', return_value=False):
+      with self.assertRaisesRegex(InputError, 'tiny_shakespeare/1.0.0'):
+        source.num_rows()
+    self.assertEmpty(os.listdir(self.folder))
+
+  def test_tiny_shakespeare_from_a_copied_file(self):
+    if not os.path.isdir(SHARED):
+      self.skipTest('no shared data')
+    if not importlib.util.find_spec('tensorflow'):
+      self.skipTest('TFDS prepares this dataset with tensorflow')
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import resource
+
+    builder = tfds.builder('tiny_shakespeare', data_dir=self.folder)
+    downloads = os.path.join(self.folder, 'downloads', 'tiny_shakespeare')
+    os.makedirs(downloads)
+    original = os.path.join(SHARED, 'tinyshakespeare.txt')
+    for url, info in builder.url_infos.items():
+      path = os.path.join(downloads, resource.get_dl_fname(url, info.checksum))
+      shutil.copyfile(original, path)
+      with open(path + '.INFO', 'w') as file:
+        json.dump(
+          {
+            'original_fname': info.filename,
+            'urls': [url],
+            'dataset_names': ['tiny_shakespeare'],
+            'url_info': {
+              'size': int(info.size),
+              'checksum': info.checksum,
+              'filename': info.filename,
+            },
+          },
+          file,
+        )
+    source = sources.make_source('tfds:tiny_shakespeare', self.folder)
+    with mock.patch.object(tfds_source, 'is_reachable', return_value=False):
+      self.assertTrue(source.has_validation)
+    (train,) = texts(source)
+    (validation,) = texts(source, 'validation')
+    with open(original) as file:
+      text = file.read()
+    self.assertEqual(train, text[: len(train)])
+    self.assertEqual(
+      validation, text[len(train) : len(train) + len(validation)]
+    )
+    self.assertGreater(len(validation), 50_000)
+
+
+if __name__ == '__main__':
+  absltest.main()
