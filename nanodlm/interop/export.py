@@ -1,44 +1,85 @@
-"""Checkpoints out: safetensors, config.json, tokenizer and a model card.
+"""Exports a run: safetensors, config.json, tokenizer and a model card.
 
-Where a stock architecture fits, an autoregressive run loads in Hugging Face's
-transformers as it is. Every export holds the folder `nanodlm` beside that, with
-which --mode=import reads it back exactly.
+transformers loads an autoregressive run if it knows its architecture. Every
+export also has the folder `nanodlm`, from which --mode=import reads the run
+back exactly.
+
+An autoregressive run without time conditioning loads in transformers, with
+trust_remote_code off, as Qwen3ForCausalLM (the default network),
+LlamaForCausalLM, Qwen2ForCausalLM or GPT2LMHeadModel; its texts begin with the
+mask's id. Masked runs are written as LLaDA, Dream or MDLM if they fit,
+otherwise under our own names. The model card repeats what the files of the run
+say. tokenizer.json is written if it makes the same ids as the run's tokenizer
+(bytes, SentencePiece as it is trained here, tiktoken's, imported ones).
 """
 
+from collections.abc import Iterator, Mapping
 import json
 import logging
 import pathlib
 import re
 import shutil
-import tempfile
 from typing import Any
 
+from absl import flags
 import jax
-from ml_collections import config_dict
 import numpy as np
 
-from nanodlm import config as configs
-from nanodlm import evaluate
-from nanodlm.data import tokenizers
+from nanodlm import lm as lms
+from nanodlm import workdir as workdirs
+from nanodlm.config import Settings, Start
+from nanodlm.data.tokenizers.base import Tokenizer
+from nanodlm.data.tokenizers.bytes import BytesTokenizer
+from nanodlm.data.tokenizers.huggingface import HuggingFaceTokenizer
+from nanodlm.data.tokenizers.saved import save_tokenizer
+from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from nanodlm.data.tokenizers.tiktoken import TiktokenTokenizer
 from nanodlm.devices import sharding
 from nanodlm.interop import convert
 from nanodlm.interop import tensors as tensor_files
 from nanodlm.interop.families import FAMILIES
 from nanodlm.interop.families import layout as layouts
+from nanodlm.interop.tokenizer_json import (
+  added_token,
+  bytes_tokenizer,
+  sentencepiece_tokenizer,
+  tiktoken_tokenizer,
+)
+from nanodlm.run import Run
 from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 
 log = logging.getLogger('nanodlm')
 
-# Of one file; as many bytes of tensors are copied at a time.
+# Bytes of a file of tensors; one file is copied at a time.
 SHARD_BYTES = 2**30
 MASK_TEXT, SEPARATOR_TEXT = '<|mask|>', '<|separator|>'
-# What transformers knows without our help.
-STOCK = ('gpt2', 'llama', 'qwen2', 'qwen3')
+
+
+def define_flags():
+  """Defines the flags of --mode=export."""
+  flags.DEFINE_string('output', '', 'The folder to write.')
+  flags.DEFINE_string(
+    'family', '', 'The form of the export; by default the first that fits.'
+  )
+
+
+def main(start: Start) -> int:
+  """--mode=export: see `export_checkpoint`."""
+  if start.is_given:
+    raise InputError(
+      '--mode=export reads its config from --workdir; leave --config out'
+    )
+  if not flags.FLAGS.output:
+    raise InputError('--mode=export needs --output')
+  for key, value in sorted(start.changes.items()):
+    raise InputError(f'--config.{key}={value!r} is ignored by --mode=export')
+  export_checkpoint(start.workdir, flags.FLAGS.output, flags.FLAGS.family)
+  return 0
 
 
 def export_checkpoint(workdir: str, output: str, family: str = ''):
-  """--mode=export: writes the averaged weights of a run's last checkpoint.
+  """Runs --mode=export: writes the averaged weights of the last checkpoint.
 
   Args:
     workdir: of the run.
@@ -46,265 +87,182 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     family: one of FAMILIES; '' is the first that fits the run.
 
   Raises:
-    InputError: the folder is not empty, there is no such run, or the run is of no
-      form that the family has.
+    InputError: the folder is not empty, there is no such run, or the family
+      cannot express it.
   """
-  target = pathlib.Path(output)
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise InputError(
-      f'--output={output!r} is not empty; what is there is never '
-      'overwritten. Give a new folder'
-    )
-  tensor_files.require('safetensors')
-  run, params, step = evaluate.open_run(workdir)
-  family = choose_family(run, family)
-  layout = FAMILIES[family].layout(run.network.config, own_names(params))
-  place = convert.mask_place(run.tokenizer)
-  vocab_size = run.tokenizer.vocab_size
-  export = layouts.Export(
-    vocab_size=vocab_size,
-    mask_id=place,
-    length=run.settings.data.length,
-    separator_id=convert.moved(run.tokenizer.separator_id, place, vocab_size),
-  )
-  target.parent.mkdir(parents=True, exist_ok=True)
-  work = pathlib.Path(
-    tempfile.mkdtemp(prefix=f'{target.name}.incomplete-', dir=target.parent)
-  )
-  try:
-    write_tensors(work, run, params, layout, place)
-    foreign = FAMILIES[family].to_config(run.network.config, export)
+  for package in ('safetensors', 'tokenizers'):
+    tensor_files.require(package)
+  with convert.new_folder(output, '--output') as work:
+    lm = lms.load(workdir)
+    run, params, step = lm.run, lm.params, lm.step
+    family = choose_family(run, family)
+    form, network = FAMILIES[family], convert.network_of(run)
+    described = convert.describe_own(run.tokenizer, run.settings.data.length)
+    foreign = form.to_config(network, described)
     write_json(work / convert.HF_CONFIG, foreign)
-    has_tokenizer = write_tokenizer(work, run, export)
+    layout = form.layout(network, layouts.paths_of(params), ())
+    write_tensors(work, run, params, layout, described)
+    has_tokenizer = write_tokenizer(work, run, described)
     if run.objective.causal:
       # The mask begins a text and is never a part of it.
-      write_json(
-        work / 'generation_config.json',
-        {
-          'bos_token_id': place,
-          'eos_token_id': export.separator_id,
-          'pad_token_id': export.separator_id,
-          'suppress_tokens': [place],
-        },
-      )
+      special = {
+        'bos_token_id': described.mask_id,
+        'eos_token_id': described.separator_id,
+        'pad_token_id': described.separator_id,
+        'suppress_tokens': [described.mask_id],
+      }
+      write_json(work / 'generation_config.json', special)
     own = work / convert.OWN
     own.mkdir()
-    tokenizers.save(run.tokenizer, own)
-    (own / evaluate.CONFIG_FILE).write_text(
-      configs.to_json(published(run.config))
-    )
+    save_tokenizer(run.tokenizer, own)
+    write_json(own / workdirs.CONFIG, published(run.settings))
     write_json(own / convert.ORIGIN, {'family': family, 'step': step})
-    (work / 'README.md').write_text(
-      card(run, workdir, step, family, foreign, has_tokenizer)
-    )
-    work.chmod(0o777 & ~convert.umask())
-    work.replace(target)
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
+    text = card(run, workdir, step, family, foreign, has_tokenizer)
+    (work / 'README.md').write_text(text)
   log.info('exported %s, step %d, as %s into %s', workdir, step, family, output)
 
 
-def published(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
-  """A run's settings without the places of this machine, which nobody else has."""
-  config = config.copy_and_resolve_references()
-  config.data.data_dir = config.checkpoint.init_from = config.tokenizer.path = (
-    ''
-  )
-  config.data.source = _public_source(config.data.source)
+def published(settings: Settings) -> dict[str, Any]:
+  """Returns the config of a run without paths of this machine."""
+  config = settings.to_dict()
+  source = _public_source(settings.data.source)
+  config['data'] |= {'data_dir': '', 'source': source}
+  config['checkpoint'] |= {'init_from': '', 'init_step': 0}
+  config['tokenizer']['path'] = ''
   return config
 
 
-def choose_family(run: evaluate.Run, family: str = '') -> str:
-  """`family`, or the first that fits; InputError where it does not."""
-  objective, network = run.config.objective.name, run.network.config
-  can = {
-    name: module
-    for name, module in FAMILIES.items()
-    if hasattr(module, 'misfit')
+def choose_family(run: Run, family: str = '') -> str:
+  """Returns `family`, or the first that fits; InputError if it does not."""
+  network = convert.network_of(run)
+  objective = run.settings.objective['name']
+  misfits = {
+    name: form.misfit(network, objective)
+    for name, form in FAMILIES.items()
+    if form.is_exportable
   }
-  if family and family not in can:
-    raise InputError(f'--family={family!r} is not one of {sorted(can)}')
-  if family:
-    misfit = can[family].misfit(network, objective)
-    if misfit:
-      raise InputError(f'--family={family!r} has no {misfit}')
-    return family
-  return next(
-    name
-    for name, module in can.items()
-    if not module.misfit(network, objective)
-  )
-
-
-def own_names(params: Any) -> list[str]:
-  """Our parameters as one tensor each: 'layers.0.query.kernel', 'embedding'.
-
-  The first layer stands for all of them.
-  """
-  names = set()
-  for path, _ in jax.tree_util.tree_leaves_with_path(params):
-    parts = [part.key for part in path]
-    if parts[0] in ('layers', 'last_layer'):
-      parts[:1] = ['layers', '0']
-    names.add('.'.join(parts))
-  return sorted(names)
+  if family not in ('', *misfits):
+    raise InputError(f'--family={family!r} is not one of {sorted(misfits)}')
+  if family and misfits[family]:
+    raise InputError(f'--family={family!r} does not support {misfits[family]}')
+  return family or next(name for name, misfit in misfits.items() if not misfit)
 
 
 def write_tensors(
   folder: pathlib.Path,
-  run: evaluate.Run,
+  run: Run,
   params: Any,
   layout: layouts.Layout,
-  place: int,
+  described: layouts.Description,
 ):
   """Writes the safetensors files, SHARD_BYTES at a time, and their index."""
-  from safetensors import numpy as safetensors  # pylint: disable=g-import-not-at-top
+  from safetensors import numpy as safetensors
 
-  params = jax.tree.map(np.asarray, params)  # on a CPU the same memory
-  pieces = {}
-  for path, piece in layout.ends.items():
-    pieces.setdefault(piece.name, []).append((path, None, piece))
-  for layer in range(run.network.config.num_layers):
-    for path, piece in layout.block.items():
-      name = convert.name_of(piece, layer)
-      pieces.setdefault(name, []).append((path, layer, piece))
-
+  # On a CPU they share the memory.
+  flat = checkpoint.flatten(jax.tree.map(np.asarray, params))
+  for path in sharding.BY_VOCABULARY & set(flat):
+    # The rows of a vocabulary that is split over devices may be padded.
+    flat[path] = flat[path][: described.vocab_size]
   shards, size = [[]], 0
-  for name, parts in sorted(pieces.items()):
-    size += sum(_leaf(run, params, *part[:2]).nbytes for part in parts)
+  for name, parts in sorted(layout.tensors.items()):
+    size += sum(part.of(flat).nbytes for part in parts)
     if size > SHARD_BYTES and shards[-1]:
       shards.append([])
       size = 0
     shards[-1].append(name)
   names, total = {}, 0
   for i, shard in enumerate(shards):
-    file = (
-      'model.safetensors'
-      if len(shards) == 1
-      else (f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors')
-    )
-    arrays = {name: _tensor(run, params, pieces[name], place) for name in shard}
+    file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
+    if len(shards) == 1:
+      file = 'model.safetensors'
+    arrays = {
+      name: _tensor(flat, layout.tensors[name], described) for name in shard
+    }
     total += sum(x.nbytes for x in arrays.values())
     safetensors.save_file(arrays, folder / file, metadata={'format': 'pt'})
-    (folder / file).chmod(0o666 & ~convert.umask())
+    # safetensors makes files that only their owner can read.
+    shutil.copymode(folder / convert.HF_CONFIG, folder / file)
     names.update(dict.fromkeys(shard, file))
   if len(shards) > 1:
-    write_json(
-      folder / 'model.safetensors.index.json',
-      {'metadata': {'total_size': total}, 'weight_map': names},
-    )
-
-
-def _leaf(run: evaluate.Run, params: Any, path: str, layer: int | None) -> Any:
-  """One of our parameters; of a block's, one layer of it."""
-  last = run.network.config.num_layers - 1
-  if layer is None:
-    tree = params
-  else:
-    tree = params['last_layer' if layer == last else 'layers']
-  for part in path.split('/'):
-    tree = tree[part]
-  return tree[layer] if layer is not None and layer < last else tree
+    index = {'metadata': {'total_size': total}, 'weight_map': names}
+    write_json(folder / 'model.safetensors.index.json', index)
 
 
 def _tensor(
-  run: evaluate.Run, params: Any, parts: list[Any], place: int
+  params: Mapping[str, np.ndarray],
+  parts: list[layouts.Part],
+  described: layouts.Description,
 ) -> np.ndarray:
-  """Their tensor, of the parameters that it is made up of."""
+  """Returns their tensor, made of these parameters of ours, {path: array}."""
   arrays = []
-  for path, layer, piece in sorted(
-    parts, key=lambda part: part[2].cut[1] if part[2].cut else 0
-  ):
-    array = np.asarray(_leaf(run, params, path, layer))
-    if path in sharding.BY_VOCABULARY:  # a split vocabulary may be padded
-      array = array[: run.tokenizer.vocab_size]
-    if piece.vocab and place != len(array) - 1:
-      array = array.copy()
-      array[[place, -1]] = array[[-1, place]]
-    arrays.append(piece.how.write(array))
-  axis = parts[0][2].cut[0] if parts[0][2].cut else 0
-  whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
+  for part in parts:
+    array = part.of(params)
+    if part.path in sharding.BY_VOCABULARY:
+      rows = np.arange(len(array))
+      rows[[described.mask_id, -1]] = rows[[-1, described.mask_id]]
+      array = array[rows]
+    arrays.append(part.piece.how.write(array))
+  share = parts[0].piece.share
+  whole = arrays[0] if share is None else np.concatenate(arrays, share[0])
   return np.ascontiguousarray(whole)
 
 
 def write_json(path: pathlib.Path, value: Any):
-  """Writes a value as JSON that people can read."""
+  """Writes a value as indented JSON."""
   path.write_text(json.dumps(value, indent=2) + '\n')
 
 
 def write_tokenizer(
-  folder: pathlib.Path, run: evaluate.Run, export: layouts.Export
+  folder: pathlib.Path, run: Run, described: layouts.Description
 ) -> bool:
-  """Writes tokenizer.json and its config; False where it would make other ids."""
+  """Writes tokenizer.json and its config; False if it would make other ids."""
   tokenizer = run.tokenizer
-  if isinstance(tokenizer, tokenizers.HuggingFaceTokenizer):
+  if isinstance(tokenizer, HuggingFaceTokenizer):
     content = json.loads(pathlib.Path(tokenizer.path).read_bytes())
-  elif isinstance(tokenizer, tokenizers.BytesTokenizer):
+  elif isinstance(tokenizer, BytesTokenizer):
     content = bytes_tokenizer()
   else:
-    content = (
-      tiktoken_tokenizer(tokenizer.encoding)
-      if isinstance(tokenizer, tokenizers.TiktokenTokenizer)
-      else sentencepiece_tokenizer(tokenizer.processor)
-    )
-    if not _makes_the_same_ids(content, tokenizer):
+    content = None
+    if isinstance(tokenizer, TiktokenTokenizer):
+      content = tiktoken_tokenizer(tokenizer.encoding)
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+      content = sentencepiece_tokenizer(tokenizer.processor)
+    if not content or not _makes_the_same_ids(content, tokenizer):
       return False
-  texts = {token['id']: token['content'] for token in content['added_tokens']}
-  for i, text in (
-    (export.separator_id, SEPARATOR_TEXT),
-    (export.mask_id, MASK_TEXT),
-  ):
-    known = texts | {i: text for text, i in _vocabulary(content).items()}
-    if i not in known:
-      content['added_tokens'].append(
-        {
-          'id': i,
-          'content': text,
-          'single_word': False,
-          'lstrip': False,
-          'rstrip': False,
-          'normalized': False,
-          'special': True,
-        }
-      )
-      known[i] = text
-    texts[i] = known[i]
-  write_json(folder / convert.HF_TOKENIZER, content)
-  special = {
-    'mask_token': texts[export.mask_id],
-    'eos_token': texts[export.separator_id],
-    'pad_token': texts[export.separator_id],
+  # Unigram models have a list of pieces instead of {piece: id}.
+  vocab = content['model'].get('vocab', {})
+  if isinstance(vocab, list):
+    vocab = {piece[0]: i for i, piece in enumerate(vocab)}
+  texts = {i: text for text, i in vocab.items()}
+  texts |= {token['id']: token['content'] for token in content['added_tokens']}
+  control: dict[Any, str] = {
+    described.separator_id: SEPARATOR_TEXT,
+    described.mask_id: MASK_TEXT,
   }
+  for i, text in control.items():
+    if i not in texts:
+      content['added_tokens'].append(added_token(i, text))
+      texts[i] = text
+  write_json(folder / convert.HF_TOKENIZER, content)
+  mask, separator = texts[described.mask_id], texts[described.separator_id]
+  special = {'mask_token': mask, 'eos_token': separator, 'pad_token': separator}
   if run.objective.causal:
-    special['bos_token'] = texts[export.mask_id]
-  write_json(
-    folder / 'tokenizer_config.json',
-    {
-      'tokenizer_class': 'PreTrainedTokenizerFast',
-      **special,
-      'model_max_length': export.length,
-      'clean_up_tokenization_spaces': False,
-    },
-  )
+    special['bos_token'] = mask
+  settings = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    **special,
+    'model_max_length': described.max_length,
+    'clean_up_tokenization_spaces': False,
+  }
+  write_json(folder / 'tokenizer_config.json', settings)
   return True
 
 
-def _vocabulary(content: dict[str, Any]) -> dict[str, int]:
-  """{piece: id} of a tokenizer.json, whose Unigram models keep a list."""
-  vocab = content['model'].get('vocab', {})
-  if isinstance(vocab, list):
-    return {piece[0]: i for i, piece in enumerate(vocab)}
-  return vocab
+def _makes_the_same_ids(content: dict[str, Any], tokenizer: Tokenizer) -> bool:
+  """Returns whether a tokenizer.json agrees on English text and odd cases."""
+  from pydoc_data import topics
 
-
-def _makes_the_same_ids(
-  content: dict[str, Any], tokenizer: tokenizers.Tokenizer
-) -> bool:
-  """Whether a tokenizer.json agrees on English text and on some odd ones."""
-  tensor_files.require('tokenizers')
-  from pydoc_data import topics  # pylint: disable=g-import-not-at-top
-
-  import tokenizers as library  # pylint: disable=g-import-not-at-top
+  import tokenizers as library
 
   theirs = library.Tokenizer.from_str(json.dumps(content))
   texts = (
@@ -322,306 +280,157 @@ def _makes_the_same_ids(
   )
 
 
-def tiktoken_tokenizer(encoding: Any) -> dict[str, Any]:
-  """The tokenizer.json of a tiktoken.Encoding, but for its control tokens.
+_CARD = """---
+tags:
+- nanodlm
+---
 
-  tiktoken keeps the rank of each piece and not which two it was merged from: those
-  are what the merges of lower ranks make of its bytes.
-  """
-  ranks = encoding._mergeable_ranks  # pylint: disable=protected-access
-  chars = {byte: char for char, byte in tokenizers.byte_alphabet().items()}
-  spell = lambda piece: ''.join(chars[byte] for byte in piece)
-  merges = []
-  for piece, rank in sorted(ranks.items(), key=lambda item: item[1]):
-    if len(piece) > 1:
-      merges.append([spell(part) for part in _halves(ranks, piece, rank)])
-  pattern = encoding._pat_str  # pylint: disable=protected-access
-  byte_level = {
-    'type': 'ByteLevel',
-    'add_prefix_space': False,
-    'trim_offsets': True,
-    'use_regex': False,
-  }
-  split = {
-    'type': 'Split',
-    'pattern': {'Regex': pattern},
-    'behavior': 'Isolated',
-    'invert': False,
-  }
-  content = bytes_tokenizer()
-  content['pre_tokenizer'] = {
-    'type': 'Sequence',
-    'pretokenizers': [split, byte_level],
-  }
-  content['model'] |= {
-    'vocab': {spell(piece): i for piece, i in ranks.items()},
-    'merges': merges,
-  }
-  return content
+# {name}
 
+A language model of objective `{objective}` with {num_params:,} parameters,
+written by nanodlm after {step} training steps.
 
-def _halves(ranks: dict[bytes, int], piece: bytes, rank: int) -> list[bytes]:
-  """The two pieces that `piece` was merged from."""
-  parts = [bytes([byte]) for byte in piece]
-  while len(parts) > 2:
-    pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-    best = min(range(len(pairs)), key=pairs.__getitem__)
-    if pairs[best] >= rank:
-      break
-    parts[best : best + 2] = [parts[best] + parts[best + 1]]
-  return parts
+## Loading it
 
+{loading}
 
-def sentencepiece_tokenizer(processor: Any) -> dict[str, Any]:
-  """The tokenizer.json of a SentencePiece BPE model as `train_sentencepiece` makes.
+In nanodlm, exactly:
 
-  It takes U+2581 for a space, which the run's does not. Of a model that normalises
-  its text or is no BPE, other ids come out.
-  """
-  pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
-  vocab = {piece: i for i, piece in enumerate(pieces)}
-  known = {
-    piece
-    for i, piece in enumerate(pieces)
-    if not (
-      processor.is_byte(i) or processor.is_unknown(i) or processor.is_control(i)
-    )
-  }
-  # In the order of the pieces that they make.
-  merges = [
-    [piece[:cut], piece[cut:]]
-    for piece in pieces
-    if piece in known
-    for cut in range(1, len(piece))
-    if piece[:cut] in known and piece[cut:] in known
-  ]
-  space, mark = {'String': ' '}, '\u2581'
-  return {
-    'version': '1.0',
-    'truncation': None,
-    'padding': None,
-    'added_tokens': [],
-    'normalizer': {'type': 'Replace', 'pattern': space, 'content': mark},
-    'pre_tokenizer': None,
-    'post_processor': None,
-    'decoder': {
-      'type': 'Sequence',
-      'decoders': [
-        {'type': 'Replace', 'pattern': {'String': mark}, 'content': ' '},
-        {'type': 'ByteFallback'},
-        {'type': 'Fuse'},
-      ],
-    },
-    'model': {
-      'type': 'BPE',
-      'dropout': None,
-      'unk_token': pieces[processor.unk_id()],
-      'continuing_subword_prefix': None,
-      'end_of_word_suffix': None,
-      'fuse_unk': True,
-      'byte_fallback': True,
-      'vocab': vocab,
-      'merges': merges,
-    },
-  }
+```
+python launch.py --mode=import --from=THIS_FOLDER --workdir=runs/imported
+```
+{missing}
+## The network
 
+| setting | value |
+|---|---|
+{settings}
+| ids | {num_ids}, tokenizer `{tokenizer}` |
 
-def bytes_tokenizer() -> dict[str, Any]:
-  """The tokenizer.json of bytes: a byte-level BPE without merges."""
-  return {
-    'version': '1.0',
-    'truncation': None,
-    'padding': None,
-    'added_tokens': [],
-    'normalizer': None,
-    'post_processor': None,
-    'pre_tokenizer': {
-      'type': 'ByteLevel',
-      'add_prefix_space': False,
-      'trim_offsets': True,
-      'use_regex': False,
-    },
-    'decoder': {
-      'type': 'ByteLevel',
-      'add_prefix_space': False,
-      'trim_offsets': True,
-      'use_regex': False,
-    },
-    'model': {
-      'type': 'BPE',
-      'dropout': None,
-      'unk_token': None,
-      'continuing_subword_prefix': None,
-      'end_of_word_suffix': None,
-      'fuse_unk': False,
-      'byte_fallback': False,
-      'vocab': {
-        char: byte for char, byte in tokenizers.byte_alphabet().items()
-      },
-      'merges': [],
-    },
-  }
+## Training
+
+{training}
+
+## Measured
+
+{measured}
+"""
+_STOCK = """transformers loads it as `{}`, with trust_remote_code off:
+
+```python
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained('THIS_FOLDER')
+```
+
+A text begins with the token {} (the mask), whose own logit means nothing."""
 
 
 def card(
-  run: evaluate.Run,
+  run: Run,
   workdir: str,
   step: int,
   family: str,
   foreign: dict[str, Any],
   has_tokenizer: bool,
 ) -> str:
-  """The model card: what config.json and the logs of the run say, no more."""
-  network, config = run.network.config, run.config
-  name = pathlib.Path(workdir).resolve().name
-  lines = [
-    '---',
-    'tags:',
-    '- nanodlm',
-    '---',
-    '',
-    f'# {name}',
-    '',
-    f'A language model of objective `{config.objective.name}` with '
-    f'{run.network.num_params(run.objective):,} parameters, written by '
-    f'nanodlm after {step} training steps.',
-    '',
-    '## Loading it',
-    '',
-  ]
-  if family in STOCK and not network.dropout:
-    lines += _stock_lines(run, foreign)
-  elif family in STOCK:
-    lines += _stock_lines(run, foreign) + ['', 'Dropout is left out.']
-  else:
-    lines += [
-      f'No architecture of transformers fits this network; the tensors have '
-      f'the names and shapes of the family `{family}`.'
-    ]
-  lines += [
-    '',
-    'In nanodlm, exactly:',
-    '',
-    '```',
-    'python launch.py --mode=import --from=THIS_FOLDER --workdir=runs/imported',
-    '```',
-    '',
-  ]
-  if not has_tokenizer:
-    lines += [
-      f'There is no tokenizer.json: the tokenizer `{run.tokenizer.name}` is '
-      f'in the folder `{convert.OWN}`.',
-      '',
-    ]
-  lines += ['## The network', '', '| setting | value |', '|---|---|']
-  lines += [
-    f'| `model.{key}` | {value} |'
-    for key, value in sorted(config.model.to_dict().items())
-  ]
-  lines += [
-    f'| ids | {run.tokenizer.vocab_size}, tokenizer `{run.tokenizer.name}` |',
-    '',
-  ]
-  lines += ['## Training', '']
-  origin = _origin(workdir)
-  if origin:
-    lines += [
+  """Returns the model card: what config.json and the logs of the run say."""
+  settings, tokenizer = run.settings, run.tokenizer
+  loading = (
+    'No architecture of transformers fits this network; the tensors have the '
+    f'names and shapes of the family `{family}`.'
+  )
+  if FAMILIES[family].is_stock:
+    architecture, start = foreign['architectures'][0], foreign['bos_token_id']
+    loading = _STOCK.format(architecture, start)
+    if convert.network_of(run).dropout:
+      loading += '\n\nDropout is left out.'
+  missing = (
+    f'\nA tokenizer.json is missing: the tokenizer `{tokenizer.name}` is in '
+    f'the folder `{convert.OWN}`.\n'
+  )
+  if checkpoint.holds_weights_alone(workdir):
+    with checkpoint.open_manager(workdir, read_only=True) as manager:
+      last = checkpoint.find_step(manager)
+      origin = checkpoint.restore_meta(manager, last)['data']
+    training = (
       f'Weights imported from `{_public(origin["source"])}` (family '
-      f'`{origin["imported"]}`); not trained since.',
-      '',
-    ]
+      f'`{origin["imported"]}`); not trained since.'
+    )
   else:
-    lines += [
-      f'{step} steps of {config.train.batch_size} x {config.data.length} '
-      f'tokens of `{_public_source(config.data.source)}`, optimiser '
-      f'`{config.optim.name}`, seed {config.seed}.',
-      '',
-    ]
-    if config.checkpoint.init_from:
-      lines += [
-        'Started from the weights of '
-        f'`{_public(config.checkpoint.init_from)}`.',
-        '',
-      ]
-  lines += ['## Measured', '', *_measured(run, pathlib.Path(workdir), step), '']
-  return '\n'.join(lines)
-
-
-def _stock_lines(run, foreign):
-  return [
-    f'transformers loads it as `{foreign["architectures"][0]}`, with '
-    'trust_remote_code off:',
-    '',
-    '```python',
-    'from transformers import AutoModelForCausalLM',
-    "model = AutoModelForCausalLM.from_pretrained('THIS_FOLDER')",
-    '```',
-    '',
-    f'A text begins with the token {foreign["bos_token_id"]} (the mask), whose '
-    'own logit means nothing.',
-  ]
+    training = (
+      f'{step} steps of {settings.train.batch_size} x {settings.data.length} '
+      f'tokens of `{_public_source(settings.data.source)}`, optimiser '
+      f'`{settings.optim.name}`, seed {settings.seed}.'
+    )
+    if source := settings.checkpoint.init_from:
+      training += f'\n\nStarted from the weights of `{_public(source)}`.'
+  model = sorted(settings.model.items())
+  return _CARD.format(
+    name=pathlib.Path(workdir).resolve().name,
+    objective=settings.objective['name'],
+    num_params=run.num_params(),
+    step=step,
+    loading=loading,
+    missing='' if has_tokenizer else missing,
+    settings='\n'.join(f'| `model.{key}` | {value} |' for key, value in model),
+    num_ids=tokenizer.vocab_size,
+    tokenizer=tokenizer.name,
+    training=training,
+    measured=_measured(run, pathlib.Path(workdir), step),
+  )
 
 
 def _public(place: str) -> str:
-  """A name on the hub as it is; of a folder of this machine its last part."""
+  """Returns a name on the hub, or the last part of a path of this machine."""
   path = pathlib.Path(place)
   return path.name if path.is_absolute() else place
 
 
 def _public_source(source: str) -> str:
-  """A data.source without the folders of this machine that its files lie in."""
+  """Returns a data.source without the folders of this machine."""
   return re.sub(r'(?<=:)[/~][^:+]*/', '', source)
 
 
-def _origin(workdir: str) -> dict[str, Any]:
-  """Where imported weights come from; {} for a run."""
-  if not checkpoint.holds_weights_alone(workdir):
-    return {}
-  with checkpoint.open_manager(workdir, read_only=True) as manager:
-    return checkpoint.restore_meta(manager, checkpoint.find_step(manager))[
-      'data'
-    ]
+def _measured(run: Run, workdir: pathlib.Path, step: int) -> str:
+  """Returns a table of the last evaluation of each text at this step."""
+  own_source, found = run.settings.data.source, {}
+  # A separate evaluation replaces one during training.
+  for file in (workdirs.METRICS, workdirs.EVAL):
+    for entry in _entries(workdir / file):
+      nll = entry.get('eval/nll')
+      if entry.get('step') == step and isinstance(nll, int | float):
+        found[entry.get('source', own_source)] = entry
+  if not found:
+    return 'Nothing was measured at this step.'
 
+  def shown(entry, key, digits=4):
+    value, width = entry.get(f'eval/{key}'), entry.get(f'eval/{key}_ci95')
+    if value is None:
+      return ''
+    return f'{value:.{digits}f}' + (f' ± {width:.{digits}f}' if width else '')
 
-def _measured(run: evaluate.Run, workdir: pathlib.Path, step: int) -> list[str]:
-  """Lines on the last evaluation of this step that each log holds."""
   kind = 'exact value' if run.objective.exact else 'upper bound'
-  rows = []
-  for file in (evaluate.EVAL_FILE, 'metrics.jsonl'):
-    path, found = workdir / file, {}
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-      try:
-        entry = json.loads(line)
-      except (ValueError, RecursionError):  # cut off by a kill, or damaged
-        continue
-      if (
-        isinstance(entry, dict)
-        and entry.get('step') == step
-        and isinstance(entry.get('eval/nll'), (int, float))
-      ):
-        found[entry.get('source', run.config.data.source)] = entry
-    for source, entry in found.items():
-      if source not in {row[0] for row in rows}:
-        rows.append((source, entry))
-  if not rows:
-    return ['Nothing was measured at this step.']
   lines = [
     f'On held-out text, an {kind}, 95% intervals:',
     '',
     '| text | nats/token | perplexity | bits/byte | examples |',
     '|---|---|---|---|---|',
   ]
-  for source, entry in rows:
-    source = _public_source(source)
-
-    def shown(key, digits=4):
-      value, width = entry.get(f'eval/{key}'), entry.get(f'eval/{key}_ci95')
-      if value is None:
-        return ''
-      return f'{value:.{digits}f}' + (f' ± {width:.{digits}f}' if width else '')
-
+  for source, entry in found.items():
     lines.append(
-      f'| `{source}` | {shown("nll")} | {shown("ppl", 2)} | '
-      f'{shown("bits_per_byte")} | {entry.get("eval/num_examples", 0):.0f} |'
+      f'| `{_public_source(source)}` | {shown(entry, "nll")} | '
+      f'{shown(entry, "ppl", 2)} | {shown(entry, "bits_per_byte")} | '
+      f'{entry.get("eval/num_examples", 0):.0f} |'
     )
-  return lines
+  return '\n'.join(lines)
+
+
+def _entries(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """Yields the entries of a log, without lines that a kill cut off."""
+  for line in path.read_bytes().splitlines() if path.is_file() else ():
+    try:
+      entry = json.loads(line)
+    except (ValueError, RecursionError):
+      continue
+    if isinstance(entry, dict):
+      yield entry

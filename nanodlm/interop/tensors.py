@@ -1,32 +1,39 @@
-"""Tensors of a checkpoint's folder by name, read one at a time.
+"""The tensors of a checkpoint by name, read one at a time.
 
-safetensors files are memory-mapped and hold nothing but numbers. PyTorch's own
-files are pickles, which can hold any program: they are read only where that is
-asked for, and even then by PyTorch's reader of weights alone.
+safetensors files are memory-mapped and contain nothing but numbers. PyTorch's
+own files are pickles, which can contain any program: they are read only on
+request, and even then by PyTorch's reader for weights alone.
 """
 
-import contextlib
+import abc
 import functools
 import importlib.util
 import pathlib
 import re
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from nanodlm.interop import orbax
 from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 
 SAFETENSORS = '.safetensors'
 # What PyTorch, Lightning and plain pickle write.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
-# Pickles in a folder that are no weights.
+# Pickles in a folder that do not hold weights.
 _NOT_WEIGHTS = ('training_args', 'optimizer', 'scheduler', 'rng_state')
-# Where a PyTorch file that holds more than weights keeps them.
+# The entry with the weights in a PyTorch file that holds other things too.
 _NESTED = ('state_dict', 'model', 'module')
+# Classes of the settings and tokenizers in Lightning's files.
+_SETTINGS = re.compile(
+  r'(omegaconf|transformers|tokenizers|lightning|pytorch_lightning|dataloader)'
+  r'\..*|typing\.Any|collections\.defaultdict'
+  r'|builtins\.(dict|list|tuple|set|int|float|str|bool)'
+)
 
 
-class Tensors(Protocol):
+class Tensors(abc.ABC):
   """Arrays by name.
 
   Attributes:
@@ -34,31 +41,36 @@ class Tensors(Protocol):
     shapes: {name: shape} of all of them.
   """
 
-  where: str
-  shapes: dict[str, tuple[int, ...]]
+  def __init__(self, where: str):
+    self.where = where
+    self.shapes: dict[str, tuple[int, ...]] = {}
 
+  @abc.abstractmethod
   def read(self, name: str) -> np.ndarray:
-    """One of them, in its own dtype (bfloat16 as ml_dtypes has it)."""
+    """Returns an array in its own dtype (bfloat16 is that of ml_dtypes)."""
 
   def take_averages(self, ignored: tuple[str, ...]) -> bool:
-    """Replaces weights by their averages, where the file holds them beside.
+    """Replaces the weights by their averages if the file holds both.
 
     Args:
-      ignored: regular expressions of the names that are no weights.
+      ignored: regular expressions for the names that are not weights.
 
     Returns:
-      Whether it did.
+      Whether the arrays are averages.
     """
+    del ignored
+    return False
 
 
-class SafeTensors:
+class SafeTensors(Tensors):
   """The safetensors files of a folder, or one such file."""
 
   def __init__(self, paths: list[pathlib.Path], where: str):
+    super().__init__(where)
     require('safetensors')
-    import safetensors  # pylint: disable=g-import-not-at-top
+    import safetensors
 
-    self.where, self.shapes, self._files = where, {}, {}
+    self._files = {}
     for path in paths:
       try:
         file = safetensors.safe_open(path, framework='numpy')
@@ -69,8 +81,7 @@ class SafeTensors:
         raise InputError(
           f'{path} is not a whole safetensors file: {error}'
         ) from error
-      twice = sorted(set(shapes) & set(self.shapes))
-      if twice:
+      if twice := sorted(set(shapes) & set(self.shapes)):
         raise InputError(f'{where} holds {twice} in more than one file')
       self.shapes.update(shapes)
       self._files.update(dict.fromkeys(shapes, file))
@@ -78,60 +89,36 @@ class SafeTensors:
   def read(self, name: str) -> np.ndarray:
     return self._files[name].get_tensor(name)
 
-  def take_averages(self, ignored: tuple[str, ...]) -> bool:
-    return False
 
-
-class TorchTensors:
-  """PyTorch's files, read as weights only, memory-mapped where they can be.
-
-  Attributes:
-    rest: what else the first file holds, as Lightning's 'ema'; {} if nothing.
-  """
+class TorchTensors(Tensors):
+  """PyTorch's files, read as weights only, memory-mapped if possible."""
 
   def __init__(self, paths: list[pathlib.Path], where: str):
-    require('torch')
-    import torch  # pylint: disable=g-import-not-at-top
-
-    self.where, self.shapes, self._tensors, self.rest = where, {}, {}, {}
+    super().__init__(where)
+    # What else the first file holds, such as Lightning's 'ema'.
+    self._tensors, self._rest = {}, {}
     for path in paths:
-      try:
-        with _inert(path):
-          loaded = torch.load(
-            path, map_location='cpu', weights_only=True, mmap=is_zip(path)
-          )
-      # The reader of weights raises UnpicklingError for anything that could be a
-      # program, and others for damage.
-      except Exception as error:  # pylint: disable=broad-exception-caught
-        raise InputError(
-          f'{path} is not a file of weights alone: '
-          f'{(str(error).strip().splitlines() or [repr(error)])[0]}. Nothing else is unpickled'
-        ) from error
+      loaded = _load_weights(path)
       for key in _NESTED:
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-          self.rest = self.rest or {k: v for k, v in loaded.items() if k != key}
+        if isinstance(loaded.get(key), dict):
+          rest = {name: x for name, x in loaded.items() if name != key}
+          self._rest = self._rest or rest
           loaded = loaded[key]
           break
-      if not isinstance(loaded, dict):
-        raise InputError(
-          f'{path} holds {type(loaded).__name__}, not tensors by name'
-        )
-      self._tensors.update(
-        (name, tensor)
-        for name, tensor in loaded.items()
-        if isinstance(tensor, torch.Tensor)
-      )
-    self.shapes = {
-      name: tuple(tensor.shape) for name, tensor in self._tensors.items()
-    }
+      # Other entries are not tensors.
+      self._tensors |= {k: x for k, x in loaded.items() if hasattr(x, 'detach')}
+    self.shapes = {name: tuple(x.shape) for name, x in self._tensors.items()}
 
   def read(self, name: str) -> np.ndarray:
-    return as_numpy(self._tensors[name])
+    tensor = self._tensors[name].detach().cpu()
+    # PyTorch does not convert bfloat16 to NumPy.
+    is_bfloat16 = str(tensor.dtype) == 'torch.bfloat16'
+    return (tensor.float() if is_bfloat16 else tensor).numpy()
 
   def take_averages(self, ignored: tuple[str, ...]) -> bool:
-    # As torch_ema has them, and SEDD, MDLM, BD3-LM and Duo after it: a list, in
-    # the order of the parameters.
-    average = self.rest.get('ema')
+    # torch_ema, which SEDD, MDLM, BD3-LM and Duo use, keeps a list in the order
+    # of the parameters.
+    average = self._rest.get('ema')
     if not isinstance(average, dict) or 'shadow_params' not in average:
       return False
     names = [
@@ -142,15 +129,15 @@ class TorchTensors:
     shadows = average['shadow_params']
     if [tuple(x.shape) for x in shadows] != [self.shapes[n] for n in names]:
       raise InputError(
-        f'{self.where}: its averaged weights (ema) are not of the '
-        'shapes of its weights, in their order'
+        f'{self.where}: the averaged weights (ema) are not of the shapes of '
+        'the weights, in their order'
       )
     self._tensors.update(zip(names, shadows))
     return True
 
 
-class Inert:
-  """Stands for an object of another class in a file of weights: does nothing."""
+class _Inert:
+  """Replaces an object of another class in a file of weights; does nothing."""
 
   def __init__(self, *args: Any, **kwargs: Any):
     del args, kwargs
@@ -159,101 +146,89 @@ class Inert:
     del state
 
 
-# Whose classes Lightning's files hold beside the weights: settings, a tokenizer.
-_SETTINGS = re.compile(
-  r'(omegaconf|transformers|tokenizers|lightning|pytorch_lightning|dataloader)\..*'
-  r'|typing\.Any|collections\.defaultdict'
-  r'|builtins\.(dict|list|tuple|set|int|float|str|bool)'
-)
+def _load_weights(path: pathlib.Path) -> dict[str, Any]:
+  """Loads a file of PyTorch's with `_Inert` objects in place of the settings.
 
-
-@contextlib.contextmanager
-def _inert(path: pathlib.Path):
-  """Has `torch.load` put `Inert` for the settings in a file of weights.
-
-  Their classes are neither imported nor called; any others still make the reader
-  of weights refuse the file.
+  The classes of the settings are neither imported nor called; any other class
+  makes the reader refuse the file.
   """
-  import torch  # pylint: disable=g-import-not-at-top
+  require('torch')
+  import torch  # pyright: ignore[reportMissingImports]  # An extra.
 
-  if not is_zip(path):
-    yield
-    return
-  unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-  # One class for each: the reader tells them apart by it.
-  stubs = [
-    (type('Inert', (Inert,), {}), name)
-    for name in unknown
-    if _SETTINGS.fullmatch(name)
-  ]
-  with torch.serialization.safe_globals(stubs):
-    yield
+  try:
+    with open(path, 'rb') as file:
+      is_zip = file.read(2) == b'PK'
+    find = torch.serialization.get_unsafe_globals_in_checkpoint
+    # The reader distinguishes the classes: each one needs its own replacement.
+    stubs = [
+      (type('Inert', (_Inert,), {}), name)
+      for name in (find(path) if is_zip else ())
+      if _SETTINGS.fullmatch(name)
+    ]
+    with torch.serialization.safe_globals(stubs):
+      # Only the zip format can be memory-mapped.
+      loaded = torch.load(
+        path, map_location='cpu', weights_only=True, mmap=is_zip
+      )
+  # It raises UnpicklingError for anything that could be a program, and other
+  # errors for damage.
+  except Exception as error:
+    why = (str(error).strip().splitlines() or [repr(error)])[0]
+    raise InputError(
+      f'{path} is not a file of weights alone, and nothing else is unpickled: '
+      f'{why}'
+    ) from error
+  if not isinstance(loaded, dict):
+    raise InputError(
+      f'{path} holds {type(loaded).__name__}, not tensors by name'
+    )
+  return loaded
 
 
-class OrbaxTensors:
-  """The parameters in a training state that Orbax saved, the averaged if any."""
+class OrbaxTensors(Tensors):
+  """The parameters in a training state of Orbax, averages if it has any."""
 
-  def __init__(self, folder: pathlib.Path, where: str):
-    self.where = where
-    tree = checkpoint.foreign_metadata(folder)
-    named = [name for name in ('ema_params', 'params') if tree.get(name)]
-    if not named:
-      raise InputError(f'{folder} holds {sorted(tree)}: no params')
-    self._folder, self._item = folder, named[0]
-    self.is_averaged = self._item == 'ema_params'
-    self.shapes = {
-      name: tuple(leaf.shape)
-      for name, leaf in checkpoint.flatten(tree[self._item]).items()
-    }
+  def __init__(self, folder: pathlib.Path):
+    super().__init__(str(folder))
+    tree = orbax.metadata(folder)
+    items = [name for name in ('ema_params', 'params') if tree.get(name)]
+    if not items:
+      raise InputError(f'{folder} holds {sorted(tree)}, but not params')
+    self._folder, self._item = folder, items[0]
+    leaves = checkpoint.flatten(tree[self._item])
+    self.shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
 
   @functools.cached_property
   def _arrays(self):
-    return checkpoint.flatten(
-      checkpoint.restore_foreign(self._folder, self._item)
-    )
+    return checkpoint.flatten(orbax.restore(self._folder, self._item))
 
   def read(self, name: str) -> np.ndarray:
     return self._arrays[name]
 
   def take_averages(self, ignored: tuple[str, ...]) -> bool:
-    return self.is_averaged
-
-
-def as_numpy(tensor: Any) -> np.ndarray:
-  """A PyTorch tensor's values; bfloat16, which NumPy has not, as float32."""
-  import torch  # pylint: disable=g-import-not-at-top
-
-  if tensor.dtype == torch.bfloat16:
-    tensor = tensor.float()
-  return tensor.detach().cpu().numpy()
-
-
-def is_zip(path: pathlib.Path) -> bool:
-  """Whether PyTorch's file is of the kind that can be memory-mapped."""
-  with open(path, 'rb') as file:
-    return file.read(2) == b'PK'
+    return self._item == 'ema_params'
 
 
 def require(package: str):
-  """Raises InputError where an optional package is not installed."""
+  """Raises InputError if an optional package is not installed."""
   if importlib.util.find_spec(package) is None:
     extra = 'judge' if package == 'torch' else 'hub'
     raise InputError(
-      f"this needs the {package} package: pip install -e '.[{extra}]'"
+      f"the package {package} is not installed: pip install -e '.[{extra}]'"
     )
 
 
 def open_tensors(path: pathlib.Path, allow_pickle: bool) -> Tensors:
-  """The weights in a folder, or in one file.
+  """Opens the weights in a folder, or in one file.
 
-  safetensors are preferred where there are both.
+  If there are both, safetensors are used and not pickles.
 
   Raises:
-    InputError: there are none, or only pickles, which were not allowed.
+    InputError: weights are missing, or are pickles without `allow_pickle`.
   """
-  orbax = checkpoint.find_foreign(path)
-  if orbax is not None:
-    return OrbaxTensors(orbax, str(path))
+  state = orbax.find(path)
+  if state is not None:
+    return OrbaxTensors(state)
   files = sorted(path.iterdir()) if path.is_dir() else [path]
   safe = [file for file in files if file.suffix == SAFETENSORS]
   if safe:
@@ -265,14 +240,14 @@ def open_tensors(path: pathlib.Path, allow_pickle: bool) -> Tensors:
   ]
   if not pickles:
     raise InputError(
-      f'--from={str(path)!r} holds no weights: no *{SAFETENSORS} '
-      f'and none of {list(PICKLES)}'
+      f'--from={str(path)!r} does not hold weights: neither *{SAFETENSORS} nor '
+      f'{list(PICKLES)}'
     )
   if not allow_pickle:
     raise InputError(
-      f'--from={str(path)!r} holds weights only as {pickles[0].name}, a pickle: '
+      f'--from={str(path)!r} has weights only in {pickles[0].name}, a pickle: '
       'such a file can run any program when it is read. Give a safetensors '
-      'file, or --allow_pickle, where you trust its source (then too it is read '
-      'as weights only)'
+      'file, or --allow_pickle if you trust its source (it is then read as '
+      'weights only)'
     )
   return TorchTensors(pickles, str(path))

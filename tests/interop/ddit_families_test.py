@@ -1,4 +1,4 @@
-"""Checkpoints of the DiT families and MD4, from their own files to our logits."""
+"""Tests of the families of diffusion transformers, and of MD4."""
 
 import contextlib
 import json
@@ -14,11 +14,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from nanodlm import evaluate
+from nanodlm import lm as lms
 from nanodlm.interop import convert, export
 from nanodlm.interop.families import FAMILIES
+from nanodlm.interop.families import layout as layouts
 from nanodlm.model import transformer
-from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 from tests import dit_reference as reference
 from tests import toys
@@ -30,7 +30,7 @@ VOCAB = 258
 WIDTH, COND, LAYERS, HEADS, LENGTH = 16, 12, 2, 2, 8
 BATCH = 3
 TOKENS = np.random.default_rng(0).integers(0, VOCAB - 1, (BATCH, LENGTH))
-TOKENS[:, ::2] = VOCAB - 1  # masks
+TOKENS[:, ::2] = VOCAB - 1  # The mask.
 CLEAN = np.random.default_rng(1).integers(0, VOCAB - 1, (BATCH, LENGTH))
 T = np.float32([0.05, 0.5, 0.99])
 SIGMA = -np.log1p(-np.float64(T))
@@ -66,7 +66,7 @@ def tensors_of(family):
 
 
 def write(folder, family, tensors=None, prefix='backbone.', **changes):
-  """A checkpoint in the family's own form."""
+  """Writes a checkpoint in the form of a family; returns the folder."""
   folder = pathlib.Path(folder)
   folder.mkdir()
   tensors = tensors or tensors_of(family)
@@ -89,17 +89,17 @@ def new_folder(test):
 
 
 def logits_of(workdir, tokens, t, clean=None, positions=None):
-  """Through the parameters as --mode=eval reads them."""
-  run, params, _ = evaluate.open_run(str(workdir))
+  """Returns the logits of a workdir's network, and its run."""
+  lm = lms.load(str(workdir))
 
   @jax.jit
   def logits(params):
-    hidden = run.network.transformer.apply(
+    hidden = lm.run.network.module.apply(
       {'params': params}, tokens, t, clean=clean, positions=positions
     )
     return transformer.output_logits(transformer.output_kernel(params), hidden)
 
-  return np.asarray(logits(params)), run
+  return np.asarray(logits(lm.params)), lm.run
 
 
 class ParityTest(parameterized.TestCase):
@@ -122,7 +122,7 @@ class ParityTest(parameterized.TestCase):
     logits, run = logits_of(workdir, tokens, T)
     want = reference.ddit_logits(tensors_of(family), tokens, told, HEADS)
     np.testing.assert_allclose(logits[..., : want.shape[-1]], want, atol=1e-4)
-    self.assertEqual(run.config.objective.name, objective)
+    self.assertEqual(run.settings.objective['name'], objective)
     self.assertGreater(np.abs(want).max(), 1)
 
   def test_logits_of_block_diffusion(self):
@@ -132,8 +132,8 @@ class ParityTest(parameterized.TestCase):
       tensors_of('bd3lm'), TOKENS, 0 * SIGMA, HEADS, clean=CLEAN, block_size=2
     )
     np.testing.assert_allclose(logits, want, atol=1e-4)
-    self.assertEqual(run.config.objective.name, 'block')
-    self.assertEqual(run.config.objective.block_size, 2)
+    self.assertEqual(run.settings.objective['name'], 'block')
+    self.assertEqual(run.settings.objective['block_size'], 2)
 
   def test_wanted_positions_are_modulated_by_their_own_time(self):
     workdir = self.convert('gidd')
@@ -145,7 +145,7 @@ class ParityTest(parameterized.TestCase):
     )
 
   def test_log_scores(self):
-    # What SEDD's network returns, from our raw outputs.
+    # SEDD's network returns log scores; our outputs are what they are made of.
     workdir = self.convert('sedd')
     logits, _ = logits_of(workdir, TOKENS, T)
     raw = reference.ddit_logits(tensors_of('sedd'), TOKENS, SIGMA, HEADS)
@@ -195,7 +195,7 @@ class WayBackTest(parameterized.TestCase):
     for family in ('gpt2', 'llama', 'qwen2', 'qwen3', 'llada', 'dream'):
       self.assertIn(next(iter(changes)), FAMILIES[family].misfit(network, 'ar'))
 
-  def test_others_go_out_in_our_own_form(self):
+  def test_other_families_are_exported_in_our_own_form(self):
     family = 'duo'
     folder = new_folder(self)
     source = write(folder / 'theirs', family)
@@ -203,13 +203,13 @@ class WayBackTest(parameterized.TestCase):
     export.export_checkpoint(str(folder / 'ours'), str(folder / 'out'))
     convert.import_checkpoint(str(folder / 'out'), str(folder / 'again'))
     first, second = (
-      evaluate.open_run(str(folder / name))[1] for name in ('ours', 'again')
+      lms.load(str(folder / name)).params for name in ('ours', 'again')
     )
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 class SettingsTest(parameterized.TestCase):
-  """What a config.json asks for that is not to be had."""
+  """Tests of settings and tensors that are not supported."""
 
   @parameterized.parameters(
     ('bd3lm', dict(block_size=None), "no .'block_size'."),
@@ -261,7 +261,7 @@ class SettingsTest(parameterized.TestCase):
       convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
 
   def test_ids_of_a_padding_token_are_kept(self):
-    # GPT-2's 50257 ids, a padding token of which no text is, and our mask.
+    # GPT-2's 50257 ids, a padding token that occurs in no text, and our mask.
     shapes = {
       f'backbone.{name}': x.shape for name, x in tensors_of('duo').items()
     }
@@ -274,7 +274,7 @@ class SettingsTest(parameterized.TestCase):
     self.assertEqual(described.mask_id, 50_257)
 
   def test_every_path_of_every_layout_is_a_parameter(self):
-    # And no two of them read the same part of a tensor.
+    # No two parameters are the same part of a tensor.
     for family in CONFIGS:
       tensors = tensors_of(family)
       described = FAMILIES[family].describe(
@@ -290,25 +290,18 @@ class SettingsTest(parameterized.TestCase):
       )
       params = jax.eval_shape(
         lambda: transformer.init_params(network, jax.random.key(0))
-      )  # pylint: disable=cell-var-from-loop
-      layout = FAMILIES[family].layout(network, tensors)
-      paths = set(checkpoint.flatten(params['last_layer']))
-      self.assertEqual(set(layout.block), paths)
-      ends = {
-        name: x
-        for name, x in params.items()
-        if name not in ('layers', 'last_layer')
-      }
-      self.assertEqual(set(layout.ends), set(checkpoint.flatten(ends)))
-      parts = [
-        (piece.name, piece.cut)
-        for piece in (*layout.ends.values(), *layout.block.values())
-      ]
-      self.assertLen(set(parts), len(parts))
+      )
+      paths = layouts.paths_of(params)
+      layout = FAMILIES[family].layout(network, paths, tensors)
+      parts = [part for parts in layout.tensors.values() for part in parts]
+      self.assertEqual({part.path for part in parts}, set(paths))
+      self.assertLen({(part.layer, part.piece) for part in parts}, len(parts))
+      with self.assertRaisesRegex(InputError, r"lacks: \['objective/w'\]"):
+        FAMILIES[family].layout(network, [*paths, 'objective/w'], tensors)
 
 
 class LightningTest(parameterized.TestCase):
-  """PyTorch's files; only where it is installed."""
+  """Tests of PyTorch's files, if it is installed."""
 
   def setUp(self):
     super().setUp()
@@ -319,7 +312,7 @@ class LightningTest(parameterized.TestCase):
     weights = {
       f'backbone.{name}': self.torch.tensor(x) for name, x in tensors.items()
     }
-    # A table, in the midst of the parameters.
+    # A rotary table is among the parameters.
     weights = {'backbone.rotary_emb.inv_freq': self.torch.ones(4), **weights}
     self.torch.save(
       {'state_dict': weights, 'epoch': 3, **rest}, folder / 'best.ckpt'
@@ -355,7 +348,7 @@ class LightningTest(parameterized.TestCase):
     source = self.write(
       folder / 'theirs', tensors, {'ema': {'shadow_params': shadows[::-1]}}
     )
-    with self.assertRaisesRegex(InputError, 'not of the shapes of its weights'):
+    with self.assertRaisesRegex(InputError, 'not of the shapes of the weights'):
       convert.import_checkpoint(
         source, str(folder / 'ours'), changes=BYTES, allow_pickle=True
       )
@@ -379,7 +372,7 @@ class LightningTest(parameterized.TestCase):
 
 @contextlib.contextmanager
 def fake_class(module, name):
-  """A class that can be pickled by that name, as of a package not installed."""
+  """Yields a class that is pickled like one of an absent package."""
   parts = module.split('.')
   modules = {
     '.'.join(parts[: i + 1]): types.ModuleType('.'.join(parts[: i + 1]))
@@ -415,7 +408,7 @@ MD4 = dict(
 
 
 def md4_params(config, seed=0):
-  """A flax tree with the names and shapes of MD4's network."""
+  """Returns a tree with the names and shapes of MD4's network."""
   rng = np.random.default_rng(seed)
   size, width, hidden = config['feature_dim'], WIDTH, 32
 
@@ -472,7 +465,7 @@ def md4_params(config, seed=0):
 
 
 def write_md4(folder, config, params, ema=None):
-  """A workdir of MD4's trainer: its state as an item of a manager."""
+  """Writes a workdir of MD4's trainer; returns it."""
   state = {
     'rng': np.zeros((2,), np.uint32),
     'step': np.int32(7),
@@ -498,7 +491,7 @@ class MD4Test(parameterized.TestCase):
   def test_logits(self, **changes):
     config = {**MD4, **changes}
     params, folder = md4_params(config), new_folder(self)
-    # The averages, where there are any.
+    # The averages are used.
     source = write_md4(folder / 'theirs', config, md4_params(config, 1), params)
     convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
     logits, run = logits_of(folder / 'ours', TOKENS, T)
@@ -518,7 +511,7 @@ class MD4Test(parameterized.TestCase):
       'cosine': 'md4_cosine',
     }
     self.assertEqual(
-      run.config.objective.schedule, schedule[config['noise_schedule']]
+      run.settings.objective['schedule'], schedule[config['noise_schedule']]
     )
 
   def test_what_is_not_read(self):

@@ -1,4 +1,4 @@
-"""Checkpoints of decoders in and out: logits, names, vocabularies, refusals."""
+"""Tests of imports and exports, with the families of decoders."""
 
 import functools
 import json
@@ -13,15 +13,22 @@ import numpy as np
 import pytest
 
 from nanodlm import config as configs
-from nanodlm import evaluate, train
-from nanodlm.data import tokenizers
-from nanodlm.interop import convert, export
+from nanodlm import lm as lms
+from nanodlm import run as runs
+from nanodlm import train
+from nanodlm import workdir as workdir_files
+from nanodlm.data import network, tokenizers
+from nanodlm.data.config import TokenizerConfig
+from nanodlm.data.tokenizers.bytes import BytesTokenizer
+from nanodlm.data.tokenizers.huggingface import byte_alphabet, load_hugging_face
+from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
+from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from nanodlm.interop import convert, export, tokenizer_json
 from nanodlm.interop import tensors as tensor_files
 from nanodlm.interop.families import FAMILIES
 from nanodlm.interop.families import layout as layouts
 from nanodlm.model import layers, transformer
 from nanodlm.training import checkpoint
-from nanodlm.training import state as states
 from nanodlm.types import InputError
 from tests import decoder_reference, workdirs
 
@@ -29,7 +36,8 @@ safetensors = pytest.importorskip('safetensors.numpy')
 library = pytest.importorskip('tokenizers')
 
 D, F, V, LAYERS, LENGTH = 16, 24, 257, 3, 7
-START, END, PLACE = 5, 9, 200  # PLACE: a mask inside the vocabulary
+# PLACE is a mask inside the vocabulary.
+START, END, PLACE = 5, 9, 200
 BYTES = {'tokenizer.name': 'bytes'}
 CACHE = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 'tiktoken_cache'
 LLAMA = dict(
@@ -96,7 +104,7 @@ CAUSAL = ('gpt2', 'llama', 'mistral', 'tied', 'qwen2', 'qwen3')
 
 
 def tensors_of(name):
-  """Random tensors by the family's names; everything matters."""
+  """Returns random tensors with the names of a family."""
   rng, config, out = np.random.default_rng(0), CONFIGS[name], {}
 
   def put(key, *shape):
@@ -123,7 +131,7 @@ def tensors_of(name):
         put(f'h.{i}.{key}.bias', columns)
       for key in ('ln_1', 'ln_2'):
         put(f'h.{i}.{key}.weight', D), put(f'h.{i}.{key}.bias', D)
-      out[f'h.{i}.attn.bias'] = np.ones((1, 1, 16, 16), np.float32)  # a buffer
+      out[f'h.{i}.attn.bias'] = np.ones((1, 1, 16, 16), np.float32)  # A buffer.
     put('ln_f.weight', D), put('ln_f.bias', D)
     return out
   if name == 'llada':
@@ -162,7 +170,7 @@ def tensors_of(name):
 
 
 def reference_logits(name, ids):
-  """[L, V], of the family's own forward pass."""
+  """Returns the logits [L, V] of the family's own forward pass."""
   if name == 'gpt2':
     return decoder_reference.gpt2(tensors_of(name), ids, num_heads=2, eps=1e-5)
   kwargs = dict(num_heads=4, eps=1e-5, theta=500.0, causal=name in CAUSAL)
@@ -180,7 +188,7 @@ def reference_logits(name, ids):
 
 
 def write(folder, name, tensors=None, files=1, **changes):
-  """A checkpoint's folder."""
+  """Writes a checkpoint into a new folder, and returns the folder."""
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True)
   (folder / 'config.json').write_text(json.dumps({**CONFIGS[name], **changes}))
@@ -210,38 +218,33 @@ class ParityTest(FolderTest):
     folder = self.folder()
     source = pathlib.Path(write(folder / 'theirs', name, files=2))
     tensors = tensor_files.open_tensors(source, False)
-    foreign = convert.read_config(source)
+    foreign = convert.read_json(source / 'config.json')
     family = convert.detect(foreign, tensors)
     self.assertEqual(
       family, {'mistral': 'llama', 'tied': 'llama'}.get(name, name)
     )
     described = FAMILIES[family].describe(foreign, tensors.shapes)
-    config = configs.load_base()
+    config = configs.load()
     for key, value in described.settings.items():
       section, leaf = key.split('.')
       self.assertIsInstance(value, type(config[section][leaf]), key)
       config[section][leaf] = value
-    network = configs.make_model(config, V + 1)
-    layout = FAMILIES[family].layout(network, tensors.shapes)
-    convert.check_names(network, tensors, layout)
-    (folder / 'mapped').mkdir()
-    params = convert.read_params(
-      network,
-      configs.make_objective(config, V),
-      tensors,
-      layout,
-      described,
-      folder / 'mapped',
+    config.data.length = LENGTH
+    network, shapes = shapes_of(config, V + 1)
+    layout = FAMILIES[family].layout(
+      network, layouts.paths_of(shapes), tensors.shapes
     )
+    convert.check_names(layout, FAMILIES[family].ignored, tensors)
+    params = convert.read_params(shapes, layout, tensors, described, folder)
     ids = np.random.default_rng(1).integers(0, V, LENGTH)
-    if name in CAUSAL:  # behind the row that begins a text
+    if name in CAUSAL:  # After the row that begins a text.
       theirs = reference_logits(name, np.concatenate([[START], ids]))
       ours = logits_of(network, params, np.concatenate([[V], ids])[None])[0]
       ours = ours[:, :V]
-    else:  # PLACE is the mask, and our last id
+    else:  # PLACE is the mask; ours is the last id.
       ids[::2] = PLACE
       theirs = reference_logits(name, ids)
-      if name == 'dream':  # as its sampler does
+      if name == 'dream':  # Its sampler shifts the logits too.
         theirs = np.concatenate([theirs[:1], theirs[:-1]])
       theirs[:, [PLACE, V]] = theirs[:, [V, PLACE]]
       ours = logits_of(network, params, np.where(ids == PLACE, V, ids)[None])[0]
@@ -277,21 +280,21 @@ class ParityTest(FolderTest):
     np.testing.assert_allclose(theirs, reference_logits(name, ids), atol=1e-4)
 
   def test_pairs_become_halves(self):
-    # Rotary pairs that are neighbours, in their file: the same scores.
+    # The scores of neighbouring rotary features are those of the halves.
     how = layouts.halves_from_pairs(2, 6)
     rng = np.random.default_rng(0)
-    q, k = rng.normal(size=(2, 12, 5))  # [H Dh, D]
+    q, k = rng.normal(size=(2, 5, 12))  # [D, H Dh]
     self.assertTrue(np.array_equal(how.write(how.read(q)), q))
     x = rng.normal(size=(4, 5))
 
-    def theirs(kernel):  # complex numbers of features 2i and 2i + 1
-      y = (x @ kernel.T).reshape(4, 2, 3, 2)
+    def theirs(kernel):  # Features 2i and 2i + 1 make a complex number.
+      y = (x @ kernel).reshape(4, 2, 3, 2)
       angle = np.arange(4)[:, None, None] * 100 ** (-np.arange(3) / 3)
       return (y[..., 0] + 1j * y[..., 1]) * np.exp(1j * angle)
 
     def ours(kernel):
       table = layers.rotary_table(np.arange(4), 6, 100.0)
-      y = (x @ how.read(kernel).T).reshape(1, 4, 2, 6).astype(np.float32)
+      y = (x @ how.read(kernel)).reshape(1, 4, 2, 6).astype(np.float32)
       return np.asarray(layers.rotate(y, table))[0]
 
     expected = np.einsum('ihd,jhd->hij', theirs(q), theirs(k).conj()).real
@@ -304,10 +307,13 @@ class ImportTest(FolderTest):
     folder = self.folder()
     source = write(folder / 'theirs', 'llama')
     workdir = str(folder / 'ours')
-    convert.import_checkpoint(source, workdir, changes=BYTES)
-    run, params, step = evaluate.open_run(workdir)
-    self.assertEqual((step, run.config.objective.name), (0, 'ar'))
+    changes = {**BYTES, 'mesh.fsdp': 2}
+    convert.import_checkpoint(source, workdir, changes=changes)
+    lm = lms.load(workdir)
+    run, params = lm.run, lm.params
+    self.assertEqual((lm.step, run.settings.objective['name']), (0, 'ar'))
     self.assertEqual(run.settings.data.length, 64)
+    self.assertEqual(run.mesh.shape['fsdp'], 2)
     self.assertTrue(checkpoint.holds_weights_alone(workdir))
     ids = np.arange(LENGTH)
     theirs = reference_logits('llama', np.concatenate([[START], ids[:-1]]))
@@ -317,12 +323,10 @@ class ImportTest(FolderTest):
       run.objective.network_input(ids[None].astype(np.int32)),
     )
     np.testing.assert_allclose(ours[0, :, :V], theirs, atol=1e-4)
-    with self.assertRaisesRegex(
-      InputError, 'holds imported weights and no run'
-    ):
-      train.train(run.config, run.settings, workdir, configs.load_base())
-    # Its ids can be asked of it, for another run.
-    config = configs.TokenizerConfig('run', workdir, 0)
+    with self.assertRaisesRegex(InputError, 'holds imported weights'):
+      train.train(run.settings, workdir, run.settings.to_dict(), 0.0)
+    # Another run can use its tokenizer.
+    config = TokenizerConfig('run', workdir, 0)
     self.assertEqual(tokenizers.make_tokenizer(config).fingerprint, 'bytes')
     before = sorted(pathlib.Path(workdir).rglob('*'))
     with self.assertRaisesRegex(InputError, 'is not empty'):
@@ -330,7 +334,7 @@ class ImportTest(FolderTest):
     self.assertEqual(sorted(pathlib.Path(workdir).rglob('*')), before)
 
   def test_another_tokenizer_file(self):
-    # A byte-level tokenizer.json whose mask stands inside the vocabulary.
+    # A byte-level tokenizer.json with the mask inside the vocabulary.
     folder = self.folder()
     source = write(folder / 'theirs', 'llada', mask_token_id=100)
     content = export.bytes_tokenizer()
@@ -338,20 +342,12 @@ class ImportTest(FolderTest):
     for text in [text for text, i in vocab.items() if i >= 100]:
       vocab[text] += 1
     content['added_tokens'] = [
-      {
-        'id': i,
-        'content': text,
-        'single_word': False,
-        'lstrip': False,
-        'rstrip': False,
-        'normalized': False,
-        'special': True,
-      }
+      tokenizer_json.added_token(i, text)
       for i, text in ((100, '<mask>'), (V, '<end>'))
     ]
     path = pathlib.Path(source) / 'tokenizer.json'
     path.write_text(json.dumps(content))
-    tokenizer = tokenizers.load_hugging_face(str(path), V + 1, 100, 100)
+    tokenizer = load_hugging_face(str(path), V + 1, 100, 100)
     text = 'a\u00e9 <mask> <end>\n'
     ids = tokenizer.encode(text)
     expected = [byte + (byte >= 100) for byte in text.encode()]
@@ -360,26 +356,25 @@ class ImportTest(FolderTest):
     self.assertEqual((tokenizer.mask_id, tokenizer.num_bytes[100]), (V, 0))
     self.assertEqual(tokenizer.decode([V, 100, 98]), '_\n\nb')
     again = self.folder()
-    tokenizers.save(tokenizer, again)
+    save_tokenizer(tokenizer, again)
     self.assertEqual(
-      tokenizers.load(again).to_json()['fingerprint'], tokenizer.fingerprint
+      load_tokenizer(again).to_json()['fingerprint'], tokenizer.fingerprint
     )
     with self.assertRaisesRegex(
-      InputError,
-      f'of another vocabulary: it has ids up to {V}, the network {V} of them',
+      InputError, f'has ids up to {V}, but the network only {V} ids'
     ):
-      tokenizers.load_hugging_face(str(path), V, V - 1, 1)
+      load_hugging_face(str(path), V, V - 1, 1)
     path.write_text('{}')
     with self.assertRaisesRegex(InputError, 'is not a tokenizer.json'):
-      tokenizers.load_hugging_face(str(path), V + 1, 100, 1)
+      load_hugging_face(str(path), V + 1, 100, 1)
 
   def test_dreams_vocabulary_and_merges(self):
     folder = self.folder()
     source = pathlib.Path(
       write(folder / 'theirs', 'dream', vocab_size=300, mask_token_id=290)
     )
-    alphabet = list(tokenizers.byte_alphabet())
-    # '11' is never made: numbers are cut into digits.
+    alphabet = list(byte_alphabet())
+    # '11' is never used, since numbers are cut into digits.
     vocab = {
       text: i for i, text in enumerate([*alphabet, 'he', 'll', 'hell', '11'])
     }
@@ -394,8 +389,8 @@ class ImportTest(FolderTest):
         }
       )
     )
-    path = convert.find_tokenizer(FAMILIES['dream'], source, folder)
-    tokenizer = tokenizers.load_hugging_face(str(path), 300, 290, 289)
+    described = layouts.Description(300, 290, 289, 289, 64)
+    tokenizer = convert.find_tokenizer('dream', described, source, folder)
     ids = tokenizer.encode('hello 11<mask>')
     texts = {i: text for text, i in vocab.items()}
     self.assertEqual(
@@ -403,7 +398,8 @@ class ImportTest(FolderTest):
     )
     self.assertEqual(tokenizer.decode(ids), 'hello 11<mask>')
     self.assertEqual(tokenizer.decode([299]), '_')
-    self.assertIsNone(convert.find_tokenizer(FAMILIES['llama'], source, folder))
+    with self.assertRaisesRegex(InputError, 'no tokenizer.json .* 300 ids'):
+      convert.find_tokenizer('llama', described, source, folder)
 
   @parameterized.parameters(
     (
@@ -439,10 +435,10 @@ class ImportTest(FolderTest):
     (
       dict(eos_token_id=500),
       {},
-      r'separator_id=500, which is not in \[0, 257\)',
+      r'separator_id=500, which must be in \[0, 257\)',
     ),
-    (dict(bos_token_id=500), {}, r'start_id=500, which is not in \[0, 257\)'),
-    (dict(bos_token_id=-1), {}, r'start_id=-1, which is not in \[0, 257\)'),
+    (dict(bos_token_id=500), {}, r'start_id=500, which must be in \[0, 257\)'),
+    (dict(bos_token_id=-1), {}, r'start_id=-1, which must be in \[0, 257\)'),
     (dict(vocab_size='257'), {}, "vocab_size='257', which must be an integer"),
     (
       dict(num_hidden_layers='3'),
@@ -470,15 +466,15 @@ class ImportTest(FolderTest):
     self.assertEqual([path.name for path in folder.iterdir()], ['theirs'])
 
   @parameterized.parameters(
-    (V + 1, 'not in'), (-1, 'not in'), (END, 'id of its own')
+    (V + 1, 'must be in'), (-1, 'must be in'), (END, 'id of its own')
   )
-  def test_a_mask_that_is_no_id_or_another_ones(self, mask_id, message):
+  def test_a_mask_outside_the_ids_or_equal_to_another(self, mask_id, message):
     folder = self.folder()
     source = write(folder / 'theirs', 'dream', mask_token_id=mask_id)
     with self.assertRaisesRegex(InputError, f'gives .*{mask_id}.*{message}'):
       convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
 
-  def test_integers_are_no_weights(self):
+  def test_integers_are_not_weights(self):
     folder = self.folder()
     tensors = tensors_of('llama')
     name = 'model.layers.0.mlp.up_proj.weight'
@@ -487,6 +483,15 @@ class ImportTest(FolderTest):
     with self.assertRaisesRegex(InputError, f'{name} holds int8'):
       convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
     self.assertFalse((folder / 'ours').exists())
+
+  def test_a_tensor_must_be_equal_parts_of_our_shape(self):
+    folder = self.folder()
+    tensors = tensors_of('gpt2')
+    name = 'h.1.attn.c_attn.weight'
+    tensors[name] = np.concatenate([tensors[name], tensors[name][:, :D]], 1)
+    source = write(folder / 'theirs', 'gpt2', tensors)
+    with self.assertRaisesRegex(InputError, rf'{name} of shape \(16, 64\)'):
+      convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
 
   @parameterized.parameters(
     ('llada', dict(block_type='sequential'), "block_type='sequential'"),
@@ -505,15 +510,15 @@ class ImportTest(FolderTest):
       'sliding_window=8',
     ),
   )
-  def test_what_a_family_has_and_we_have_not(self, name, changes, message):
+  def test_unsupported_settings(self, name, changes, message):
     with self.assertRaisesRegex(InputError, message):
       FAMILIES[name].describe({**CONFIGS[name], **changes}, {})
 
   def test_sources(self):
     folder = self.folder()
-    with self.assertRaisesRegex(InputError, 'is no folder or file'):
+    with self.assertRaisesRegex(InputError, 'neither a folder or file'):
       convert.find_source('nowhere', False)
-    with self.assertRaisesRegex(InputError, 'holds no weights'):
+    with self.assertRaisesRegex(InputError, 'does not hold weights'):
       convert.import_checkpoint(str(folder), str(folder / 'ours'))
     (folder / 'model.safetensors').write_bytes(b'\x10' + bytes(40))
     with self.assertRaisesRegex(InputError, 'not a whole safetensors file'):
@@ -531,7 +536,7 @@ class ImportTest(FolderTest):
         str(folder), str(folder / 'ours'), family='gpt5'
       )
 
-  def test_pickles_are_not_read_unasked(self):
+  def test_pickles_are_not_read_without_the_flag(self):
     folder = self.folder()
     (folder / 'theirs').mkdir()
     path = folder / 'theirs' / 'pytorch_model.bin'
@@ -565,11 +570,12 @@ class ImportTest(FolderTest):
 
   def test_a_name_on_the_hub_without_a_network(self):
     pytest.importorskip('huggingface_hub')
-    with mock.patch.object(tokenizers, 'is_reachable', lambda url: False):
+    with mock.patch.object(network, 'is_reachable', lambda url: False):
       with self.assertRaisesRegex(InputError, 'does not answer'):
         convert.find_source('nobody/nothing-of-the-kind', False)
 
 
+STOCK = [name for name, family in FAMILIES.items() if family.is_stock]
 # {family of the export: changes of a run}
 EXPORTS = {
   'qwen3': dict(objective__name='ar', model__num_kv_heads=1),
@@ -603,31 +609,36 @@ EXPORTS = {
 }
 
 
-def make_run(folder, tokenizer=tokenizers.BytesTokenizer(), **changes):
-  """A workdir with random weights, no two parameters alike; and the weights."""
-  config = configs.load_base()
+def shapes_of(config, vocab_size):
+  """Returns the network of a config and the shapes of its parameters."""
+  settings = configs.make_settings(config)
+  run = runs.make_run(settings, devices=jax.devices()[:1], refit=True)
+  run = run.with_vocabulary(vocab_size)
+  shapes = jax.eval_shape(run.scorer.init_params, jax.random.key(0))
+  return run.network.config, shapes
+
+
+def make_run(folder, tokenizer=None, **changes):
+  """Writes a workdir with random weights; returns it and the weights."""
+  tokenizer = tokenizer or BytesTokenizer()
+  config = configs.load()
   config.data.length = LENGTH
   config.model.update(num_layers=LAYERS, embed_dim=D, num_heads=2, mlp_dim=F)
   for key, value in changes.items():
     section, _, leaf = key.partition('__')
     config[section][leaf] = value
   rng = np.random.default_rng(2)
-  shapes = jax.eval_shape(
-    lambda: states.init_params(
-      configs.make_model(config, tokenizer.vocab_size),
-      configs.make_objective(config, tokenizer.mask_id),
-      jax.random.key(0),
-    )
-  )
+  _, shapes = shapes_of(config, tokenizer.vocab_size)
   params = jax.tree.map(
     lambda x: rng.normal(size=x.shape).astype(np.float32), shapes
   )
   folder.mkdir()
-  (folder / evaluate.CONFIG_FILE).write_text(configs.to_json(config))
-  tokenizers.save(tokenizer, folder)
+  settings = configs.make_settings(config)
+  (folder / workdir_files.CONFIG).write_text(settings.to_json())
+  save_tokenizer(tokenizer, folder)
   with checkpoint.open_manager(str(folder)) as manager:
     checkpoint.save_params(
-      manager, params, config, {'imported': 'gpt5', 'source': 'a/b'}
+      manager, params, settings.to_dict(), {'imported': 'gpt5', 'source': 'a/b'}
     )
     checkpoint.wait(manager)
   return str(folder), params
@@ -638,7 +649,7 @@ class ExportTest(FolderTest):
   def test_there_and_back_is_exact(self, family):
     folder = self.folder()
     workdir, params = make_run(folder / 'run', **EXPORTS[family])
-    log = pathlib.Path(workdir) / evaluate.EVAL_FILE
+    log = pathlib.Path(workdir) / workdir_files.EVAL
     log.write_bytes(
       b'\xf4\n[1]\n{"step": 0, "eval/nll": "x"}\n'
       + json.dumps(
@@ -666,20 +677,17 @@ class ExportTest(FolderTest):
       '| `text:somewhere` | 1.2345 ± 0.0100 | 3.44 | 1.5000 | 7 |', card
     )
     self.assertIn('Weights imported from `a/b` (family `gpt5`)', card)
-    self.assertEqual('AutoModelForCausalLM' in card, family in export.STOCK)
+    self.assertEqual('AutoModelForCausalLM' in card, family in STOCK)
     with self.assertRaisesRegex(InputError, 'is not empty'):
       export.export_checkpoint(workdir, str(out))
     convert.import_checkpoint(str(out), str(folder / 'back'))
-    again, found, _ = evaluate.open_run(str(folder / 'back'))
-    jax.tree.map(np.testing.assert_array_equal, params, found)
-    saved = configs.from_json(
-      (pathlib.Path(workdir) / 'config.json').read_text(),
-      configs.load_base(),
-      workdir,
-    )
-    self.assertEqual(again.network.config, configs.make_model(saved, V + 1))
+    lm = lms.load(str(folder / 'back'))
+    again = lm.run
+    jax.tree.map(np.testing.assert_array_equal, params, lm.params)
+    network, _ = shapes_of(configs.read_run(workdir), V + 1)
+    self.assertEqual(again.network.config, network)
     self.assertEqual(again.tokenizer.fingerprint, 'bytes')
-    if family not in export.STOCK:
+    if family not in STOCK:
       return
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
@@ -706,8 +714,8 @@ class ExportTest(FolderTest):
     self.assertEqual(tokenizer.mask_token_id, again.tokenizer.mask_id)
 
   def test_a_moved_mask_moves_back(self):
-    # LLaDA's own tensors, with the mask inside the vocabulary, come out as they
-    # went in, bit for bit.
+    # Tensors of LLaDA with the mask inside the vocabulary are exported as they
+    # were imported, bit for bit.
     folder = self.folder()
     source = write(folder / 'theirs', 'llada')
     content = export.bytes_tokenizer()
@@ -722,7 +730,7 @@ class ExportTest(FolderTest):
     self.assertEqual(set(found.shapes), set(expected))
     for name, x in expected.items():
       np.testing.assert_array_equal(found.read(name), x, name)
-    foreign = convert.read_config(folder / 'out')
+    foreign = convert.read_json(folder / 'out' / 'config.json')
     self.assertEqual(
       (foreign['mask_token_id'], foreign['eos_token_id']), (PLACE, END)
     )
@@ -741,13 +749,11 @@ class ExportTest(FolderTest):
     path = ''
     if name == 'sentencepiece':
       path = str(folder / 'a.model')
-      tokenizers.train_sentencepiece(
+      SentencePieceTokenizer.train(
         (f'{text} {text[::2]}' for text in 20 * texts[:2]), 290, path
       )
     with mock.patch.dict('os.environ', TIKTOKEN_CACHE_DIR=str(CACHE)):
-      tokenizer = tokenizers.make_tokenizer(
-        configs.TokenizerConfig(name, path, 0)
-      )
+      tokenizer = tokenizers.make_tokenizer(TokenizerConfig(name, path, 0))
       workdir, _ = make_run(folder / 'run', tokenizer)
       export.export_checkpoint(workdir, str(folder / 'out'))
     theirs = library.Tokenizer.from_file(str(folder / 'out' / 'tokenizer.json'))
@@ -767,11 +773,11 @@ class ExportTest(FolderTest):
   def test_a_tokenizer_that_would_make_other_ids_stays_out(self):
     folder = self.folder()
     path = str(folder / 'a.model')
-    tokenizers.train_sentencepiece(
+    SentencePieceTokenizer.train(
       iter(['the cat sat on the mat'] * 9), 270, path
     )
     tokenizer = tokenizers.make_tokenizer(
-      configs.TokenizerConfig('sentencepiece', path, 0)
+      TokenizerConfig('sentencepiece', path, 0)
     )
     workdir, _ = make_run(folder / 'run', tokenizer)
     with mock.patch.object(
@@ -782,29 +788,34 @@ class ExportTest(FolderTest):
       export.export_checkpoint(workdir, str(folder / 'out'))
     self.assertFalse((folder / 'out' / 'tokenizer.json').exists())
     self.assertIn(
-      'There is no tokenizer.json', (folder / 'out' / 'README.md').read_text()
+      'A tokenizer.json is missing', (folder / 'out' / 'README.md').read_text()
     )
 
-  def test_no_places_of_this_machine(self):
-    config = configs.load_base()
+  def test_paths_of_this_machine_are_not_published(self):
+    config = configs.load()
     config.update_from_flattened_dict(
       {
         'data.data_dir': '/here',
         'checkpoint.init_from': '/other/run',
+        'checkpoint.init_step': 3,
+        'tokenizer.name': 'sentencepiece',
         'tokenizer.path': '/a/file.model',
-        'data.source': 'mix:0.5*jsonl:/mine/b/**/*.jsonl:body+0.5*text:~/mine/*.txt',
+        'data.source': (
+          'mix:0.5*jsonl:/mine/b/**/*.jsonl:body+0.5*text:~/mine/*.txt'
+        ),
       }
     )
-    published = configs.to_json(export.published(config))
+    settings = configs.make_settings(config)
+    published = json.dumps(export.published(settings))
     self.assertNotRegex(published, '/(here|other|a|mine)/?')
     self.assertIn('mix:0.5*jsonl:*.jsonl:body+0.5*text:*.txt', published)
-    self.assertEqual(config.data.data_dir, '/here')
+    self.assertEqual(settings.to_dict()['data']['data_dir'], '/here')
 
   def test_a_family_that_does_not_fit(self):
     folder = self.folder()
     workdir, _ = make_run(folder / 'run')
     for family, message in (
-      ('llama', "has no objective.name='masked', model.qk_norm"),
+      ('llama', "objective.name='masked', model.qk_norm=True"),
       ('bert', "--family='bert' is not one of"),
     ):
       with self.assertRaisesRegex(InputError, message):

@@ -1,56 +1,59 @@
-"""Families of published checkpoints by name: one file each, one line here.
+"""Families of published checkpoints by name.
 
-A family is a module of three functions, and two more where runs can be exported
-in its form:
+A family is a subclass of `layout.Family` in a file, and a line in the dict.
 
-  detect(config, names) -> bool: whether a checkpoint is of it; `config` is its
-    config.json ({} where there is none), `names` the names of its tensors (in
-    `describe` the keys of a dict of their shapes).
-  describe(config, names) -> layout.Description: our settings for it. Raises
-    InputError naming what it has and our network has not.
-  layout(network, names) -> layout.Layout: the mapping, for the `ModelConfig`
-    that those settings make.
+    family   files                  objective        compared with  difference
+    gpt2     safetensors            ar               transformers   9.5e-7
+    llama    safetensors            ar               transformers   3.4e-6
+    qwen2, qwen3  safetensors       ar               transformers   2.0e-6
+    llada    safetensors            masked           NumPy          3.1e-6
+    dream    safetensors            masked, shifted  NumPy          2.6e-6
+    mdlm     .ckpt, safetensors     masked           its own code   2.6e-6
+    bd3lm    .ckpt, safetensors     block            its own code   2.4e-6
+    duo      .ckpt, safetensors     uniform          its own code   3.6e-6
+    sedd     .pth, safetensors      sedd             its own code   2.6e-6
+    gidd     safetensors            hybrid           its own code   2.4e-6
+    md4      Orbax folder           masked           its own code   6.5e-5
 
-  tokenizer_json(folder) -> dict: the content of a tokenizer.json for a folder that
-    has none, or None. Only where a family publishes another form.
+The difference is the largest one of the logits, in float32, of small networks
+with random weights (transformers 5.24, or a restatement in NumPy). No published
+file has been read; the shapes of LLaDA-8B and Dream-7B come to 8,015,581,184
+and 7,615,616,512 parameters. llama includes Mistral without a sliding window,
+duo includes UDLM.
 
-  misfit(network, objective) -> str: what of one of OUR networks, with that
-    objective.name, it cannot express; '' where it fits.
-  to_config(network, export) -> dict: the config.json of an export; `export` is a
-    `layout.Export`.
-
-Modules here import `layout`, `types` and each other, nothing of the network.
+Averaged weights are used if a file has them. What a family has and this network
+lacks is refused by name: scaled rotary positions, sliding windows, SEDD's
+uniform noise, GenMD4, missing or surplus tensors, another vocabulary.
 """
 
-from nanodlm.interop.families import (
-  bd3lm,
-  dream,
-  duo,
-  gidd,
-  gpt2,
-  llada,
-  llama,
-  md4,
-  mdlm,
-  native,
-  qwen2,
-  qwen3,
-  sedd,
-)
+from nanodlm.interop.families.bd3lm import BD3LM
+from nanodlm.interop.families.dream import Dream
+from nanodlm.interop.families.duo import Duo
+from nanodlm.interop.families.gidd import GIDD
+from nanodlm.interop.families.gpt2 import GPT2
+from nanodlm.interop.families.layout import Family
+from nanodlm.interop.families.llada import LLaDA
+from nanodlm.interop.families.llama import Llama
+from nanodlm.interop.families.md4 import MD4
+from nanodlm.interop.families.mdlm import MDLM
+from nanodlm.interop.families.native import Native
+from nanodlm.interop.families.qwen2 import Qwen2
+from nanodlm.interop.families.qwen3 import Qwen3
+from nanodlm.interop.families.sedd import SEDD
 
-# An export takes the first that fits, in this order.
-FAMILIES = {
-  'gpt2': gpt2,
-  'llama': llama,
-  'qwen2': qwen2,
-  'qwen3': qwen3,
-  'llada': llada,
-  'dream': dream,
-  'mdlm': mdlm,
-  'bd3lm': bd3lm,
-  'sedd': sedd,
-  'duo': duo,
-  'gidd': gidd,
-  'md4': md4,
-  'nanodlm': native,
+# An export uses the first that fits, in this order.
+FAMILIES: dict[str, Family] = {
+  'gpt2': GPT2(),
+  'llama': Llama(),
+  'qwen2': Qwen2(),
+  'qwen3': Qwen3(),
+  'llada': LLaDA(),
+  'dream': Dream(),
+  'mdlm': MDLM(),
+  'bd3lm': BD3LM(),
+  'sedd': SEDD(),
+  'duo': Duo(),
+  'gidd': GIDD(),
+  'md4': MD4(),
+  'nanodlm': Native(),
 }

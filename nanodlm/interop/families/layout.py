@@ -1,186 +1,438 @@
-"""How a family's checkpoint becomes our parameters, and the way back: values.
+"""What a family of checkpoints is, and how its tensors become our parameters.
 
-A parameter of ours is named by its path: 'embedding', 'final_norm/scale', and in
-a block 'query/kernel', 'mlp_norm/scale', ... Kernels are [in, out].
+Paths name our parameters: 'embedding', 'final_norm/scale', and for all blocks
+'layers/query/kernel', 'layers/mlp_norm/scale', ... Kernels are [in, out].
 """
 
+from collections.abc import Callable, Collection, Iterable, Mapping
 import dataclasses
-from typing import Any, Callable, NamedTuple
+import pathlib
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanodlm.model.config import ModelConfig
+from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 
-# Of the layer's number, in the names of tensors.
+# The content of a config.json, and {name: shape} of the tensors.
+Config = dict[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+
+# The number of a block, in the name of a tensor.
 LAYER = '{layer}'
+# Our parameters that are arrays; all others belong to a module, which is a norm
+# (scale and bias) or a projection (kernel and bias).
+ARRAYS = ('embedding', 'position_embedding', 'output', 'output_bias')
+# Values of `config.model`, unless a family says something else.
+PLAIN = {
+  'num_kv_heads': 0,
+  'head_size': 0,
+  'qk_norm': False,
+  'time_conditioning': False,
+  'output_bias': False,
+  'embedding_dim': 0,
+  'num_positions': 0,
+  'norm': 'rms',
+  'norm_bias': False,
+  'attention_bias': 'none',
+  'mlp_bias': False,
+  'shift_outputs': False,
+}
+# Fields of `config.model` in which 0 means a default, and where its value is.
+RESOLVED = {
+  'num_kv_heads': 'kv_heads',
+  'head_size': 'head_dim',
+  'mlp_dim': 'mlp_width',
+  'time_dim': 'time_width',
+}
 
 
 class How(NamedTuple):
-  """A change of shape and its inverse; neither may change a number.
-
-  Attributes:
-    read: theirs -> ours.
-    write: ours -> theirs.
-  """
+  """A rearrangement of numbers, theirs to ours, and its inverse."""
 
   read: Callable[[np.ndarray], np.ndarray]
   write: Callable[[np.ndarray], np.ndarray]
 
 
 SAME = How(lambda x: x, lambda x: x)
-# PyTorch's Linear keeps [out, in].
+# PyTorch's Linear keeps its weight as [out, in].
 TRANSPOSED = How(np.transpose, np.transpose)
 
 
-def reshaped(ours: tuple[int, ...], theirs: tuple[int, ...]) -> How:
-  """The same numbers in the same order."""
-  return How(lambda x: x.reshape(ours), lambda x: x.reshape(theirs))
-
-
-def chain(*hows: How) -> How:
-  """One after the other, reading from left to right."""
-
-  def read(x):
-    for how in hows:
-      x = how.read(x)
-    return x
-
-  def write(x):
-    for how in reversed(hows):
-      x = how.write(x)
-    return x
-
-  return How(read, write)
-
-
 def halves_from_pairs(num_heads: int, head_dim: int) -> How:
-  """Output features of rotary queries or keys, [H * Dh, ...].
+  """Reorders the features of rotary queries or keys, [..., H * Dh].
 
   Theirs rotate features 2i and 2i + 1 together, ours i and i + Dh / 2.
   """
 
   def turn(x, shape):
-    x = x.reshape(num_heads, *shape, *x.shape[1:])
-    return x.swapaxes(1, 2).reshape(-1, *x.shape[3:])
+    pairs = x.reshape(*x.shape[:-1], num_heads, *shape)
+    return pairs.swapaxes(-1, -2).reshape(x.shape)
 
-  return How(
-    lambda x: turn(x, (head_dim // 2, 2)), lambda x: turn(x, (2, head_dim // 2))
-  )
+  half = head_dim // 2
+  return How(lambda x: turn(x, (half, 2)), lambda x: turn(x, (2, half)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
-  """Where a parameter of ours stands in their file.
+class Piece(NamedTuple):
+  """The place of one of our parameters in a checkpoint.
 
   Attributes:
-    name: of their tensor, with LAYER in it where it is a block's.
-    how: their tensor, or the part `cut` of it, to ours.
-    cut: (axis, start, stop) of a tensor that holds several of our parameters;
-      the pieces of one tensor must make up all of it. None: the whole tensor.
-    vocab: whether the first axis of OUR array is the vocabulary: rows are moved
-      where their mask is not the last id.
+    name: of the tensor, with LAYER for the number of the block.
+    how: turns the tensor, or the share of it, into ours.
+    share: (axis, i, n) if it is part i of n equal parts of that axis; None if
+      it is the whole tensor.
   """
 
   name: str
   how: How = SAME
-  cut: tuple[int, int, int] | None = None
-  vocab: bool = False
+  share: tuple[int, int, int] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """The whole mapping of one checkpoint.
+class Part(NamedTuple):
+  """A parameter of ours (of a block: one layer of it) in a tensor of theirs."""
 
-  Attributes:
-    ends: {our path: piece} of what belongs to no block.
-    block: {our path inside a block: piece}, names with LAYER.
-    ignored: regular expressions of their tensors that carry no weight of their
-      own (buffers, as a causal mask or rotary frequencies).
-    same: {their tensor: another} that must hold the same numbers, as the output
-      projection beside the embedding it is tied to; read from the other one.
-  """
+  path: str
+  layer: int | None
+  piece: Piece
 
-  ends: dict[str, Piece]
-  block: dict[str, Piece]
-  ignored: tuple[str, ...] = ()
-  same: dict[str, str] = dataclasses.field(default_factory=dict)
+  def of(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns a view of its numbers in {path: array}, our parameters."""
+    if self.layer is None:
+      return params[self.path]
+    # The stack holds all layers but the last one.
+    stack = params.get(self.path)
+    if stack is not None and self.layer < len(stack):
+      return stack[self.layer, ...]
+    return params[self.path.replace('layers/', 'last_layer/', 1)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Export:
-  """What a config.json says beside the network.
+class Layout(NamedTuple):
+  """The mapping of one checkpoint.
 
   Attributes:
-    vocab_size: ids, the mask included.
-    mask_id: the mask's place in the file.
-    separator_id: of the token that ends a document, in the file.
-    length: tokens of a text.
+    tensors: {name: our parameters in it, in their order}.
+    same: {tensor: another} that must hold the same numbers, such as an output
+      projection and the embedding that it is tied to.
   """
 
-  vocab_size: int
-  mask_id: int
-  separator_id: int
-  length: int
+  tensors: dict[str, list[Part]]
+  same: dict[str, str]
 
 
-def misfit(
-  network: Any,
-  objective: str,
-  objectives: tuple[str, ...],
-  **allowed: tuple[Any, ...],
-) -> str:
-  """What of a network a family cannot express, '' where there is nothing.
-
-  Args:
-    network: a `ModelConfig`.
-    objective: the run's objective.name.
-    objectives: those that the family stands for.
-    **allowed: the values that a field may have.
-  """
-  allowed = {'output_bias': (False,), 'embedding_dim': (0,), **allowed}
-  found = [
-    f'model.{key}={getattr(network, key)!r}'
-    for key, values in allowed.items()
-    if getattr(network, key) not in values
-  ]
-  if objective not in objectives:
-    found.insert(0, f'objective.name={objective!r}')
-  return ', '.join(found)
+def paths_of(params: Any) -> list[str]:
+  """Returns the paths of a tree of parameters."""
+  paths = checkpoint.flatten(params)
+  return sorted({path.replace('last_layer/', 'layers/') for path in paths})
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What a family reads from a checkpoint's config.json.
+  """What a checkpoint's config.json, or a run of ours, says about the network.
 
   Attributes:
-    settings: {'section.key': value} of our config, its differences from
-      configs/base.py ('model.num_layers': 12, 'objective.name': 'ar', ...).
     vocab_size: rows of their embedding.
-    mask_id: their mask's id; None where they have none: a row is added behind
-      the last, a copy of row `start_id`, so that an autoregressive network begins
-      a text as theirs does behind its start token.
+    mask_id: their id of the mask. None if they have none: row `start_id` is
+      then copied to the end, so that an autoregressive network begins a text
+      with the mask as theirs does with its start token.
     separator_id: their id of the token that ends a document.
-    start_id: their id of the token that begins one; read without a mask_id.
-    max_length: the longest text it was made for, in tokens.
-    tokenizer: `tokenizer.name` where the folder holds no tokenizer.json; '': none.
-    spare_ids: how many of the network's ids are neither tokens of it nor the mask.
+    start_id: their id of the token that begins one; read if mask_id is None.
+    max_length: of the longest text that the network is made for, in tokens.
+    settings: {'section.key': value} for our config, on top of configs/base.py.
+    tokenizer: `tokenizer.name` for a folder without a tokenizer.json, or ''.
+    spare_ids: number of ids that are neither that tokenizer's nor the mask.
   """
 
-  settings: dict[str, Any]
   vocab_size: int
   mask_id: int | None
   separator_id: int
   start_id: int
   max_length: int
+  settings: dict[str, Any] = dataclasses.field(default_factory=dict)
   tokenizer: str = ''
   spare_ids: int = 0
 
+  def __post_init__(self):
+    start = 'start_id' if self.mask_id is None else 'mask_id'
+    for key in ('vocab_size', 'max_length', 'separator_id', start):
+      value, allowed = getattr(self, key), 'an integer >= 1'
+      fits = isinstance(value, int) and value >= 1
+      if key.endswith('_id'):
+        allowed = f'in [0, {self.vocab_size})'
+        fits = isinstance(value, int) and 0 <= value < self.vocab_size
+      if not fits:
+        raise InputError(
+          f'config.json gives {key}={value!r}, which must be {allowed}'
+        )
+    if self.mask_id == self.separator_id:
+      raise InputError(
+        f'config.json gives {self.mask_id} as the mask and as the end of a '
+        'document; the mask must have an id of its own'
+      )
 
-def require(config: dict[str, Any], *keys: str):
-  """Raises InputError naming the keys that config.json lacks."""
+  @property
+  def num_ids(self) -> int:
+    """Our ids: a network without a mask gets one."""
+    return self.vocab_size + (self.mask_id is None)
+
+
+class Key(NamedTuple):
+  """The field of `config.model` that a key of their config.json sets.
+
+  Attributes:
+    field: its name.
+    default: the meaning of a config.json without the key, or with null; None if
+      the key is required. A bool or float also converts the value.
+    values: {their value: ours}; {} if they are the same.
+  """
+
+  field: str
+  default: Any = None
+  values: Mapping[Any, Any] = {}
+
+  def read(self, config: Config, name: str) -> Any:
+    """Returns our value for the key `name` of a config.json."""
+    value = self.default if config.get(name) is None else config[name]
+    if isinstance(self.default, bool | float):
+      value = type(self.default)(value)
+    if not self.values:
+      return value
+    refuse({name: value}, {name: tuple(self.values)})
+    return self.values[value]
+
+  def write(self, network: ModelConfig) -> Any:
+    """Returns their value for a network; the inverse of `read`."""
+    value = getattr(network, RESOLVED.get(self.field, self.field))
+    return next((k for k, ours in self.values.items() if ours == value), value)
+
+
+class Family:
+  """A form in which networks are published.
+
+  Most families only set these attributes.
+
+  Attributes:
+    model_types: values of model_type; an export writes the first.
+    architecture: its name in config.json's `architectures`, or ''.
+    is_exportable: whether runs can be exported in this form.
+    is_stock: whether transformers loads an export without remote code.
+    objective: the `objective.name` that the network was trained with.
+    has_mask: whether one of their ids is the mask.
+    keys: {key of config.json: Key}.
+    defaults: {key: value} for other keys that a config.json may leave out.
+    required: other keys that config.json must have.
+    allowed: {key: values}, the supported values of other keys.
+    network: {field of config.model: value}, on top of PLAIN.
+    written: {key: value} for an export's config.json.
+    length: the key of config.json with the longest text, and its default.
+    tokenizer: `Description.tokenizer`.
+    names: {our array or module: theirs}, with {top} for the prefix and {layer}
+      for the number of the block. Modules of ours with the same name are equal
+      parts of theirs.
+    prefixes: values of {top}; an export uses the first.
+    linear: turns their kernels into ours.
+    ignored: regular expressions for tensors without weights, such as causal
+      masks and rotary frequencies.
+  """
+
+  model_types: tuple[str, ...] = ()
+  architecture: str = ''
+  is_exportable: bool = True
+  is_stock: bool = False
+  objective: str = 'masked'
+  has_mask: bool = True
+  keys: Mapping[str, Key] = {}
+  defaults: Mapping[str, Any] = {}
+  required: tuple[str, ...] = ()
+  allowed: Mapping[str, tuple[Any, ...]] = {}
+  network: Mapping[str, Any] = {}
+  written: Mapping[str, Any] = {}
+  length: tuple[str, int] = ('max_position_embeddings', 2048)
+  tokenizer: str = ''
+  names: Mapping[str, str] = {}
+  prefixes: tuple[str, ...] = ('',)
+  linear: How = TRANSPOSED
+  ignored: tuple[str, ...] = ()
+
+  def detect(self, config: Config, names: Collection[str]) -> bool:
+    """Returns whether a checkpoint with such tensors is of this family."""
+    return config.get('model_type') in self.model_types
+
+  def describe(self, config: Config, shapes: Shapes) -> Description:
+    """Reads a checkpoint's config.json.
+
+    Raises:
+      InputError: a key is missing, or has a value that is not supported.
+    """
+    config = {**self.defaults, **config}
+    needed = [name for name, key in self.keys.items() if key.default is None]
+    require(config, *self.required, *needed)
+    refuse(config, self.allowed)
+    read = {
+      key.field: key.read(config, name) for name, key in self.keys.items()
+    }
+    model = {**PLAIN, **self.network, **read}
+    settings = {
+      'objective.name': self.objective,
+      **{f'model.{field}': value for field, value in model.items()},
+      **self.settings(config, shapes),
+    }
+    if settings['model.num_kv_heads'] == settings['model.num_heads']:
+      settings['model.num_kv_heads'] = 0
+    return Description(settings=settings, **self.vocabulary(config, shapes))
+
+  def settings(self, config: Config, shapes: Shapes) -> dict[str, Any]:
+    """Returns the settings that `keys` and `network` do not give."""
+    return {}
+
+  def vocabulary(self, config: Config, shapes: Shapes) -> dict[str, Any]:
+    """Returns the other fields of the `Description`."""
+    require(config, 'vocab_size')
+    return {
+      'vocab_size': config['vocab_size'],
+      'mask_id': token_id(config, 'mask_token_id') if self.has_mask else None,
+      'separator_id': token_id(config, 'eos_token_id', 'bos_token_id'),
+      'start_id': token_id(config, 'bos_token_id', 'eos_token_id'),
+      'max_length': config.get(*self.length),
+      'tokenizer': self.tokenizer,
+    }
+
+  def layout(
+    self, network: ModelConfig, paths: Iterable[str], names: Collection[str]
+  ) -> Layout:
+    """Returns the mapping of a checkpoint.
+
+    Args:
+      network: that its `Description` makes.
+      paths: of our parameters, from `paths_of`.
+      names: of its tensors; of an export, none.
+
+    Raises:
+      InputError: the network has parameters that this family lacks.
+    """
+    paths = list(paths)
+    pieces = self.pieces(network, paths, names)
+    if unknown := [path for path in paths if path not in pieces]:
+      raise InputError(
+        f'the network has parameters that the checkpoint lacks: {unknown}'
+      )
+    tensors: dict[str, list[Part]] = {}
+    for path in paths:
+      piece = pieces[path]
+      in_block = LAYER in piece.name
+      for layer in range(network.num_layers) if in_block else [None]:
+        name = piece.name.replace(LAYER, str(layer))
+        tensors.setdefault(name, []).append(Part(path, layer, piece))
+    for parts in tensors.values():
+      parts.sort(key=lambda part: part.piece.share or ())
+    is_tied = 'output' in pieces and 'output' not in paths
+    same = {pieces['output'].name: pieces['embedding'].name} if is_tied else {}
+    return Layout(tensors, same)
+
+  def pieces(
+    self, network: ModelConfig, paths: list[str], names: Collection[str]
+  ) -> dict[str, Piece]:
+    """Returns {path: place} of all parameters that such a network may have."""
+    embedding, top = self.names['embedding'], self.prefixes[0]
+    for prefix in self.prefixes:
+      if embedding.format(top=prefix) in names:
+        top = prefix
+    pieces, all_names = {}, list(self.names.values())
+    for i, (ours, name) in enumerate(self.names.items()):
+      theirs = name.format(top=top, layer=LAYER)
+      path = f'layers/{ours}' if LAYER in theirs else ours
+      if ours in ARRAYS:
+        pieces[path] = Piece(theirs)
+        continue
+      leaf, how, kernel, bias = 'scale', SAME, None, None
+      if not ours.endswith('norm'):
+        leaf, how = 'kernel', self.linear
+      if (count := all_names.count(name)) > 1:
+        part = (i - all_names.index(name), count)
+        # Outputs are the rows of [out, in].
+        kernel, bias = (int(how is SAME), *part), (0, *part)
+      pieces[f'{path}/{leaf}'] = Piece(f'{theirs}.weight', how, kernel)
+      pieces[f'{path}/bias'] = Piece(f'{theirs}.bias', share=bias)
+    return pieces
+
+  def tokenizer_json(self, folder: pathlib.Path) -> dict[str, Any] | None:
+    """Returns a tokenizer.json for a folder without one, or None."""
+    return None
+
+  def fixed(self, network: ModelConfig) -> dict[str, Any]:
+    """Returns {field: the only value with which `network` has this form}."""
+    fields = {key.field for key in self.keys.values()}
+    fixed = {key: value for key, value in PLAIN.items() if key not in fields}
+    if 'num_kv_heads' in fixed:
+      # 0 and the number of heads are the same.
+      fixed['num_kv_heads'] = network.num_kv_heads and network.num_heads
+    return {**fixed, **self.network}
+
+  def misfit(self, network: ModelConfig, objective: str) -> str:
+    """Returns what it cannot express of a run with that objective, or ''."""
+    allowed = {key: (value,) for key, value in self.fixed(network).items()}
+    for key in self.keys.values():
+      if key.values:
+        allowed[key.field] = tuple(key.values.values())
+    found = (
+      [] if objective == self.objective else [f'objective.name={objective!r}']
+    )
+    for key, values in allowed.items():
+      if getattr(network, key) not in values:
+        found.append(f'model.{key}={getattr(network, key)!r}')
+    return ', '.join(found)
+
+  def fields(self, network: ModelConfig) -> dict[str, Any]:
+    """Returns what `keys` say about a network, for a config.json."""
+    return {name: key.write(network) for name, key in self.keys.items()}
+
+  def to_config(self, network: ModelConfig, described: Description) -> Config:
+    """Returns the config.json of an export.
+
+    Args:
+      network: the run's, without a `misfit`.
+      described: its vocabulary, with ids as in the exported files.
+    """
+    # An autoregressive network of ours begins a text with the mask.
+    mask = 'mask_token_id' if self.has_mask else 'bos_token_id'
+    return {
+      'model_type': self.model_types[0],
+      **({'architectures': [self.architecture]} if self.architecture else {}),
+      'vocab_size': described.vocab_size,
+      self.length[0]: described.max_length,
+      mask: described.mask_id,
+      'eos_token_id': described.separator_id,
+      'pad_token_id': described.separator_id,
+      **self.fields(network),
+      **self.written,
+    }
+
+
+def require(config: Config, *keys: str):
+  """Raises InputError with the keys that config.json lacks."""
   missing = [key for key in keys if config.get(key) is None]
   if missing:
     raise InputError(
-      f'config.json has no {missing}, or is missing: the tensors do not say it. '
-      'Write one beside them, with model_type too'
+      f'config.json has no {missing}, or is missing, and the tensors do not '
+      'say it: write a config.json next to them, with model_type too'
     )
+
+
+def refuse(config: Config, allowed: Mapping[str, tuple[Any, ...]]):
+  """Raises InputError if a key of config.json has a value not in `allowed`."""
+  for key, values in allowed.items():
+    if key in config and config[key] not in values:
+      raise InputError(
+        f'config.json: {key}={config[key]!r} is not one of {list(values)}'
+      )
+
+
+def token_id(config: Config, *keys: str) -> int:
+  """Returns the first of these ids that is set; of a list, its first."""
+  for key in keys:
+    value = config.get(key)
+    if isinstance(value, list) and value:
+      value = value[0]
+    if isinstance(value, int):
+      return value
+  raise InputError(f'config.json has none of {list(keys)}')

@@ -1,45 +1,24 @@
 """MDLM, arXiv 2406.07524: Lightning's .ckpt, or Hugging Face's form.
 
-Of a .ckpt, the averaged weights (its 'ema') are taken where it has them. Its
-settings lie in it as Python objects, which are not read: config.json beside it must
-give model_type 'mdlm' and n_heads, and where they differ model_length (1024) and
-time_conditioning (false).
+The averaged weights ('ema') of a .ckpt are used if it has them. Its settings
+are Python objects, which are not read: a config.json next to it must give
+model_type 'mdlm' and n_heads, and model_length (1024) and time_conditioning
+(false) if they differ.
 """
 
-from typing import Any, Collection, Mapping
-
-from nanodlm.interop.families import ddit
-from nanodlm.interop.families import layout as layouts
+from nanodlm.interop.families.ddit import DDiT
+from nanodlm.interop.families.layout import Key
 
 
-def detect(config: dict[str, Any], names: Collection[str]) -> bool:
-  return ddit.is_of(config, 'mdlm', names)
+class MDLM(DDiT):
+  """MDLM."""
 
-
-def describe(
-  config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> layouts.Description:
-  # d3pm and sedd are MDLM's other parametrisations of the same network.
-  ddit.refuse(config, {'parameterization': ('subs',), 'backbone': ('dit',)})
-  is_told = config.get('time_conditioning', False)
-  return ddit.describe(
-    config,
-    shapes,
-    num_heads_key='n_heads',
-    has_mask=True,
-    length=config.get('model_length', 1024),
-    objective__name='masked',
-    model__time_form='sigma' if is_told else 'constant',
-  )
-
-
-def layout(network: Any, names: Collection[str]) -> layouts.Layout:
-  return ddit.layout(network, names, exported='backbone.')
-
-
-def misfit(network: Any, objective: str) -> str:
-  return ddit.misfit(network, objective, ('masked',), ('constant', 'sigma'))
-
-
-def to_config(network: Any, export: layouts.Export) -> dict[str, Any]:
-  return ddit.to_config(network, export, 'mdlm')
+  model_types = ('mdlm',)
+  keys = {
+    **DDiT.keys,
+    'time_conditioning': Key(
+      'time_form', False, {False: 'constant', True: 'sigma'}
+    ),
+  }
+  # 'd3pm' and 'sedd' are other parametrisations of the same network.
+  allowed = {'parameterization': ('subs',), 'backbone': ('dit',)}

@@ -1,74 +1,67 @@
 """SEDD, arXiv 2310.16834, with absorbing (masked) noise.
 
-The hub's form has a config.json of the project's own settings, with the sections
-'model', 'graph' and 'noise'. A checkpoint.pth of its trainer holds both 'model' and
-'ema'; the averaged weights are taken, and its .hydra/config.yaml must lie beside it,
-as config.json.
+The form on the Hugging Face hub has a config.json with the project's settings,
+in the sections 'model', 'graph' and 'noise'. A checkpoint.pth of its trainer
+has both 'model' and 'ema': the averaged weights are used, and its
+.hydra/config.yaml must be converted to a config.json next to it.
 
-The outputs are taken raw, before -log expm1(sigma) - log N, which objective 'sedd'
-adds itself. Uniform noise and unscaled outputs are refused: that objective is of
-masked noise, and scales.
+The outputs are those before -log expm1(sigma) - log N, which objective 'sedd'
+adds. Uniform noise and unscaled outputs are refused: that objective has masked
+noise, and scales.
 """
 
-from typing import Any, Collection, Mapping
-
 from nanodlm.interop.families import ddit
-from nanodlm.interop.families import layout as layouts
+from nanodlm.interop.families.layout import Key, refuse, require
 from nanodlm.types import InputError
 
-layout = ddit.layout
+SECTIONS = {
+  'graph': {'type': ('absorb',)},
+  # At its ends another schedule has other times than 'sigma'.
+  'noise': {'type': ('loglinear',)},
+  'model': {'scale_by_sigma': (True,)},
+}
 
 
-def detect(config: dict[str, Any], names: Collection[str]) -> bool:
-  return 'graph' in config and 'tokens' in config and ddit.is_like(names)
+class SEDD(ddit.DDiT):
+  """SEDD."""
 
+  objective = 'sedd'
+  keys = {
+    'hidden_size': Key('embed_dim', 0),
+    'cond_dim': Key('time_dim', 0),
+    'n_blocks': Key('num_layers', 0),
+    'n_heads': Key('num_heads'),
+  }
+  network = {**ddit.DDiT.network, 'time_form': 'sigma'}
+  length = ('length', 1024)
+  prefixes = ('', 'backbone.')
 
-def describe(
-  config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]
-) -> layouts.Description:
-  layouts.require(config, 'model', 'graph', 'noise')
-  model = config['model']
-  for name, section, allowed in (
-    ('graph', config['graph'], {'type': ('absorb',)}),
-    # Another schedule is told other times at the ends than 'sigma' knows.
-    ('noise', config['noise'], {'type': ('loglinear',)}),
-    ('model', model, {'scale_by_sigma': (True,)}),
-  ):
-    if not isinstance(section, dict):
-      raise InputError(f'{name}={section!r} in config.json is not a section')
-    ddit.refuse(section, allowed)
-  layouts.require(model, 'n_heads')
-  return ddit.describe(
-    model,
-    shapes,
-    num_heads_key='n_heads',
-    has_mask=True,
-    length=model.get('length', 1024),
-    objective__name='sedd',
-    model__time_form='sigma',
-  )
+  def detect(self, config, names):
+    return 'graph' in config and 'tokens' in config and ddit.is_like(names)
 
+  def describe(self, config, shapes):
+    require(config, *SECTIONS)
+    for name, allowed in SECTIONS.items():
+      if not isinstance(config[name], dict):
+        raise InputError(
+          f'config.json: {name}={config[name]!r} is not a section'
+        )
+      refuse(config[name], allowed)
+    return super().describe(config['model'], shapes)
 
-def misfit(network: Any, objective: str) -> str:
-  return ddit.misfit(network, objective, ('sedd',), ('sigma',))
-
-
-def to_config(network: Any, export: layouts.Export) -> dict[str, Any]:
-  return {
-    'model': {
+  def to_config(self, network, described):
+    model = {
       'name': 'nanodlm',
       'type': 'ddit',
-      'hidden_size': network.embed_dim,
-      'cond_dim': network.time_width,
-      'length': export.length,
-      'n_blocks': network.num_layers,
-      'n_heads': network.num_heads,
+      'length': described.max_length,
       'scale_by_sigma': True,
       'dropout': network.dropout,
-      'mask_token_id': export.mask_id,
-      'eos_token_id': export.separator_id,
-    },
-    'graph': {'type': 'absorb'},
-    'noise': {'type': 'loglinear'},
-    'tokens': export.vocab_size - 1,
-  }
+      'mask_token_id': described.mask_id,
+      'eos_token_id': described.separator_id,
+    }
+    return {
+      'model': {**self.fields(network), **model},
+      'graph': {'type': 'absorb'},
+      'noise': {'type': 'loglinear'},
+      'tokens': described.vocab_size - 1,
+    }
