@@ -1,95 +1,60 @@
-"""The worker behind --mode=serve: requests in, canvases out; no HTTP.
+"""Fills the canvases of many clients on one device; knows nothing of HTTP.
 
-One thread owns the device and runs a batch of rows at a time, of any clients
-whose requests share a compiled program; another thread compiles. What a row
-becomes does not depend on what it is batched with (`step.make_rows_step`).
+One thread owns the device. It samples a batch of rows at a time, taken from all
+clients whose rows share a compiled program, while another thread compiles. A
+row's tokens do not depend on the rest of its batch (`make_rows_step`).
 """
 
 import collections
+from collections.abc import Callable, Hashable, Sequence
 import dataclasses
+import functools
+import itertools
 import logging
 import threading
-from typing import Any, Callable, Hashable, NamedTuple, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from nanodlm import config as configs
-from nanodlm import evaluate, samplers
+from nanodlm import run as runs
 from nanodlm.devices import mesh as meshes
+from nanodlm.lm import LanguageModel
 from nanodlm.noise import categorical
 from nanodlm.show import watch
-from nanodlm.steps import train as steps
+from nanodlm.steps import sample as steps
 from nanodlm.types import InputError, Sampler
 
 log = logging.getLogger('nanodlm')
 
-# Rows of a batch are padded to one of these numbers.
+# Batches are padded to one of these numbers of rows.
 BATCH_SIZES = (1, 4, 16)
-# Canvases are padded to the longest one halved so many times, but not below.
+# Canvases are padded to the full length halved any number of times, but to no
+# fewer tokens than this.
 MIN_LENGTH = 32
+# Waiting rows of all clients together, and of one client.
+MAX_ROWS = 256
+MAX_CLIENT_ROWS = 64
+# Compiled programs kept; the least recently used is dropped.
+MAX_PROGRAMS = 24
 
-WAITING, COMPILING, RUNNING, DONE, FAILED = (
-  'waiting',
-  'compiling',
-  'running',
-  'done',
-  'failed',
-)
+State = Literal['waiting', 'compiling', 'running', 'done', 'failed']
 
 
 class FullError(Exception):
-  """There is no room for a request; what may help is to come back later."""
+  """The queue cannot accept a request now; the client can retry later."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-  """What the worker takes on.
-
-  Attributes:
-    max_rows: rows that wait, of all clients together.
-    max_client_rows: rows that wait, of one client.
-    max_programs: compiled programs that are kept, the least used goes first.
-  """
-
-  max_rows: int = 256
-  max_client_rows: int = 64
-  max_programs: int = 24
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-  """One canvas to fill, and how.
+class Choice(NamedTuple):
+  """A sampler, except for its seed and its draw.
 
   Attributes:
-    tokens: [n] int32, mask_id in the gaps.
-    fixed: [n] bool.
-    choice: of `Engine.choose`.
-    draw: temperature, top-k and top-p.
-    seed: in [0, 2^31).
-    index: the row's number among those of one seed: as `--mode=sample` with that
-      seed draws it.
-  """
-
-  tokens: np.ndarray
-  fixed: np.ndarray
-  choice: 'Choice'
-  draw: categorical.Draw
-  seed: int
-  index: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-  """A sampler, as far as it is compiled in: without seed and draw.
-
-  Attributes:
-    name: in the config.
-    num_steps: in the config.
-    reads_steps: whether the sampler reads that.
-    sampler: with a draw that is not used.
-    is_final: whether tokens stay once they are revealed.
-    pads: whether shorter canvases can be padded without changing their law.
+    name: config.sampler.name.
+    num_steps: config.sampler.num_steps.
+    reads_steps: whether the sampler depends on num_steps.
+    sampler: the sampler; its own draw is not used.
+    is_final: whether revealed tokens never change again.
+    pads: whether padding a canvas leaves the law of its tokens unchanged.
   """
 
   name: str
@@ -101,430 +66,383 @@ class Choice:
 
 
 class _Group(NamedTuple):
-  """What rows of one batch share."""
+  """What all rows of a batch have in common."""
 
   sampler: Sampler
   length: int
 
 
+@dataclasses.dataclass(eq=False)
 class Row:
-  """A task under way. Written by the worker, read by whoever waits for it.
+  """A canvas to fill and its progress; the engine writes it, the client reads.
 
   Attributes:
-    task: what was asked for.
-    state: WAITING, COMPILING, RUNNING, DONE or FAILED.
-    canvas: [n] int32, as it stands; replaced, never changed in place.
-    num_calls: of the network so far; of its batch, where others take longer.
-    error: for the client, where it failed.
+    tokens: [n] int32, mask_id in the gaps.
+    fixed: [n] bool, positions that the sampler may not change.
+    choice: the sampler, from `Engine.choose`.
+    draw: temperature, top-k and top-p.
+    seed: in [0, 2^31).
+    index: number among the samples of this seed. Seed and index give the same
+      tokens as in `--mode=sample`.
+    canvas: [n] int32, the current tokens; replaced, never modified in place.
+    state: the progress.
+    num_calls: network calls so far; at the end, those of its whole batch.
+    error: why the row failed, for the client.
+    is_cancelled: set by a client that no longer waits for the row.
+    on_change: called from another thread after each change.
+    group: the rows it can share a batch with, set by the engine.
   """
 
-  def __init__(self, task: Task, group: _Group, on_change: Callable[[], None]):
-    self.task, self.group, self._on_change = task, group, on_change
-    self.state, self.canvas, self.num_calls = WAITING, task.tokens, 0
-    self.error = ''
-    self.is_cancelled = False
+  tokens: np.ndarray
+  fixed: np.ndarray
+  choice: Choice
+  draw: categorical.Draw
+  seed: int
+  index: int
+  state: State = 'waiting'
+  num_calls: int = 0
+  error: str = ''
+  is_cancelled: bool = False
+  on_change: Callable[[], Any] | None = None
+  group: Any = None
+
+  def __post_init__(self):
+    self.canvas = self.tokens
 
   @property
   def is_over(self) -> bool:
-    """Whether nothing more will come of it."""
-    return self.state in (DONE, FAILED)
-
-  def cancel(self):
-    """Nobody waits for it any more."""
-    self.is_cancelled = True
+    """Whether the row will not change any more."""
+    return self.state in ('done', 'failed')
 
   def change(self, **values: Any):
-    """Sets fields, and tells who waits for the row."""
+    """Sets attributes, in their order, and notifies the client."""
     for name, value in values.items():
       setattr(self, name, value)
-    if not self.is_cancelled:
-      self._on_change()
+    if self.on_change and not self.is_cancelled:
+      self.on_change()
 
 
 class Engine:
-  """Batches the requests of many clients on one device.
+  """Batches the rows of many clients on one device.
 
-  Clients take turns: the client whose turn it is gives the first row of a batch,
-  the others fill it up with rows of the same program, one each, then a second
-  each, and so on. A program that is not there yet holds up only those who need
-  it.
+  Clients take turns. The client whose turn it is gives the first row of a
+  batch; the others fill it up with rows for the same program, one row each,
+  then a second row each, and so on. Rows that need a program that is not
+  compiled yet do not delay the others.
 
   Args:
-    run: the network, and the sampler in its config.
-    params: its parameters.
-    limits: of the queue.
+    lm: the model; its sampler is the default.
   """
 
-  def __init__(self, run: evaluate.Run, params: Any, limits: Limits = Limits()):
-    self.run, self.limits = run, limits
-    self.length = run.settings.sample.length or run.settings.data.length
-    self._params = params
-    shards = meshes.num_batch_shards(run.mesh)
+  def __init__(self, lm: LanguageModel):
+    self.lm = lm
+    self.length = lm.run.settings.sample_length
+    self.is_closing = False
+    shards = meshes.num_batch_shards(lm.run.mesh)
     self._sizes = sorted({-(-size // shards) * shards for size in BATCH_SIZES})
-    self._choices = collections.OrderedDict()
+    self.choose = functools.lru_cache(maxsize=256)(self._choose)
+    # Guards the attributes below.
     self._changed = threading.Condition()
-    # All below are guarded by it.
-    self._queues: dict[Hashable, collections.deque[Row]] = (
-      collections.OrderedDict()
-    )
-    self._programs = collections.OrderedDict()  # of (group, size)
-    # Programs to compile, in order, and whether also with nobody waiting.
-    self._wanted = collections.OrderedDict()
-    self._broken = {}  # (group, size): why it cannot be compiled
+    self._queues: dict[Hashable, list[Row]] = {}  # The next client is first.
     self._current: list[Row] = []
-    self._is_closing = False
+    # The keys are groups and batch sizes.
+    self._programs = collections.OrderedDict[tuple[_Group, int], Any]()
+    self._errors: dict[tuple[_Group, int], str] = {}
+    self._warm_up: list[tuple[_Group, int]] = []
     self._threads = [
-      threading.Thread(target=target, daemon=True, name=name)
-      for target, name in (
-        (self._work, 'sampler'),
-        (self._compile_all, 'compiler'),
-      )
+      threading.Thread(target=target, daemon=True)
+      for target in (self._sample_all, self._compile_all)
     ]
 
   def start(self, warm_up: bool = True):
-    """Starts the threads; returns once the run's own sampler is compiled.
+    """Starts the threads.
 
     Args:
-      warm_up: whether to compile what the default settings need beforehand.
+      warm_up: whether to compile and run the default sampler first, and to
+        compile it for other batch sizes and lengths in the background.
     """
     if warm_up:
-      choice = self.choose()
+      choice, (size, *larger) = self.choose(), self._sizes
       lengths = self._lengths(choice)
-      groups = [_Group(choice.sampler, length) for length in lengths[::-1]]
-      program = self._compile(groups[0], self._sizes[0])
-      self._programs[groups[0], self._sizes[0]] = program
-      # Once run, everything is in memory.
-      blank = Task(
-        np.full(self.length, self.run.tokenizer.mask_id, np.int32),
-        np.zeros(self.length, bool),
-        choice,
-        categorical.Draw(self.run.tokenizer.mask_id),
-        0,
-        0,
+      *shorter, group = [_Group(choice.sampler, n) for n in lengths]
+      program = self._programs[group, size] = self._compile(group, size)
+      # The first call allocates the memory that later calls reuse.
+      jax.block_until_ready(
+        program(self.lm.params, self._rows([], group, size))
       )
-      self._current = [Row(blank, groups[0], lambda: None)]
-      self._fill(self._current, program, self._sizes[0])
-      # Shorter canvases have to wait for theirs; more rows need not.
-      for group in groups[1:]:
-        self._wanted[group, self._sizes[0]] = True
-      for size in self._sizes[1:]:
-        self._wanted[groups[0], size] = True
+      # A shorter canvas has to wait for its program, a larger batch does not.
+      self._warm_up = [(group, size) for group in reversed(shorter)]
+      self._warm_up += [(group, size) for size in larger]
     for thread in self._threads:
       thread.start()
 
   def close(self, timeout_secs: float = 30.0) -> bool:
-    """Ends what runs and fails what waits; whether the threads have ended."""
+    """Fails all rows that are not done and ends the threads.
+
+    Returns:
+      Whether the threads have ended; a compilation cannot be interrupted.
+    """
     with self._changed:
-      self._is_closing = True
-      rows = [row for queue in self._queues.values() for row in queue]
+      self.is_closing = True
+      rows = [*itertools.chain(*self._queues.values()), *self._current]
       self._queues.clear()
-      self._wanted.clear()
-      rows += self._current
+      self._warm_up.clear()
       self._changed.notify_all()
     for row in rows:
       if not row.is_over:
-        row.change(state=FAILED, error='the server is stopping')
+        row.change(error='the server is stopping', state='failed')
     for thread in self._threads:
       if thread.is_alive():
         thread.join(timeout_secs)
     return not any(thread.is_alive() for thread in self._threads)
 
   def is_alive(self) -> bool:
-    """Whether its threads run."""
+    """Whether both threads run."""
     return all(thread.is_alive() for thread in self._threads)
 
-  def num_waiting(self) -> int:
-    """Rows that are queued."""
+  def num_waiting(self, group: _Group | None = None) -> int:
+    """The number of queued rows, of one group or of all."""
     with self._changed:
-      return self._num_waiting()
+      return sum(
+        not row.is_cancelled and group in (None, row.group)
+        for row in itertools.chain(*self._queues.values())
+      )
 
-  def choose(
-    self, name: str | None = None, num_steps: int | None = None
-  ) -> Choice:
-    """The sampler of the run's config, with another name or number of calls.
+  def _choose(self, name: str | None = None, num_steps: int | None = None):
+    """Returns the run's sampler with another name or number of steps.
 
     Raises:
-      InputError: it does not fit the objective, or does not read num_steps.
+      InputError: the sampler does not fit the objective or ignores num_steps.
     """
-    key = name, num_steps
-    if key in self._choices:
-      return self._choices[key]
-    # The draw is each row's own.
+    # Each row has its own draw.
     changes = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0}
     if name is not None:
       changes['name'] = name
+    run = self.lm.run.with_sampler(changes)
     if num_steps is not None:
-      changes['num_steps'] = num_steps
-    run = evaluate.with_sampler(self.run, changes)
-    config = run.config
-    if num_steps is not None:
-      configs.validate(config, ['sampler.num_steps'])
-    used = configs.sampler_name(config)
-    sampler = configs.make_sampler(
-      config, run.tokenizer.mask_id, run.tokenizer.separator_id
-    )
-    objective, network = run.objective, run.network.config
+      run = run.with_sampler({'num_steps': num_steps}, is_given=True)
+    sampler, objective = run.sampler, run.objective
     is_one_way = bool(objective.causal or objective.block_size)
-    last = config.sampler.inner if used in ('block', 'prefix_cache') else used
-    choice = Choice(
-      used,
-      config.sampler.num_steps,
-      configs.reads_steps(config),
+    return Choice(
+      run.sampler_name,
+      run.settings.sampler['num_steps'],
+      runs.reads_steps(sampler),
       sampler,
-      last in samplers.FINAL,
-      # The time that a network is told depends on the canvas's length, and so
-      # does what is cached without a mask for each row.
-      pads=is_one_way
-      or (not network.time_conditioning and used != 'prefix_cache'),
+      sampler.is_final,
+      # The time given to a network depends on the canvas's length. Padding is
+      # not masked in a cache; one-way networks do not see it in any case.
+      pads=is_one_way or not (run.network.knows_time or sampler.needs_cache),
     )
-    self._choices[key] = choice
-    if len(self._choices) > 256:
-      self._choices.popitem(last=False)
-    return choice
 
   def submit(
-    self, client: Hashable, tasks: Sequence[Task], on_change: Callable[[], None]
-  ) -> list[Row]:
+    self, client: Hashable, rows: Sequence[Row], on_change: Callable[[], Any]
+  ):
     """Queues rows.
 
     Args:
-      client: whose turn it takes.
-      tasks: a row each.
-      on_change: called from another thread whenever one of the rows changed.
+      client: whose turns the rows use.
+      rows: the rows.
+      on_change: called from another thread after each change of a row.
 
     Raises:
-      FullError: the queue, or this client's part of it, has no room.
-      InputError: there are more than it ever has room for.
+      FullError: the queue, or this client's share of it, is full.
+      InputError: there are more rows than an empty queue accepts.
     """
-    most = min(self.limits.max_client_rows, self.limits.max_rows)
-    if len(tasks) > most:
+    most = min(MAX_CLIENT_ROWS, MAX_ROWS)
+    if len(rows) > most:
       raise InputError(
-        f'{len(tasks)} texts in one request (num_samples, or n for '
-        f'each prompt); at most {most} are allowed'
+        f'the request asks for {len(rows)} texts (num_samples, or n for each '
+        f'prompt); at most {most} are allowed'
       )
-    rows = [Row(task, self._group(task), on_change) for task in tasks]
+    for row in rows:
+      row.on_change, row.group = on_change, self._group(row)
     with self._changed:
-      if self._is_closing:
+      if self.is_closing:
         raise FullError('the server is stopping')
-      queue = self._queues.get(client, ())
-      mine = sum(not row.is_cancelled for row in queue)
-      if mine + len(rows) > self.limits.max_client_rows:
+      queue = self._queues.get(client, [])
+      num_own = sum(not row.is_cancelled for row in queue)
+      if num_own + len(rows) > MAX_CLIENT_ROWS:
         raise FullError(
-          f'{mine} texts of yours are waiting; '
-          f'{self.limits.max_client_rows} may'
+          f'{num_own} of your texts are waiting; at most {MAX_CLIENT_ROWS} may'
         )
-      if self._num_waiting() + len(rows) > self.limits.max_rows:
-        raise FullError(
-          f'{self.limits.max_rows} texts are waiting, no more are taken'
-        )
-      self._queues.setdefault(client, collections.deque()).extend(rows)
+      if self.num_waiting() + len(rows) > MAX_ROWS:
+        raise FullError(f'the queue of {MAX_ROWS} waiting texts is full')
+      self._queues[client] = [*queue, *rows]
       self._changed.notify_all()
-    return rows
-
-  def _num_waiting(self, group: _Group | None = None) -> int:
-    return sum(
-      not row.is_cancelled and group in (None, row.group)
-      for queue in self._queues.values()
-      for row in queue
-    )
 
   def _lengths(self, choice: Choice) -> list[int]:
     """The lengths that canvases are padded to, ascending."""
     if not choice.pads:
       return [self.length]
-    unit = self.run.objective.block_size or 1
+    unit = self.lm.run.objective.block_size or 1
     lengths, length = {self.length}, self.length // 2
     while length >= MIN_LENGTH:
       lengths.add(min(-(-length // unit) * unit, self.length))
       length //= 2
     return sorted(lengths)
 
-  def _group(self, task: Task) -> _Group:
-    length = len(task.tokens)
-    if task.choice.pads:
-      length = next(
-        padded for padded in self._lengths(task.choice) if padded >= length
-      )
-    return _Group(task.choice.sampler, length)
+  def _group(self, row: Row) -> _Group:
+    length = len(row.tokens)
+    if row.choice.pads:
+      length = min(n for n in self._lengths(row.choice) if n >= length)
+    return _Group(row.choice.sampler, length)
 
-  def _work(self):
-    """The thread that owns the device."""
+  def _sample_all(self):
+    """Samples batches until the engine closes."""
     while True:
       with self._changed:
-        while not self._is_closing and not (taken := self._take()):
+        while (batch := self._take()) is None:
+          if self.is_closing:
+            return
           self._changed.wait()
-        if self._is_closing:
-          return
-        rows, program, size = taken
-        self._current = rows
+        self._current, program, size = batch
       try:
-        self._fill(rows, program, size)
-      except Exception:  # pylint: disable=broad-except
-        # Whatever it is, the next batch may do.
-        log.exception('a batch failed')
-        for row in rows:
+        self._fill(self._current, program, size)
+      except Exception:
+        # The cause may be specific to this batch, so the thread continues.
+        log.exception('sampling a batch failed')
+        for row in self._current:
           row.change(
-            state=FAILED,
-            error='the sampler failed; the log of the server has more',
+            error='sampling failed; see the server log', state='failed'
           )
       with self._changed:
         self._current = []
 
-  def _take(self):
-    """The rows of the next batch, with their program and its size, or None."""
-    for client in list(self._queues):
-      queue = self._queues[client]
-      while queue and queue[0].is_cancelled:
-        queue.popleft()
-      if not queue:
-        del self._queues[client]
+  def _take(self) -> tuple[list[Row], Any, int] | None:
+    """Removes the rows of the next batch from the queues.
+
+    Returns:
+      The rows, their program and its batch size; None if no program is ready.
+    """
+    self._drop_rows()
     for client, queue in self._queues.items():
       group = queue[0].group
-      if (group, self._sizes[0]) in self._broken:
-        queue.popleft().change(
-          state=FAILED, error=self._broken[group, self._sizes[0]]
-        )
-        return self._take()
       sizes = [size for size in self._sizes if (group, size) in self._programs]
-      waiting = self._num_waiting(group)
-      self._want(group, waiting, sizes)
       if sizes:
-        break
+        size = _best_size(sizes, self.num_waiting(group))
+        self._programs.move_to_end((group, size))
+        rows = self._take_turns(client, group, size)
+        return rows, self._programs[group, size], size
       for row in queue:
-        if row.group == group and row.state == WAITING:
-          row.change(state=COMPILING)
-    else:
-      return None
-    size = _best_size(sizes, waiting)
-    self._queues.move_to_end(client)
-    rows = []
-    order = [client, *(other for other in self._queues if other != client)]
-    while len(rows) < size:
-      before = len(rows)
-      for other in order:
-        row = next(
-          (
-            row
-            for row in self._queues[other]
-            if row.group == group and not row.is_cancelled
-          ),
-          None,
-        )
-        if row is not None and len(rows) < size:
-          self._queues[other].remove(row)
-          rows.append(row)
-      if len(rows) == before:
-        break
-    self._programs.move_to_end((group, size))
-    return rows, self._programs[group, size], size
+        if row.state == 'waiting' and row.group == group:
+          row.change(state='compiling')
+    return None
 
-  def _want(self, group: _Group, waiting: int, sizes: list[int]):
-    """Has programs compiled that `waiting` rows could use."""
-    best = _best_size(
-      [size for size in self._sizes if (group, size) not in self._broken],
-      waiting,
-    )
-    for size in ([] if sizes else [self._sizes[0]]) + [best]:
-      if size not in sizes and (group, size) not in self._wanted:
-        self._wanted[group, size] = False
-        # What someone waits for comes before what would be faster.
-        if not sizes and size == self._sizes[0]:
-          self._wanted.move_to_end((group, size), last=False)
-        self._changed.notify_all()
+  def _take_turns(self, client: Hashable, group: _Group, size: int):
+    """Takes up to `size` rows of a group, beginning with one of `client`."""
+    own = self._queues.pop(client)
+    queues = [own, *self._queues.values()]
+    self._queues[client] = own  # Now its turn is the last.
+    fitting = [[row for row in queue if row.group == group] for queue in queues]
+    turns = itertools.chain(*itertools.zip_longest(*fitting))
+    rows = [row for row in turns if row is not None][:size]
+    for queue in queues:
+      queue[:] = [row for row in queue if row not in rows]
+    for row in rows:
+      row.state = 'running'
+    return rows
+
+  def _drop_rows(self):
+    """Removes rows that are cancelled or whose program does not compile."""
+    for client, queue in list(self._queues.items()):
+      for row in queue:
+        if error := self._errors.get((row.group, self._sizes[0])):
+          row.change(error=error, state='failed')
+      queue[:] = [row for row in queue if not (row.is_cancelled or row.is_over)]
+      if not queue:
+        del self._queues[client]
+
+  def _next_program(self) -> tuple[_Group, int] | None:
+    """The group and batch size to compile next.
+
+    Programs that rows wait for come first, then those that would sample the
+    waiting rows faster, then those of the warm-up.
+    """
+    least = self._sizes[0]
+    rows = itertools.chain(*self._queues.values())
+    groups = dict.fromkeys(row.group for row in rows if not row.is_cancelled)
+    groups = [g for g in groups if (g, least) not in self._errors]
+    keys = [(group, least) for group in groups]
+    for group in groups:
+      sizes = [
+        size for size in self._sizes if (group, size) not in self._errors
+      ]
+      keys.append((group, _best_size(sizes, self.num_waiting(group))))
+    known = self._programs.keys() | self._errors.keys()
+    return next((key for key in keys + self._warm_up if key not in known), None)
 
   def _compile_all(self):
-    """The thread that compiles."""
+    """Compiles the programs that are needed until the engine closes."""
     while True:
       with self._changed:
-        while not self._wanted and not self._is_closing:
+        while (key := self._next_program()) is None:
+          if self.is_closing:
+            return
           self._changed.wait()
-        if self._is_closing:
-          return
-        group, size = next(iter(self._wanted))
-        if not (self._wanted[group, size] or self._num_waiting(group)):
-          del self._wanted[group, size]  # who asked has left, or was served
-          continue
-      program, error = None, ''
+      program, error = None, 'these settings do not compile; see the server log'
       try:
-        program = self._compile(group, size)
+        program = self._compile(*key)
       except InputError as caught:
         error = str(caught)
-      except Exception:  # pylint: disable=broad-except
-        log.exception('a program does not compile')
-        error = 'these settings do not compile; the log of the server has more'
+      except Exception:
+        log.exception('compiling a sampler failed')
       with self._changed:
-        self._wanted.pop((group, size), None)
-        if program is not None:
-          self._programs[group, size] = program
-          while len(self._programs) > self.limits.max_programs:
-            self._programs.popitem(last=False)
+        self._warm_up = [other for other in self._warm_up if other != key]
+        if program is None:
+          self._errors[key] = error
         else:
-          self._broken[group, size] = error
+          self._programs[key] = program
+        if len(self._programs) > MAX_PROGRAMS:
+          self._programs.popitem(last=False)
         self._changed.notify_all()
 
-  def _compile(self, group: _Group, size: int):
-    run = self.run
-    step = steps.make_rows_step(
-      run.network,
-      run.objective,
-      group.sampler,
-      run.mesh,
-      watch.View(self._watch, run.tokenizer.mask_id),
-    )
-    return step.lower(self._params, self._rows([], group, size)).compile()
+  def _compile(self, group: _Group, size: int) -> Any:
+    run = self.lm.run
+    view = watch.View(self._watch, run.tokenizer.mask_id)
+    step = steps.make_rows_step(run.scorer, group.sampler, run.mesh, view)
+    return step.lower(self.lm.params, self._rows([], group, size)).compile()
 
   def _rows(self, rows: list[Row], group: _Group, size: int) -> steps.Rows:
-    """The device's copy of rows, padded to `size` of them."""
-    tokens = np.full((size, group.length), self.run.tokenizer.mask_id, np.int32)
+    """Puts rows on the device, padded to `size` of them."""
+    mask_id = self.lm.tokenizer.mask_id
+    tokens = np.full((size, group.length), mask_id, np.int32)
     fixed = np.ones(tokens.shape, bool)
-    length = np.full(size, group.length, np.int32)
-    draws = [row.task.draw for row in rows]
-    seeds = np.zeros([2, max(self._sizes)], np.int32)
+    lengths = np.full(size, group.length, np.int32)
+    # Always the largest batch, so that the keys are compiled once.
+    seeds = np.zeros([2, self._sizes[-1]], np.int32)
+    draws = [categorical.Draw(mask_id)] * size
     for i, row in enumerate(rows):
-      task = row.task
-      length[i] = len(task.tokens)
-      tokens[i, : length[i]], fixed[i, : length[i]] = task.tokens, task.fixed
-      seeds[:, i] = task.seed, task.index
-    values = lambda name, dtype, default: np.array(
-      [getattr(draw, name) for draw in draws] + [default] * (size - len(draws)),
-      dtype,
+      lengths[i] = n = len(row.tokens)
+      tokens[i, :n], fixed[i, :n] = row.tokens, row.fixed
+      seeds[:, i] = row.seed, row.index
+      draws[i] = row.draw
+    batch = steps.Rows(
+      np.asarray(_row_key_data(*seeds))[:size],
+      tokens,
+      fixed,
+      lengths,
+      np.array([draw.temperature for draw in draws], np.float32),
+      np.array([draw.top_k for draw in draws], np.int32),
+      np.array([draw.top_p for draw in draws], np.float32),
     )
-    return meshes.shard_whole_batch(
-      self.run.mesh,
-      steps.Rows(
-        np.asarray(_row_key_data(*seeds))[:size],
-        tokens,
-        fixed,
-        length,
-        values('temperature', np.float32, 1),
-        values('top_k', np.int32, 0),
-        values('top_p', np.float32, 1),
-      ),
-    )
+    return meshes.shard_whole_batch(self.lm.run.mesh, batch)
 
   def _fill(self, rows: list[Row], program: Any, size: int):
-    with self._changed:
-      if self._is_closing:  # `close` has failed them
-        return
-      for row in rows:
-        row.state = RUNNING
+    """Samples one batch and stores its canvases."""
     for row in rows:
-      row.change()  # those who wait are not called under the lock
-    tokens, num_calls = self._call(program, rows, rows[0].group, size)
-    for row, canvas in zip(rows, tokens):
-      if not self._is_closing:
-        row.change(
-          canvas=canvas[: len(row.task.tokens)], state=DONE, num_calls=num_calls
-        )
+      row.change()  # Its state; clients are not notified under the lock.
+    group = rows[0].group
+    samples = program(self.lm.params, self._rows(rows, group, size))
+    num_calls = int(samples.num_calls)
+    for row, tokens in zip(rows, jax.device_get(samples.tokens)):
+      if not self.is_closing:  # Then `close` has failed the row.
+        canvas = tokens[: len(row.tokens)]
+        row.change(canvas=canvas, num_calls=num_calls, state='done')
 
-  def _call(self, program, rows, group, size) -> tuple[np.ndarray, int]:
-    samples = program(self._params, self._rows(rows, group, size))
-    return jax.device_get(samples.tokens), int(samples.num_calls)
-
-  def _watch(self, event: watch.Asked) -> bool:
-    """Shows each row what the network is about to see; see `watch.Watch`."""
-    rows = self._current[event.first_row : event.first_row + len(event.tokens)]
-    for row, tokens in zip(rows, event.tokens):
+  def _watch(self, event: Any) -> bool:
+    """Shows each row its part of a `watch.Asked`; see `watch.Watch`."""
+    rows = self._current
+    for row, tokens in zip(rows[event.first_row :], event.tokens):
       if row.is_cancelled:
         continue
       canvas = row.canvas
@@ -532,21 +450,18 @@ class Engine:
         canvas = canvas.copy()
         watch.paste(canvas, tokens, event.start)
       row.change(canvas=canvas, num_calls=row.num_calls + 1)
-    return not self._is_closing and not all(
-      row.is_cancelled for row in self._current
-    )
+    is_unwanted = bool(rows) and all(row.is_cancelled for row in rows)
+    return not (self.is_closing or is_unwanted)
 
 
 def _best_size(sizes: Sequence[int], num_rows: int) -> int:
-  """The largest of ascending sizes that is at least two thirds full, or the least."""
-  return max(
-    (size for size in sizes if 2 * size <= 3 * num_rows), default=sizes[0]
-  )
+  """The largest of ascending sizes that is two thirds full, else the least."""
+  return max((x for x in sizes if 2 * x <= 3 * num_rows), default=sizes[0])
 
 
 @jax.jit
 def _row_key_data(seeds: jax.Array, index: jax.Array) -> jax.Array:
-  """[B, 2] uint32; the keys that `sample.sample_workdir` gives the first prompt."""
+  """[B, 2] uint32; the keys that `sample_prompts` gives the first prompt."""
 
   def key_data(seed, i):
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 0)

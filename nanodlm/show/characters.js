@@ -1,4 +1,4 @@
-// What a reader sees of characters that have no shape of their own.
+// Returns text in which characters without a shape of their own are visible.
 function visible(text) {
   return text.replace(/\r?\n|[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g,
     c => {

@@ -1,13 +1,13 @@
-"""Watching a sampler at work: what each call of the network saw and said.
+"""Shows the network calls of a sampler to a function on the host.
 
-Every sampler asks its network through a `Denoise`. `Watched` stands in for it
-and shows each call to a function on the host; no sampler knows whether it is
-looked at, and its tokens are the same. `Recorder` is such a function, which
-keeps what it is shown as a `Trajectory`.
+A sampler calls its network through a `types.CachedDenoise`. `Watched` wraps one
+and shows each call; the sampler does not know and its tokens are the same.
+`Recorder` keeps what it is shown as a `Trajectory` for each row.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.experimental import io_callback
@@ -18,20 +18,20 @@ from nanodlm.devices import sharding
 from nanodlm.noise import categorical
 from nanodlm.types import CachedDenoise
 
-# Where the network's input begins before the canvas; see `Asked.start`.
+# Where the input of an autoregressive network starts, see `Asked.start`.
 AHEAD = -1
 
 
 class Asked(NamedTuple):
-  """A call of the network that is about to be made, of one device's rows; numpy.
+  """One device's rows of a network call that is about to be made.
 
   Attributes:
-    first_row: the place in the batch of the first of these rows.
-    start: the canvas position of tokens[:, 0]; AHEAD where that is the token
-      that an autoregressive network reads before the text.
-    tokens: [B, S] int32, the part of the canvas that the network is given.
-    positions: [B, K] int32, the canvas positions that it is asked for; none,
-      K = 0, where it only reads, for its cache.
+    first_row: index in the batch of the first of these rows.
+    start: canvas position of tokens[:, 0]; AHEAD if that is the token which an
+      autoregressive network reads before the text.
+    tokens: [B, S] int32, the part of the canvas that is the network's input.
+    positions: [B, K] int32, canvas positions whose output is needed; K = 0 if
+      the call only fills the cache.
   """
 
   first_row: int
@@ -41,12 +41,12 @@ class Asked(NamedTuple):
 
 
 class Answered(NamedTuple):
-  """What it said, right after; numpy.
+  """The output of the call, shown right after it.
 
   Attributes:
-    first_row: as in `Asked`.
+    first_row: see `Asked`.
     positions: [B, K] int32, canvas positions.
-    top_tokens: [B, K, A] int32, the most probable tokens there, best first.
+    top_tokens: [B, K, A] int32, the most probable tokens, best first.
     top_probs: [B, K, A] float32, their probabilities: the network's own, before
       temperature, top-k, top-p and guidance.
   """
@@ -57,20 +57,19 @@ class Answered(NamedTuple):
   top_probs: np.ndarray
 
 
-# Is shown each call, and returns whether to go on (what it returns for an answer
-# does not matter). Once it does not, the calls that are left skip the network:
-# the sampler ends soon, with tokens that mean nothing.
+# Returns whether to continue after an `Asked`. Otherwise the remaining calls
+# skip the network, and the sampler soon returns meaningless tokens.
 Watch = Callable[[Asked | Answered], bool]
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """Who watches a sampler, and what it is shown.
+  """The function that is shown the calls, and how much it is shown.
 
   Attributes:
     watch: called on the host, for each device in the order of its calls.
-    mask_id: the mask's id, which is no alternative.
-    num_top: A, the alternatives shown for each position; 0: no `Answered`.
+    mask_id: the mask's id, which is never an alternative.
+    num_top: A, the number of alternatives per position; 0: no `Answered`.
   """
 
   watch: Watch
@@ -82,16 +81,16 @@ class View:
 class Watched:
   """A `types.CachedDenoise` that shows its calls.
 
-  Under shard_map: each device shows its own rows, the first of those that
-  compute one part of the batch together speaks for all.
+  Under shard_map each device shows its own rows; of devices that compute the
+  same rows, only the first does.
 
   Attributes:
     denoise: the network.
-    view: who watches it.
-    num_rows: B, of the canvas on this device; a guided call has as many again
-      behind them, which are not shown.
-    first_row: [] int32, of this device.
-    shift: by how many tokens a cached network's input lags behind the canvas.
+    view: what is shown.
+    num_rows: B, rows of the canvas on this device. A guided call has as many
+      rows again after them, which are not shown.
+    first_row: [] int32, index of this device's first row.
+    shift: number of tokens by which a cached network's input is delayed.
   """
 
   denoise: CachedDenoise
@@ -108,79 +107,56 @@ class Watched:
     return self.denoise.init_cache(tokens)
 
   def advance(self, cache, tokens, start, visible, level=None):
-    advance = lambda: self.denoise.advance(cache, tokens, start, visible, level)
-    return self._ask(
-      advance,
-      tokens,
-      start - self.shift,
-      jnp.zeros((tokens.shape[0], 0), jnp.int32),
-    )
+    ask = lambda: self.denoise.advance(cache, tokens, start, visible, level)
+    none = jnp.zeros((tokens.shape[0], 0), jnp.int32)
+    return self._ask(ask, tokens, start - self.shift, none)
 
   def within(self, cache, tokens, start, level, positions, visible):
     ask = lambda: self.denoise.within(
       cache, tokens, start, level, positions, visible
     )
+    asked = start + positions
     return self._show(
-      ask, lambda out: out[0], tokens, start - self.shift, start + positions
+      ask, lambda out: out[0], tokens, start - self.shift, asked
     )
 
   def _show(self, ask, logits_of, tokens, start, positions):
-    """The output of `ask`, shown before and after; logits_of(output) [B, K, V]."""
+    """Returns ask(); shows its input and logits_of(output), [B, K, V]."""
     out = self._ask(ask, tokens, start, positions)
     if self.view.num_top:
-      rows = slice(self.num_rows)
       mask_id = self.view.mask_id
-      log_p = categorical.log_prob(logits_of(out)[rows], mask_id)
+      logits = logits_of(out)[: self.num_rows]
+      log_p = categorical.log_prob(logits, mask_id)
       top_log_p, top = jax.lax.top_k(log_p, min(self.view.num_top, mask_id))
-      sharding.on_first_device(
-        lambda: io_callback(
-          self._answered,
-          jax.ShapeDtypeStruct((), jnp.int32),
-          self.first_row,
-          positions[rows],
-          top,
-          jnp.exp(top_log_p),
-        )
-      )
+      shown = positions[: self.num_rows], top, jnp.exp(top_log_p)
+      self._call(Answered, *shown)
     return out
 
   def _ask(self, ask, tokens, start, positions):
-    """The network's output, of `ask`; zeros once the host has had enough."""
+    """Returns ask(), or zeros once the host has stopped the sampler."""
     rows = slice(self.num_rows)
-    goes_on = sharding.on_first_device(
-      lambda: io_callback(
-        self._asked,
-        jax.ShapeDtypeStruct((), jnp.int32),
-        self.first_row,
-        jnp.asarray(start, jnp.int32),
-        tokens[rows],
-        positions[rows],
-      )
-    )
-    return jax.lax.cond(goes_on > 0, ask, lambda: sharding.zeros_like(ask))
+    start = jnp.asarray(start, jnp.int32)
+    go_on = self._call(Asked, start, tokens[rows], positions[rows])
+    return jax.lax.cond(go_on > 0, ask, lambda: sharding.zeros_like(ask))
 
-  def _asked(self, first_row, start, tokens, positions):
-    go_on = self.view.watch(
-      Asked(
-        int(first_row), int(start), np.asarray(tokens), np.asarray(positions)
-      )
-    )
-    return np.int32(bool(go_on))
+  def _call(self, event: Callable[..., Asked | Answered], *values):
+    """Returns whether the host wants to continue, [] int32."""
 
-  def _answered(self, first_row, positions, top_tokens, top_probs):
-    self.view.watch(
-      Answered(
-        int(first_row), *map(np.asarray, (positions, top_tokens, top_probs))
-      )
+    def show(first_row, *values):
+      values = (x if x.ndim else int(x) for x in map(np.asarray, values))
+      return np.int32(bool(self.view.watch(event(int(first_row), *values))))
+
+    scalar = jax.ShapeDtypeStruct((), jnp.int32)
+    return sharding.on_first_device(
+      lambda: io_callback(show, scalar, self.first_row, *values)
     )
-    return np.int32(1)
 
 
 class Answer(NamedTuple):
-  """What one call said of one row; numpy.
+  """The output of one call for one row.
 
   Attributes:
-    positions: [K] int32, canvas positions, each once.
+    positions: [K] int32, distinct canvas positions.
     top_tokens: [K, A] int32, best first.
     top_probs: [K, A] float32.
   """
@@ -191,26 +167,25 @@ class Answer(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-  """How one row of a batch came to be.
+  """How one row of a batch was made.
 
   Attributes:
     frames: [F + 1, L] int32, the canvas before each of F calls, and the sample.
-    answers: F of them, one for each call; None where the call asked for nothing
-      or alternatives were not recorded.
+    answers: the answers of F calls; None if no output was needed or recorded.
   """
 
   frames: np.ndarray
   answers: list[Answer | None]
 
   def changed_at(self) -> np.ndarray:
-    """[L] int32, the call that gave each position its last value; -1: none did."""
+    """Returns [L] int32, the call that last changed a position, or -1."""
     changes = self.frames[1:] != self.frames[:-1]
     last = len(changes) - 1 - np.argmax(changes[::-1], axis=0)
     return np.where(changes.any(axis=0), last, -1).astype(np.int32)
 
 
 class Recorder:
-  """A `Watch` that keeps all it is shown.
+  """A `Watch` that keeps everything it is shown.
 
   Args:
     tokens: [B, L] int32, the canvas, with mask_id in the gaps.
@@ -229,7 +204,7 @@ class Recorder:
         self._frames[row].append(self._canvas[row].copy())
         self._answers[row].append(None)
       else:
-        # A row with fewer positions than there are slots asks for some twice.
+        # Rows with fewer positions than the batch has slots repeat some.
         positions, first = np.unique(positions, return_index=True)
         self._answers[row][-1] = Answer(
           positions, event.top_tokens[i][first], event.top_probs[i][first]
@@ -237,7 +212,7 @@ class Recorder:
     return True
 
   def trajectories(self, samples: np.ndarray) -> list[Trajectory]:
-    """The trajectory of each row, given the samples [B, L] that came of it."""
+    """Returns the trajectory of each row, which ends with samples [B, L]."""
     return [
       Trajectory(np.stack([*frames, np.asarray(sample, np.int32)]), answers)
       for frames, sample, answers in zip(self._frames, samples, self._answers)
@@ -245,10 +220,44 @@ class Recorder:
 
 
 def paste(canvas: np.ndarray, tokens: np.ndarray, start: int):
-  """Writes tokens [S] into canvas [L] at `start`, in place; see `Asked.start`.
+  """Writes tokens [S] to canvas [L] from `start`, in place.
 
-  What sticks out on either side is left out.
+  Tokens before and after the canvas are skipped; see `Asked.start`.
   """
   skipped = max(-start, 0)
   part = tokens[skipped : len(canvas) - start]
   canvas[start + skipped : start + skipped + len(part)] = part
+
+
+# From the first call to the last: purple, blue, green, yellow.
+_COLORS = np.array(
+  [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]
+)
+_GIVEN = np.array([128, 128, 128])
+# In pixels: the height and width of a token, and the gap between rows.
+_HEIGHT, _WIDTH, _GAP = 12, 4, 2
+
+
+def order_image(
+  trajectories: Sequence[Trajectory], fixed: np.ndarray
+) -> np.ndarray:
+  """Draws when each token was last written: rows are samples.
+
+  Args:
+    trajectories: the trajectories of N samples.
+    fixed: [L] bool, positions of the prompt, which are gray.
+
+  Returns:
+    [H, W, 3] uint8; colors are shares of the number of calls of each sample.
+  """
+  rows = []
+  anchors = np.linspace(0, 1, len(_COLORS))
+  for trajectory in trajectories:
+    last_call = max(len(trajectory.answers) - 1, 1)
+    share = np.maximum(trajectory.changed_at(), 0) / last_call
+    channels = [np.interp(share, anchors, channel) for channel in _COLORS.T]
+    colors = np.where(fixed[:, None], _GIVEN, np.stack(channels, axis=-1))
+    row = np.tile(colors.round().astype(np.uint8), (_HEIGHT, 1, 1))
+    row = np.repeat(row, _WIDTH, axis=1)
+    rows.append(np.pad(row, ((0, _GAP), (0, 0), (0, 0)), constant_values=255))
+  return np.concatenate(rows)[:-_GAP]

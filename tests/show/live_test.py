@@ -1,4 +1,4 @@
-"""Tests of nanodlm.show.live: what the terminal shows, and that it gets it back."""
+"""Tests of nanodlm.show.live: what it draws, and how it leaves the terminal."""
 
 import io
 import os
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from rich import console as consoles
 
-from nanodlm.data import tokenizers
+from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.show import live, watch
 
-BYTES = tokenizers.BytesTokenizer()
+BYTES = BytesTokenizer()
 MASK = BYTES.mask_id
 
 
@@ -28,7 +28,7 @@ def make_console(width=40, height=20, **kwargs):
 
 
 def asked(*texts, first_row=0):
-  """A call on these canvases; '_' is a mask."""
+  """Returns a call with these canvases; '_' is a mask."""
   tokens = [[MASK if c == '_' else ord(c) for c in text] for text in texts]
   return watch.Asked(
     first_row,
@@ -39,11 +39,11 @@ def asked(*texts, first_row=0):
 
 
 def run(display, *events, texts=('____',), secs=0.15):
-  """What `display.run` draws while a sampler makes these calls."""
+  """Runs `display.run` while a sampler makes these calls."""
   tokens = asked(*texts).tokens
 
   def work():
-    time.sleep(secs)  # it compiles
+    time.sleep(secs)  # Compilation.
     for event in events:
       assert display.watch(event)
       time.sleep(secs)
@@ -53,7 +53,7 @@ def run(display, *events, texts=('____',), secs=0.15):
 
 
 def kinds(*frames):
-  canvas = live._Canvas(asked(frames[0]).tokens[0], MASK)  # pylint: disable=protected-access
+  canvas = live._Canvas(asked(frames[0]).tokens[0], MASK)
   for frame in frames:
     fixed = np.array([c == 'P' for c in frame])
     canvas.see(asked(frame).tokens[0], 0)
@@ -94,7 +94,7 @@ def test_wrap(width):
     ]
 
 
-def test_shows_calls_marks_and_gives_the_cursor_back():
+def test_shows_calls_and_restores_the_cursor():
   console = make_console()
   display = live.Display(console)
   assert (
@@ -115,7 +115,8 @@ def test_shows_calls_marks_and_gives_the_cursor_back():
   ):
     assert shown in out
   assert out.count('\x1b[?25l') == out.count('\x1b[?25h') == 1
-  assert '\x1b[1;31m×' in out  # what was taken back is marked
+  # A token that is masked again is marked.
+  assert '\x1b[1;31m×' in out
 
 
 def test_no_color(monkeypatch):
@@ -123,7 +124,7 @@ def test_no_color(monkeypatch):
   console = make_console()
   run(live.Display(console), asked('ab__'), asked('____'), texts=('____',))
   out = console.file.getvalue()
-  assert '×' in out and '\x1b[2m·' in out  # dim still is
+  assert '×' in out and '\x1b[2m·' in out  # Dim is not a color.
   assert '\x1b[1;31m' not in out and '31m' not in out
 
 
@@ -133,11 +134,10 @@ def test_fits_the_terminal(width, height):
   display = live.Display(console)
   text = 'abcdefghi_' * 12
   display._canvases = [
-    live._Canvas(asked(text).tokens[0], MASK)  # pylint: disable=protected-access
-    for _ in range(5)
+    live._Canvas(asked(text).tokens[0], MASK) for _ in range(5)
   ]
   fixed = np.zeros((5, 120), bool)
-  lines = display._lines(BYTES, 'title\x1b' * 9, fixed)  # pylint: disable=protected-access
+  lines = display._lines(BYTES, 'title\x1b' * 9, fixed)
   shown = [''.join(text for text, _ in line) for line in lines]
   assert len(lines) <= max(height - 1, 1)
   assert all(live.cells.cell_len(line) <= width for line in shown)
@@ -149,13 +149,13 @@ def test_fits_the_terminal(width, height):
     assert shown[-1] == 'and 1 more sample'
 
 
-def test_long_canvas_follows_what_is_not_finished():
+def test_long_canvas_shows_the_first_masked_line():
   lines = [[('x', 'said')]] * 10 + [[('·', 'masked')]] * 10
-  assert live._window(lines, 4) == (lines[10:14], 16)  # pylint: disable=protected-access
-  assert live._window(lines[:10], 4) == (lines[6:10], 6)  # pylint: disable=protected-access
+  assert live._window(lines, 4) == lines[10:14]
+  assert live._window(lines[:10], 4) == lines[6:10]
 
 
-def test_broken_bytes_and_rows_that_fill_the_batch_up():
+def test_incomplete_bytes_and_padded_batches():
   console = make_console()
   display = live.Display(console)
   broken = asked('____', '____')
@@ -164,7 +164,7 @@ def test_broken_bytes_and_rows_that_fill_the_batch_up():
   assert 'call 1, 3 of 4 tokens' in console.file.getvalue()
 
 
-def test_failure_and_signal_leave_the_terminal_as_it_was():
+def test_failure_and_signal_restore_the_terminal():
   before = signal.getsignal(signal.SIGINT)
   console = make_console()
 
@@ -194,9 +194,8 @@ def test_failure_and_signal_leave_the_terminal_as_it_was():
     live.Display(console).run(
       interrupt, BYTES, '', np.zeros((1, 4), np.int32), np.zeros((1, 4), bool)
     )
-    assert shown == [
-      True
-    ]  # the cursor came back before the program's own handler
+    # The cursor is restored before the program's own handler runs.
+    assert shown == [True]
     assert signal.getsignal(signal.SIGINT) is handle
   finally:
     signal.signal(signal.SIGINT, before)
@@ -204,5 +203,5 @@ def test_failure_and_signal_leave_the_terminal_as_it_was():
 
 def test_needs_a_terminal():
   assert not live.is_possible(consoles.Console(file=io.StringIO()))
-  # FORCE_COLOR and the like make no terminal of a pipe.
+  # A pipe with FORCE_COLOR is not a terminal.
   assert not live.is_possible(make_console())

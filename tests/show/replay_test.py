@@ -1,35 +1,36 @@
-"""Tests of nanodlm.show.replay: the page holds the trajectory, and works in a browser.
+"""Tests of nanodlm.show.replay: its data, its page, and the page in a browser.
 
-The tests with a browser need Chromium and pip install -e '.[browser]'.
+The tests in a browser need Chromium and pip install -e '.[browser]'.
 """
 
 import html.parser
 import json
 import re
 import shutil
+from unittest import mock
 
-import jax
 import numpy as np
 import pytest
 
-from nanodlm import config as configs
-from nanodlm import evaluate, sample
-from nanodlm.data import tokenizers
+from nanodlm import lm as lms
+from nanodlm import sample, train
+from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.show import replay, watch
 from nanodlm.types import InputError
 from tests import workdirs
 
-BYTES = tokenizers.BytesTokenizer()
+BYTES = BytesTokenizer()
 MASK = BYTES.mask_id
-# What could end the element, the string or the line, hide, or turn the text around.
-NASTY = '</script><script>hacked=1</script><!--"\'\\\0\u2028\u05d0\u05d1\u202e😀\té&lt;'
+# Text that could end an element, a string or a line, hide, or reverse text.
+NASTY = '</script><script>hacked=1</script><!--'
+NASTY += '"\'\\\0\u2028\u05d0\u05d1\u202e😀\té&lt;'
 PROMPT = 'a'
 
 
 def one_by_one(text, order):
-  """A trajectory that writes the bytes of `text` in an order; PROMPT is given.
+  """Returns a trajectory that writes `text` after PROMPT in an order of bytes.
 
-  The third call takes back what the second wrote; the fourth writes it again,
+  The third call masks again what the second wrote; the fourth writes it again,
   and the fifth changes the first written byte from 'z'.
   """
   final = BYTES.encode(PROMPT + text)
@@ -82,7 +83,7 @@ class Scripts(html.parser.HTMLParser):
   def __init__(self, page):
     super().__init__()
     self.scripts, self.attributes, self.open = [], [], []
-    self.feed(page.decode())
+    self.feed(page)
     self.close()
 
   def handle_starttag(self, tag, attrs):
@@ -100,25 +101,23 @@ class Scripts(html.parser.HTMLParser):
       self.scripts[-1] += data
 
 
-def test_page_is_whole_and_asks_for_nothing():
+def test_page_is_valid_and_loads_nothing():
   data = replay.make_data(make_takes(), BYTES, 5, NASTY, NASTY)
   page = replay.make_page(data)
   parsed = Scripts(page)
-  assert not parsed.open  # every element is closed, in order
+  assert not parsed.open  # Every element is closed, in order.
   first, program = parsed.scripts
   assert json.loads(first) == data
   assert first.isascii() and '<' not in first
   assert 'hacked' not in program
-  # Nothing is loaded: no address anywhere but in the recorded text.
+  # Nothing is loaded: only the recorded text contains addresses.
   assert not re.search(
-    rb'https?:|//[a-z]|url\(|@import', page.replace(first.encode(), b'')
+    r'https?:|//[a-z]|url\(|@import', page.replace(first, '')
   )
   assert {
     value for name, value in parsed.attributes if name in ('src', 'href')
   } == {'data:,'}
-  assert (
-    page.startswith(b'<!doctype html>') and replay.MARK.encode() in page[:1024]
-  )
+  assert page.startswith('<!doctype html>') and replay.MARK in page[:1024]
 
 
 def test_data_is_the_trajectory():
@@ -131,7 +130,7 @@ def test_data_is_the_trajectory():
     ('remask', 2),
   ]
   assert data['takes_back'] and data['changes'] and data['prompts'] == [NASTY]
-  # Bytes that are no text alone are numbers.
+  # Bytes that are not UTF-8 alone are numbers.
   spelled = [
     piece if isinstance(piece, str) else bytes(piece).decode('latin1')
     for piece in data['vocab']
@@ -150,7 +149,7 @@ def test_data_is_the_trajectory():
       canvas[position] = ids[token]
       np.testing.assert_array_equal(canvas, after)
       assert probability == (-1 if ids[token] == MASK else 500)
-      # Two of three alternatives are listed: of the others there is too little.
+      # Only alternatives of at least 0.05% are listed, at most num_top.
       where, num, first, half, other, quarter = call['a']
       assert (where, num, half, quarter) == (position, 2, 500, 250)
       assert ids[other] == 65
@@ -162,58 +161,14 @@ def test_data_is_the_trajectory():
 def test_order_image():
   takes = make_takes()[:2]
   trajectories = [take.trajectory for take in takes]
-  image = replay.order_image(trajectories, takes[0].fixed)
+  image = watch.order_image(trajectories, takes[0].fixed)
   length = len(takes[0].fixed)
   assert image.dtype == np.uint8 and image.shape == (12 + 2 + 12, 4 * length, 3)
-  assert image[0, 0].tolist() == [128] * 3  # the prompt
+  assert image[0, 0].tolist() == [128] * 3  # The prompt.
   last = 4 * (length - 1)
   assert image[0, last].tolist() == [253, 231, 37]
   np.testing.assert_array_equal(image[12:14], 255)
   assert image[0, 8].sum() < image[0, last - 8].sum()
-
-
-@pytest.mark.parametrize(
-  'text, parts',
-  [
-    ('', []),
-    ('ar', ['ar']),
-    ('fixed_count,block', ['fixed_count', 'block']),
-    (
-      'remask:grid=1,0.5,0;eta=1,ancestral:num_steps=8',
-      ['remask:grid=1,0.5,0;eta=1', 'ancestral:num_steps=8'],
-    ),
-  ],
-)
-def test_split_samplers(text, parts):
-  assert replay.split_samplers(text) == parts
-
-
-def test_parse_sampler():
-  assert replay.parse_sampler('confidence:threshold=0.9; num_steps=0') == {
-    'name': 'confidence',
-    'threshold': 0.9,
-    'num_steps': 0,
-  }
-  assert replay.parse_sampler('block:cache=False')['cache'] is False
-
-
-@pytest.mark.parametrize(
-  'text, message',
-  [
-    ('confidence:treshold=1', 'threshold'),
-    ('remask:eta', 'KEY=VALUE'),
-    ('remask:name=ar', 'KEY=VALUE'),
-    ('remask:eta=high', "eta='high'.*float"),
-    ('block:cache=maybe', 'cache'),
-    ('warp', "'warp' is not one of"),
-    ('ar', 'does not fit'),
-    ('fixed_count:eta=1', 'no effect'),
-    ('remask:eta=2', 'eta'),
-  ],
-)
-def test_samplers_that_will_not_do(run, text, message):
-  with pytest.raises(InputError, match=f'(?s)--samplers=.*{message}'):
-    replay.with_samplers(run[1], [text])
 
 
 def test_path(tmp_path):
@@ -227,9 +182,8 @@ def test_path(tmp_path):
   page = replay.Page(str(tmp_path / 'a.html'), 5)
   page.takes.extend(takes)
   assert page.write(BYTES, 't', 'f') == (tmp_path / 'a.html').stat().st_size
-  again = replay.Page(
-    str(tmp_path / 'a.html'), 5
-  )  # one of ours may be replaced
+  # An earlier page may be replaced.
+  again = replay.Page(str(tmp_path / 'a.html'), 5)
   again.takes.extend(takes[:1])
   again.write(BYTES, 't', 'f')
   assert {path.name for path in tmp_path.iterdir()} == {'a.html', 'notes.html'}
@@ -239,25 +193,18 @@ def test_path(tmp_path):
 def run(tmp_path_factory):
   """A workdir and the run in it."""
   workdir = workdirs.make_workdir(tmp_path_factory.mktemp('replay'))
-  return workdir, evaluate.open_run(workdir)[0]
+  return workdir, lms.load(workdir)
 
 
-def test_sampling_is_recorded_as_it_is(run, tmp_path, capsys):
-  workdir, opened = run
-  opened.config.sampler.num_samples = 3
-  settings = configs.validate(opened.config)
+def test_recording_does_not_change_samples(run, tmp_path, capsys):
+  workdir, lm = run
+  lm = lm.with_sampler({'num_samples': 3})
   prompts = ['The {} fox', '']
-  sample.sample_workdir(opened.config, settings, workdir, prompts)
+  sample.sample_prompts(lm, prompts)
   plain = capsys.readouterr().out
   page = replay.Page(str(tmp_path / 'a.html'), 3)
-  sample.sample_workdir(
-    opened.config,
-    settings,
-    workdir,
-    prompts,
-    ['fixed_count', 'remask:num_steps=6'],
-    page=page,
-  )
+  samplers = ['fixed_count', 'remask:num_steps=6']
+  sample.sample_prompts(lm, prompts, samplers, page=page)
   recorded = capsys.readouterr().out
   assert 'MiB' in recorded and ', remask:num_steps=6' in recorded
   with open(f'{workdir}/samples.jsonl') as file:
@@ -268,7 +215,7 @@ def test_sampling_is_recorded_as_it_is(run, tmp_path, capsys):
   )
   assert [a['tokens'] for a in own] == [a['tokens'] for a in kept]
   assert all(line['text'] in plain for line in own)
-  parsed = Scripts((tmp_path / 'a.html').read_bytes())
+  parsed = Scripts((tmp_path / 'a.html').read_text('utf-8'))
   takes = json.loads(parsed.scripts[0])['takes']
   assert len(takes) == 12
   texts = {take['text'] for take in takes}
@@ -278,23 +225,20 @@ def test_sampling_is_recorded_as_it_is(run, tmp_path, capsys):
   } == {4}
 
 
-def test_samples_in_training_come_with_their_making(run):
-  _, opened = run
-  params = jax.jit(
-    lambda: opened.network.init_params(opened.objective, jax.random.key(0))
-  )()
-  draw = sample.make_sample(opened)
-  for prompt in ('', 'The '):
-    tokens, trajectories = draw(params, prompt, 2, jax.random.key(1), 12)
-    assert tokens.shape == (2, 12)
-    assert bytes(tokens[1][: len(prompt)].tolist()).decode() == prompt
-    assert len(trajectories) == 2  # not of the rows that fill the batch up
-    for row, trajectory in zip(tokens, trajectories):
-      np.testing.assert_array_equal(trajectory.frames[-1], row)
-      assert len(trajectory.answers) == 4
+def test_samples_in_training_are_written(run):
+  lm = run[1]
+  writer, packed = mock.Mock(), mock.Mock(is_pairs=False)
+  draw = train._make_sample(lm.run, packed, writer)
+  draw(3, lm.params)
+  (step, images), _ = writer.write_images.call_args
+  (image,) = images['samples/reveal_order']
+  num = lm.run.settings.train.num_samples
+  assert step == 3 and image.shape == (14 * num - 2, 4 * workdirs.LENGTH, 3)
+  texts = writer.write_texts.call_args.args[1]
+  assert list(texts) == [f'samples/{i}' for i in range(num)]
 
 
-# In a browser.
+# Tests in a browser.
 
 
 @pytest.fixture(scope='module')
@@ -314,7 +258,7 @@ def browser():
 @pytest.fixture(scope='module')
 def path(tmp_path_factory):
   file = tmp_path_factory.mktemp('page') / 'a.html'
-  file.write_bytes(
+  file.write_text(
     replay.make_page(replay.make_data(make_takes(), BYTES, 5, NASTY, NASTY))
   )
   return file
@@ -322,7 +266,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture
 def visit(browser, path):
-  """Opens the page; fails where it complains or asks for anything."""
+  """Opens the page; fails on messages in its console and on requests."""
   contexts, heard = [], []
 
   def open_page(**settings):
@@ -353,7 +297,7 @@ def calls(page):
 
 
 def until(page, condition):
-  # The page's own policy forbids what wait_for_function does.
+  # The page's security policy forbids wait_for_function.
   for _ in range(200):
     if page.evaluate(condition):
       return
@@ -364,7 +308,8 @@ def until(page, condition):
 def test_browser_slider_and_keys(visit):
   page = visit()
   num = len(make_takes()[0].trajectory.answers)
-  assert calls(page) == f'call {num} of {num}'  # opens with the finished text
+  # The page opens with the finished text.
+  assert calls(page) == f'call {num} of {num}'
   pane = page.locator('.pane').first
   text = pane.locator('.canvas').inner_text()
   for shown in (
@@ -404,7 +349,7 @@ def test_browser_slider_and_keys(visit):
   assert calls(page) == f'call 8 of {num}'
   press('End')
   assert calls(page) == f'call {num} of {num}'
-  # A character of four bytes is one cell's, and three have nothing to show.
+  # A character of four bytes is in one cell, and three cells are empty.
   assert pane.locator('.tok', has_text='😀').count() == 1
   assert pane.locator('.tok:empty').count() == len(BYTES.encode(NASTY)) - len(
     NASTY
@@ -444,7 +389,7 @@ def test_browser_alternatives(visit):
   ]
   page.mouse.move(2, 2)
   tip.wait_for(state='hidden')
-  # One stop of the tab key for each text; the arrows go on from there.
+  # Each text is one tab stop; arrow keys move within it.
   assert page.locator('.canvas .tok[tabindex="0"]').count() == 4
   tokens.nth(0).focus()
   assert 'given' in tip.inner_text()
@@ -463,7 +408,7 @@ def test_browser_alternatives(visit):
   assert tip.is_hidden()
   page.keyboard.press('Home')
   assert 'given' in tip.inner_text()
-  # What is said of a shape.
+  # Characters without a shape have names.
   spoken = {
     page.locator('.tok', has_text=text).first.get_attribute('aria-label')
     for text in ('→', '😀', '<', '‹U+0000›')
@@ -475,10 +420,12 @@ def test_browser_alternatives(visit):
   assert 'Position 6: masked, not yet asked for' in tip.inner_text()
 
 
-# The least contrast of text on what lies behind it, over all elements of a kind.
+# Returns the least contrast of text with its background, over all elements that
+# match the selectors.
 CONTRAST = """selectors => {
-  const context = Object.assign(document.createElement('canvas'),
-                                {width: 1, height: 1}).getContext('2d', {willReadFrequently: true});
+  const canvas = Object.assign(document.createElement('canvas'),
+                               {width: 1, height: 1});
+  const context = canvas.getContext('2d', {willReadFrequently: true});
   const rgb = colour => {
     context.clearRect(0, 0, 1, 1);
     context.fillStyle = colour;
@@ -494,10 +441,10 @@ CONTRAST = """selectors => {
   for (const element of document.querySelectorAll(selectors)) {
     if (!element.textContent.trim() || !element.checkVisibility()) continue;
     const text = light(rgb(getComputedStyle(element).color));
-    let behind = element;
-    while (!rgb(getComputedStyle(behind).backgroundColor)[3])
-      behind = behind.parentElement;
-    const ground = light(rgb(getComputedStyle(behind).backgroundColor));
+    let parent = element;
+    while (!rgb(getComputedStyle(parent).backgroundColor)[3])
+      parent = parent.parentElement;
+    const ground = light(rgb(getComputedStyle(parent).backgroundColor));
     least = Math.min(least, (Math.max(text, ground) + 0.05) /
                             (Math.min(text, ground) + 0.05));
   }
@@ -510,7 +457,7 @@ def test_browser_colours(visit, scheme):
   page = visit(color_scheme=scheme, reduced_motion='reduce')
   theme = 'document.documentElement.dataset.theme'
   assert page.evaluate(theme) == scheme
-  # Every probability and call there could be.
+  # Covers all probabilities and calls.
   stretch = """document.querySelectorAll('.said').forEach((token, i, all) => {
     for (const name of ['--c', '--o'])
       token.style.setProperty(name, i / (all.length - 1));
@@ -548,7 +495,7 @@ def test_browser_phone(visit):
   page = visit(viewport={'width': 360, 'height': 560}, has_touch=True)
   assert page.evaluate('document.documentElement.scrollWidth') == 360
   token = page.locator('.pane .tok').nth(3)
-  for top in (150, 450):  # the token's, in the window
+  for top in (150, 450):  # The position of the token in the window.
     token.evaluate(
       '(e, top) => scrollBy(0, e.getBoundingClientRect().top - top)', top
     )

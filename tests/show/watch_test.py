@@ -1,4 +1,4 @@
-"""Tests of nanodlm.show.watch: looking on changes nothing, and shows all there is."""
+"""Tests of nanodlm.show.watch: it shows all calls and keeps the samples."""
 
 from absl.testing import absltest, parameterized
 import jax
@@ -7,15 +7,17 @@ import numpy as np
 from nanodlm.devices import mesh as meshes
 from nanodlm.devices.sharding import Shards
 from nanodlm.model import transformer
+from nanodlm.model.network import TransformerNetwork
 from nanodlm.noise.categorical import Draw
 from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block
 from nanodlm.objectives.masked import Masked
 from nanodlm.objectives.mixture import Uniform
-from nanodlm.samplers import FINAL, SAMPLERS
+from nanodlm.samplers import SAMPLERS
 from nanodlm.samplers.guidance import Guided
 from nanodlm.show import watch
-from nanodlm.steps import train
+from nanodlm.steps.network import Scorer
+from nanodlm.steps.sample import make_sample_step
 from nanodlm.types import Canvas
 from tests import toys
 
@@ -29,7 +31,7 @@ OBJECTIVES = {
   'uniform': Uniform(MASK),
 }
 INNER = SAMPLERS['fixed_count'](DRAW, 2)
-# The objective of the network, and the sampler.
+# Values are (objective of the network, sampler).
 CASES = {
   'ancestral': ('masked', SAMPLERS['ancestral'](DRAW, 6)),
   'ar': ('ar', SAMPLERS['ar'](DRAW)),
@@ -57,7 +59,7 @@ def make_canvas():
 def sample(name, shape=(1, 1, 1), view=None):
   objective, sampler = CASES[name]
   objective = OBJECTIVES[objective]
-  network = train.Network(
+  network = TransformerNetwork(
     toys.model_config(
       vocab_size=VOCAB,
       num_heads=4,
@@ -66,7 +68,6 @@ def sample(name, shape=(1, 1, 1), view=None):
       block_size=objective.block_size,
       time_conditioning=objective.needs_time,
     ),
-    64,
     Shards(*shape[1:]),
   )
   mesh = meshes.make_mesh(
@@ -79,7 +80,8 @@ def sample(name, shape=(1, 1, 1), view=None):
   padding = ((0, -VOCAB % shape[2]), (0, 0))
   params['embedding'] = np.pad(params['embedding'], padding)
   params = jax.device_put(params, meshes.shardings(mesh, params))
-  run = train.make_sample_step(network, objective, sampler, mesh, view)
+  scorer = Scorer(network, objective, chunk_size=64)
+  run = make_sample_step(scorer, sampler, mesh, view)
   canvas = meshes.shard_whole_batch(mesh, Canvas(*make_canvas()))
   return jax.device_get(run(params, jax.random.key(1), canvas))
 
@@ -89,7 +91,7 @@ class WatchTest(parameterized.TestCase):
     self.assertContainsSubset(SAMPLERS, CASES)
 
   @parameterized.parameters(*CASES)
-  def test_changes_nothing_and_shows_all(self, name):
+  def test_does_not_change_samples_and_shows_all_calls(self, name):
     tokens, fixed = make_canvas()
     recorder = watch.Recorder(tokens)
     samples = sample(name, view=watch.View(recorder, MASK, num_top=3))
@@ -102,7 +104,7 @@ class WatchTest(parameterized.TestCase):
       self.assertLen(answers, len(frames) - 1)
       changed = frames[1:] != frames[:-1]
       for change, answer in zip(changed, answers):
-        if answer is None:  # it only reads
+        if answer is None:  # The call only fills the cache.
           self.assertFalse(np.any(change))
           continue
         self.assertEqual(answer.top_tokens.shape, (*answer.positions.shape, 3))
@@ -110,12 +112,12 @@ class WatchTest(parameterized.TestCase):
         self.assertTrue(np.all(answer.top_probs > 0))
         self.assertTrue(np.all(answer.top_probs.sum(-1) <= 1 + 1e-5))
         self.assertLess(answer.top_tokens.max(), MASK)
-        if name != 'remask':  # which takes other tokens back
+        if name != 'remask':  # It masks other tokens again.
           self.assertContainsSubset(np.flatnonzero(change), answer.positions)
       self.assertTrue(
         np.all(changed.any(0) | fixed[row] | (objective == 'uniform'))
       )
-      if name in FINAL:
+      if CASES[name][1].is_final:
         self.assertEqual(changed.sum(0).max(), 1)
       changed_at = trajectory.changed_at()
       np.testing.assert_array_equal(changed_at[fixed[row]], -1)
@@ -135,7 +137,7 @@ class WatchTest(parameterized.TestCase):
     samples = sample('greedy', view=watch.View(recorder, MASK, MASK + 5))
     for trajectory in recorder.trajectories(samples.tokens):
       for call, answer in enumerate(trajectory.answers):
-        # More alternatives than there are tokens were asked for: all of them.
+        # All tokens are alternatives, since num_top exceeds the vocabulary.
         np.testing.assert_allclose(answer.top_probs.sum(-1), 1, rtol=1e-5)
         for position, top in zip(answer.positions, answer.top_tokens):
           if (
@@ -185,7 +187,7 @@ class WatchTest(parameterized.TestCase):
     self.assertNotEmpty(first)
     self.assertEqual(samples.num_calls, unwatched.num_calls)
 
-  def test_pastes_what_lies_inside(self):
+  def test_paste_skips_tokens_outside_the_canvas(self):
     for start, expected in (
       (-1, [2, 3, 0, 0]),
       (2, [0, 0, 1, 2]),

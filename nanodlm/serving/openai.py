@@ -1,0 +1,184 @@
+"""/v1: the models and completions of OpenAI's API."""
+
+from collections.abc import AsyncIterator, Sequence
+import secrets
+import time
+from typing import Any
+
+import fastapi
+import numpy as np
+
+from nanodlm import lm as lms
+from nanodlm.serving import schemas, service
+from nanodlm.serving.engine import Row
+from nanodlm.serving.service import ApiError, Canvas, Service, Submission
+from nanodlm.types import InputError
+
+_BRACES = str.maketrans({'{': '{{', '}': '}}'})
+
+
+def add_routes(app: fastapi.FastAPI, model: Service):
+  """Adds the routes of /v1 to `app`."""
+  described = {
+    'id': model.name,
+    'object': 'model',
+    'created': int(time.time()),
+    'owned_by': 'nanodlm',
+  }
+
+  def check_name(name: str | None):
+    if name not in (None, model.name):
+      message = f'model={name!r} is not served here; use {model.name!r}'
+      raise ApiError(404, message, 'model_not_found')
+
+  @app.get('/v1/models', summary='List the model')
+  async def list_models():
+    return {'object': 'list', 'data': [described]}
+
+  @app.get('/v1/models/{name}', summary='Describe the model')
+  async def describe_model(name: str):
+    check_name(name)
+    return described
+
+  @app.post('/v1/completions', summary='Complete a text')
+  async def complete(body: schemas.CompletionRequest, request: fastapi.Request):
+    """Continues a text or fills the gap before `suffix`, as OpenAI's API does.
+
+    With `stream`, the text is sent in its order, as it becomes final.
+    """
+    check_name(body.model)
+    completions = Completions(model, body)
+    canvases = [completions.lay_out(prompt) for prompt in completions.prompts]
+    submission = model.submit(request, body, canvases, body.n or 1)
+    if body.stream:
+      events = completions.stream(submission)
+      return service.EventStream(submission, events)
+    await submission.finish(request)
+    return completions.respond(submission.rows)
+
+
+class Completions:
+  """The choices of one request.
+
+  Args:
+    model: the model.
+    body: the request.
+  """
+
+  def __init__(self, model: Service, body: schemas.CompletionRequest):
+    self._model, self._body = model, body
+    self._num = body.n or 1
+    if body.best_of not in (None, self._num):
+      raise InputError(f'best_of={body.best_of!r} is not supported; use n')
+    self._stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if len(self._stops) > 4 or not all(0 < len(x) <= 200 for x in self._stops):
+      raise InputError(
+        f'stop={body.stop!r:.100}: at most 4 texts, of 1 to 200 characters each'
+      )
+    prompts: Any = body.prompt
+    if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int):
+      prompts = [prompts or '']
+    self.prompts: list[str | list[int]] = prompts
+    most = schemas.MAX_PROMPTS
+    if len(prompts) > most:
+      raise InputError(f'{len(prompts)} prompts; at most {most} are allowed')
+    self._head = {
+      'id': f'cmpl-{secrets.token_hex(12)}',
+      'object': 'text_completion',
+      'created': int(time.time()),
+      'model': model.name,
+    }
+
+  def lay_out(self, prompt: str | list[int]) -> Canvas:
+    """Returns tokens and fixed [n] of a prompt."""
+    model, size = self._model, self._body.max_tokens or 16
+    encode, length = model.tokenizer.encode, model.engine.length
+    suffix = self._body.suffix or ''
+    ids = encode(prompt).tolist() if isinstance(prompt, str) else prompt
+    suffix_ids = encode(suffix).tolist()
+    num_given = len(ids) + len(suffix_ids)
+    if num_given + size > length:
+      raise InputError(
+        f'max_tokens={size} and the {num_given} tokens of prompt and suffix do '
+        f'not fit; the canvas has {length} tokens'
+      )
+    if isinstance(prompt, str):  # This also rejects unknown characters.
+      text, suffix = prompt.translate(_BRACES), suffix.translate(_BRACES)
+      return model.lay_out(f'{text}{{{size}}}{suffix}')
+    return model.lay_out_ids([*ids, *[None] * size, *suffix_ids])
+
+  def _complete(self, row: Row) -> tuple[str, str | None, int]:
+    """The text so far, the reason why it ended, and its number of tokens."""
+    is_done = row.state == 'done'  # Read first: then the canvas is the last.
+    tokens = row.canvas[~row.fixed]
+    if not is_done:
+      hidden = [*(tokens == self._model.tokenizer.mask_id), True]
+      tokens = tokens[: np.argmax(hidden) if row.choice.is_final else 0]
+    shown = lms.shown_tokens(self._model.run, tokens)
+    text, num_tokens = self._model.tokenizer.decode(shown), len(shown)
+    ends = [end for stop in self._stops if (end := text.find(stop)) >= 0]
+    if ends or num_tokens < len(tokens):
+      return text[: min(ends, default=None)], 'stop', num_tokens
+    if is_done:
+      return text, 'length', num_tokens
+    # The end is withheld if it may become another character or a stop.
+    text = text.rstrip('\ufffd')
+    starts = [stop[:size] for stop in self._stops for size in range(len(stop))]
+    held = max((len(x) for x in starts if text.endswith(x)), default=0)
+    return text[: len(text) - held], None, num_tokens
+
+  def _echo(self, i: int) -> str:
+    """The text before completion i."""
+    prompt = self.prompts[i // self._num] if self._body.echo else ''
+    if isinstance(prompt, str):
+      return prompt
+    return self._model.tokenizer.decode(np.array(prompt, np.int32))
+
+  def _usage(self, rows: Sequence[Row]) -> dict[str, int]:
+    prompt = sum(int(row.fixed.sum()) for row in rows[:: self._num])
+    completion = sum(self._complete(row)[2] for row in rows)
+    return {
+      'prompt_tokens': prompt,
+      'completion_tokens': completion,
+      'total_tokens': prompt + completion,
+    }
+
+  def respond(self, rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns the response for rows that are done."""
+    choices = []
+    for i, row in enumerate(rows):
+      text, reason, _ = self._complete(row)
+      choices.append(_choice(i, self._echo(i) + text, reason))
+    return self._head | {'choices': choices, 'usage': self._usage(rows)}
+
+  async def stream(self, submission: Submission) -> AsyncIterator[bytes]:
+    """Yields the events of a streamed response."""
+
+    def event(choices, usage=None):
+      data = self._head | {'choices': choices, 'usage': usage}
+      return service.make_event(None, data)
+
+    rows = submission.rows
+    sent = [''] * len(rows)
+    reasons: list[str | None] = [None] * len(rows)
+    if self._body.echo:
+      for i in range(len(rows)):
+        yield event([_choice(i, self._echo(i), None)])
+    async for has_changed in submission.changes(service.HEARTBEAT_SECS):
+      if not has_changed:
+        yield service.COMMENT
+      for i, row in enumerate(rows):
+        if reasons[i] or row.state == 'failed':
+          continue
+        text, reasons[i], _ = self._complete(row)
+        if text != sent[i] or reasons[i]:
+          yield event([_choice(i, text[len(sent[i]) :], reasons[i])])
+          sent[i] = text
+    options = self._body.stream_options
+    if options and options.include_usage:
+      yield event([], self._usage(rows))
+    yield b'data: [DONE]\n\n'
+
+
+def _choice(i: int, text: str, reason: str | None) -> dict[str, Any]:
+  return dict(index=i, text=text, logprobs=None, finish_reason=reason)

@@ -1,0 +1,135 @@
+"""The requests and responses of the API, with their limits."""
+
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field
+
+MAX_SAMPLES = 16
+MAX_PROMPTS = 16
+MAX_STEPS = 1024
+MAX_SEED = 2**31 - 1
+MAX_BODY_BYTES = 2**18
+
+_Name = Annotated[str, Field(max_length=200)]
+_Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
+_Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+_Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+_TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+_Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
+_Zero = Annotated[float, Field(ge=0, le=0)]
+
+
+class _Response(pydantic.BaseModel):
+  model_config = pydantic.ConfigDict(use_attribute_docstrings=True)
+
+
+class _Request(_Response):
+  model_config = pydantic.ConfigDict(extra='forbid', strict=True)
+
+
+class Sampling(_Request):
+  """How to sample. The run's config provides what is null or left out."""
+
+  sampler: _Name | None = None
+  """The name of a sampler; /api/info lists those that fit the model."""
+  num_steps: _Steps | None = None
+  """Network calls; with a sampler that fills blocks, calls per block."""
+  temperature: _Temperature | None = None
+  """0 takes the most probable token."""
+  top_k: _Id | None = None
+  """Draws from this number of most probable tokens; 0: from all tokens."""
+  top_p: _TopP | None = None
+  """Draws from the smallest set of tokens that is at least this probable."""
+  seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+  """The same seed gives the same texts. The default is a random seed."""
+  user: _Name | None = None
+  """Requests from one address that name the same user take turns as one client.
+  By default, each connection is a client."""
+
+
+class GenerateRequest(Sampling):
+  """Either a text with gaps or its tokens."""
+
+  prompt: str | None = Field(None, examples=['Return the {} of the {12}.'])
+  """A text in which {} is a gap that takes an equal share of the free tokens of
+  the canvas, {12} is a gap of 12 tokens, and {{ and }} are literal braces. A
+  text without a gap is continued."""
+  tokens: list[_Id | None] | None = None
+  """Token ids, with null for each token to fill in."""
+  num_samples: _Samples = 1
+
+
+class Sample(_Response):
+  """A filled canvas."""
+
+  text: str
+  shown: str
+  """The text that --mode=sample prints. If the model was trained on prompts
+  with responses, it ends with the response."""
+  tokens: list[int]
+  texts: list[str]
+  """The text of each token. A character that is split into several tokens
+  belongs to the first of them."""
+  num_calls: int
+  """Network calls for the batch of this sample."""
+
+
+class GenerateResponse(_Response):
+  """Filled canvases and the settings that produced them."""
+
+  model: str
+  step: int
+  seed: int
+  sampler: dict[str, Any]
+  samples: list[Sample]
+
+
+class TokenizeRequest(_Request):
+  """A text, in which braces are literal."""
+
+  text: str
+
+
+class TokenizeResponse(_Response):
+  """The ids and the texts of tokens."""
+
+  tokens: list[int]
+  texts: list[str]
+
+
+class StreamOptions(_Request):
+  """The options of OpenAI's API."""
+
+  include_usage: bool = False
+  include_obfuscation: bool = False
+  """Ignored."""
+
+
+class CompletionRequest(Sampling):
+  """The request of OpenAI's API, with the fields that choose a sampler."""
+
+  model: _Name | None = None
+  prompt: str | list[str] | list[_Id] | list[list[_Id]] = ''
+  """One or several texts or lists of token ids. Braces are literal."""
+  suffix: str | None = None
+  """Text after the gap, for models that read in both directions."""
+  max_tokens: Annotated[int, Field(ge=1)] | None = 16
+  n: _Samples | None = 1
+  stream: bool | None = False
+  stream_options: StreamOptions | None = None
+  stop: str | list[str] | None = None
+  """Up to 4 texts. A completion ends before the first of them."""
+  seed: int | None = None
+  """Taken modulo 2^31."""
+  echo: bool | None = False
+  best_of: int | None = None
+  """Only n is supported."""
+  logprobs: None = None
+  """Not supported."""
+  frequency_penalty: _Zero | None = None
+  """Only 0 is supported."""
+  presence_penalty: _Zero | None = None
+  """Only 0 is supported."""
+  logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+  """Not supported."""

@@ -1,0 +1,305 @@
+"""What the routes share: the model, the rows of a request, errors, events."""
+
+import asyncio
+from collections.abc import AsyncIterator, Hashable, Sequence
+import contextlib
+import functools
+import json
+import secrets
+from typing import Any
+
+import fastapi
+from fastapi import responses
+import numpy as np
+
+from nanodlm import lm as lms
+from nanodlm import run as runs
+from nanodlm.noise import categorical
+from nanodlm.serving import schemas
+from nanodlm.serving.engine import Engine, FullError, Row
+from nanodlm.types import InputError
+
+# A stream in which nothing changes repeats a comment this often.
+HEARTBEAT_SECS = 5.0
+COMMENT = b': nanodlm\n\n'
+RETRY_AFTER_SECS = 2
+
+# The settings of a draw, in the config and in requests.
+DRAW = ('temperature', 'top_k', 'top_p')
+
+Canvas = tuple[np.ndarray, np.ndarray]
+
+
+class ApiError(fastapi.HTTPException):
+  """An error response: the client's mistake, or why it has to wait."""
+
+  def __init__(
+    self, status: int, message: str, code: str | None = None, headers=None
+  ):
+    super().__init__(status, message, headers)
+    self.code = code
+
+  def content(self) -> dict[str, Any]:
+    """The error in OpenAI's form, which its clients can show."""
+    kind = (
+      'server_error' if self.status_code >= 500 else 'invalid_request_error'
+    )
+    # JSON can spell half of a surrogate pair, which UTF-8 cannot encode.
+    message = self.detail.encode('utf-8', 'replace').decode()[:1000]
+    error = dict(message=message, type=kind, param=None, code=self.code)
+    return {'error': error}
+
+  def response(self) -> responses.JSONResponse:
+    """The error as a response."""
+    content, status = self.content(), self.status_code
+    return responses.JSONResponse(content, status, self.headers)
+
+
+def make_event(name: str | None, data: Any) -> bytes:
+  """A server-sent event with JSON data."""
+  head = f'event: {name}\n' if name else ''
+  return f'{head}data: {json.dumps(data)}\n\n'.encode()
+
+
+class Submission:
+  """The rows of one request, for which a coroutine waits.
+
+  Args:
+    engine: fills the rows.
+    client: whose turns they use.
+    rows: the rows.
+
+  Raises:
+    ApiError: the queue is full, or the server is stopping.
+  """
+
+  def __init__(self, engine: Engine, client: Hashable, rows: Sequence[Row]):
+    loop = asyncio.get_running_loop()
+    self.rows = rows
+    self._engine, self._changed = engine, asyncio.Event()
+
+    def notify():
+      with contextlib.suppress(RuntimeError):  # The loop has ended.
+        loop.call_soon_threadsafe(self._changed.set)
+
+    try:
+      engine.submit(client, rows, notify)
+    except FullError as error:
+      headers = {'Retry-After': str(RETRY_AFTER_SECS)}
+      status = 503 if engine.is_closing else 429
+      raise ApiError(status, str(error), 'queue_full', headers) from error
+
+  def cancel(self):
+    """Drops the rows that are not done."""
+    for row in self.rows:
+      row.is_cancelled = True
+
+  async def changes(self, timeout_secs: float) -> AsyncIterator[bool]:
+    """Yields True after each change, until all rows are done.
+
+    Yields False whenever nothing has changed for timeout_secs, and may do so at
+    first.
+
+    Raises:
+      ApiError: a row has failed.
+    """
+    while True:
+      has_changed = self._changed.is_set()
+      self._changed.clear()
+      is_over = all(row.is_over or row.is_cancelled for row in self.rows)
+      yield has_changed
+      for row in self.rows:
+        if row.error:
+          raise ApiError(503 if self._engine.is_closing else 500, row.error)
+      if is_over:
+        return
+      with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_secs):
+          await self._changed.wait()
+
+  async def finish(self, request: fastapi.Request):
+    """Waits for all rows; cancels them if one fails or the client leaves."""
+    try:
+      async for _ in self.changes(timeout_secs=1.0):
+        if await request.is_disconnected():
+          raise ApiError(499, 'the client has closed the connection')
+    finally:
+      self.cancel()
+
+
+class EventStream(responses.StreamingResponse):
+  """A stream of server-sent events; its end cancels the rows.
+
+  The generator of the events cannot cancel them: it never runs if the client
+  leaves before the first byte.
+  """
+
+  def __init__(
+    self, submission: Submission, events: AsyncIterator[bytes], error_event=''
+  ):
+    async def guarded():
+      try:
+        async for event in events:
+          yield event
+      except ApiError as error:
+        yield make_event(error_event, error.content())
+
+    headers = {'Cache-Control': 'no-store', 'X-Accel-Buffering': 'no'}
+    super().__init__(guarded(), 200, headers, 'text/event-stream')
+    self._submission = submission
+
+  async def __call__(self, scope, receive, send):
+    try:
+      await super().__call__(scope, receive, send)
+    finally:
+      self._submission.cancel()
+
+
+class Service:
+  """A model to serve.
+
+  Args:
+    engine: fills canvases.
+    name: the model's name.
+  """
+
+  def __init__(self, engine: Engine, name: str):
+    self.engine, self.name = engine, name
+    self.run, self.step = engine.lm.run, engine.lm.step
+    self.tokenizer = engine.lm.tokenizer
+
+  @functools.cached_property
+  def info(self) -> dict[str, Any]:
+    """What a client has to know about the model."""
+    settings, objective = self.run.settings, self.run.objective
+    fitting = []
+    for name in runs.fitting_samplers(objective):
+      with contextlib.suppress(InputError):  # It rejects the run's settings.
+        fitting.append(self.engine.choose(name))
+    return {
+      'model': self.name,
+      'step': self.step,
+      'objective': settings.objective['name'],
+      'num_params': self.run.num_params(),
+      'length': self.engine.length,
+      'sees_right': objective.sees_right(self.engine.length),
+      'tokenizer': self.tokenizer.name,
+      'vocab_size': self.tokenizer.vocab_size,
+      'samplers': [
+        dict(name=x.name, reads_steps=x.reads_steps, num_steps=x.num_steps)
+        for x in fitting
+      ],
+      'sampler': self.engine.choose().name,
+      'defaults': {key: settings.sampler[key] for key in ('num_steps', *DRAW)},
+      'limits': {
+        'num_samples': schemas.MAX_SAMPLES,
+        'num_steps': schemas.MAX_STEPS,
+        'seed': schemas.MAX_SEED,
+        'body_bytes': schemas.MAX_BODY_BYTES,
+      },
+    }
+
+  def lay_out(self, prompt: str) -> Canvas:
+    """Returns tokens and fixed [n] of a text with gaps."""
+    return lms.lay_out(self.run, prompt, self.engine.length)
+
+  def lay_out_ids(self, ids: Sequence[int | None]) -> Canvas:
+    """Returns tokens and fixed [n] of ids with None in the gaps."""
+    mask_id, length = self.tokenizer.mask_id, self.engine.length
+    if not 0 < len(ids) <= length:
+      raise InputError(
+        f'tokens has {len(ids)} entries; between 1 and {length} are allowed '
+        '(sampler.length, by default data.length)'
+      )
+    if any(i is not None and i >= mask_id for i in ids):
+      raise InputError(f'tokens must be null or ids in [0, {mask_id})')
+    fixed = np.array([i is not None for i in ids])
+    sees_right = self.run.objective.sees_right(length)
+    if not sees_right and np.any(fixed[1:] & ~fixed[:-1]):
+      raise InputError(
+        'tokens: this model reads from left to right (by tokens or by blocks) '
+        'and fills one gap at the end; text after a gap requires a model with '
+        'objective.name=masked'
+      )
+    return np.array([mask_id if i is None else i for i in ids], np.int32), fixed
+
+  def submit(
+    self,
+    request: fastapi.Request,
+    body: schemas.Sampling,
+    canvases: Sequence[Canvas],
+    num: int,
+  ) -> Submission:
+    """Submits `num` rows for each canvas, to be sampled as `body` says."""
+    choice = self.engine.choose(body.sampler, body.num_steps)
+    given = body.model_dump(include={*DRAW}, exclude_none=True)
+    defaults = self.run.settings.sampler
+    values = {key: given.get(key, defaults[key]) for key in DRAW}
+    draw = categorical.Draw(self.tokenizer.mask_id, **values)
+    num_seeds = schemas.MAX_SEED + 1
+    seed = secrets.randbelow(num_seeds) if body.seed is None else body.seed
+    rows = []
+    for canvas in canvases:
+      for _ in range(num):
+        rows.append(Row(*canvas, choice, draw, seed % num_seeds, len(rows)))
+    host, port = request.client or ('', 0)
+    return Submission(self.engine, (host, body.user or port), rows)
+
+  def respond(self, rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns the `schemas.GenerateResponse` for rows that are done."""
+    first, decode = rows[0], self.tokenizer.decode
+    used: dict[str, Any] = {'name': first.choice.name}
+    used |= {key: getattr(first.draw, key) for key in DRAW}
+    if first.choice.reads_steps:
+      used['num_steps'] = first.choice.num_steps
+    return {
+      'model': self.name,
+      'step': self.step,
+      'seed': first.seed,
+      'sampler': used,
+      'samples': [
+        {
+          'text': decode(row.canvas),
+          'shown': decode(lms.shown_tokens(self.run, row.canvas)),
+          'tokens': row.canvas.tolist(),
+          'texts': self.tokenizer.spell(row.canvas),
+          'num_calls': row.num_calls,
+        }
+        for row in rows
+      ],
+    }
+
+  async def events(self, submission: Submission) -> AsyncIterator[bytes]:
+    """Yields the events of /api/stream."""
+    seen: list[Any] = [(None, None, [])] * len(submission.rows)
+    async for has_changed in submission.changes(HEARTBEAT_SECS):
+      if not has_changed:
+        yield COMMENT
+      for i, row in enumerate(submission.rows):
+        old_state, old_canvas, old = seen[i]
+        # In this order: a row that is done has its last tokens.
+        state, canvas = row.state, row.canvas
+        tokens = old if canvas is old_canvas else self._spell(canvas)
+        seen[i] = state, canvas, tokens
+        event: dict[str, Any] = {'row': i}
+        if old_canvas is None:
+          ids, texts = zip(*tokens)
+          event |= dict(tokens=ids, texts=texts, fixed=row.fixed.tolist())
+          yield make_event('canvas', event)
+        elif tokens != old:
+          # Neighbours change too, if they share a character with the token.
+          changed = [j for j, token in enumerate(tokens) if token != old[j]]
+          changes = [(j, *tokens[j]) for j in changed]
+          event |= dict(num_calls=row.num_calls, changes=changes)
+          yield make_event('reveal', event)
+        if state not in (old_state, 'failed'):
+          yield make_event('state', {'row': i, 'state': state})
+    yield make_event('done', self.respond(submission.rows))
+
+  def _spell(self, canvas: np.ndarray) -> list[tuple[int | None, str]]:
+    """The id and text of each token, None and '' for a mask."""
+    mask_id = self.tokenizer.mask_id
+    return [
+      (None, '') if token == mask_id else (token, text)
+      for token, text in zip(canvas.tolist(), self.tokenizer.spell(canvas))
+    ]

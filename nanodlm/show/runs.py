@@ -1,0 +1,252 @@
+"""Reads workdirs of runs, finished or in progress.
+
+Files may be missing, incomplete or of another shape. `Run.problems` lists what
+cannot be read.
+"""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import datetime
+import json
+import math
+import pathlib
+import time
+from typing import Any, NamedTuple, TypeGuard
+
+from nanodlm import workdir as workdir_files
+from nanodlm.devices import lock
+from nanodlm.types import InputError
+
+COMPARISON_FILE = 'comparison.json'
+
+Line = dict[str, Any]
+# x, y and half the width of the interval of y, or 0.
+Points = list[tuple[float, float, float]]
+
+
+class Run(NamedTuple):
+  """The contents of a workdir.
+
+  Attributes:
+    name: the shortest suffix of its path that distinguishes it from other runs.
+    config: {'section.key': value}; empty if it cannot be read.
+    metrics: {metric: number} with 'step', for each step in order.
+    evals: the lines of eval.jsonl.
+    samples: the lines of samples.jsonl.
+    state: 'finished', 'in progress' or 'stopped', and the time since the last
+      write.
+    num_params: number of parameters in the last checkpoint, or None.
+    problems: files that are missing or cannot be read, and other warnings.
+  """
+
+  name: str
+  config: dict[str, Any]
+  metrics: list[dict[str, float]]
+  evals: list[Line]
+  samples: list[Line]
+  state: str
+  num_params: int | None
+  problems: list[str]
+
+  @property
+  def last_step(self) -> int:
+    """The last step with metrics, or 0."""
+    return int(self.metrics[-1]['step']) if self.metrics else 0
+
+  @property
+  def tokens_per_step(self) -> int:
+    """Tokens of a global batch; 0 if the config does not say."""
+    size = self.config.get('train.batch_size', 0)
+    return size * self.config.get('data.length', 0)
+
+  def curve(self, key: str, scale: int = 1) -> Points:
+    """Returns (step * scale, value, half interval), or [] if scale is 0."""
+    return [
+      (line['step'] * scale, line[key], half_interval(line, key))
+      for line in self.metrics
+      if scale and key in line
+    ]
+
+  def last_line(self, *keys: str) -> dict[str, float]:
+    """Returns the last line that has any of the metrics, or {}."""
+    found = (line for line in reversed(self.metrics) if line.keys() & keys)
+    return next(found, {})
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+  """Returns whether a value is a finite number."""
+  return type(value) in (int, float) and math.isfinite(value)
+
+
+def half_interval(line: Line, key: str) -> float:
+  """Returns half the width of a value's interval; 0 if it has none."""
+  width = line.get(f'{key}_ci95')
+  return width if is_number(width) else 0.0
+
+
+def _read(path: pathlib.Path, problems: list[str]) -> bytes:
+  try:
+    return path.read_bytes()
+  except FileNotFoundError:
+    if path.name in (workdir_files.CONFIG, workdir_files.METRICS):
+      problems.append(f'no {path.name}')
+  except OSError as error:
+    problems.append(f'{path.name} cannot be read ({error.strerror})')
+  return b''
+
+
+def _read_lines(path: pathlib.Path, problems: list[str]) -> list[Line]:
+  found, bad = [], []
+  # The text after the last newline is still being written.
+  for number, line in enumerate(_read(path, problems).split(b'\n')[:-1], 1):
+    try:
+      value = json.loads(line)
+    except ValueError:
+      value = None
+    if isinstance(value, dict):
+      found.append(value)
+    else:
+      bad.append(number)
+  if bad:
+    problems.append(f'{path.name}: lines {bad[:5]} are not JSON objects')
+  return found
+
+
+def _read_config(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:
+  flat = {}
+  try:
+    for name, value in json.loads(_read(path, problems) or '{}').items():
+      section = value if isinstance(value, dict) else {}
+      flat |= {f'{name}.{key}': each for key, each in section.items()}
+      flat |= {} if section else {name: value}
+  except (ValueError, AttributeError) as error:
+    problems.append(f'{path.name} is not a JSON object ({error})')
+  for key in ('train.num_steps', 'train.batch_size', 'data.length'):
+    if key in flat and not is_number(flat[key]):
+      problems.append(f'{key}={flat.pop(key)!r} is not a number')
+  return flat
+
+
+def _join_steps(lines: Sequence[Line]) -> list[dict[str, float]]:
+  """Merges the lines of each step; later values replace earlier ones.
+
+  When the step decreases, the run was restarted from a checkpoint: the lines
+  after that step belong to the earlier attempt and are dropped.
+  """
+  steps = {}
+  for line in lines:
+    if type(step := line.get('step')) is int:
+      while steps and next(reversed(steps)) > step:
+        steps.popitem()
+      line = {key: value for key, value in line.items() if is_number(value)}
+      steps[step] = steps.get(step, {}) | line
+  return list(steps.values())
+
+
+def _count_params(workdir: pathlib.Path) -> int | None:
+  """Counts the parameters of the last checkpoint, from Orbax's metadata.
+
+  With mesh.tensor this includes the padding of the vocabulary.
+  """
+  files = workdir.glob('checkpoints/*/params/_METADATA')
+  by_step = {int(f.parts[-3]): f for f in files if f.parts[-3].isdigit()}
+  try:
+    tree = json.loads(by_step[max(by_step)].read_text())['tree_metadata']
+    shapes = [leaf['value_metadata']['write_shape'] for leaf in tree.values()]
+    return sum(map(math.prod, shapes)) or None
+  except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    return None
+
+
+def _find_state(workdir: pathlib.Path, is_complete: bool) -> str:
+  is_held = lock.is_held(str(workdir))
+  if is_complete and is_held is False:
+    return 'finished'
+  state = 'in progress' if is_held else 'stopped'
+  if is_held is None:
+    state = 'in progress or stopped (its lock cannot be read)'
+  with contextlib.suppress(OSError):
+    age = time.time() - (workdir / workdir_files.METRICS).stat().st_mtime
+    state += f', last written {datetime.timedelta(seconds=round(age))} ago'
+  return state
+
+
+def is_run(path: pathlib.Path) -> bool:
+  """Returns whether a folder has a file that a run writes at its start."""
+  return any(
+    (path / name).is_file()
+    for name in (workdir_files.CONFIG, workdir_files.METRICS)
+  )
+
+
+def read_run(workdir: pathlib.Path, name: str) -> Run:
+  """Reads a workdir."""
+  problems = []
+  config = _read_config(workdir / workdir_files.CONFIG, problems)
+  lines = _read_lines(workdir / workdir_files.METRICS, problems)
+  # A value that is not finite is written as null.
+  values = [v for line in lines for k, v in line.items() if 'ci95' not in k]
+  if None in values:
+    problems.append(f'{values.count(None)} values of metrics are not finite')
+  for path in sorted(workdir.glob('config.until_step_*.json')):
+    step = path.stem.rpartition('_')[2]
+    problems.append(f'settings were changed at step {step}')
+  run = Run(
+    name,
+    config,
+    metrics=_join_steps(lines),
+    evals=_read_lines(workdir / workdir_files.EVAL, problems),
+    samples=_read_lines(workdir / workdir_files.SAMPLES, problems),
+    state='',
+    num_params=_count_params(workdir),
+    problems=problems,
+  )
+  is_complete = run.last_step >= config.get('train.num_steps', math.inf)
+  return run._replace(state=_find_state(workdir, is_complete))
+
+
+def short_names(paths: Sequence[str | pathlib.Path]) -> list[str]:
+  """Returns the shortest suffixes that distinguish the paths."""
+  all_parts = [pathlib.Path(path).absolute().parts for path in paths]
+  is_unique = lambda end: sum(p[-len(end) :] == end for p in all_parts) == 1
+  names = []
+  for parts in all_parts:
+    ends = [parts[-size:] for size in range(1, len(parts) + 1)]
+    names.append('/'.join(next(filter(is_unique, ends), parts)))
+  return names
+
+
+def read_comparison(path: pathlib.Path) -> dict[str, Any]:
+  """Reads the output of --mode=compare, a file or its folder.
+
+  Raises:
+    InputError: the file is invalid.
+  """
+  file = path / COMPARISON_FILE if path.is_dir() else path
+  try:
+    value = json.loads(file.read_bytes())
+    for run in value['runs']:
+      _ = pathlib.Path(run['workdir']), run['nll'], value['judge']
+      for point in run['points']:
+        _ = point['sampler']['name'], (point['num_calls'] or 0) + 0
+    return value | {'path': str(file)}
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise InputError(
+      f'--compare={str(path)!r} is not a {COMPARISON_FILE} of '
+      f'nanodlm.evals.compare: {error!r}'
+    ) from error
+
+
+def find_comparisons(workdirs: Sequence[pathlib.Path]) -> Iterator[Line]:
+  """Yields comparisons of these runs from folders next to the workdirs."""
+  folders = [workdir.resolve() for workdir in workdirs]
+  for parent in dict.fromkeys(folder.parent for folder in folders):
+    nested = parent.glob(f'*/{COMPARISON_FILE}')
+    for path in sorted([*nested, parent / COMPARISON_FILE]):
+      with contextlib.suppress(InputError):
+        comparison = read_comparison(path)
+        names = {
+          pathlib.Path(run['workdir']).name for run in comparison['runs']
+        }
+        if not names.isdisjoint(folder.name for folder in folders):
+          yield comparison

@@ -1,0 +1,118 @@
+"""--mode=sample: samples of a run, printed, drawn live, and kept as a page.
+
+    python launch.py --mode=sample --workdir=runs/quickstart \
+        --prompt='Return the {} of the {12}.' \
+        --samplers='fixed_count:num_steps=64,remask:num_steps=64' \
+        --html=replay.html
+
+'{}' takes an equal share of the free space, '{12}' is 12 tokens; a prompt
+without a gap is continued; '{{' and '}}' are braces. --prompt_file reads many,
+{"prompt": "def f("} on each line. Samples are printed and appended to
+samples.jsonl. In a terminal the canvases are shown while they are filled
+(--nolive: not): masked tokens dim, new ones green, and a cross for one that is
+masked again. Settings that --samplers leaves out are the run's for its own
+sampler, and the defaults of configs/base.py for others.
+"""
+
+import logging
+
+from absl import flags
+import jax
+import rich.console
+
+from nanodlm import lm as lms
+from nanodlm import prompts, sample
+from nanodlm import workdir as workdirs
+from nanodlm.config import Start
+from nanodlm.show import live, replay
+from nanodlm.types import InputError
+
+log = logging.getLogger('nanodlm')
+
+# The sections that --mode=sample reads.
+READS = ('sampler.', 'mesh.', 'model.', 'objective.')
+
+
+def define_flags():
+  """Defines the flags of --mode=sample."""
+  flags.DEFINE_multi_string(
+    'prompt',
+    [],
+    'A text with gaps, {} of automatic size or {12} of 12 tokens; a prompt '
+    'without a gap is continued. Doubled braces are literal. May be repeated.',
+  )
+  flags.DEFINE_string(
+    'prompt_file',
+    None,
+    "A JSONL file with a prompt in the field 'prompt' of each line; see "
+    '--prompt.',
+  )
+  flags.DEFINE_bool(
+    'live',
+    None,
+    'Whether to show the canvases during sampling; by default, if the output '
+    'is a terminal.',
+  )
+  flags.DEFINE_string(
+    'html', '', 'Output file of a page that replays the sampling.'
+  )
+  flags.DEFINE_string(
+    'samplers',
+    '',
+    'Samplers to run in turn, with keys of config.sampler, such as '
+    'fixed_count,confidence:threshold=0.9;num_steps=0; by default, the '
+    'sampler of the run.',
+  )
+  flags.DEFINE_integer(
+    'alternatives',
+    5,
+    'With --html: number of most probable tokens listed for each position.',
+    lower_bound=1,
+    upper_bound=20,
+  )
+
+
+def main(start: Start) -> int:
+  """Runs --mode=sample; see `sample.sample_prompts`."""
+  options = flags.FLAGS
+  settings = start.resolve_reading(READS)
+  workdirs.check_writable(start.workdir)
+  texts = list(options.prompt)
+  if options.prompt_file is not None:
+    texts += prompts.read_prompts(options.prompt_file)
+  samplers = sample.split_samplers(options.samplers)
+  display = _make_display(options.live)
+  page = _make_page(options.html, options['alternatives'])
+  lm = lms.load(start.workdir, settings=settings)
+  for warning in sample.check_prompts(lm, texts):
+    log.warning('%s', warning)
+  sample.sample_prompts(lm, texts, samplers, display, page)
+  return 0
+
+
+def _make_display(is_wanted: bool | None) -> live.Display | None:
+  """Returns the display of --live; None is plain text."""
+  console = rich.console.Console()
+  is_possible = live.is_possible(console) and jax.process_count() == 1
+  if is_wanted and not is_possible:
+    raise InputError(
+      '--live needs a single process and a terminal with UTF-8 and cursor '
+      'movement'
+    )
+  if is_wanted is None:
+    is_wanted = is_possible
+  return live.Display(console) if is_wanted else None
+
+
+def _make_page(path: str, alternatives) -> replay.Page | None:
+  """Returns the page of --html, or None."""
+  if not path:
+    if alternatives.present:
+      raise InputError(f'--alternatives={alternatives.value} needs --html')
+    return None
+  if jax.process_count() > 1:
+    raise InputError(
+      f'--html={path!r} needs a single process; each process only has its own '
+      'samples'
+    )
+  return replay.Page(path, alternatives.value)
