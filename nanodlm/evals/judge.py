@@ -1,22 +1,22 @@
 """Generative perplexity: how probable another model finds sampled text.
 
-A judge is an autoregressive checkpoint of nanodlm, or a Hugging Face causal
-language model where `transformers` and PyTorch are installed. A low perplexity
-alone means little, since repetition is probable (Zheng et al., arXiv 2409.02908):
+A judge is an autoregressive run of nanodlm, or a causal language model of
+Hugging Face (with `transformers` and PyTorch installed). A low perplexity alone
+means little because repetition is probable (Zheng et al., arXiv 2409.02908);
 `measure_quality` never returns it without the entropies and distinct-n.
 """
 
-import dataclasses
+import abc
 import functools
-import importlib.util
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from nanodlm import evaluate
-from nanodlm.data import pipeline, tokenizers
+from nanodlm import lm as lms
+from nanodlm.data import pipeline
+from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.training import metrics
 from nanodlm.types import InputError
 
@@ -24,12 +24,12 @@ HUGGING_FACE = 'hf:'
 
 
 class Judged(NamedTuple):
-  """What a judge says of N texts.
+  """The probabilities of N texts under a judge.
 
   Attributes:
-    nll: [N], nats of each text; all its tokens count, the first one is predicted
-      from the judge's start symbol.
-    num_tokens: [N], tokens of the JUDGE.
+    nll: [N], nats per text. All tokens count; the first one is predicted from
+      the judge's start symbol.
+    num_tokens: [N], tokens of the judge.
     num_bytes: [N], UTF-8 bytes.
   """
 
@@ -38,99 +38,47 @@ class Judged(NamedTuple):
   num_bytes: np.ndarray
 
 
-class Judge(Protocol):
+class Judge(abc.ABC):
   """An autoregressive model that scores texts.
 
   Attributes:
-    name: what it was made from.
-    window: tokens that it sees at once; longer texts are cut into such windows,
-      each without the ones before it.
+    window: tokens that it reads at once. Longer texts are cut into windows, and
+      each is scored without the ones before it.
   """
 
-  name: str
   window: int
 
-  def score(
-    self, tokens: np.ndarray, tokenizer: tokenizers.Tokenizer
-  ) -> Judged:
+  @abc.abstractmethod
+  def reads_ids_of(self, tokenizer: Tokenizer) -> bool:
+    """Returns whether it scores a tokenizer's ids as they are, not as text."""
+
+  @abc.abstractmethod
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    """Encodes texts as ids of the judge, without special tokens."""
+
+  @abc.abstractmethod
+  def score_windows(
+    self, tokens: np.ndarray, is_text: np.ndarray
+  ) -> np.ndarray:
+    """Scores windows of ids, at least one; see `cut_windows`.
+
+    Returns:
+      [M], the nats of each window's tokens of text.
+    """
+
+  def score(self, tokens: np.ndarray, tokenizer: Tokenizer) -> Judged:
     """Scores texts given as ids [N, L] of `tokenizer`."""
-
-  def reads_ids_of(self, tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether `tokenizer`'s ids are scored as they are, not the text of them."""
-
-
-def make_judge(spec: str, batch_size: int = 32) -> Judge:
-  """A judge by name.
-
-  Args:
-    spec: the workdir of an autoregressive run, or 'hf:NAME_OR_PATH'.
-    batch_size: windows scored at once.
-
-  Raises:
-    InputError: there is no such model, it is not autoregressive, or transformers
-      is not installed.
-  """
-  if spec.startswith(HUGGING_FACE):
-    return _load_hugging_face(spec, batch_size)
-  run, params, _ = evaluate.open_run(spec)
-  if not run.objective.exact:
-    raise InputError(
-      f'--judge={spec!r} is a run of objective.name='
-      f'{run.config.objective.name!r}, which gives a bound; a judge must be '
-      "autoregressive (objective.name='ar'), or 'hf:NAME_OR_PATH'"
-    )
-  return NanodlmJudge(spec, run, params, batch_size)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class NanodlmJudge:
-  """An autoregressive checkpoint. Texts of another tokenizer are re-encoded.
-
-  Attributes:
-    name: its workdir.
-    run: the run.
-    params: its parameters.
-    batch_size: windows scored at once.
-  """
-
-  name: str
-  run: evaluate.Run
-  params: Any
-  batch_size: int
-
-  @property
-  def window(self) -> int:
-    """Tokens that it reads at once: those of a row of its training."""
-    return self.run.settings.data.length
-
-  @functools.cached_property
-  def _score(self):
-    return evaluate.make_score(
-      self.run, num_draws=1, batch_size=self.batch_size
-    )
-
-  def reads_ids_of(self, tokenizer: tokenizers.Tokenizer) -> bool:
-    return tokenizer.fingerprint == self.run.tokenizer.fingerprint
-
-  def score(
-    self, tokens: np.ndarray, tokenizer: tokenizers.Tokenizer
-  ) -> Judged:
-    num_bytes = tokenizer.num_bytes[tokens].sum(1)
     if self.reads_ids_of(tokenizer):
       rows = list(np.asarray(tokens, np.int32))
     else:
-      texts = [tokenizer.decode(row) for row in tokens]
-      rows = self.run.tokenizer.encode_batch(texts)
-    windows, weight, owner = cut_windows(rows, self.window)
-    if not len(windows):  # no text at all
-      return Judged(np.zeros(len(rows)), np.zeros(len(rows), int), num_bytes)
-    batch = {'tokens': windows, 'weight': weight}
-    if self.run.settings.data.segment_ids:
-      is_separator = windows == self.run.tokenizer.separator_id
-      batch['segment_ids'] = pipeline.mark_documents(is_separator)
-    nll = self._score(self.params, jax.random.key(0), batch)['nll']
-    total = np.bincount(owner, weights=nll, minlength=len(rows))
-    return Judged(total, np.array([len(row) for row in rows]), num_bytes)
+      rows = self.encode([tokenizer.decode(row) for row in tokens])
+    windows, is_text, owner = cut_windows(rows, self.window)
+    nll = self.score_windows(windows, is_text) if len(windows) else []
+    return Judged(
+      np.bincount(owner, weights=nll, minlength=len(rows)),
+      np.array([len(row) for row in rows]),
+      tokenizer.num_bytes[tokens].sum(1),
+    )
 
 
 def cut_windows(
@@ -143,8 +91,8 @@ def cut_windows(
     size: of a window.
 
   Returns:
-    tokens [M, size] int32, padded with zeros behind; weight [M, size] float32, 0
-    on the padding; and the row of each window, [M].
+    tokens [M, size] int32, padded with zeros on the right; is_text [M, size]
+    bool, False on the padding; and the row of each window, [M].
   """
   parts = [
     (i, row[first : first + size])
@@ -152,67 +100,98 @@ def cut_windows(
     for first in range(0, len(row), size)
   ]
   tokens = np.zeros((len(parts), size), np.int32)
-  weight = np.zeros((len(parts), size), np.float32)
+  is_text = np.zeros((len(parts), size), bool)
   for j, (_, part) in enumerate(parts):
-    tokens[j, : len(part)], weight[j, : len(part)] = part, 1
-  return tokens, weight, np.array([i for i, _ in parts], np.int64)
+    tokens[j, : len(part)], is_text[j, : len(part)] = part, True
+  return tokens, is_text, np.array([i for i, _ in parts], np.int64)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class HuggingFaceJudge:
-  """A causal language model of `transformers`, in float32. It reads the text.
+class NanodlmJudge(Judge):
+  """An autoregressive run. Texts of another tokenizer are re-encoded."""
 
-  Attributes:
-    name: 'hf:...'.
-    tokenizer: transformers' tokenizer.
-    model: transformers' model.
-    window: tokens that it sees at once, its start symbol not counted.
-    batch_size: windows scored at once.
-  """
+  def __init__(self, spec: str, batch_size: int):
+    self.lm = lms.load(spec)
+    settings = self.lm.run.settings
+    if not self.lm.run.objective.exact:
+      raise InputError(
+        f'--judge={spec!r} is a run of objective.name='
+        f'{settings.objective["name"]!r}, which gives a bound; a judge must be '
+        "autoregressive: a run of objective.name='ar', or 'hf:NAME_OR_PATH'"
+      )
+    self.window = settings.data.length
+    self._score = lms.make_score(
+      self.lm.run, num_draws=1, batch_size=batch_size
+    )
 
-  name: str
-  tokenizer: Any
-  model: Any
-  window: int
-  batch_size: int
+  def reads_ids_of(self, tokenizer: Tokenizer) -> bool:
+    return tokenizer.fingerprint == self.lm.tokenizer.fingerprint
 
-  def reads_ids_of(self, tokenizer: tokenizers.Tokenizer) -> bool:
-    del tokenizer
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    return self.lm.tokenizer.encode_batch(texts)
+
+  def score_windows(
+    self, tokens: np.ndarray, is_text: np.ndarray
+  ) -> np.ndarray:
+    segment_ids = None
+    if self.lm.run.settings.data.segment_ids:
+      is_separator = tokens == self.lm.tokenizer.separator_id
+      segment_ids = pipeline.mark_documents(is_separator)
+    batch = lms.make_batch(tokens, is_text, segment_ids)
+    return self._score(self.lm.params, jax.random.key(0), batch)['nll']
+
+
+class HuggingFaceJudge(Judge):
+  """A causal language model of `transformers`, in float32. It reads text."""
+
+  def __init__(self, spec: str, batch_size: int):
+    try:
+      import torch  # pyright: ignore[reportMissingImports]  (optional)
+      import transformers  # pyright: ignore[reportMissingImports]  (optional)
+    except ImportError as error:
+      raise InputError(
+        f"--judge={spec!r} needs {error.name}: pip install -e '.[judge]', or "
+        'give the workdir of an autoregressive run'
+      ) from error
+    name, self.batch_size = spec.removeprefix(HUGGING_FACE), batch_size
+    try:
+      self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+      model = transformers.AutoModelForCausalLM.from_pretrained(name)
+    except (OSError, ValueError) as error:
+      raise InputError(f'--judge={spec!r} cannot be loaded: {error}') from error
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    self.model = model.float().eval().to(device)
+    # The start symbol takes one position.
+    longest = getattr(model.config, 'max_position_embeddings', 1024)
+    self.window = longest - 1
+    ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+    self._start_id = next((i for i in ids if i is not None), None)
+    if self._start_id is None:
+      raise InputError(
+        f'--judge={spec!r} needs a tokenizer with a start or end symbol, from '
+        'which the first token is predicted'
+      )
+
+  def reads_ids_of(self, tokenizer: Tokenizer) -> bool:
     return False
 
-  @property
-  def start_id(self) -> int:
-    """What the first token is predicted from."""
-    ids = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
-    return next(i for i in ids if i is not None)
+  def encode(self, texts: list[str]) -> list[np.ndarray]:
+    encode = functools.partial(
+      self.tokenizer, add_special_tokens=False, verbose=False
+    )
+    return [np.asarray(encode(text)['input_ids'], np.int64) for text in texts]
 
-  def score(
-    self, tokens: np.ndarray, tokenizer: tokenizers.Tokenizer
-  ) -> Judged:
-    import torch  # pylint: disable=g-import-not-at-top
+  def score_windows(
+    self, tokens: np.ndarray, is_text: np.ndarray
+  ) -> np.ndarray:
+    import torch  # pyright: ignore[reportMissingImports]  (optional)
 
-    texts = [tokenizer.decode(row) for row in tokens]
-    rows = [
-      np.asarray(
-        self.tokenizer(text, add_special_tokens=False, verbose=False)[
-          'input_ids'
-        ],
-        np.int64,
-      )
-      for text in texts
-    ]
-    num_bytes = tokenizer.num_bytes[tokens].sum(1)
-    size = min(self.window, max(len(row) for row in rows))
-    if not size:  # no text at all
-      return Judged(np.zeros(len(rows)), np.zeros(len(rows), int), num_bytes)
-    windows, weight, owner = cut_windows(rows, size)
+    longest = int(is_text.sum(1).max())
     parts = []
-    for first in range(0, len(windows), self.batch_size):
-      target = torch.tensor(
-        windows[first : first + self.batch_size], dtype=torch.long
-      )
-      start = torch.full_like(target[:, :1], self.start_id)
-      # Padding stands behind the text, where a causal model does not look.
+    for first in range(0, len(tokens), self.batch_size):
+      rows = tokens[first : first + self.batch_size, :longest]
+      target = torch.tensor(rows, dtype=torch.long)
+      start = torch.full_like(target[:, :1], self._start_id)
+      # The text does not attend to the padding on its right.
       given = torch.cat([start, target[:, :-1]], dim=1)
       with torch.inference_mode():
         logits = self.model(given.to(self.model.device)).logits.float()
@@ -220,52 +199,27 @@ class HuggingFaceJudge:
           logits.transpose(1, 2), target.to(logits.device), reduction='none'
         )
       parts.append(nll.cpu().numpy())
-    nll = np.sum(np.concatenate(parts) * weight, 1)
-    return Judged(
-      np.bincount(owner, weights=nll, minlength=len(rows)),
-      np.array([len(row) for row in rows]),
-      num_bytes,
-    )
+    return np.sum(np.concatenate(parts) * is_text[:, :longest], 1)
 
 
-def _load_hugging_face(spec: str, batch_size: int) -> HuggingFaceJudge:
-  missing = [
-    name
-    for name in ('torch', 'transformers')
-    if importlib.util.find_spec(name) is None
-  ]
-  if missing:
-    raise InputError(
-      f'--judge={spec!r} needs {" and ".join(missing)}: pip install '
-      "-e '.[judge]', or give the workdir of an autoregressive run"
-    )
-  import transformers  # pylint: disable=g-import-not-at-top
+def make_judge(spec: str, batch_size: int = 32) -> Judge:
+  """Loads a judge.
 
-  name = spec.removeprefix(HUGGING_FACE)
-  try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(name)
-  except (OSError, ValueError) as error:
-    raise InputError(f'--judge={spec!r} cannot be loaded: {error}') from error
-  if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-    raise InputError(
-      f'--judge={spec!r} has no start or end symbol to predict the '
-      'first token from'
-    )
-  import torch  # pylint: disable=g-import-not-at-top
+  Args:
+    spec: the workdir of an autoregressive run, or 'hf:NAME_OR_PATH'.
+    batch_size: windows scored at once.
 
-  model = (
-    model.float().eval().to('cuda' if torch.cuda.is_available() else 'cpu')
-  )
-  # One place is the start symbol's.
-  window = getattr(model.config, 'max_position_embeddings', 1024) - 1
-  return HuggingFaceJudge(spec, tokenizer, model, window, batch_size)
+  Raises:
+    InputError: the model cannot be loaded or is not autoregressive.
+  """
+  is_foreign = spec.startswith(HUGGING_FACE)
+  return (HuggingFaceJudge if is_foreign else NanodlmJudge)(spec, batch_size)
 
 
 def measure_quality(
-  judge: Judge | None, tokens: np.ndarray, tokenizer: tokenizers.Tokenizer
-) -> dict[str, float]:
-  """What can be said of sampled text without looking at it.
+  judge: Judge | None, tokens: np.ndarray, tokenizer: Tokenizer
+) -> dict[str, Any]:
+  """Measures the quality of sampled texts.
 
   Args:
     judge: for the perplexity; None leaves it out.
@@ -274,10 +228,10 @@ def measure_quality(
 
   Returns:
     The values of `metrics.text_statistics`, in tokens of `tokenizer`. With a
-    judge: gen_nll and gen_ppl, nats and perplexity per token of the judge;
-    gen_bits_per_byte and its interval gen_bits_per_byte_ci95, over texts, which
-    compare between tokenizers and judges; judge_tokens, 'own' where the judge
-    scored the very ids and 'text' where it encoded the text anew.
+    judge also gen_nll and gen_ppl, nats and perplexity per token of the judge;
+    gen_bits_per_byte, which compares across tokenizers and judges, and its
+    interval over texts, gen_bits_per_byte_ci95; judge_tokens, 'own' if the
+    judge scored the ids themselves, 'text' if it encoded their text.
   """
   quality = metrics.text_statistics(tokens)
   if judge is None:

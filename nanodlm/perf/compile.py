@@ -1,21 +1,23 @@
-"""Compiles a config ahead of time: does it fit, and how fast may it be?
+"""--mode=compile: does a config fit its devices, and how fast can it be?
 
     python launch.py --mode=compile --config=configs/gpt2_small.py \
         --topology=v5e:4x4 --vocab_size=50258
 
-The real training step, evaluation step and sampler are compiled for a pod that
-is not there (libtpu brings the compiler: pip install -e '.[tpu]'), or for the
-devices at hand. Nothing is run and no data is read.
+The real training step, evaluation step and sampler are compiled for a TPU pod
+that need not exist (pip install -e '.[tpu]' brings the compiler), or for the
+devices of this machine. No program runs and no data is read. The exit status is
+1 if one of them does not fit.
 
-Memory is XLA's own allocation, arguments and temporaries. Times are the TPU
-compiler's estimate, not measurements: the cycles that it notes beside each fusion,
-with loops multiplied out (`hlo.cost`). Kernels, which it does not estimate, are
-added at the larger of FLOPs / peak rate and bytes / memory rate: a lower bound (a
-head of 64 fills half of the matrix unit, which may double its kernels' time).
-Left out: copies that run beside the computation, waiting for collectives, and
-the host.
+Memory is XLA's own allocation of arguments and temporaries. Times are not
+measured but estimated by the TPU compiler: the cycles that it notes for each
+fusion, with loops multiplied out (`hlo.cost`). Kernels, which it does not
+estimate, count as the larger of FLOPs / peak rate and bytes / memory rate. That
+is a lower bound: a head of 64 fills half of the matrix unit, which can double
+the time. Copies that overlap with computation, waiting for collectives, and
+the host are left out.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import importlib.util
 import json
@@ -24,60 +26,55 @@ import os
 import pathlib
 import re
 import time
-from typing import Any
+from typing import Any, cast
 
+from absl import flags
 import jax
 from jax.experimental import topologies
-import jax.numpy as jnp
-from ml_collections import config_dict
+import numpy as np
 
-from nanodlm import config as configs
+from nanodlm import lm as lms
+from nanodlm import run as runs
+from nanodlm import workdir as workdirs
+from nanodlm.config import Settings, Start
 from nanodlm.data import tokenizers
 from nanodlm.devices import mesh as meshes
-from nanodlm.model.config import train_flops_per_token
 from nanodlm.perf import hlo
-from nanodlm.steps import train as steps
+from nanodlm.run import Run
+from nanodlm.steps import evaluate as evaluate_steps
+from nanodlm.steps import sample as sample_steps
 from nanodlm.training import metrics
-from nanodlm.types import Canvas, InputError
+from nanodlm.types import Batch, Canvas, InputError
 
 log = logging.getLogger('nanodlm')
 
 REPORT_FILE = 'compile.json'
-_FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_FLAT = '1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16'.split()
 _CUBES = (
-  '2x2x1',
-  '2x2x2',
-  '2x2x4',
-  '2x4x4',
-  '4x4x4',
-  '4x4x8',
-  '4x8x8',
-  '8x8x8',
-  '8x8x16',
-  '8x16x16',
+  '2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16'.split()
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A kind of TPU, from the makers' data sheets.
+  """A generation of TPUs, from the data sheets.
 
   Attributes:
-    kind: the start of JAX's device_kind.
-    shapes: of the pods that one can rent, in chips.
-    memory_bytes: per chip, less what the compiler keeps to itself.
-    memory_rate: bytes/s to it.
+    kind: prefix of JAX's device_kind.
+    shapes: of the pods on offer, in chips.
+    memory_bytes: per chip, available to programs.
+    memory_rate: bytes/s from and to that memory.
     hertz: cycles per second, the peak rate over the matrix units' size.
   """
 
   kind: str
-  shapes: tuple[str, ...]
+  shapes: Sequence[str]
   memory_bytes: float
   memory_rate: float
   hertz: float
 
 
-# The compiler's own limits, named in its errors: 15.75 GiB of a v5e, and so on.
+# memory_bytes are the limits in the compiler's own error messages.
 CHIPS = {
   'v4': Chip('TPU v4', _CUBES, 31.25 * 2**30, 1228e9, 1.05e9),
   'v5e': Chip('TPU v5 lite', _FLAT, 15.75 * 2**30, 819e9, 1.5e9),
@@ -87,10 +84,10 @@ CHIPS = {
 
 
 def use_topology(topology: str):
-  """Keeps JAX off this machine's devices, before it looks for them.
+  """Keeps JAX away from this machine's accelerators; to be called first.
 
   Raises:
-    InputError: an unknown topology, or no TPU compiler here.
+    InputError: the topology is unknown, or the TPU compiler is not installed.
   """
   name, _, shape = topology.partition(':')
   if name not in CHIPS or shape not in CHIPS[name].shapes:
@@ -98,188 +95,109 @@ def use_topology(topology: str):
       f'{name}: {", ".join(chip.shapes)}' for name, chip in CHIPS.items()
     )
     raise InputError(
-      f'--topology={topology!r} is not known, as v5e:4x4 would be. {known}'
+      f'--topology={topology!r} is unknown; allowed are, in the form v5e:4x4, '
+      + known
     )
   if importlib.util.find_spec('libtpu') is None:
     raise InputError(
       f"--topology={topology!r} needs the TPU compiler: pip install -e '.[tpu]'"
     )
   jax.config.update('jax_platforms', 'cpu')
-  # libtpu would ask the cloud's metadata server what machine this is, and let only
-  # one process at a time have it, for the sake of chips that are not used here.
-  for key, value in (
-    ('TPU_SKIP_MDS_QUERY', '1'),
-    ('ALLOW_MULTIPLE_LIBTPU_LOAD', '1'),
-    ('TPU_WORKER_HOSTNAMES', 'localhost'),
-    ('TPU_ACCELERATOR_TYPE', 'v5litepod-16'),
-  ):
-    os.environ.setdefault(key, value)
+  # By default libtpu asks the cloud's metadata server for the kind of machine
+  # and allows one process at a time, because it expects to use chips.
+  defaults = {
+    'TPU_SKIP_MDS_QUERY': '1',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
+  }
+  os.environ.update(defaults | os.environ)
 
 
 def find_devices(topology: str) -> list[Any]:
-  """The devices of a topology that was given to `use_topology`, or those here."""
+  """Returns the devices of a topology, or this machine's for ''."""
   if not topology:
     return jax.devices()
   options = {}
   if topology.endswith(':1x1'):
     options['chips_per_host_bounds'] = (1, 1, 1)
   if topology.startswith('v4:'):
-    options['chip_config_name'] = 'megacore'  # one device a chip, as when run
-  return list(
-    topologies.get_topology_desc(
-      platform='tpu', topology_name=topology, **options
-    ).devices
+    # One device per chip, as at run time.
+    options['chip_config_name'] = 'megacore'
+  description = topologies.get_topology_desc(
+    platform='tpu', topology_name=topology, **options
   )
-
-
-def platform_of(topology: str) -> str:
-  """The `platform` of `model.ModelConfig`."""
-  return 'tpu' if topology else ''
+  return list(description.devices)
 
 
 def find_chip(device_kind: str) -> Chip | None:
-  """Of a device; the longest kind that it starts with."""
-  fitting = [
-    chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)
-  ]
+  """Returns the chip with the longest `kind` that a device_kind starts with."""
+  fitting = [c for c in CHIPS.values() if device_kind.startswith(c.kind)]
   return max(fitting, key=lambda chip: len(chip.kind), default=None)
 
 
-def find_vocab_size(settings: configs.Settings, given: int) -> int:
-  """`given`, or what the tokenizer has where no data is needed to make it."""
+def find_vocab_size(settings: Settings, given: int) -> int:
+  """Returns `given`, or for 0 the tokenizer's size if that needs no data."""
   if given == 1:
     raise InputError(
-      '--vocab_size=1 must be >= 2, an id and the mask; 0 asks the tokenizer'
+      '--vocab_size=1 must be >= 2 to hold a token and the mask, or 0 to take '
+      "the tokenizer's"
     )
   if given:
     return given
   tokenizer = settings.tokenizer
-  if tokenizer.name == 'sentencepiece' and not tokenizer.path:
-    return tokenizer.vocab_size + 2  # a separator and the mask
   try:
+    if tokenizers.find_class(tokenizer.name).min_trained_size > 0:
+      if not tokenizer.path:
+        return tokenizer.vocab_size + 2  # The separator and the mask.
     return tokenizers.make_tokenizer(tokenizer).vocab_size
   except InputError as error:
     raise InputError(
-      f'{error}. Without the tokenizer --vocab_size tells how many '
-      'ids it has, the mask included'
+      f'{error}. To do without the tokenizer, give the number of its ids with '
+      'the mask as --vocab_size'
     ) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What is compiled.
-
-  Attributes:
-    settings: the config's checked sections.
-    mesh: of the devices that the programs are for.
-    network: the transformer.
-    lowered: programs by name: 'train', 'eval', 'sample'.
-    parts: bytes per chip of the parameters, their average, the optimiser's state
-      and the training batch.
-    num_params: parameters of the network.
-  """
-
-  settings: configs.Settings
-  mesh: jax.sharding.Mesh
-  network: steps.Network
-  lowered: dict[str, jax.stages.Lowered]
-  parts: dict[str, int]
-  num_params: int
+def random_batch(run: Run, batch_size: int) -> Batch:
+  """Returns a batch of random tokens that are all scored, without an index."""
+  data, shape = run.settings.data, (batch_size, run.settings.data.length)
+  generator = np.random.default_rng(0)
+  tokens = generator.integers(0, run.objective.mask_id, shape, dtype=np.int32)
+  has_segments = data.segment_ids or data.padding == 'masked'
+  segment_ids = np.zeros(shape, np.int32) if has_segments else None
+  batch = lms.make_batch(tokens, np.ones(shape, bool), segment_ids)
+  return batch._replace(index=None)
 
 
-def make_plan(
-  config: config_dict.ConfigDict,
-  settings: configs.Settings,
-  devices: list[Any],
-  vocab_size: int,
-) -> Plan:
-  """Lowers the three programs as training would build them.
+def eval_batch(run: Run) -> Batch:
+  """Returns a `random_batch` as the evaluation step takes it."""
+  batch_size = run.settings.eval.batch_size
+  index = np.arange(batch_size, dtype=np.int32)
+  return random_batch(run, batch_size)._replace(index=index)
 
-  Raises:
-    InputError: mesh or batch do not suit the devices.
-  """
-  mesh = meshes.make_mesh(settings.mesh, devices)
-  platform = devices[0].platform
-  network = steps.Network(
-    configs.make_model(config, vocab_size, platform),
-    settings.train.chunk_size,
-    meshes.shards(mesh),
-  )
-  objective = configs.make_objective(config, vocab_size - 1)
-  training = steps.make_training(settings, network, objective, mesh)
-  steps.check_batch_size(
-    settings.eval.batch_size, mesh, 1, 1, 'eval.batch_size'
-  )
-  eval_step = steps.make_eval_step(
-    network,
-    objective,
-    mesh,
-    num_draws=settings.eval.num_draws,
-    seed=settings.eval.seed,
-  )
-  sample_step = steps.make_sample_step(
-    network, objective, configs.make_sampler(config, vocab_size - 1), mesh
-  )
 
-  state = meshes.shapes_sharded(mesh, training.init_state)
-  rows, everywhere = meshes.batch_sharding(mesh), meshes.replicated(mesh)
-  batch = meshes.place(rows, _batch(settings, settings.train.batch_size))
-  eval_batch = meshes.place(
-    rows,
-    _batch(settings, settings.eval.batch_size)
-    | {'index': jax.ShapeDtypeStruct((settings.eval.batch_size,), jnp.int32)},
-  )
-  shards = meshes.num_batch_shards(mesh)
-  shape = (
-    -(-settings.sample.num_samples // shards) * shards,
-    settings.sample.length or settings.data.length,
-  )
-  canvas = meshes.place(
-    rows,
-    Canvas(
-      jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, bool)
-    ),
-  )
-  key = meshes.place(everywhere, jax.eval_shape(lambda: jax.random.key(0)))
-  lowered = {
-    'train': training.step.lower(state, batch),
-    'eval': eval_step.lower(state.eval_params, eval_batch),
-    'sample': sample_step.lower(state.eval_params, key, canvas),
-  }
-  parts = {
-    'parameters': state.params,
-    'average': state.ema_params,
-    'optimiser': state.opt_state,
-    'batch': batch,
-  }
-  return Plan(
-    settings,
-    mesh,
-    network,
-    lowered,
-    {name: meshes.bytes_per_device(part) for name, part in parts.items()},
-    network.num_params(objective),
+def blank_canvas(run: Run, num_samples: int) -> Canvas:
+  """Returns empty canvases, their number rounded up to whole devices."""
+  shape = (num_samples, run.settings.sample_length)
+  tokens = np.full(shape, run.objective.mask_id, np.int32)
+  tokens = lms.whole_batch(run, tokens)
+  return Canvas(tokens, np.zeros(tokens.shape, bool))
+
+
+def make_eval_step(run: Run) -> Any:
+  """Builds the evaluation step, (params, batch with index) -> sums."""
+  options = run.settings.eval
+  return evaluate_steps.make_eval_step(
+    run.scorer, run.mesh, num_draws=options.num_draws, seed=options.seed
   )
 
 
-def _batch(settings: configs.Settings, batch_size: int) -> dict[str, Any]:
-  """A batch of `data.pipeline`, abstract."""
-  data = settings.data
-  shape = (batch_size, data.length)
-  array = jax.ShapeDtypeStruct
-  batch = {
-    'tokens': array(shape, jnp.int32),
-    'weight': array(shape, jnp.float32),
-    'num_bytes': array(shape[:1], jnp.int32),
-  }
-  if data.segment_ids or data.padding == 'masked':
-    batch['segment_ids'] = array(shape, jnp.int32)
-  if data.is_pairs:
-    batch['num_tokens'] = array(shape[:1], jnp.int32)
-  return batch
+def make_sample_step(run: Run) -> Any:
+  """Builds the sampler, (params, key, canvas) -> samples."""
+  return sample_steps.make_sample_step(run.scorer, run.sampler, run.mesh)
 
 
-# 'Used 21.51G of 15.75G hbm' of the TPU compiler's error.
+# As in 'Used 21.51G of 15.75G hbm' of the TPU compiler's error.
 _USED = re.compile(r'[Uu]sed ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm')
 _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
@@ -287,12 +205,17 @@ _UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 def report_program(
   lowered: jax.stages.Lowered, capacity: float | None, chip: Chip | None
 ) -> dict[str, Any]:
-  """Compiles one program; see the keys, all per chip and run of the program.
+  """Compiles a program and returns its memory, work and estimated time.
 
   Args:
     lowered: the program.
-    capacity: bytes of memory a chip has, None where it is not known.
-    chip: its kind, for times; None where there are no estimates.
+    capacity: bytes of memory per chip; None if unknown.
+    chip: its kind, for estimates of time; None for no estimates.
+
+  Returns:
+    Figures for one run on one chip. peak_bytes is the sum of argument_bytes,
+    output_bytes (without donated arguments) and temporary_bytes; fits is None
+    if the capacity is unknown. Only the memory if the compiler runs out of it.
   """
   start = time.monotonic()
   try:
@@ -307,188 +230,207 @@ def report_program(
       'peak_bytes': float(used[1]) * _UNITS[used[2]],
       'capacity_bytes': float(used[3]) * _UNITS[used[4]],
     }
-  report = {'compile_secs': time.monotonic() - start}
-  memory = compiled.memory_analysis()
-  arguments, outputs = (
-    memory.argument_size_in_bytes,
-    memory.output_size_in_bytes - memory.alias_size_in_bytes,
-  )
-  peak = arguments + outputs + memory.temp_size_in_bytes
-  report |= {
-    'argument_bytes': arguments,
+  secs = time.monotonic() - start
+  memory = cast(Any, compiled.memory_analysis())
+  outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  peak = memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
+  cost = hlo.cost(hlo.parse(compiled.as_text()))
+  report = {
+    'compile_secs': secs,
+    'argument_bytes': memory.argument_size_in_bytes,
     'output_bytes': outputs,
     'temporary_bytes': memory.temp_size_in_bytes,
     'peak_bytes': peak,
     'capacity_bytes': capacity,
     'fits': None if capacity is None else peak <= capacity,
-  }
-  cost = hlo.cost(hlo.parse(compiled.as_text()))
-  report |= {
     'flops': cost.flops,
     'num_unknown_loops': cost.num_unknown_loops,
-    'collectives': {
-      kind: {'count': count, 'bytes': size}
-      for kind, (count, size) in cost.collectives.items()
-    },
+    'collectives': cost.collectives,
   }
   if chip is not None and cost.cycles:
+    cycles = kernel_cycles(cost, chip)
     report |= {
       'estimated_cycles': cost.cycles,
-      'kernel_cycles': kernel_cycles(cost, chip),
+      'kernel_cycles': cycles,
       'num_kernel_calls': sum(cost.kernels.values()),
+      'estimated_secs': (cost.cycles + cycles) / chip.hertz,
     }
-    report['estimated_secs'] = (
-      report['estimated_cycles'] + report['kernel_cycles']
-    ) / chip.hertz
   return report
 
 
 def kernel_cycles(cost: hlo.Cost, chip: Chip) -> float:
-  """Cycles of the kernels that the compiler does not estimate, at the least.
+  """Returns a lower bound on the cycles of kernels.
 
-  Each call takes the larger of its FLOPs at the chip's peak rate and its bytes
-  at its memory's; of a kernel that does not say its FLOPs, the bytes.
+  A call takes the larger of its FLOPs at the chip's peak rate and its bytes at
+  its memory's rate; of a kernel that does not state its FLOPs, only the bytes.
   """
-  peak = metrics.peak_flops(chip.kind)
+  peak = metrics.PEAK_FLOPS[chip.kind]
   return chip.hertz * sum(
     count * max(kernel.flops / peak, kernel.num_bytes / chip.memory_rate)
     for kernel, count in cost.kernels.items()
   )
 
 
-def compile_config(
-  config: config_dict.ConfigDict,
-  settings: configs.Settings,
-  topology: str,
-  vocab_size: int,
-  workdir: str | None,
-) -> dict[str, Any]:
-  """--mode=compile: prints what the module's docstring says.
+def abstract_training(run: Run) -> tuple[Any, tuple[Any, Batch]]:
+  """Returns the training step and its arguments as abstract arrays."""
+  training, size = runs.make_training(run), run.settings.train.batch_size
+  state = meshes.shapes_sharded(run.mesh, training.init_state)
+  batch = meshes.place(meshes.batch_sharding(run.mesh), random_batch(run, size))
+  return training.step, (state, batch)
+
+
+def compile_run(run: Run, topology: str = '') -> dict[str, Any]:
+  """Compiles the programs of a run; returns the report, all figures per chip.
 
   Args:
-    config: the full config.
-    settings: its checked sections.
-    topology: of the pod, as 'v5e:4x4'; '' is the devices at hand.
-    vocab_size: ids with the mask; 0 asks the tokenizer.
-    workdir: gets the report as compile.json; None: printed only.
-
-  Returns:
-    The report; every figure is per chip.
+    run: on the devices of the topology.
+    topology: the pod, such as 'v5e:4x4'; '' for this machine's devices.
   """
-  devices = find_devices(topology)
-  plan = make_plan(
-    config, settings, devices, find_vocab_size(settings, vocab_size)
-  )
-  chip = find_chip(devices[0].device_kind)
-  capacity = chip.memory_bytes if chip else _memory_limit(devices[0], topology)
-  tokens = settings.train.batch_size * settings.data.length
+  runs.check_training(run)
+  settings, mesh = run.settings, run.mesh
+  on_rows = lambda tree: meshes.place(meshes.batch_sharding(mesh), tree)
+  train_step, (state, batch) = abstract_training(run)
+  params = state.eval_params
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = meshes.place(meshes.replicated(mesh), key)
+  canvas = on_rows(blank_canvas(run, settings.sample.num_samples))
+  lowered = {
+    'train': train_step.lower(state, batch),
+    'eval': make_eval_step(run).lower(params, on_rows(eval_batch(run))),
+    'sample': make_sample_step(run).lower(params, key, canvas),
+  }
+  device, num_devices = mesh.devices.flat[0], mesh.devices.size
+  chip, capacity = find_chip(device.device_kind), None
+  if chip:
+    capacity = chip.memory_bytes
+  elif not topology:
+    capacity = (device.memory_stats() or {}).get('bytes_limit')
+  length = settings.data.length
+  tokens = settings.train.batch_size * length
+  parts = {
+    'parameters': state.params,
+    'average': state.ema_params,
+    'optimiser': state.opt_state,
+    'batch': batch,
+  }
   report = {
     'topology': topology,
-    'device': devices[0].device_kind,
-    'num_devices': len(devices),
-    'mesh': dict(plan.mesh.shape),
-    'num_params': plan.num_params,
+    'device': device.device_kind,
+    'num_devices': num_devices,
+    'mesh': dict(mesh.shape),
+    'num_params': run.num_params(),
     'tokens_per_step': tokens,
-    'model_flops': tokens
-    / len(devices)
-    * train_flops_per_token(plan.network.config, settings.data.length),
-    'part_bytes': plan.parts,
+    'model_flops': tokens / num_devices * run.network.flops_per_token(length),
+    'part_bytes': {
+      name: meshes.bytes_per_device(part) for name, part in parts.items()
+    },
+    'programs': {},
   }
-  programs = report['programs'] = {}
-  for name, lowered in plan.lowered.items():
+  for name, program in lowered.items():
     log.info('compiling %s', name)
-    programs[name] = report_program(lowered, capacity, chip)
-    log.info(
-      '  %.0f s, peak %.2f GiB',
-      programs[name]['compile_secs'],
-      programs[name]['peak_bytes'] / 2**30,
-    )
-  if 'estimated_secs' in programs['train']:
-    secs = programs['train']['estimated_secs']
-    report['estimated_utilisation'] = (
-      report['model_flops'] / secs / (metrics.peak_flops(chip.kind))
-    )
+    row = report['programs'][name] = report_program(program, capacity, chip)
+    secs, peak = row['compile_secs'], row['peak_bytes'] / 2**30
+    log.info('  %.0f s, peak %.2f GiB', secs, peak)
+  secs = report['programs']['train'].get('estimated_secs')
+  if secs and chip:
+    rate = report['model_flops'] / secs
+    report['estimated_utilisation'] = rate / metrics.PEAK_FLOPS[chip.kind]
     report['estimated_tokens_per_sec'] = tokens / secs
-  print(format_report(report), flush=True)
-  if workdir is not None:
-    path = pathlib.Path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / REPORT_FILE).write_text(json.dumps(report, indent=2) + '\n')
   return report
 
 
-def _memory_limit(device, topology: str) -> float | None:
-  """What the device at hand says that it has."""
-  if topology:
-    return None
-  return (device.memory_stats() or {}).get('bytes_limit')
+def format_mesh(mesh: dict[str, int]) -> str:
+  """Formats the sizes of a mesh."""
+  return ', '.join(f'{axis} {size}' for axis, size in mesh.items())
 
 
-def _verdict(row: dict[str, Any]) -> str:
-  if row['fits'] is None:
-    return 'the size of its memory is not known'
-  capacity = row['capacity_bytes']
-  share = (capacity - row['peak_bytes']) / capacity
-  of = f'of {capacity / 2**30:.2f} GiB'
-  return (
-    f'{of}: fits, {share:.0%} to spare'
-    if row['fits']
-    else f'{of}: DOES NOT FIT'
-  )
+def format_collectives(row: dict[str, Any]) -> list[str]:
+  """Formats the collectives of a program, one kind per line."""
+  return [
+    f'  {each["count"]:,} x {kind}, {each["bytes"] / 1e6:,.2f} MB'
+    for kind, each in sorted(row.get('collectives', {}).items())
+  ]
+
+
+_COLUMNS = (
+  ('per chip and run', 'name', ''),
+  ('args GiB', 'argument_bytes', '.2f', 2**30),
+  ('temp GiB', 'temporary_bytes', '.2f', 2**30),
+  ('peak GiB', 'peak_bytes', '.2f', 2**30),
+  ('of GiB', 'capacity_bytes', '.2f', 2**30),
+  ('TFLOP', 'flops', '.3f', 1e12),
+  ('unknown loops', 'num_unknown_loops', '.0f', 1),
+  ('Mcycles', 'estimated_cycles', '.1f', 1e6),
+  ('kernel Mcycles', 'kernel_cycles', '.1f', 1e6),
+  ('ms', 'estimated_secs', '.1f', 1e-3),
+  ('compiled s', 'compile_secs', '.1f', 1),
+)
+_VERDICTS = {True: 'fits', False: 'DOES NOT FIT', None: 'memory size unknown'}
+_NOTES = """\
+Loops of unknown length count once. Cycles and times are the compiler's
+estimate, not a measurement; it does not estimate kernels, whose cycles are a
+lower bound. Model FLOPs: for every token 6 x matrix parameters + attention."""
 
 
 def format_report(report: dict[str, Any]) -> str:
-  """The report as a table for people."""
-  gib = lambda size: f'{size / 2**30:.2f}'
-  mesh = ', '.join(f'{axis} {size}' for axis, size in report['mesh'].items())
+  """Formats the report of `compile_run` as a table with remarks."""
+  topology = f' ({report["topology"]})' if report['topology'] else ''
   parts = ', '.join(
-    f'{name} {gib(size)}' for name, size in report['part_bytes'].items()
+    f'{name} {size / 2**30:.2f}' for name, size in report['part_bytes'].items()
   )
+  rows = [{'name': name, **row} for name, row in report['programs'].items()]
   lines = [
-    f'{report["num_devices"]} x {report["device"]}'
-    + (f' ({report["topology"]})' if report['topology'] else '')
-    + f', mesh {mesh}',
-    f'{report["num_params"]:,} parameters, {report["tokens_per_step"]:,} tokens a '
-    f'step; GiB per chip: {parts}',
-    f'{"per chip and run":18}{"args GiB":>10}{"temp GiB":>10}{"peak GiB":>10}'
-    f'{"TFLOP":>9}{"Mcycles":>9}{"ms":>9}{"compiled s":>12}',
+    f'{report["num_devices"]} x {report["device"]}{topology}, mesh '
+    + format_mesh(report['mesh']),
+    f'{report["num_params"]:,} parameters, {report["tokens_per_step"]:,} '
+    f'tokens per step; GiB per chip: {parts}',
+    *metrics.format_table(_COLUMNS, rows),
   ]
   for name, row in report['programs'].items():
-    cell = lambda key, unit, digits: (
-      f'{row[key] / unit:.{digits}f}' if key in row else '-'
-    )
-    lines.append(
-      f'{name:18}{cell("argument_bytes", 2**30, 2):>10}'
-      f'{cell("temporary_bytes", 2**30, 2):>10}{gib(row["peak_bytes"]):>10}'
-      f'{cell("flops", 1e12, 3):>9}{cell("estimated_cycles", 1e6, 1):>9}'
-      f'{cell("estimated_secs", 1e-3, 1):>9}{row["compile_secs"]:12.1f}'
-    )
-  for name, row in report['programs'].items():
-    lines.append(f'{name}: peak {gib(row["peak_bytes"])} GiB, {_verdict(row)}')
-    for kind, each in row.get('collectives', {}).items():
-      lines.append(
-        f'  {each["count"]:,} x {kind}, {each["bytes"] / 1e6:,.1f} MB'
-      )
-    if row.get('num_unknown_loops'):
-      lines.append(
-        f'  {row["num_unknown_loops"]} loop(s) of unknown length counted once'
-      )
-    if row.get('num_kernel_calls'):
-      lines.append(
-        f'  {row["num_kernel_calls"]:,} kernel calls, which the compiler does not '
-        f'estimate, at least {row["kernel_cycles"] / 1e6:.1f} Mcycles more'
-      )
-  model_flops = report['model_flops']
-  flops = report['programs']['train'].get('flops')
-  lines.append(
-    f'train: {model_flops / 1e12:.3f} TFLOP of the model per chip (6 x '
-    'matrix parameters + attention for every token)'
-    + (f', {flops / model_flops:.2f} of it compiled' if flops else '')
-  )
+    lines += [f'{name}: {_VERDICTS[row["fits"]]}', *format_collectives(row)]
+  model = f'train: {report["model_flops"] / 1e12:.3f} TFLOP per chip of model'
+  if flops := report['programs']['train'].get('flops'):
+    model += f' FLOPs, {flops / report["model_flops"]:.2f} of them compiled'
   if 'estimated_utilisation' in report:
-    lines.append(
-      "train, the compiler's estimate, not a measurement: "
-      f'{report["estimated_tokens_per_sec"]:,.0f} tokens/s, '
-      f'{report["estimated_utilisation"]:.1%} of the peak rate in model FLOPs'
+    model += (
+      f'; {report["estimated_tokens_per_sec"]:,.0f} tokens/s, '
+      f'{report["estimated_utilisation"]:.1%} of the peak rate'
     )
-  return '\n'.join(lines)
+  return '\n'.join([*lines, model, _NOTES])
+
+
+def define_flags():
+  """Defines the flags of --mode=compile."""
+  flags.DEFINE_string(
+    'topology',
+    '',
+    "The pod to compile for, as v5e:4x4; by default this machine's devices.",
+  )
+  flags.DEFINE_integer(
+    'vocab_size',
+    0,
+    'Number of ids with the mask; 0 for those of the tokenizer.',
+    lower_bound=0,
+  )
+
+
+def main(start: Start) -> int:
+  """--mode=compile: prints the report; with --workdir writes it there."""
+  options = flags.FLAGS
+  topology = options.topology
+  if start.workdir:
+    workdirs.check_writable(start.workdir)
+  if topology:
+    use_topology(topology)
+  settings, _ = start.resolve()
+  vocab_size = find_vocab_size(settings, options.vocab_size)
+  devices = find_devices(topology)
+  run = runs.make_run(settings, devices=devices, platform=devices[0].platform)
+  report = compile_run(run.with_vocabulary(vocab_size), topology)
+  print(format_report(report), flush=True)
+  if start.workdir:
+    workdirs.make(start.workdir)
+    path = pathlib.Path(start.workdir) / REPORT_FILE
+    workdirs.write(path, json.dumps(report, indent=2) + '\n')
+  fits = [row['fits'] for row in report['programs'].values()]
+  return 1 if False in fits else 0

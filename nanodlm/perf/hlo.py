@@ -1,40 +1,21 @@
-"""What a compiled program costs, read off the text of its optimised HLO.
+"""Costs of a compiled program, read from the text of its optimised HLO.
 
-Loops are multiplied out: XLA's own cost analysis counts the body of a scan once.
-Of a conditional the dearest branch counts.
+The bodies of loops are multiplied by their trip counts, whereas XLA's own cost
+analysis counts a scan's body once. A conditional has the cost of its most
+expensive branch.
 """
 
 import collections
+from collections.abc import Iterator
 import dataclasses
 import functools
 import json
 import math
 import re
-from typing import Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-BITS = {
-  'pred': 8,
-  's2': 2,
-  'u2': 2,
-  's4': 4,
-  'u4': 4,
-  's8': 8,
-  'u8': 8,
-  's16': 16,
-  'u16': 16,
-  'bf16': 16,
-  'f16': 16,
-  's32': 32,
-  'u32': 32,
-  'f32': 32,
-  's64': 64,
-  'u64': 64,
-  'f64': 64,
-  'c64': 64,
-  'c128': 128,
-}
 COLLECTIVES = (
   'all-reduce',
   'all-gather',
@@ -44,27 +25,27 @@ COLLECTIVES = (
   'collective-broadcast',
   'collective-permute',
 )
-# Kernels written by hand (Pallas), or by the compiler in the same form.
-KERNEL = 'tpu_custom_call'
+# The target of calls of Pallas kernels and of the compiler's own kernels.
+KERNEL = '"tpu_custom_call"'
 
-_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
+# Groups: dtype, its bits, sizes. A pred takes a byte.
+_ARRAY = re.compile(r'\b(pred|(?:bf|f|s|u|c)(\d+)\w*)\[([\d,]*)\]')
 _HEAD = re.compile(r'^\s*(ROOT )?%?([\w.\-]+) = ')
 _NAMES = re.compile(r'%([\w.\-]+)')
 _CALLED = re.compile(
   r'(?:calls|to_apply|body|condition|true_computation|false_computation)='
   r'%?([\w.\-]+)|(?:branch_computations|called_computations)=\{([^}]*)\}'
 )
-# {{0,1},{2,3}}, or [groups,size]<=[...], or the axes of a mesh that a group
-# spans, mesh['a'=2,'b'=8] {'a','b':(1)4}, here half of b; behind the mesh there
-# may be the order of its devices. {} is one group of all.
+# Forms of replica_groups: {{0,1},{2,3}}; [groups,size]<=[...]; {} for one group
+# of all devices; and the axes of a mesh that a group spans, such as
+# mesh['a'=2,'b'=8] {'a','b':(1)4}, which spans half of b. The mesh may be
+# followed by the order of its devices.
 _GROUPS = re.compile(
   r'replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|'
   r'mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\})'
 )
 _AXIS_SIZE = re.compile(r"'([^']*)'=(\d+)")
 _AXIS_PART = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")
-_WINDOW = re.compile(r'window=\{([^}]*)\}')
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +54,12 @@ class Instruction:
 
   Attributes:
     name: without the %.
-    shape: its type, as text; a tuple's too.
+    shape: its type, possibly a tuple, as text.
     opcode: 'fusion', 'dot', 'while', ...
-    operands: names of its arguments; the text in the parentheses where there are
-      none ('0' of a constant or a parameter).
-    rest: everything behind them: attributes, metadata, backend_config.
-    is_root: whether it is what its computation returns.
+    operands: names of its arguments, or the text in the parentheses if that
+      contains none, such as the '0' of a constant.
+    rest: the text after the operands: attributes, metadata, backend_config.
+    is_root: whether its computation returns it.
   """
 
   name: str
@@ -88,15 +69,14 @@ class Instruction:
   rest: str
   is_root: bool
 
-  @property
-  def op_name(self) -> str:
-    """Where in the traced program it comes from; '' where nothing says so."""
-    match = _OP_NAME.search(self.rest)
-    return match.group(1) if match else ''
+  def find(self, pattern: str, default: str = '') -> str:
+    """Returns the group of a pattern in `rest`, or a default."""
+    match = re.search(pattern, self.rest)
+    return match[1] if match else default
 
   @functools.cached_property
-  def backend_config(self) -> dict:
-    """The backend's notes on it; {} where there are none."""
+  def backend_config(self) -> dict[str, Any]:
+    """The backend's annotations; {} if it has none, or none in JSON."""
     start = self.rest.find('backend_config={')
     if start < 0:
       return {}
@@ -111,18 +91,22 @@ class Module:
   """A parsed program.
 
   Attributes:
-    computations: instructions by the computation's name.
-    entry: name of the computation that is run.
-    by_name: every instruction; names are unique.
+    computations: instructions by the name of their computation.
+    entry: name of the computation that the program runs.
+    by_name: all instructions, whose names are unique.
   """
 
   computations: dict[str, list[Instruction]]
   entry: str
   by_name: dict[str, Instruction]
 
+  def operands(self, instruction: Instruction) -> list[Instruction]:
+    """Returns the instructions that an instruction takes its inputs from."""
+    return [self.by_name[name] for name in instruction.operands]
+
 
 def _closing(text: str, start: int) -> int:
-  """Index of the parenthesis that closes the one at `start`."""
+  """Returns the index of the parenthesis that closes the one at `start`."""
   depth = 0
   for i in range(start, len(text)):
     depth += (text[i] == '(') - (text[i] == ')')
@@ -140,300 +124,258 @@ def _parse_instruction(line: str) -> Instruction | None:
   paren = line.index('(', end)
   close = _closing(line, paren)
   inside = line[paren + 1 : close]
-  operands = tuple(_NAMES.findall(inside)) or (inside,)
   return Instruction(
-    head.group(2),
-    line[at:end],
-    line[end:paren].strip(),
-    operands,
-    line[close + 1 :],
-    bool(head.group(1)),
+    name=head[2],
+    shape=line[at:end],
+    opcode=line[end:paren].strip(),
+    operands=tuple(_NAMES.findall(inside)) or (inside,),
+    rest=line[close + 1 :],
+    is_root=bool(head[1]),
   )
 
 
-def parse(text: str) -> Module:
-  """Reads the text of `jax.stages.Compiled.as_text()`."""
+def parse(text: str | None) -> Module:
+  """Parses the text that `jax.stages.Compiled.as_text()` returns."""
+  if text is None:
+    raise ValueError('the backend does not show the text of its programs')
   computations, entry, current = {}, '', None
   for line in text.splitlines():
     if line.endswith('{') and not line.startswith((' ', 'HloModule')):
-      is_entry = line.startswith('ENTRY')
       name = line.removeprefix('ENTRY').strip().removeprefix('%')
       name = re.split(r'[ (]', name)[0]
       current = computations[name] = []
-      entry = name if is_entry else entry
+      entry = name if line.startswith('ENTRY') else entry
     elif current is not None and (parsed := _parse_instruction(line)):
       current.append(parsed)
-  return Module(
-    computations,
-    entry,
-    {x.name: x for body in computations.values() for x in body},
-  )
+  by_name = {x.name: x for body in computations.values() for x in body}
+  return Module(computations, entry, by_name)
 
 
-def shapes(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-  """(dtype, sizes) of every array of a type, a tuple's too."""
-  text = re.sub(r'\{[^}]*\}', '', text)  # layouts
-  for dtype, sizes in _ARRAY.findall(text):
-    if dtype in BITS or dtype.startswith('f8'):
-      yield dtype, tuple(int(n) for n in sizes.split(',') if n)
+def _arrays(shape: str) -> Iterator[tuple[int, list[int]]]:
+  """Yields (bits of an element, sizes) of each array of a type."""
+  without_layouts = re.sub(r'\{[^}]*\}', '', shape)
+  for _, bits, sizes in _ARRAY.findall(without_layouts):
+    yield int(bits or 8), [int(n) for n in sizes.split(',') if n]
 
 
 def num_bytes(shape: str) -> int:
-  """Bytes of an array or a tuple, without padding to tiles."""
-  return sum(
-    math.prod(sizes) * BITS.get(dtype, 8) // 8 for dtype, sizes in shapes(shape)
-  )
+  """Returns the bytes of an array or a tuple, without padding to tiles."""
+  return sum(math.prod(sizes) * bits // 8 for bits, sizes in _arrays(shape))
 
 
 def called(instruction: Instruction) -> list[str]:
-  """Names of the computations that an instruction runs."""
+  """Returns the names of the computations that an instruction runs."""
   names = []
-  # Attributes end where metadata and notes begin.
+  # Metadata and the backend's annotations follow the attributes.
   for one, many in _CALLED.findall(instruction.rest.split('metadata=')[0]):
     names += [one] if one else _NAMES.findall(many)
   return names
 
 
 def trip_count(module: Module, loop: Instruction) -> int | None:
-  """How often a `while` runs its body; None where it depends on data.
+  """Returns how often a `while` runs its body; None if that depends on data.
 
-  XLA's note where there is one; else the condition must be 'counter < constant',
-  the counter starting at a constant (0 where that cannot be seen) and going up by
-  one, as in every scan of JAX.
+  Without XLA's own annotation, the condition must be 'counter < constant', and
+  the counter must start at a constant (assumed to be 0 if it cannot be traced)
+  and grow by one, as in every scan of JAX.
   """
   known = loop.backend_config.get('known_trip_count')
   if known:
     return int(known['n'])
-  condition = re.search(r'condition=%?([\w.\-]+)', loop.rest).group(1)
-  root = next(x for x in module.computations[condition] if x.is_root)
+  condition = module.computations[loop.find(r'condition=%?([\w.\-]+)')]
+  root = next(x for x in condition if x.is_root)
   if root.opcode != 'compare' or 'direction=LT' not in root.rest:
     return None
-  counter, limit = (module.by_name[name] for name in root.operands)
-  index = re.search(r'index=(\d+)', counter.rest)
+  counter, limit = module.operands(root)
   if counter.opcode != 'get-tuple-element' or limit.opcode != 'constant':
     return None
-  return int(limit.operands[0]) - _initial(module, loop, int(index.group(1)))
-
-
-def _initial(module: Module, loop: Instruction, index: int) -> int:
-  value = module.by_name[loop.operands[0]]
-  if value.opcode == 'tuple':
-    value = module.by_name[value.operands[index]]
-  while value.opcode in ('copy', 'bitcast', 'reshape'):
-    value = module.by_name[value.operands[0]]
-  return int(value.operands[0]) if value.opcode == 'constant' else 0
+  start = module.operands(loop)[0]
+  if start.opcode == 'tuple':
+    start = module.operands(start)[int(counter.find(r'index=(\d+)'))]
+  while start.opcode in ('copy', 'bitcast', 'reshape'):
+    start = module.operands(start)[0]
+  first = int(start.operands[0]) if start.opcode == 'constant' else 0
+  return int(limit.operands[0]) - first
 
 
 def dot_flops(module: Module, instruction: Instruction) -> float:
-  """FLOPs of a dot or convolution, a multiply-add is 2; 0 for anything else.
+  """Returns the FLOPs of a dot or convolution, 2 per multiply-add; else 0.
 
-  A TPU's compiler turns products into convolutions, batched ones with a window
-  over the batch of which one place is not padding: only products of two real
-  numbers count.
+  The TPU compiler turns matrix products into convolutions, and batched ones
+  into convolutions with a window over the batch that meets padding everywhere
+  but in one place. Therefore only products of two real numbers count.
   """
   if instruction.opcode not in ('dot', 'convolution'):
     return 0.0
-  ((_, out),) = shapes(instruction.shape)
-  ((_, left),) = shapes(module.by_name[instruction.operands[0]].shape)
-  if instruction.opcode == 'dot':
-    dims = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', instruction.rest)
-    over = [int(d) for d in dims.group(1).split(',') if d] if dims else []
-    return 2.0 * math.prod(out) * math.prod(left[d] for d in over)
-  ((_, right),) = shapes(module.by_name[instruction.operands[1]].shape)
-  lhs, rhs, result = re.search(
-    r'dim_labels=(\w+)_(\w+)->(\w+)', instruction.rest
-  ).groups()
-  flops = (
-    2.0
-    * out[result.index('b')]
-    * out[result.index('f')]
-    * right[rhs.index('i')]
+  (_, left), (_, right), (_, out) = (
+    next(_arrays(x.shape)) for x in (*module.operands(instruction), instruction)
   )
+  if instruction.opcode == 'dot':
+    dims = instruction.find(r'lhs_contracting_dims=\{([\d,]*)\}')
+    contracted = [left[int(d)] for d in dims.split(',') if d]
+    return 2.0 * math.prod(out) * math.prod(contracted)
+  labels = instruction.find(r'dim_labels=(\w+_\w+->\w+)')
+  lhs, rhs, result = re.split('_|->', labels)
+  flops = 2.0 * out[result.index('b')] * out[result.index('f')]
+  flops *= right[rhs.index('i')]
   window = dict(
-    part.split('=')
-    for part in (_WINDOW.search(instruction.rest) or re.match('()', ''))
-    .group(1)
-    .split()
+    part.split('=') for part in instruction.find(r'window=\{([^}]*)\}').split()
   )
   for d in range(len(lhs) - 2):
-    field = lambda key, default: (
-      window[key].split('x')[d] if key in window else default
-    )
-    flops *= _real_places(
-      left[lhs.index(str(d))],
-      right[rhs.index(str(d))],
-      out[result.index(str(d))],
-      int(field('stride', 1)),
-      int(field('pad', '0_0').split('_')[0]),
-      int(field('lhs_dilate', 1)),
-      int(field('rhs_dilate', 1)),
-    )
+    sizes = [
+      dims[labels.index(str(d))]
+      for dims, labels in ((left, lhs), (right, rhs), (out, result))
+    ]
+    steps = [
+      int(window[key].split('x')[d]) if key in window else 1
+      for key in ('stride', 'lhs_dilate', 'rhs_dilate')
+    ]
+    pad = window['pad'].split('x')[d] if 'pad' in window else '0_0'
+    flops *= _real_places(*sizes, *steps, int(pad.split('_')[0]))
   return flops
 
 
-@functools.lru_cache(maxsize=None)
-def _real_places(size, window, out, stride, pad, lhs_dilate, rhs_dilate) -> int:
-  """(output, window) places of one dimension that fall on an input's number."""
-  at = (
-    np.arange(out)[:, None] * stride
-    + np.arange(window)[None] * rhs_dilate
-    - pad
-  )
+@functools.cache
+def _real_places(size, window, out, stride, lhs_dilate, rhs_dilate, pad) -> int:
+  """Counts the (output, window) places of a dimension that are not padding."""
+  at = np.arange(out)[:, None] * stride - pad
+  at = at + np.arange(window)[None] * rhs_dilate
   inside = (at >= 0) & (at <= (size - 1) * lhs_dilate) & (at % lhs_dilate == 0)
   return int(inside.sum())
 
 
 class Kernel(NamedTuple):
-  """One call of a kernel.
+  """A kind of kernel call.
 
   Attributes:
-    name: where it comes from in the traced program.
-    flops: that its author says it does; 0 where nothing is said.
-    num_bytes: that it moves: the author's word, else all that goes in and out.
+    flops: as stated by the kernel's author; 0 if they are not stated.
+    num_bytes: moved from and to memory, as stated by the author, by default the
+      size of all inputs and outputs.
   """
 
-  name: str
   flops: float
   num_bytes: float
 
 
 def _kernel(module: Module, instruction: Instruction) -> Kernel:
-  said = instruction.backend_config.get('custom_call_config', {}).get(
-    'cost_estimate', {}
-  )
-  moved = num_bytes(instruction.shape) + sum(
-    num_bytes(module.by_name[x].shape) for x in instruction.operands
+  config = instruction.backend_config.get('custom_call_config', {})
+  stated = config.get('cost_estimate', {})
+  moved = sum(
+    num_bytes(x.shape) for x in (instruction, *module.operands(instruction))
   )
   return Kernel(
-    instruction.op_name or instruction.name,
-    float(said.get('flops', 0)),
-    float(said.get('bytes_accessed', moved)),
+    float(stated.get('flops', 0)), float(stated.get('bytes_accessed', moved))
   )
 
 
 @dataclasses.dataclass
 class Cost:
-  """What one run of a computation costs one device.
+  """The cost of running a computation once, on one device.
 
   Attributes:
-    flops: of dots and convolutions, and of kernels that say theirs.
-    cycles: the compiler's estimates, added up.
-    kernels: calls of kernels, which the compiler does not estimate: {`Kernel`:
-      calls}.
-    collectives: {kind: [number, bytes]}; bytes are the larger of what goes in
-      and what comes out on one device. Those of a device with itself are none.
-    cycles_by_op: cycles by where they come from in the traced program.
-    num_unknown_loops: loops whose trips depend on data; their bodies count once.
+    flops: of dots, convolutions, and kernels that state theirs.
+    cycles: the sum of the compiler's estimates.
+    kernels: number of calls of each `Kernel`; the compiler does not estimate
+      kernels.
+    collectives: {kind: {'count': calls, 'bytes': traffic}}. The traffic of a
+      call is the larger of its inputs and outputs on one device. Collectives of
+      a device with itself are left out.
+    num_unknown_loops: loops whose trip count depends on data; their bodies
+      count once.
   """
 
   flops: float = 0.0
   cycles: float = 0.0
-  kernels: collections.Counter = dataclasses.field(
+  kernels: dict[Kernel, int] = dataclasses.field(
     default_factory=collections.Counter
   )
-  collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-  cycles_by_op: collections.Counter = dataclasses.field(
-    default_factory=collections.Counter
+  collectives: dict[str, dict[str, float]] = dataclasses.field(
+    default_factory=dict
   )
   num_unknown_loops: int = 0
 
   def add(self, other: 'Cost', times: int = 1):
-    """Adds `times` runs of another."""
+    """Adds the cost of running another computation `times` times."""
     self.flops += times * other.flops
     self.cycles += times * other.cycles
     self.num_unknown_loops += other.num_unknown_loops
-    for key, n in other.kernels.items():
-      self.kernels[key] += times * n
-    for key, n in other.cycles_by_op.items():
-      self.cycles_by_op[key] += times * n
-    for kind, (n, size) in other.collectives.items():
-      mine = self.collectives.setdefault(kind, [0, 0])
-      mine[0] += times * n
-      mine[1] += times * size
+    for kernel, count in other.kernels.items():
+      self.kernels[kernel] += times * count
+    for kind, each in other.collectives.items():
+      self.add_collective(kind, times * each['count'], times * each['bytes'])
+
+  def add_collective(self, kind: str, count: float, size: float):
+    """Adds `count` collectives with a traffic of `size` bytes in total."""
+    total = self.collectives.setdefault(kind, {'count': 0, 'bytes': 0})
+    total['count'] += count
+    total['bytes'] += size
 
 
 def cost(module: Module) -> Cost:
-  """What one run of the program costs one device."""
-  return _Walk(module).of(module.entry, False)
+  """Returns the cost of running a program once, on one device."""
+
+  @functools.cache
+  def cost_of(name: str, is_fused: bool) -> Cost:
+    total = Cost()
+    for instruction in module.computations[name]:
+      opcode = instruction.opcode
+      kind = opcode.removesuffix('-start')
+      total.flops += dot_flops(module, instruction)
+      if kind in COLLECTIVES:
+        if group_size(instruction) != 1:
+          total.add_collective(kind, 1, _traffic(module, instruction))
+        continue
+      if not is_fused:  # The estimate of a fusion includes its parts.
+        total.cycles += estimated_cycles(instruction)
+      if opcode == 'custom-call' and KERNEL in instruction.rest:
+        kernel = _kernel(module, instruction)
+        total.kernels[kernel] += 1
+        total.flops += kernel.flops
+      elif opcode == 'while':
+        times = trip_count(module, instruction)
+        total.num_unknown_loops += times is None
+        for body in called(instruction):
+          total.add(cost_of(body, False), 1 if times is None else times)
+      elif opcode == 'conditional':
+        branches = [cost_of(branch, False) for branch in called(instruction)]
+        total.add(max(branches, key=lambda cost: (cost.cycles, cost.flops)))
+      elif opcode in ('fusion', 'call', 'async-start'):
+        for body in called(instruction):
+          total.add(cost_of(body, is_fused or opcode == 'fusion'))
+    return total
+
+  return cost_of(module.entry, False)
 
 
-class _Walk:
-  """Costs of a module's computations, each worked out once."""
-
-  def __init__(self, module: Module):
-    self._module = module
-    self._known = {}
-
-  def of(self, name: str, is_fused: bool) -> Cost:
-    key = name, is_fused
-    if key not in self._known:
-      total = Cost()
-      for instruction in self._module.computations[name]:
-        self._count(total, instruction, is_fused)
-      self._known[key] = total
-    return self._known[key]
-
-  def _count(self, total: Cost, instruction: Instruction, is_fused: bool):
-    opcode = instruction.opcode
-    total.flops += dot_flops(self._module, instruction)
-    kind = opcode.removesuffix('-start')
-    if kind in COLLECTIVES:
-      if group_size(instruction) == 1:
-        return
-      self._count_collective(total, kind, instruction)
-      return
-    if not is_fused:  # the parts of a fusion are in its own estimate
-      cycles = estimated_cycles(instruction)
-      total.cycles += cycles
-      total.cycles_by_op[instruction.op_name or opcode] += cycles
-    if opcode == 'custom-call' and f'"{KERNEL}"' in instruction.rest:
-      kernel = _kernel(self._module, instruction)
-      total.kernels[kernel] += 1
-      total.flops += kernel.flops
-    elif opcode == 'while':
-      times = trip_count(self._module, instruction)
-      if times is None:
-        total.num_unknown_loops += 1
-      for name in called(instruction):
-        total.add(self.of(name, False), 1 if times is None else times)
-    elif opcode == 'conditional':
-      branches = [self.of(name, False) for name in called(instruction)]
-      total.add(max(branches, key=lambda cost: (cost.cycles, cost.flops)))
-    elif opcode in ('fusion', 'call', 'async-start'):
-      for name in called(instruction):
-        total.add(self.of(name, is_fused or opcode == 'fusion'))
-
-  def _count_collective(self, total, kind, instruction):
-    into = sum(
-      num_bytes(self._module.by_name[x].shape) for x in instruction.operands
-    )
-    size = num_bytes(instruction.shape)
-    if (
-      instruction.opcode.endswith('-start')
-      and instruction.shape[0] == '('
-      and (kind != 'all-reduce')
-    ):
-      size -= into  # its result repeats what goes in
-    counted = total.collectives.setdefault(kind, [0, 0])
-    counted[0] += 1
-    counted[1] += max(into, size)
+def _traffic(module: Module, instruction: Instruction) -> int:
+  """Returns the larger of a collective's inputs and outputs, in bytes."""
+  inputs = sum(num_bytes(x.shape) for x in module.operands(instruction))
+  outputs = num_bytes(instruction.shape)
+  # The result of an asynchronous start repeats the inputs, except all-reduce's.
+  if (
+    instruction.opcode.endswith('-start')
+    and instruction.opcode != 'all-reduce-start'
+    and instruction.shape.startswith('(')
+  ):
+    outputs -= inputs
+  return max(inputs, outputs)
 
 
 def group_size(instruction: Instruction) -> int | None:
-  """Devices that take part in a collective together; None where all do."""
+  """Returns the number of devices in a collective's group; None for all."""
   match = _GROUPS.search(instruction.rest)
   if not match:
     return None
-  if match[3] is not None:
-    sizes = dict(_AXIS_SIZE.findall(match[3]))
-    return math.prod(
-      int(part or sizes[axis]) for axis, part in _AXIS_PART.findall(match[4])
-    )
-  return int(match[2]) if match[2] else len(match[1].split(','))
+  ids, size, mesh, axes = match.groups()
+  if mesh is not None:
+    sizes = dict(_AXIS_SIZE.findall(mesh))
+    parts = _AXIS_PART.findall(axes)
+    return math.prod(int(part or sizes[axis]) for axis, part in parts)
+  return int(size) if size else len(ids.split(','))
 
 
 def estimated_cycles(instruction: Instruction) -> float:
-  """The TPU compiler's estimate of one run; 0 where it gives none."""
+  """Returns the TPU compiler's estimate for one run; 0 without an estimate."""
   if '"estimated_cycles"' not in instruction.rest:
     return 0.0
   window = instruction.backend_config.get('window_config', {})

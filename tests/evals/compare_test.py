@@ -1,16 +1,14 @@
-"""The comparison: every number that belongs to a point, and what is refused."""
+"""Tests of the comparison of runs: its numbers and its errors."""
 
 import json
 
-from absl import flags
-from absl.testing import flagsaver
 import pytest
 
-from nanodlm import samplers
+from nanodlm import config as configs
+from nanodlm import objectives
+from nanodlm import run as run_module
 from nanodlm.evals import compare
-
-# First: where it is imported later (docs_test), its flags replace compare's.
-from tests import workdirs
+from tests import launches, workdirs
 
 DRAW = {'temperature': 1.0, 'top_k': 0, 'top_p': 1.0}
 QUALITY = {
@@ -29,8 +27,6 @@ QUALITY = {
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
   folder = tmp_path_factory.mktemp('runs')
   return (
     workdirs.make_workdir(folder / 'masked'),
@@ -38,51 +34,66 @@ def runs(tmp_path_factory):
   )
 
 
-def run_main(workdirs_given, **values):
-  with flagsaver.flagsaver(**values):
-    return compare.main(['compare', *workdirs_given])
+def run_main(workdirs_given, *args):
+  given = f'--workdirs={",".join(map(str, workdirs_given))}'
+  return launches.run_mode(compare, given, *args)
+
+
+def plan(objective, names, steps, length=64, **sampler):
+  """Returns (name, num_steps) of each point planned for an untrained run."""
+  config = configs.load()
+  config.objective.name = objective
+  needs_time = objectives.OBJECTIVES[objective].needs_time
+  config.model.time_conditioning = needs_time
+  config.sampler.update(sampler)
+  run = run_module.make_run(configs.make_settings(config), refit=True)
+  request = compare.Request(names, steps, 4, 0, DRAW, 0)
+  points = compare.plan_points(run, request, length)
+  for point in points:
+    assert point.items() >= DRAW.items()
+    # Other rules than a number of steps are off.
+    assert point['threshold'] == point['entropy_budget'] == 0
+    run.with_sampler(point)
+  return [(point['name'], point.get('num_steps')) for point in points]
 
 
 def test_points():
-  request = compare.Request(
-    ('auto', 'ancestral', 'fixed_count', 'ar'), (2, 8), 4, 0, DRAW, 0
-  )
-  points = compare.plan_points('masked', request, 64)
-  assert [(p['name'], p['num_steps']) for p in points] == [
+  names = ('auto', 'ancestral', 'fixed_count', 'ar')
+  assert plan('masked', names, (2, 8)) == [
     ('fixed_count', 2),
     ('fixed_count', 8),
     ('ancestral', 2),
     ('ancestral', 8),
   ]
-  # A sampler without a number of steps is one point.
-  assert compare.plan_points('ar', request, 64) == [{'name': 'ar', **DRAW}]
-  for objective, default in samplers.DEFAULTS.items():
-    assert compare.plan_points(objective, request, 64)[0]['name'] == default
-  # Each of the four blocks of 16 takes its share, at least one call.
-  assert [
-    p['num_steps'] for p in compare.plan_points('block', request, 64, 16)
-  ] == [1, 2]
-  stepped = compare.Request(('prefix_cache', 'confidence'), (8,), 4, 0, DRAW, 0)
-  stale, confident = compare.plan_points('masked', stepped, 64)
-  assert stale['num_steps'] == 4  # two blocks of 32
-  assert (confident['num_steps'], confident['threshold']) == (8, 0.0)
+  # A sampler without a number of steps gives one point.
+  assert plan('ar', names, (2, 8)) == [('ar', None)]
+  for objective, cls in objectives.OBJECTIVES.items():
+    assert plan(objective, names, (2, 8))[0][0] == cls.default_sampler
+  # Four blocks of 16 share the calls, with at least one call each.
+  assert plan('block', names, (2, 8)) == [('block', 1), ('block', 2)]
+  # Two blocks of 32 share eight steps.
+  stepped = [('prefix_cache', 4), ('confidence', 8)]
+  assert plan('masked', ('prefix_cache', 'confidence'), (8,)) == stepped
+  own = {'name': 'confidence', 'threshold': 0.9, 'num_steps': 0}
+  assert plan('masked', ('confidence',), (8,), **own) == stepped[1:]
 
 
 def test_two_runs(runs, tmp_path, capsys):
   output = tmp_path / 'comparison'
   status = run_main(
     runs,
-    output=str(output),
-    judge=runs[1],
-    samplers=['auto'],
-    num_steps=['2', '4'],
-    num_samples=8,
-    plot=False,
+    f'--output={output}',
+    f'--judge={runs[1]}',
+    '--samplers=auto',
+    '--num_steps=2,4',
+    '--num_samples=8',
+    '--noplot',
   )
   assert status == 0
-  table = capsys.readouterr().out
+  table, messages = capsys.readouterr()
   assert table == (output / 'comparison.txt').read_text()
-  assert 'Judge' in table and 'entropy' in table and 'temperature' in table
+  assert 'Judge' in table and 'entropy' in table and 'temperature=1.0' in table
+  assert 'name=fixed_count' in messages and '{' not in messages + table
   results = json.loads((output / 'comparison.json').read_text())
   masked, ar = results['runs']
   assert (masked['is_exact'], ar['is_exact']) == (False, True)
@@ -94,18 +105,18 @@ def test_two_runs(runs, tmp_path, capsys):
   assert [point['num_calls'] for point in ar['points']] == [0, workdirs.LENGTH]
   for point in masked['points'] + ar['points']:
     assert QUALITY <= set(point)
-  # The judge on the text of its own evaluation: nearly its own held-out value.
+  # On the held-out text, the judge nearly finds its own held-out value.
   assert abs(ar['points'][0]['gen_nll'] - ar['nll']) < 0.2
-  # The same again, times apart; and nothing is overwritten.
+  # Apart from times, another comparison gives the same numbers.
   again = tmp_path / 'again'
   run_main(
     runs[:1],
-    output=str(again),
-    judge=runs[1],
-    samplers=['fixed_count'],
-    num_steps=['4'],
-    num_samples=8,
-    plot=False,
+    f'--output={again}',
+    f'--judge={runs[1]}',
+    '--samplers=fixed_count',
+    '--num_steps=4',
+    '--num_samples=8',
+    '--noplot',
   )
   (first,) = json.loads((again / 'comparison.json').read_text())['runs']
   second = {**masked, 'points': [masked['points'][0], masked['points'][2]]}
@@ -113,15 +124,17 @@ def test_two_runs(runs, tmp_path, capsys):
     for point in result['points']:
       del point['tokens_per_sec']
   assert first == second
+  # A folder with files is refused and stays as it is.
   before = (output / 'comparison.txt').read_text()
-  assert run_main(runs, output=str(output)) == 2
+  assert run_main(runs, f'--output={output}') == 2
   assert 'not an empty folder' in capsys.readouterr().err
   assert (output / 'comparison.txt').read_text() == before
 
 
-def test_settings_of_samples_that_nobody_asked_for(runs, tmp_path, capsys):
-  with flagsaver.as_parsed(output=str(tmp_path / 'new'), num_steps='4'):
-    assert compare.main(['compare', *runs]) == 2
+def test_settings_of_samples_without_samples_are_refused(
+  runs, tmp_path, capsys
+):
+  assert run_main(runs, f'--output={tmp_path}/new', '--num_steps=4') == 2
   assert "--num_steps=['4'] has no effect without" in capsys.readouterr().err
   assert not (tmp_path / 'new').exists()
 
@@ -130,36 +143,37 @@ def test_common_source(runs, tmp_path):
   source = tmp_path / 'other.txt'
   source.write_text('Something else entirely, once more.\n' * 40)
   output = tmp_path / 'comparison'
-  assert run_main(runs, output=str(output), source=f'text:{source}') == 0
+  assert run_main(runs, f'--output={output}', f'--source=text:{source}') == 0
   results = json.loads((output / 'comparison.json').read_text())['runs']
   assert {result['source'] for result in results} == {f'text:{source}'}
   assert results[0]['num_examples'] == results[1]['num_examples']
-  assert not results[0]['points']  # no samples were asked for
+  assert not results[0]['points']
 
 
 @pytest.mark.parametrize(
-  'values, words',
+  'args, words',
   [
-    ({'samplers': ['ar']}, 'fits none of the runs'),
-    ({'samplers': ['nope']}, 'are not among'),
-    ({'num_steps': ['0']}, '--num_steps=0'),
-    ({'num_steps': ['x', '4']}, '--num_steps=x,4'),
-    ({'judge': 'MASKED'}, 'must be autoregressive'),
-    ({'output': None}, '--output is needed'),
+    (['--samplers=ar'], 'fits none of the runs'),
+    (['--samplers=nope'], 'are not among'),
+    (['--num_steps=0'], '--num_steps=0'),
+    (['--num_steps=x,4'], '--num_steps=x,4'),
+    (['--judge=MASKED'], 'must be autoregressive'),
+    (['--output='], '--output is needed'),
   ],
 )
-def test_refused(runs, tmp_path, capsys, values, words):
-  values = {'output': str(tmp_path / 'new'), 'plot': False, **values}
-  if values.get('judge'):
-    values['judge'] = runs[0]
-  assert run_main(runs[:1], **values) == 2
+def test_refused(runs, tmp_path, capsys, args, words):
+  args = [arg.replace('MASKED', runs[0]) for arg in args]
+  assert run_main(runs[:1], f'--output={tmp_path}/new', '--noplot', *args) == 2
   assert words in capsys.readouterr().err
   assert not (tmp_path / 'new').exists()
-  assert run_main([str(tmp_path)], output=str(tmp_path / 'new')) == 2
+
+
+def test_folder_without_a_run(tmp_path, capsys):
+  assert run_main([tmp_path], f'--output={tmp_path}/new') == 2
+  assert f"'{tmp_path}' is not the folder of a run" in capsys.readouterr().err
 
 
 def test_plot(tmp_path):
-  pytest.importorskip('matplotlib')
   point = {
     'sampler': {'name': 'a'},
     'num_calls': 4,
@@ -173,23 +187,3 @@ def test_plot(tmp_path):
     [{'workdir': 'x/run', 'points': [real, point]}], 'judge', path
   )
   assert path.read_bytes()[:4] == b'\x89PNG'
-
-
-def test_plot_without_matplotlib(runs, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(compare.importlib.util, 'find_spec', lambda name: None)
-  output = tmp_path / 'new'
-  assert (
-    run_main(
-      runs[:1],
-      output=str(output),
-      samplers=['auto'],
-      num_steps=['4'],
-      num_samples=8,
-    )
-    == 0
-  )
-  assert 'no curves.png' in capsys.readouterr().err
-  assert sorted(path.name for path in output.iterdir()) == [
-    'comparison.json',
-    'comparison.txt',
-  ]

@@ -1,9 +1,9 @@
-"""Infilling: which tokens are masked, and what counts as restored."""
+"""Tests of the infilling accuracy: masked tokens and restored ones."""
 
 import numpy as np
 import pytest
 
-from nanodlm import evaluate
+from nanodlm import lm as lms
 from nanodlm.evals import infill
 from nanodlm.types import InputError
 from tests import workdirs
@@ -19,7 +19,7 @@ def test_gaps(pattern, ratio, num):
   assert not np.any(gaps & ~eligible)
   expected = np.where(np.arange(50) == 7, 0, num)
   np.testing.assert_array_equal(gaps.sum(1), expected)
-  # Every eligible place is used by some row.
+  # Each eligible place is masked in some row.
   np.testing.assert_array_equal(gaps.any(0), eligible[0])
   runs = np.sum(np.diff(gaps.astype(int), axis=1, prepend=0) == 1, axis=1)
   assert pattern == 'uniform' or runs.max() == 1
@@ -28,16 +28,15 @@ def test_gaps(pattern, ratio, num):
 
 def test_accuracy(tmp_path):
   workdir = workdirs.make_workdir(tmp_path, scale=0.0, sampler__temperature=0.0)
-  run, params, _ = evaluate.open_run(workdir)
-  # Equal logits at temperature 0: the sampler writes 0 everywhere.
+  lm = lms.load(workdir)
+  # With equal logits at temperature 0, the sampler writes 0 everywhere.
   tokens = np.zeros((20, 16), np.int32)
   tokens[15:] = 65
-  tokens[:5, 0] = 65  # given, not asked for
-  weight = np.ones(tokens.shape, np.float32)
-  weight[:5, 0] = 0
-  results = infill.measure_infilling(
-    run, params, {'tokens': tokens, 'weight': weight}, [0.25, 1.0]
-  )
+  tokens[:5, 0] = 65  # Not eligible.
+  eligible = np.ones(tokens.shape, bool)
+  eligible[:5, 0] = False
+  rows = lms.make_batch(tokens, eligible)
+  results = infill.measure_infilling(lm, rows, [0.25, 1.0])
   assert [(r['pattern'], r['ratio']) for r in results] == [
     ('uniform', 0.25),
     ('uniform', 1.0),
@@ -60,10 +59,10 @@ def test_accuracy(tmp_path):
     {'objective__name': 'block', 'objective__block_size': 4},
   ],
 )
-def test_networks_that_do_not_see_what_is_behind_are_refused(changes, tmp_path):
-  run, params, _ = evaluate.open_run(workdirs.make_workdir(tmp_path, **changes))
+def test_networks_that_read_left_to_right_are_refused(changes, tmp_path):
+  lm = lms.load(workdirs.make_workdir(tmp_path, **changes))
   with pytest.raises(InputError, match='both sides'):
-    infill.measure_infilling(run, params, {}, [0.5])
+    infill.check_run(lm.run)
 
 
 @pytest.mark.parametrize('texts', [['x'], ['0'], ['0.5', '1.5'], ['nan']])

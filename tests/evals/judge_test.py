@@ -1,18 +1,18 @@
-"""Judges: whole texts, in windows, in their own tokens or in bytes."""
+"""Tests of judges: whole texts, windows, own tokens and other tokenizers."""
 
-import importlib.util
 import math
+import sys
 
 import numpy as np
 import pytest
 
-from nanodlm import evaluate
-from nanodlm.data import tokenizers
+from nanodlm import lm as lms
+from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.evals import judge as judges
 from nanodlm.types import InputError
 from tests import workdirs
 
-BYTES = tokenizers.BytesTokenizer()
+BYTES = BytesTokenizer()
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +35,7 @@ def test_own_ids(judge):
   for row, nll in zip(tokens, judged.nll):
     # The first token is predicted from the start symbol.
     log_p = workdirs.log_probs(
-      judge.run, judge.params, [BYTES.mask_id, *row[:-1]]
+      judge.lm.run, judge.lm.params, [BYTES.mask_id, *row[:-1]]
     )
     np.testing.assert_allclose(nll, -log_p[np.arange(16), row].sum(), rtol=1e-5)
 
@@ -52,7 +52,7 @@ def test_windows(judge):
   np.testing.assert_array_equal(whole.num_tokens, 40)
 
 
-def test_documents_are_told_apart_as_in_training(judge, tmp_path):
+def test_documents_are_separated_as_in_training(judge, tmp_path):
   marked = judges.make_judge(
     workdirs.make_workdir(
       tmp_path, objective__name='ar', data__segment_ids=True
@@ -61,10 +61,10 @@ def test_documents_are_told_apart_as_in_training(judge, tmp_path):
   tokens = rows(1, 16)
   separator = BYTES.separator_id
   tokens[0, [5, 11]] = separator
-  # Alone, each document begins behind the separator that ended the last one.
+  # Scored alone, each document follows the separator of the previous one.
   nll, given = 0.0, [BYTES.mask_id, *tokens[0, :-1]]
   for document in (slice(0, 6), slice(6, 12), slice(12, 16)):
-    log_p = workdirs.log_probs(marked.run, marked.params, given[document])
+    log_p = workdirs.log_probs(marked.lm.run, marked.lm.params, given[document])
     own = tokens[0, document]
     nll -= log_p[np.arange(len(own)), own].sum()
   np.testing.assert_allclose(marked.score(tokens, BYTES).nll[0], nll, rtol=1e-5)
@@ -75,7 +75,7 @@ def test_other_tokenizer_is_judged_by_its_text(judge, tmp_path):
   workdir = workdirs.make_workdir(
     tmp_path, tokenizer__name='sentencepiece', tokenizer__vocab_size=300
   )
-  tokenizer = evaluate.open_run(workdir)[0].tokenizer
+  tokenizer = lms.load(workdir).tokenizer
   assert not judge.reads_ids_of(tokenizer) and judge.reads_ids_of(BYTES)
   texts = ['the lazy dog, and', 'The quick brown f']
   tokens = [tokenizer.encode(text) for text in texts]
@@ -103,7 +103,7 @@ def test_quality(tmp_path):
   )
   assert quality['judge_tokens'] == 'own'
   assert quality['gen_bits_per_byte_ci95'] < 1e-3
-  # Never without the numbers that show repetition; without a judge, only these.
+  # The numbers that show repetition are always present.
   assert (
     set(judges.measure_quality(None, tokens, BYTES))
     == {
@@ -117,24 +117,24 @@ def test_quality(tmp_path):
   )
 
 
-def test_a_bound_is_no_judge(tmp_path):
+def test_a_run_with_a_bound_is_refused(tmp_path):
   workdir = workdirs.make_workdir(tmp_path)
   with pytest.raises(InputError, match='must be autoregressive'):
     judges.make_judge(workdir)
-  with pytest.raises(InputError, match='holds no run'):
+  with pytest.raises(InputError, match=str(tmp_path)):
     judges.make_judge(str(tmp_path))
 
 
 def test_hugging_face_is_optional(monkeypatch):
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(InputError, match=r"'hf:gpt2' needs .*\[judge\]"):
+  monkeypatch.setitem(sys.modules, 'torch', None)  # Fails to be imported.
+  with pytest.raises(InputError, match=r"'hf:gpt2' needs torch: .*\[judge\]"):
     judges.make_judge('hf:gpt2')
 
 
 def test_hugging_face(tmp_path):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
-  import tokenizers as hf_tokenizers  # Hugging Face's, not ours
+  import tokenizers as hf_tokenizers
 
   alphabet = sorted(hf_tokenizers.pre_tokenizers.ByteLevel.alphabet())
   vocab = {piece: i for i, piece in enumerate([*alphabet, '<|endoftext|>'])}

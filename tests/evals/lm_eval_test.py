@@ -1,12 +1,12 @@
-"""Log-likelihoods and continuations, alone and under the harness itself."""
+"""Tests of log-likelihoods and continuations, alone and under the harness."""
 
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from nanodlm import config as configs
 from nanodlm.evals import lm_eval as adapter
 from nanodlm.types import InputError
 from tests import workdirs
@@ -16,7 +16,7 @@ OPTIONS = {'batch_size': 8, 'num_draws': 2}
 
 @pytest.fixture(scope='module')
 def masked(tmp_path_factory):
-  # 40 is no multiple of LENGTH_STEP: rows of 32 and of 40 tokens.
+  # 40 is not a multiple of LENGTH_STEP, so that rows have 32 or 40 tokens.
   return adapter.open_text_model(
     workdirs.make_workdir(tmp_path_factory.mktemp('masked'), data__length=40),
     **OPTIONS,
@@ -48,7 +48,7 @@ def block(tmp_path_factory):
 
 
 def log_probs(text_model, tokens):
-  return workdirs.log_probs(text_model.run, text_model.params, tokens)
+  return workdirs.log_probs(text_model.lm.run, text_model.lm.params, tokens)
 
 
 def test_pairs(masked):
@@ -67,7 +67,7 @@ def test_autoregressive_is_exact(causal):
   values = causal.log_likelihoods(pairs)
   for (context, continuation), (value, greedy) in zip(pairs, values):
     tokens = list((context + continuation).encode())
-    log_p = log_probs(causal, [causal.run.tokenizer.mask_id, *tokens[:-1]])
+    log_p = log_probs(causal, [causal.lm.tokenizer.mask_id, *tokens[:-1]])
     places = range(len(context), len(tokens))
     np.testing.assert_allclose(
       value, sum(log_p[i, tokens[i]] for i in places), rtol=1e-5, atol=1e-6
@@ -76,7 +76,7 @@ def test_autoregressive_is_exact(causal):
 
 
 def test_greedy_continuations_are_found(causal):
-  mask, found = causal.run.tokenizer.mask_id, []
+  mask, found = causal.lm.tokenizer.mask_id, []
   for letter in 'abcdefgh':
     best = int(log_probs(causal, [mask, ord(letter)])[-1].argmax())
     if 33 <= best < 126:
@@ -88,15 +88,16 @@ def test_greedy_continuations_are_found(causal):
 
 
 def test_one_masked_token_is_exact(masked):
-  # Nothing to average over: and the padding of the row is not seen.
+  # With one masked token there is nothing to average, and the text does not
+  # attend to the padding of the row.
   pairs = [('the quick', ' '), ('', 'f'), ('x' * 36, 'a')]
   for (context, token), (value, _) in zip(pairs, masked.log_likelihoods(pairs)):
-    log_p = log_probs(masked, [*context.encode(), masked.run.tokenizer.mask_id])
+    log_p = log_probs(masked, [*context.encode(), masked.lm.tokenizer.mask_id])
     np.testing.assert_allclose(value, log_p[-1, ord(token)], rtol=1e-4)
 
 
 def test_two_masked_tokens_are_the_mean_over_both_orders(masked):
-  mask = masked.run.tokenizer.mask_id
+  mask = masked.lm.tokenizer.mask_id
   head, (a, b) = list(b'the'), b'fo'
   first = log_probs(masked, [*head, mask, mask])
   after_a = log_probs(masked, [*head, a, mask])
@@ -104,11 +105,12 @@ def test_two_masked_tokens_are_the_mean_over_both_orders(masked):
   expected = 0.5 * (first[3, a] + after_a[4, b] + first[4, b] + after_b[3, a])
   values = [
     adapter.TextModel(
-      masked.run, masked.params, num_draws=64, seed=seed, is_greedy=False
+      masked.lm, num_draws=64, seed=seed, is_greedy=False
     ).log_likelihoods([('the', 'fo')])[0][0]
     for seed in range(3)
   ]
-  # Half of the 3 x 64 draws mask one of the two, which of them is a coin's toss.
+  # Half of the 3 x 64 draws mask one of the two tokens, either with probability
+  # one half.
   spread = abs(after_a[4, b] - after_b[3, a])
   standard_error = 0.5 * spread / 96**0.5
   assert abs(np.mean(values) - expected) < 4 * standard_error + 1e-4
@@ -121,21 +123,17 @@ def test_choices_of_a_context_share_their_noise(masked):
 
 
 def test_greedy_is_what_the_sampler_writes(masked):
-  canvas = {
-    'tokens': np.zeros((1, 32), np.int32),
-    'weight': np.zeros((1, 32), np.float32),
-  }
-  canvas['tokens'][0, :3] = 65
+  tokens = np.full((1, 32), masked.lm.tokenizer.mask_id, np.int32)
+  tokens[0, :3] = 65
   fixed = np.arange(32)[None] < 3
-  tokens = np.where(fixed, canvas['tokens'], masked.run.tokenizer.mask_id)
-  filled, _ = masked._fill(0.0)(
-    masked.params, jax.random.key(masked.seed), tokens.astype(np.int32), fixed
-  )
-  canvas['weight'][0, 3:6] = 1
-  canvas['tokens'][0, 3:6] = filled[0, 3:6]
-  assert masked._find_greedy(canvas, None).tolist() == [True]
-  canvas['tokens'][0, 4] = (filled[0, 4] + 1) % 256
-  assert masked._find_greedy(canvas, None).tolist() == [False]
+  key = jax.random.key(masked.seed)
+  filled, _ = masked._fill(0.0)(masked.lm.params, key, tokens, fixed)
+  tokens[0, 3:6] = filled[0, 3:6]
+  scored = ~fixed & (np.arange(32)[None] < 6)
+  batch = masked._batch(tokens, scored, fixed | scored)
+  assert masked._find_greedy(batch, None).tolist() == [True]
+  tokens[0, 4] = (filled[0, 4] + 1) % 256
+  assert masked._find_greedy(batch, None).tolist() == [False]
 
 
 @pytest.mark.parametrize('name', ['masked', 'causal'])
@@ -150,7 +148,7 @@ def test_rolling(name, request):
       values[0], sum(v for v, _ in text_model.log_likelihoods(parts)), rtol=1e-5
     )
   else:
-    log_p = log_probs(text_model, [text_model.run.tokenizer.mask_id])
+    log_p = log_probs(text_model, [text_model.lm.tokenizer.mask_id])
     np.testing.assert_allclose(values[2], log_p[0, ord('x')], rtol=1e-4)
 
 
@@ -184,7 +182,9 @@ def test_generation_options():
 
 
 def test_without_the_harness(masked, monkeypatch):
-  monkeypatch.setattr(adapter.importlib.util, 'find_spec', lambda name: None)
+  # None in sys.modules makes an import fail.
+  monkeypatch.setitem(sys.modules, 'lm_eval', None)
+  monkeypatch.setitem(sys.modules, 'lm_eval.api.model', None)
   with pytest.raises(InputError, match=r'\[lm_eval\]'):
     adapter.make_lm(masked)
 
@@ -251,7 +251,7 @@ def test_under_the_harness(causal, masked, block, tmp_path, monkeypatch):
     (masked, 'confidence'),
     (block, 'block'),
   ):
-    assert configs.sampler_name(text_model.run.config) == sampler
+    assert text_model.lm.run.sampler_name == sampler
     results = lm_eval.simple_evaluate(
       adapter.make_lm(text_model),
       tasks=list(TASKS),

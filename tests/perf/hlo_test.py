@@ -1,4 +1,5 @@
-"""Costs read off compiled programs agree with what the programs do."""
+# ruff: noqa: E501
+"""Tests that the costs of compiled programs agree with what they do."""
 
 import functools
 
@@ -11,8 +12,8 @@ import numpy as np
 from nanodlm.devices import mesh as meshes
 from nanodlm.perf import hlo
 
-# In the form of a TPU's compiler: no note of trip counts, a batched product as a
-# convolution, cycles beside fusions, a kernel, collectives, a conditional.
+# In the form of the TPU compiler: no annotation of trip counts, a batched product
+# as a convolution, cycles of fusions, a kernel, collectives, a conditional.
 TPU = """HloModule jit_f, is_scheduled=true
 
 %fused (p: bf16[8,12,64], q: bf16[8,12,64]) -> f32[8,12,12] {
@@ -75,19 +76,17 @@ class TpuTextTest(parameterized.TestCase):
 
   def test_cycles(self):
     self.assertEqual(self.cost.cycles, 10 * 70 + 1000)
-    self.assertEqual(self.cost.cycles_by_op['jit(f)/dot'], 700)
 
   def test_flops_of_a_batched_product_and_a_kernel(self):
     self.assertEqual(self.cost.flops, 10 * (2 * 8 * 12 * 12 * 64 + 500))
 
   def test_kernels(self):
-    self.assertEqual(
-      self.cost.kernels, {hlo.Kernel('jit(f)/mine', 500, 40): 10}
-    )
+    self.assertEqual(self.cost.kernels, {hlo.Kernel(500, 40): 10})
 
   def test_collectives(self):
     size = 16 * 12 * 12 * 4
-    self.assertEqual(self.cost.collectives, {'all-gather': [10, 10 * size]})
+    expected = {'all-gather': {'count': 10, 'bytes': 10 * size}}
+    self.assertEqual(self.cost.collectives, expected)
 
   def test_loop_without_a_known_end(self):
     text = TPU.replace('constant(11)', 'copy(%limit.1)').replace(
@@ -106,13 +105,13 @@ class CompiledHereTest(parameterized.TestCase):
       f, np.ones((32, 48), np.float32), np.ones((5, 48, 48), np.float32)
     )
     self.assertEqual(cost.flops, 5 * 2 * 32 * 48 * 48)
-    self.assertEqual(cost.cycles, 0)  # a CPU's compiler gives no estimates
+    self.assertEqual(cost.cycles, 0)  # The CPU compiler gives no estimates.
 
   def test_batched_product_and_convolution(self):
     x = np.ones((3, 32, 48), np.float32)
     flops = cost_of(lambda x: jnp.einsum('bij,bkj->bik', x, x), x).flops
     self.assertEqual(flops, 2 * 3 * 32 * 32 * 48)
-    # 'SAME': at the two ends one of the three taps falls on padding.
+    # With 'SAME', one of three taps meets padding at each of the two ends.
     conv = functools.partial(
       jax.lax.conv_general_dilated,
       window_strides=(1,),
@@ -135,12 +134,14 @@ class CompiledHereTest(parameterized.TestCase):
 
     f = jax.shard_map(f, mesh=mesh, in_specs=P('data'), out_specs=P('data'))
     cost = cost_of(f, np.ones((16, 100), np.float32))
-    self.assertEqual(
-      cost.collectives,
-      {'all-reduce': [7, 7 * 2 * 100 * 4], 'all-gather': [1, 8 * 2 * 100 * 4]},
-    )
+    size = 2 * 100 * 4
+    expected = {
+      'all-reduce': {'count': 7, 'bytes': 7 * size},
+      'all-gather': {'count': 1, 'bytes': 8 * size},
+    }
+    self.assertEqual(cost.collectives, expected)
 
-  def test_a_device_sends_itself_nothing(self):
+  def test_collectives_of_one_device_do_not_count(self):
     for sizes in ((1, 8, 1), (8, 1, 1)):
       mesh = meshes.make_mesh(meshes.MeshConfig(*sizes))
       f = jax.shard_map(

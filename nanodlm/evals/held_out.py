@@ -1,0 +1,52 @@
+"""--mode=eval: the bound on held-out text, and gaps in it filled in."""
+
+from absl import flags
+
+from nanodlm import evaluate
+from nanodlm import workdir as workdirs
+from nanodlm.config import Start
+from nanodlm.evals import infill
+from nanodlm.types import InputError
+
+# The sections that --mode=eval reads, and keys of them that it does not.
+READS = ('data.', 'eval.', 'mesh.', 'model.', 'objective.')
+UNREAD = ('eval.max_examples',)
+
+
+def define_flags():
+  """Defines the flags of --mode=eval."""
+  flags.DEFINE_integer(
+    'noise_examples',
+    0,
+    'Held-out rows on which the variance of the bound over its noise is '
+    'measured, against independent times; 0: off.',
+    lower_bound=0,
+  )
+  flags.DEFINE_list(
+    'infill',
+    [],
+    'Shares of the tokens of held-out rows to mask and fill in with '
+    'config.sampler, as 0.1,0.3,0.5.',
+  )
+  flags.DEFINE_integer(
+    'infill_examples', 256, 'Held-out rows for --infill; 0: all.', lower_bound=0
+  )
+
+
+def main(start: Start) -> int:
+  """--mode=eval: the whole validation split with the averaged weights."""
+  options = flags.FLAGS
+  ratios = infill.parse_ratios(options.infill)
+  num_rows = options.infill_examples
+  if options['infill_examples'].present and not ratios:
+    raise InputError(f'--infill_examples={num_rows} needs --infill')
+  reads = (*READS, 'sampler.') if ratios else READS
+  settings = start.resolve_reading(reads, UNREAD)
+  workdirs.check_writable(start.workdir)
+  subject = evaluate.open_subject(settings, start.workdir)
+  if ratios:  # Before the slow part.
+    infill.check_run(subject.lm.run)
+  evaluate.evaluate_subject(subject, options.noise_examples)
+  if ratios:
+    infill.infill_subject(subject, ratios, num_rows)
+  return 0
