@@ -1,197 +1,234 @@
-"""Every setting with its default. A variant is this plus a few changes.
+"""Every setting with its default; the other configs change a few of them.
 
     python launch.py --config=configs/base.py --workdir=runs/base
 
-Any key can be changed on the command line: --config.model.num_layers=6. A config
-file is Python code: run only those you trust.
+Any key can be changed on the command line: --config.model.num_layers=6. A
+config file is Python code that is executed: use only those you trust.
+
+Not yet run as it is: it is the starting point of the others.
 """
 
 from ml_collections import config_dict
 
 
 def get_config() -> config_dict.ConfigDict:
-  """The defaults: a 10M-parameter masked diffusion model of bytes."""
+  """Returns the defaults, a 10M-parameter masked diffusion model of bytes."""
   config = config_dict.ConfigDict()
-  config.seed = 0  # of the initial weights, the noise and the order of the data
+  # Seed of the initial weights, the noise and the order of the examples.
+  config.seed = 0
 
   config.data = data = config_dict.ConfigDict()
+  # Where the text comes from. nanodlm/data/sources explains each kind:
   # 'embedded' | 'text:GLOB' | 'jsonl:GLOB[:FIELD]' | 'parquet:GLOB[:FIELD]' |
-  # 'tfds:NAME[:FEATURE]' | 'hf:NAME[[:CONFIG]:FEATURE]', NAME also a folder |
-  # 'tokens:GLOB[:FIELD]', 'hf_tokens:NAME[[:CONFIG]:FEATURE]', rows of ids that
-  # tokenizer.name made | 'pairs:GLOB[:PROMPT_FIELD:RESPONSE_FIELD]', JSONL to
-  # fine-tune on | a mixture, 'mix:0.7*text:a/*.txt+0.3*jsonl:b/*.jsonl', its
-  # weights the shares of the examples, in training and in what is held out
+  # 'tfds:NAME[:FEATURE]' | 'hf:NAME[[:CONFIG]:FEATURE]' |
+  # 'tokens:GLOB[:FIELD]' | 'hf_tokens:NAME[[:CONFIG]:FEATURE]' |
+  # 'pairs:GLOB[:PROMPT_FIELD:RESPONSE_FIELD]' | 'mix:0.7*SOURCE+0.3*SOURCE'
   data.source = 'embedded'
-  data.length = 256  # tokens per example
-  # Held out, unless a TFDS or Hugging Face set has its own split: a share of the
-  # bytes in (0, 1), or a number of tokens; one of the two is 0. Of a mixture, of
-  # each of its sources.
+  data.length = 256  # Tokens per example.
+  # How much of each source is held out, unless a TFDS or Hugging Face dataset
+  # has a split for it: a fraction of the bytes in (0, 1), or a number of
+  # tokens. One of the two must be 0.
   data.eval_fraction = 0.05
   data.eval_tokens = 0
-  # With eval_tokens, of one document or of rows of ids: neither trained nor
-  # evaluated on, the last ones of the text; in front of them those held out.
+  # Tokens at the end of the text that are used neither for training nor for
+  # evaluation. Needs eval_tokens, and a single document or rows of ids; the
+  # held-out tokens come right before them.
   data.test_tokens = 0
-  data.data_dir = ''  # prepared data; '': $NANODLM_DATA_DIR or ~/.cache/nanodlm
-  data.crop = 'chunk'  # 'chunk': fixed rows | 'random': random windows
-  # True: no attention across documents. Where they end is then known to the
-  # network, masked separators too: not a bound for text without such marks.
-  # A canvas is sampled as one document: text behind a separator that is drawn
-  # inside it has seen the text before.
+  # Folder of the prepared data; '': $NANODLM_DATA_DIR or ~/.cache/nanodlm.
+  data.data_dir = ''
+  # 'chunk': consecutive rows | 'random': windows at random places.
+  data.crop = 'chunk'
+  # Whether attention stops at the end of a document. The network then knows
+  # where documents end even if the separators are masked, so that the bound
+  # does not apply to text without such marks. A sampled canvas counts as one
+  # document: text after a sampled separator has seen the text before it.
   data.segment_ids = False
-  # What is behind the response of a pair. 'eos': separators, scored | 'masked':
-  # kept out of attention; a network that is not causal then knows the length.
+  # What fills a row after the response of a pair. 'eos': separators, which are
+  # scored | 'masked': positions hidden from attention; a network that is not
+  # causal then knows the length of the response.
   data.padding = 'eos'
-  # Shares of the training examples that are given a clean prefix, or all but a
-  # span, neither noised nor scored; each and their sum in [0, 1].
+  # Fractions of the training examples that keep a clean prefix, or everything
+  # but one span, neither noised nor scored. Each, and their sum, is in [0, 1].
   data.clean_prefix_rate = 0.0
   data.clean_infill_rate = 0.0
   data.prefetch_batches = 4
-  data.num_threads = 2  # that read batches
+  data.num_threads = 2  # Threads that read batches.
 
   config.tokenizer = tokenizer = config_dict.ConfigDict()
-  # 'bytes' | 'sentencepiece' | a tiktoken encoding: 'gpt2', ... | 'run': another's
+  # 'bytes' | 'sentencepiece' | a tiktoken encoding such as 'gpt2' | 'run': the
+  # tokenizer of the run in tokenizer.path.
   tokenizer.name = 'bytes'
-  # A SentencePiece .model; '': trained on the source. Of 'run': its workdir
+  # A SentencePiece .model file ('': train one on the source), or a workdir.
   tokenizer.path = ''
-  tokenizer.vocab_size = (
-    0  # pieces, where SentencePiece is trained on the source
-  )
+  # Number of pieces if a SentencePiece model is trained; otherwise 0.
+  tokenizer.vocab_size = 0
 
   config.model = model = config_dict.ConfigDict()
+  model.name = 'transformer'
   model.num_layers = 6
   model.embed_dim = 384
   model.num_heads = 6
-  model.num_kv_heads = 0  # of keys and values, shared by queries; 0: num_heads
-  model.head_size = 0  # 0: embed_dim / num_heads
-  model.mlp_dim = 0  # 0: 4 x embed_dim, gated: 8/3 x
-  # 'gelu' | 'gelu_tanh' | 'relu2' | gated: 'geglu' | 'geglu_tanh' | 'swiglu' | 'glu'
+  # Heads of keys and values, shared among the queries; 0: num_heads.
+  model.num_kv_heads = 0
+  model.head_size = 0  # 0: embed_dim / num_heads.
+  model.mlp_dim = 0  # 0: 4 x embed_dim, or 8/3 x embed_dim if the MLP is gated.
+  # 'gelu' | 'gelu_tanh' | 'relu2', or gated: 'geglu' | 'geglu_tanh' | 'swiglu'
+  # | 'glu'.
   model.mlp = 'swiglu'
   model.qk_norm = True
   model.tie_embeddings = True
-  model.dropout = 0.0  # in [0, 1)
-  model.time_conditioning = False  # adaLN-zero
-  # 'dit': 1000 t | 'sigma': -log(1 - t) | 'unit': t | 'constant': 0 | 'md4': forms
-  # in which published networks are told the time, for imported checkpoints.
+  model.dropout = 0.0  # In [0, 1).
+  # Whether the network reads the time, through adaLN-zero.
+  model.time_conditioning = False
+  # What it reads. 'dit': 1000 t | 'sigma': -log(1 - t) | 'unit': t |
+  # 'constant': 0 | 'md4'. Published checkpoints need theirs.
   model.time_form = 'dit'
-  model.time_dim = 0  # width of the embedded time; 0: embed_dim
+  model.time_dim = 0  # Width of the embedded time; 0: embed_dim.
   model.output_bias = False
-  model.embedding_dim = (
-    0  # of the embedding, widened by a dense layer; 0: embed_dim
-  )
+  # Width of the embedding, which a dense layer then widens; 0: embed_dim.
+  model.embedding_dim = 0
   model.rope_theta = 10_000.0
-  model.num_positions = (
-    0  # learned ones, instead of rotary; >= the length; 0: none
-  )
-  model.norm = 'rms'  # 'rms' | 'layer'
+  # Number of learned positions, at least the length of the longest row; 0:
+  # rotary positions.
+  model.num_positions = 0
+  model.norm = 'rms'  # 'rms' | 'layer'.
   model.norm_eps = 1e-6
-  model.norm_bias = False  # of 'layer'
-  model.attention_bias = 'none'  # 'none' | 'qkv' | 'all'
+  model.norm_bias = False  # Whether 'layer' has a bias.
+  model.attention_bias = 'none'  # 'none' | 'qkv' | 'all'.
   model.mlp_bias = False
-  # Position i's output is read at i - 1, as of a network that was autoregressive.
+  # Whether the prediction for position i is read at i - 1, as in a network
+  # that was autoregressive.
   model.shift_outputs = False
-  model.dtype = 'float32'  # of matrix products: 'float32' | 'bfloat16'
-  model.remat = (
-    'none'  # recompute in the backward pass: 'none' | 'dots' | 'full'
-  )
-  model.unroll = False  # True: no scan over layers; faster on a CPU
-  model.attention = 'auto'  # 'auto' | 'xla' | 'cudnn' (GPU) | 'pallas' (TPU)
+  model.dtype = 'float32'  # Type of matrix products: 'float32' | 'bfloat16'.
+  # What the backward pass recomputes: 'none' | 'dots' (all but the matrix
+  # products) | 'full' (everything).
+  model.remat = 'none'
+  # True: no scan over the layers, which is faster on a CPU.
+  model.unroll = False
+  model.attention = 'auto'  # 'auto' | 'xla' | 'cudnn' (GPU) | 'pallas' (TPU).
 
   config.objective = objective = config_dict.ConfigDict()
-  # 'masked' | 'block' | 'ar' | 'uniform' | 'hybrid' | 'd3pm' | 'sedd' | 'genmd4'
+  # 'masked' | 'block' | 'ar' | 'uniform' | 'hybrid' | 'd3pm' | 'sedd' |
+  # 'genmd4'.
   objective.name = 'masked'
-  objective.block_size = 16  # of block; divides data.length
-  # 'count' (masked, block, sedd) | 'stratified' | 'uniform' times | 'auto': the
-  # first of these that the objective has
+  objective.block_size = 16  # Tokens per block of 'block'; divides data.length.
+  # How noise levels are drawn: by 'count' (masked, block, sedd), or as
+  # 'stratified' or 'uniform' times; 'auto' is the first of these that the
+  # objective supports.
   objective.noise = 'auto'
-  objective.schedule = (
-    'linear'  # 'linear' | 'cosine' | 'md4_cosine' | 'sqrt' | 'polynomial'
-  )
-  objective.power = 2.0  # of the polynomial schedule, > 0
-  objective.num_timesteps = 0  # discrete time; 0: continuous, d3pm: 1000
-  objective.min_time = 0.0  # times below it are not trained on, in [0, 1)
-  objective.p_uniform = 0.1  # of hybrid: uniform tokens at t = 1/2, in [0, 1)
-  objective.gamma = 1.0  # of hybrid: how the uniform share grows, >= 1
-  objective.max_weight = 0.0  # uniform, hybrid: clips training weights; 0: off
+  # 'linear' | 'cosine' | 'md4_cosine' | 'sqrt' | 'polynomial'.
+  objective.schedule = 'linear'
+  objective.power = 2.0  # Exponent of the polynomial schedule, > 0.
+  # Number of discrete times; 0: continuous time, or 1000 for d3pm.
+  objective.num_timesteps = 0
+  objective.min_time = 0.0  # Times below it are not trained on; in [0, 1).
+  # Probability of a uniformly random token at t = 1/2, for hybrid; in [0, 1).
+  objective.p_uniform = 0.1
+  objective.gamma = 1.0  # How fast the uniform part of hybrid grows, >= 1.
+  # Largest training weight of uniform and hybrid; 0: no limit.
+  objective.max_weight = 0.0
 
   config.sampler = sampler = config_dict.ConfigDict()
-  # 'auto' (fixed_count for masked; block, ar for such models; else posterior) |
-  # 'ancestral' | 'fixed_count' | 'first_hitting' | 'confidence' | 'remask' |
-  # 'prefix_cache' | 'posterior' | 'block' | 'ar'
+  # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |
+  # 'first_hitting' | 'confidence' | 'remask' | 'prefix_cache' | 'posterior' |
+  # 'block' | 'ar'.
   sampler.name = 'auto'
-  # Network calls; of each block, where there are blocks; 0 with confidence's
-  # threshold or entropy_budget.
+  # Network calls, per block if there are blocks; 0 if confidence uses its
+  # threshold or entropy_budget instead.
   sampler.num_steps = 128
-  sampler.schedule = 'linear'  # of ancestral and remask; as in objective
+  # The schedule of ancestral and remask; see objective.schedule and power.
+  sampler.schedule = 'linear'
   sampler.power = 2.0
-  # Times of ancestral, remask and posterior: 'uniform' | 'cosine' | a list that
-  # falls from 1 to 0, as '1,0.5,0.2,0': so many steps, whatever num_steps says
+  # Times of ancestral, remask and posterior: 'uniform' | 'cosine' | a list
+  # falling from 1 to 0, such as '1,0.5,0.2,0', which replaces num_steps.
   sampler.grid = 'uniform'
-  sampler.score = 'max_prob'  # of confidence: | 'margin' | 'entropy' | 'random'
-  sampler.threshold = 0.0  # of confidence, a probability; 0: off
-  sampler.entropy_budget = 0.0  # of confidence, nats per call; 0: off
-  # Left to right, of confidence (0: the whole canvas) and prefix_cache (0: 32).
+  # What confidence ranks positions by: 'max_prob' | 'margin' | 'entropy' |
+  # 'random'.
+  sampler.score = 'max_prob'
+  # For confidence, which reveals everything more probable; 0: off.
+  sampler.threshold = 0.0
+  sampler.entropy_budget = 0.0  # For confidence, in nats per call; 0: off.
+  # Blocks from left to right, for confidence (0: the whole canvas at once) and
+  # prefix_cache (0: 32).
   sampler.block_size = 0
-  sampler.inner = 'fixed_count'  # fills a block, in block and prefix_cache
-  sampler.cache = True  # of block and ar: keep keys and values
-  sampler.stop_at_eos = False  # of block: a drawn separator ends the text
-  sampler.remask = 'cap'  # 'cap' | 'rescale' | 'conf' | 'loop'
-  sampler.eta = 0.04  # of remask, in [0, 1]: .008, .015, 1, .02 in the paper
-  sampler.num_corrections = 0  # of posterior, after uniform or hybrid noise
-  sampler.guidance = 0.0  # towards the prompt, >= 0; twice the work; 0: off
-  sampler.temperature = 1.0  # 0: the most probable token
-  sampler.top_k = 0  # 0: all
-  sampler.top_p = 1.0  # in (0, 1]
-  sampler.num_samples = 4  # per prompt, with --mode=sample
-  sampler.length = 0  # tokens; 0: data.length
+  # The sampler that fills a block, for block and prefix_cache.
+  sampler.inner = 'fixed_count'
+  sampler.cache = True  # Whether block and ar keep keys and values.
+  # Whether a sampled separator ends the text, for block.
+  sampler.stop_at_eos = False
+  # Strategy of remask: 'cap' | 'rescale' | 'conf' | 'loop'.
+  sampler.remask = 'cap'
+  # Strength of remask, in [0, 1]; the paper uses 0.008, 0.015, 1 and 0.02.
+  sampler.eta = 0.04
+  # Corrector steps of posterior, for uniform and hybrid noise.
+  sampler.num_corrections = 0
+  # Strength of the guidance towards the prompt, >= 0, for two calls instead of
+  # one; 0: off.
+  sampler.guidance = 0.0
+  sampler.temperature = 1.0  # 0: the most probable token.
+  sampler.top_k = 0  # 0: all tokens.
+  sampler.top_p = 1.0  # In (0, 1].
+  sampler.num_samples = 4  # Samples per prompt, with --mode=sample.
+  sampler.length = 0  # Tokens of a sample; 0: data.length.
   sampler.seed = 0
 
   config.optim = optim = config_dict.ConfigDict()
-  optim.name = 'adamw'  # 'adamw' | 'lion' | 'muon'
+  optim.name = 'adamw'  # 'adamw' | 'lion' | 'muon'.
   optim.learning_rate = 1e-3
-  optim.schedule = 'cosine'  # 'cosine' | 'constant' | 'wsd', after the warm-up
+  optim.schedule = 'cosine'  # After the warm-up: 'cosine' | 'constant' | 'wsd'.
   optim.warmup_steps = 100
-  optim.final_fraction = 0.0  # of the learning rate at the end
-  optim.weight_decay = 0.1  # on matrices and embeddings
+  # Last learning rate, as a fraction of learning_rate.
+  optim.final_fraction = 0.0
+  optim.weight_decay = 0.1  # Applied to matrices and embeddings.
   optim.b1 = 0.9
   optim.b2 = 0.99
-  optim.momentum = 0.95  # of muon
-  optim.clip_norm = 1.0  # 0: off
-  optim.ema_decay = 0.999  # 0: off
+  optim.momentum = 0.95  # For muon.
+  optim.clip_norm = 1.0  # Largest norm of the gradient; 0: off.
+  optim.ema_decay = 0.999  # Decay of the averaged weights; 0: off.
 
   config.train = train = config_dict.ConfigDict()
-  train.batch_size = 32  # examples over all devices
+  train.batches = 'text'  # Where batches come from: 'text' is the data above.
+  train.batch_size = 32  # Examples per step, over all devices.
   train.num_steps = 2000
-  train.num_microbatches = 1  # per step and device, for less memory
-  # A network that was autoregressive (checkpoint.init_from) begins to see to its
-  # right: over so many steps attention goes from causal to full; 0: full at once.
-  # (Evaluation and samples always see all.)
+  # Parts of a step's batch, computed in turn on each device to save memory.
+  train.num_microbatches = 1
+  # Steps over which attention opens from causal to full, for a network that
+  # was autoregressive (checkpoint.init_from); 0: full from the start.
+  # Evaluation and sampling always use full attention.
   train.anneal_steps = 0
-  train.chunk_size = 1024  # positions projected to the vocabulary at once
+  # Positions that are projected to the vocabulary at once.
+  train.chunk_size = 1024
   train.log_every_steps = 50
-  train.eval_every_steps = 500  # 0: at the end only
-  train.num_samples = 1  # shown at each evaluation
-  train.max_skipped_steps = 5  # in a row, with a non-finite gradient
-  train.profile_steps = 0  # traced for TensorBoard, from step 10
-  train.wandb_project = ''  # '': off; needs the wandb package
+  train.eval_every_steps = 500  # 0: only at the end.
+  train.num_samples = 1  # Samples shown at each evaluation.
+  # The run ends after this many consecutive steps with a non-finite gradient.
+  train.max_skipped_steps = 5
+  train.profile_steps = 0  # Steps traced for TensorBoard, from step 10; 0: off.
+  train.wandb_project = ''  # '': off. Needs the wandb package.
 
   config.eval = evaluation = config_dict.ConfigDict()
   evaluation.batch_size = 32
-  evaluation.num_draws = 8  # of the noise, per example
-  # In the evaluations during training, then named eval_subset/*; 0: all of them.
+  evaluation.num_draws = 8  # Noise draws per example.
+  # Examples of the evaluations during training, which are logged as
+  # eval_subset; 0: all of them.
   evaluation.max_examples = 0
   evaluation.seed = 0
 
   config.checkpoint = checkpoint = config_dict.ConfigDict()
   checkpoint.every_steps = 500
   checkpoint.max_to_keep = 3
-  checkpoint.keep_period = 0  # multiples of it are kept for good; 0: none
-  # Another run's workdir: start from its averaged weights.
+  # Checkpoints at multiples of it are never deleted; 0: off.
+  checkpoint.keep_period = 0
+  # Workdir of another run whose averaged weights training starts from.
   checkpoint.init_from = ''
-  checkpoint.init_step = 0  # of that run; 0: its last checkpoint
+  checkpoint.init_step = 0  # Its step; 0: its last checkpoint.
 
   config.mesh = mesh = config_dict.ConfigDict()
-  # Devices; one of the three may be -1: those that the others leave.
-  mesh.data = -1  # copies of the parameters, each with a part of the batch
-  mesh.fsdp = 1  # split the parameters and the batch; divides embed_dim
-  mesh.tensor = 1  # split heads, MLP and vocabulary; divides the first two
+  # Numbers of devices; one of the three may be -1, all that the others leave.
+  # Copies of the parameters, each with its part of the batch.
+  mesh.data = -1
+  # Devices that split the parameters and the batch; divides embed_dim.
+  mesh.fsdp = 1
+  # Devices that split heads, MLP and vocabulary; divides the first two.
+  mesh.tensor = 1
   return config

@@ -1,25 +1,29 @@
-"""The One Billion Word benchmark in rows of 128 tokens: GPT-2 small's network.
+"""GPT-2 small on the One Billion Word benchmark, in rows of 128 tokens.
 
     python launch.py --config=configs/lm1b.py --workdir=runs/lm1b
 
-Source: TFDS's lm1b (Chelba et al., arXiv 1312.3005), whose test split is what is
-evaluated on. MDLM (Sahoo et al., arXiv 2406.07524, table 1; batch 512, a million
-steps) has a perplexity of at most 27.0, and BD3-LM (arXiv 2503.09573) in its own
-code 31.8 masked, 28.2 in blocks of 4 and 22.8 autoregressive. Not yet run.
+Source: TFDS's lm1b (Chelba et al., arXiv 1312.3005), evaluated on its test
+split. MDLM (Sahoo et al., arXiv 2406.07524, table 1; batch 512, a million
+steps) reports a perplexity of at most 27.0. BD3-LM (arXiv 2503.09573) reports,
+with its own code, 31.8 for masked diffusion, 28.2 in blocks of 4, and 22.8 for
+the autoregressive model.
 
-Differs from the papers: their tokenizer is bert-base-uncased, here it is the
-GPT-2 BPE. Perplexities per token of the two are of other tokens and another text
-(theirs is lower case), so nothing here compares with 27.0; bits/byte is what can
-be compared between runs. Sentences are packed, with a separator between them, as
-in the second paper, and not padded, as in the first's table 1.
+Not yet run.
+
+Differs from the papers: they use the tokenizer bert-base-uncased, this config
+uses GPT-2's BPE. A perplexity per token then refers to other tokens and another
+text (theirs is lower case) and cannot be compared with 27.0; use bits/byte to
+compare runs. Sentences are packed with a separator between them, as in the
+second paper, and not padded, as in table 1 of the first.
 """
 
-from configs import gpt2_small
+from nanodlm import config as configs
 
 
 def get_config():
-  config = gpt2_small.get_config()
+  config = configs.load('gpt2_small')
   config.data.source = 'tfds:lm1b'
   config.data.length = 128
-  config.train.num_microbatches = 4  # on one GPU; divide by the devices
+  # For one GPU; divide by the number of devices.
+  config.train.num_microbatches = 4
   return config
