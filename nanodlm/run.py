@@ -114,7 +114,7 @@ class Run:
       InputError: it does not fit the objective, or a value is not allowed.
     """
     defaults = configs.load().sampler
-    section = configs.load().sampler
+    section = defaults.copy_and_resolve_references()
     if changes.get('name', self.sampler_name) == self.sampler_name:
       section.update(self.settings.sampler)
     if 'num_steps' in changes and times.is_listed(section.grid):

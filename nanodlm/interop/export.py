@@ -101,7 +101,7 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     foreign = form.to_config(network, described)
     write_json(work / convert.HF_CONFIG, foreign)
     layout = form.layout(network, layouts.paths_of(params), ())
-    write_tensors(work, run, params, layout, described)
+    write_tensors(work, params, layout, described)
     has_tokenizer = write_tokenizer(work, run, described)
     if run.objective.causal:
       # The mask begins a text and is never a part of it.
@@ -150,7 +150,6 @@ def choose_family(run: Run, family: str = '') -> str:
 
 def write_tensors(
   folder: pathlib.Path,
-  run: Run,
   params: Any,
   layout: layouts.Layout,
   described: layouts.Description,
