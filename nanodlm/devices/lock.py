@@ -14,11 +14,11 @@ import socket
 
 import filelock
 
+from nanodlm import workdir as workdirs
 from nanodlm.types import InputError
 
 log = logging.getLogger('nanodlm')
 
-LOCK_FILE = '.lock'
 # `is_held` locks the file for an instant, which a starting run waits out.
 _TIMEOUT_SECS = 1.0
 # Errors of flock on a file system without locks.
@@ -31,7 +31,7 @@ def is_held(workdir: str) -> bool | None:
   Needs read access only, and does not disturb a run that starts meanwhile.
   """
   try:
-    with open(pathlib.Path(workdir) / LOCK_FILE) as file:
+    with open(pathlib.Path(workdir) / workdirs.LOCK) as file:
       # A shared lock, which `filelock` does not have.
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
   except FileNotFoundError:
@@ -41,18 +41,6 @@ def is_held(workdir: str) -> bool | None:
   except OSError:  # An unreadable file, or no support for locks.
     return None
   return False
-
-
-def check_free(workdir: str):
-  """Raises InputError if a training run is active in `workdir`.
-
-  An early check, before the slow part of a start; it writes nothing.
-  """
-  from nanodlm.devices import multihost
-
-  if multihost.on_process_0((pathlib.Path(workdir) / LOCK_FILE).exists):
-    with hold(workdir):
-      pass
 
 
 @contextlib.contextmanager
@@ -76,7 +64,7 @@ def hold(workdir: str) -> Iterator[None]:
 
 def _lock(workdir: str, stack: contextlib.ExitStack) -> int:
   """Holds the lock until `stack` is closed."""
-  path = pathlib.Path(workdir) / LOCK_FILE
+  path = pathlib.Path(workdir) / workdirs.LOCK
   lock = filelock.FileLock(path, _TIMEOUT_SECS, fallback_to_soft=False)
   try:
     stack.enter_context(lock)

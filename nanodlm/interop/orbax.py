@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from nanodlm import workdir as workdirs
 from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 
@@ -27,7 +28,7 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
     return None
   if (path / '_METADATA').is_file():
     return path
-  for folder in (path, path / checkpoint.FOLDER):
+  for folder in (path, path / workdirs.CHECKPOINTS):
     steps = checkpoint.complete_steps(folder)
     if steps:
       folder = folder / str(steps[-1])

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from nanodlm import workdir as workdirs
 from nanodlm.devices import sharding
 from nanodlm.training import checksums
 from nanodlm.training.checksums import CHECKSUMS, complete_steps, find_damage
@@ -27,7 +28,6 @@ from nanodlm.types import InputError
 
 log = logging.getLogger('nanodlm')
 
-FOLDER = 'checkpoints'
 PARAMS = ('params', 'ema_params')
 _CONCURRENT_GB = 96  # Orbax's default.
 # Chunk size, in bytes, in which `save_params` compresses and writes large
@@ -56,7 +56,7 @@ def open_manager(
   At most `concurrent_gb` x 10^9 bytes of parameters are being written at a
   time; the largest array must be smaller.
   """
-  directory = pathlib.Path(workdir).absolute() / FOLDER
+  directory = pathlib.Path(workdir).absolute() / workdirs.CHECKPOINTS
   several = 'one' if jax.process_count() == 1 else 'several'
   async_options = ocp.AsyncOptions(
     timeout_secs=_SAVE_TIMEOUT_SECS[several],
@@ -166,7 +166,7 @@ def save_params(
 
 def holds_weights_alone(workdir: str) -> bool:
   """Returns whether a workdir's last checkpoint holds parameters alone."""
-  directory = pathlib.Path(workdir) / FOLDER
+  directory = pathlib.Path(workdir) / workdirs.CHECKPOINTS
   steps = complete_steps(directory)
   if not steps or (directory / str(steps[-1]) / 'rest').exists():
     return False
@@ -360,7 +360,7 @@ def find_intact(workdir: str) -> int:
   Raises:
     InputError: all checkpoints are damaged.
   """
-  directory = pathlib.Path(workdir).absolute() / FOLDER
+  directory = pathlib.Path(workdir).absolute() / workdirs.CHECKPOINTS
   steps = complete_steps(directory)
   step = _last_intact(directory) if steps else -1
   if steps and step != steps[-1]:

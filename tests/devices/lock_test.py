@@ -8,24 +8,24 @@ import threading
 from filelock import UnixFileLock
 import pytest
 
+from nanodlm import workdir as workdirs
 from nanodlm.devices import lock
 from nanodlm.types import InputError
 
 
 def test_lock_names_its_holder_until_it_is_freed(tmp_path):
-  lock.check_free(str(tmp_path))
-  assert not list(tmp_path.iterdir())  # The check has written nothing.
   assert lock.is_held(str(tmp_path)) is False
+  assert not list(tmp_path.iterdir())  # The check has written nothing.
   with lock.hold(str(tmp_path)):
     assert lock.is_held(str(tmp_path))
     for _ in range(2):  # A refused run does not erase the holder's name.
       with pytest.raises(
         InputError, match=f'process {os.getpid()} on'
       ) as error:
-        lock.check_free(str(tmp_path))
+        with lock.hold(str(tmp_path)):
+          pass
       assert str(tmp_path) in str(error.value)
   assert lock.is_held(str(tmp_path)) is False
-  lock.check_free(str(tmp_path))
   with lock.hold(str(tmp_path)):
     pass
 
@@ -44,7 +44,8 @@ def test_lock_is_freed_when_its_process_is_killed(tmp_path):
   process.start()
   assert event.wait(60)
   with pytest.raises(InputError, match=f'process {process.pid} on'):
-    lock.check_free(str(tmp_path))
+    with lock.hold(str(tmp_path)):
+      pass
   process.kill()
   process.join()
   with lock.hold(str(tmp_path)):
@@ -63,7 +64,7 @@ def test_file_system_without_locks_admits_every_run(
 
 
 def test_unwritable_lock_is_an_error(tmp_path):
-  (tmp_path / lock.LOCK_FILE).mkdir()
+  (tmp_path / workdirs.LOCK).mkdir()
   with pytest.raises(OSError):
     with lock.hold(str(tmp_path)):
       pass
@@ -72,7 +73,7 @@ def test_unwritable_lock_is_an_error(tmp_path):
 def test_looking_at_a_lock_keeps_no_run_out(tmp_path):
   with lock.hold(str(tmp_path)):
     pass
-  with open(tmp_path / lock.LOCK_FILE) as file:
+  with open(tmp_path / workdirs.LOCK) as file:
     fcntl.flock(file, fcntl.LOCK_SH)  # As `is_held` does, for an instant.
     timer = threading.Timer(0.2, lambda: fcntl.flock(file, fcntl.LOCK_UN))
     timer.start()

@@ -17,6 +17,7 @@ from nanodlm.data import pipeline, prepare
 from nanodlm.devices import mesh as meshes
 from nanodlm.run import make_run, make_training
 from nanodlm.training import checkpoint, checksums
+from nanodlm.workdir import CHECKPOINTS
 from tests import launches, workdirs
 from tests.launch_test import metric_lines, wait_for
 
@@ -47,7 +48,7 @@ def start(workdir, *args):
 
 
 def steps_of(workdir):
-  return checksums.complete_steps(workdir / checkpoint.FOLDER)
+  return checksums.complete_steps(workdir / CHECKPOINTS)
 
 
 @pytest.fixture(scope='module')
@@ -80,7 +81,7 @@ def test_sigterm_saves_on_every_process(runs):
   last = steps_of(several)[-1]
   assert 20 <= last < NUM_STEPS
   assert last >= max(losses(several))  # none of the steps taken is lost
-  assert checksums.find_damage(several / checkpoint.FOLDER / str(last)) == ''
+  assert checksums.find_damage(several / CHECKPOINTS / str(last)) == ''
 
 
 def test_several_processes_train_as_one_does(runs):
@@ -140,7 +141,7 @@ def test_several_processes_go_on_where_one_stood(runs, tmp_path):
   copy = tmp_path / 'copy'
   shutil.copytree(one, copy)
   last = steps_of(one)[-2]
-  shutil.rmtree(copy / checkpoint.FOLDER / str(NUM_STEPS))
+  shutil.rmtree(copy / CHECKPOINTS / str(NUM_STEPS))
   (copy / 'metrics.jsonl').unlink()
   for process in start(copy, '--config.mesh.fsdp=2'):
     status, output = launches.finish(process)

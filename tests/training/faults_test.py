@@ -21,6 +21,7 @@ from nanodlm.data import pipeline, prepare
 from nanodlm.training import checkpoint, checksums
 from nanodlm.training.state import TrainState
 from nanodlm.types import InputError
+from nanodlm.workdir import CHECKPOINTS
 from tests import launches, workdirs
 from tests.launch_test import arrays, assert_identical, metric_lines, wait_for
 
@@ -45,7 +46,7 @@ time.time_ns = lambda: real_ns() + jump() * 10 ** 9
 
 
 def complete(workdir):
-  return checksums.complete_steps(workdir / checkpoint.FOLDER)
+  return checksums.complete_steps(workdir / CHECKPOINTS)
 
 
 def flip_bit(path, at=0.5):
@@ -93,7 +94,7 @@ def test_second_run_on_a_workdir_is_refused_and_evaluation_is_not(finished):
 def test_killed_and_damaged_run_ends_bit_identical(finished, tmp_path):
   reference, *_ = finished
   workdir = tmp_path / 'run'
-  folder = workdir / checkpoint.FOLDER
+  folder = workdir / CHECKPOINTS
   seed = int(os.environ.get('NANODLM_KILLS_SEED', 0))
   rng = random.Random(seed)
   unfinished = lambda: list(folder.glob('*.orbax-checkpoint-tmp'))
@@ -166,7 +167,7 @@ def lose_item(folder):
 def three_steps(tmp_path_factory):
   """The checkpoints of steps 1, 2 and 3 of a run."""
   workdir = workdirs.make_workdir(tmp_path_factory.mktemp('three'))
-  folder = pathlib.Path(workdir) / checkpoint.FOLDER
+  folder = pathlib.Path(workdir) / CHECKPOINTS
   for step in (1, 2, 3):
     shutil.copytree(folder / '0', folder / str(step))
   shutil.rmtree(folder / '0')
@@ -194,7 +195,7 @@ def steps_to_damage(three_steps, tmp_path):
 )
 def test_every_damage_is_found(steps_to_damage, damage, words, caplog):
   workdir = str(steps_to_damage)
-  folder = steps_to_damage / checkpoint.FOLDER
+  folder = steps_to_damage / CHECKPOINTS
   damage(folder / '3')
   items = (
     checkpoint.PARAMS if damage in (flip, truncate, lose, lose_item) else ()
@@ -219,8 +220,8 @@ def test_every_damage_is_found(steps_to_damage, damage, words, caplog):
   'step, kept', [(2, [1, 2]), (3, [1, 2, 3]), (4, [1, 2, 3, 4])]
 )
 def test_next_save_replaces_damaged_checkpoints(steps_to_damage, step, kept):
-  flip(steps_to_damage / checkpoint.FOLDER / '3')
-  flip(steps_to_damage / checkpoint.FOLDER / '2')
+  flip(steps_to_damage / CHECKPOINTS / '3')
+  flip(steps_to_damage / CHECKPOINTS / '2')
   workdir = str(steps_to_damage)
   assert checkpoint.find_intact(workdir) == 1
   params = {'kernel': jax.numpy.full((2, 3), float(step))}
@@ -236,7 +237,7 @@ def test_next_save_replaces_damaged_checkpoints(steps_to_damage, step, kept):
 
 
 def test_checkpoint_of_an_older_version_has_no_checksums(steps_to_damage):
-  folder = steps_to_damage / checkpoint.FOLDER / '3'
+  folder = steps_to_damage / CHECKPOINTS / '3'
   for other in folder.parent.iterdir():
     (other / checksums.CHECKSUMS).unlink()
   assert checkpoint.find_intact(str(steps_to_damage)) == 3
@@ -263,7 +264,7 @@ def test_checkpoint_of_an_older_version_has_no_checksums(steps_to_damage):
 def test_damage_in_two_places_is_not_taken_for_an_import(
   steps_to_damage, content
 ):
-  folder = steps_to_damage / checkpoint.FOLDER / '3'
+  folder = steps_to_damage / CHECKPOINTS / '3'
   assert not checkpoint.holds_weights_alone(str(steps_to_damage))
   shutil.rmtree(folder / 'rest')
   # The checksums still list it.
@@ -275,7 +276,7 @@ def test_damage_in_two_places_is_not_taken_for_an_import(
 
 @pytest.mark.parametrize('lost', [checksums.CHECKSUMS, 'everything'])
 def test_checkpoint_that_lost_its_checksums_is_damaged(steps_to_damage, lost):
-  folder = steps_to_damage / checkpoint.FOLDER / '3'
+  folder = steps_to_damage / CHECKPOINTS / '3'
   if lost == 'everything':
     shutil.rmtree(folder)
     folder.mkdir()

@@ -5,12 +5,10 @@ import os
 import pathlib
 import shutil
 
+from nanodlm import workdir as workdirs
 from nanodlm.data import tokenizers
 from nanodlm.data.tokenizers import base
 from nanodlm.types import InputError
-
-# The files that `save` writes.
-SAVED, SAVED_MODEL = 'tokenizer.json', 'tokenizer.model'
 
 
 def save_tokenizer(
@@ -21,8 +19,10 @@ def save_tokenizer(
   described = tokenizer.to_json()
   if path := described.pop('path', ''):
     # A copy, so that the folder is complete even if the original is removed.
-    shutil.copyfile(path, folder / SAVED_MODEL)
-  (folder / SAVED).write_text(json.dumps(described, indent=2) + '\n')
+    shutil.copyfile(path, folder / workdirs.TOKENIZER_MODEL)
+  (folder / workdirs.TOKENIZER).write_text(
+    json.dumps(described, indent=2) + '\n'
+  )
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> base.Tokenizer:
@@ -32,14 +32,14 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> base.Tokenizer:
     InputError: it is missing or damaged, or it no longer produces the ids that
       it produced when it was saved.
   """
-  path = pathlib.Path(folder, SAVED)
+  path = pathlib.Path(folder, workdirs.TOKENIZER)
   try:
     described = json.loads(path.read_bytes())
   except (OSError, ValueError, RecursionError) as error:
     raise InputError(f'{path} cannot be read: {error}') from error
   try:
     cls = tokenizers.find_class(described['name'])
-    model_path = path.with_name(SAVED_MODEL)
+    model_path = path.with_name(workdirs.TOKENIZER_MODEL)
     tokenizer = cls.from_json(described, str(model_path))
     is_same = tokenizer.fingerprint == described['fingerprint']
   except (KeyError, TypeError) as error:

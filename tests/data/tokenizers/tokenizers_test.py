@@ -12,8 +12,9 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 import numpy as np
 
+from nanodlm import workdir as workdirs
 from nanodlm.data import network, tokenizers
-from nanodlm.data.tokenizers import huggingface, saved, tiktoken
+from nanodlm.data.tokenizers import huggingface, tiktoken
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -271,7 +272,7 @@ class TokenizersTest(parameterized.TestCase):
   def test_saved_tokenizer_that_changed_is_refused(self):
     folder = self.folder()
     save_tokenizer(self.make('sentencepiece'), folder)
-    other = os.path.join(folder, saved.SAVED_MODEL)
+    other = os.path.join(folder, workdirs.TOKENIZER_MODEL)
     SentencePieceTokenizer.train(
       iter(['entirely other text\n'] * 50), 270, other
     )
@@ -288,9 +289,9 @@ class TokenizersTest(parameterized.TestCase):
   )
   def test_saved_tokenizer_that_is_damaged_is_refused(self, content, message):
     folder = self.folder()
-    with open(os.path.join(folder, saved.SAVED), 'wb') as file:
+    with open(os.path.join(folder, workdirs.TOKENIZER), 'wb') as file:
       file.write(content)
-    with self.assertRaisesRegex(InputError, f'{saved.SAVED} {message}'):
+    with self.assertRaisesRegex(InputError, f'{workdirs.TOKENIZER} {message}'):
       load_tokenizer(folder)
 
 
