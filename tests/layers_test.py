@@ -13,7 +13,7 @@ CORE = (*GROUND, *PARTS, 'workdir', 'config', 'prompts', 'run', 'lm', *STORIES)
 # The folders and modules of nanodlm that each folder or module may import.
 MAY_IMPORT = {
   'types': (),
-  'devices': ('types',),
+  'devices': ('types', 'workdir'),
   'noise': ('types', 'devices'),
   'workdir': ('types',),
   'objectives': GROUND,
