@@ -28,7 +28,7 @@ def plan(source: Source, data_config: DataConfig) -> list[encoder.Task]:
     InputError: the source is empty, or data.test_tokens has no effect.
   """
   splits = SPLITS if source.has_validation else ('train',)
-  parts = [part for split in splits for part in source.parts(split)]
+  parts = [(split, part) for split in splits for part in source.parts(split)]
   num_documents = 0  # 2 stands for more than one.
   if not source.is_tokens:
     # Only the last part of a single document ends it.
@@ -48,8 +48,8 @@ def plan(source: Source, data_config: DataConfig) -> list[encoder.Task]:
   is_stream = is_whole and (source.is_tokens or data_config.eval_tokens > 0)
   split = 'stream' if is_stream else 'any'
   tasks = [
-    encoder.Task(i, part, part.split if source.has_validation else split)
-    for i, part in enumerate(parts)
+    encoder.Task(i, part, own if source.has_validation else split)
+    for i, (own, part) in enumerate(parts)
   ]
   if is_whole and not is_stream:
     return _cut(source, tasks, data_config.eval_fraction)
