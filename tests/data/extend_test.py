@@ -40,7 +40,7 @@ class CountingSource(base.Source):
       yield (start,)
 
   def read(self, part):
-    (start,) = part.where
+    (start,) = part
     for i in range(start, start + 5):
       yield base.document_of(f'document {i:03d}')
 

@@ -117,7 +117,7 @@ def parse_mixture(spec: str) -> tuple[tuple[float, str], ...]:
         f"{item!r} is not a positive weight, '*' and a source; {form}"
       )
     cls = find_class(source)
-    if cls is None or not cls.may_be_mixed:
+    if cls is None or cls.is_pairs:
       raise error(
         f'{source!r} cannot be part of a mixture; text and tokens can'
       )

@@ -73,14 +73,12 @@ class Source(abc.ABC):
     is_tokens: whether `read` yields TokenRows instead of documents.
     is_pairs: whether a document is a pair: exactly two pieces, the prompt and
       the response.
-    may_be_mixed: whether it can be a part of a mixture.
     spec: the config.data.source it was made from.
   """
 
   forms: ClassVar[tuple[str, ...]]
   is_tokens: ClassVar[bool] = False
   is_pairs: ClassVar[bool] = False
-  may_be_mixed: ClassVar[bool] = True
 
   spec: str
 

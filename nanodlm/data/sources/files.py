@@ -266,7 +266,6 @@ class PairsSource(JsonlSource):
 
   forms = ('pairs:GLOB', 'pairs:GLOB:PROMPT_FIELD:RESPONSE_FIELD')
   is_pairs = True
-  may_be_mixed = False
   default_fields = ('prompt', 'response')
 
 
