@@ -465,9 +465,10 @@ def from_json(text: str | bytes, where: str) -> config_dict.ConfigDict:
 def set_value(section: Any, key: str, value: Any, name: str):
   """Sets a key; InputError with its `name` if the value's type is wrong."""
   try:
-    # ml_collections would accept None for any type.
-    if value is None and section[key] is not None:
-      raise TypeError(f'{name} is None')
+    # ml_collections would accept None for any type, and True for a number.
+    kinds = {type(value), type(section[key])}
+    if len(kinds) > 1 and kinds & {type(None), bool}:
+      raise TypeError(f'{name} is {value!r}')
     section[key] = value
   except TypeError as error:
     raise InputError(

@@ -37,12 +37,13 @@ class DataConfig:
     )
     for key, bound in lowest.items():
       self._check(key, getattr(self, key) >= bound, f'must be >= {bound}')
-    for key, allowed in (
-      ('crop', ['chunk', 'random']),
-      ('padding', ['eos', 'masked']),
+    for key, *allowed in (
+      ('crop', 'chunk', 'random'),
+      ('padding', 'eos', 'masked'),
     ):
-      is_allowed = getattr(self, key) in allowed
-      self._check(key, is_allowed, f'is not one of {allowed}')
+      self._check(
+        key, getattr(self, key) in allowed, f'is not one of {allowed}'
+      )
     sources.parse_mixture(self.source)
     # Text is held out in exactly one way.
     self._check(
@@ -62,13 +63,12 @@ class DataConfig:
       self.eval_tokens or not self.test_tokens,
       'needs data.eval_tokens, the tokens before them',
     )
-    for key in ('clean_prefix_rate', 'clean_infill_rate'):
-      self._check(key, 0 <= getattr(self, key) <= 1, 'must be in [0, 1]')
+    rates = self.clean_prefix_rate, self.clean_infill_rate
     self._check(
       'clean_prefix_rate',
-      self.clean_prefix_rate + self.clean_infill_rate <= 1,
-      f'and data.clean_infill_rate={self.clean_infill_rate!r} must not add up '
-      'to more than 1',
+      min(rates) >= 0 and sum(rates) <= 1,
+      f'and data.clean_infill_rate={self.clean_infill_rate!r} must not be '
+      'negative, nor add up to more than 1',
     )
     self._check(
       'clean_infill_rate',
