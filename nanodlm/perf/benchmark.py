@@ -304,7 +304,8 @@ def count_scaling(
   batch_size = num_devices * settings.train.batch_size
   train = dataclasses.replace(settings.train, batch_size=batch_size)
   run = runs.make_run(
-    settings.replace(train=train), devices=jax.devices()[:num_devices]
+    dataclasses.replace(settings, train=train),
+    devices=jax.devices()[:num_devices],
   )
   step, arguments = ahead.abstract_training(run.with_vocabulary(vocab_size))
   report = ahead.report_program(step.lower(*arguments), None, None)
