@@ -167,13 +167,11 @@ class Settings:
     return json.dumps(self.to_dict(), indent=2, sort_keys=True) + '\n'
 
 
-def make_settings(
-  config: config_dict.ConfigDict, given: Collection[str] = ()
-) -> Settings:
+def make_settings(config: Any, given: Collection[str] = ()) -> Settings:
   """Checks every section of a full config.
 
   Args:
-    config: with all keys of configs/base.py.
+    config: a ConfigDict with all keys of configs/base.py.
     given: keys ('section.key') that the user set by hand.
 
   Raises:
@@ -226,6 +224,7 @@ class Start:
     saved = read(self.workdir) if self.workdir else None
     source = self.changes.get('checkpoint.init_from')
     was = saved.to_dict() if saved is not None else None
+    config: Any = self.config
     if saved is not None and not self.is_given:
       config = saved
     elif source and not self.is_given:
@@ -238,8 +237,6 @@ class Start:
       config.checkpoint.init_step = 0
       if config.tokenizer.name in ('run', 'sentencepiece'):
         config.tokenizer.update(name='run', path=source, vocab_size=0)
-    else:
-      config = self.config
     return self._settings(config), was
 
   def resolve_reading(
