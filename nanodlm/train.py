@@ -33,6 +33,7 @@ import collections
 from collections.abc import Callable, Iterator
 import contextlib
 import datetime
+import functools
 import logging
 import pathlib
 import shutil
@@ -191,7 +192,7 @@ def train(
         BATCHES[settings.train.batches](run, packed, step),
         state,
         training.step,
-        save=_make_save(manager, run, packed, step),
+        save=functools.partial(_save, manager, run, packed),
         show=_make_show(run, packed, writer, caught),
         progress=_Progress(run, writer),
         trace=_make_trace(settings, workdir, step),
@@ -275,37 +276,25 @@ def _write_config(
   workdirs.write(path, settings.to_json())
 
 
-def _describe(run: Run, data: PackedData):
+def _describe(run: Run, packed: PackedData):
   settings, tokenizer = run.settings, run.tokenizer
   log.info(
-    'data: %s, %s tokens to train on, %s held out, %d tokens/example, '
-    'tokenizer %s with %d ids',
-    settings.data.source,
-    f'{len(data.train) * data.length:,}',
-    f'{len(data.validation) * data.length:,}',
-    data.length,
-    tokenizer.name,
-    tokenizer.vocab_size,
+    f'data: {settings.data.source}, {len(packed.train) * packed.length:,} '
+    f'tokens to train on, {len(packed.validation) * packed.length:,} held out, '
+    f'{packed.length} tokens/example, tokenizer {tokenizer.name} with '
+    f'{tokenizer.vocab_size} ids'
   )
+  mesh = ', '.join(f'{axis} {size}' for axis, size in run.mesh.shape.items())
   log.info(
-    'model: %s parameters, %s objective, on %d %s device%s',
-    f'{run.num_params():,}',
-    settings.objective['name'],
-    jax.device_count(),
-    jax.devices()[0].device_kind,
-    's' if jax.device_count() > 1 else '',
+    f'model: {run.num_params():,} parameters, {settings.objective["name"]} '
+    f'objective, on {jax.device_count()} x {jax.devices()[0].device_kind} '
+    f'({mesh})'
   )
-  shards = run.network.shards
-  if max(shards.fsdp, shards.tensor) > 1:
-    sizes = (f'{axis} {size}' for axis, size in run.mesh.shape.items())
-    log.info('mesh: %s', ', '.join(sizes))
-  rows = meshes.sharding.padded(tokenizer.vocab_size, shards)
+  rows = meshes.sharding.padded(tokenizer.vocab_size, run.network.shards)
   if rows > tokenizer.vocab_size:
     log.info(
-      'vocabulary: padded from %d to %d ids, for mesh.tensor=%d',
-      tokenizer.vocab_size,
-      rows,
-      shards.tensor,
+      f'vocabulary: padded from {tokenizer.vocab_size} to {rows} ids, for '
+      f'mesh.tensor={run.network.shards.tensor}'
     )
 
 
@@ -362,7 +351,7 @@ def _loop(
 ):
   """Trains `state` to the last step, or until a signal."""
   settings, train = run.settings, run.settings.train
-  first_step = step = int(state.step)
+  first_step = saved_step = step = int(state.step)
   log.info('compiling; the first step takes longest')
   while step < train.num_steps and not caught.should_stop(step):
     with progress.timing('wait'):
@@ -389,18 +378,15 @@ def _loop(
     with progress.timing('pause'):
       if is_save:
         save(state)
+        saved_step = step
       if is_eval:
         show(step, state.eval_params)
   progress.finish()
-  if caught.number:
+  if step > saved_step:  # A signal ended the run.
     save(state)
-  elif first_step >= train.num_steps:
-    log.info(
-      'the run has taken %d of train.num_steps=%d steps',
-      first_step,
-      train.num_steps,
-    )
-    show(first_step, state.eval_params)
+  if first_step >= train.num_steps and not caught.number:
+    log.info(f'{step} of train.num_steps={train.num_steps} steps were taken')
+    show(step, state.eval_params)
 
 
 class _Progress:
@@ -498,40 +484,23 @@ class _Progress:
         seconds=round((num_steps - step) * secs_per_step)
       )
       log.info(
-        'step %*d/%d  loss %.4f nats/token  %.4f bits/byte  %s tokens/s  '
-        '%s left',
-        len(str(num_steps)),
-        step,
-        num_steps,
-        means['train/loss'],
-        means['train/bits_per_byte'],
-        f'{rate:,.0f}',
-        left,
+        f'step {step:{len(str(num_steps))}}/{num_steps}  '
+        f'loss {means["train/loss"]:.4f} nats/token  '
+        f'{means["train/bits_per_byte"]:.4f} bits/byte  '
+        f'{rate:,.0f} tokens/s  {left} left'
       )
     self._sums = []
     self.restart_clock()
 
 
-def _make_save(
-  manager: Any, run: Run, packed: PackedData, first_step: int
-) -> Callable[[TrainState], None]:
-  """Returns save(state), which saves each step once."""
-  last_step = first_step if manager.latest_step() == first_step else -1
-
-  def save(state: TrainState):
-    nonlocal last_step
-    step = int(state.step)
-    if step == last_step:
-      return
-    last_step = step
-    position = {
-      'step': step,
-      'example': step * run.settings.train.batch_size,
-      'fingerprint': packed.metadata['source_fingerprint'],
-    }
-    checkpoint.save(manager, state, run.settings.to_dict(), position)
-
-  return save
+def _save(manager: Any, run: Run, packed: PackedData, state: TrainState):
+  step = int(state.step)
+  position = {
+    'step': step,
+    'example': step * run.settings.train.batch_size,
+    'fingerprint': packed.metadata['source_fingerprint'],
+  }
+  checkpoint.save(manager, state, run.settings.to_dict(), position)
 
 
 def _make_show(
