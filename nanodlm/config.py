@@ -228,12 +228,7 @@ class Start:
     if saved is not None and not self.is_given:
       config = saved
     elif source and not self.is_given:
-      config = read(source)
-      if config is None:
-        raise InputError(
-          f'checkpoint.init_from={source!r} is not the folder of a run: it '
-          f'lacks {workdirs.CONFIG}'
-        )
+      config = read_run(source, 'checkpoint.init_from')
       config.checkpoint.init_step = 0
       if config.tokenizer.name in ('run', 'sentencepiece'):
         config.tokenizer.update(name='run', path=source, vocab_size=0)
@@ -294,12 +289,12 @@ def read(workdir: str) -> config_dict.ConfigDict | None:
   return None
 
 
-def read_run(workdir: str) -> config_dict.ConfigDict:
+def read_run(workdir: str, key: str = '--workdir') -> config_dict.ConfigDict:
   """Returns the config of the run in `workdir`; InputError if there is none."""
   config = read(workdir)
   if config is None:
     raise InputError(
-      f'--workdir={workdir!r} is not the folder of a run: it lacks '
+      f'{key}={workdir!r} is not the folder of a run: it lacks '
       f'{workdirs.CONFIG}'
     )
   return config
@@ -376,10 +371,7 @@ def find_file(name: str) -> pathlib.Path:
 
 def load(name: str = 'base') -> config_dict.ConfigDict:
   """Returns a config that comes with the project; by default all defaults."""
-  path = find_file(name)
-  if not path.is_file():
-    raise InputError(f'the config {str(path)!r} does not exist')
-  return runpy.run_path(str(path))['get_config']()
+  return runpy.run_path(str(find_file(name)))['get_config']()
 
 
 def from_json(text: str | bytes, where: str) -> config_dict.ConfigDict:

@@ -352,9 +352,8 @@ def find_intact(workdir: str) -> int:
   step = _last_intact(directory) if steps else -1
   if steps and step != steps[-1]:
     log.warning(
-      '%d steps are lost and will be trained again, from step %d on',
-      steps[-1] - step,
-      step,
+      f'{steps[-1] - step} steps are lost and will be trained again, from step '
+      f'{step} on'
     )
   return step
 
@@ -368,9 +367,8 @@ def _last_intact(directory: pathlib.Path, items: tuple[str, ...] = ()) -> int:
     if complete_steps(directory)[-1:] != steps[-1:]:
       return _last_intact(directory, items)  # The run has deleted this one.
     log.warning(
-      'checkpoint %s is DAMAGED: %s. Using the one before',
-      directory / str(step),
-      damage[step],
+      f'checkpoint {directory / str(step)} is DAMAGED: {damage[step]}. Using '
+      'the one before'
     )
   raise InputError(
     f'all checkpoints in {directory} are damaged ('
@@ -381,7 +379,6 @@ def _last_intact(directory: pathlib.Path, items: tuple[str, ...] = ()) -> int:
 
 def flatten(tree: Any) -> dict[str, Any]:
   """Returns {path with '/': leaf}."""
-  return {
-    '/'.join(str(getattr(part, 'key', part)) for part in path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
+  return {name(path): leaf for path, leaf in leaves}
