@@ -42,7 +42,7 @@ ONLY_IN = {
   'tensorflow_datasets': ('data',),
   'grain': ('data',),
   'orbax': ('interop.orbax', 'training.checkpoint'),
-  'clu': ('train', 'training.writers'),
+  'clu': ('training.writers',),
   'torch': ('evals.judge', 'interop.tensors'),
   'transformers': ('evals.judge',),
   'safetensors': ('interop.tensors', 'interop.export'),

@@ -34,6 +34,7 @@ attention that opens to the right step by step:
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -184,7 +185,9 @@ def import_checkpoint(
     )
     settings = configs.make_settings(config, changes)
     # The mesh is for other modes: one device is enough here.
-    local = settings.replace(mesh=MeshConfig(data=1, fsdp=1, tensor=1))
+    local = dataclasses.replace(
+      settings, mesh=MeshConfig(data=1, fsdp=1, tensor=1)
+    )
     run = runs.make_run(local, devices=jax.devices('cpu')[:1])
     run = run.with_tokenizer(tokenizer)
     shapes = jax.eval_shape(run.scorer.init_params, jax.random.key(0))
@@ -286,8 +289,7 @@ def moved(i: int, mask: int, vocab_size: int) -> int:
 
 def _update(config: Any, settings: Mapping[str, Any]):
   for key, value in settings.items():
-    section, _, leaf = key.rpartition('.')
-    configs.set_value(config[section] if section else config, leaf, value, key)
+    configs.set_value(config, key, value)
 
 
 def find_source(source: str, allow_pickle: bool) -> pathlib.Path:
