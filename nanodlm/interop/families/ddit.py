@@ -76,25 +76,16 @@ class DDiT(Family):
     return super().describe(config, shapes)
 
   def settings(self, config, shapes):
-    embedding, hidden, time = (
-      'vocab_embed.embedding',
-      'blocks.0.mlp.0.weight',
-      'blocks.0.adaLN_modulation.weight',
-    )
-    for name in (embedding, hidden, time):
-      if len(shapes.get(name, ())) != 2:
-        raise InputError(
-          f'the tensor {name} is missing or not a matrix: this is not the '
-          'transformer of SEDD and MDLM'
-        )
+    if not is_like(shapes):
+      raise InputError('the tensors are not those of the transformer of SEDD')
     blocks = {
       name.split('.')[1] for name in shapes if name.startswith('blocks.')
     }
     return {
       'model.num_layers': len(blocks),
-      'model.embed_dim': shapes[embedding][1],
-      'model.mlp_dim': shapes[hidden][0],
-      'model.time_dim': shapes[time][1],
+      'model.embed_dim': shapes['vocab_embed.embedding'][1],
+      'model.mlp_dim': shapes['blocks.0.mlp.0.weight'][0],
+      'model.time_dim': shapes['blocks.0.adaLN_modulation.weight'][1],
     }
 
   def vocabulary(self, config, shapes):
@@ -127,7 +118,4 @@ class DDiT(Family):
 def is_like(names: Collection[str]) -> bool:
   """Returns whether tensors of these names are such a transformer's."""
   wanted = {'vocab_embed.embedding', 'blocks.0.attn_qkv.weight'}
-  return any(
-    {f'{prefix}{name}' for name in wanted} <= set(names)
-    for prefix in DDiT.prefixes
-  )
+  return wanted <= {name.removeprefix('backbone.') for name in names}
