@@ -327,14 +327,7 @@ def describe(
     return FAMILIES[family].describe(foreign, tensors.shapes)
   except InputError as error:
     raise InputError(f'{tensors.where}: {error}') from error
-  # Values of other types, empty lists and numbers that are too large.
-  except (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-  ) as error:
+  except Exception as error:  # There may be values of any type.
     raise InputError(
       f'{tensors.where}: config.json cannot be read as one of family '
       f'{family!r}: {error!r}'
@@ -467,9 +460,9 @@ def read_params(
 def _theirs(tensor: np.ndarray, part: layouts.Part) -> np.ndarray:
   """Returns a parameter in a tensor; an empty array if it does not fit."""
   try:
-    if part.piece.share is not None:
-      axis, i, count = part.piece.share
+    if part.share is not None:
+      axis, i, count = part.share
       tensor = np.split(tensor, count, axis)[i]
-    return part.piece.how.read(tensor)
+    return part.how(tensor)
   except (ValueError, IndexError):  # It cannot be split or reshaped.
     return np.empty(0)

@@ -107,12 +107,9 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     has_tokenizer = write_tokenizer(work, run, described)
     if run.objective.causal:
       # The mask begins a text and is never a part of it.
-      special = {
-        'bos_token_id': described.mask_id,
-        'eos_token_id': described.separator_id,
-        'pad_token_id': described.separator_id,
-        'suppress_tokens': [described.mask_id],
-      }
+      keys = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+      special = {key: foreign[key] for key in keys}
+      special['suppress_tokens'] = [described.mask_id]
       write_json(work / 'generation_config.json', special)
     own = work / convert.OWN
     own.mkdir()
@@ -195,8 +192,8 @@ def _tensor(
     array = part.of(params)
     if part.path in sharding.BY_VOCABULARY:
       array = array[described.rows]
-    arrays.append(part.piece.how.write(array))
-  share = parts[0].piece.share
+    arrays.append(part.how(array))
+  share = parts[0].share
   whole = arrays[0] if share is None else np.concatenate(arrays, share[0])
   return np.ascontiguousarray(whole)
 
@@ -229,10 +226,11 @@ def write_tokenizer(
     vocab = {piece[0]: i for i, piece in enumerate(vocab)}
   texts = {i: text for text, i in vocab.items()}
   texts |= {token['id']: token['content'] for token in content['added_tokens']}
-  for i, text in (
-    (described.separator_id, SEPARATOR_TEXT),
-    (described.mask_id, MASK_TEXT),
-  ):
+  control: dict[Any, str] = {
+    described.separator_id: SEPARATOR_TEXT,
+    described.mask_id: MASK_TEXT,
+  }
+  for i, text in control.items():
     if i not in texts:
       content['added_tokens'].append(added_token(i, text))
       texts[i] = text

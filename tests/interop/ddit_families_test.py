@@ -298,7 +298,7 @@ class SettingsTest(parameterized.TestCase):
         {part.path for part in parts},
         {path.replace('last_layer/', 'layers/') for path in paths},
       )
-      self.assertLen({(part.layer, part.piece) for part in parts}, len(parts))
+      self.assertLen({(p.layer, p.name, p.share) for p in parts}, len(parts))
       with self.assertRaisesRegex(InputError, r"lacks: \['objective/w'\]"):
         FAMILIES[family].layout(network, [*paths, 'objective/w'], tensors)
 

@@ -25,7 +25,7 @@ from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from nanodlm.interop import convert, export, tokenizer_json
 from nanodlm.interop import tensors as tensor_files
-from nanodlm.interop.families import FAMILIES
+from nanodlm.interop.families import FAMILIES, md4
 from nanodlm.interop.families import layout as layouts
 from nanodlm.model import layers, transformer
 from nanodlm.training import checkpoint
@@ -271,10 +271,9 @@ class ParityTest(FolderTest):
 
   def test_pairs_become_halves(self):
     # The scores of neighbouring rotary features are those of the halves.
-    how = layouts.halves_from_pairs(2, 6)
+    how = md4.halves_from_pairs(2, 6)
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 5, 12))  # [D, H Dh]
-    self.assertTrue(np.array_equal(how.write(how.read(q)), q))
     x = rng.normal(size=(4, 5))
 
     def theirs(kernel):  # Features 2i and 2i + 1 make a complex number.
@@ -284,7 +283,7 @@ class ParityTest(FolderTest):
 
     def ours(kernel):
       table = layers.rotary_table(np.arange(4), 6, 100.0)
-      y = (x @ how.read(kernel)).reshape(1, 4, 2, 6).astype(np.float32)
+      y = (x @ how(kernel)).reshape(1, 4, 2, 6).astype(np.float32)
       return np.asarray(layers.rotate(y, table))[0]
 
     expected = np.einsum('ihd,jhd->hij', theirs(q), theirs(k).conj()).real

@@ -46,10 +46,9 @@ class Dream(llama.Llama):
     from tokenizers.models import BPE
 
     added = json.loads(config.read_bytes()).get('added_tokens_decoder', {})
+    ids, pairs = BPE.read_file(str(vocab), str(merges))
     return {
-      **tokenizer_json.byte_level(
-        *BPE.read_file(str(vocab), str(merges)), _SPLIT
-      ),
+      **tokenizer_json.byte_level(ids, list(map(list, pairs)), _SPLIT),
       'normalizer': {'type': 'NFC'},
       'added_tokens': [
         tokenizer_json.added_token(

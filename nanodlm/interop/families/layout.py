@@ -46,53 +46,27 @@ RESOLVED = {
   'time_dim': 'time_width',
 }
 
-
-class How(NamedTuple):
-  """A rearrangement of numbers, theirs to ours, and its inverse."""
-
-  read: Callable[[np.ndarray], np.ndarray]
-  write: Callable[[np.ndarray], np.ndarray]
+How = Callable[[np.ndarray], np.ndarray]
+SAME: How = np.asarray
 
 
-SAME = How(lambda x: x, lambda x: x)
-# PyTorch's Linear keeps its weight as [out, in].
-TRANSPOSED = How(np.transpose, np.transpose)
-
-
-def halves_from_pairs(num_heads: int, head_dim: int) -> How:
-  """Reorders the features of rotary queries or keys, [..., H * Dh].
-
-  Theirs rotate features 2i and 2i + 1 together, ours i and i + Dh / 2.
-  """
-
-  def turn(x, shape):
-    pairs = x.reshape(*x.shape[:-1], num_heads, *shape)
-    return pairs.swapaxes(-1, -2).reshape(x.shape)
-
-  half = head_dim // 2
-  return How(lambda x: turn(x, (half, 2)), lambda x: turn(x, (2, half)))
-
-
-class Piece(NamedTuple):
-  """The place of one of our parameters in a checkpoint.
+class Part(NamedTuple):
+  """A parameter of ours, or a layer of it, in a tensor of theirs.
 
   Attributes:
     name: name of the tensor, with LAYER for the number of the block.
-    how: turns the tensor, or the share of it, into ours.
+    how: turns the tensor, or the share of it, into ours; in a family that is
+      exportable it is its own inverse.
     share: (axis, i, n) for part i of n equal parts of that axis.
+    path: path of our parameter; of all layers if there are.
+    layer: number of the block, if it is in one.
   """
 
   name: str
   how: How = SAME
   share: tuple[int, int, int] | None = None
-
-
-class Part(NamedTuple):
-  """A parameter of ours (of a block: one layer of it) in a tensor of theirs."""
-
-  path: str
-  layer: int | None
-  piece: Piece
+  path: str = ''
+  layer: int | None = None
 
   def of(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns a view of its numbers in {path: array}, our parameters."""
@@ -162,11 +136,12 @@ class Description:
   @property
   def rows(self) -> np.ndarray:
     """Their row of each of our ids, of which the last is the mask."""
-    rows = np.arange(self.vocab_size + (self.mask_id is None))
-    if self.mask_id is None:
+    mask = self.mask_id
+    rows = np.arange(self.vocab_size + (mask is None))
+    if mask is None:
       rows[-1] = self.start_id
     else:
-      rows[[self.mask_id, -1]] = rows[[-1, self.mask_id]]
+      rows[[mask, -1]] = rows[[-1, mask]]
     return rows
 
 
@@ -221,7 +196,7 @@ class Family:
     names: {our array or module: theirs}, with {top} for the prefix and {layer}
       for the block. Modules of the same name are equal parts of a tensor.
     prefixes: values of {top}; an export uses the first.
-    linear: turns their kernels into ours.
+    is_transposed: whether their kernels are [out, in], as PyTorch's Linear.
     ignored: regular expressions for tensors that are not weights.
   """
 
@@ -241,7 +216,7 @@ class Family:
   tokenizer: str = ''
   names: Mapping[str, str] = {}
   prefixes: tuple[str, ...] = ('',)
-  linear: How = TRANSPOSED
+  is_transposed: bool = True
   ignored: tuple[str, ...] = ()
 
   def detect(self, config: Config, names: Collection[str]) -> bool:
@@ -301,48 +276,47 @@ class Family:
       InputError: the network has parameters that this family lacks.
     """
     paths = sorted({p.replace('last_layer/', 'layers/') for p in params})
-    pieces = self.pieces(network, paths, names)
-    if unknown := [path for path in paths if path not in pieces]:
+    parts = self.parts(network, paths, names)
+    if unknown := [path for path in paths if path not in parts]:
       raise InputError(
         f'the network has parameters that the checkpoint lacks: {unknown}'
       )
     tensors: dict[str, list[Part]] = {}
     for path in paths:
-      piece = pieces[path]
-      in_block = LAYER in piece.name
+      part = parts[path]._replace(path=path)
+      in_block = LAYER in part.name
       for layer in range(network.num_layers) if in_block else [None]:
-        name = piece.name.replace(LAYER, str(layer))
-        tensors.setdefault(name, []).append(Part(path, layer, piece))
-    for parts in tensors.values():
-      parts.sort(key=lambda part: part.piece.share or ())
-    is_tied = 'output' in pieces and 'output' not in paths
-    same = {pieces['output'].name: pieces['embedding'].name} if is_tied else {}
+        name = part.name.replace(LAYER, str(layer))
+        tensors.setdefault(name, []).append(part._replace(layer=layer))
+    for shares in tensors.values():
+      shares.sort(key=lambda part: part.share or ())
+    is_tied = 'output' in parts and 'output' not in paths
+    same = {parts['output'].name: parts['embedding'].name} if is_tied else {}
     return Layout(tensors, same)
 
-  def pieces(
+  def parts(
     self, network: ModelConfig, paths: list[str], names: Collection[str]
-  ) -> dict[str, Piece]:
-    """Returns {path: place} of all parameters that such a network may have."""
+  ) -> dict[str, Part]:
+    """Returns {path: part} of all parameters that such a network may have."""
     embedding = self.names['embedding']
     found = [top for top in self.prefixes if embedding.format(top=top) in names]
     top = (found or self.prefixes)[0]
-    pieces, all_names = {}, list(self.names.values())
+    parts, all_names = {}, list(self.names.values())
     for i, (ours, name) in enumerate(self.names.items()):
       theirs = name.format(top=top, layer=LAYER)
       path = f'layers/{ours}' if LAYER in theirs else ours
       if ours in ARRAYS:
-        pieces[path] = Piece(theirs)
+        parts[path] = Part(theirs)
         continue
-      kernel = bias = None
-      is_norm = ours.endswith('norm')
-      leaf, how = ('scale', SAME) if is_norm else ('kernel', self.linear)
+      leaf, how, kernel, bias = 'scale', SAME, None, None
+      if not ours.endswith('norm'):
+        leaf, how = 'kernel', np.transpose if self.is_transposed else SAME
       if (count := all_names.count(name)) > 1:
-        part = (i - all_names.index(name), count)
-        # Outputs are the rows of [out, in].
-        kernel, bias = (int(how is SAME), *part), (0, *part)
-      pieces[f'{path}/{leaf}'] = Piece(f'{theirs}.weight', how, kernel)
-      pieces[f'{path}/bias'] = Piece(f'{theirs}.bias', share=bias)
-    return pieces
+        place = (i - all_names.index(name), count)
+        kernel, bias = (int(not self.is_transposed), *place), (0, *place)
+      parts[f'{path}/{leaf}'] = Part(f'{theirs}.weight', how, kernel)
+      parts[f'{path}/bias'] = Part(f'{theirs}.bias', share=bias)
+    return parts
 
   def tokenizer_json(self, folder: pathlib.Path) -> dict[str, Any] | None:
     """Returns a tokenizer.json for a folder without one, or None."""
