@@ -41,7 +41,7 @@ ONLY_IN = {
   'tensorflow': (),
   'tensorflow_datasets': ('data',),
   'grain': ('data',),
-  'orbax': ('interop.orbax', 'training.checkpoint'),
+  'orbax': ('interop.tensors', 'training.checkpoint'),
   'clu': ('training.writers',),
   'torch': ('evals.judge', 'interop.tensors'),
   'transformers': ('evals.judge',),
