@@ -187,15 +187,22 @@ class LanguageModel:
     nats = np.mean(repeats, axis=0)
     spread = np.std(repeats, axis=0, ddof=1) if num > 1 else np.zeros(len(rows))
     half_width = 1.96 * spread / num**0.5
-    num_bytes = [len(text.encode()) for text in texts]
-    per_byte = 1 / (np.log(2) * np.array(num_bytes))
-    values = nats, half_width, nats * per_byte, half_width * per_byte
-    return [
-      Bound(*numbers, len(row), size, run.objective.exact)
-      for *numbers, row, size in zip(
-        *(x.tolist() for x in values), rows, num_bytes
+    bounds = []
+    for text, row, value, width in zip(texts, rows, nats, half_width):
+      num_bytes = len(text.encode())
+      per_byte = 1 / (np.log(2) * num_bytes)
+      bounds.append(
+        Bound(
+          nats=float(value),
+          nats_ci95=float(width),
+          bits_per_byte=float(value * per_byte),
+          bits_per_byte_ci95=float(width * per_byte),
+          num_tokens=len(row),
+          num_bytes=num_bytes,
+          is_exact=run.objective.exact,
+        )
       )
-    ]
+    return bounds
 
   def _windows(self, rows: Sequence[np.ndarray]) -> tuple[Batch, np.ndarray]:
     """Splits texts into rows; returns them and the text of each, [N]."""

@@ -346,7 +346,7 @@ def _open_settings(
   # The cropping and padding of the training text do not apply to another one.
   change = {'source': source, 'crop': 'chunk', 'padding': 'eos'}
   return [
-    one.replace(data=dataclasses.replace(one.data, **change))
+    dataclasses.replace(one, data=dataclasses.replace(one.data, **change))
     for one in settings
   ]
 
