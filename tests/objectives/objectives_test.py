@@ -1126,7 +1126,7 @@ class GenMD4Test(parameterized.TestCase):
 
 
 class BlockTest(parameterized.TestCase):
-  @parameterized.parameters(*masking.NOISES)
+  @parameterized.parameters(*masking.MaskedNoise.noises)
   def test_one_block_is_masked_diffusion(self, noise):
     # The same noise, scale and scored positions, so the same loss.
     whole = Block(MASK, noise=noise, block_size=18)
