@@ -221,7 +221,8 @@ class Hybrid(Mixture):
     c = size * (t * rest) ** (self.gamma / 2)
     return Parts(rest / (1 + c), t / (1 + c), c / (1 + c))
 
-  sample_prior = Masked.sample_prior
+  def sample_prior(self, keys: jax.Array, length: int) -> jax.Array:
+    return jnp.full((keys.shape[0], length), self.mask_id, jnp.int32)
 
 
 def random_rank(keys: jax.Array, eligible: jax.Array) -> jax.Array:

@@ -50,7 +50,8 @@ class D3PM(masking.MaskedNoise):
   def evaluation(self):
     return dataclasses.replace(self, noise='stratified', min_time=0.0)
 
-  naive = diffusion.Diffusion.naive
+  def naive(self):
+    return dataclasses.replace(self.evaluation(), noise='uniform')
 
   def corrupt(self, keys, levels, x0, eligible):
     s, t = self.step_times(levels, self.num_steps)

@@ -1,6 +1,7 @@
 """What all diffusion objectives share: levels of noise, and its reversal."""
 
 import dataclasses
+from typing import Any
 
 from nanodlm.noise import processes, times
 from nanodlm.types import InputError, Objective, ReverseRule
@@ -29,7 +30,7 @@ class Diffusion(ReverseRule, Objective):
       )
 
   @property
-  def process(self) -> processes.Masked | processes.Mixture:
+  def process(self) -> Any:
     """The forward process; by default, tokens are masked."""
     return processes.Masked(self.mask_id)
 
