@@ -185,14 +185,12 @@ def make_objective(settings: Settings) -> Objective:
   """Builds the objective; its vocabulary comes with the tokenizer."""
   section = settings.objective
   cls = _choose(objectives.OBJECTIVES, section['name'], 'objective')
-  names = _field_names(cls)
-  given: dict[str, Any] = {'mask_id': STAND_IN_SIZE - 1}
-  if 'schedule' in names:
-    given['schedule'] = schedules.make_schedule(
-      section['schedule'], section['power']
-    )
-  if 'noise' in names and section['noise'] == 'auto':
-    given['noise'] = cls.noises[0]  # pyright: ignore
+  given: dict[str, Any] = {
+    'mask_id': STAND_IN_SIZE - 1,
+    'schedule': schedules.make_schedule(section['schedule'], section['power']),
+  }
+  if section['noise'] == 'auto' and cls.noises:
+    given['noise'] = cls.noises[0]
   return _build(cls, section, given)
 
 
@@ -230,8 +228,7 @@ def make_sampler(
 ) -> Sampler:
   """Builds the sampler of `config.sampler`, which must fit the objective.
 
-  A sampler's field `rule` gets the objective itself, `inner` the sampler of a
-  block, `eos_id` the separator if sampler.stop_at_eos is set.
+  `types.Sampler` names the fields that do not come from the config.
   """
   section = settings.sampler
   name = _sampler_name(settings, objective)
@@ -245,10 +242,23 @@ def make_sampler(
   given: dict[str, Any] = {
     'mask_id': objective.mask_id,
     'eos_id': separator_id if section['stop_at_eos'] else NO_EOS,
+    'rule': objective,
+    'schedule': schedules.make_schedule(
+      section['schedule'], section['power'], 'sampler'
+    ),
   }
+  given['draw'] = _build(categorical.Draw, section, given)
+  if 'inner' in _field_names(cls):
+    able = {
+      name: inner
+      for name, inner in samplers.SAMPLERS.items()
+      if inner.fills_blocks
+    }
+    inner = _choose(able, section['inner'], 'sampler', key='inner')
+    given['inner'] = _build(inner, section, given)
   if objective.block_size:
     given['block_size'] = objective.block_size
-  sampler = _make_sampler(cls, section, objective, given)
+  sampler = _build(cls, section, given)
   strength = section['guidance']
   if not strength:
     return sampler
@@ -264,38 +274,12 @@ def make_sampler(
   return guidance.Guided(sampler, strength, objective.mask_id)
 
 
-def _make_sampler(cls, section, objective, given) -> Sampler:
-  names = _field_names(cls)
-  given = {key: value for key, value in given.items() if key in names}
-  if 'draw' in names:
-    given['draw'] = _build(
-      categorical.Draw, section, {'mask_id': objective.mask_id}
-    )
-  if 'schedule' in names:
-    given['schedule'] = schedules.make_schedule(
-      section['schedule'], section['power'], 'sampler'
-    )
-  if 'rule' in names:
-    given['rule'] = objective
-  if 'inner' in names:
-    able = {
-      name: inner
-      for name, inner in samplers.SAMPLERS.items()
-      if inner.fills_blocks
-    }
-    inner = able.get(section['inner'])
-    if inner is None:
-      raise InputError(
-        f'sampler.inner={section["inner"]!r} is not one of {sorted(able)}'
-      )
-    given['inner'] = _make_sampler(inner, section, objective, {})
-  return _build(cls, section, given)
-
-
-def _choose(table: Mapping[str, T], name: str, section: str, *more: str) -> T:
+def _choose(
+  table: Mapping[str, T], name: str, section: str, *more: str, key: str = 'name'
+) -> T:
   if name not in table:
     raise InputError(
-      f'{section}.name={name!r} is not one of {[*more, *sorted(table)]}'
+      f'{section}.{key}={name!r} is not one of {[*more, *sorted(table)]}'
     )
   return table[name]
 
@@ -307,9 +291,9 @@ def _field_names(cls: Any) -> set[str]:
 def _build(
   cls: Callable[..., T], section: Mapping[str, Any], given: Mapping[str, Any]
 ) -> T:
-  """Returns cls with `given` fields and others from the section."""
-  values = {name: section[name] for name in _field_names(cls) & set(section)}
-  return cls(**{**values, **given})
+  """Returns cls; its fields are from `given`, or else from the section."""
+  values = {**section, **given}
+  return cls(**{name: values[name] for name in _field_names(cls) & set(values)})
 
 
 def _check_network(run: Run):

@@ -160,6 +160,7 @@ class Objective(abc.ABC):
     needs_time: whether the network must be time-conditioned.
     can_correct: whether the network also predicts tokens that are not masked,
       so that it can correct a finished text.
+    noises: allowed values of objective.noise; 'auto' is the first.
   """
 
   mask_id: int
@@ -171,6 +172,7 @@ class Objective(abc.ABC):
   group_size: int = 1
   needs_time: bool = False
   can_correct: bool = False
+  noises: tuple[str, ...] = ()
 
   def loss(
     self, batch: Batch, levels: Array, keys: Array, score: Score

@@ -263,26 +263,3 @@ class ModelConfig:
     if self.is_gated and not self.mlp_dim:
       return -(-8 * self.embed_dim // (3 * 64)) * 64
     return self.mlp_dim or 4 * self.embed_dim
-
-
-def num_params(params) -> int:
-  """Counts the scalars in a tree of arrays."""
-  return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def train_flops_per_token(config: ModelConfig, length: int) -> float:
-  """Counts the model FLOPs of one token's forward and backward pass.
-
-  6 x (matrix parameters) + 12 x layers x length x heads' width for the
-  attention, as if every position passed every layer and the output projection.
-  A multiply-add counts as 2. Both copies of block diffusion count.
-  """
-  width, inner = config.embed_dim, config.num_heads * config.head_dim
-  mlp = (3 if config.is_gated else 2) * width * config.mlp_width
-  heads = 2 * width * (inner + config.kv_heads * config.head_dim)
-  layers = config.num_layers * (heads + mlp)
-  copies = 2 if config.block_size else 1
-  return (
-    copies * (6 * layers + 12 * config.num_layers * length * inner)
-    + 6 * width * config.vocab_size
-  )

@@ -5,11 +5,13 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from nanodlm.devices import sharding
 from nanodlm.devices.sharding import Shards
-from nanodlm.model import transformer
-from nanodlm.model.config import ModelConfig, train_flops_per_token
-from nanodlm.types import Hidden, Network, Objective
+from nanodlm.model import attention, transformer
+from nanodlm.model.config import ModelConfig
+from nanodlm.types import Hidden, InputError, Network, Objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,21 @@ class TransformerNetwork(Network):
   shards: Shards = Shards()
 
   def __post_init__(self):
-    transformer.check_shards(self.config, self.shards)
+    for axis, key, value in (
+      ('fsdp', 'embed_dim', self.config.embed_dim),
+      ('fsdp', 'embedding_dim', self.config.embedding_dim),
+      ('fsdp', 'time_dim', self.config.time_width),
+      ('tensor', 'num_heads', self.config.num_heads),
+      ('tensor', 'num_kv_heads', self.config.kv_heads),
+      ('tensor', 'mlp_dim', self.config.mlp_width),
+    ):
+      size = getattr(self.shards, axis)
+      if value % size:
+        chosen = '' if getattr(self.config, key) else ' (chosen for 0)'
+        raise InputError(
+          f'mesh.{axis}={size!r} does not divide model.{key}={value!r}{chosen},'
+          ' and must: its parts are on that many devices'
+        )
 
   @classmethod
   def make(
@@ -73,13 +89,19 @@ class TransformerNetwork(Network):
     return transformer.Transformer(self.config, self.shards)
 
   def check(self, length: int):
-    transformer.check_shards(self.config, self.shards, length)
+    num_heads = self.config.num_heads // self.shards.tensor
+    shape = (1, length, num_heads, self.config.head_dim)
+    q = jax.ShapeDtypeStruct(shape, jnp.dtype(self.config.dtype))
+    num_keys = (2 if self.config.block_size else 1) * length
+    attention.check_sizes(self.config.attention, q, num_keys)
 
   def init_params(self, key: jax.Array) -> Any:
     return transformer.init_params(self.config, key, self.shards)
 
   def gather(self, params: Any) -> Any:
-    return transformer.gather_ends(params, self.shards)
+    blocks = ('layers', 'last_layer')
+    ends = {name: tree for name, tree in params.items() if name not in blocks}
+    return {**params, **sharding.gather(ends, self.shards)}
 
   def hidden(self, params, tokens, t, **options) -> Hidden:
     states: Any = self.module.apply({'params': params}, tokens, t, **options)
@@ -107,4 +129,20 @@ class TransformerNetwork(Network):
     )
 
   def flops_per_token(self, length: int) -> float:
-    return train_flops_per_token(self.config, length)
+    """Counts the model FLOPs of one token's forward and backward pass.
+
+    6 x (matrix parameters) + 12 x layers x length x heads' width for the
+    attention, as if every position passed every layer and the output
+    projection. A multiply-add counts as 2. Both copies of block diffusion
+    count.
+    """
+    cfg = self.config
+    width, inner = cfg.embed_dim, cfg.num_heads * cfg.head_dim
+    mlp = (3 if cfg.is_gated else 2) * width * cfg.mlp_width
+    heads = 2 * width * (inner + cfg.kv_heads * cfg.head_dim)
+    layers = cfg.num_layers * (heads + mlp)
+    copies = 2 if cfg.block_size else 1
+    return (
+      copies * (6 * layers + 12 * cfg.num_layers * length * inner)
+      + 6 * width * cfg.vocab_size
+    )

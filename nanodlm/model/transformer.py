@@ -210,7 +210,7 @@ class Transformer(nn.Module):
   Attributes:
     config: the network's settings.
     shards: numbers of devices that split the parameters. Blocks gather theirs
-      over fsdp when they run; `gather_ends` gathers the others.
+      over fsdp when they run; `Network.gather` gathers the others.
   """
 
   config: ModelConfig
@@ -470,40 +470,27 @@ def init_cache(
   return Cache(layers, zeros())
 
 
-class Affine(NamedTuple):
-  """An output projection with a bias.
-
-  Attributes:
-    kernel: [V, D].
-    bias: [V].
-  """
-
-  kernel: jax.Array
-  bias: jax.Array
+def output_kernel(params) -> tuple[jax.Array, ...]:
+  """Returns the output projection [V, D], tied or not, and its bias, if any."""
+  names = 'output' if 'output' in params else 'embedding', 'output_bias'
+  return tuple(params[name] for name in names if name in params)
 
 
-def output_kernel(params) -> jax.Array | Affine:
-  """Returns the output projection [V, D], tied or not, with its bias."""
-  kernel = params.get('output', params['embedding'])
-  if 'output_bias' in params:
-    return Affine(kernel, params['output_bias'])
-  return kernel
-
-
-def output_logits(kernel: jax.Array | Affine, hidden: jax.Array) -> jax.Array:
-  """Projects hidden [..., D] with kernel [V, D] to logits [..., V], float32."""
-  if isinstance(kernel, Affine):
-    bias = jnp.expand_dims(kernel.bias, range(hidden.ndim - 1))
-    return output_logits(kernel.kernel, hidden) + bias
-  # A transposed kernel would be materialised by XLA if the product is in a
+def output_logits(kernel: Any, hidden: jax.Array) -> jax.Array:
+  """Projects hidden [..., D] with `output_kernel` to [..., V] float32."""
+  matrix, *bias = kernel
+  # A transposed matrix would be materialised by XLA if the product is in a
   # loop.
   last = ((hidden.ndim - 1,), (1,))
-  return jax.lax.dot_general(
+  logits = jax.lax.dot_general(
     hidden,
-    kernel.astype(hidden.dtype),
+    matrix.astype(hidden.dtype),
     (last, ((), ())),
     preferred_element_type=jnp.float32,
   )
+  for row in bias:
+    logits += jnp.expand_dims(row, range(hidden.ndim - 1))
+  return logits
 
 
 def init_params(config: ModelConfig, key: jax.Array, shards: Shards = UNSPLIT):
@@ -521,41 +508,3 @@ def init_params(config: ModelConfig, key: jax.Array, shards: Shards = UNSPLIT):
     x = params[name]
     params[name] = jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
   return params
-
-
-def check_shards(config: ModelConfig, shards: Shards, length: int = 0):
-  """Raises InputError if the network cannot be split so.
-
-  Args:
-    config: the network.
-    shards: numbers of devices.
-    length: of the texts, to check the sizes that kernels support; 0: unchecked.
-  """
-  for axis, key, value in (
-    ('fsdp', 'embed_dim', config.embed_dim),
-    ('fsdp', 'embedding_dim', config.embedding_dim),
-    ('fsdp', 'time_dim', config.time_width),
-    ('tensor', 'num_heads', config.num_heads),
-    ('tensor', 'num_kv_heads', config.kv_heads),
-    ('tensor', 'mlp_dim', config.mlp_width),
-  ):
-    size = getattr(shards, axis)
-    if value % size:
-      chosen = '' if getattr(config, key) else ' (chosen for 0)'
-      raise InputError(
-        f'mesh.{axis}={size!r} does not divide model.{key}={value!r}{chosen}, '
-        'and must: its parts are on that many devices'
-      )
-  if length:
-    num_heads = config.num_heads // shards.tensor
-    shape = (1, length, num_heads, config.head_dim)
-    q = jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype))
-    num_keys = (2 if config.block_size else 1) * length
-    attention.check_sizes(config.attention, q, num_keys)
-
-
-def gather_ends(params, shards: Shards):
-  """Gathers, over fsdp, the parameters that belong to no block."""
-  blocks = ('layers', 'last_layer')
-  ends = {name: tree for name, tree in params.items() if name not in blocks}
-  return {**params, **sharding.gather(ends, shards)}

@@ -26,9 +26,9 @@ class Masked:
 
   mask_id: int
 
-  def prior(self, shape: tuple[int, ...]) -> jax.Array:
-    """Returns the noise at t = 1: every token masked."""
-    return jnp.full(shape, self.mask_id, jnp.int32)
+  def sample_prior(self, keys: jax.Array, length: int) -> jax.Array:
+    """Returns the noise at t = 1, every token masked, [B, length]."""
+    return jnp.full((keys.shape[0], length), self.mask_id, jnp.int32)
 
   def corrupt(
     self, keys: jax.Array, noise: jax.Array, x0: jax.Array, eligible: jax.Array

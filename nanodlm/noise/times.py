@@ -5,8 +5,6 @@ drawn for the whole batch on every device, which then takes its own rows: a draw
 per device would not be stratified.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +12,6 @@ import numpy as np
 from nanodlm.types import InputError
 
 GRIDS = ('uniform', 'cosine')
-
-
-def sample_uniform(key: jax.Array, batch_size: int) -> jax.Array:
-  """Draws independent u ~ U[0, 1), [B]."""
-  return jax.random.uniform(key, (batch_size,))
 
 
 def sample_stratified(key: jax.Array, batch_size: int) -> jax.Array:
@@ -34,23 +27,13 @@ def sample_stratified(key: jax.Array, batch_size: int) -> jax.Array:
   return jnp.minimum(u, jnp.float32(1 - 2**-24))
 
 
-def sample_stratified_pairs(key: jax.Array, batch_size: int) -> jax.Array:
-  """Draws stratified levels that rows 2p and 2p + 1 share, [B]; B is even."""
-  return jnp.repeat(sample_stratified(key, batch_size // 2), 2)
-
-
 # The choices of `objective.noise`: (key, batch_size) -> levels [B].
 SAMPLE_LEVELS = {
-  'count': sample_stratified_pairs,
+  # Rows 2p and 2p + 1 share a level; B is even.
+  'count': lambda key, size: jnp.repeat(sample_stratified(key, size // 2), 2),
   'stratified': sample_stratified,
-  'uniform': sample_uniform,
+  'uniform': lambda key, size: jax.random.uniform(key, (size,)),
 }
-
-
-def check_noise(noise: str, allowed: Sequence[str]):
-  """Raises InputError if the objective does not support the noise."""
-  if noise not in allowed:
-    raise InputError(f'objective.noise={noise!r} is not one of {list(allowed)}')
 
 
 def smoothstep(u: jax.Array) -> tuple[jax.Array, jax.Array]:

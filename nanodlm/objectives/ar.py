@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical
@@ -27,14 +26,10 @@ class Autoregressive(Objective):
   causal = True
   exact = True
 
-  def sample_levels(
-    self, key: jax.Array, batch_size: int, length: int
-  ) -> jax.Array:
+  def sample_levels(self, key, batch_size, length):
     return jnp.zeros((batch_size,))
 
-  def corrupt(
-    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, eligible: jax.Array
-  ) -> Noised:
+  def corrupt(self, keys, levels, x0, eligible):
     return Noised(
       tokens=self.network_input(x0),
       t=jnp.zeros_like(levels),
@@ -43,15 +38,15 @@ class Autoregressive(Objective):
       fields={'target': x0},
     )
 
-  def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
+  def terms(self, logits, fields, vocab=categorical.WHOLE):
     ce, correct = categorical.cross_entropy(
       logits, fields['target'], self.mask_id, vocab
     )
     return Terms(loss=ce, nll=ce, cross_entropy=ce, correct=correct)
 
-  def network_input(self, tokens: jax.Array) -> jax.Array:
+  def network_input(self, tokens):
     start = jnp.full_like(tokens[:, :1], self.mask_id)
     return jnp.concatenate([start, tokens[:, :-1]], axis=1)
 
-  def network_time(self, level: jax.Array) -> jax.Array:
+  def network_time(self, level):
     return jnp.zeros_like(level)

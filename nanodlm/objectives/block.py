@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from nanodlm.noise import categorical
 from nanodlm.objectives import masking
-from nanodlm.types import InputError, Noised, Terms
+from nanodlm.types import InputError, Noised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,25 +67,19 @@ class Block(masking.MaskedNoise):
     x = x.reshape(-1, num_blocks, group, *x.shape[1:])
     return x.swapaxes(1, 2).reshape(-1, num_blocks, *x.shape[3:])
 
-  def sample_levels(
-    self, key: jax.Array, batch_size: int, length: int
-  ) -> jax.Array:
+  def sample_levels(self, key, batch_size, length):
     """Stratifies over all blocks of the global batch, [B, num_blocks]."""
     num_blocks = self.num_blocks(length)
     levels = super().sample_levels(key, batch_size * num_blocks, length)
     return self._to_rows(levels, num_blocks)
 
-  def eval_levels(
-    self, key: jax.Array, num_draws: int, length: int
-  ) -> jax.Array:
+  def eval_levels(self, key, num_draws, length):
     """Stratifies the draws of each block, [num_draws, num_blocks]."""
     keys = jax.random.split(key, self.num_blocks(length))
     sample = super().sample_levels
     return jax.vmap(lambda key: sample(key, num_draws, length))(keys).T
 
-  def corrupt(
-    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, eligible: jax.Array
-  ) -> Noised:
+  def corrupt(self, keys, levels, x0, eligible):
     num_rows, length = x0.shape
     num_blocks = self.num_blocks(length)
     row, block = (
@@ -114,9 +108,9 @@ class Block(masking.MaskedNoise):
       clean=x0,
     )
 
-  def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
+  def terms(self, logits, fields, vocab=categorical.WHOLE):
     return self.weighted_cross_entropy(logits, fields, vocab)
 
-  def max_scored(self, batch_size: int, length: int) -> int:
+  def max_scored(self, batch_size, length):
     num_blocks = self.num_blocks(length)
     return super().max_scored(batch_size * num_blocks, self.block_size)

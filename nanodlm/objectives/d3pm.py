@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical
-from nanodlm.objectives import masking
+from nanodlm.objectives import diffusion, masking
 from nanodlm.types import Noised, Terms
 
 # Used if num_timesteps is 0, as in the text experiments of the paper.
@@ -38,24 +38,22 @@ class D3PM(masking.MaskedNoise):
     min_time: training omits steps that start below it; evaluation does not.
   """
 
-  noise: str = 'stratified'
+  noise: str = dataclasses.field(default='stratified', kw_only=True)
 
-  noises = ('stratified', 'uniform')
+  noises = diffusion.Diffusion.noises
 
   @property
   def num_steps(self) -> int:
     """The number of steps T: `num_timesteps` or its default."""
     return self.num_timesteps or DEFAULT_TIMESTEPS
 
-  def evaluation(self) -> 'D3PM':
+  def evaluation(self):
     return dataclasses.replace(self, noise='stratified', min_time=0.0)
 
-  def naive(self) -> 'D3PM':
+  def naive(self):
     return dataclasses.replace(self.evaluation(), noise='uniform')
 
-  def corrupt(
-    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, eligible: jax.Array
-  ) -> Noised:
+  def corrupt(self, keys, levels, x0, eligible):
     s, t = self.step_times(levels, self.num_steps)
     noise_s, noise_t = self.schedule.noise(s), self.schedule.noise(t)
     xt = self.process.corrupt(keys, noise_t, x0, eligible)
@@ -72,7 +70,7 @@ class D3PM(masking.MaskedNoise):
       },
     )
 
-  def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
+  def terms(self, logits, fields, vocab=categorical.WHOLE):
     noise_s, noise_t = fields['noise_s'], fields['noise_t']
     ce, correct = categorical.cross_entropy(
       logits, fields['target'], self.mask_id, vocab
@@ -93,9 +91,7 @@ class D3PM(masking.MaskedNoise):
     loss = self.num_steps * kl
     return Terms(loss=loss, nll=loss, cross_entropy=ce, correct=correct)
 
-  def reveal_probability(
-    self, logits: jax.Array, s: jax.Array, t: jax.Array
-  ) -> jax.Array:
+  def reveal_probability(self, logits, s, t):
     """Returns (alpha_s - alpha_t) (1 - x_m) / D, [B, L]."""
     noise_s, noise_t = self.schedule.noise(s), self.schedule.noise(t)
     log_masked, log_clean = self._log_shares(logits)

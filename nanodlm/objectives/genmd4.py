@@ -7,20 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanodlm.noise import categorical, processes, times
-from nanodlm.types import (
-  Batch,
-  Noised,
-  Objective,
-  ReverseRule,
-  Score,
-  Scores,
-  Terms,
-)
+from nanodlm.noise import categorical
+from nanodlm.objectives import diffusion
+from nanodlm.types import Noised, Terms
 
 
 @dataclasses.dataclass(frozen=True)
-class GenMD4(ReverseRule, Objective):
+class GenMD4(diffusion.Diffusion):
   """The bound of masked noise with alpha_v(t) = 1 - t^w_v for token v.
 
   Source: MD4, arXiv 2406.04329, section on state-dependent schedules. A masked
@@ -45,21 +38,12 @@ class GenMD4(ReverseRule, Objective):
   (the paper uses (1 - eps) t^w).
 
   Attributes:
-    mask_id: the mask's id; the ids below it are the N real tokens.
-    noise: how u is drawn: 'stratified' (over the global batch) or 'uniform'.
     rates: w, [N], > 0, set by `bind`; None is all 1.
   """
 
-  mask_id: int
-  noise: str = 'stratified'
   rates: Any = None
 
-  default_sampler = 'posterior'
   needs_time = True
-  noises = ('stratified', 'uniform')  # The first is objective.noise='auto'.
-
-  def __post_init__(self):
-    times.check_noise(self.noise, self.noises)
 
   def init_params(self) -> dict[str, jax.Array]:
     """Returns the parameters of w = 1, the linear schedule for all tokens."""
@@ -77,23 +61,10 @@ class GenMD4(ReverseRule, Objective):
       ids < self.mask_id, rates[jnp.minimum(ids, self.mask_id - 1)], 1.0
     )
 
-  def evaluation(self) -> 'GenMD4':
-    return dataclasses.replace(self, noise='stratified')
-
-  def naive(self) -> 'GenMD4':
-    return dataclasses.replace(self, noise='uniform')
-
-  def sample_levels(
-    self, key: jax.Array, batch_size: int, length: int
-  ) -> jax.Array:
-    return times.SAMPLE_LEVELS[self.noise](key, batch_size)
-
-  def corrupt(
-    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, eligible: jax.Array
-  ) -> Noised:
+  def corrupt(self, keys, levels, x0, eligible):
     u = 1 - levels  # In (0, 1].
     spread = lambda x: jnp.broadcast_to(x[:, None], x0.shape)
-    xt = processes.Masked(self.mask_id).corrupt(
+    xt = self.process.corrupt(
       keys, spread(u * u) ** self._rate(x0), x0, eligible
     )
     return Noised(
@@ -104,7 +75,7 @@ class GenMD4(ReverseRule, Objective):
       fields={'target': x0, 'scale': spread(2 / u)},
     )
 
-  def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
+  def terms(self, logits, fields, vocab=categorical.WHOLE):
     target = fields['target']
     ce, correct = categorical.cross_entropy(logits, target, self.mask_id, vocab)
     x = jnp.exp(categorical.log_prob(logits, self.mask_id, vocab))
@@ -113,9 +84,7 @@ class GenMD4(ReverseRule, Objective):
     loss = fields['scale'] * (own * ce + excess)
     return Terms(loss=loss, nll=loss, cross_entropy=ce, correct=correct)
 
-  def loss(
-    self, batch: Batch, levels: jax.Array, keys: jax.Array, score: Score
-  ) -> Scores:
+  def loss(self, batch, levels, keys, score):
     """Scores two draws of each example and adds the schedule's gradient."""
     keys = jax.vmap(jax.random.split)(keys).reshape(-1)
     twice = lambda x: jnp.repeat(x, 2, axis=0)
@@ -140,17 +109,7 @@ class GenMD4(ReverseRule, Objective):
     f = jax.lax.stop_gradient(loss).reshape(-1, 2)
     return jnp.sum((f[:, 0] - f[:, 1]) * (log_q[:, 0] - log_q[:, 1]))
 
-  def sample_prior(self, keys: jax.Array, length: int) -> jax.Array:
-    return processes.Masked(self.mask_id).prior((keys.shape[0], length))
-
-  def reverse(
-    self,
-    logits: jax.Array,
-    xt: jax.Array,
-    s: jax.Array,
-    t: jax.Array,
-    draw: categorical.Draw,
-  ) -> jax.Array:
+  def reverse(self, logits, xt, s, t, draw):
     """Reveals v with probability x_v (alpha_v(s) - alpha_v(t)) / t^w_v."""
     x = jnp.exp(draw.log_prob(logits))
     ids = categorical.WHOLE.ids(logits)

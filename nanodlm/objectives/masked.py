@@ -2,11 +2,8 @@
 
 import dataclasses
 
-import jax
-
 from nanodlm.noise import categorical
 from nanodlm.objectives import masking
-from nanodlm.types import Terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,5 +27,5 @@ class Masked(masking.MaskedNoise):
 
   default_sampler = 'fixed_count'
 
-  def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
+  def terms(self, logits, fields, vocab=categorical.WHOLE):
     return self.weighted_cross_entropy(logits, fields, vocab)

@@ -5,10 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nanodlm.noise import categorical, processes, schedules, times
-from nanodlm.types import InputError, Noised, Objective, ReverseRule, Terms
+from nanodlm.noise import categorical, schedules
+from nanodlm.objectives import diffusion
+from nanodlm.types import InputError, Noised, Terms
 
-NOISES = ('count', 'stratified', 'uniform')
 # Truncation of times in MDLM's published code (arXiv 2406.07524). Without it,
 # the variance at independent times is infinite. It omits about this share of
 # the bound.
@@ -16,7 +16,7 @@ NAIVE_MIN_TIME = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedNoise(ReverseRule, Objective):
+class MaskedNoise(diffusion.Diffusion):
   """Chooses the masked tokens and the scale of the loss of each.
 
   - continuous time (num_timesteps = 0, noise 'stratified' or 'uniform'):
@@ -28,27 +28,23 @@ class MaskedNoise(ReverseRule, Objective):
     positions, so that the number of scored positions in a batch is constant.
 
   Attributes:
-    mask_id: the mask's id.
     schedule: alpha(t).
-    noise: 'count', 'stratified' (over the global batch) or 'uniform'.
     num_timesteps: T of the discrete-time form; 0 is continuous time.
     min_time: t is drawn from (min_time, 1]. A positive value bounds the scale
       and omits the bound's share below it from the TRAINING loss; evaluation
       always uses the fixed count.
   """
 
-  mask_id: int
   schedule: schedules.Schedule = schedules.Linear()
-  noise: str = 'count'
+  noise: str = dataclasses.field(default='count', kw_only=True)
   num_timesteps: int = 0
   min_time: float = 0.0
 
   predicts_masked = True
-  default_sampler = 'posterior'
-  noises = NOISES  # The first is objective.noise='auto'.
+  noises = ('count', 'stratified', 'uniform')
 
   def __post_init__(self):
-    times.check_noise(self.noise, self.noises)
+    super().__post_init__()
     if self.num_timesteps < 0:
       raise InputError(
         f'objective.num_timesteps={self.num_timesteps!r} must be '
@@ -70,31 +66,17 @@ class MaskedNoise(ReverseRule, Objective):
     """Two for noise by count, drawn in pairs (k, n + 1 - k), else one."""
     return 2 if self.noise == 'count' else 1
 
-  @property
-  def process(self) -> processes.Masked:
-    """The forward process."""
-    return processes.Masked(self.mask_id)
-
-  def evaluation(self) -> 'MaskedNoise':
+  def evaluation(self):
     """Returns noise by count: no truncation, least variance."""
     return dataclasses.replace(
       self, noise='count', num_timesteps=0, min_time=0.0
     )
 
-  def naive(self) -> 'MaskedNoise':
+  def naive(self):
     """Returns the bound at independent times, truncated as in MDLM."""
-    return dataclasses.replace(
-      self.evaluation(), noise='uniform', min_time=NAIVE_MIN_TIME
-    )
+    return dataclasses.replace(super().naive(), min_time=NAIVE_MIN_TIME)
 
-  def sample_levels(
-    self, key: jax.Array, batch_size: int, length: int
-  ) -> jax.Array:
-    return times.SAMPLE_LEVELS[self.noise](key, batch_size)
-
-  def corrupt(
-    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, eligible: jax.Array
-  ) -> Noised:
+  def corrupt(self, keys, levels, x0, eligible):
     if self.noise == 'count':
       n = jnp.sum(eligible, axis=1)
       offset = jnp.minimum((levels * n).astype(jnp.int32), n - 1)
@@ -160,32 +142,22 @@ class MaskedNoise(ReverseRule, Objective):
     step = first + jnp.floor(levels * (num_timesteps - first))
     return step / num_timesteps, (step + 1) / num_timesteps
 
-  def max_scored(self, batch_size: int, length: int) -> int:
+  def max_scored(self, batch_size, length):
     if self.noise == 'count':
       return batch_size // 2 * (length + 1)
     return batch_size * length
 
-  def network_time(self, level: jax.Array) -> jax.Array:
+  def network_time(self, level):
     return self.schedule.inverse(level)
 
-  def unread_keys(self, uses_time: bool) -> frozenset[str]:
+  def unread_keys(self, uses_time):
     is_timeless = self.noise == 'count' and not uses_time
     return frozenset({'schedule'} if is_timeless else ())
 
-  def sample_prior(self, keys: jax.Array, length: int) -> jax.Array:
-    return self.process.prior((keys.shape[0], length))
-
-  def level_at(self, t: jax.Array, free_share: jax.Array) -> jax.Array:
+  def level_at(self, t, free_share):
     return free_share * self.schedule.noise(t)
 
-  def reverse(
-    self,
-    logits: jax.Array,
-    xt: jax.Array,
-    s: jax.Array,
-    t: jax.Array,
-    draw: categorical.Draw,
-  ) -> jax.Array:
+  def reverse(self, logits, xt, s, t, draw):
     p_x0 = jnp.exp(draw.log_prob(logits))
     probability = self.reveal_probability(logits, s, t)
     # At s = 0 every mask is revealed, regardless of the network.

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical, processes, schedules, times
-from nanodlm.types import InputError, Noised, Objective, ReverseRule, Terms
+from nanodlm.objectives import diffusion
+from nanodlm.types import InputError, Noised, Terms
 
-NOISES = ('stratified', 'uniform')
 # Minimum distance of u from 0 and 1, where rates are infinite. It omits less
 # than 1e-5 of the bound, as the tests show.
 MIN_CLOCK = 1e-6
@@ -21,7 +21,7 @@ MIN_MASS = 1e-30
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureNoise(ReverseRule, Objective):
+class MixtureNoise(diffusion.Diffusion):
   """The continuous-time bound for any `processes.Mixture`.
 
   The noise is a Markov chain that jumps from any token to token z at the rate
@@ -42,22 +42,16 @@ class MixtureNoise(ReverseRule, Objective):
   variance; that of hybrid noise grows with log(1 / MIN_CLOCK).
 
   Attributes:
-    mask_id: the mask's id; the ids below it are the real tokens.
-    noise: how u is drawn: 'stratified' (over the global batch) or 'uniform'.
     max_weight: upper limit of g / q in TRAINING (GIDD's clamped weights); 0
       disables it. The reported nll is not clipped.
   """
 
-  mask_id: int
-  noise: str = 'stratified'
   max_weight: float = 0.0
 
-  default_sampler = 'posterior'
   can_correct = True
-  noises = NOISES  # The first is objective.noise='auto'.
 
   def __post_init__(self):
-    times.check_noise(self.noise, self.noises)
+    super().__post_init__()
     if not self.max_weight >= 0:
       raise InputError(
         f'objective.max_weight={self.max_weight!r} must be >= 0; 0 disables it'
@@ -68,20 +62,10 @@ class MixtureNoise(ReverseRule, Objective):
     """The forward process."""
     raise NotImplementedError
 
-  def evaluation(self) -> 'MixtureNoise':
-    return dataclasses.replace(self, noise='stratified', max_weight=0.0)
+  def evaluation(self):
+    return dataclasses.replace(super().evaluation(), max_weight=0.0)
 
-  def naive(self) -> 'MixtureNoise':
-    return dataclasses.replace(self.evaluation(), noise='uniform')
-
-  def sample_levels(
-    self, key: jax.Array, batch_size: int, length: int
-  ) -> jax.Array:
-    return times.SAMPLE_LEVELS[self.noise](key, batch_size)
-
-  def corrupt(
-    self, keys: jax.Array, levels: jax.Array, x0: jax.Array, eligible: jax.Array
-  ) -> Noised:
+  def corrupt(self, keys, levels, x0, eligible):
     t, rest = times.smoothstep(_clock(levels))
     xt = self.process.corrupt(keys, self.process.parts(t, rest), x0, eligible)
     return Noised(
@@ -121,7 +105,7 @@ class MixtureNoise(ReverseRule, Objective):
       'nll_weight': ratio * speed,
     }
 
-  def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
+  def terms(self, logits, fields, vocab=categorical.WHOLE):
     target, noisy = fields['target'], fields['noisy']
     log_x = categorical.log_prob(logits, self.mask_id, vocab)
     log_x0 = vocab.pick(log_x, target)
@@ -141,17 +125,7 @@ class MixtureNoise(ReverseRule, Objective):
       correct=correct.astype(jnp.float32),
     )
 
-  def sample_prior(self, keys: jax.Array, length: int) -> jax.Array:
-    return self.process.sample_prior(keys, length)
-
-  def reverse(
-    self,
-    logits: jax.Array,
-    xt: jax.Array,
-    s: jax.Array,
-    t: jax.Array,
-    draw: categorical.Draw,
-  ) -> jax.Array:
+  def reverse(self, logits, xt, s, t, draw):
     p_x0 = jnp.exp(draw.log_prob(logits))
     return categorical.safe_log(self.process.posterior(xt, p_x0, s, t))
 

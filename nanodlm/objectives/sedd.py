@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical
@@ -33,7 +32,7 @@ class ScoreEntropy(masking.MaskedNoise):
   Differs from the paper: noise by count is supported and the default.
   """
 
-  def terms(self, logits: jax.Array, fields, vocab=categorical.WHOLE) -> Terms:
+  def terms(self, logits, fields, vocab=categorical.WHOLE):
     ce, correct = categorical.cross_entropy(
       logits, fields['target'], self.mask_id, vocab
     )
@@ -41,9 +40,7 @@ class ScoreEntropy(masking.MaskedNoise):
     loss = fields['scale'] * (ce + jnp.expm1(log_sum) - log_sum)
     return Terms(loss=loss, nll=loss, cross_entropy=ce, correct=correct)
 
-  def reveal_probability(
-    self, logits: jax.Array, s: jax.Array, t: jax.Array
-  ) -> jax.Array:
+  def reveal_probability(self, logits, s, t):
     """Returns S times the posterior's: the analytic step, SEDD section 4."""
     posterior = super().reveal_probability(logits, s, t)
     return posterior * jnp.exp(self._log_mean_ratio(logits))

@@ -37,7 +37,7 @@ def chunked(chunk_size, kernel, *args):
     transformer.output_logits,
     lambda logits, learned, fields: Masked(VOCAB - 1).terms(logits, fields),
     chunk_size,
-    kernel,
+    (kernel,),
     (),
     *args,
   )
@@ -80,7 +80,7 @@ class ProjectedTermsTest(parameterized.TestCase):
   ):
     kernel, hidden, fields, weight = inputs()
     bias = np.linspace(-1, 2, VOCAB, dtype=np.float32)
-    kernel = transformer.Affine(kernel, bias) if has_bias else kernel
+    kernel = (kernel, bias) if has_bias else (kernel,)
     learned = np.float32(1.5)
 
     def terms(logits, learned, fields):
@@ -93,11 +93,9 @@ class ProjectedTermsTest(parameterized.TestCase):
       )
 
     def plain(kernel, learned, hidden):
-      logits = (
-        hidden @ kernel.kernel.T + kernel.bias[None]
-        if has_bias
-        else hidden @ kernel.T
-      )
+      logits = hidden @ kernel[0].T
+      if has_bias:
+        logits += kernel[1][None]
       ours = terms(logits, learned, fields)
       return jnp.sum(ours.loss * weight), ours
 
@@ -154,7 +152,7 @@ class ProjectedTermsTest(parameterized.TestCase):
         transformer.output_logits,
         lambda logits, _, fields: terms(logits, fields),
         1024,
-        kernel,
+        (kernel,),
         (),
         hidden,
         target(weight),
@@ -186,7 +184,14 @@ class ProjectedTermsTest(parameterized.TestCase):
 
     gradient = jax.grad(
       lambda kernel, hidden: losses.projected_terms(
-        transformer.output_logits, terms, 5, kernel, (), hidden, fields, weight
+        transformer.output_logits,
+        terms,
+        5,
+        (kernel,),
+        (),
+        hidden,
+        fields,
+        weight,
       )[0],
       (0, 1),
     )

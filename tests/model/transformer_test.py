@@ -10,7 +10,8 @@ import numpy as np
 from scipy import special
 
 from nanodlm.model import attention, layers, transformer
-from nanodlm.model.config import GATED, MLPS, num_params, train_flops_per_token
+from nanodlm.model.config import GATED, MLPS
+from nanodlm.model.network import TransformerNetwork
 from nanodlm.types import InputError
 from tests import toys
 
@@ -568,7 +569,7 @@ class PartsTest(parameterized.TestCase):
     matrices = 3 if mlp in GATED else 2
     block = 4 * 16 * 16 + matrices * 16 * 24 + 2 * 16
     self.assertEqual(
-      num_params(params),
+      sum(leaf.size for leaf in jax.tree.leaves(params)),
       2 * block + 16 + (1 if tie_embeddings else 2) * 12 * 16,
     )
     hidden = hidden_of(config, params)
@@ -581,7 +582,8 @@ class PartsTest(parameterized.TestCase):
     np.testing.assert_allclose(logits, hidden @ kernel, atol=1e-4)
     # Training: 2 forward and 4 backward for each element of a matrix.
     self.assertEqual(
-      train_flops_per_token(config, 0), 6 * (2 * (block - 2 * 16) + 12 * 16)
+      TransformerNetwork(config).flops_per_token(0),
+      6 * (2 * (block - 2 * 16) + 12 * 16),
     )
 
   @parameterized.parameters(

@@ -44,7 +44,9 @@ class MaskedTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(corrupt(0.0), x0)
     np.testing.assert_array_equal(corrupt(1.0), [[MASK] * 3, [MASK, 1, MASK]])
-    np.testing.assert_array_equal(self.process.prior((2, 3)), [[MASK] * 3] * 2)
+    np.testing.assert_array_equal(
+      self.process.sample_prior(keys_of(2), 3), [[MASK] * 3] * 2
+    )
 
   def test_corrupt_is_the_marginal_of_each_token_alone(self):
     x0 = jnp.tile(jnp.array([[0, 2]]), (NUM, 1))

@@ -9,12 +9,6 @@ from scipy import stats
 from nanodlm.noise import times
 from nanodlm.types import InputError
 
-DRAWS = {
-  'uniform': times.sample_uniform,
-  'stratified': times.sample_stratified,
-  'stratified_pairs': times.sample_stratified_pairs,
-}
-
 
 def batches(sample, num, size):
   keys = jax.random.split(jax.random.key(0), num)
@@ -22,11 +16,7 @@ def batches(sample, num, size):
 
 
 class TimesTest(parameterized.TestCase):
-  def test_every_draw_has_a_row(self):
-    public = {name for name in vars(times) if name.startswith('sample_')}
-    self.assertEqual(public, {f'sample_{name}' for name in DRAWS})
-
-  @parameterized.named_parameters(DRAWS.items())
+  @parameterized.named_parameters(times.SAMPLE_LEVELS.items())
   def test_each_is_uniform(self, sample):
     u = batches(sample, 2000, 6)
     self.assertEqual(u.dtype, np.float32)
@@ -47,7 +37,7 @@ class TimesTest(parameterized.TestCase):
     self.assertLess(abs(np.corrcoef(jitter.T)[0, 1]), 4 / 4000**0.5)
 
   def test_pairs_share_and_are_stratified(self):
-    u = batches(times.sample_stratified_pairs, 50, 12)
+    u = batches(times.SAMPLE_LEVELS['count'], 50, 12)
     np.testing.assert_array_equal(u[:, ::2], u[:, 1::2])
     strata = np.sort(np.floor(u[:, ::2] * 6), axis=1)
     np.testing.assert_array_equal(strata, np.tile(np.arange(6), (50, 1)))

@@ -296,7 +296,7 @@ CASES = {
   'd3pm': Case(
     {
       'linear': D3PM(MASK, num_timesteps=4),
-      'cosine': D3PM(MASK, schedules.Cosine(), 'uniform', num_timesteps=3),
+      'cosine': D3PM(MASK, schedules.Cosine(), 3, noise='uniform'),
       'one_step': D3PM(MASK, num_timesteps=1),
     },
     d3pm_nll,
@@ -581,7 +581,7 @@ class MaskedTest(parameterized.TestCase):
     )
 
   def discrete_bound(self, num_timesteps, schedule, table):
-    objective = Masked(MASK, schedule, 'uniform', num_timesteps)
+    objective = Masked(MASK, schedule, num_timesteps, noise='uniform')
     levels = (np.arange(num_timesteps) + 0.5) / num_timesteps
     return self.enumerate_time(
       objective, table, levels, np.full(num_timesteps, 1 / num_timesteps)
@@ -1126,7 +1126,7 @@ class GenMD4Test(parameterized.TestCase):
 
 
 class BlockTest(parameterized.TestCase):
-  @parameterized.parameters(*masking.NOISES)
+  @parameterized.parameters(*masking.MaskedNoise.noises)
   def test_one_block_is_masked_diffusion(self, noise):
     # The same noise, scale and scored positions, so the same loss.
     whole = Block(MASK, noise=noise, block_size=18)

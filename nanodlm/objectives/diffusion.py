@@ -1,0 +1,47 @@
+"""What all diffusion objectives share: levels of noise, and its reversal."""
+
+import dataclasses
+from typing import Any
+
+from nanodlm.noise import processes, times
+from nanodlm.types import InputError, Objective, ReverseRule
+
+
+@dataclasses.dataclass(frozen=True)
+class Diffusion(ReverseRule, Objective):
+  """An objective that noises texts and whose samples start from noise.
+
+  Attributes:
+    mask_id: the mask's id; the ids below it are the N real tokens.
+    noise: how levels are drawn, one of `noises`: by 'count', 'stratified' (over
+      the global batch) or 'uniform'.
+  """
+
+  mask_id: int
+  noise: str = dataclasses.field(default='stratified', kw_only=True)
+
+  default_sampler = 'posterior'
+  noises = ('stratified', 'uniform')
+
+  def __post_init__(self):
+    if self.noise not in self.noises:
+      raise InputError(
+        f'objective.noise={self.noise!r} is not one of {list(self.noises)}'
+      )
+
+  @property
+  def process(self) -> Any:
+    """The forward process; by default, tokens are masked."""
+    return processes.Masked(self.mask_id)
+
+  def evaluation(self):
+    return dataclasses.replace(self, noise=self.noises[0])
+
+  def naive(self):
+    return dataclasses.replace(self.evaluation(), noise='uniform')
+
+  def sample_levels(self, key, batch_size, length):
+    return times.SAMPLE_LEVELS[self.noise](key, batch_size)
+
+  def sample_prior(self, keys, length):
+    return self.process.sample_prior(keys, length)
