@@ -186,7 +186,7 @@ class LanguageModel:
       if not isinstance(text, str) or not text:
         raise InputError(f'texts must be non-empty strings, not {text!r}')
     run = self.run
-    rows = [run.tokenizer.encode(text) for text in texts]
+    rows = run.tokenizer.encode_to_score(texts)
     batch, owner = self._windows(rows)
     score = make_score(
       run,
