@@ -1,4 +1,8 @@
-"""Prompts: texts with gaps, and their canvases."""
+"""Prompts: texts with gaps, and their canvases.
+
+Each text is encoded as what follows the one before it. A space before a gap is
+a part of the gap, unless the tokenizer never joins it with a word.
+"""
 
 import dataclasses
 import json

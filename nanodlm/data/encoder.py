@@ -239,7 +239,7 @@ def _write_documents(job: Job, task: Task, file: Any) -> Iterator[int]:
       num_tokens += ids.size
       if is_last:
         if is_end:
-          # A text that has no ids is counted here.
+          # The bytes of a text without ids are counted here.
           rest = np.array([num_bytes - num_counted])
           file.write(job.records(separator, rest).tobytes())
           num_tokens += 1

@@ -224,8 +224,8 @@ def measure_quality(
     gen_bits_per_byte, which compares across tokenizers and judges, and its
     interval over texts, gen_bits_per_byte_ci95; judge_tokens, 'own' if the
     judge scored the ids themselves, 'text' if it encoded their text; num_empty,
-    the number of samples without text. A value that is not defined, because
-    there is no text or only one, is left out.
+    the number of samples without text. What is undefined for lack of texts is
+    left out.
   """
   quality = metrics.text_statistics(tokens)
   if judge is None:

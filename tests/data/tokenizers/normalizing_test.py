@@ -145,3 +145,15 @@ def test_a_space_before_a_gap_belongs_to_the_gap(kinds, tmp_path):
       assert canvas(tokenizer, prompt) == canvas(tokenizer, same)
   # Only one space is a part of the next word.
   assert own.decode(canvas(own, 'a\n   {1}')) == 'a\n  _'
+
+
+def test_what_is_lost_is_said_before_it_is_scored(kinds, caplog):
+  texts = ['the fox', 'the\n\u20ac fox']
+  rows = kinds['default'].encode_to_score(texts)
+  for text, row in zip(texts, rows, strict=True):
+    np.testing.assert_array_equal(row, kinds['default'].encode(text))
+  # A line break and a euro, of 7 and 11 bytes.
+  assert '22.22%' in caplog.text and '4 of 18 bytes' in caplog.text
+  caplog.clear()
+  kinds['llama'].encode_to_score(texts)
+  assert not caplog.text
