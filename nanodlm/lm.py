@@ -187,6 +187,11 @@ class LanguageModel:
         raise InputError(f'texts must be non-empty strings, not {text!r}')
     run = self.run
     rows = run.tokenizer.encode_to_score(texts)
+    for text, row in zip(texts, rows):
+      if not row.size:
+        raise InputError(
+          f'texts: the {run.tokenizer.name} tokenizer has no ids for {text!r}'
+        )
     batch, owner = self._windows(rows)
     score = make_score(
       run,

@@ -150,6 +150,8 @@ def _prepare(
         )
         job = encoder.Job(source, own, work, engine.num_threads)
         metadata = {**identity, 'tokenizer': own.to_json()}
+        if own.revision:
+          metadata['tokenizer_revision'] = own.revision
         _build(job, tasks, data_config, metadata, engine)
         if source.fingerprint() != identity['source_fingerprint']:
           raise source.error(
@@ -158,7 +160,13 @@ def _prepare(
           )
   if tokenizer is None:
     tokenizer = tokenizers.find_class(name).make(name, str(path / model))
-  return packed_data.open_packed(path, tokenizer)
+  packed = packed_data.open_packed(path, tokenizer)
+  if packed.metadata.get('tokenizer_revision', 0) != tokenizer.revision:
+    raise InputError(
+      f'prepared data {path} is of an earlier version, which spelled spaces as '
+      'three bytes. Delete it, and the next start prepares it again'
+    )
+  return packed
 
 
 def _check_trainable(source: base.Source, data_config: DataConfig) -> None:

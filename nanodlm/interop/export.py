@@ -7,11 +7,11 @@ back exactly.
 An autoregressive run without time conditioning loads in transformers, with
 trust_remote_code off, as Qwen3ForCausalLM (the default network),
 LlamaForCausalLM, Qwen2ForCausalLM or GPT2LMHeadModel; its texts begin with the
-mask's id, which tokenizer.json puts there. Masked runs are written as LLaDA, Dream or MDLM if they fit,
-otherwise under our own names. The model card repeats what the files of the run
-say. tokenizer.json is written if it makes the same ids of text as the run's
-tokenizer (bytes, SentencePiece as it is trained here, tiktoken's). An imported
-one is kept, even if it reads U+2581 as a space and nanodlm does not.
+mask's id, which tokenizer.json puts there. Masked runs are written as LLaDA,
+Dream or MDLM if they fit, otherwise under our own names. The model card repeats
+what the files of the run say. tokenizer.json is written if it makes the same
+ids as the run's tokenizer (bytes, SentencePiece as it is trained here,
+tiktoken's). An imported one is kept as it is, with a warning if it does not.
 """
 
 from collections.abc import Iterator, Mapping

@@ -3,11 +3,15 @@
 import json
 import pathlib
 import random
+import shutil
+from unittest import mock
 
 from absl.testing import absltest
 import numpy as np
 
 from nanodlm.data import config, pipeline
+from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
+from nanodlm.types import InputError
 from tests import foreign_tokenizers as foreign
 from tests.data.cases import DataTest
 
@@ -63,6 +67,19 @@ class LossyTest(DataTest):
       ):
         (place,) = np.flatnonzero((windows == tokens).all(1))
         self.assertEqual(num_bytes, sizes[place : place + 16][scored].sum())
+
+  def test_data_of_an_earlier_version_is_not_used(self):
+    self.write('a.txt', ''.join(foreign.CHINESE) + 'a b')
+    tokenizer = config.TokenizerConfig('sentencepiece', '', 268)
+    cls = SentencePieceTokenizer
+    with mock.patch.object(cls, 'revision', 0):
+      packed = self.prepare(tokenizer=tokenizer)
+    with self.assertRaisesRegex(InputError, packed.folders[0]):
+      self.prepare(tokenizer=tokenizer)
+    shutil.rmtree(packed.folders[0])
+    packed = self.prepare(tokenizer=tokenizer)
+    self.assertEqual(packed.metadata['tokenizer_revision'], 1)
+    self.assertEqual(self.prepare(tokenizer=tokenizer).folders, packed.folders)
 
   def test_a_response_gains_no_space(self):
     pairs = [('the fox', f'dog {i}') for i in range(20)]
