@@ -119,7 +119,13 @@ class NormalizingTokenizer(base.Tokenizer):
     if num and not self.num_bytes[before[-1]]:
       # The library joins unknown characters, here those on both sides.
       num -= self._ends(context + text)[num - 1] > len(context.encode())
-    return ids[num:]
+    ids = ids[num:]
+    first = self.pieces[ids[0]] if ids.size else b''
+    inside = first.removeprefix(b' ')
+    if not context and first != inside in self.pieces and text[0].isalnum():
+      # The piece of WordPiece that is spelled '##...'.
+      ids[0] = self.pieces.index(inside)
+    return ids
 
   def _ends(self, text: str) -> np.ndarray:
     stand_in = self._stand_in(text)

@@ -137,6 +137,17 @@ def test_parts_of_a_prompt_are_encoded_in_context(kinds, name):
     assert tokenizer.decode(canvas(tokenizer, prompt)) == text
 
 
+def test_a_word_piece_after_a_gap_continues_a_word(tmp_path):
+  tokenizer = foreign.make_word_piece(tmp_path)
+  inside = {x.decode() for x in tokenizer.pieces if x[:1].isalpha()}
+  words = {x.decode()[1:] for x in tokenizer.pieces if x[:1] == b' '}
+  text = max(inside & words, key=len)
+  assert (
+    tokenizer.decode(canvas(tokenizer, f'the{{2}}{text}')) == f'the__{text}'
+  )
+  assert tokenizer.decode(canvas(tokenizer, 'the{2} dog')) == 'the__ dog'
+
+
 def test_a_space_before_a_gap_belongs_to_the_gap(kinds, tmp_path):
   own = foreign.make_own(tmp_path, foreign.ENGLISH, 320)
   for tokenizer in (own, *kinds.values()):
