@@ -91,7 +91,7 @@ class Stream:
   def rows(self) -> Iterator[dict[str, Any]]:
     """Yields the examples; the last tokens, less than a row, are dropped."""
     job = self.job
-    if self.is_pairs:
+    if job.source.is_pairs:
       for records, start in zip(self._read(), self.ranges[:, 3].tolist()):
         row = np.zeros([self.length], job.record)
         row['token'] = job.tokenizer.separator_id
@@ -305,7 +305,7 @@ def write(
     features['token_bytes'] = tfds.features.Tensor(
       shape=(length,), dtype=np.uint32, encoding=tfds.features.Encoding.BYTES
     )
-  if train.is_pairs:
+  if job.source.is_pairs:
     features['prompt_length'] = tfds.features.Scalar(np.int32)
   with quiet_tfds():
     tfds.folder_dataset.write_metadata(
