@@ -175,7 +175,12 @@ class LanguageModel:
       if not isinstance(text, str) or not text:
         raise InputError(f'texts must be non-empty strings, not {text!r}')
     run = self.run
-    rows = [run.tokenizer.encode(text) for text in texts]
+    rows = run.tokenizer.encode_to_score(texts)
+    for text, row in zip(texts, rows):
+      if not row.size:
+        raise InputError(
+          f'texts: the {run.tokenizer.name} tokenizer has no ids for {text!r}'
+        )
     batch, owner = self._windows(rows)
     num_draws = num_draws or run.settings.eval.num_draws
     score = make_score(run, num_draws=num_draws, batch_size=batch_size)

@@ -1,4 +1,8 @@
-"""Prompts: texts with gaps, and their canvases."""
+"""Prompts: texts with gaps, and their canvases.
+
+Each text is encoded as what follows the one before it. A space before a gap is
+a part of the gap, unless the tokenizer never joins it with a word.
+"""
 
 import dataclasses
 import json
@@ -88,10 +92,21 @@ def make_canvas(
       'objective.name=masked'
     )
   # Ids, the size of a gap, or None for a share of the remaining tokens.
-  rows = [
-    part.size if isinstance(part, Gap) else _encode(part, prompt, tokenizer)
-    for part in parts
-  ]
+  rows = []
+  for i, part in enumerate(parts):
+    if isinstance(part, Gap):
+      rows.append(part.size)
+      continue
+    is_last = part is parts[-1]
+    text = part if is_last else before_gap(part, tokenizer)
+    tokens = tokenizer.encode_rest(text) if i else tokenizer.encode(text)
+    # Only control tokens and the unknown token have no bytes.
+    if np.any(tokenizer.num_bytes[tokens] == 0):
+      raise InputError(
+        f'--prompt={prompt!r}: {part!r} contains characters that the '
+        f'{tokenizer.name} tokenizer does not support'
+      )
+    rows.append(tokens)
   used = sum(
     len(row) if isinstance(row, np.ndarray) else row or 0 for row in rows
   )
@@ -118,15 +133,13 @@ def make_canvas(
   return tokens, tokens != tokenizer.mask_id
 
 
-def _encode(text: str, prompt: str, tokenizer: Tokenizer) -> np.ndarray:
-  tokens = tokenizer.encode(text)
-  # Only control tokens and the unknown token have no bytes.
-  if np.any(tokenizer.num_bytes[tokens] == 0):
-    raise InputError(
-      f'--prompt={prompt!r}: {text!r} contains characters that the '
-      f'{tokenizer.name} tokenizer does not support'
-    )
-  return tokens
+def before_gap(text: str, tokenizer: Tokenizer) -> str:
+  """Returns the part of a text before a gap that is fixed.
+
+  If words and the space before them are one token, a single space is never
+  followed by a word: the last space belongs to the gap.
+  """
+  return text.removesuffix(' ') if tokenizer.joins_spaces else text
 
 
 def read_prompts(path: str) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 
 import nanodlm
 from nanodlm.types import InputError
-from tests import launches, workdirs
+from tests import foreign_tokenizers, launches, workdirs
 
 TEXT = 'The quick brown fox jumps over the lazy dog.'
 
@@ -46,6 +46,28 @@ def test_details(masked):
       known = sample.probabilities[~np.isnan(sample.probabilities)]
       assert np.isnan(sample.probabilities[:2]).all() and known.size
       assert 0 < known.min() and known.max() <= 1
+
+
+def test_bound_of_a_tokenizer_that_changes_the_text(tmp_path):
+  lm = nanodlm.load(
+    workdirs.make_workdir(
+      tmp_path,
+      scale=0.0,  # All ids but the mask are equally probable.
+      objective__name='ar',
+      tokenizer__name='sentencepiece',
+      tokenizer__path=foreign_tokenizers.path_of_sentencepiece(
+        tmp_path, vocab_size=80
+      ),
+    )
+  )
+  text = 'the\n\n\uff21\uff21 fox'
+  num_tokens = len(lm.tokenizer.encode(text))
+  (bound,) = lm.bound([text])
+  assert (bound.num_bytes, bound.num_tokens) == (15, num_tokens)
+  bits = num_tokens * math.log2(lm.tokenizer.vocab_size - 1)
+  np.testing.assert_allclose(bound.bits_per_byte, bits / 15, rtol=1e-5)
+  with pytest.raises(InputError, match='no ids'):
+    lm.bound(['the fox', '  '])
 
 
 def test_probabilities_are_those_of_the_call_that_revealed_a_token(ar):

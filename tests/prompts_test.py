@@ -123,17 +123,18 @@ def test_until_end(tokens, end):
 
 
 def test_unknown_characters():
-  num_bytes = BYTES.num_bytes.copy()
-  num_bytes[ord('?')] = 0  # As for SentencePiece's unknown piece.
-
-  @dataclasses.dataclass(frozen=True)
-  class WithUnknown:
-    name = 'toy'
-    mask_id = BYTES.mask_id
-    encode = staticmethod(BYTES.encode)
-
-  tokenizer = WithUnknown()
-  object.__setattr__(tokenizer, 'num_bytes', num_bytes)
+  pieces = list(BYTES.pieces)
+  pieces[ord('?')] = b''  # As SentencePiece's unknown piece.
+  tokenizer = dataclasses.replace(BYTES, name='toy', pieces=tuple(pieces))
   with pytest.raises(InputError, match="'a\\?' .*toy tokenizer"):
     prompts.make_canvas('a?{}', tokenizer, 8, True)
   assert len(prompts.make_canvas('ab{}', tokenizer, 8, True)[0]) == 8
+
+
+def test_a_space_before_a_gap_of_bytes_stays():
+  assert canvas('ab {2}', 8) == 'ab __'
+
+
+def test_a_gap_of_any_size_is_counted_before_it_is_made():
+  with pytest.raises(InputError, match='has 4 tokens'):
+    canvas('{999999999999999999}', 4)

@@ -38,12 +38,14 @@ BATCH_CHARS = 4 << 20
 ONE_THREAD_CHARS = 1 << 18
 PROGRESS_SECS = 3.0
 # A row of the table of a part: a document that is not empty. `num_bytes` is the
-# size of its text in UTF-8, `num_tokens` includes the separator at its end, and
+# size of its text in UTF-8, `num_lost_bytes` the part of it that decoding does
+# not give back, `num_tokens` includes the separator at its end, and
 # `prompt_length` counts the ids of its first piece, the prompt of a pair.
 DOCUMENT = np.dtype(
   [
     ('hash', np.uint64),
     ('num_bytes', np.int64),
+    ('num_lost_bytes', np.int64),
     ('num_tokens', np.int64),
     ('prompt_length', np.int64),
   ]
@@ -73,6 +75,26 @@ class Job:
     """The smaller of uint16 and uint32 that holds every id."""
     is_small = self.tokenizer.vocab_size <= 1 << 16
     return np.dtype(np.uint16 if is_small else np.uint32)
+
+  @property
+  def record(self) -> np.dtype:
+    """The type of what is stored of a token.
+
+    'token' is its id. If the tokenizer may change the text, 'num_bytes' are the
+    bytes of the text that it stands for, which its piece does not show.
+    """
+    fields: list[Any] = [('token', self.dtype)]
+    if not self.tokenizer.is_lossless:
+      fields.append(('num_bytes', np.uint32))
+    return np.dtype(fields)
+
+  def records(self, ids: np.ndarray, num_bytes: np.ndarray) -> np.ndarray:
+    """Returns an array of `record`."""
+    records = np.zeros(ids.shape, self.record)
+    records['token'] = ids
+    if not self.tokenizer.is_lossless:
+      records['num_bytes'] = num_bytes
+    return records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,9 +199,10 @@ def _read_table(job: Job, task: Task) -> np.ndarray | None:
   try:
     with np.load(path.with_suffix('.npz')) as saved:
       table, cut = saved['documents'], saved['task']
-    size = table['num_tokens'].sum() * job.dtype.itemsize
-    # Another version may have cut the source into other parts.
-    return table if cut == repr(task) and path.stat().st_size == size else None
+    size = table['num_tokens'].sum() * job.record.itemsize
+    # Another version may have written another table, or cut into other parts.
+    is_same = table.dtype == DOCUMENT and cut == repr(task)
+    return table if is_same and path.stat().st_size == size else None
   # NumPy raises errors of many classes for a truncated file.
   except Exception:
     return None
@@ -187,27 +210,36 @@ def _read_table(job: Job, task: Task) -> np.ndarray | None:
 
 def _write_documents(job: Job, task: Task, file: Any) -> Iterator[int]:
   """Writes documents, each followed by a separator; yields their table."""
-  separator = np.array([job.tokenizer.separator_id], job.dtype).tobytes()
+  tokenizer, separator = job.tokenizer, np.array([job.tokenizer.separator_id])
   digest = None  # None: the next piece begins a document.
-  num_bytes = num_tokens = prompt_length = 0
+  num_bytes = num_lost = num_counted = num_tokens = prompt_length = 0
   for batch in _batches(job, task):
     texts = [text for text, _, _ in batch]
-    encoded = job.tokenizer.encode_batch(texts, job.num_threads)
+    encoded = tokenizer.encode_batch(texts, job.num_threads)
     for (text, is_last, is_end), ids in zip(batch, encoded, strict=True):
+      is_start = digest is None
       if digest is None:
         digest = hashlib.blake2b(digest_size=8)
-        num_bytes, num_tokens, prompt_length = 0, 0, ids.size
+        num_bytes, num_lost, num_counted, num_tokens = 0, 0, 0, 0
+        prompt_length = ids.size
+      elif tokenizer.adds_space:
+        ids = tokenizer.encode_rest(text)
       data = text.encode()
       digest.update(data)
-      file.write(ids.astype(job.dtype).tobytes())
+      sizes = tokenizer.count_bytes(text, ids, is_start)
+      file.write(job.records(ids, sizes).tobytes())
       num_bytes += len(data)
+      num_lost += tokenizer.lost_bytes(text, ids, is_start)
+      num_counted += int(sizes.sum())
       num_tokens += ids.size
       if is_last:
         if is_end:
-          file.write(separator)
+          # The bytes of a text without ids are counted here.
+          rest = np.array([num_bytes - num_counted])
+          file.write(job.records(separator, rest).tobytes())
           num_tokens += 1
         yield int.from_bytes(digest.digest(), 'little')
-        yield from (num_bytes, num_tokens, prompt_length)
+        yield from (num_bytes, num_lost, num_tokens, prompt_length)
         digest = None
 
 
@@ -257,10 +289,11 @@ def _write_ids(job: Job, task: Task, file: Any) -> Iterator[int]:
         f'tokenizer.name={job.tokenizer.name!r} are 0 to {num_ids - 1}; name '
         'the tokenizer that made the ids'
       )
-    file.write(rows.ids.astype(job.dtype).tobytes())
+    sizes = job.tokenizer.num_bytes[rows.ids]
+    file.write(job.records(rows.ids, sizes).tobytes())
     num_tokens += rows.ids.size
-    num_bytes += int(job.tokenizer.num_bytes[rows.ids].sum())
-  yield from (0, num_bytes, num_tokens, 0)
+    num_bytes += int(sizes.sum())
+  yield from (0, num_bytes, 0, num_tokens, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,23 +85,36 @@ class Stream:
 
   def rows(self) -> Iterator[dict[str, Any]]:
     """Yields the examples; the last tokens, less than a row, are dropped."""
-    dtype, tokenizer = self.job.dtype, self.job.tokenizer
-    if self.job.source.is_pairs:
-      for tokens, start in zip(self._read(), self.ranges[:, 3].tolist()):
-        row = np.full([self.length], tokenizer.separator_id, dtype)
-        row[: tokens.size] = tokens
-        num_bytes = int(tokenizer.num_bytes[row[start:]].sum())
-        yield {'tokens': row, 'prompt_length': start, 'num_bytes': num_bytes}
+    job = self.job
+    if job.source.is_pairs:
+      for records, start in zip(self._read(), self.ranges[:, 3].tolist()):
+        row = np.zeros([self.length], job.record)
+        row['token'] = job.tokenizer.separator_id
+        row[: records.size] = records
+        (example,) = self._examples(row[None], start)
+        yield example | {'prompt_length': start}
       return
-    rest = np.zeros([0], dtype)
-    for tokens in self._read():
-      tokens = np.concatenate([rest, tokens])
-      block = tokens[: tokens.size // self.length * self.length]
-      rest = tokens[block.size :]
-      block = block.reshape(-1, self.length)
-      sizes = tokenizer.num_bytes[block].sum(axis=1).tolist()
-      for row, num_bytes in zip(block, sizes):
+    rest = np.zeros([0], job.record)
+    for records in self._read():
+      records = np.concatenate([rest, records])
+      block = records[: records.size // self.length * self.length]
+      rest = records[block.size :]
+      yield from self._examples(block.reshape(-1, self.length))
+
+  def _examples(
+    self, block: np.ndarray, start: int = 0
+  ) -> Iterator[dict[str, Any]]:
+    """Yields rows of records, with the bytes after the first `start` tokens."""
+    tokens = block['token']
+    if self.job.tokenizer.is_lossless:
+      sizes = self.job.tokenizer.num_bytes[tokens[:, start:]].sum(axis=1)
+      for row, num_bytes in zip(tokens, sizes.tolist()):
         yield {'tokens': row, 'num_bytes': num_bytes}
+      return
+    sizes = block['num_bytes']
+    totals = sizes[:, start:].sum(axis=1).tolist()
+    for row, row_sizes, num_bytes in zip(tokens, sizes, totals):
+      yield {'tokens': row, 'token_bytes': row_sizes, 'num_bytes': num_bytes}
 
   def count(self) -> dict[str, int]:
     """Returns the counts of PackedData.metadata."""
@@ -109,7 +122,7 @@ class Stream:
     if not self.job.source.is_pairs:
       separator = self.job.tokenizer.separator_id
       num_documents = sum(
-        int((tokens == separator).sum()) for tokens in self._read()
+        int((records['token'] == separator).sum()) for records in self._read()
       )
     return {
       'num_rows': self.num_rows,
@@ -121,8 +134,8 @@ class Stream:
     }
 
   def _read(self) -> Iterator[np.ndarray]:
-    """Yields the tokens of the ranges, in blocks if those are long."""
-    folder, dtype = self.job.folder, self.job.dtype
+    """Yields the records of the ranges, in blocks if those are long."""
+    folder, dtype = self.job.folder, self.job.record
     size = max(_BLOCK_BYTES // dtype.itemsize, self.length)
     ranges = self.ranges.tolist()
     for number, group in itertools.groupby(ranges, operator.itemgetter(0)):
@@ -283,6 +296,10 @@ def write(
     ),
     'num_bytes': tfds.features.Scalar(np.int32),
   }
+  if not job.tokenizer.is_lossless:
+    features['token_bytes'] = tfds.features.Tensor(
+      shape=(length,), dtype=np.uint32, encoding=tfds.features.Encoding.BYTES
+    )
   if job.source.is_pairs:
     features['prompt_length'] = tfds.features.Scalar(np.int32)
   with quiet_tfds():

@@ -50,7 +50,8 @@ class PackedRows:
     """Returns {'tokens': [L] int32, 'num_bytes': int} of row i >= 0.
 
     A pair also has its 'prompt_length', in tokens; its num_bytes are those of
-    the response.
+    the response. 'token_bytes' are the bytes of the text of each token, [L], if
+    the tokenizer may change the text; otherwise they are those of its piece.
 
     Raises:
       InputError: the row is damaged, by the hash that ArrayRecord stores.
@@ -64,6 +65,9 @@ class PackedRows:
     features = Example.FromString(record).features.feature
     tokens = np.frombuffer(features['tokens'].bytes_list.value[0], self.dtype)
     row: dict[str, Any] = {'tokens': tokens.astype(np.int32)}
+    if 'token_bytes' in features:
+      sizes = features['token_bytes'].bytes_list.value[0]
+      row['token_bytes'] = np.frombuffer(sizes, np.uint32)
     for name in features.keys() - row.keys():
       row[name] = features[name].int64_list.value[0]
     return row

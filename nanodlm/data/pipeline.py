@@ -88,7 +88,9 @@ def make_train_iterator(
     eligible = batch.eligible & ~np.stack(
       [sample_clean(seed, i, packed.length, *rates) for i in indices]
     )
-    num_bytes = packed.tokenizer.num_bytes[batch.tokens]
+    num_bytes = np.stack(
+      [_token_bytes(example, packed) for example in examples]
+    )
     return batch._replace(
       eligible=eligible,
       num_tokens=eligible.sum(axis=1, dtype=np.int32),
@@ -169,11 +171,21 @@ def _read_crop(packed: PackedData, row: int, offset: int) -> dict[str, Any]:
   # Nothing follows the last row of a dataset.
   if offset == 0 or row + 1 in packed.train_borders:
     return rows[row]
-  tokens = np.concatenate(
-    [rows[row]['tokens'][offset:], rows[row + 1]['tokens'][:offset]]
-  )
-  num_bytes = packed.tokenizer.num_bytes[tokens].sum()
-  return {'tokens': tokens, 'num_bytes': num_bytes}
+  join = lambda a, b: np.concatenate([a[offset:], b[:offset]])
+  first, second = rows[row], rows[row + 1]
+  sizes = join(*(_token_bytes(example, packed) for example in (first, second)))
+  return {
+    'tokens': join(first['tokens'], second['tokens']),
+    'token_bytes': sizes,
+    'num_bytes': sizes.sum(),
+  }
+
+
+def _token_bytes(example: dict[str, Any], packed: PackedData) -> np.ndarray:
+  """Returns the bytes of the text of each token of an example, [L]."""
+  if 'token_bytes' in example:
+    return example['token_bytes']
+  return packed.tokenizer.num_bytes[example['tokens']]
 
 
 def _stack(

@@ -134,6 +134,8 @@ def _prepare(
   for key in ('eval_tokens', 'test_tokens'):
     if getattr(data_config, key):
       identity[key] = getattr(data_config, key)
+  if tokenizer and tokenizer.revision:
+    identity['tokenizer_revision'] = tokenizer.revision
   digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
   kind = source.spec.partition(':')[0]
   key = f'{kind}-{name}-{data_config.length}-{digest.hexdigest()[:16]}'
@@ -148,6 +150,8 @@ def _prepare(
         )
         job = encoder.Job(source, own, work, engine.num_threads)
         metadata = {**identity, 'tokenizer': own.to_json()}
+        if own.revision:
+          metadata['tokenizer_revision'] = own.revision
         _build(job, tasks, data_config, metadata, engine)
         if source.fingerprint() != identity['source_fingerprint']:
           raise source.error(
@@ -156,7 +160,13 @@ def _prepare(
           )
   if tokenizer is None:
     tokenizer = tokenizers.find_class(name).make(name, str(path / model))
-  return packed_data.open_packed(path, tokenizer)
+  packed = packed_data.open_packed(path, tokenizer)
+  if packed.metadata.get('tokenizer_revision', 0) != tokenizer.revision:
+    raise InputError(
+      f'prepared data {path} is of an earlier version, which spelled spaces as '
+      'three bytes. Delete it, and the next start prepares it again'
+    )
+  return packed
 
 
 def _check_trainable(source: base.Source, data_config: DataConfig) -> None:
@@ -203,11 +213,13 @@ def _build(
   """Writes the dataset into job.folder."""
   work = job.folder
   tables = encoder.encode(job, tasks, engine)
+  totals = _totals(tables)
+  job.tokenizer.warn_of_loss(totals['num_lost_bytes'], totals['num_bytes'])
   streams = pack.make_streams(job, tasks, tables, data_config)
   counts = {name: stream.count() for name, stream in streams.items()}
   metadata = {**metadata, **counts}
   num_tokens = sum(stream.num_tokens for stream in streams.values())
-  needed = num_tokens * job.dtype.itemsize
+  needed = num_tokens * job.record.itemsize
   # ArrayRecord's index and framing add a few percent for short rows.
   if shutil.disk_usage(work).free < 1.2 * needed:
     raise folders.disk_full(work.parent, needed)
@@ -223,6 +235,14 @@ def _build(
     )
 
 
+def _totals(tables: Sequence[np.ndarray]) -> dict[str, int]:
+  """Counts all that was read, including separators and dropped tokens."""
+  return {
+    key: sum(int(table[key].sum()) for table in tables)
+    for key in ('num_tokens', 'num_bytes', 'num_lost_bytes')
+  }
+
+
 def _write_manifest(
   work: pathlib.Path, tables: Sequence[np.ndarray], metadata: Mapping[str, Any]
 ) -> None:
@@ -234,15 +254,10 @@ def _write_manifest(
   for name in libraries.split():
     with contextlib.suppress(packages.PackageNotFoundError):
       versions[name] = packages.version(name)
-  # Everything that was read, including separators and dropped tokens.
-  totals = {
-    key: sum(int(table[key].sum()) for table in tables)
-    for key in ('num_tokens', 'num_bytes')
-  }
   manifest = {
     **metadata,
     'num_documents': sum(metadata[name]['num_documents'] for name in SPLITS),
-    **totals,
+    **_totals(tables),
     'versions': versions,
   }
   (work / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')

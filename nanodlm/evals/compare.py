@@ -10,6 +10,7 @@ into a new folder. Apart from times, the same command gives the same numbers.
 from collections.abc import Sequence
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 import time
@@ -288,7 +289,8 @@ def plot_curves(
   for axes, (key, label) in zip(panels, labels.items()):
     for i, (name, points) in enumerate(curves.items()):
       style = {'color': f'C{i}', 'label': name}
-      x, y = ([point[k] for point in points] for k in ('num_calls', key))
+      x = [point['num_calls'] for point in points]
+      y = [point.get(key, math.nan) for point in points]
       if x[0]:
         widths = [point.get(f'{key}_ci95', 0.0) for point in points]
         axes.errorbar(x, y, yerr=widths, marker='o', capsize=3, **style)

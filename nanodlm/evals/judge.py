@@ -57,17 +57,24 @@ class Judge(abc.ABC):
     """Returns the nats [M] of the text in windows of `cut_windows`, M >= 1."""
 
   def score(self, tokens: np.ndarray, tokenizer: Tokenizer) -> Judged:
-    """Scores texts given as ids [N, L] of `tokenizer`."""
+    """Scores texts given as ids [N, L] of `tokenizer`.
+
+    A judge of text reads them as they are decoded: its bytes are those of line
+    breaks for separators, and of U+FFFD for bytes that are not UTF-8. A judge
+    that reads the ids pays for separators as well, which have no bytes.
+    """
     if self.reads_ids_of(tokenizer):
       rows = list(np.asarray(tokens, np.int32))
+      num_bytes = [tokenizer.text_bytes(row) for row in tokens]
     else:
-      rows = self.encode([tokenizer.decode(row) for row in tokens])
+      texts = [tokenizer.decode(row) for row in tokens]
+      rows, num_bytes = self.encode(texts), [len(x.encode()) for x in texts]
     windows, is_text, owner = cut_windows(rows, self.window)
     nll = self.score_windows(windows, is_text) if len(windows) else []
     return Judged(
       np.bincount(owner, weights=nll, minlength=len(rows)),
       np.array([len(row) for row in rows]),
-      tokenizer.num_bytes[tokens].sum(1),
+      np.array(num_bytes),
     )
 
 
@@ -118,7 +125,7 @@ class NanodlmJudge(Judge):
     return tokenizer.fingerprint == self.lm.tokenizer.fingerprint
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
-    return self.lm.tokenizer.encode_batch(texts)
+    return self.lm.tokenizer.encode_to_score(texts)
 
   def score_windows(
     self, tokens: np.ndarray, is_text: np.ndarray
@@ -216,7 +223,9 @@ def measure_quality(
     judge also gen_nll and gen_ppl, nats and perplexity per token of the judge;
     gen_bits_per_byte, which compares across tokenizers and judges, and its
     interval over texts, gen_bits_per_byte_ci95; judge_tokens, 'own' if the
-    judge scored the ids themselves, 'text' if it encoded their text.
+    judge scored the ids themselves, 'text' if it encoded their text; num_empty,
+    the number of samples without text. What is undefined for lack of texts is
+    left out.
   """
   quality = metrics.text_statistics(tokens)
   if judge is None:
@@ -224,11 +233,15 @@ def measure_quality(
   judged = judge.score(tokens, tokenizer)
   nll, _ = metrics.ratio_interval(judged.nll, judged.num_tokens)
   per_byte, half_width = metrics.ratio_interval(judged.nll, judged.num_bytes)
-  return {
+  values = {
     'gen_nll': nll,
     'gen_ppl': math.exp(min(nll, 700.0)),
     'gen_bits_per_byte': per_byte / math.log(2),
     'gen_bits_per_byte_ci95': half_width / math.log(2),
+  }
+  return {
+    **{key: value for key, value in values.items() if math.isfinite(value)},
     'judge_tokens': 'own' if judge.reads_ids_of(tokenizer) else 'text',
+    'num_empty': int(np.sum(judged.num_bytes == 0)),
     **quality,
   }

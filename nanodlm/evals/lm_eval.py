@@ -84,7 +84,7 @@ class TextModel:
     head = encode(stripped)
     tail = encode(stripped + continuation)[len(head) :]
     if continuation and not tail.size:  # The two merged into fewer tokens.
-      tail = encode(continuation)
+      tail = self.lm.tokenizer.encode_rest(continuation)
     if len(tail) > self.length:
       raise InputError(
         f'a continuation of {len(tail)} tokens ({continuation[:40]!r}...) is '
@@ -151,7 +151,7 @@ class TextModel:
     Texts are cut into rows of the model's length, and each row is scored
     without the ones before it; the harness's own models slide a window instead.
     """
-    rows = [self.lm.tokenizer.encode(text) for text in texts]
+    rows = self.lm.tokenizer.encode_to_score(texts)
     tokens, is_text, owner = judge.cut_windows(rows, self.length)
     if not len(tokens):
       return [0.0] * len(texts)
@@ -177,7 +177,7 @@ class TextModel:
     tokenizer = self.lm.tokenizer
     heads, totals, texts = [], [], [''] * len(prompts)
     for prompt in prompts:
-      head = tokenizer.encode(prompt)
+      head = tokenizer.encode(prompting.before_gap(prompt, tokenizer))
       room = min(max_new_tokens, self.length - min(len(head), self.length // 2))
       heads.append(head[max(0, len(head) + room - self.length) :])
       totals.append(len(heads[-1]) + room)
@@ -193,7 +193,7 @@ class TextModel:
       for row, i in zip(filled, members):
         new = row[len(heads[i]) : totals[i]]
         new = prompting.until_end(new, tokenizer.separator_id)
-        texts[i] = cut_at(tokenizer.decode(new), stops)
+        texts[i] = cut_at(tokenizer.decode(new, is_start=False), stops)
     return texts
 
 

@@ -3,8 +3,22 @@
 import json
 from typing import Any
 
+from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.data.tokenizers.huggingface import byte_alphabet
+from nanodlm.data.tokenizers.normalizing import SPACE_MARK
 from nanodlm.interop.tensors import require
+
+# Texts that tokenizers treat differently: white space, U+2581, characters that
+# Unicode's normal forms replace, rare and private ones, and names of tokens.
+_ODD_TEXTS = (
+  '',
+  '  two  spaces ',
+  '\ttab\r\n\n',
+  'a\u2581b \u2581\u2581 c\u2581',
+  'na\u00efve \u6f22\u5b57 \U0001f600 \U0010fffd\ue123\ufeff\x00',
+  "e\u0301 \u212b \uff21\ufb01 \u00a0\u3000\u2028 12345 I'll",
+  '<0x41><unk> </s>',
+)
 
 
 def byte_level(
@@ -49,6 +63,38 @@ def added_token(i: int, text: str, special: bool = True) -> dict[str, Any]:
   }
 
 
+def begin_with(content: dict[str, Any], i: Any, text: str) -> None:
+  """Makes a tokenizer.json put the token of id i before every text."""
+  token = {'SpecialToken': {'id': text, 'type_id': 0}}
+  first, second = ({'Sequence': {'id': x, 'type_id': 0}} for x in 'AB')
+  content['post_processor'] = {
+    'type': 'TemplateProcessing',
+    'single': [token, first],
+    'pair': [token, first, second],
+    'special_tokens': {text: {'id': text, 'ids': [i], 'tokens': [text]}},
+  }
+
+
+def find_difference(
+  content: dict[str, Any], tokenizer: Tokenizer
+) -> str | None:
+  """Returns a text that a tokenizer.json encodes as other ids, or None.
+
+  Tries English text and what tokenizers treat differently.
+  """
+  from pydoc_data import topics
+
+  import tokenizers as library
+
+  theirs = library.Tokenizer.from_str(json.dumps(content))
+  theirs.encode_special_tokens = True
+  for text in (*_ODD_TEXTS, *list(topics.topics.values())[:40]):
+    ids = theirs.encode(text, add_special_tokens=False).ids
+    if ids != tokenizer.swap_mask(tokenizer.encode(text)).tolist():
+      return text
+  return None
+
+
 def bytes_tokenizer() -> dict[str, Any]:
   """Returns the content for UTF-8 bytes, which are never merged."""
   return byte_level(byte_alphabet(), [])
@@ -85,15 +131,18 @@ def _halves(ranks: dict[bytes, int], piece: bytes, rank: int) -> list[bytes]:
 
 
 def sentencepiece_tokenizer(processor: Any) -> dict[str, Any]:
-  """Returns the content for a SentencePiece BPE model of `train_sentencepiece`.
+  """Returns the content for a SentencePiece BPE model as it is trained here.
 
   A model that normalises its text, or is not a BPE, gets other ids from it.
-  Unlike the run's tokenizer it also reads U+2581 as a space.
+  Its pieces are spelled with spaces, so that U+2581 is a character like others.
   """
   require('tokenizers')
-  from tokenizers import decoders, models, normalizers, Tokenizer
+  from tokenizers import decoders, models, Tokenizer
 
-  pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+  pieces = [
+    processor.id_to_piece(i).replace(SPACE_MARK, ' ')
+    for i in range(processor.get_piece_size())
+  ]
   is_other = lambda i: (
     processor.is_byte(i) or processor.is_unknown(i) or processor.is_control(i)
   )
@@ -109,10 +158,8 @@ def sentencepiece_tokenizer(processor: Any) -> dict[str, Any]:
   unknown = pieces[processor.unk_id()]
   model = models.BPE(unk_token=unknown, fuse_unk=True, byte_fallback=True)
   tokenizer = Tokenizer(model)
-  tokenizer.normalizer = normalizers.Replace(' ', '\u2581')
-  spaces = decoders.Replace('\u2581', ' ')
   tokenizer.decoder = decoders.Sequence(
-    [spaces, decoders.ByteFallback(), decoders.Fuse()]
+    [decoders.ByteFallback(), decoders.Fuse()]
   )
   vocab = {piece: i for i, piece in enumerate(pieces)}
   return _content(tokenizer, vocab, merges)

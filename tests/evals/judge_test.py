@@ -2,6 +2,7 @@
 
 import math
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from nanodlm import lm as lms
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.evals import judge as judges
 from nanodlm.types import InputError
-from tests import workdirs
+from tests import foreign_tokenizers, workdirs
 
 BYTES = BytesTokenizer()
 
@@ -89,6 +90,49 @@ def test_other_tokenizer_is_judged_by_its_text(judge, tmp_path):
     assert num_tokens == num_bytes == len(ids)
   quality = judges.measure_quality(judge, tokens, tokenizer)
   assert quality['judge_tokens'] == 'text'
+
+
+def as_text(judge, tokenizer):
+  """The judge's scores, as those of a judge that reads text."""
+  with mock.patch.object(type(judge), 'reads_ids_of', return_value=False):
+    return judge.score(tokenizer, BYTES), judges.measure_quality(
+      judge, tokenizer, BYTES
+    )
+
+
+def test_nats_and_bytes_are_of_the_same_text(judge):
+  start = BYTES.encode('Return the list of names.' * 2)
+  for last, text in ((BYTES.separator_id, '\n\n'), (0xFF, '\ufffd')):
+    tokens = np.concatenate([start, np.full([14], last)])[None]
+    read = BYTES.encode('Return the list of names.' * 2 + text * 14)
+    expected = judge.score(read[None], BYTES)
+    judged, quality = as_text(judge, tokens)
+    np.testing.assert_allclose(judged.nll, expected.nll, rtol=1e-6)
+    assert judged.num_bytes[0] == judged.num_tokens[0] == len(read)
+    np.testing.assert_allclose(
+      quality['gen_bits_per_byte'],
+      expected.nll[0] / len(read) / math.log(2),
+      rtol=1e-6,
+    )
+    # A judge of the ids themselves reads 14 bytes, or ends of documents.
+    own = judge.score(tokens, BYTES)
+    assert own.num_tokens[0] == 64
+    assert own.num_bytes[0] == 50 + 14 * (last == 0xFF)
+
+
+def test_samples_without_text(judge, tmp_path):
+  tokenizer = foreign_tokenizers.make_default(tmp_path)
+  (unknown,) = np.unique(tokenizer.encode('\u20ac')[-1:])
+  words = tokenizer.encode('the quick brown')
+  empty = np.full_like(words, unknown)
+  quality = judges.measure_quality(judge, np.stack([empty, empty]), tokenizer)
+  assert quality['num_empty'] == 2
+  assert not any(key.startswith('gen_') for key in quality)
+  alone = judges.measure_quality(judge, words[None], tokenizer)
+  both = judges.measure_quality(judge, np.stack([words, empty]), tokenizer)
+  assert (alone['num_empty'], both['num_empty']) == (0, 1)
+  assert alone['gen_bits_per_byte'] == both['gen_bits_per_byte'] > 0
+  assert all(np.isfinite(x) for k, x in both.items() if k != 'judge_tokens')
 
 
 def test_quality(tmp_path):

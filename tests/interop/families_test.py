@@ -342,6 +342,9 @@ class ImportTest(FolderTest):
     expected = [byte + (byte >= 100) for byte in text.encode()]
     np.testing.assert_array_equal(ids, expected)
     self.assertEqual(tokenizer.decode(ids), text)
+    published = np.array([V, 100, 98])
+    np.testing.assert_array_equal(tokenizer.swap_mask(published), [100, V, 98])
+    np.testing.assert_array_equal(tokenizer.swap_mask(ids), expected)
     self.assertEqual((tokenizer.mask_id, tokenizer.num_bytes[100]), (V, 0))
     self.assertEqual(tokenizer.decode([V, 100, 98]), '_\n\nb')
     again = self.folder()
@@ -732,6 +735,7 @@ class ExportTest(FolderTest):
       '  two  spaces',
       '',
       "I'll na\u00efve \u6f22\u5b57 \U0001f600\t<mask></s> <unk><0x41>",
+      'a\u2581b \u2581\u2581 c\u2581',
     ]
     path = ''
     if name == 'sentencepiece':
@@ -741,13 +745,18 @@ class ExportTest(FolderTest):
       )
     with mock.patch.dict('os.environ', TIKTOKEN_CACHE_DIR=str(CACHE)):
       tokenizer = tokenizers.make_tokenizer(TokenizerConfig(name, path, 0))
-      workdir, _ = make_run(folder / 'run', tokenizer)
+      objective = 'masked' if name == 'bytes' else 'ar'
+      workdir, _ = make_run(
+        folder / 'run', tokenizer, objective__name=objective
+      )
       export.export_checkpoint(workdir, str(folder / 'out'))
+    # What an autoregressive model was trained to begin with.
+    start = [] if objective == 'masked' else [tokenizer.mask_id]
     theirs = library.Tokenizer.from_file(str(folder / 'out' / 'tokenizer.json'))
     theirs.encode_special_tokens = True
     for text in texts:
       ids = tokenizer.encode(text).tolist()
-      self.assertEqual(theirs.encode(text, add_special_tokens=False).ids, ids)
+      self.assertEqual(theirs.encode(text).ids, start + ids)
       self.assertEqual(theirs.decode(ids), text)
     special = json.loads((folder / 'out' / 'tokenizer_config.json').read_text())
     self.assertEqual(
@@ -767,10 +776,18 @@ class ExportTest(FolderTest):
       TokenizerConfig('sentencepiece', path, 0)
     )
     workdir, _ = make_run(folder / 'run', tokenizer)
+    content = tokenizer_json.sentencepiece_tokenizer(tokenizer.processor)
+    self.assertIsNone(tokenizer_json.find_difference(content, tokenizer))
+    # As a tokenizer.json that reads U+2581 as a space.
+    content['normalizer'] = {
+      'type': 'Replace',
+      'pattern': {'String': '\u2581'},
+      'content': ' ',
+    }
+    text = tokenizer_json.find_difference(content, tokenizer)
+    self.assertIn('\u2581', str(text))
     with mock.patch.object(
-      export,
-      'sentencepiece_tokenizer',
-      lambda processor: export.bytes_tokenizer(),
+      export, 'sentencepiece_tokenizer', return_value=content
     ):
       export.export_checkpoint(workdir, str(folder / 'out'))
     self.assertFalse((folder / 'out' / 'tokenizer.json').exists())

@@ -4,7 +4,8 @@ Every tokenizer has a separator, which ends a document, and a mask, which is
 always the last id. Text is only ever text: '<|endoftext|>' or '</s>' in a
 user's file is encoded as ordinary characters and never becomes a control token.
 
-A new tokenizer is a subclass of `Tokenizer` and one entry in `TOKENIZERS`.
+A new tokenizer is a subclass of `Tokenizer`, or of `NormalizingTokenizer` if it
+may change a text, and one entry in `TOKENIZERS`.
 """
 
 from typing import Any

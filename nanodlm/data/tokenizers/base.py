@@ -1,14 +1,18 @@
 """The interface of a tokenizer: text to token ids and back."""
 
 import abc
+import collections
 from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
+import logging
 from typing import Any, ClassVar
 
 import numpy as np
 
 from nanodlm.types import InputError
+
+_log = logging.getLogger('nanodlm')
 
 # How decode() prints the token that ends a document.
 SEPARATOR_TEXT = '\n\n'
@@ -26,6 +30,11 @@ class Tokenizer(abc.ABC):
     reads_path: whether it reads config.tokenizer.path.
     min_trained_size: the smallest vocab_size that `train` accepts; 0 if such a
       tokenizer cannot be trained.
+    is_lossless: whether the pieces of any text's ids are its bytes.
+    adds_space: whether encode() puts a space before a text, which decode()
+      leaves out.
+    revision: increased if the ids or bytes of a text change; in the name of
+      prepared data.
     name: config.tokenizer.name.
     pieces: the UTF-8 bytes of ids 0, 1, ...; empty for control tokens.
     separator_id: the token that ends a document.
@@ -36,6 +45,10 @@ class Tokenizer(abc.ABC):
 
   reads_path: ClassVar[bool] = False
   min_trained_size: ClassVar[int] = 0
+  # Constants of a class, or properties of what was loaded.
+  is_lossless = True
+  adds_space = False
+  revision = 0
 
   name: str
   pieces: tuple[bytes, ...]
@@ -84,6 +97,11 @@ class Tokenizer(abc.ABC):
     sizes.setflags(write=False)
     return sizes
 
+  @functools.cached_property
+  def joins_spaces(self) -> bool:
+    """Whether a word and the space before it can be one token."""
+    return any(piece[:1] == b' ' and piece.strip() for piece in self.pieces)
+
   @abc.abstractmethod
   def encode(self, text: str) -> np.ndarray:
     """Returns the ids of `text`, [n] int32, without a separator."""
@@ -99,21 +117,82 @@ class Tokenizer(abc.ABC):
     del num_threads
     return [self.encode(text) for text in texts]
 
-  def decode(self, tokens: Ids, mask_text: str = '_') -> str:
+  def encode_to_score(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """Returns encode() of texts, and warns if it loses some of their bytes."""
+    rows = self.encode_batch(texts)
+    num_lost = sum(map(self.lost_bytes, texts, rows))
+    self.warn_of_loss(num_lost, sum(len(text.encode()) for text in texts))
+    return rows
+
+  def warn_of_loss(self, num_lost: int, num_bytes: int) -> None:
+    """Logs that `num_lost` of num_bytes of text are lost, if any are."""
+    if num_lost:
+      _log.warning(
+        f'tokenizer.name={self.name!r} loses {num_lost / num_bytes:.2%} of the '
+        f'text, {num_lost:,} of {num_bytes:,} bytes: it replaces or drops '
+        'characters. Bits per byte are those of what it keeps, divided by the '
+        'bytes of the whole text'
+      )
+
+  def encode_rest(self, text: str) -> np.ndarray:
+    """Returns the ids of a text that continues another one, [n] int32.
+
+    Unlike encode() it does not put a space before the text.
+    """
+    return self.encode(text)
+
+  def count_bytes(
+    self, text: str, ids: np.ndarray, is_start: bool = True
+  ) -> np.ndarray:
+    """Counts the UTF-8 bytes of a text that each of its ids [n] stands for.
+
+    They add up to those of the text, also if the tokenizer changes it.
+
+    Args:
+      text: the text.
+      ids: encode(text), or encode_rest(text) if not is_start.
+      is_start: whether the text begins a document.
+    """
+    del text, is_start
+    return self.num_bytes[ids]
+
+  def lost_bytes(
+    self, text: str, ids: np.ndarray, is_start: bool = True
+  ) -> int:
+    """Counts the UTF-8 bytes of the characters that decode(ids) lacks.
+
+    See `count_bytes` for the arguments.
+    """
+    if self.is_lossless:
+      return 0
+    kept = collections.Counter(self.decode(ids, is_start=is_start))
+    lost = collections.Counter(text) - kept
+    return len(''.join(lost.elements()).encode())
+
+  def decode(
+    self, tokens: Ids, mask_text: str = '_', is_start: bool = True
+  ) -> str:
     """Returns the text of ids [n]; invalid UTF-8 becomes U+FFFD.
 
-    A mask is printed as `mask_text`, and a separator as an empty line.
+    A mask is printed as `mask_text`, and a separator as an empty line. Ids that
+    continue others need is_start=False to keep a space before them.
     """
-    pieces = self._pieces_of(tokens, mask_text)
+    pieces = self._pieces_of(tokens, mask_text, SEPARATOR_TEXT, is_start)
     return b''.join(pieces).decode('utf-8', errors='replace')
 
-  def spell(self, tokens: Ids, mask_text: str = '_') -> list[str]:
+  def text_bytes(self, tokens: Ids) -> int:
+    """Returns the bytes of ids [n], without masks and separators."""
+    return sum(map(len, self._pieces_of(tokens, '', '', is_start=True)))
+
+  def spell(
+    self, tokens: Ids, mask_text: str = '_', is_start: bool = True
+  ) -> list[str]:
     """Returns the part of the text that each of the ids [n] accounts for.
 
     A character that several ids spell belongs to the first one, and the others
     get ''. A byte that is not part of a character is U+FFFD.
     """
-    pieces = self._pieces_of(tokens, mask_text)
+    pieces = self._pieces_of(tokens, mask_text, SEPARATOR_TEXT, is_start)
     owners = [i for i, piece in enumerate(pieces) for _ in piece]
     texts, place = [''] * len(pieces), 0
     # An invalid byte becomes a lone surrogate: one character for one byte.
@@ -123,13 +202,28 @@ class Tokenizer(abc.ABC):
       place += 1 if is_invalid else len(character.encode())
     return texts
 
-  def _pieces_of(self, tokens: Ids, mask_text: str) -> list[bytes]:
+  def _pieces_of(
+    self, tokens: Ids, mask_text: str, separator_text: str, is_start: bool
+  ) -> list[bytes]:
     special = {
       self.mask_id: mask_text.encode(),
-      self.separator_id: SEPARATOR_TEXT.encode(),
+      self.separator_id: separator_text.encode(),
     }
     ids = np.asarray(tokens).reshape(-1).tolist()
-    return [special[i] if i in special else self.pieces[i] for i in ids]
+    pieces = [special[i] if i in special else self.pieces[i] for i in ids]
+    if self.adds_space:
+      before = [self.separator_id if is_start else self.mask_id, *ids]
+      for i, piece in enumerate(pieces):
+        if before[i] == self.separator_id and ids[i] not in special:
+          pieces[i] = piece.removeprefix(b' ')
+    return pieces
+
+  def swap_mask(self, ids: np.ndarray) -> np.ndarray:
+    """Returns the published tokenizer's ids of ours, or ours of theirs.
+
+    They differ if its mask is not the last id: the two are exchanged.
+    """
+    return ids
 
   def to_json(self) -> dict[str, Any]:
     """Returns what identifies this tokenizer, as plain JSON values.

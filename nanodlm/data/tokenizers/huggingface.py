@@ -1,6 +1,6 @@
 """The tokenizer.json of imported checkpoints."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import hashlib
 import importlib.util
@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from nanodlm.data.tokenizers import base
-from nanodlm.data.tokenizers.sentencepiece import SPACE_MARK
+from nanodlm.data.tokenizers.normalizing import NormalizingTokenizer, SPACE_MARK
 from nanodlm.types import InputError
 
 NAME = 'huggingface'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class HuggingFaceTokenizer(base.Tokenizer):
+class HuggingFaceTokenizer(NormalizingTokenizer):
   """A tokenizer.json of Hugging Face's `tokenizers`, with the mask moved last.
 
   Attributes:
@@ -46,22 +45,29 @@ class HuggingFaceTokenizer(base.Tokenizer):
     keys = ('vocab_size', 'mask_place', 'separator_id')
     return load_hugging_face(path, *(described[key] for key in keys))
 
-  def encode(self, text: str) -> np.ndarray:
-    return self.encode_batch([text], 1)[0]
-
-  def encode_batch(
-    self, texts: Sequence[str], num_threads: int = 0
-  ) -> list[np.ndarray]:
-    for text in texts:
-      base.utf8(text)
+  def _encode(self, texts: list[str]) -> list[Any]:
     # Encodes special tokens as ordinary text. (A pickled copy forgets it.)
     self.processor.encode_special_tokens = True
+    return self.processor.encode_batch(texts, add_special_tokens=False)
+
+  def _run(self, texts: list[str], num_threads: int) -> list[np.ndarray]:
     # The library uses one thread for each core, except in batches of one.
-    batches = [[text] for text in texts] if num_threads == 1 else [list(texts)]
-    encode = self.processor.encode_batch
-    encoded = [encode(batch, add_special_tokens=False) for batch in batches]
-    ids = [np.array(one.ids, np.int32) for batch in encoded for one in batch]
-    return [np.where(row == self.mask_id, self.mask_place, row) for row in ids]
+    batches = [[text] for text in texts] if num_threads == 1 else [texts]
+    encoded = [one for batch in batches for one in self._encode(batch)]
+    return [np.array(one.ids, np.int32) for one in encoded]
+
+  def _find_ends(self, text: str) -> np.ndarray:
+    ends = [end for _, end in self._encode([text])[0].offsets]
+    codes = np.frombuffer(text.encode('utf-32-le'), np.uint32)
+    sizes = np.sum([codes >= code for code in (0, 0x80, 0x800, 1 << 16)], 0)
+    return np.append(0, np.cumsum(sizes))[ends]
+
+  def _own_ids(self, ids: np.ndarray) -> np.ndarray:
+    return np.where(ids == self.mask_id, self.mask_place, ids)
+
+  def swap_mask(self, ids: np.ndarray) -> np.ndarray:
+    swapped = np.where(ids == self.mask_place, self.mask_id, ids)
+    return np.where(ids == self.mask_id, self.mask_place, swapped)
 
   def to_json(self) -> dict[str, Any]:
     own = dict(path=self.path, mask_place=self.mask_place)
@@ -102,12 +108,15 @@ def load_hugging_face(
     raise InputError(
       f'{path} has ids up to {last}, but the network only {vocab_size} ids'
     )
-  piece_bytes = _piece_reader(json.loads(content), processor)
+  described = json.loads(content)
+  piece_bytes = _piece_reader(described, processor)
   pieces = [b''] * vocab_size
   for text, i in known.items():
     pieces[i] = piece_bytes(text, i)
   # The mask and the last id are exchanged, and the mask spells nothing.
   pieces[mask_place] = pieces[-1]
+  byte_ids = [known.get(f'<0x{byte:02X}>') for byte in range(256)]
+  has_bytes = described['model'].get('byte_fallback') and None not in byte_ids
   digest = hashlib.sha256(content)
   digest.update(f'{vocab_size} {mask_place} {separator_id}'.encode())
   return HuggingFaceTokenizer(
@@ -115,6 +124,8 @@ def load_hugging_face(
     pieces=tuple(pieces[:-1]),
     separator_id=separator_id,
     fingerprint=f'{NAME}-{digest.hexdigest()[:16]}',
+    byte_ids=tuple(i for i in byte_ids if i is not None) if has_bytes else (),
+    has_space=SPACE_MARK in known,
     path=path,
     processor=processor,
     mask_place=mask_place,

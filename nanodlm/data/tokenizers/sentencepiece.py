@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from nanodlm.data.tokenizers import base
+from nanodlm.data.tokenizers.normalizing import NormalizingTokenizer, SPACE_MARK
 from nanodlm.types import InputError
 
-# SentencePiece writes a space as this character.
-SPACE_MARK = '\u2581'
 # SentencePiece silently skips longer training sentences, so the text is cut.
 _MAX_SENTENCE_BYTES = 4096
 # Training uses a random million sentences, drawn with a fixed seed. More would
@@ -22,18 +20,15 @@ _MAX_SENTENCES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SentencePieceTokenizer(base.Tokenizer):
+class SentencePieceTokenizer(NormalizingTokenizer):
   """A SentencePiece model.
 
   The separator is the model's end-of-sentence piece, or an extra id if it has
-  none. A model from `train` is lossless. Another one may normalise the text,
-  and its unknown piece counts as 0 bytes.
+  none. A model from `train` is lossless.
 
   Attributes:
     path: the .model file, as given.
     processor: sentencepiece.SentencePieceProcessor.
-    space_mark_ids: ids that spell U+2581, which SentencePiece would otherwise
-      read as a space; empty if it lacks byte pieces.
   """
 
   reads_path = True
@@ -41,7 +36,6 @@ class SentencePieceTokenizer(base.Tokenizer):
 
   path: str
   processor: Any
-  space_mark_ids: tuple[int, ...]
 
   @classmethod
   def make(cls, name: str, path: str) -> 'SentencePieceTokenizer':
@@ -72,17 +66,18 @@ class SentencePieceTokenizer(base.Tokenizer):
       return processor.id_to_piece(i).replace(SPACE_MARK, ' ').encode()
 
     pieces = tuple(map(piece_bytes, range(num_pieces)))
-    byte_ids = {pieces[i]: i for i in range(num_pieces) if processor.is_byte(i)}
-    mark = SPACE_MARK.encode() if byte_ids else b''
+    has_bytes = any(map(processor.is_byte, range(num_pieces)))
+    spelled = [f'<0x{byte:02X}>' for byte in range(256 if has_bytes else 0)]
     eos_id = processor.eos_id()
     return cls(
       name=name,
       pieces=pieces,
       separator_id=eos_id if eos_id >= 0 else num_pieces,
       fingerprint='sentencepiece-' + hashlib.sha256(model).hexdigest()[:16],
+      byte_ids=tuple(map(processor.piece_to_id, spelled)),
+      has_space=processor.piece_to_id(SPACE_MARK) != processor.unk_id(),
       path=path,
       processor=processor,
-      space_mark_ids=tuple(byte_ids[bytes([byte])] for byte in mark),
     )
 
   @classmethod
@@ -133,14 +128,17 @@ class SentencePieceTokenizer(base.Tokenizer):
       ) from error
     pathlib.Path(path).write_bytes(model.getvalue())
 
-  def encode(self, text: str) -> np.ndarray:
-    base.utf8(text)
-    parts = text.split(SPACE_MARK) if self.space_mark_ids else [text]
-    ids = list(self.processor.encode(parts[0]))
-    for part in parts[1:]:
-      ids.extend(self.space_mark_ids)
-      ids.extend(self.processor.encode(part))
-    return np.array(ids, np.int32)
+  def _run(self, texts: list[str], num_threads: int) -> list[np.ndarray]:
+    del num_threads
+    return [np.array(self.processor.encode(text), np.int32) for text in texts]
+
+  def _find_ends(self, text: str) -> np.ndarray:
+    from sentencepiece import sentencepiece_pb2
+
+    encoded = self.processor.encode(text, out_type='serialized_proto')
+    found: Any = sentencepiece_pb2
+    pieces = found.SentencePieceText.FromString(encoded).pieces
+    return np.array([piece.end for piece in pieces], np.int64)
 
   def to_json(self) -> dict[str, Any]:
     return {**super().to_json(), 'path': self.path}
