@@ -200,6 +200,12 @@ def make_settings(
   """
   if not 0 <= config.seed < 2**32:
     raise InputError(f'seed={config.seed!r} must be in [0, 2^32)')
+  for key in 'eval_fraction', 'eval_tokens', 'test_tokens':
+    if config.data.eval_source and f'data.{key}' in given:
+      raise InputError(
+        f'data.{key}={config.data[key]!r} is ignored with data.eval_source='
+        f'{config.data.eval_source!r}, all of which is evaluated'
+      )
   frozen = lambda section: types.MappingProxyType(section.to_dict())
   settings = Settings(
     seed=config.seed,
