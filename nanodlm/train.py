@@ -48,7 +48,7 @@ from nanodlm import lm as lms
 from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
-from nanodlm.data import pipeline, prepare
+from nanodlm.data import overlap, pipeline, prepare
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.devices import hugepages, lock, multihost
 from nanodlm.devices import mesh as meshes
@@ -212,8 +212,14 @@ def train(
       )
       log.info('resuming %s at step %d', workdir, step)
     _write_config(workdir, settings, saved, int(state.step))
-    if not jax.process_index() and not own:
-      save_tokenizer(run.tokenizer, workdir)
+    evaluated = None
+    if not jax.process_index():
+      init_from = settings.checkpoint.init_from
+      share = overlap.remember(workdir, packed, init_from)
+      if source := settings.data.eval_source:
+        evaluated = evaluate.Text(packed, source, False, share)
+      if not own:
+        save_tokenizer(run.tokenizer, workdir)
     _describe(run, packed)
     with contextlib.ExitStack() as stack:
       caught = stack.enter_context(signals.catch())
@@ -231,7 +237,9 @@ def train(
         state,
         training.step,
         save=_make_save(manager, run, packed, int(state.step)),
-        show=_make_show(run, packed, evaluate_params, writer, caught),
+        show=_make_show(
+          run, packed, evaluated, evaluate_params, writer, caught
+        ),
         progress=_Progress(run, writer),
         actions=_make_actions(settings, workdir, int(state.step)),
         caught=caught,
@@ -262,7 +270,7 @@ def _check_same_text(workdir, packed, has_checkpoint):
       lambda: checkpoint.find_step(manager, items=('meta',))
     )
     position = checkpoint.restore_meta(manager, step)
-  if position['data']['fingerprint'] != packed.metadata['source_fingerprint']:
+  if position['data']['fingerprint'] != packed.fingerprint:
     raise InputError(
       f'data.source={packed.metadata["source"]!r} has changed since the run in '
       f'workdir={workdir!r} was trained on it. Give another workdir, or start '
@@ -327,7 +335,7 @@ def _make_save(
     position = {
       'step': step,
       'example': step * run.settings.train.batch_size,
-      'fingerprint': packed.metadata['source_fingerprint'],
+      'fingerprint': packed.fingerprint,
     }
     checkpoint.save(manager, state, run.settings.to_dict(), position)
 
@@ -556,6 +564,7 @@ def _loop(
 def _make_show(
   run: Run,
   packed: prepare.PackedData,
+  text: evaluate.Text | None,
   evaluate_params: Callable[..., dict[str, float] | None],
   writer: Any,
   caught: signals.Caught,
@@ -577,8 +586,8 @@ def _make_show(
     writer.write_scalars(step, means)
     if not jax.process_index():
       writer.write_histograms(step, writers.some_values(params))
-    text = evaluate.describe(means, run.objective.exact)
-    log.info('step %d, %s', step, text)
+    line = evaluate.describe(means, run.objective.exact, text)
+    log.info('step %d, %s', step, line)
     if draw:
       draw(step, params)
     writer.flush()

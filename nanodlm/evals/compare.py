@@ -174,7 +174,8 @@ def compare_run(
   perfect samples.
   """
   lm = lms.load(workdir, settings=settings)
-  run, packed = lm.run, evaluate.open_data(lm)
+  text, run = evaluate.open_text(lm), lm.run
+  packed = text.packed
   means = evaluate.make_evaluate(run, packed)(lm.params, max_examples) or {}
   result = {
     'workdir': workdir,
@@ -184,7 +185,9 @@ def compare_run(
     'num_params': run.num_params(),
     'tokenizer': lm.tokenizer.name,
     'vocab_size': lm.tokenizer.vocab_size,
-    'source': settings.data.source,
+    'source': text.source,
+    'is_held_out': text.is_held_out,
+    'trained_share': text.trained_share,
     **{key.partition('/')[2]: value for key, value in means.items()},
     'points': [],
   }
@@ -344,7 +347,8 @@ def _open_settings(
   if not source:
     return settings
   # The cropping and padding of the training text do not apply to another one.
-  change = {'source': source, 'crop': 'chunk', 'padding': 'eos'}
+  change = {'source': source, 'eval_source': '', 'crop': 'chunk'}
+  change['padding'] = 'eos'
   return [
     one.replace(data=dataclasses.replace(one.data, **change))
     for one in settings
