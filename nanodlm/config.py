@@ -19,7 +19,7 @@ from nanodlm import workdir as workdirs
 from nanodlm.data.config import DataConfig, TokenizerConfig
 from nanodlm.devices.mesh import MeshConfig
 from nanodlm.training.optim import OptimConfig
-from nanodlm.types import InputError
+from nanodlm.types import check_seed, InputError
 
 # The keys of a section whose readers are classes chosen by its `name`.
 Section = Mapping[str, Any]
@@ -81,6 +81,7 @@ class EvalConfig:
 
   def __post_init__(self):
     _check_at_least(self, 'eval', batch_size=1, num_draws=1, max_examples=0)
+    check_seed(self.seed, 'eval.seed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,7 @@ class SampleConfig:
 
   def __post_init__(self):
     _check_at_least(self, 'sampler', num_samples=1, length=0)
+    check_seed(self.seed, 'sampler.seed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +200,7 @@ def make_settings(
   Raises:
     InputError: naming the key, its value and what is allowed.
   """
-  if not 0 <= config.seed < 2**32:
-    raise InputError(f'seed={config.seed!r} must be in [0, 2^32)')
+  check_seed(config.seed, 'seed')
   for key in 'eval_fraction', 'eval_tokens', 'test_tokens':
     if config.data.eval_source and f'data.{key}' in given:
       raise InputError(
@@ -242,6 +243,18 @@ class Start:
   config: config_dict.ConfigDict
   is_given: bool
   changes: Mapping[str, Any]
+
+  def check_ignored(self, names: Collection[str]):
+    """Raises InputError if a flag among 'config' and 'workdir' is given."""
+    flags = [f'workdir={self.workdir!r}'] if self.workdir else []
+    flags += ['config'] if self.is_given else []
+    flags += [f'config.{key}={value!r}' for key, value in self.changes.items()]
+    for flag in flags:
+      if flag.startswith(tuple(names)):
+        raise InputError(
+          f'--{flag} is ignored by --mode={self.mode}; --mode={self.mode} '
+          '--help lists the flags that it reads'
+        )
 
   def resolve(self) -> tuple[Settings, dict[str, Any] | None]:
     """Returns the settings, and the config saved in its workdir.

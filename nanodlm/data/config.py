@@ -72,12 +72,13 @@ class DataConfig:
       self.eval_tokens or not self.test_tokens,
       'needs data.eval_tokens, the tokens before them',
     )
-    rates = self.clean_prefix_rate, self.clean_infill_rate
+    for key in ('clean_prefix_rate', 'clean_infill_rate'):
+      self._check(key, 0 <= getattr(self, key) <= 1, 'must be in [0, 1]')
     self._check(
       'clean_prefix_rate',
-      min(rates) >= 0 and sum(rates) <= 1,
-      f'and data.clean_infill_rate={self.clean_infill_rate!r} must not be '
-      'negative, nor add up to more than 1',
+      self.clean_prefix_rate + self.clean_infill_rate <= 1,
+      f'and data.clean_infill_rate={self.clean_infill_rate!r} must not add up '
+      'to more than 1',
     )
     self._check(
       'clean_infill_rate',

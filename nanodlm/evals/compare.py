@@ -30,7 +30,7 @@ from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
 from nanodlm.samplers import prefix_cache, SAMPLERS
 from nanodlm.training import metrics
-from nanodlm.types import InputError
+from nanodlm.types import check_seed, InputError
 
 AUTO = 'auto'
 DRAW_FLAGS = ('temperature', 'top_k', 'top_p')
@@ -324,6 +324,7 @@ def _parse_request(options: flags.FlagValues) -> Request:
         '--judge, because nothing is sampled'
       )
   draw = {key: getattr(options, key) for key in DRAW_FLAGS}
+  check_seed(options.seed, '--seed')
   sizes = options.num_samples, options.length
   return Request(tuple(names), num_steps, *sizes, draw, options.seed)
 

@@ -159,6 +159,7 @@ def test_common_source(runs, tmp_path):
     (['--num_steps=x,4'], '--num_steps=x,4'),
     (['--judge=MASKED'], 'must be autoregressive'),
     (['--output='], '--output is needed'),
+    (['--judge=MASKED', '--seed=4294967296'], '--seed=4294967296'),
   ],
 )
 def test_refused(runs, tmp_path, capsys, args, words):
