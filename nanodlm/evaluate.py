@@ -1,6 +1,6 @@
 """Evaluation of the bound on held-out text, after or during training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import logging
 import math
@@ -238,6 +238,8 @@ def open_text(lm: LanguageModel) -> Text:
   if data.source != trained.source and data.eval_source == trained.eval_source:
     data = dataclasses.replace(data, eval_source='')
   source = data.eval_source or data.source
+  if source != trained.source:
+    log.info('evaluating on %s', source)
   mixture = [part for _, part in sources.parse_mixture(trained.source)]
   is_same = not (data.eval_source or trained.eval_source)
   if is_same and source in (trained.source, *mixture):
@@ -295,6 +297,14 @@ def _fingerprint(lm: LanguageModel) -> str | None:
   with checkpoint.open_manager(lm.workdir, read_only=True) as manager:
     meta = checkpoint.restore_meta(manager, lm.step)
   return meta['data'].get('fingerprint')
+
+
+def shown_share(line: Mapping[str, Any]) -> str:
+  """Returns how much of the text of a result was trained on, for a table."""
+  share = line.get('trained_share')
+  if line.get('is_held_out'):
+    return 'held out'
+  return f'{share:.1%}' if isinstance(share, int | float) else 'unknown'
 
 
 def append_result(lm: LanguageModel, text: Text, result: dict[str, Any]):

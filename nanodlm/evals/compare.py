@@ -170,8 +170,8 @@ def compare_run(
 ) -> dict[str, Any]:
   """Measures a run: its bound, and a point for each sampler setting.
 
-  With samples, the first point is held-out text, whose values are those of
-  perfect samples.
+  With samples, the first point is the text, whose values are those of perfect
+  samples if neither the run nor the judge was trained on it.
   """
   lm = lms.load(workdir, settings=settings)
   text, run = evaluate.open_text(lm), lm.run
@@ -195,12 +195,14 @@ def compare_run(
   planned = plan_points(run, request, length)
   if planned:
     real = evaluate.validation_rows(run, packed, request.num_samples).tokens
+    name = 'held-out text' if text.is_held_out else 'the text'
     point = {
-      'sampler': {'name': 'held-out text'},
+      'sampler': {'name': name},
       'num_calls': 0,
       'num_samples': len(real),
       'length': min(length, packed.length),
       'tokens_per_sec': None,
+      'judge_trained_share': judge and judge.trained_share(real, lm.tokenizer),
       **judges.measure_quality(judge, real[:, :length], lm.tokenizer),
     }
     result['points'].append(point)
@@ -225,6 +227,7 @@ _RUN_COLUMNS = (
   ('nats/token', 'nll', '.4f'),
   ('ppl', 'ppl', '.2f'),
   ('bits/byte', 'bits_per_byte', '.4f'),
+  ('trained on', 'shown_share', ''),
 )
 _POINT_COLUMNS = (
   ('samples of', 'workdir', ''),
@@ -244,7 +247,12 @@ _POINT_COLUMNS = (
 def format_table(results: Sequence[dict[str, Any]], judge_name: str) -> str:
   """Formats the results as tables with remarks."""
   rows = [
-    run | {'relation': '=' if run['is_exact'] else '<='} for run in results
+    {
+      **run,
+      'relation': '=' if run['is_exact'] else '<=',
+      'shown_share': evaluate.shown_share(run),
+    }
+    for run in results
   ]
   lines = metrics.format_table(_RUN_COLUMNS, rows)
   points = [
@@ -270,6 +278,15 @@ def format_table(results: Sequence[dict[str, Any]], judge_name: str) -> str:
     lines.append(
       f'Judge: {judge_name}; gen ppl is per token of the judge{remark}. A low '
       'value with a low entropy means repetition.'
+    )
+    shares = {
+      evaluate.shown_share({'trained_share': point['judge_trained_share']})
+      for point in points
+      if 'judge_trained_share' in point
+    }
+    lines.append(
+      f'Share of the texts of the runs that the judge was trained on: '
+      f'{", ".join(sorted(shares))}.'
     )
   return '\n'.join(lines)
 

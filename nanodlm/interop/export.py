@@ -25,6 +25,7 @@ from absl import flags
 import jax
 import numpy as np
 
+from nanodlm import evaluate
 from nanodlm import lm as lms
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
@@ -125,8 +126,9 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
 def published(settings: Settings) -> dict[str, Any]:
   """Returns the config of a run without paths of this machine."""
   config = settings.to_dict()
-  source = _public_source(settings.data.source)
-  config['data'] |= {'data_dir': '', 'source': source}
+  config['data']['data_dir'] = ''
+  for key in 'source', 'eval_source':
+    config['data'][key] = _public_source(config['data'][key])
   config['checkpoint'] |= {'init_from': '', 'init_step': 0}
   config['tokenizer']['path'] = ''
   return config
@@ -392,13 +394,17 @@ def _public_source(source: str) -> str:
 
 def _measured(run: Run, workdir: pathlib.Path, step: int) -> str:
   """Returns a table of the last evaluation of each text at this step."""
-  own_source, found = run.settings.data.source, {}
+  eval_source, found = run.settings.data.eval_source, {}
+  own_source = eval_source or run.settings.data.source
   # A separate evaluation replaces one during training.
   for file in (workdirs.METRICS, workdirs.EVAL):
     for entry in _entries(workdir / file):
       nll = entry.get('eval/nll')
       if entry.get('step') == step and isinstance(nll, int | float):
-        found[entry.get('source', own_source)] = entry
+        if file == workdirs.METRICS:  # Of the text that training held out.
+          entry = {**entry, 'is_held_out': not eval_source}
+        share = evaluate.shown_share(entry)
+        found[entry.get('source', own_source), share] = entry
   if not found:
     return 'Nothing was measured at this step.'
 
@@ -410,16 +416,16 @@ def _measured(run: Run, workdir: pathlib.Path, step: int) -> str:
 
   kind = 'exact value' if run.objective.exact else 'upper bound'
   lines = [
-    f'On held-out text, an {kind}, 95% intervals:',
+    f'An {kind}, 95% intervals; how much of the text was trained on:',
     '',
-    '| text | nats/token | perplexity | bits/byte | examples |',
-    '|---|---|---|---|---|',
+    '| text | nats/token | perplexity | bits/byte | examples | trained on |',
+    '|---|---|---|---|---|---|',
   ]
-  for source, entry in found.items():
+  for (source, share), entry in found.items():
     lines.append(
       f'| `{_public_source(source)}` | {shown(entry, "nll")} | '
       f'{shown(entry, "ppl", 2)} | {shown(entry, "bits_per_byte")} | '
-      f'{entry.get("eval/num_examples", 0):.0f} |'
+      f'{entry.get("eval/num_examples", 0):.0f} | {share} |'
     )
   return '\n'.join(lines)
 
