@@ -25,6 +25,10 @@ def get_config() -> config_dict.ConfigDict:
   # 'pairs:GLOB[:PROMPT_FIELD:RESPONSE_FIELD]' | 'mix:0.7*SOURCE+0.3*SOURCE'
   data.source = 'embedded'
   data.length = 256  # Tokens per example.
+  # What is evaluated on, in the same forms; all of it, or the split that a
+  # dataset has for it. data.source is then trained on as a whole. '': a part of
+  # data.source is held out.
+  data.eval_source = ''
   # How much of each source is held out, unless a TFDS or Hugging Face dataset
   # has a split for it: a fraction of the bytes in (0, 1), or a number of
   # tokens. One of the two must be 0.

@@ -41,6 +41,12 @@ MODES = {
 }
 # These modes name their runs by flags of their own, or have none.
 WITHOUT_WORKDIR = ('prepare', 'compile', 'compare', 'report', 'benchmark')
+# The common flags that a mode does not read.
+UNREAD = {
+  'compare': ('config', 'workdir'),
+  'report': ('config', 'workdir'),
+  'benchmark': ('workdir',),
+}
 # These modes may run as several processes.
 DISTRIBUTED = ('train', 'eval', 'sample', 'serve', 'prepare')
 # These modes leave nothing half done when they are interrupted.
@@ -175,6 +181,7 @@ def main(argv: list[str]) -> int:
       bool(_find(sys.argv, 'config')),
       config_flags.get_override_values(flag),
     )
+    start.check_ignored(UNREAD.get(mode, ()))
     if mode in DISTRIBUTED:
       multihost.init_distributed()
     if mode != 'compile':

@@ -21,7 +21,7 @@ from nanodlm import workdir as workdirs
 from nanodlm.data.config import DataConfig, TokenizerConfig
 from nanodlm.devices.mesh import MeshConfig
 from nanodlm.training.optim import OptimConfig
-from nanodlm.types import InputError
+from nanodlm.types import check_seed, InputError
 
 # The keys of a section whose readers are classes chosen by its `name`.
 Section = Mapping[str, Any]
@@ -76,6 +76,7 @@ class EvalConfig:
   def __post_init__(self):
     _check_at_least(1, self, 'eval', 'batch_size', 'num_draws')
     _check_at_least(0, self, 'eval', 'max_examples')
+    check_seed(self.seed, 'eval.seed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +110,7 @@ class SampleConfig:
   def __post_init__(self):
     _check_at_least(1, self, 'sampler', 'num_samples')
     _check_at_least(0, self, 'sampler', 'length')
+    check_seed(self.seed, 'sampler.seed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +179,13 @@ def make_settings(config: Any, given: Collection[str] = ()) -> Settings:
   Raises:
     InputError: naming the key, its value and what is allowed.
   """
+  check_seed(config.seed, 'seed')
+  for key in 'eval_fraction', 'eval_tokens', 'test_tokens':
+    if config.data.eval_source and f'data.{key}' in given:
+      raise InputError(
+        f'data.{key}={config.data[key]!r} is ignored with data.eval_source='
+        f'{config.data.eval_source!r}, all of which is evaluated'
+      )
   frozen = lambda section: types.MappingProxyType(section.to_dict())
   return Settings(
     seed=config.seed,
@@ -211,6 +220,18 @@ class Start:
   config: config_dict.ConfigDict
   is_given: bool
   changes: Mapping[str, Any]
+
+  def check_ignored(self, names: Collection[str]):
+    """Raises InputError if a flag among 'config' and 'workdir' is given."""
+    flags = [f'workdir={self.workdir!r}'] if self.workdir else []
+    flags += ['config'] if self.is_given else []
+    flags += [f'config.{key}={value!r}' for key, value in self.changes.items()]
+    for flag in flags:
+      if flag.startswith(tuple(names)):
+        raise InputError(
+          f'--{flag} is ignored by --mode={self.mode}; --mode={self.mode} '
+          '--help lists the flags that it reads'
+        )
 
   def resolve(self) -> tuple[Settings, dict[str, Any] | None]:
     """Returns the settings, and the config saved in its workdir.

@@ -1,9 +1,10 @@
 """Evaluation of the bound on held-out text, after or during training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import dataclasses
 import logging
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,14 +13,14 @@ from nanodlm import config as configs
 from nanodlm import lm as lms
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings
-from nanodlm.data import pipeline, prepare, tokenizers
+from nanodlm.data import overlap, pipeline, prepare, sources, tokenizers
 from nanodlm.data.config import TokenizerConfig
 from nanodlm.devices import mesh as meshes
 from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
 from nanodlm.steps import evaluate as evaluate_steps
 from nanodlm.steps.network import check_batch_size
-from nanodlm.training import metrics
+from nanodlm.training import checkpoint, metrics
 from nanodlm.types import Batch, InputError
 
 log = logging.getLogger('nanodlm')
@@ -151,9 +152,13 @@ def measure_noise(
   return noise
 
 
-def describe(means: dict[str, float], exact: bool) -> str:
+def describe(
+  means: dict[str, float], exact: bool, text: 'Text | None' = None
+) -> str:
   """Describes an evaluation in one line, with intervals and units."""
   kind = 'exact value' if exact else 'bound'
+  if text is None or text.is_held_out:
+    kind = f'held-out {kind}'
   value = {key.partition('/')[2]: mean for key, mean in means.items()}
   subset = ' of a subset' if 'eval_subset/nll' in means else ''
 
@@ -165,9 +170,10 @@ def describe(means: dict[str, float], exact: bool) -> str:
     )
 
   return (
-    f'held-out {kind}{subset}: {interval("nll")} nats/token, perplexity '
+    f'{kind}{subset}: {interval("nll")} nats/token, perplexity '
     f'{value["ppl"]:.2f}, {interval("bits_per_byte")} bits/byte (95% '
     f'interval, {value["num_examples"]:.0f} examples)'
+    + (text.describe() if text else '')
   )
 
 
@@ -182,56 +188,152 @@ def own_tokenizer(settings: Settings, workdir: str) -> TokenizerConfig:
   return TokenizerConfig(wanted.name, path, 0)
 
 
-def open_data(lm: LanguageModel) -> prepare.PackedData:
-  """Returns the text of a model's settings, encoded with its tokenizer.
+class Text(NamedTuple):
+  """A text to evaluate on, and what is known of its use in training.
 
-  Its data.source may differ from that of training.
+  Attributes:
+    packed: the text, as validation rows.
+    source: what names it, in the form of data.source.
+    is_own_split: whether the run itself held it out.
+    trained_share: share of the text that was trained on; None if unknown. Of
+      the run's own split, it is what the two parts have in common.
+    unknown: why more of it may have been trained on; '' if that is known.
+  """
+
+  packed: prepare.PackedData
+  source: str
+  is_own_split: bool = True
+  trained_share: float | None = None
+  unknown: str = ''
+
+  @property
+  def is_held_out(self) -> bool:
+    """Whether it is known that the text was not trained on."""
+    return not self.unknown and (self.is_own_split or self.trained_share == 0)
+
+  def describe(self) -> str:
+    """Describes the overlap with the training text; '' if there is none."""
+    share, parts = self.trained_share, []
+    if share is not None and (share >= 0.0005 or not self.is_own_split):
+      what = 'is also in the training text' * self.is_own_split
+      parts.append(f'{share:.1%} of the text {what or "was trained on"}')
+    if self.unknown:
+      what = 'was trained on before' if self.is_own_split else 'was trained on'
+      parts.append(f'it is unknown how much of the text {what}: {self.unknown}')
+    return ''.join(f'; {part}' for part in parts)
+
+
+def open_text(lm: LanguageModel) -> Text:
+  """Opens the text of a model's settings, encoded with its tokenizer.
+
+  If its source is neither that of training nor a part of its mixture, all of it
+  is used, unless data.eval_fraction or data.eval_tokens is set by hand.
 
   Raises:
     InputError: the text has changed since training, and so has its tokenizer.
   """
-  settings = lm.run.settings
-  wanted = own_tokenizer(settings, lm.workdir)
-  trained_on: Any = configs.read_run(lm.workdir).data
-  if settings.data.source != trained_on.source:
-    log.info(
-      'evaluating on the validation split of %s, not of the training text',
-      settings.data.source,
+  settings, data = lm.run.settings, lm.run.settings.data
+  config = configs.make_settings(configs.read_run(lm.workdir))
+  trained, fingerprint, is_own = config.data, _fingerprint(lm), False
+  if data.source != trained.source and data.eval_source == trained.eval_source:
+    data = dataclasses.replace(data, eval_source='')
+  source = data.eval_source or data.source
+  if source != trained.source:
+    log.info('evaluating on %s', source)
+  mixture = [part for _, part in sources.parse_mixture(trained.source)]
+  is_same = not (data.eval_source or trained.eval_source)
+  if is_same and source in (trained.source, *mixture):
+    data = dataclasses.replace(data, source=trained.source)
+    wanted = own_tokenizer(config, lm.workdir)
+    packed = prepare.prepare(data, wanted)
+    keys = 'eval_fraction', 'eval_tokens', 'test_tokens'
+    is_own = packed.fingerprint == fingerprint and all(
+      getattr(data, key) == getattr(trained, key) for key in keys
     )
-    if wanted.name == 'sentencepiece':
-      # Without a path, a new tokenizer would be trained on this text.
-      path = f'{lm.workdir}/{workdirs.TOKENIZER_MODEL}'
-      wanted = TokenizerConfig(wanted.name, path, 0)
-  packed = prepare.prepare(settings.data, wanted)
+    if source != trained.source:
+      packed = prepare.prepare_parts(data, wanted)[source]
+  elif settings.given & {'data.eval_fraction', 'data.eval_tokens'}:
+    packed = prepare.prepare(data, lm.tokenizer)
+  else:
+    data = dataclasses.replace(data, eval_source=source)
+    packed = prepare.prepare_whole(data, lm.tokenizer)
   if packed.tokenizer.fingerprint != lm.tokenizer.fingerprint:
     raise InputError(
-      f'data.source={settings.data.source!r} has changed since the run in '
-      f'{lm.workdir!r} was trained, and its tokenizer now gives other ids'
+      f'data.source={source!r} has changed since the run in {lm.workdir!r} was '
+      'trained, and its tokenizer now gives other ids'
     )
-  return packed
+  record = overlap.load(lm.workdir)
+  is_older = not (record.hashes.size or config.checkpoint.init_from)
+  if is_older and fingerprint is not None:
+    # What is evaluated is prepared, too; an unrelated text should not be.
+    engine = (
+      None if source in (trained.source, *mixture) else prepare.Prepared()
+    )
+    record = _record_of(config, lm.workdir, fingerprint, engine) or record
+  # Runs of older versions keep no record, but were trained on their own text.
+  unknown = '' if is_own and is_older else record.unknown
+  share = record.share(packed)
+  if share is None and not (is_own or unknown):
+    unknown = 'it is too short to compare'
+  return Text(packed, source, is_own, share, unknown)
 
 
-def append_result(lm: LanguageModel, result: dict[str, Any]):
+def _record_of(
+  settings: Settings, workdir: str, fingerprint: str, engine: Any
+) -> overlap.Record | None:
+  """Makes the record of a run from its training text, if that still exists."""
+  wanted = own_tokenizer(settings, workdir)
+  try:
+    packed = prepare.prepare(settings.data, wanted, engine)
+  except InputError:
+    return None
+  return (
+    overlap.make_record(packed) if packed.fingerprint == fingerprint else None
+  )
+
+
+def _fingerprint(lm: LanguageModel) -> str | None:
+  """Returns that of the training text; None if the weights were imported."""
+  with checkpoint.open_manager(lm.workdir, read_only=True) as manager:
+    meta = checkpoint.restore_meta(manager, lm.step)
+  return meta['data'].get('fingerprint')
+
+
+def shown_share(line: Mapping[str, Any]) -> str:
+  """Returns how much of the text of a result was trained on, for a table."""
+  share = line.get('trained_share')
+  if line.get('is_held_out'):
+    return 'held out'
+  return f'{share:.1%}' if isinstance(share, int | float) else 'unknown'
+
+
+def append_result(lm: LanguageModel, text: Text, result: dict[str, Any]):
   """Appends a result to eval.jsonl in the workdir."""
   if jax.process_index() == 0:
-    source = lm.run.settings.data.source
-    line = {'step': lm.step, 'source': source, **result}
+    line = {
+      'step': lm.step,
+      'source': text.source,
+      'is_held_out': text.is_held_out,
+      'trained_share': text.trained_share,
+      **result,
+    }
     workdirs.append(lm.workdir, workdirs.EVAL, line)
 
 
 def evaluate_text(
-  lm: LanguageModel, packed: prepare.PackedData, noise_examples: int = 0
+  lm: LanguageModel, text: Text, noise_examples: int = 0
 ) -> dict[str, float]:
-  """Evaluates on the whole validation split; logs and appends the result.
+  """Evaluates on all rows of a text; logs and appends the result.
 
   `noise_examples` is the number of rows for `measure_noise`; 0 skips it.
   """
   noise = {}
   if noise_examples:
-    noise = measure_noise(lm.run, packed, lm.params, noise_examples)
-  means = make_evaluate(lm.run, packed)(lm.params) or {}
-  text = describe(means, lm.run.objective.exact)
-  log.info('step %d, %s', lm.step, text)
+    noise = measure_noise(lm.run, text.packed, lm.params, noise_examples)
+  means = make_evaluate(lm.run, text.packed)(lm.params) or {}
+  log.info(
+    'step %d, %s', lm.step, describe(means, lm.run.objective.exact, text)
+  )
   means |= {f'eval/{key}': value for key, value in noise.items()}
-  append_result(lm, metrics.finite_or_none(means))
+  append_result(lm, text, metrics.finite_or_none(means))
   return means

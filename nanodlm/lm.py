@@ -24,7 +24,7 @@ from nanodlm.run import Run
 from nanodlm.show import watch
 from nanodlm.steps import evaluate as evaluate_steps
 from nanodlm.steps import sample as sample_steps
-from nanodlm.types import Batch, Canvas, InputError, Objective
+from nanodlm.types import Batch, Canvas, check_seed, InputError, Objective
 
 # Number of independent evaluations for the interval of a bound.
 NUM_REPEATS = 8
@@ -127,6 +127,7 @@ class LanguageModel:
     Raises:
       InputError: the prompt does not fit the canvas, or a setting is invalid.
     """
+    check_seed(seed, 'seed')
     chosen = {'name': sampler, 'num_steps': num_steps}
     chosen |= {'temperature': temperature, **settings}
     changes = {key: x for key, x in chosen.items() if x is not None}
@@ -169,8 +170,9 @@ class LanguageModel:
       batch_size: number of rows per network call.
 
     Raises:
-      InputError: a text is empty or not a string.
+      InputError: a text is empty or not a string, or the seed is too large.
     """
+    check_seed(seed, 'seed')
     for text in texts:
       if not isinstance(text, str) or not text:
         raise InputError(f'texts must be non-empty strings, not {text!r}')

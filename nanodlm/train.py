@@ -50,7 +50,7 @@ from nanodlm import lm as lms
 from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
-from nanodlm.data import pipeline, prepare
+from nanodlm.data import overlap, pipeline, prepare
 from nanodlm.data.packed import PackedData
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.devices import hugepages, lock, multihost
@@ -172,8 +172,12 @@ def train(
       )
       log.info('resuming %s at step %d', workdir, step)
     step = int(state.step)
+    evaluated = None
     if not jax.process_index():
       _write_config(workdir, settings, saved, step)
+      share = overlap.remember(workdir, packed, settings.checkpoint.init_from)
+      if source := settings.data.eval_source:
+        evaluated = evaluate.Text(packed, source, False, share)
       if is_new:
         save_tokenizer(run.tokenizer, workdir)
     _describe(run, packed)
@@ -193,7 +197,7 @@ def train(
         state,
         training.step,
         save=functools.partial(_save, manager, run, packed),
-        show=_make_show(run, packed, writer, caught),
+        show=_make_show(run, packed, evaluated, writer, caught),
         progress=_Progress(run, writer),
         trace=_make_trace(settings, workdir, step),
         caught=caught,
@@ -225,7 +229,7 @@ def _open_same_text(settings: Settings, workdir: str, step: int) -> PackedData:
     return packed
   with checkpoint.open_manager(workdir, read_only=True) as manager:
     position = checkpoint.restore_meta(manager, step)['data']
-  if position['fingerprint'] != packed.metadata['source_fingerprint']:
+  if position['fingerprint'] != packed.fingerprint:
     raise InputError(
       f'data.source={packed.metadata["source"]!r} has changed since the run in '
       f'workdir={workdir!r} was trained on it. Give another workdir, or start '
@@ -498,13 +502,17 @@ def _save(manager: Any, run: Run, packed: PackedData, state: TrainState):
   position = {
     'step': step,
     'example': step * run.settings.train.batch_size,
-    'fingerprint': packed.metadata['source_fingerprint'],
+    'fingerprint': packed.fingerprint,
   }
   checkpoint.save(manager, state, run.settings.to_dict(), position)
 
 
 def _make_show(
-  run: Run, packed: PackedData, writer: Any, caught: signals.Caught
+  run: Run,
+  packed: PackedData,
+  text: evaluate.Text | None,
+  writer: Any,
+  caught: signals.Caught,
 ) -> Callable[[int, Any], None]:
   """Returns show(step, params), which evaluates and samples."""
   settings = run.settings
@@ -525,8 +533,8 @@ def _make_show(
     writer.write_scalars(step, means)
     if not jax.process_index():
       writer.write_histograms(step, writers.some_values(params))
-    text = evaluate.describe(means, run.objective.exact)
-    log.info('step %d, %s', step, text)
+    line = evaluate.describe(means, run.objective.exact, text)
+    log.info('step %d, %s', step, line)
     if draw:
       draw(step, params)
     writer.flush()

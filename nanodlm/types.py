@@ -10,6 +10,7 @@ Shapes: B examples, L tokens, K chosen positions, V ids, D hidden width.
 import abc
 from collections.abc import Callable
 import dataclasses
+import numbers
 from typing import Any, NamedTuple, Protocol
 
 from jax import Array
@@ -21,6 +22,16 @@ class InputError(ValueError):
 
   The message names the key, its value and the allowed values.
   """
+
+
+def check_seed(seed: Any, name: str):
+  """Raises InputError unless JAX can use all bits of a seed.
+
+  `name` is that of the key, flag or argument. JAX would use the last 32 bits of
+  a larger seed, which then gives the same numbers as a smaller one.
+  """
+  if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**32:
+    raise InputError(f'{name}={seed!r} must be a whole number in [0, 2^32)')
 
 
 class Batch(NamedTuple):

@@ -4,6 +4,7 @@ config.json       settings; older ones in config.until_step_N.json
 metrics.jsonl     scalars of training, a line for each log or evaluation
 eval.jsonl        results of --mode=eval
 samples.jsonl     samples of --mode=sample
+trained_on.npz    hashes of what was trained on; see data/overlap.py
 tokenizer.json    the tokenizer, perhaps with tokenizer.model
 checkpoints/N/    the state after step N
 events.out.*      TensorBoard
@@ -22,6 +23,7 @@ METRICS = 'metrics.jsonl'
 EVAL = 'eval.jsonl'
 SAMPLES = 'samples.jsonl'
 CHECKPOINTS = 'checkpoints'
+TRAINED_ON = 'trained_on.npz'
 TOKENIZER = 'tokenizer.json'
 TOKENIZER_MODEL = 'tokenizer.model'
 LOCK = '.lock'

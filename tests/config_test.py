@@ -183,6 +183,11 @@ class ValidateTest(parameterized.TestCase):
     ('train__max_skipped_steps', 0),
     ('train__profile_steps', -1),
     ('eval__batch_size', 0),
+    ('seed', 2**32),
+    ('eval__seed', -1),
+    ('eval__seed', 2**32),
+    ('sampler__seed', 2**32),
+    ('sampler__seed', 2**63),
     ('eval__num_draws', 0),
     ('eval__max_examples', -1),
     ('checkpoint__every_steps', 0),
@@ -590,3 +595,17 @@ class LockedTest(parameterized.TestCase):
     with self.assertRaises((AttributeError, KeyError)):
       base.get_config().lock().model.num_layer = 3
     self.assertIsInstance(base.get_config(), config_dict.ConfigDict)
+
+
+class StartTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('runs/a', False, {}, "--workdir='runs/a' is ignored by --mode=report"),
+    ('', True, {}, '--config is ignored by --mode=report'),
+    ('', False, {'eval.seed': 3}, '--config.eval.seed=3 is ignored'),
+  )
+  def test_flags_that_a_mode_does_not_read(self, workdir, given, changes, text):
+    start = configs.Start('report', workdir, configs.load(), given, changes)
+    with self.assertRaisesRegex(InputError, text):
+      start.check_ignored(('config', 'workdir'))
+    start.check_ignored(())
+    start.check_ignored(('config',) if workdir else ('workdir',))

@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import os
+import shutil
 
 import jax
 import numpy as np
@@ -33,7 +35,7 @@ def settings_of(workdir, source=''):
 
 def evaluate_on(workdir, source, **options):
   lm = lms.load(workdir, settings=settings_of(workdir, source))
-  return evaluate.evaluate_text(lm, evaluate.open_data(lm), **options)
+  return evaluate.evaluate_text(lm, evaluate.open_text(lm), **options)
 
 
 def test_a_workdir_has_its_own_tokenizer(tmp_path):
@@ -71,7 +73,7 @@ def test_other_texts_in_bytes(tokenizer, tmp_path):
       means['eval/nll'], math.log(run.tokenizer.mask_id), rtol=1e-5
     )
     changed = lms.load(workdir, settings=settings_of(workdir, source))
-    packed = evaluate.open_data(changed)
+    packed = evaluate.open_text(changed).packed
     tokens = evaluate.validation_rows(run, packed, 0).tokens.reshape(-1)
     # Bytes of the text; a decoded separator has two bytes, which do not count.
     num_bytes = len(run.tokenizer.decode(tokens).encode()) - 2 * np.sum(
@@ -87,7 +89,7 @@ def test_other_texts_in_bytes(tokenizer, tmp_path):
 
 def test_noise_of_both_estimators(flat, caplog):
   lm = lms.load(flat)
-  packed = evaluate.open_data(lm)
+  packed = evaluate.open_text(lm).packed
   noise = evaluate.measure_noise(lm.run, packed, lm.params, 0)
   # All tokens cost the same. Noise by count then has zero variance, and a
   # Bernoulli(t) mask divided by t has the variance (1 - t) / t.
@@ -155,6 +157,110 @@ def test_with_sampler(flat):
     run.with_sampler({'num_steps': '8'})
   with pytest.raises(InputError, match='sampler.num_step: .*num_steps'):
     run.with_sampler({'num_step': 8})
+
+
+def letters(seed, size=3000):
+  rng = np.random.default_rng(seed)
+  return ''.join(rng.choice([*'abcdefghijklmnopqrstuvwxyz'], size))
+
+
+def open_text(workdir, **changes):
+  config = configs.read_run(workdir)
+  config.data.update(changes)
+  given = [f'data.{key}' for key in changes]
+  settings = configs.make_settings(config, given)
+  return evaluate.open_text(lms.load(workdir, settings=settings))
+
+
+def test_text_that_was_trained_on(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  text = letters(0)
+  folder = tmp_path / 'made'
+  (tmp_path / 'text.txt').write_text(text)
+  workdir = workdirs.make_workdir(
+    folder, text=text, data__source='text:text.txt'
+  )
+  record = tmp_path / 'made/run/trained_on.npz'
+
+  def share_of(**changes):
+    found = open_text(workdir, **changes)
+    assert found.is_held_out == (found.is_own_split or found.trained_share == 0)
+    assert ('trained on' in found.describe()) != found.is_own_split
+    return found.trained_share
+
+  # The run trains on the first 2100 letters.
+  for has_record in (True, False):
+    if not has_record:
+      record.unlink()  # As in a workdir of an older version.
+    own = open_text(workdir)
+    assert own.is_held_out and not own.describe()
+    assert share_of(eval_fraction=0.9) == pytest.approx(18 / 27, abs=0.02)
+    assert share_of(eval_fraction=0.2) == 0
+    # All of another file is evaluated, or the part that is asked for.
+    (tmp_path / 'other.txt').write_text(text[600:1600])
+    other = open_text(workdir, source='text:other.txt')
+    assert len(other.packed.validation) == 1001 // workdirs.LENGTH
+    assert other.trained_share == 1
+    some = open_text(workdir, source='text:other.txt', eval_fraction=0.5)
+    assert len(some.packed.validation) == 501 // workdirs.LENGTH
+    assert some.trained_share == 1
+    assert share_of(source='text:other.txt') == 1
+    half = tmp_path / 'half.txt'
+    half.write_text(text[:800] + letters(1, 800))
+    assert share_of(source=f'text:{half}') == pytest.approx(0.5, abs=0.02)
+    lines = [json.dumps({'text': text[i : i + 500]}) for i in (1500, 0, 700)]
+    (tmp_path / 'c.jsonl').write_text('\n'.join(lines))
+    assert share_of(source='jsonl:c.jsonl') == 1
+    assert share_of(eval_source='text:other.txt') == 1
+    if has_record:
+      saved = record.read_bytes()
+  # The same name is another text now; the prepared data may be gone.
+  record.write_bytes(saved)
+  shutil.rmtree(folder / 'data')
+  (tmp_path / 'text.txt').write_text(text[:1500])
+  assert share_of() == 1
+  (tmp_path / 'elsewhere').mkdir()
+  (tmp_path / 'elsewhere/text.txt').write_text(text[100:1100])
+  monkeypatch.chdir(tmp_path / 'elsewhere')
+  assert share_of() == 1
+  (tmp_path / 'elsewhere/text.txt').write_text(letters(2))
+  assert share_of() == 0
+  # Nothing is claimed if nothing is known.
+  record.unlink()
+  unknown = open_text(workdir)
+  assert unknown.trained_share is None and not unknown.is_held_out
+  assert 'unknown' in unknown.describe()
+  lm = lms.load(workdir)
+  means = evaluate.evaluate_text(lm, unknown)
+  exact = lm.run.objective.exact
+  assert 'held-out' not in evaluate.describe(means, exact, unknown)
+  assert 'held-out' in evaluate.describe(means, exact, own)
+  with open(f'{workdir}/eval.jsonl') as file:
+    line = json.loads(file.read())
+  assert line['trained_share'] is None and line['is_held_out'] is False
+
+
+def test_one_source_of_a_mixture_keeps_its_split(tmp_path):
+  for i in range(2):
+    (tmp_path / f'{i}.txt').write_text(letters(i))
+  names = [f'text:{tmp_path}/{i}.txt' for i in range(2)]
+  spec = f'mix:0.5*{names[0]}+0.5*{names[1]}'
+  workdir = workdirs.make_workdir(tmp_path / 'made', data__source=spec)
+  for source in (spec, *names):
+    text = open_text(workdir, source=source)
+    assert text.is_own_split and text.trained_share == 0
+    share = 0.3 * 3001 * (1 + (source == spec))
+    assert abs(len(text.packed.validation) - share / workdirs.LENGTH) < 2
+  # Imported weights and text that an earlier run was trained on.
+  config = configs.read_run(workdir)
+  config.checkpoint.init_from = '/gone'
+  settings = configs.make_settings(config)
+  with open(f'{workdir}/config.json', 'w') as file:
+    file.write(settings.to_json())
+  os.remove(f'{workdir}/trained_on.npz')
+  text = open_text(workdir)
+  assert text.is_own_split and not text.is_held_out
+  assert 'trained on before' in text.describe()
 
 
 def test_no_run(tmp_path):

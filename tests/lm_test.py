@@ -31,6 +31,12 @@ def test_texts(masked):
   assert len(texts) == 3 and all(text.startswith('The ') for text in texts)
   assert texts == masked.sample('The {} {3}.', num_samples=3, seed=1)
   assert texts != masked.sample('The {} {3}.', num_samples=3, seed=2)
+  for seed in (-1, 2**32, 2**63, 0.5):
+    for ask in (masked.sample, lambda seed: masked.bound([TEXT], seed=seed)):
+      with pytest.raises(InputError, match=f'seed={seed} .*2\\^32'):
+        ask(seed=seed)
+  last = masked.sample(num_samples=3, seed=np.int64(2**32 - 1))
+  assert last != masked.sample(num_samples=3, seed=2**31 - 1)
   (greedy,) = masked.sample(temperature=0.0, num_steps=2, length=8)
   assert greedy == masked.sample(temperature=0.0, num_steps=2, length=8)[0]
 

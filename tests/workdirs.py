@@ -8,7 +8,7 @@ import numpy as np
 
 from nanodlm import config as configs
 from nanodlm import run as runs
-from nanodlm.data import prepare
+from nanodlm.data import overlap, prepare
 from nanodlm.data.tokenizers.saved import save_tokenizer
 from nanodlm.model import transformer
 from nanodlm.training import checkpoint, optim
@@ -23,6 +23,7 @@ class DataConfig:
   """config.data without the checks of its type."""
 
   source: str = ''
+  eval_source: str = ''
   data_dir: str = ''
   length: int = 16
   eval_fraction: float = 0.1
@@ -37,17 +38,18 @@ class DataConfig:
   prefetch_batches: int = 2
 
 
-def make_workdir(folder, *, scale=3.0, **changes):
+def make_workdir(folder, *, scale=3.0, text=TEXT, **changes):
   """Writes a run of step 0 into `folder` and returns its path.
 
   Args:
     folder: a pathlib.Path; the text and the prepared data lie there too.
     scale: of the initial parameters; 0 makes all tokens equally probable.
+    text: of the training file.
     **changes: of its config, as objective__name='ar'.
   """
   folder.mkdir(parents=True, exist_ok=True)
   source = folder / 'text.txt'
-  source.write_text(TEXT)
+  source.write_text(text)
   config = configs.load()
   config.data.update(
     source=f'text:{source}',
@@ -77,12 +79,13 @@ def make_workdir(folder, *, scale=3.0, **changes):
   workdir.mkdir()
   (workdir / 'config.json').write_text(settings.to_json())
   save_tokenizer(packed.tokenizer, workdir)
+  overlap.remember(str(workdir), packed)
   with checkpoint.open_manager(str(workdir)) as manager:
     checkpoint.save(
       manager,
       state,
       settings.to_dict(),
-      {'step': 0, 'example': 0, 'fingerprint': ''},
+      {'step': 0, 'example': 0, 'fingerprint': packed.fingerprint},
     )
     checkpoint.wait(manager)
   return str(workdir)

@@ -12,6 +12,7 @@ class DataConfig:
   """`config.data`; configs/base.py explains the keys."""
 
   source: str
+  eval_source: str
   length: int
   eval_fraction: float
   eval_tokens: int
@@ -45,6 +46,14 @@ class DataConfig:
         key, getattr(self, key) in allowed, f'is not one of {allowed}'
       )
     sources.parse_mixture(self.source)
+    if self.eval_source:
+      sources.parse_mixture(self.eval_source)
+      cls = sources.find_class(self.eval_source)
+      self._check(
+        'eval_source',
+        self.is_pairs == bool(cls and cls.is_pairs),
+        f'and data.source={self.source!r} must both be pairs, or neither',
+      )
     # Text is held out in exactly one way.
     self._check(
       'eval_tokens',
@@ -54,9 +63,9 @@ class DataConfig:
     )
     self._check(
       'eval_fraction',
-      self.eval_tokens or 0 < self.eval_fraction < 1,
-      'must be in (0, 1), or 0 with data.eval_tokens: every run is evaluated '
-      'on text it was not trained on',
+      self.eval_source or self.eval_tokens or 0 < self.eval_fraction < 1,
+      'must be in (0, 1), or 0 with data.eval_tokens or data.eval_source: '
+      'every run is evaluated on text it was not trained on',
     )
     self._check(
       'test_tokens',

@@ -25,7 +25,7 @@ import tensorflow_datasets as tfds
 
 from nanodlm.data import encoder, split
 from nanodlm.data.config import DataConfig
-from nanodlm.data.packed import Example, NAME, SPLITS, VERSION
+from nanodlm.data.packed import Example, NAME, VERSION
 from nanodlm.data.sources.tfds import quiet_tfds
 from nanodlm.types import InputError
 
@@ -165,12 +165,15 @@ def make_streams(
   tasks: Sequence[encoder.Task],
   tables: Sequence[np.ndarray],
   data_config: DataConfig,
+  sides: Mapping[str, Sequence[np.ndarray]],
 ) -> dict[str, Stream]:
   """Returns the tokens of each split, in the order of the source.
 
+  `sides` has the documents of each split; see `split.assign`.
+
   Raises:
-    InputError: nothing would be left to train or to evaluate on, or a split is
-      shorter than a row.
+    InputError: nothing would be left to train on, or a split is shorter than a
+      row.
   """
   length, is_pairs = data_config.length, job.source.is_pairs
   streams = {}
@@ -185,18 +188,11 @@ def make_streams(
     for name, border in borders.items():
       streams[name] = Stream(job, length, part_of(ranges, *border))
   else:
-    if tasks[0].split == 'any':
-      held_out = split.held_out(job.source, tables, data_config)
-    else:
-      held_out = [
-        np.full(len(table), task.split == 'validation')
-        for task, table in zip(tasks, tables, strict=True)
-      ]
-    for name in SPLITS:
+    for name in sides:
       # One part at a time, so that few ranges are in memory.
       ranges = [
-        _ranges(task.number, table, side == (name == 'validation'), is_pairs)
-        for task, table, side in zip(tasks, tables, held_out, strict=True)
+        _ranges(task.number, table, side, is_pairs)
+        for task, table, side in zip(tasks, tables, sides[name], strict=True)
       ]
       streams[name] = Stream(job, length, np.concatenate(ranges))
       if is_pairs:
@@ -282,8 +278,7 @@ def write(
       (part, pathlib.Path(f'{path}-{i:05d}-of-{len(parts):05d}'))
       for i, part in enumerate(parts)
     ]
-  train = streams['train']
-  job, length = train.job, train.length
+  job, length = next((x.job, x.length) for x in streams.values())
   tasks = [
     (part.ranges, path) for name in shards for part, path in shards[name]
   ]

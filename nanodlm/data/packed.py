@@ -19,6 +19,8 @@ from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.types import InputError
 
 SPLITS = ('train', 'validation')
+# The hashes of the documents of each split, in a prepared dataset's folder.
+_DOCUMENTS = 'documents.npz'
 # The TFDS dataset in the folder of a prepared dataset.
 NAME, VERSION = 'packed_tokens', '1.0.0'
 # Fewer validation rows of a mixture than this are reported.
@@ -106,6 +108,12 @@ class PackedData:
   train_borders: tuple[int, ...]
   weights: tuple[float, ...] = (1.0,)
 
+  @property
+  def fingerprint(self) -> str:
+    """A hash that changes if the training text may have changed."""
+    held_out = self.metadata.get('held_out_elsewhere', '')
+    return self.metadata['source_fingerprint'] + held_out
+
 
 def open_packed(path: pathlib.Path, tokenizer: Tokenizer) -> PackedData:
   """Opens a prepared dataset; InputError if a file is missing or damaged."""
@@ -121,17 +129,18 @@ def open_packed(path: pathlib.Path, tokenizer: Tokenizer) -> PackedData:
           np.dtype(info.features['tokens'].np_dtype),
           _check_files(info.splits[split], metadata[split]['num_rows']),
         )
-        for split in SPLITS
+        for split in info.splits
       }
+      train = rows.get('train', ())
       return PackedData(
         folders=(str(path),),
         length=metadata['length'],
         tokenizer=tokenizer,
         is_pairs='prompt_length' in info.features,
-        train=rows['train'],
-        validation=rows['validation'],
+        train=train,
+        validation=rows.get('validation', ()),
         metadata=metadata,
-        train_borders=(0, len(rows['train'])),
+        train_borders=(0, len(train)),
       )
   except InputError:
     raise
@@ -165,12 +174,62 @@ def _damaged(path: pathlib.Path, error: Exception | str) -> InputError:
   )
 
 
+def held_out_elsewhere(all_packed: Sequence[PackedData]) -> list[np.ndarray]:
+  """Returns the hashes of documents that a dataset trains on and another not.
+
+  One array, uint64, for each dataset of a mixture.
+  """
+  train, validation = (
+    [_hashes(x, split) for x in all_packed] for split in SPLITS
+  )
+  held_out = np.concatenate(validation)
+  return [np.intersect1d(hashes, held_out) for hashes in train]
+
+
+def write_hashes(folder: pathlib.Path, hashes: Mapping[str, Any]) -> None:
+  """Writes the hashes of the documents of each split of a dataset."""
+  np.savez(folder / _DOCUMENTS, **hashes)
+
+
+def _hashes(packed: PackedData, split: str) -> np.ndarray:
+  path = pathlib.Path(*packed.folders) / _DOCUMENTS
+  try:
+    with np.load(path) as saved:
+      return saved[split]
+  # NumPy raises errors of many classes for a damaged file.
+  except Exception as error:
+    raise InputError(
+      f'prepared data {path} cannot be read ({error}): it is damaged, or of an '
+      f'older version. Delete {path.parent}, and the next start prepares it '
+      'again'
+    ) from error
+
+
 def mix(source: str, all_packed: Sequence[PackedData]) -> PackedData:
   """Combines the datasets of the sources of a mixture by its weights."""
   mixture = sources.parse_mixture(source)
   weights = tuple(weight for weight, _ in mixture)
   train = [packed.train for packed in all_packed]
+  train_borders = tuple(itertools.accumulate(map(len, train), initial=0))
+  digest = hashlib.sha256(repr([p.fingerprint for p in all_packed]).encode())
+  metadata = {**all_packed[0].metadata, 'source': source}
+  metadata['source_fingerprint'] = digest.hexdigest()
+  for split in metadata.keys() & set(SPLITS):
+    counts = [packed.metadata[split] for packed in all_packed]
+    metadata[split] = {key: sum(c[key] for c in counts) for key in counts[0]}
+  mixed = dataclasses.replace(
+    all_packed[0],
+    folders=tuple(folder for packed in all_packed for folder in packed.folders),
+    metadata=metadata,
+    train_borders=train_borders,
+    weights=weights,
+  )
+  if train_borders[-1]:
+    train = grain.MapDataset.concatenate([*map(grain.MapDataset.source, train)])
+    mixed = dataclasses.replace(mixed, train=train)
   held_out = [packed.validation for packed in all_packed]
+  if not any(held_out):
+    return mixed
   # The validation rows are in the shares of the weights and interleaved, so
   # that the first few are a sample of the mixture, too.
   mix_rows: Any = lambda parts: grain.MapDataset.mix(
@@ -190,19 +249,4 @@ def mix(source: str, all_packed: Sequence[PackedData]) -> PackedData:
     )
   else:
     _log.info(text)
-  metadata = {**all_packed[0].metadata, 'source': source}
-  fingerprints = [p.metadata['source_fingerprint'] for p in all_packed]
-  digest = hashlib.sha256(repr(fingerprints).encode())
-  metadata['source_fingerprint'] = digest.hexdigest()
-  for split in SPLITS:
-    counts = [packed.metadata[split] for packed in all_packed]
-    metadata[split] = {key: sum(c[key] for c in counts) for key in counts[0]}
-  return dataclasses.replace(
-    all_packed[0],
-    folders=tuple(folder for packed in all_packed for folder in packed.folders),
-    train=grain.MapDataset.concatenate([*map(grain.MapDataset.source, train)]),
-    validation=mix_rows(held_out),
-    metadata=metadata,
-    train_borders=tuple(itertools.accumulate(map(len, train), initial=0)),
-    weights=weights,
-  )
+  return dataclasses.replace(mixed, validation=mix_rows(held_out))

@@ -40,7 +40,7 @@ source under the same paths (NFS, Filestore). Only Beam's local runner has been
 tested.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -68,12 +68,15 @@ from nanodlm.types import InputError
 # Part of the folder's name: increase it when the content of the rows changes.
 _FORMAT_VERSION = 1
 
+# The hashes of documents that are held out of another source of a mixture.
+_NOWHERE = np.zeros([0], np.uint64)
+
 _log = logging.getLogger('nanodlm')
 
 
 def prepare(
   data_config: DataConfig,
-  tokenizer_config: TokenizerConfig,
+  tokenizer_config: TokenizerConfig | Tokenizer,
   engine: encoder.Engine | None = None,
 ) -> PackedData:
   """Opens the dataset that the config describes, building it if it is missing.
@@ -92,37 +95,117 @@ def prepare(
       shorter than a row, or data_dir cannot be written.
   """
   engine = engine or encoder.ThisProcess()
-  mixture = sources.parse_mixture(data_config.source)
-  if len(mixture) == 1:
+  if not data_config.eval_source:
     return _prepare(data_config, tokenizer_config, engine)
-  if tokenizer_config.is_trained:
-    raise InputError(
-      f"tokenizer.path='' trains a model on the source, but data.source="
-      f'{data_config.source!r} has several; name a model'
-    )
-  all_packed = []
-  for _, source in mixture:
-    config = dataclasses.replace(data_config, source=source)
-    all_packed.append(_prepare(config, tokenizer_config, engine))
-  return packed_data.mix(data_config.source, all_packed)
+  train = _prepare(data_config, tokenizer_config, engine, 'train')
+  try:
+    held_out = prepare_whole(data_config, train.tokenizer, engine)
+  except InputError as error:
+    text = str(error).replace('data.source=', 'data.eval_source=')
+    raise InputError(text) from error
+  metadata = {
+    **train.metadata,
+    'validation': held_out.metadata['validation'],
+    'source_fingerprint': train.fingerprint + held_out.fingerprint,
+  }
+  return dataclasses.replace(
+    train,
+    folders=train.folders + held_out.folders,
+    validation=held_out.validation,
+    metadata=metadata,
+  )
+
+
+class Prepared(encoder.Engine):
+  """Opens what is prepared, and raises InputError for anything else."""
+
+  num_threads = 1
+
+  def map(self, function: Callable[[Any], None], tasks: Sequence) -> Iterator:
+    raise InputError('the text is not prepared')
+
+
+def prepare_whole(
+  data_config: DataConfig,
+  tokenizer: Tokenizer,
+  engine: encoder.Engine | None = None,
+) -> PackedData:
+  """Prepares data.eval_source to be evaluated, all of it.
+
+  Of a dataset with a validation split of its own, it is that split.
+  """
+  config = dataclasses.replace(
+    data_config, source=data_config.eval_source, eval_source=''
+  )
+  engine = engine or encoder.ThisProcess()
+  return _prepare(config, tokenizer, engine, 'validation')
+
+
+def prepare_parts(
+  data_config: DataConfig,
+  tokenizer_config: TokenizerConfig | Tokenizer,
+  engine: encoder.Engine | None = None,
+  whole: str = '',
+) -> dict[str, PackedData]:
+  """Prepares the sources of a mixture, {source: its dataset}.
+
+  A document that is held out of one of them is trained on in none.
+  """
+  configs = [
+    dataclasses.replace(data_config, source=source)
+    for _, source in sources.parse_mixture(data_config.source)
+  ]
+  make = lambda config, *elsewhere: _prepare_one(
+    config, tokenizer_config, engine or encoder.ThisProcess(), whole, *elsewhere
+  )
+  all_packed = [make(config) for config in configs]
+  if len(configs) > 1 and not whole:
+    elsewhere = packed_data.held_out_elsewhere(all_packed)
+    all_packed = [
+      make(config, hashes) if hashes.size else packed
+      for config, packed, hashes in zip(configs, all_packed, elsewhere)
+    ]
+  return {config.source: x for config, x in zip(configs, all_packed)}
 
 
 def _prepare(
   data_config: DataConfig,
-  tokenizer_config: TokenizerConfig,
+  tokenizer_config: TokenizerConfig | Tokenizer,
   engine: encoder.Engine,
+  whole: str = '',
 ) -> PackedData:
-  """Prepares a single source."""
+  """Prepares a source or a mixture."""
+  is_mixture = len(sources.parse_mixture(data_config.source)) > 1
+  if is_mixture and getattr(tokenizer_config, 'is_trained', False):
+    raise InputError(
+      f"tokenizer.path='' trains a model on the source, but data.source="
+      f'{data_config.source!r} has several; name a model'
+    )
+  parts = prepare_parts(data_config, tokenizer_config, engine, whole)
+  all_packed = list(parts.values())
+  if not is_mixture:
+    return all_packed[0]
+  return packed_data.mix(data_config.source, all_packed)
+
+
+def _prepare_one(
+  data_config: DataConfig,
+  tokenizer_config: Any,
+  engine: encoder.Engine,
+  whole: str,
+  elsewhere: np.ndarray = _NOWHERE,
+) -> PackedData:
+  """Prepares a single source; see `split.plan` and `split.assign`."""
   root = folders.find_root(data_config.data_dir)
   source = sources.make_source(data_config.source, str(root))
-  name = tokenizer_config.name
-  tokenizer = None
-  if tokenizer_config.is_trained:
+  name, tokenizer = tokenizer_config.name, tokenizer_config
+  if not isinstance(tokenizer, Tokenizer):
+    is_trained = tokenizer.is_trained
+    tokenizer = None if is_trained else tokenizers.make_tokenizer(tokenizer)
+  if tokenizer is None:
     _check_trainable(source, data_config)
-  else:
-    tokenizer = tokenizers.make_tokenizer(tokenizer_config)
   trained = f'{name}-trained-{tokenizer_config.vocab_size}'
-  identity = {
+  identity: dict[str, Any] = {
     'format': _FORMAT_VERSION,
     'source': source.spec,
     'source_fingerprint': source.fingerprint(),
@@ -136,6 +219,11 @@ def _prepare(
       identity[key] = getattr(data_config, key)
   if tokenizer and tokenizer.revision:
     identity['tokenizer_revision'] = tokenizer.revision
+  if whole:
+    identity = {**identity, 'eval_fraction': 0, 'whole': whole}
+  if elsewhere.size:
+    digest = hashlib.sha256(elsewhere.tobytes()).hexdigest()
+    identity['held_out_elsewhere'] = digest
   digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
   kind = source.spec.partition(':')[0]
   key = f'{kind}-{name}-{data_config.length}-{digest.hexdigest()[:16]}'
@@ -143,7 +231,7 @@ def _prepare(
   if not path.exists():
     with folders.build(path) as work:
       if work is not None:
-        tasks = split.plan(source, data_config)
+        tasks = split.plan(source, data_config, whole)
         texts = split.training_texts(source, tasks, data_config.eval_fraction)
         own = tokenizer or _train_tokenizer(
           tokenizer_config, texts, work / model, path / model
@@ -152,7 +240,7 @@ def _prepare(
         metadata = {**identity, 'tokenizer': own.to_json()}
         if own.revision:
           metadata['tokenizer_revision'] = own.revision
-        _build(job, tasks, data_config, metadata, engine)
+        _build(job, tasks, data_config, elsewhere, metadata, engine)
         if source.fingerprint() != identity['source_fingerprint']:
           raise source.error(
             'it changed while it was being prepared; run again when it is '
@@ -207,6 +295,7 @@ def _build(
   job: encoder.Job,
   tasks: Sequence[encoder.Task],
   data_config: DataConfig,
+  elsewhere: np.ndarray,
   metadata: Mapping[str, Any],
   engine: encoder.Engine,
 ) -> None:
@@ -215,7 +304,10 @@ def _build(
   tables = encoder.encode(job, tasks, engine)
   totals = _totals(tables)
   job.tokenizer.warn_of_loss(totals['num_lost_bytes'], totals['num_bytes'])
-  streams = pack.make_streams(job, tasks, tables, data_config)
+  sides = split.assign(job.source, tasks, tables, data_config, elsewhere)
+  if whole := metadata.get('whole'):
+    sides = {whole: sides[whole]}
+  streams = pack.make_streams(job, tasks, tables, data_config, sides)
   counts = {name: stream.count() for name, stream in streams.items()}
   metadata = {**metadata, **counts}
   num_tokens = sum(stream.num_tokens for stream in streams.values())
@@ -227,6 +319,8 @@ def _build(
   pack.write(work, streams, metadata, engine)
   for file in work.glob('part-*'):
     file.unlink()
+  hashes = split.hashes_of(job.source, tables, sides)
+  packed_data.write_hashes(work, hashes)
   _write_manifest(work, tables, metadata)
   for name, count in counts.items():
     _log.info(
@@ -256,7 +350,9 @@ def _write_manifest(
       versions[name] = packages.version(name)
   manifest = {
     **metadata,
-    'num_documents': sum(metadata[name]['num_documents'] for name in SPLITS),
+    'num_documents': sum(
+      metadata[name]['num_documents'] for name in SPLITS if name in metadata
+    ),
     **_totals(tables),
     'versions': versions,
   }

@@ -1,7 +1,7 @@
 """Divides a source into training and validation text, and into tasks."""
 
 import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import hashlib
 import itertools
 import logging
@@ -18,16 +18,22 @@ from nanodlm.types import InputError
 _log = logging.getLogger('nanodlm')
 
 
-def plan(source: Source, data_config: DataConfig) -> list[encoder.Task]:
+def plan(
+  source: Source, data_config: DataConfig, whole: str = ''
+) -> list[encoder.Task]:
   """Returns the tasks of encoding a source, with their splits.
 
   A single document is cut near its end: at a character for data.eval_fraction,
   between two tokens for data.eval_tokens. Several documents are assigned later.
+  With `whole`, one of SPLITS, the source is not divided: all of it is of that
+  split, or what the source itself has for it.
 
   Raises:
     InputError: the source is empty, or data.test_tokens has no effect.
   """
-  splits = SPLITS if source.has_validation else ('train',)
+  splits = [whole] if whole else SPLITS
+  if not source.has_validation:
+    splits = ['train']
   parts = [(split, part) for split in splits for part in source.parts(split)]
   num_documents = 1  # 2 stands for more than one.
   if not source.is_tokens:
@@ -36,6 +42,8 @@ def plan(source: Source, data_config: DataConfig) -> list[encoder.Task]:
     num_documents = sum(itertools.islice(ends, 2))
   if not parts or not num_documents:
     raise _empty(source)
+  if whole:
+    return [encoder.Task(i, part, whole) for i, (_, part) in enumerate(parts)]
   is_whole = num_documents == 1 and not source.has_validation
   if data_config.test_tokens and not is_whole:
     raise InputError(
@@ -121,14 +129,62 @@ def choose(
   return chosen[text_of]
 
 
-def held_out(
-  source: Source, tables: Sequence[np.ndarray], data_config: DataConfig
-) -> list[np.ndarray]:
-  """Returns which documents of each table are validation, bool.
+def assign(
+  source: Source,
+  tasks: Sequence[encoder.Task],
+  tables: Sequence[np.ndarray],
+  data_config: DataConfig,
+  elsewhere: np.ndarray,
+) -> dict[str, list[np.ndarray]]:
+  """Returns which documents of each table belong to each of SPLITS, bool.
+
+  Documents whose hashes are in `elsewhere`, uint64, are held out of another
+  source of a mixture, and therefore of this one.
 
   Raises:
     InputError: nothing would be left to train or to evaluate on.
   """
+  if tasks[0].split == 'stream':
+    return {}
+  also = [np.isin(table['hash'], elsewhere) for table in tables]
+  if tasks[0].split == 'any':
+    validation = _held_out(source, tables, data_config)
+    validation = [a | b for a, b in zip(validation, also)]
+  else:
+    validation = [
+      np.full(len(table), task.split == 'validation')
+      for task, table in zip(tasks, tables, strict=True)
+    ]
+  train = [~(a | b) for a, b in zip(validation, also)]
+  if elsewhere.size and not any(map(np.any, train)):
+    raise source.error(
+      'all of its documents are also held out of another source of the '
+      'mixture, so none is left to train on; leave it out'
+    )
+  return {'train': train, 'validation': validation}
+
+
+def hashes_of(
+  source: Source,
+  tables: Sequence[np.ndarray],
+  sides: Mapping[str, Sequence[np.ndarray]],
+) -> dict[str, np.ndarray]:
+  """Returns the hashes of each split's documents, uint64 and in order.
+
+  Token ids and a text that is cut between two of them have none.
+  """
+  hashes: dict[str, np.ndarray] = {
+    name: np.zeros([0], np.uint64) for name in SPLITS
+  }
+  for name in () if source.is_tokens else sides:
+    chosen = [t['hash'][side] for t, side in zip(tables, sides[name])]
+    hashes[name] = np.unique(np.concatenate(chosen))
+  return hashes
+
+
+def _held_out(
+  source: Source, tables: Sequence[np.ndarray], data_config: DataConfig
+) -> list[np.ndarray]:
   key, column = 'eval_fraction', 'num_bytes'
   if data_config.eval_tokens:
     key, column = 'eval_tokens', 'num_tokens'

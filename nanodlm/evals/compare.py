@@ -31,7 +31,7 @@ from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
 from nanodlm.samplers import prefix_cache, SAMPLERS
 from nanodlm.training import metrics
-from nanodlm.types import InputError
+from nanodlm.types import check_seed, InputError
 
 AUTO = 'auto'
 DRAW_FLAGS = ('temperature', 'top_k', 'top_p')
@@ -171,11 +171,12 @@ def compare_run(
 ) -> dict[str, Any]:
   """Measures a run: its bound, and a point for each sampler setting.
 
-  With samples, the first point is held-out text, whose values are those of
-  perfect samples.
+  With samples, the first point is the text, whose values are those of perfect
+  samples if neither the run nor the judge was trained on it.
   """
   lm = lms.load(workdir, settings=settings)
-  run, packed = lm.run, evaluate.open_data(lm)
+  text, run = evaluate.open_text(lm), lm.run
+  packed = text.packed
   means = evaluate.make_evaluate(run, packed)(lm.params, max_examples) or {}
   result = {
     'workdir': workdir,
@@ -185,7 +186,9 @@ def compare_run(
     'num_params': run.num_params(),
     'tokenizer': lm.tokenizer.name,
     'vocab_size': lm.tokenizer.vocab_size,
-    'source': settings.data.source,
+    'source': text.source,
+    'is_held_out': text.is_held_out,
+    'trained_share': text.trained_share,
     **{key.partition('/')[2]: value for key, value in means.items()},
     'points': [],
   }
@@ -193,12 +196,14 @@ def compare_run(
   planned = plan_points(run, request, length)
   if planned:
     real = evaluate.validation_rows(run, packed, request.num_samples).tokens
+    name = 'held-out text' if text.is_held_out else 'the text'
     point = {
-      'sampler': {'name': 'held-out text'},
+      'sampler': {'name': name},
       'num_calls': 0,
       'num_samples': len(real),
       'length': min(length, packed.length),
       'tokens_per_sec': None,
+      'judge_trained_share': judge and judge.trained_share(real, lm.tokenizer),
       **judges.measure_quality(judge, real[:, :length], lm.tokenizer),
     }
     result['points'].append(point)
@@ -223,6 +228,7 @@ _RUN_COLUMNS = (
   ('nats/token', 'nll', '.4f'),
   ('ppl', 'ppl', '.2f'),
   ('bits/byte', 'bits_per_byte', '.4f'),
+  ('trained on', 'shown_share', ''),
 )
 _POINT_COLUMNS = (
   ('samples of', 'workdir', ''),
@@ -242,7 +248,12 @@ _POINT_COLUMNS = (
 def format_table(results: Sequence[dict[str, Any]], judge_name: str) -> str:
   """Formats the results as tables with remarks."""
   rows = [
-    run | {'relation': '=' if run['is_exact'] else '<='} for run in results
+    {
+      **run,
+      'relation': '=' if run['is_exact'] else '<=',
+      'shown_share': evaluate.shown_share(run),
+    }
+    for run in results
   ]
   lines = metrics.format_table(_RUN_COLUMNS, rows)
   points = [
@@ -268,6 +279,15 @@ def format_table(results: Sequence[dict[str, Any]], judge_name: str) -> str:
     lines.append(
       f'Judge: {judge_name}; gen ppl is per token of the judge{remark}. A low '
       'value with a low entropy means repetition.'
+    )
+    shares = {
+      evaluate.shown_share({'trained_share': point['judge_trained_share']})
+      for point in points
+      if 'judge_trained_share' in point
+    }
+    lines.append(
+      f'Share of the texts of the runs that the judge was trained on: '
+      f'{", ".join(sorted(shares))}.'
     )
   return '\n'.join(lines)
 
@@ -323,6 +343,7 @@ def _parse_request(options: flags.FlagValues) -> Request:
         '--judge, because nothing is sampled'
       )
   draw = {key: getattr(options, key) for key in DRAW_FLAGS}
+  check_seed(options.seed, '--seed')
   sizes = options.num_samples, options.length
   return Request(tuple(names), num_steps, *sizes, draw, options.seed)
 
@@ -346,7 +367,8 @@ def _open_settings(
   if not source:
     return settings
   # The cropping and padding of the training text do not apply to another one.
-  change = {'source': source, 'crop': 'chunk', 'padding': 'eos'}
+  change = {'source': source, 'eval_source': '', 'crop': 'chunk'}
+  change['padding'] = 'eos'
   return [
     dataclasses.replace(one, data=dataclasses.replace(one.data, **change))
     for one in settings

@@ -47,8 +47,8 @@ def main(start: Start) -> int:
   lm = lms.load(start.workdir, settings=settings)
   if ratios:  # Before the slow part.
     infill.check_run(lm.run)
-  packed = evaluate.open_data(lm)
-  evaluate.evaluate_text(lm, packed, options.noise_examples)
+  text = evaluate.open_text(lm)
+  evaluate.evaluate_text(lm, text, options.noise_examples)
   if ratios:
-    infill.infill_text(lm, packed, ratios, num_rows)
+    infill.infill_text(lm, text, ratios, num_rows)
   return 0

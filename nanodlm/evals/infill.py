@@ -9,7 +9,6 @@ import numpy as np
 
 from nanodlm import evaluate
 from nanodlm import lm as lms
-from nanodlm.data.packed import PackedData
 from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
 from nanodlm.training import metrics
@@ -122,20 +121,22 @@ def measure_infilling(
 
 def infill_text(
   lm: LanguageModel,
-  packed: PackedData,
+  text: evaluate.Text,
   ratios: Sequence[float],
   num_examples: int,
 ):
   """Runs --mode=eval --infill: logs a table, appends it to workdir/eval.jsonl.
 
-  `num_examples` is the number of held-out rows to use, 0 for all.
+  `num_examples` is the number of rows to use, 0 for all.
   """
-  rows = evaluate.validation_rows(lm.run, packed, num_examples)
+  rows = evaluate.validation_rows(lm.run, text.packed, num_examples)
   log.info(
-    'infilling %d of %d held-out rows (--infill_examples) at %d ratios',
+    'infilling %d of %d %srows (--infill_examples) at %d ratios%s',
     len(rows.tokens),
-    len(packed.validation),
+    len(text.packed.validation),
+    'held-out ' * text.is_held_out,
     len(ratios),
+    text.describe(),
   )
   results = measure_infilling(lm, rows, ratios)
   sampler = lm.run.describe_sampler()
@@ -148,4 +149,4 @@ def infill_text(
       'network calls)',
       row | {'ratio': 100 * row['ratio']},
     )
-  evaluate.append_result(lm, {'sampler': sampler, 'infill': results})
+  evaluate.append_result(lm, text, {'sampler': sampler, 'infill': results})

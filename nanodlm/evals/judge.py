@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from nanodlm import lm as lms
-from nanodlm.data import pipeline
+from nanodlm.data import overlap, pipeline
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.training import metrics
 from nanodlm.types import InputError
@@ -55,6 +55,12 @@ class Judge(abc.ABC):
     self, tokens: np.ndarray, is_text: np.ndarray
   ) -> np.ndarray:
     """Returns the nats [M] of the text in windows of `cut_windows`, M >= 1."""
+
+  def trained_share(
+    self, tokens: np.ndarray, tokenizer: Tokenizer
+  ) -> float | None:
+    """Returns the share of texts [N, L] that it was trained on, if known."""
+    del tokens, tokenizer
 
   def score(self, tokens: np.ndarray, tokenizer: Tokenizer) -> Judged:
     """Scores texts given as ids [N, L] of `tokenizer`.
@@ -123,6 +129,15 @@ class NanodlmJudge(Judge):
 
   def reads_ids_of(self, tokenizer: Tokenizer) -> bool:
     return tokenizer.fingerprint == self.lm.tokenizer.fingerprint
+
+  def trained_share(
+    self, tokens: np.ndarray, tokenizer: Tokenizer
+  ) -> float | None:
+    rows = tokens
+    if not self.reads_ids_of(tokenizer):
+      rows = self.encode([tokenizer.decode(row) for row in tokens])
+    record = overlap.load(self.lm.workdir)
+    return record.share_of(rows, self.lm.tokenizer.separator_id)
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     return self.lm.tokenizer.encode_to_score(texts)

@@ -25,7 +25,7 @@ from nanodlm import prompts as prompting
 from nanodlm.evals import judge
 from nanodlm.lm import LanguageModel
 from nanodlm.samplers import SAMPLERS
-from nanodlm.types import Batch, InputError
+from nanodlm.types import Batch, check_seed, InputError
 
 # Rows are padded to multiples of this, so that few shapes are compiled.
 LENGTH_STEP = 32
@@ -294,6 +294,7 @@ def run_tasks():
   )
   if not options.workdir or not options.tasks:
     raise InputError('--workdir and --tasks are needed')
+  check_seed(options.seed, '--seed')
   if options.output and os.path.exists(options.output):
     raise InputError(f'--output={options.output!r} exists')
   given = {'name': options.sampler, 'num_steps': options.num_steps}

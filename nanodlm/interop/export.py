@@ -14,8 +14,7 @@ ids as the run's tokenizer (bytes, SentencePiece as it is trained here,
 tiktoken's). An imported one is kept as it is, with a warning if it does not.
 """
 
-from collections.abc import Mapping
-import contextlib
+from collections.abc import Iterator, Mapping
 import json
 import logging
 import pathlib
@@ -126,8 +125,9 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
 def published(settings: Settings) -> dict[str, Any]:
   """Returns the config of a run without paths of this machine."""
   config = settings.to_dict()
-  source = _public_source(settings.data.source)
-  config['data'] |= {'data_dir': '', 'source': source}
+  config['data']['data_dir'] = ''
+  for key in 'source', 'eval_source':
+    config['data'][key] = _public_source(config['data'][key])
   config['checkpoint'] |= {'init_from': '', 'init_step': 0}
   config['tokenizer']['path'] = ''
   return config
@@ -354,7 +354,7 @@ def card(
     num_ids=tokenizer.vocab_size,
     tokenizer=tokenizer.name,
     training=training,
-    measured=_measured(lm),
+    measured=_measured(lm.run, pathlib.Path(lm.workdir), lm.step),
   )
 
 
@@ -369,19 +369,50 @@ def _public_source(source: str) -> str:
   return re.sub(r'(?<=:)[/~][^:+]*/', '', source)
 
 
-def _measured(lm: lms.LanguageModel) -> str:
-  """Returns the last evaluation of each text at this step, as a list."""
-  found, exact = {}, lm.run.objective.exact
+def _measured(run: Run, workdir: pathlib.Path, step: int) -> str:
+  """Returns a table of the last evaluation of each text at this step."""
+  eval_source, found = run.settings.data.eval_source, {}
+  own_source = eval_source or run.settings.data.source
   # A separate evaluation replaces one during training.
   for file in (workdirs.METRICS, workdirs.EVAL):
-    path = pathlib.Path(lm.workdir, file)
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-      # Lines that are cut off, or say something else.
-      with contextlib.suppress(ValueError, TypeError, KeyError):
-        entry = json.loads(line)
-        if entry['step'] == lm.step:
-          means = {k: v for k, v in entry.items() if k.startswith('eval/')}
-          source = entry.get('source', lm.run.settings.data.source)
-          found[_public_source(source)] = evaluate.describe(means, exact)
-  lines = [f'- `{source}`: {text}' for source, text in found.items()]
-  return '\n'.join(lines) or 'Nothing was measured at this step.'
+    for entry in _entries(workdir / file):
+      nll = entry.get('eval/nll')
+      if entry.get('step') == step and isinstance(nll, int | float):
+        if file == workdirs.METRICS:  # Of the text that training held out.
+          entry = {**entry, 'is_held_out': not eval_source}
+        share = evaluate.shown_share(entry)
+        found[entry.get('source', own_source), share] = entry
+  if not found:
+    return 'Nothing was measured at this step.'
+
+  def shown(entry, key, digits=4):
+    value, width = entry.get(f'eval/{key}'), entry.get(f'eval/{key}_ci95')
+    if value is None:
+      return ''
+    return f'{value:.{digits}f}' + (f' ± {width:.{digits}f}' if width else '')
+
+  kind = 'exact value' if run.objective.exact else 'upper bound'
+  lines = [
+    f'An {kind}, 95% intervals; how much of the text was trained on:',
+    '',
+    '| text | nats/token | perplexity | bits/byte | examples | trained on |',
+    '|---|---|---|---|---|---|',
+  ]
+  for (source, share), entry in found.items():
+    lines.append(
+      f'| `{_public_source(source)}` | {shown(entry, "nll")} | '
+      f'{shown(entry, "ppl", 2)} | {shown(entry, "bits_per_byte")} | '
+      f'{entry.get("eval/num_examples", 0):.0f} | {share} |'
+    )
+  return '\n'.join(lines)
+
+
+def _entries(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """Yields the entries of a log, without lines that a kill cut off."""
+  for line in path.read_bytes().splitlines() if path.is_file() else ():
+    try:
+      entry = json.loads(line)
+    except (ValueError, RecursionError):
+      continue
+    if isinstance(entry, dict):
+      yield entry

@@ -20,6 +20,7 @@ import urllib.parse
 
 from absl import flags
 
+from nanodlm import evaluate
 from nanodlm import workdir as workdir_files
 from nanodlm.show import pages
 from nanodlm.show import runs as reading
@@ -193,9 +194,10 @@ def draw_comparison(comparison: Line, number: int) -> Iterator[Part]:
           points = curves.setdefault(f'{name}, {point["sampler"]["name"]}', [])
           points.append((calls, y, half_interval(point, key)))
         elif is_number(y):
-          real[f'{name}, held-out text'] = y
+          what = 'held-out text' if run.get('is_held_out', True) else 'the text'
+          real[f'{name}, {what}'] = y
     ticks = sorted(x for points in curves.values() for x, *_ in points)
-    # Held-out text takes no calls: it is a line across the plot.
+    # A text that was not sampled takes no calls: it is a line across the plot.
     ends = ticks[:1] + ticks[-1:]
     curves = {name: sorted(points) for name, points in curves.items()}
     curves |= {k: [(x, y, 0.0) for x in ends] for k, y in real.items()}
@@ -210,6 +212,7 @@ def draw_comparison(comparison: Line, number: int) -> Iterator[Part]:
       'parameters': _show(run.get('num_params'), ','),
     }
     facts = _facts(run, objective='objective', step='step', text='source')
+    facts['trained on'] = evaluate.shown_share(run)
     rows.append({'run': name} | facts | bounds)
   yield Table(f'Bounds in {comparison["path"]}', rows)
 
@@ -221,6 +224,7 @@ def draw_evals(runs: Sequence[Run]) -> Iterator[Part]:
     for line in run.evals:
       if is_number(line.get('eval/nll')):
         row = {'run': run.name} | _facts(line, step='step', text='source')
+        row['trained on'] = evaluate.shown_share(line)
         row['nats/token'] = _interval(line, 'eval/nll')
         row['bits/byte'] = _interval(line, 'eval/bits_per_byte')
         ratio = _show(line.get('eval/calls_ratio'), '.1f')
@@ -231,12 +235,14 @@ def draw_evals(runs: Sequence[Run]) -> Iterator[Part]:
         calls, y, ratio = map(gap.get, ('num_calls', 'accuracy', 'ratio'))
         if calls and is_number(calls) and is_number(y) and is_number(ratio):
           name = f'{run.name}, {ratio:.0%} masked, {gap.get("pattern")}'
+          if not line.get('is_held_out', True):
+            name += f' ({evaluate.shown_share(line)} trained on)'
           # A later measurement with the same number of calls replaces it.
           curve = curves.setdefault(name, {})
           curve[calls] = (calls, y, half_interval(gap, 'accuracy'))
   if curves:
     yield (
-      'Filled gaps: the share of masked tokens of held-out rows restored '
+      'Filled gaps: the share of masked tokens of the text restored '
       'exactly (--mode=eval --infill), with its 95% interval.'
     )
     sets = {name: sorted(curve.values()) for name, curve in curves.items()}

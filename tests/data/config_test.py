@@ -22,6 +22,8 @@ class ConfigTest(parameterized.TestCase):
     (dict(eval_tokens=5), r'data.eval_tokens=5 .*eval_fraction=0\.1 both'),
     (dict(eval_tokens=-1), 'data.eval_tokens=-1 must be >= 0'),
     (dict(test_tokens=-1), 'data.test_tokens=-1 must be >= 0'),
+    (dict(eval_source='mix:a'), "'mix:a'"),
+    (dict(eval_source='pairs:a'), "data.eval_source='pairs:a' .*'embedded'"),
     (dict(test_tokens=5), 'data.test_tokens=5 needs data.eval_tokens'),
     *[
       (dict(eval_fraction=x), f'data.eval_fraction={x} must be in')

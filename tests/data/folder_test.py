@@ -40,8 +40,8 @@ log.addHandler(Wait())
 log.propagate = False
 encoder.PROGRESS_SECS = 0
 data = config.DataConfig(
-    source={source!r}, length=16, eval_fraction=0.1, eval_tokens=0,
-    test_tokens=0, data_dir={data_dir!r},
+    source={source!r}, eval_source='', length=16, eval_fraction=0.1,
+    eval_tokens=0, test_tokens=0, data_dir={data_dir!r},
     crop='random', segment_ids=True, padding='eos', clean_prefix_rate=0.0,
     clean_infill_rate=0.0, num_threads=1, prefetch_batches=1)
 tokenizer = config.TokenizerConfig(name='bytes', path='', vocab_size=0)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import random
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -80,6 +81,47 @@ class MixtureTest(DataTest):
     for warning in warnings:
       self.assertRegex(warning, message)
 
+  def test_a_document_is_held_out_wherever_it_occurs(self):
+    rng = random.Random(0)
+    draw = lambda: ''.join(rng.choices('abcdefgh', k=rng.randrange(40, 90)))
+    texts = [draw() for _ in range(300)]
+    lines = [json.dumps({'text': text}) for text in texts]
+    (self.folder / 'a.jsonl').write_text('\n'.join(lines))
+    (self.folder / 'good.jsonl').write_text('\n'.join(lines[::15]))
+    everything = f'jsonl:{self.folder}/a.jsonl'
+    spec = f'mix:0.5*{everything}+0.5*jsonl:{self.folder}/good.jsonl'
+    for changes in (
+      dict(eval_fraction=0.3),
+      dict(eval_fraction=0, eval_tokens=900),
+    ):
+      parts = prepare.prepare_parts(self.config(spec, **changes), BYTES)
+      rows = {
+        split: [
+          ''.join(map(chr, rows[i]['tokens']))
+          for part in parts.values()
+          for rows in [getattr(part, split)]
+          for i in range(len(rows))
+        ]
+        for split in ('train', 'validation')
+      }
+      train = ''.join(rows['train'])
+      self.assertEqual(sum(row in train for row in rows['validation']), 0)
+      # Nothing is lost, except ends that are shorter than a row.
+      self.assertBetween(
+        len(rows['train']) + len(rows['validation']),
+        (sum(map(len, texts + texts[::15])) + 320) // 16 - 4,
+        (sum(map(len, texts + texts[::15])) + 320) // 16,
+      )
+      # A source alone is divided as before.
+      alone = self.prepare(everything, **changes)
+      mixed = self.prepare(spec, **changes)
+      self.assertNotEqual(alone.fingerprint, mixed.fingerprint)
+    # All of one source is held out of the other.
+    (self.folder / 'one.jsonl').write_text('\n'.join(lines[:2]))
+    spec = f'mix:0.5*{everything}+0.5*jsonl:{self.folder}/one.jsonl'
+    with self.assertRaisesRegex(InputError, 'one.jsonl.*held out'):
+      self.prepare(spec, eval_fraction=0.9, length=4)
+
   def test_random_windows_stay_in_their_source(self):
     config = self.config(self.spec, **{**self.settings, 'crop': 'random'})
     packed = prepare.prepare(config, BYTES)
@@ -96,7 +138,9 @@ class MixtureTest(DataTest):
     b = self.config(f'text:{self.folder}/b.txt', **self.settings)
     with (
       mock.patch.object(prepare, '_build', side_effect=AssertionError),
-      mock.patch.object(prepare, '_prepare', wraps=prepare._prepare) as inner,
+      mock.patch.object(
+        prepare, '_prepare_one', wraps=prepare._prepare_one
+      ) as inner,
     ):
       alone = prepare.prepare(b, BYTES)
       prepare.prepare(config, BYTES)

@@ -1,5 +1,6 @@
 """Tests of nanodlm.data.split: what is held out."""
 
+import json
 import logging
 import random
 
@@ -123,6 +124,37 @@ class HeldOutTest(DataTest):
     self.assertEqual(decode(stream(packed.validation)), text[4000:4500])
     test = self.prepare(f'text:{path}', **sizes)
     self.assertEqual(decode(stream(test.validation)), text[4500:])
+
+  @parameterized.parameters('text', 'jsonl', 'tokens')
+  def test_eval_source_is_evaluated_as_a_whole_and_the_other_trained_on(
+    self, kind
+  ):
+    texts = {'train': 'one two ' * 30, 'validation': 'three ' * 40}
+    specs = {}
+    for name, text in texts.items():
+      if kind == 'tokens':
+        specs[name] = self.write_tokens([[*text.encode()]], f'{name}.parquet')
+        continue
+      path = self.folder / f'{name}.{kind}'
+      path.write_text(text if kind == 'text' else json.dumps({'text': text}))
+      specs[name] = f'{kind}:{path}'
+    packed = self.prepare(
+      specs['train'], eval_source=specs['validation'], eval_fraction=0, length=1
+    )
+    for name, text in texts.items():
+      ids = stream(getattr(packed, name))
+      self.assertEqual(bytes(ids[ids < 256].tolist()), text.encode())
+    counts = packed.metadata
+    self.assertEqual(
+      counts['validation']['num_bytes'], len(texts['validation'])
+    )
+    # Another text to evaluate on is another dataset.
+    other = self.prepare(
+      specs['train'], eval_source=specs['train'], eval_fraction=0, length=1
+    )
+    self.assertNotEqual(other.fingerprint, packed.fingerprint)
+    self.assertEqual(other.folders[0], packed.folders[0])
+    self.assertLen(other.validation, len(packed.train))
 
   @parameterized.parameters(
     (

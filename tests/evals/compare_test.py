@@ -105,6 +105,11 @@ def test_two_runs(runs, tmp_path, capsys):
   assert [point['num_calls'] for point in ar['points']] == [0, workdirs.LENGTH]
   for point in masked['points'] + ar['points']:
     assert QUALITY <= set(point)
+  # Both runs hold out the same text, which repeats itself.
+  for run in (masked, ar):
+    assert run['is_held_out'] and run['trained_share'] == 1
+  assert 'trained on' in table and 'held out' in table
+  assert masked['points'][0]['judge_trained_share'] == 1
   # On the held-out text, the judge nearly finds its own held-out value.
   assert abs(ar['points'][0]['gen_nll'] - ar['nll']) < 0.2
   # Apart from times, another comparison gives the same numbers.
@@ -148,6 +153,9 @@ def test_common_source(runs, tmp_path):
   assert {result['source'] for result in results} == {f'text:{source}'}
   assert results[0]['num_examples'] == results[1]['num_examples']
   assert not results[0]['points']
+  # All of another file is evaluated.
+  assert results[0]['num_examples'] == len(source.read_bytes() + b'.') // 16
+  assert {run['trained_share'] for run in results} == {0}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +167,7 @@ def test_common_source(runs, tmp_path):
     (['--num_steps=x,4'], '--num_steps=x,4'),
     (['--judge=MASKED'], 'must be autoregressive'),
     (['--output='], '--output is needed'),
+    (['--judge=MASKED', '--seed=4294967296'], '--seed=4294967296'),
   ],
 )
 def test_refused(runs, tmp_path, capsys, args, words):

@@ -33,10 +33,15 @@ Rows of ids must be made by tokenizer.name: an id outside its vocabulary is an
 error that names the row.
 
 The weights of a mixture are shares of the training examples, the same in every
-batch. Each source is prepared separately and holds out its own part; the
-evaluation takes rows of these parts in the shares of the weights, so that the
-bound is the mixture's. --mode=eval --config.data.source=SOURCE evaluates on one
-of them. Pairs cannot be mixed.
+batch. Each source is prepared separately and holds out its own part; a document
+that is held out of one of them is trained on in none. The evaluation takes rows
+of these parts in the shares of the weights, so that the bound is the mixture's.
+--mode=eval --config.data.source=SOURCE evaluates on one of them. Pairs cannot
+be mixed.
+
+data.eval_source, in the same forms, is evaluated instead of a part of
+data.source, which is then trained on as a whole. --mode=eval with another
+data.source scores all of it, and says how much of it was trained on.
 """
 
 import math

@@ -1,0 +1,220 @@
+"""What a run was trained on, as hashes: how much of a text is in it verbatim.
+
+A passage is the tokens that make up about 64 bytes, or a whole document that is
+shorter. Of all passages of the training text, those with the smallest hashes
+are kept, at most a million. The same choice among the passages of another text
+gives an unbiased estimate of the share that was trained on, in any order and
+from any file. It includes what texts have in common by chance.
+
+Source: FracMinHash, Hera et al., Genome Research 33 (2023) 1061.
+"""
+
+from collections.abc import Iterable, Iterator
+import dataclasses
+import logging
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from nanodlm import workdir as workdirs
+from nanodlm.data.packed import PackedData
+from nanodlm.types import InputError
+
+PASSAGE_BYTES = 64
+MAX_HASHES = 1 << 20
+# Reading more rows than this, evenly chosen ones, takes more than 5 seconds.
+_MAX_ROWS = 1 << 17
+_MAX_MIXED_ROWS = 1 << 14
+_BLOCK_TOKENS = 1 << 18
+
+_log = logging.getLogger('nanodlm')
+_BASE, _MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9  # SplitMix64.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Record:
+  """Hashes of passages of a training text.
+
+  Attributes:
+    window: tokens of a passage.
+    num_bits: leading zero bits of the hashes that are kept.
+    coverage: the share of the training text that was read.
+    hashes: [n] uint64, in ascending order.
+    unknown: why the record is incomplete; '' if it is not.
+  """
+
+  window: int
+  num_bits: int
+  coverage: float
+  hashes: np.ndarray
+  unknown: str = ''
+
+  def share(self, packed: PackedData) -> float | None:
+    """Returns the share of the validation text that was trained on.
+
+    None if the text has too few passages to say.
+    """
+    rows, num = packed.validation, len(packed.validation)
+    if len(packed.weights) == 1:
+      texts, _ = _blocks(rows, packed.length)
+    else:  # The rows of a mixture are interleaved.
+      numbers = np.linspace(0, num, min(num, _MAX_MIXED_ROWS), False)
+      texts = (rows[int(i)]['tokens'] for i in numbers)
+    return self.share_of(texts, packed.tokenizer.separator_id)
+
+  def share_of(
+    self, texts: Iterable[np.ndarray], separator_id: int
+  ) -> float | None:
+    """Returns the share of texts, ids [n] each, that was trained on."""
+    num_found = num = 0
+    if not self.hashes.size:
+      return None
+    for text in texts:
+      hashes, sizes = _passages(text, self.window, separator_id)
+      kept = _has_zero_bits(hashes, self.num_bits)
+      places = np.searchsorted(self.hashes[:-1], hashes[kept])
+      is_found = self.hashes[places] == hashes[kept]
+      num_found += sizes[kept][is_found].sum()
+      num += sizes[kept].sum()
+    return min(float(num_found / num / self.coverage), 1.0) if num else None
+
+
+def remember(
+  workdir: str, packed: PackedData, init_from: str = ''
+) -> float | None:
+  """Writes what a run is trained on into its workdir, unless it is there.
+
+  `init_from` is the workdir whose weights training starts from, if any. Returns
+  the share of the validation text that is in the training text.
+  """
+  path = pathlib.Path(workdir) / workdirs.TRAINED_ON
+  if not path.exists():
+    record = make_record(packed, load(init_from) if init_from else None)
+    partial = path.with_name(f'.{path.name}.tmp')
+    with open(partial, 'wb') as file:
+      np.savez(file, **dataclasses.asdict(record))
+    partial.replace(path)
+  share = load(workdir).share(packed)
+  if share is not None and share >= 0.0005:
+    _log.log(
+      logging.WARNING if share > 0.1 else logging.INFO,
+      '%.1f%% of the held-out text is also in the training text, word for word',
+      100 * share,
+    )
+  return share
+
+
+def load(workdir: str) -> Record:
+  """Returns what the run in a workdir was trained on, as far as it is known.
+
+  Raises:
+    InputError: the file is damaged.
+  """
+  path = pathlib.Path(workdir) / workdirs.TRAINED_ON
+  if not path.exists():
+    reason = f'{workdir} does not hold a record of it, {path.name}'
+    return Record(0, 0, 1.0, np.zeros([0], np.uint64), reason)
+  try:
+    with np.load(path) as saved:
+      values: Any = {name: saved[name] for name in saved.files}
+      hashes = values.pop('hashes')
+      return Record(hashes=hashes, **{k: v.item() for k, v in values.items()})
+  # NumPy raises errors of many classes for a damaged file.
+  except Exception as error:
+    raise InputError(
+      f'{path}, the record of the training text, is damaged ({error}); without '
+      'the file it is unknown what was trained on'
+    ) from error
+
+
+def make_record(packed: PackedData, earlier: Record | None = None) -> Record:
+  """Returns the record of a dataset's training text.
+
+  It includes `earlier`, that of the run whose weights training starts from.
+  """
+  counts = packed.metadata['train']
+  per_token = max(counts['num_bytes'] / counts['num_tokens'], 1)
+  window = min(max(round(PASSAGE_BYTES / per_token), 2), packed.length)
+  num_bits, coverage, unknown = 0, 1.0, ''
+  hashes = np.zeros([0], np.uint64)
+  if earlier:
+    unknown = earlier.unknown
+    if earlier.window > packed.length:
+      unknown = 'passages of an earlier run are longer than data.length'
+    elif earlier.hashes.size:
+      window, num_bits = earlier.window, earlier.num_bits
+      hashes, coverage = earlier.hashes, earlier.coverage
+  blocks, share = _blocks(packed.train, packed.length)
+  for block in blocks:
+    more, _ = _passages(block, window, packed.tokenizer.separator_id)
+    hashes = np.append(hashes, more[_has_zero_bits(more, num_bits)])
+    if hashes.size > 2 * MAX_HASHES:
+      hashes, num_bits = _smallest(hashes, num_bits)
+  hashes, num_bits = _smallest(hashes, num_bits)
+  return Record(window, num_bits, min(share, coverage), hashes, unknown)
+
+
+def _smallest(hashes: np.ndarray, num_bits: int) -> tuple[np.ndarray, int]:
+  """Returns at most MAX_HASHES of them, and their leading zero bits."""
+  hashes = np.unique(hashes)
+  while hashes.size > MAX_HASHES:
+    num_bits += 1
+    hashes = hashes[_has_zero_bits(hashes, num_bits)]
+  return hashes, num_bits
+
+
+def _blocks(rows: Any, length: int) -> tuple[Iterator[np.ndarray], float]:
+  """Returns blocks of the text, each with the next row, and their share."""
+  size = max(_BLOCK_TOKENS // length, 1)
+  num = -(-len(rows) // size)
+  num_read = min(num, max(_MAX_ROWS // size, 1))
+  starts = [i * num // num_read * size for i in range(num_read)]
+  blocks = (
+    np.concatenate(
+      [
+        rows[i]['tokens']
+        for i in range(start, min(start + size + 1, len(rows)))
+      ]
+    )
+    for start in starts
+  )
+  return blocks, num_read / num if num else 1.0
+
+
+def _has_zero_bits(hashes: np.ndarray, num_bits: int) -> np.ndarray:
+  return hashes >> np.uint64(63 - num_bits) >> np.uint64(1) == 0
+
+
+def _passages(
+  tokens: np.ndarray, window: int, separator_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the hashes of all passages in ids [n], and their sizes in tokens.
+
+  A passage does not continue after a separator. What begins before the tokens
+  or ends after them counts if it is as long as a window.
+  """
+  n = tokens.size
+  powers = np.cumprod(np.full(n, _BASE, np.uint64))
+  inverse = np.cumprod(np.full(n, pow(_BASE, -1, 1 << 64), np.uint64))
+  # sums[j] - sums[i] is the polynomial of tokens i to j - 1, times a power.
+  values = _mix(tokens.astype(np.uint64) + np.uint64(1))
+  sums = np.append(np.uint64(0), np.cumsum(values * powers))
+  is_separator = tokens == separator_id
+  counts = np.append(0, np.cumsum(is_separator))
+  starts = np.arange(max(n - window + 1, 0))
+  starts = starts[counts[starts + window - 1] == counts[starts]]
+  stops, sizes = starts + window, np.ones(len(starts), np.int64)
+  # Documents shorter than a window, with their separators.
+  ends = np.flatnonzero(is_separator) + 1
+  is_short = (np.diff(ends) < window) & (np.diff(ends) > 1)
+  starts = np.append(starts, ends[:-1][is_short])
+  stops = np.append(stops, ends[1:][is_short])
+  sizes = np.append(sizes, np.diff(ends)[is_short])
+  return _mix((sums[stops] - sums[starts]) * inverse[starts]), sizes
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+  """Mixes the bits of uint64 numbers, one to one."""
+  x = (x ^ x >> np.uint64(30)) * np.uint64(_MIX)
+  return x ^ x >> np.uint64(31)

@@ -1,0 +1,113 @@
+"""Tests of nanodlm.data.overlap: how much of a text is in another."""
+
+import itertools
+from unittest import mock
+
+from absl.testing import absltest
+import numpy as np
+
+from nanodlm.data import overlap
+from nanodlm.data.tokenizers.bytes import BytesTokenizer
+from nanodlm.types import InputError
+from tests.data import cases
+
+SEPARATOR = 256
+
+
+class Packed:
+  """The attributes of PackedData that are read, for ids in memory."""
+
+  weights = (1.0,)
+  tokenizer = BytesTokenizer.make('bytes', '')
+
+  def __init__(self, train, validation=(), length=64):
+    self.length = length
+    cut = lambda ids: [
+      {'tokens': ids[i : i + length]}
+      for i in range(0, len(ids) - length + 1, length)
+    ]
+    self.train, self.validation = cut(train), cut(validation)
+    counts = {'num_bytes': len(train), 'num_tokens': len(train)}
+    self.metadata = {'train': counts}
+
+
+class OverlapTest(cases.DataTest):
+  def setUp(self):
+    super().setUp()
+    self.rng = np.random.default_rng(0)
+    self.text = self.draw(40_000)
+
+  def draw(self, size):
+    return self.rng.integers(0, 256, size)
+
+  def share(self, train, validation, **kwargs):
+    packed = Packed(train, validation, **kwargs)
+    return overlap.make_record(packed).share(packed)
+
+  def test_a_part_of_one_text(self):
+    other = self.draw(8000)
+    self.assertEqual(self.share(self.text, other), 0)
+    # From any place on, whatever the length of a row.
+    for length in (16, 64, 256):
+      found = self.text[1001:9001]
+      self.assertEqual(self.share(self.text, found, length=length), 1)
+      half = np.concatenate([other[: 20 * 256], self.text[: 20 * 256]])
+      share = self.share(self.text, half, length=length)
+      self.assertAlmostEqual(share, 0.5, delta=0.01)
+    # Passages are longer than a few words.
+    words = [self.text[i : i + 30] for i in self.rng.integers(0, 39_000, 300)]
+    self.assertEqual(self.share(self.text, np.concatenate(words)), 0)
+
+  def test_documents_in_another_order(self):
+    draw = lambda: np.append(self.draw(self.rng.integers(5, 150)), SEPARATOR)
+    documents, others = ([draw() for _ in range(n)] for n in (500, 100))
+    chosen = [documents[i] for i in self.rng.permutation(500)[:100]]
+    train = np.concatenate(documents)
+    share = lambda texts: self.share(train, np.concatenate(texts))
+    self.assertEqual(share(others), 0)
+    self.assertGreater(share(chosen), 0.9)
+    both = [*itertools.chain(*zip(chosen, others))]
+    sizes = [sum(map(len, texts)) for texts in (chosen, both)]
+    self.assertAlmostEqual(share(both), sizes[0] / sizes[1], delta=0.1)
+
+  def test_few_hashes_and_few_rows_give_an_estimate(self):
+    half = np.concatenate([self.text[:20_000], self.draw(20_000)])
+    packed = Packed(self.text, half, length=32)
+    with (
+      mock.patch.object(overlap, 'MAX_HASHES', 5000),
+      mock.patch.object(overlap, '_MAX_ROWS', 625),
+      mock.patch.object(overlap, '_BLOCK_TOKENS', 512),
+    ):
+      record = overlap.make_record(packed)
+    self.assertAlmostEqual(record.coverage, 0.5, delta=0.02)
+    self.assertBetween(len(record.hashes), 1, 5000)
+    self.assertGreater(record.num_bits, 0)
+    self.assertAlmostEqual(record.share(packed), 0.5, delta=0.1)
+    short = Packed(self.text, self.text[:32], length=32)
+    self.assertIn(record.share(short), (None, 0, 1))
+
+  def test_what_is_remembered_of_earlier_runs(self):
+    first, second = self.draw(5000), self.draw(5000)
+    folders = [str(self.folder), f'{self.folder}/b', f'{self.folder}/c']
+    for path in folders[1:]:
+      (self.folder / path).mkdir()
+    self.assertEqual(overlap.remember(folders[0], Packed(first)), None)
+    overlap.remember(folders[1], Packed(second), folders[0])
+    overlap.remember(folders[2], Packed(second), f'{self.folder}/gone')
+    # It is written once.
+    overlap.remember(folders[0], Packed(second))
+    for folder, share in zip(folders, (1, 1, 0)):
+      record = overlap.load(folder)
+      self.assertEqual(record.share(Packed(first, first)), share)
+      self.assertEqual(bool(record.unknown), folder == folders[2])
+      self.assertEqual('gone' in record.unknown, folder == folders[2])
+    unknown = overlap.load(f'{self.folder}/gone')
+    self.assertIsNone(unknown.share(Packed(first, first)))
+    path = self.folder / 'trained_on.npz'
+    path.write_bytes(path.read_bytes()[:100])
+    with self.assertRaisesRegex(InputError, 'trained_on.npz'):
+      overlap.load(folders[0])
+
+
+if __name__ == '__main__':
+  absltest.main()
