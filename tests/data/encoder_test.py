@@ -233,10 +233,43 @@ class PartsTest(DataTest):
       cut = self.prepare(f'text:{path}')
     self.assertGreater(len(parts), 5)
     ends = [len(''.join(d.open()).encode()) for d in documents]
-    self.assertLessEqual(max(ends), 5100)
+    self.assertLessEqual(max(ends), 5700)
     whole = self.prepare(f'text:{path}', data_dir=str(self.folder / 'whole'))
     self.assertEqual(files_of(cut.folders[0]), files_of(whole.folders[0]))
     self.assertEqual(cut.metadata['train']['num_documents'], 1)
+
+  @parameterized.parameters(
+    ('道可道，非常道。\n', '\n'),
+    ('Слово за словом\n', '\n'),
+    ('- a point\n', '\n'),
+    ('"Yes," he said.\r\n', '\r\n'),
+    ('A paragraph.\r\n\r\n', '\r\n'),
+    ('　　一段。\n\n', '\n'),
+    ('  indented\n', '\n'),
+    ('an old Mac\r', '\r'),
+    ('one long line ', ''),
+    ('无空格', ''),
+  )
+  def test_a_text_is_cut_at_any_line_break(self, line, end):
+    text = line * (20_000 // len(line.encode()))
+    (self.folder / 'a.txt').write_bytes(text.encode())
+    with (
+      mock.patch.object(base, 'PART_BYTES', 2000),
+      mock.patch.object(base, 'PIECE_CHARS', 500),
+    ):
+      source = sources.make_source(f'text:{self.folder}/a.txt')
+      documents = list(base.documents(source, 'train'))
+      parts = [''.join(document.open()) for document in documents]
+      packed = self.prepare()
+    self.assertBetween(len(parts), 8, 10)
+    self.assertEqual(''.join(parts), text)
+    for part, following in itertools.pairwise(parts):
+      self.assertEndsWith(part, end)
+      self.assertNotStartsWith(following, '\n')
+      if line == 'one long line ':
+        self.assertStartsWith(following, ' ')
+    whole = self.prepare(data_dir=str(self.folder / 'whole'))
+    self.assertEqual(files_of(packed.folders[0]), files_of(whole.folders[0]))
 
   def test_parts_of_files_and_lines_are_all_of_them_in_order(self):
     for i in range(20):
