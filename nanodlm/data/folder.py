@@ -18,6 +18,7 @@ import time
 
 import filelock
 
+from nanodlm.data.sources.base import reason
 from nanodlm.types import InputError
 
 _INCOMPLETE = '.incomplete-'
@@ -77,7 +78,7 @@ def build(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
       if is_ready:
         raise
       raise InputError(
-        f'data.data_dir={str(root)!r} cannot be written ({error.strerror}); '
+        f'data.data_dir={str(root)!r} cannot be written ({reason(error)}); '
         'give another folder, or set NANODLM_DATA_DIR'
       ) from error
 

@@ -60,7 +60,7 @@ from nanodlm.data import encoder, pack, sources, split, tokenizers
 from nanodlm.data import folder as folders
 from nanodlm.data import packed as packed_data
 from nanodlm.data.config import DataConfig, TokenizerConfig
-from nanodlm.data.packed import PackedData, SPLITS
+from nanodlm.data.packed import PackedData
 from nanodlm.data.sources import base
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.types import InputError
@@ -234,17 +234,18 @@ def _write_manifest(
   for name in libraries.split():
     with contextlib.suppress(packages.PackageNotFoundError):
       versions[name] = packages.version(name)
-  # Everything that was read, including separators and dropped tokens.
+  # Everything that was read, including separators and what is dropped. A
+  # document that is cut between the splits is one document.
   totals = {
-    key: sum(int(table[key].sum()) for table in tables)
-    for key in ('num_tokens', 'num_bytes')
+    key: sum(int(table[column].sum()) for table in tables)
+    for key, column in (
+      ('num_documents', 'num_ends'),
+      ('num_tokens', 'num_tokens'),
+      ('num_bytes', 'num_bytes'),
+    )
   }
-  manifest = {
-    **metadata,
-    'num_documents': sum(metadata[name]['num_documents'] for name in SPLITS),
-    **totals,
-    'versions': versions,
-  }
+  totals['num_documents'] = max(totals['num_documents'], 1)
+  manifest = {**metadata, **totals, 'versions': versions}
   (work / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
 
 

@@ -113,11 +113,37 @@ class EnginesTest(DataTest):
     again = self.prepare(source)
     self.assertEqual(files_of(again.folders[0]), files_of(plain.folders[0]))
 
+  def manifests(self, packed):
+    return [
+      json.loads(pathlib.Path(folder, 'manifest.json').read_text())
+      for folder in packed.folders
+    ]
+
+  @parameterized.parameters(
+    dict(eval_fraction=0.1),
+    dict(eval_fraction=0, eval_tokens=300),
+    dict(eval_fraction=0, eval_tokens=300, test_tokens=300),
+  )
+  def test_a_document_is_counted_once(self, **held_out):
+    for name in 'ab':
+      self.write(f'{name}.txt', f'one document, {name}.\n' * 200)
+    self.write_tokens([[5] * 23 + [256]] * 150)  # 256 ends each of the rows.
+    rows = f'tokens:{self.folder}/a.parquet'
+    mixture = f'mix:1*text:{self.folder}/a.txt+1*text:{self.folder}/b.txt'
+    with mock.patch.object(base, 'PART_BYTES', 1000):
+      (manifest,) = self.manifests(self.prepare(rows, **held_out))
+      self.assertEqual(manifest['num_documents'], 150)
+      packed = self.prepare(mixture, **held_out)
+    for manifest in self.manifests(packed):
+      self.assertEqual(manifest['num_documents'], 1)
+      for split in SPLITS:
+        self.assertEqual(manifest[split]['num_documents'], 1)
+    for split in SPLITS:
+      self.assertEqual(packed.metadata[split]['num_documents'], 2)
+
   def test_manifest(self):
     packed = self.prepare(self.write_jsonl())
-    manifest = json.loads(
-      pathlib.Path(packed.folders[0], 'manifest.json').read_text()
-    )
+    (manifest,) = self.manifests(packed)
     texts = [json.loads(line)['text'] for line in open(self.folder / 'a.jsonl')]
     size = sum(map(len, texts))
     self.assertEqual(manifest['num_documents'], 300)

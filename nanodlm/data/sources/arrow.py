@@ -107,7 +107,9 @@ class ParquetSource(ArrowSource, files.FileSource):
       with pq.ParquetFile(path) as file:
         yield file
     except (pa.ArrowException, OSError) as error:
-      raise self.error(f'{path} cannot be read as Parquet: {error}') from error
+      raise self.error(
+        f'{path} cannot be read as Parquet: {base.reason(error)}'
+      ) from error
 
 
 @dataclasses.dataclass(frozen=True)

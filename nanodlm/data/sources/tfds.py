@@ -105,7 +105,9 @@ class TfdsSource(base.SplitSource):
       with quiet_tfds():
         self.builder.download_and_prepare(file_format='array_record')
     except (ImportError, OSError, RuntimeError) as error:
-      raise self.error(f'TFDS could not prepare {name}: {error}') from error
+      raise self.error(
+        f'TFDS could not prepare {name}: {base.reason(error)}'
+      ) from error
 
 
 def _is_prepared(builder: Any) -> bool:
