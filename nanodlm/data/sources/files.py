@@ -236,7 +236,9 @@ def _matches(pattern: str) -> list[str]:
   As in `glob`, '**' stands for folders at any depth, but each is entered once.
   """
   names = os.path.expanduser(pattern).split('/')
-  if '**' in names:
+  if os.path.isfile('/'.join(names)):  # Such as 'a book [1].txt'.
+    found = ['/'.join(names)]
+  elif '**' in names:
     place, seen = names.index('**'), set()
     rest = '/'.join(names[place + 1 :]) or '*'
     roots = glob.glob('/'.join([*names[:place], ''])) if place else ['']

@@ -226,6 +226,11 @@ class FilesTest(parameterized.TestCase):
     self.assertIn(repr(fields), error)
     self.assertIn(repr(sources.SOURCES[kind].forms[-1]), error)
 
+  def test_a_name_that_is_also_a_glob(self):
+    self.write('A book [1].txt', 'a')
+    source = sources.make_source(f'text:{self.folder}/A book [1].txt')
+    self.assertEqual(texts(source), ['a'])
+
   def test_links(self):
     self.write('data/a.txt', 'a')
     self.write('data/deep/b.txt', 'b')
