@@ -73,7 +73,7 @@ def append(workdir: str, name: str, *lines: dict[str, Any]):
   """Appends JSON objects, one per line, to a file of the workdir.
 
   Raises:
-    InputError: the file cannot be written; it has no part of the lines then.
+    InputError: the file cannot be written, and is left as it was.
   """
   path = pathlib.Path(workdir) / name
   data = ''.join(json.dumps(line) + '\n' for line in lines).encode()

@@ -13,10 +13,11 @@ Between them the documents to hold out are chosen. Nothing needs TensorFlow.
 
 encodes with 16 processes and logs documents, tokens, tokens/s and progress. Any
 number of them leaves the same files. If it is interrupted and run again it
-keeps the parts that are finished (16 MB of a file, a row group of Parquet, 4096
-rows of a dataset; a compressed file is one part). manifest.json in the prepared
-folder has the number of documents, tokens and bytes, the fingerprint of the
-tokenizer, the source and the versions of packages.
+keeps the parts that are finished: 16 MB of JSONL or of a single text, cut at a
+line break; a row group of Parquet; 4096 rows of a dataset. Compressed files and
+each of several texts are not cut, and small texts share a part. manifest.json
+in the prepared folder has the number of documents, tokens and bytes, the
+fingerprint of the tokenizer, the source and the versions of packages.
 
 On a cluster that Apache Beam supports (pip install -e '.[beam]') add
 --prepare_engine=beam, --config.data.data_dir=/shared/data and --beam_options:
