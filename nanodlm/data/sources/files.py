@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import lzma
 import os
 import pathlib
@@ -21,6 +22,7 @@ import zlib
 from nanodlm.data.sources import base
 from nanodlm.types import InputError
 
+_log = logging.getLogger('nanodlm')
 # Files are fingerprinted by content up to this many bytes in all (read in less
 # than a second), and by path, size and times beyond it.
 _MAX_HASHED_BYTES = 256 << 20
@@ -274,12 +276,15 @@ def _folders(root: str, seen: set[str]) -> Iterator[str]:
       continue
     seen.add(real)
     yield folder
-    with contextlib.suppress(OSError):  # As in `glob`, a folder may be closed.
-      for name in sorted(os.listdir(folder or '.')):
-        path = os.path.join(folder, name)
-        if os.path.isdir(path) and not name.startswith('.'):
-          is_link = os.path.islink(path)
-          (waiting.append if is_link else waiting.appendleft)(path)
+    try:
+      names = sorted(os.listdir(folder or '.'))
+    except OSError as error:
+      _log.warning('%s is left out: %s', folder, base.reason(error))
+      continue
+    for path in (os.path.join(folder, n) for n in names if n[0] != '.'):
+      if os.path.isdir(path):
+        is_link = os.path.islink(path)
+        (waiting.append if is_link else waiting.appendleft)(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import functools
 import gzip
 import importlib.util
 import json
+import logging
 import lzma
 import os
 import random
@@ -254,6 +255,12 @@ class FilesTest(parameterized.TestCase):
     for glob in ('data/*/b.txt', 'data/**/deep/*.txt', '*/again/b.txt'):
       source = sources.make_source(f'text:{self.folder}/{glob}')
       self.assertEqual(texts(source), ['b'])
+    with (
+      mock.patch.object(os, 'listdir', side_effect=PermissionError(13, 'shut')),
+      self.assertLogs('nanodlm', logging.WARNING) as logs,
+    ):
+      source = sources.make_source(f'text:{self.folder}/data/**/*.txt')
+    self.assertIn(f'{self.folder}/data/ is left out: shut', logs.output[0])
     with contextlib.chdir(f'{self.folder}/data'):
       source = sources.make_source('text:**/*.txt')
       self.assertEqual(source.paths, ('a.txt', 'deep/b.txt', 'linked/c.txt'))
