@@ -82,11 +82,11 @@ class FileSource(base.Source):
     paths = tuple(path for path in found if os.path.isfile(path))
     source = cls(spec, paths, fields)
     if not any(map(os.path.getsize, paths)):
-      found = f'{len(paths)} file(s), all of them empty' if paths else 'no file'
+      what = f'{len(paths)} file(s), all of them empty' if paths else 'no file'
       is_folder = os.path.isdir(os.path.expanduser(name))
       hint = f'; all files of this folder are {spec.rstrip("/")}/**/*'
       raise source.error(
-        f'it matches {found}; give a glob that matches text files, an absolute '
+        f'it matches {what}; give a glob that matches text files, an absolute '
         f'one or one relative to {os.getcwd()}{hint if is_folder else ""}'
       )
     if len(fields) != len(cls.default_fields) or '' in fields:
@@ -222,10 +222,11 @@ class _Streams(io.RawIOBase):
             break
           stream = make_stream()
         try:
-          yield stream.decompress(block)
+          data = stream.decompress(block)
         # Each library has errors of its own.
         except Exception as error:
           raise OSError(f'it is damaged ({base.reason(error)})') from error
+        yield data
         is_complete = stream.eof
         block = stream.unused_data if is_complete else b''
     if not is_complete:
@@ -244,7 +245,7 @@ def _matches(pattern: str) -> list[str]:
     place, seen = names.index('**'), set()
     rest = '/'.join(names[place + 1 :]) or '*'
     roots = glob.glob('/'.join([*names[:place], ''])) if place else ['']
-    folders = (folder for root in roots for folder in _folders(root, seen))
+    folders = (path for root in sorted(roots) for path in _folders(root, seen))
     globs = (os.path.join(glob.escape(folder), rest) for folder in folders)
     found = [path for pattern in globs for path in _matches(pattern)]
   else:
@@ -266,9 +267,8 @@ def _matches(pattern: str) -> list[str]:
 def _folders(root: str, seen: set[str]) -> Iterator[str]:
   """Yields a folder and those in it that are not `seen`, links last.
 
-  A link to a folder around `root` is a loop, and is not followed.
+  A link to a folder around it is a loop, and is not followed.
   """
-  seen.update(map(str, pathlib.Path(os.path.realpath(root)).parents))
   waiting = collections.deque([root])
   while waiting:
     folder = waiting.popleft()
@@ -282,9 +282,12 @@ def _folders(root: str, seen: set[str]) -> Iterator[str]:
       _log.warning('%s is left out: %s', folder, base.reason(error))
       continue
     for path in (os.path.join(folder, n) for n in names if n[0] != '.'):
-      if os.path.isdir(path):
-        is_link = os.path.islink(path)
-        (waiting.append if is_link else waiting.appendleft)(path)
+      if os.path.isdir(path) and not os.path.islink(path):
+        waiting.appendleft(path)
+      elif os.path.isdir(path):
+        target = os.path.join(os.path.realpath(path), '')
+        if not os.path.join(real, '').startswith(target):
+          waiting.append(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -264,6 +264,14 @@ class FilesTest(parameterized.TestCase):
     with contextlib.chdir(f'{self.folder}/data'):
       source = sources.make_source('text:**/*.txt')
       self.assertEqual(source.paths, ('a.txt', 'deep/b.txt', 'linked/c.txt'))
+    self.write('around/e.txt', 'e')
+    self.write('around/in/f.txt', 'f')
+    self.write('around/in/g.txt', 'g')
+    os.makedirs(f'{self.folder}/links')
+    for name, target in (('1', 'around/in'), ('2', 'around')):
+      os.symlink(f'../{target}', f'{self.folder}/links/{name}')
+    source = sources.make_source(f'text:{self.folder}/links/*/**/*.txt')
+    self.assertEqual(texts(source), ['f', 'g', 'e'])
     link('gone', 'lost.txt')
     error = self.read_error(f'text:{self.folder}/**/*.txt')
     self.assertRegex(error, r'data/lost\.txt is a link to .*data/gone')
