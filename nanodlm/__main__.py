@@ -23,6 +23,7 @@ import jax
 from ml_collections import config_flags
 
 from nanodlm import config as configs
+from nanodlm import workdir as workdirs
 from nanodlm.devices import multihost
 from nanodlm.types import InputError
 
@@ -203,6 +204,10 @@ def main(argv: list[str]) -> int:
     multihost.leave(1)
   except BrokenPipeError:  # `| head` has seen enough.
     _leave_closed_pipe()
+  except OSError as error:
+    if error.errno not in workdirs.FULL:
+      raise
+    print(f'error: the disk is full: {error}', file=sys.stderr)
   except KeyboardInterrupt:  # Before training handles signals.
     print('interrupted', file=sys.stderr)
     return 130

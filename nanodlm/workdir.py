@@ -11,6 +11,7 @@ events.out.*      TensorBoard
 .lock             held while a training run writes here
 """
 
+import errno
 import json
 import os
 import pathlib
@@ -27,17 +28,25 @@ TRAINED_ON = 'trained_on.npz'
 TOKENIZER = 'tokenizer.json'
 TOKENIZER_MODEL = 'tokenizer.model'
 LOCK = '.lock'
+# Errors of a disk without space.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def check_writable(workdir: str):
-  """Raises InputError if the workdir is not a folder one can write to."""
-  path = pathlib.Path(workdir)
-  existing = next(
-    parent for parent in (path, *path.absolute().parents) if parent.exists()
-  )
-  if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+def check_writable(folder: str, name: str = '--workdir'):
+  """Raises InputError unless `folder` can be written to, or made.
+
+  `name` is the flag or key that names it.
+  """
+  path = pathlib.Path(folder).absolute()
+  found = next(p for p in (path, *path.parents) if os.path.lexists(p))
+  reason = ''
+  if not os.path.exists(found):
+    reason = f'a link to {os.path.realpath(found)}, which does not exist'
+  elif not os.path.isdir(found) or not os.access(found, os.W_OK | os.X_OK):
+    reason = 'not a writable folder'
+  if reason:
     raise InputError(
-      f'--workdir={workdir!r} cannot be written: {existing} is not a writable '
+      f'{name}={folder!r} cannot be written: {found} is {reason}; give another '
       'folder'
     )
 
@@ -63,9 +72,22 @@ def write(path: pathlib.Path, text: str):
 
 
 def append(workdir: str, name: str, *lines: dict[str, Any]):
-  """Appends JSON objects, one per line, to a file of the workdir."""
-  with open(pathlib.Path(workdir) / name, 'a', encoding='utf-8') as file:
-    file.writelines(json.dumps(line) + '\n' for line in lines)
+  """Appends JSON objects, one per line, to a file of the workdir.
+
+  Raises:
+    InputError: the file cannot be written, and is left as it was.
+  """
+  path = pathlib.Path(workdir) / name
+  data = ''.join(json.dumps(line) + '\n' for line in lines).encode()
+  try:
+    with open(path, 'ab', buffering=0) as file:
+      size = file.tell()
+      # A disk may have space for a part of it.
+      if file.write(data) < len(data):
+        file.truncate(size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  except OSError as error:
+    raise InputError(f'{path} cannot be written: {error.strerror}') from error
 
 
 def has_tokenizer(workdir: str) -> bool:

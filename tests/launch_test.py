@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from nanodlm.training import checkpoint
+from tests import launches
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=configs/tiny.py'
@@ -461,6 +462,23 @@ def test_misused_modes(finished, tmp_path):
     assert status == 2, output
     assert words in output
     assert 'Traceback' not in output
+
+
+FULL = """
+from nanodlm.data import prepare
+def main(start):
+  raise OSError(28, 'No space left on device', 'a file')
+prepare.main = main
+"""
+
+
+def test_a_full_disk_is_one_line():
+  args = '--mode=prepare', '--config=configs/tiny.py'
+  output = launches.start(*args, before=FULL).communicate()[0]
+  assert output.endswith(
+    "disk is full: [Errno 28] No space left on device: 'a file'\n"
+  )
+  assert 'Traceback' not in output
 
 
 CACHES = """

@@ -28,7 +28,7 @@ MAY_IMPORT = {
   'lm': (*GROUND, *PARTS, 'config', 'prompts', 'run', 'show.watch'),
   **dict.fromkeys(STORIES, (*CORE, 'show.watch')),
   # The command line finds the module of a mode by its name.
-  '__main__': ('types', 'devices', 'config'),
+  '__main__': ('types', 'workdir', 'devices', 'config'),
   # The wings: none imports another, except that pages and views are shared.
   'evals': CORE,
   'interop': CORE,

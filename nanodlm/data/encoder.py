@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from nanodlm.data.folder import Interrupted
-from nanodlm.data.sources.base import Part, Source
+from nanodlm.data.sources.base import Part, reason, Source
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.types import InputError
 
@@ -41,6 +41,8 @@ PROGRESS_SECS = 3.0
 # size of its text in UTF-8, `num_lost_bytes` the part of it that decoding does
 # not give back, `num_tokens` includes the separator at its end, and
 # `prompt_length` counts the ids of its first piece, the prompt of a pair.
+# `num_ends` is 0 if the document continues in another row; the rows of token
+# ids in a part are one row, in which several documents may end.
 DOCUMENT = np.dtype(
   [
     ('hash', np.uint64),
@@ -48,6 +50,7 @@ DOCUMENT = np.dtype(
     ('num_lost_bytes', np.int64),
     ('num_tokens', np.int64),
     ('prompt_length', np.int64),
+    ('num_ends', np.int64),
   ]
 )
 
@@ -239,7 +242,8 @@ def _write_documents(job: Job, task: Task, file: Any) -> Iterator[int]:
           file.write(job.records(separator, rest).tobytes())
           num_tokens += 1
         yield int.from_bytes(digest.digest(), 'little')
-        yield from (num_bytes, num_lost, num_tokens, prompt_length)
+        num_ends = int(is_end and task.stop is None)
+        yield from (num_bytes, num_lost, num_tokens, prompt_length, num_ends)
         digest = None
 
 
@@ -279,7 +283,7 @@ def _batches(job: Job, task: Task) -> Iterator[list[tuple[str, bool, bool]]]:
 
 def _write_ids(job: Job, task: Task, file: Any) -> Iterator[int]:
   """Writes rows of ids unchanged, if the tokenizer has all of them."""
-  num_bytes = num_tokens = 0
+  num_bytes = num_tokens = num_ends = 0
   num_ids = job.tokenizer.mask_id
   for rows in job.source.read(task.part):
     bad = np.flatnonzero((rows.ids < 0) | (rows.ids >= num_ids))
@@ -293,7 +297,8 @@ def _write_ids(job: Job, task: Task, file: Any) -> Iterator[int]:
     file.write(job.records(rows.ids, sizes).tobytes())
     num_tokens += rows.ids.size
     num_bytes += int(sizes.sum())
-  yield from (0, num_bytes, 0, num_tokens, 0)
+    num_ends += int((rows.ids == job.tokenizer.separator_id).sum())
+  yield from (0, num_bytes, 0, num_tokens, 0, num_ends)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,7 +383,7 @@ class Beam(Engine):
     except Exception as error:
       raise InputError(
         f'--prepare_engine=beam with --beam_options={list(self.options)}: '
-        f"{error}. Beam itself is installed by pip install -e '.[beam]'"
+        f"{reason(error)}. Beam itself is installed by pip install -e '.[beam]'"
       ) from error
 
   def _make_pipeline(self) -> Any:

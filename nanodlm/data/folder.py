@@ -18,12 +18,13 @@ import time
 
 import filelock
 
+from nanodlm import workdir as workdirs
+from nanodlm.data.sources.base import reason
 from nanodlm.types import InputError
 
 _INCOMPLETE = '.incomplete-'
 # Work in progress that nothing has touched for this long was abandoned.
 _STALE_SECS = 7 * 24 * 3600
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 # How file systems say that they have no locks.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -52,6 +53,7 @@ def build(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
     InputError: data_dir cannot be written, or its disk is full.
   """
   root, is_ready = path.parent, False
+  workdirs.check_writable(str(root), 'data.data_dir')
   work = root / f'{path.name}{_INCOMPLETE}{socket.gethostname()}'
   with contextlib.ExitStack() as stack:
     try:
@@ -71,13 +73,13 @@ def build(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
       shutil.rmtree(work, ignore_errors=True)
       raise
     except OSError as error:
-      if error.errno in _FULL:
+      if error.errno in workdirs.FULL:
         shutil.rmtree(work, ignore_errors=True)
         raise disk_full(root) from error
       if is_ready:
         raise
       raise InputError(
-        f'data.data_dir={str(root)!r} cannot be written ({error.strerror}); '
+        f'data.data_dir={str(root)!r} cannot be written ({reason(error)}); '
         'give another folder, or set NANODLM_DATA_DIR'
       ) from error
 

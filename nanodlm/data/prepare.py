@@ -13,10 +13,11 @@ Between them the documents to hold out are chosen. Nothing needs TensorFlow.
 
 encodes with 16 processes and logs documents, tokens, tokens/s and progress. Any
 number of them leaves the same files. If it is interrupted and run again it
-keeps the parts that are finished (16 MB of a file, a row group of Parquet, 4096
-rows of a dataset; a compressed file is one part). manifest.json in the prepared
-folder has the number of documents, tokens and bytes, the fingerprint of the
-tokenizer, the source and the versions of packages.
+keeps the parts that are finished: 16 MB of JSONL or of a single text, cut at a
+line break; a row group of Parquet; 4096 rows of a dataset. Compressed files and
+each of several texts are not cut, and small texts share a part. manifest.json
+in the prepared folder has the number of documents, tokens and bytes, the
+fingerprint of the tokenizer, the source and the versions of packages.
 
 On a cluster that Apache Beam supports (pip install -e '.[beam]') add
 --prepare_engine=beam, --config.data.data_dir=/shared/data and --beam_options:
@@ -60,7 +61,7 @@ from nanodlm.data import encoder, pack, sources, split, tokenizers
 from nanodlm.data import folder as folders
 from nanodlm.data import packed as packed_data
 from nanodlm.data.config import DataConfig, TokenizerConfig
-from nanodlm.data.packed import PackedData, SPLITS
+from nanodlm.data.packed import PackedData
 from nanodlm.data.sources import base
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.types import InputError
@@ -330,11 +331,18 @@ def _build(
 
 
 def _totals(tables: Sequence[np.ndarray]) -> dict[str, int]:
-  """Counts all that was read, including separators and dropped tokens."""
-  return {
-    key: sum(int(table[key].sum()) for table in tables)
-    for key in ('num_tokens', 'num_bytes', 'num_lost_bytes')
+  """Counts all that was read, including separators and what is dropped."""
+  # A document that is cut between the splits is one document.
+  totals = {
+    key: sum(int(table[column].sum()) for table in tables)
+    for key, column in (
+      ('num_documents', 'num_ends'),
+      ('num_tokens', 'num_tokens'),
+      ('num_bytes', 'num_bytes'),
+      ('num_lost_bytes', 'num_lost_bytes'),
+    )
   }
+  return {**totals, 'num_documents': max(totals['num_documents'], 1)}
 
 
 def _write_manifest(
@@ -348,14 +356,7 @@ def _write_manifest(
   for name in libraries.split():
     with contextlib.suppress(packages.PackageNotFoundError):
       versions[name] = packages.version(name)
-  manifest = {
-    **metadata,
-    'num_documents': sum(
-      metadata[name]['num_documents'] for name in SPLITS if name in metadata
-    ),
-    **_totals(tables),
-    'versions': versions,
-  }
+  manifest = {**metadata, **_totals(tables), 'versions': versions}
   (work / 'manifest.json').write_text(json.dumps(manifest, indent=2) + '\n')
 
 

@@ -25,6 +25,7 @@ from nanodlm import config as configs
 from nanodlm import evaluate
 from nanodlm import lm as lms
 from nanodlm import run as runs
+from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
 from nanodlm.evals import judge as judges
 from nanodlm.lm import LanguageModel
@@ -383,6 +384,7 @@ def main(start: Start) -> int:
   for name in ('workdirs', 'output'):
     if not options[name].value:
       raise InputError(f'--{name} is needed; see --help')
+  workdirs.check_writable(options.output, '--output')
   output = pathlib.Path(options.output)
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise InputError(

@@ -223,6 +223,7 @@ def new_folder(target: str, flag: str) -> Iterator[pathlib.Path]:
 
   Its parent is for temporary files. `flag` is the flag that names `target`.
   """
+  workdirs.check_writable(target, flag)
   path = pathlib.Path(target).absolute()
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise InputError(

@@ -113,11 +113,37 @@ class EnginesTest(DataTest):
     again = self.prepare(source)
     self.assertEqual(files_of(again.folders[0]), files_of(plain.folders[0]))
 
+  def manifests(self, packed):
+    return [
+      json.loads(pathlib.Path(folder, 'manifest.json').read_text())
+      for folder in packed.folders
+    ]
+
+  @parameterized.parameters(
+    dict(eval_fraction=0.1),
+    dict(eval_fraction=0, eval_tokens=300),
+    dict(eval_fraction=0, eval_tokens=300, test_tokens=300),
+  )
+  def test_a_document_is_counted_once(self, **held_out):
+    for name in 'ab':
+      self.write(f'{name}.txt', f'one document, {name}.\n' * 200)
+    self.write_tokens([[5] * 23 + [256]] * 150)  # 256 ends each of the rows.
+    rows = f'tokens:{self.folder}/a.parquet'
+    mixture = f'mix:1*text:{self.folder}/a.txt+1*text:{self.folder}/b.txt'
+    with mock.patch.object(base, 'PART_BYTES', 1000):
+      (manifest,) = self.manifests(self.prepare(rows, **held_out))
+      self.assertEqual(manifest['num_documents'], 150)
+      packed = self.prepare(mixture, **held_out)
+    for manifest in self.manifests(packed):
+      self.assertEqual(manifest['num_documents'], 1)
+      for split in SPLITS:
+        self.assertEqual(manifest[split]['num_documents'], 1)
+    for split in SPLITS:
+      self.assertEqual(packed.metadata[split]['num_documents'], 2)
+
   def test_manifest(self):
     packed = self.prepare(self.write_jsonl())
-    manifest = json.loads(
-      pathlib.Path(packed.folders[0], 'manifest.json').read_text()
-    )
+    (manifest,) = self.manifests(packed)
     texts = [json.loads(line)['text'] for line in open(self.folder / 'a.jsonl')]
     size = sum(map(len, texts))
     self.assertEqual(manifest['num_documents'], 300)
@@ -233,10 +259,43 @@ class PartsTest(DataTest):
       cut = self.prepare(f'text:{path}')
     self.assertGreater(len(parts), 5)
     ends = [len(''.join(d.open()).encode()) for d in documents]
-    self.assertLessEqual(max(ends), 5100)
+    self.assertLessEqual(max(ends), 5700)
     whole = self.prepare(f'text:{path}', data_dir=str(self.folder / 'whole'))
     self.assertEqual(files_of(cut.folders[0]), files_of(whole.folders[0]))
     self.assertEqual(cut.metadata['train']['num_documents'], 1)
+
+  @parameterized.parameters(
+    ('道可道，非常道。\n', '\n'),
+    ('Слово за словом\n', '\n'),
+    ('- a point\n', '\n'),
+    ('"Yes," he said.\r\n', '\r\n'),
+    ('A paragraph.\r\n\r\n', '\r\n'),
+    ('　　一段。\n\n', '\n'),
+    ('  indented\n', '\n'),
+    ('an old Mac\r', '\r'),
+    ('one long line ', ''),
+    ('无空格', ''),
+  )
+  def test_a_text_is_cut_at_any_line_break(self, line, end):
+    text = line * (20_000 // len(line.encode()))
+    (self.folder / 'a.txt').write_bytes(text.encode())
+    with (
+      mock.patch.object(base, 'PART_BYTES', 2000),
+      mock.patch.object(base, 'PIECE_CHARS', 500),
+    ):
+      source = sources.make_source(f'text:{self.folder}/a.txt')
+      documents = list(base.documents(source, 'train'))
+      parts = [''.join(document.open()) for document in documents]
+      packed = self.prepare()
+    self.assertBetween(len(parts), 8, 10)
+    self.assertEqual(''.join(parts), text)
+    for part, following in itertools.pairwise(parts):
+      self.assertEndsWith(part, end)
+      self.assertNotStartsWith(following, '\n')
+      if line == 'one long line ':
+        self.assertStartsWith(following, ' ')
+    whole = self.prepare(data_dir=str(self.folder / 'whole'))
+    self.assertEqual(files_of(packed.folders[0]), files_of(whole.folders[0]))
 
   def test_parts_of_files_and_lines_are_all_of_them_in_order(self):
     for i in range(20):

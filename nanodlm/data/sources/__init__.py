@@ -13,8 +13,11 @@
     mix:0.7*SOURCE+0.3*SOURCE   a mixture; the weights are shares of the
                                 training examples
 
-A GLOB may contain '**'. Text and JSONL files may be compressed (.gz, .bz2, .xz,
-.zst). A new kind is a subclass of `Source` and one entry in `SOURCES`.
+A GLOB may contain '**', which enters each folder once, whatever links lead to
+it; a file with several names is read once, too. A FIELD may have any name; the
+longest GLOB that matches a file is taken. Text and JSONL files may be
+compressed (.gz, .bz2, .xz, .zst), and one that ends early is an error. A new
+kind is a subclass of `Source` and one entry in `SOURCES`.
 
     embedded                  text:books/**/*.txt.gz
     jsonl:corpus/*.jsonl:body parquet:part-*.parquet:text

@@ -35,7 +35,15 @@ class ArrowSource(base.Source):
         row = first_row + column.is_null().to_pylist().index(True)
         raise self.error(f'row {row} of {name} has nothing in field {field!r}')
       if not self.is_tokens:
-        yield from map(base.document_of, column.to_pylist())
+        try:
+          texts = column.to_pylist()
+        except UnicodeDecodeError as error:
+          raise self.error(
+            f'a row of {name} from {first_row} to '
+            f'{first_row + len(column) - 1} is not UTF-8 text in field '
+            f'{field!r}: {base.reason(error)}'
+          ) from error
+        yield from map(base.document_of, texts)
         continue
       for chunk in column.chunks:
         ids = chunk.flatten()
@@ -56,7 +64,10 @@ class ArrowSource(base.Source):
   def _check_type(self, name: str, kind: Any) -> None:
     from pyarrow import types
 
-    is_right = types.is_string(kind) or types.is_large_string(kind)
+    if types.is_dictionary(kind):  # As pandas stores categories.
+      kind = kind.value_type
+    checks = types.is_string, types.is_large_string, types.is_string_view
+    is_right = any(check(kind) for check in checks)
     if self.is_tokens:
       checks = types.is_list, types.is_large_list, types.is_fixed_size_list
       is_list = any(check(kind) for check in checks)
@@ -107,7 +118,9 @@ class ParquetSource(ArrowSource, files.FileSource):
       with pq.ParquetFile(path) as file:
         yield file
     except (pa.ArrowException, OSError) as error:
-      raise self.error(f'{path} cannot be read as Parquet: {error}') from error
+      raise self.error(
+        f'{path} cannot be read as Parquet: {base.reason(error)}'
+      ) from error
 
 
 @dataclasses.dataclass(frozen=True)

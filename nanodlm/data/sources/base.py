@@ -22,10 +22,22 @@ PART_BYTES = 16 << 20
 PART_ROWS = 4096
 # What a source needs to find a slice of it, which can be read independently.
 Part = tuple[Any, ...]
-# A piece ends with one newline after a visible character, and the next begins
-# with a letter or digit. Bytes and tiktoken's encodings never merge across such
-# a place, so cutting there changes no token (SentencePiece: rarely one).
-_CUT = re.compile(r'.*\S\n(?=\w)', re.DOTALL)
+# Where a text is cut, best first. Usually a piece ends with one newline after a
+# visible character, and the next begins with a letter or digit: bytes and
+# tiktoken's encodings never merge across such a place, so cutting there changes
+# no token (SentencePiece: rarely one). A text without such places is cut at any
+# line break before a visible character (CRLF, empty lines, bullets), at any
+# line break, or before a space.
+_CUTS = [
+  re.compile(rf'.*{place}', re.DOTALL)
+  for place in (
+    r'\S\n(?=\w)',
+    r'\S\n(?=\S)',
+    r'[\n\r](?=\S)',
+    r'(?:\n|\r(?=[^\n]))',
+    r'\S(?= \S)',
+  )
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,12 +172,23 @@ def cut_at_lines(chunks: Iterable[str]) -> Iterator[str]:
   rest = ''
   for chunk in chunks:
     text = rest + chunk
-    # A text without such a place is cut after four chunks, to bound memory.
-    cut = _CUT.match(text)
-    end = cut.end() if cut else len(text) if len(text) > 4 * PIECE_CHARS else 0
+    # A text without the best place is cut after four chunks, to bound memory.
+    is_long = len(text) > 4 * PIECE_CHARS
+    end = find_cut(text) if is_long or _CUTS[0].match(text) else 0
     if end and len(text) >= PIECE_CHARS:
       yield text[:end]
       text = text[end:]
     rest = text
   if rest:
     yield rest
+
+
+def find_cut(text: str) -> int:
+  """Returns how many characters of a text are before the best place to cut."""
+  cuts = (cut.end() for place in _CUTS if (cut := place.match(text)))
+  return next(cuts, len(text))
+
+
+def reason(error: BaseException) -> str:
+  """Returns what an error says, which is never empty."""
+  return getattr(error, 'strerror', '') or str(error) or type(error).__name__

@@ -2,39 +2,55 @@
 
 import bz2
 import codecs
+import collections
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
 import glob
-import gzip
 import hashlib
-import importlib
+import io
 import itertools
 import json
+import logging
 import lzma
 import os
 import pathlib
-import re
-from typing import Any, ClassVar, Self
+from typing import Any, BinaryIO, ClassVar, Self
 import zlib
 
 from nanodlm.data.sources import base
 from nanodlm.types import InputError
 
+_log = logging.getLogger('nanodlm')
 # Files are fingerprinted by content up to this many bytes in all (read in less
 # than a second), and by path, size and times beyond it.
 _MAX_HASHED_BYTES = 256 << 20
-# base._CUT in bytes, with an ASCII character on each side.
-_CUT_BYTES = re.compile(rb'[!-~]\n(?=[0-9A-Za-z])')
-_LINE_END = re.compile(rb'\n')
+# Bytes that are not UTF-8, decoded with 'surrogateescape'.
+_HALVES = ''.join(map(chr, range(0xDC80, 0xDD00)))
+# Compressed bytes that are read at once; their text may be 1000 times as long.
+_BLOCK_BYTES = 1 << 14
 
 
-_OPENERS: dict[str, Callable[[str], Any]] = {
-  '.gz': gzip.open,
-  '.bz2': bz2.open,
-  '.xz': lzma.open,
-  '.zst': lambda path: importlib.import_module('zstandard').open(path, 'rb'),
+def _zstd_frame() -> Any:
+  import zstandard
+
+  # The window of `zstd --long=31`, the largest there is.
+  return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+# For each suffix: what decompresses one stream, the padding that is allowed
+# after a stream, and the first bytes of a file.
+_FORMATS: dict[str, tuple[Callable[[], Any], bytes, bytes]] = {
+  '.gz': (lambda: zlib.decompressobj(31), b'\0', b'\x1f\x8b'),
+  '.bz2': (bz2.BZ2Decompressor, b'', b'BZh'),
+  '.xz': (lzma.LZMADecompressor, b'\0', b'\xfd7zXZ\0'),
+  '.zst': (_zstd_frame, b'', b'\x28\xb5\x2f\xfd'),
+}
+# UTF-32 comes last, because its mark may begin with that of UTF-16.
+_BYTE_ORDER_MARKS = {
+  'utf-16': (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+  'utf-32': (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
 }
 
 
@@ -55,22 +71,34 @@ class FileSource(base.Source):
   @classmethod
   def make(cls, spec: str, name: str, data_dir: str) -> Self:
     del data_dir
-    pattern, fields = name, cls.default_fields
-    start, *given = name.rsplit(':', len(fields))
-    # A glob may contain colons, too.
-    if start and given and len(given) == len(fields) and not _matches(name):
-      if all(map(str.isidentifier, given)):
-        pattern, fields = start, tuple(given)
-    paths = tuple(path for path in _matches(pattern) if os.path.isfile(path))
+    pattern, given = name, []
+    # A glob may contain colons, too: the longest one that matches counts.
+    while not (found := _matches(pattern)) and ':' in pattern:
+      pattern, _, field = pattern.rpartition(':')
+      given.insert(0, field)
+    fields = tuple(given) or cls.default_fields
+    if len(cls.default_fields) == 1:
+      fields = (':'.join(fields),)
+    paths = tuple(path for path in found if os.path.isfile(path))
     source = cls(spec, paths, fields)
     if not any(map(os.path.getsize, paths)):
-      found = f'{len(paths)} file(s), all of them empty' if paths else 'no file'
-      is_folder = os.path.isdir(os.path.expanduser(pattern))
+      what = f'{len(paths)} file(s), all of them empty' if paths else 'no file'
+      is_folder = os.path.isdir(os.path.expanduser(name))
       hint = f'; all files of this folder are {spec.rstrip("/")}/**/*'
       raise source.error(
-        f'it matches {found}; give a glob that matches text files, an absolute '
+        f'it matches {what}; give a glob that matches text files, an absolute '
         f'one or one relative to {os.getcwd()}{hint if is_folder else ""}'
       )
+    if len(fields) != len(cls.default_fields) or '' in fields:
+      raise source.error(
+        f'{":".join(["", *given])!r} after {pattern!r} does not fit the form '
+        f'{cls.forms[-1]!r}'
+      )
+    for path in found:
+      if os.path.islink(path) and not os.path.lexists(os.path.realpath(path)):
+        raise source.error(
+          f'{path} is a link to {os.path.realpath(path)}, which does not exist'
+        )
     return source
 
   def fingerprint(self) -> str:
@@ -93,45 +121,173 @@ class FileSource(base.Source):
     self, path: str, start: int = 0, compressed: bool = True
   ) -> Iterator[Any]:
     """Opens a file at byte `start`, decompressing it by its suffix."""
-    opener = _OPENERS.get(pathlib.Path(path).suffix) if compressed else None
+    suffix = _compression(path) if compressed else ''
     try:
-      with opener(path) if opener else open(path, 'rb') as file:
-        if start:
-          file.seek(start)
-        yield file
+      with open(path, 'rb') as file:
+        file.seek(start)
+        yield io.BufferedReader(_Streams(file, suffix)) if suffix else file
     except ModuleNotFoundError as error:
       raise self.error(
         f"{path} needs the package zstandard: pip install -e '.[zstd]', or "
         'decompress the file'
       ) from error
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-      raise self.error(f'{path} cannot be read: {error}') from error
+    except (OSError, EOFError) as error:
+      raise self.error(
+        f'{path} cannot be read: {base.reason(error)}'
+      ) from error
 
-  def _slices(self, path: str, place: re.Pattern[bytes]) -> Iterator[base.Part]:
+  def _slices(
+    self, path: str, next_border: Callable[[BinaryIO], int]
+  ) -> Iterator[base.Part]:
     """Yields (path, first byte, one past the last or None at the file's end).
 
-    A slice has about PART_BYTES and ends with a match of `place`.
+    A slice has about PART_BYTES; a compressed file is one slice. `next_border`
+    returns how far from the position of the file a slice may end.
     """
-    size, borders = os.path.getsize(path), [0]
-    if pathlib.Path(path).suffix in _OPENERS:
-      size = 0  # Only the whole file can be decompressed.
-    with self._open(path) as file:
+    size = 0 if _compression(path) else os.path.getsize(path)
+    borders = [0]
+    with self._open(path, compressed=False) as file:
       while (start := borders[-1] + base.PART_BYTES) < size:
-        found = None
-        while start < size and not found:
-          file.seek(start)
-          block = file.read(base.PIECE_CHARS)
-          if not (found := place.search(block)):
-            start += max(len(block) - 1, 1)  # The match may span two blocks.
-        if not found or start + found.end() >= size:
-          break
-        borders.append(start + found.end())
+        file.seek(start)
+        borders.append(start + next_border(file))
+    if borders[-1] >= size > 0:
+      borders.pop()
     for start, stop in itertools.pairwise([*borders, None]):
       yield path, start, stop
 
+  def _advice(self, path: str) -> str:
+    """Returns what to do with a file that is not UTF-8 text."""
+    with self._open(path) as file:
+      head = file.read(1 << 12)
+    for suffix, (_, _, magic) in _FORMATS.items():
+      if head.startswith(magic):
+        return f'it is compressed, so let its name end in {suffix}'
+    # One of the two bytes of an ASCII character in UTF-16 is zero.
+    num_even, num_odd = head[::2].count(0), head[1::2].count(0)
+    encoding, looks = 'latin1', ''
+    if not min(num_even, num_odd) and num_even + num_odd > len(head) / 20:
+      encoding = 'utf-16be' if num_even else 'utf-16le'
+    for name, marks in _BYTE_ORDER_MARKS.items():
+      if head.startswith(marks):
+        encoding = name
+    if encoding != 'latin1':
+      looks = f'it looks like {encoding.upper()}; '
+    return (
+      f'{looks}convert it, for example with iconv -f {encoding} -t utf-8, or '
+      'give a glob that matches only UTF-8 text files'
+    )
+
+
+def _compression(path: str) -> str:
+  """Returns the suffix of a compressed file, or '' for any other."""
+  suffix = pathlib.Path(path).suffix.lower()
+  return suffix if suffix in _FORMATS else ''
+
+
+class _Streams(io.RawIOBase):
+  """The text of a compressed file, whose streams must all be complete.
+
+  The standard library mistakes a damaged second stream for padding, and
+  zstandard a file without its end for a whole one.
+
+  Raises:
+    OSError: the file is damaged.
+    EOFError: it ends early.
+  """
+
+  def __init__(self, file: BinaryIO, suffix: str):
+    self._blocks, self._rest = self._decompress(file, suffix), memoryview(b'')
+
+  def readable(self) -> bool:
+    return True
+
+  def readinto(self, buffer: Any) -> int:
+    while not self._rest:
+      block = next(self._blocks, None)
+      if block is None:
+        return 0
+      self._rest = memoryview(block)
+    size = min(len(buffer), len(self._rest))
+    buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+    return size
+
+  def _decompress(self, file: BinaryIO, suffix: str) -> Iterator[bytes]:
+    make_stream, padding, _ = _FORMATS[suffix]
+    stream, is_complete = make_stream(), False
+    while block := file.read(_BLOCK_BYTES):
+      while block:
+        if is_complete:
+          block = block.lstrip(padding)
+          if not block:
+            break
+          stream = make_stream()
+        try:
+          data = stream.decompress(block)
+        # Each library has errors of its own.
+        except Exception as error:
+          raise OSError(f'it is damaged ({base.reason(error)})') from error
+        yield data
+        is_complete = stream.eof
+        block = stream.unused_data if is_complete else b''
+    if not is_complete:
+      raise EOFError('the compressed file ends early; copy it again')
+
 
 def _matches(pattern: str) -> list[str]:
-  return sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+  """Returns the paths that match, sorted, without links to one another.
+
+  As in `glob`, '**' stands for folders at any depth, but each is entered once.
+  """
+  names = os.path.expanduser(pattern).split('/')
+  if os.path.isfile('/'.join(names)):  # Such as 'a book [1].txt'.
+    found = ['/'.join(names)]
+  elif '**' in names:
+    place, seen = names.index('**'), set()
+    rest = '/'.join(names[place + 1 :]) or '*'
+    roots = glob.glob('/'.join([*names[:place], ''])) if place else ['']
+    folders = (path for root in sorted(roots) for path in _folders(root, seen))
+    globs = (os.path.join(glob.escape(folder), rest) for folder in folders)
+    found = [path for pattern in globs for path in _matches(pattern)]
+  else:
+    found = glob.glob('/'.join(names))
+  real_folder = functools.cache(os.path.realpath)
+  files: dict[str, str] = {}
+  for path in sorted(found):
+    real = os.path.join(
+      real_folder(os.path.dirname(path)), os.path.basename(path)
+    )
+    if os.path.islink(path):
+      real = os.path.realpath(path)
+    if real == os.path.abspath(path):
+      files[real] = path
+    files.setdefault(real, path)
+  return sorted(files.values())
+
+
+def _folders(root: str, seen: set[str]) -> Iterator[str]:
+  """Yields a folder and those in it that are not `seen`, links last.
+
+  A link to a folder around it is a loop, and is not followed.
+  """
+  waiting = collections.deque([root])
+  while waiting:
+    folder = waiting.popleft()
+    if (real := os.path.realpath(folder)) in seen:
+      continue
+    seen.add(real)
+    yield folder
+    try:
+      names = sorted(os.listdir(folder or '.'))
+    except OSError as error:
+      _log.warning('%s is left out: %s', folder, base.reason(error))
+      continue
+    for path in (os.path.join(folder, n) for n in names if n[0] != '.'):
+      if os.path.isdir(path) and not os.path.islink(path):
+        waiting.appendleft(path)
+      elif os.path.isdir(path):
+        target = os.path.join(os.path.realpath(path), '')
+        if not os.path.join(real, '').startswith(target):
+          waiting.append(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +302,7 @@ class TextSource(FileSource):
   def parts(self, split: str) -> Iterator[base.Part]:
     del split
     if len(self.paths) == 1:
-      yield from ((where,) for where in self._slices(*self.paths, _CUT_BYTES))
+      yield from ((where,) for where in self._slices(*self.paths, _next_cut))
       return
     group, size = [], 0
     for path in self.paths:
@@ -179,8 +335,8 @@ class TextSource(FileSource):
         if b'\0' in block:
           raise self.error(
             f'{path} holds NUL bytes (the first at byte '
-            f'{place + block.index(0)}), so it is not a text file; give a glob '
-            'that matches only UTF-8 text files'
+            f'{place + block.index(0)}), so it is not UTF-8 text; '
+            f'{self._advice(path)}'
           )
         place += len(block)
         yield decoder.decode(block, final=not block)
@@ -188,9 +344,16 @@ class TextSource(FileSource):
       # error.object is the end of the previous block and this block.
       offset = place - len(error.object) + error.start
       raise self.error(
-        f'{path} is not UTF-8 text at byte {offset}; convert it, for example '
-        'with iconv -f latin1 -t utf-8'
+        f'{path} is not UTF-8 text at byte {offset}; {self._advice(path)}'
       ) from error
+
+
+def _next_cut(file: BinaryIO) -> int:
+  """Returns how many bytes of a text are before a good place to cut it."""
+  # Half a character at either end becomes surrogates, one for each byte.
+  text = file.read(base.PIECE_CHARS).decode('utf-8', 'surrogateescape')
+  text = text[: base.find_cut(text)].rstrip(_HALVES)
+  return len(text.encode('utf-8', 'surrogateescape'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +366,7 @@ class JsonlSource(FileSource):
   def parts(self, split: str) -> Iterator[base.Part]:
     del split
     for path in self.paths:
-      yield from self._slices(path, _LINE_END)
+      yield from self._slices(path, lambda file: len(file.readline()))
 
   def read(self, part: base.Part) -> Iterator[base.Document]:
     path, start, stop = part
@@ -216,7 +379,7 @@ class JsonlSource(FileSource):
         if not line.strip():
           continue
         try:
-          texts = self._texts(line)
+          texts = self._texts(path, line)
         except InputError as error:
           number += _count_lines(path, start)
           raise self.error(f'{path}:{number} {error}') from error
@@ -225,27 +388,31 @@ class JsonlSource(FileSource):
         else:
           yield base.document_of(texts[0])
 
-  def _texts(self, line: bytes) -> list[str]:
+  def _texts(self, path: str, line: bytes) -> list[str]:
     """Returns the text of each of `fields`; an error describes the line."""
     try:
       record = json.loads(line.decode('utf-8-sig'))
     except UnicodeDecodeError as error:
       raise InputError(
-        f'is not UTF-8 text at byte {error.start} of the line; convert the '
-        'file to UTF-8'
+        f'is not UTF-8 text at byte {error.start} of the line; '
+        f'{self._advice(path)}'
       ) from error
     # Python refuses numbers of thousands of digits and deep nesting.
     except (ValueError, RecursionError) as error:
-      raise InputError(f'is not a JSON object: {error}') from error
+      advice = f'; {self._advice(path)}' if b'\0' in line else ''
+      raise InputError(f'is not a JSON object: {error}{advice}') from error
     if not isinstance(record, dict):
       raise InputError(f'is not a JSON object, but a {type(record).__name__}')
     texts = []
     for field in self.fields:
       text = record.get(field)
       if not isinstance(text, str):
+        holds = ''
+        if field in record:
+          holds = f', which holds {json.dumps(text)[:40]}'
         raise InputError(
-          f'lacks a text in field {field!r}; its fields are {sorted(record)}. '
-          f'Name the fields as {self.forms[-1]!r}'
+          f'lacks a text in field {field!r}{holds}; its fields are '
+          f'{sorted(record)}. Name the fields as {self.forms[-1]!r}'
         )
       if not text and self.is_pairs:
         raise InputError(f'has an empty text in field {field!r} of a pair')

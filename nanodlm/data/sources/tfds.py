@@ -43,18 +43,23 @@ class TfdsSource(base.SplitSource):
     # TFDS's own folder is last. Other programs share it, so it receives what
     # has to be downloaded.
     roots = [root for root in (data_dir, constants.DATA_DIR) if root]
-    try:
-      with quiet_tfds():
-        builders = [tfds.builder(name, data_dir=root) for root in roots]
-    except tfds.core.DatasetNotFoundError as error:
+    builders = []
+    for root in roots:
+      try:
+        with quiet_tfds():
+          builders.append(tfds.builder(name, data_dir=root))
+      except tfds.core.DatasetNotFoundError:
+        pass  # A dataset that TFDS does not know may be in another folder.
+      except ValueError as error:  # For example an unknown config or version.
+        reason = base.reason(error).strip()
+        raise InputError(f'data.source={spec!r}: {reason}') from error
+    if not builders:
       known = tfds.list_builders(with_community_datasets=False)
       close = difflib.get_close_matches(name.partition('/')[0], known)
       raise InputError(
-        f'data.source={spec!r}: TFDS lacks the dataset {name!r}; close names: '
-        f'{close}'
-      ) from error
-    except ValueError as error:  # For example an unknown config or version.
-      raise InputError(f'data.source={spec!r}: {str(error).strip()}') from error
+        f'data.source={spec!r}: TFDS lacks the dataset {name!r}, and it is not '
+        f'in {" or ".join(roots)}; close names: {close}'
+      )
     ready = [*filter(_is_prepared, builders), *filter(_has_downloads, builders)]
     builder = [*ready, builders[-1]][0]
     features: Any = builder.info.features
@@ -78,16 +83,25 @@ class TfdsSource(base.SplitSource):
 
   def read(self, part: base.Part) -> Iterator[base.Document]:
     own, start, stop = part
-    if self.builder.info.file_format.value == 'array_record':
-      rows = self.builder.as_data_source(own)
-      examples = (rows[i] for i in range(start, stop))
-    else:  # Prepared by another program as TFRecord, which needs TensorFlow.
-      import tensorflow_datasets as tfds
+    row = start
+    try:
+      if self.builder.info.file_format.value == 'array_record':
+        rows = self.builder.as_data_source(own)
+        examples = (rows[i] for i in range(start, stop))
+      else:  # Prepared by another program as TFRecord, which needs TensorFlow.
+        import tensorflow_datasets as tfds
 
-      dataset = self.builder.as_dataset(f'{own}[{start}:{stop}]')
-      examples = tfds.as_numpy(dataset)
-    for example in examples:
-      yield base.document_of(example[self.feature].decode())
+        dataset = self.builder.as_dataset(f'{own}[{start}:{stop}]')
+        examples = tfds.as_numpy(dataset)
+      for example in examples:
+        yield base.document_of(example[self.feature].decode())
+        row += 1
+    # The readers raise errors of many classes for damaged files.
+    except Exception as error:
+      raise self.error(
+        f'row {row} of split {own!r} in {self.builder.data_dir} cannot be '
+        f'read: {base.reason(error)}'
+      ) from error
 
   def _prepare(self) -> None:
     """Downloads and prepares the dataset, or fails within seconds."""
@@ -105,7 +119,9 @@ class TfdsSource(base.SplitSource):
       with quiet_tfds():
         self.builder.download_and_prepare(file_format='array_record')
     except (ImportError, OSError, RuntimeError) as error:
-      raise self.error(f'TFDS could not prepare {name}: {error}') from error
+      raise self.error(
+        f'TFDS could not prepare {name}: {base.reason(error)}'
+      ) from error
 
 
 def _is_prepared(builder: Any) -> bool:

@@ -80,6 +80,30 @@ class TokenRowsTest(DataTest):
     ):
       self.prepare(source)
 
+  def test_kinds_of_text_in_parquet(self):
+    path = f'{self.folder}/a.parquet'
+    texts = pa.array(['one', 'two', 'one'])
+    read = lambda: [
+      ''.join(document.open())
+      for document in base.documents(
+        sources.make_source(f'parquet:{path}'), 'train'
+      )
+    ]
+    kinds = (
+      pa.large_string(),
+      pa.string_view(),
+      pa.dictionary(pa.int8(), pa.string()),
+    )
+    for kind in kinds:
+      pq.write_table(pa.table({'text': texts.cast(kind)}), path)
+      self.assertEqual(read(), ['one', 'two', 'one'])
+    ends = np.array([0, 1, 2], np.int32)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b'a\xff')]
+    bad = pa.Array.from_buffers(pa.string(), 2, buffers)
+    pq.write_table(pa.table({'text': bad}), path)
+    with self.assertRaisesRegex(InputError, "not UTF-8 text in field 'text'"):
+      read()
+
   def test_text_in_parquet(self):
     texts = [f'text number {i}' for i in range(60)]
     pq.write_table(

@@ -1,17 +1,23 @@
 """Tests of text, JSONL and pairs in files."""
 
 import bz2
+import contextlib
+import functools
 import gzip
 import importlib.util
 import json
+import logging
 import lzma
 import os
+import random
 import sys
 import tempfile
 import time
 from unittest import mock
 
 from absl.testing import absltest, parameterized
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from nanodlm.data import sources
 from nanodlm.data.sources import base, files
@@ -47,43 +53,98 @@ class FilesTest(parameterized.TestCase):
     self.assertEqual(texts(source), texts(source))
     self.assertFalse(source.has_validation)
 
-  @parameterized.parameters(
-    ('.gz', gzip.compress), ('.bz2', bz2.compress), ('.xz', lzma.compress)
-  )
-  def test_compressed(self, suffix, compress):
+  def compress(self, suffix, data):
+    if suffix == '.zst':
+      if not importlib.util.find_spec('zstandard'):
+        self.skipTest('no zstandard')
+      import zstandard
+
+      return zstandard.ZstdCompressor(write_checksum=True).compress(data)
+    return {
+      '.gz': gzip.compress,
+      '.bz2': bz2.compress,
+      '.xz': lzma.compress,
+      '.GZ': gzip.compress,
+    }[suffix](data)
+
+  def read_error(self, spec):
+    with self.assertRaises(InputError) as caught:
+      texts(sources.make_source(spec))
+    return str(caught.exception)
+
+  @parameterized.parameters('.gz', '.bz2', '.xz', '.zst', '.GZ')
+  def test_compressed(self, suffix):
+    compress = functools.partial(self.compress, suffix)
     self.write('a.txt' + suffix, compress('zipped é'.encode()))
-    self.write('a.jsonl' + suffix, compress(b'{"text": "one"}\n'))
+    record = b'{"text": "%d", "prompt": "p%d", "response": "r"}\n'
+    lines = [record % (i, i) for i in range(5000)]
+    # Two streams, as pbzip2, pzstd and cat write them; a line spans both.
+    half = b''.join(lines)[:100_003]
+    data = compress(half) + compress(b''.join(lines)[len(half) :])
+    self.write('a.jsonl' + suffix, data)
     self.assertEqual(
       texts(sources.make_source(f'text:{self.folder}/a.txt*')), ['zipped é']
     )
+    path = f'{self.folder}/a.jsonl{suffix}'
+    numbers = [str(i) for i in range(5000)]
+    self.assertEqual(texts(sources.make_source(f'jsonl:{path}')), numbers)
     self.assertEqual(
-      texts(sources.make_source(f'jsonl:{self.folder}/*.jsonl{suffix}')),
-      ['one'],
+      texts(sources.make_source(f'pairs:{path}')),
+      [f'p{number}r' for number in numbers],
     )
 
-  @parameterized.parameters('a.txt.gz', 'a.txt.bz2', 'a.txt.xz')
-  def test_damaged_compressed_file(self, name):
-    self.write(name, b'not compressed at all')
-    with self.assertRaisesRegex(InputError, f'data.source=.*{name}'):
-      texts(sources.make_source(f'text:{self.folder}/*'))
+  @parameterized.parameters('.gz', '.bz2', '.xz', '.zst')
+  def test_damaged_or_truncated_compressed_file(self, suffix):
+    text = random.Random(0).randbytes(60_000).hex().encode()
+    one = self.compress(suffix, text)
+    two = one + one
+    ends = [0, 1, 3, len(one) // 2, len(one) - 1, len(one) + 3, len(two) - 1]
+    self.write('whole.txt', 'whole')  # An empty file among others is none.
+    name = 'a.txt' + suffix
+    for data in (
+      *(two[:end] for end in ends),
+      b'not compressed at all',
+      one + b'not compressed',
+      one[:9999] + bytes(len(one) - 9999),  # The disk was full.
+      one[:9999] + b'?' + one[10_000:],
+    ):
+      with self.subTest(len(data)):
+        self.write(name, data)
+        error = self.read_error(f'text:{self.folder}/*.txt*')
+        self.assertRegex(error, rf'data.source=.*{name} cannot be read: \w')
+    self.write(name, one)
+    self.assertEqual(
+      texts(sources.make_source(f'text:{self.folder}/a*')), [text.decode()]
+    )
 
-  def test_truncated_gzip(self):
-    self.write('a.gz', gzip.compress(os.urandom(9999))[:500])
-    with self.assertRaisesRegex(InputError, r'a\.gz cannot be read'):
-      texts(sources.make_source(f'text:{self.folder}/*'))
-
-  def test_zst(self):
-    self.write('a.zst', b'x')
-    with mock.patch.dict(sys.modules, {'zstandard': None}):
-      with self.assertRaisesRegex(InputError, r"install -e '\.\[zstd\]'"):
-        texts(sources.make_source(f'text:{self.folder}/*'))
+  def test_padding_and_frames_to_be_skipped(self):
+    self.write('a.gz', gzip.compress(b'a') + bytes(600))
+    self.write('b.xz', lzma.compress(b'b') + bytes(8) + lzma.compress(b'c'))
+    expected = ['a', 'bc']
     if importlib.util.find_spec('zstandard'):
       import zstandard
 
-      self.write('a.zst', zstandard.compress(b'dense'))
-      self.assertEqual(
-        texts(sources.make_source(f'text:{self.folder}/*')), ['dense']
+      # As `zstd --long=31` writes it, after a frame with pzstd's own data.
+      parameters = zstandard.ZstdCompressionParameters(
+        window_log=30, hash_log=6, chain_log=6
       )
+      stream = zstandard.ZstdCompressor(
+        compression_params=parameters
+      ).compressobj()
+      frame = stream.compress(b'dense') + stream.flush()
+      skipped = b'\x50\x2a\x4d\x18' + b'\4\0\0\0' + b'1234'
+      self.write('c.zst', skipped + frame)
+      expected.append('dense')
+    self.assertEqual(
+      texts(sources.make_source(f'text:{self.folder}/*')), expected
+    )
+
+  def test_zstandard_is_an_extra(self):
+    self.write('a.zst', b'x')
+    with mock.patch.dict(sys.modules, {'zstandard': None}):
+      for kind in ('text', 'jsonl'):
+        error = self.read_error(f'{kind}:{self.folder}/*')
+        self.assertIn("install -e '.[zstd]'", error)
 
   def test_long_documents_come_in_pieces_cut_between_tokens(self):
     line = 'Some words, "quoted"\n\n  and indented é\nNext line.\n'
@@ -116,13 +177,15 @@ class FilesTest(parameterized.TestCase):
       encoding = tiktoken.get_encoding('gpt2')
     with open(os.path.join(SHARED, 'tinyshakespeare.txt')) as file:
       text = file.read()[:20000]
-    with mock.patch.object(base, 'PIECE_CHARS', 1000):
-      pieces = list(base.document_of(text).open())
-    self.assertGreater(len(pieces), 10)
-    self.assertEqual(
-      sum(map(encoding.encode_ordinary, pieces), []),
-      encoding.encode_ordinary(text),
-    )
+    for other in ('\n', '\r\n', '\n- ', ' '):
+      changed = text.replace('\n', other)
+      with mock.patch.object(base, 'PIECE_CHARS', 500):
+        pieces = list(base.document_of(changed).open())
+      self.assertGreater(len(pieces), 8)
+      self.assertEqual(
+        sum(map(encoding.encode_ordinary, pieces), []),
+        encoding.encode_ordinary(changed),
+      )
 
   def test_jsonl_fields(self):
     lines = [{'text': 'a', 'body': 'b\nc'}, {'text': '', 'body': 'd'}]
@@ -138,6 +201,109 @@ class FilesTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
+    'my-text', 'meta.text', 'the text', 'dc:title', 'a/b', '*', 'é', '1'
+  )
+  def test_fields_of_any_name(self, field):
+    record = {field: 'right', 'a': 'prompt', 'text': 'wrong'}
+    self.write('x.jsonl', json.dumps(record))
+    for name in ('x.jsonl', '*.jsonl'):
+      source = sources.make_source(f'jsonl:{self.folder}/{name}:{field}')
+      self.assertEqual(texts(source), ['right'])
+    table = pa.table({'text': ['wrong'], field: ['right']})
+    pq.write_table(table, f'{self.folder}/x.parquet')
+    source = sources.make_source(f'parquet:{self.folder}/x.parquet:{field}')
+    self.assertEqual(texts(source), ['right'])
+    if ':' not in field:
+      source = sources.make_source(f'pairs:{self.folder}/*.jsonl:a:{field}')
+      self.assertEqual(texts(source), ['promptright'])
+
+  @parameterized.parameters(
+    ('jsonl', ':'), ('pairs', ':a'), ('pairs', ':a:'), ('pairs', ':a:b:c'),
+    ('text', ':a'), ('parquet', ':'),
+  )  # fmt: skip
+  def test_wrong_number_of_fields(self, kind, fields):
+    path = self.write('x.jsonl', '{"text": "a"}')
+    error = self.read_error(f'{kind}:{path}{fields}')
+    self.assertIn(repr(fields), error)
+    self.assertIn(repr(sources.SOURCES[kind].forms[-1]), error)
+
+  def test_a_name_that_is_also_a_glob(self):
+    self.write('A book [1].txt', 'a')
+    source = sources.make_source(f'text:{self.folder}/A book [1].txt')
+    self.assertEqual(texts(source), ['a'])
+
+  def test_links(self):
+    self.write('data/a.txt', 'a')
+    self.write('data/deep/b.txt', 'b')
+    self.write('elsewhere/c.txt', 'c')
+    self.write('elsewhere/.hidden/d.txt', 'd')
+    link = lambda target, name: os.symlink(target, f'{self.folder}/data/{name}')
+    link('.', 'loop')  # Two loops: 2 ** 40 paths, if they were followed.
+    link('..', 'deep/loop')
+    link('../..', 'deep/up')  # Contains the folder of the glob.
+    link('self', 'self')
+    link('deep', 'again')  # Sorted before the folder that it leads to.
+    link('a.txt', 'the same.txt')
+    link(f'{self.folder}/elsewhere', 'linked')
+    for glob in ('**/*.txt', '**', '**/*', '**/**/*.txt'):
+      source = sources.make_source(f'text:{self.folder}/data/{glob}')
+      names = [os.path.relpath(path, self.folder) for path in source.paths]
+      self.assertEqual(
+        names, ['data/a.txt', 'data/deep/b.txt', 'data/linked/c.txt']
+      )
+      self.assertEqual(texts(source), ['a', 'b', 'c'])
+    for glob in ('data/*/b.txt', 'data/**/deep/*.txt', '*/again/b.txt'):
+      source = sources.make_source(f'text:{self.folder}/{glob}')
+      self.assertEqual(texts(source), ['b'])
+    with (
+      mock.patch.object(os, 'listdir', side_effect=PermissionError(13, 'shut')),
+      self.assertLogs('nanodlm', logging.WARNING) as logs,
+    ):
+      source = sources.make_source(f'text:{self.folder}/data/**/*.txt')
+    self.assertIn(f'{self.folder}/data/ is left out: shut', logs.output[0])
+    with contextlib.chdir(f'{self.folder}/data'):
+      source = sources.make_source('text:**/*.txt')
+      self.assertEqual(source.paths, ('a.txt', 'deep/b.txt', 'linked/c.txt'))
+    self.write('around/e.txt', 'e')
+    self.write('around/in/f.txt', 'f')
+    self.write('around/in/g.txt', 'g')
+    os.makedirs(f'{self.folder}/links')
+    for name, target in (('1', 'around/in'), ('2', 'around')):
+      os.symlink(f'../{target}', f'{self.folder}/links/{name}')
+    source = sources.make_source(f'text:{self.folder}/links/*/**/*.txt')
+    self.assertEqual(texts(source), ['f', 'g', 'e'])
+    link('gone', 'lost.txt')
+    error = self.read_error(f'text:{self.folder}/**/*.txt')
+    self.assertRegex(error, r'data/lost\.txt is a link to .*data/gone')
+
+  @parameterized.parameters(
+    'utf-16', 'utf-16-le', 'utf-16-be', 'utf-32', 'cp1251', 'gb18030'
+  )
+  def test_other_encodings(self, encoding):
+    text = 'Все счастливые семьи, all of them.\n'
+    data = (text * 99).encode(encoding)
+    name = encoding.replace('16-', '16')
+    expected = f'iconv -f {name} -t utf-8'
+    if not encoding.startswith('utf'):
+      expected = 'iconv -f latin1 -t utf-8'
+    self.write('a.txt', data)
+    self.assertIn(expected, self.read_error(f'text:{self.folder}/a.txt'))
+    record = json.dumps({'text': text}, ensure_ascii=False) + '\n'
+    self.write('a.jsonl', record.encode(encoding))
+    for kind in ('jsonl', 'pairs'):
+      error = self.read_error(f'{kind}:{self.folder}/a.jsonl')
+      self.assertIn(expected, error)
+      self.assertIn('a.jsonl:1 ', error)
+
+  @parameterized.parameters('.gz', '.bz2', '.xz', '.zst')
+  def test_compressed_without_the_suffix(self, suffix):
+    self.write('a.txt', self.compress(suffix, random.Random(0).randbytes(999)))
+    error = self.read_error(f'text:{self.folder}/a.txt')
+    self.assertIn(f'let its name end in {suffix}', error)
+
+  @parameterized.parameters(
+    (b'{"text": "ok"}\n{"text": null}\n', r'a\.jsonl:2 .* holds null;'),
+    (b'{"text": ["a"]}\n', r'a\.jsonl:1 .* holds \["a"\];'),
     (b'{"text": "ok"}\n{"text": \n', r'a\.jsonl:2 is not a JSON object'),
     (
       b'{"text": "ok"}\n{"text": "", "id": ' + b'1' * 5000 + b'}\n',

@@ -3,13 +3,16 @@
 import importlib.util
 import json
 import os
+import pathlib
 import shutil
 import tempfile
 from unittest import mock
 
 from absl.testing import absltest
+import array_record.python.array_record_module as array_record
 
 from nanodlm.data import sources
+from nanodlm.data.packed import Example
 from nanodlm.data.sources import base
 from nanodlm.data.sources import tfds as tfds_source
 from nanodlm.types import InputError
@@ -53,6 +56,39 @@ class TfdsTest(absltest.TestCase):
       with self.assertRaisesRegex(InputError, 'tiny_shakespeare/1.0.0'):
         source.num_rows()
     self.assertEmpty(os.listdir(self.folder))
+
+  def test_a_dataset_of_ones_own_whole_and_damaged(self):
+    import tensorflow_datasets as tfds
+
+    rows = [f'row {i}'.encode() for i in range(9)] + [b'caf\xe9']
+    splits = {'train': rows[:9], 'test': rows}
+    folder = pathlib.Path(self.folder, 'own/own/1.0.0')
+    folder.mkdir(parents=True)
+    for split, rows in splits.items():
+      path = folder / f'own-{split}.array_record-00000-of-00001'
+      writer = array_record.ArrayRecordWriter(str(path), 'group_size:1')
+      for text in rows:
+        example = Example()
+        example.features.feature['text'].bytes_list.value.append(text)
+        writer.write(example.SerializeToString())
+      writer.close()
+    tfds.folder_dataset.write_metadata(
+      data_dir=folder,
+      features={'text': tfds.features.Text()},
+      split_infos=[
+        tfds.core.SplitInfo(name=split, shard_lengths=[len(rows)], num_bytes=0)
+        for split, rows in splits.items()
+      ],
+      check_data=False,
+    )
+    source = sources.make_source('tfds:own', f'{self.folder}/own')
+    self.assertEqual(texts(source), [f'row {i}' for i in range(9)])
+    for split, row in (('validation', 9), ('train', 0)):
+      with self.assertRaisesRegex(InputError, f'row {row} of split .*: .'):
+        texts(source, split)
+      (path,) = folder.glob('own-train.array_record*')
+      data = path.read_bytes()
+      path.write_bytes(data[: len(data) // 2])  # for the next one
 
   def test_tiny_shakespeare_from_a_copied_file(self):
     if not os.path.isdir(SHARED):
