@@ -217,6 +217,8 @@ class ConformanceTest(parameterized.TestCase):
     # At temperature 0.5: .783, .196, .022 before the nucleus is cut out.
     for draw, law in (
       (Draw(MASK, temperature=0.0), [1, 0, 0]),
+      (Draw(MASK, temperature=1e-37), [1, 0, 0]),
+      (Draw(MASK, temperature=100.0), [0.3362, 0.3338, 0.33]),
       (Draw(MASK, top_k=2), [2 / 3, 1 / 3, 0]),
       (Draw(MASK, temperature=0.5, top_p=0.9), [0.8, 0.2, 0]),
     ):
