@@ -120,6 +120,7 @@ def plan_points(
     # The run's own sampler may have another rule than a number of steps.
     point = {'name': name, **request.draw, 'threshold': 0.0}
     point['entropy_budget'] = 0.0
+    point['stop_at_eos'] = False  # Whole canvases are compared.
     changes = point | {'num_steps': request.num_steps[0]}
     sampler = run.with_sampler(changes).sampler
     share = -(-length // size) if hasattr(sampler, 'inner') else 1

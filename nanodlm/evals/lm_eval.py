@@ -222,7 +222,7 @@ class TextModel:
       filled, _ = self._fill(temperature)(self.lm.params, key, tokens, fixed)
       for row, i in enumerate(members):
         new = filled[row, len(heads[i]) : totals[i]]
-        new = prompting.until_end(new, tokenizer.separator_id)
+        new = new[: prompting.find_end(new, tokenizer.eos_ids)]
         texts[i] = cut_at(tokenizer.decode(new), stops)
     return texts
 

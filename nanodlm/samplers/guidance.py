@@ -9,7 +9,6 @@ from nanodlm.noise import categorical
 from nanodlm.samplers import base
 from nanodlm.types import Denoise, InputError, Objective, Sampler
 
-
 # Keeps guided log-probabilities finite in float32.
 MAX_GUIDANCE = 1000.0
 
