@@ -138,7 +138,8 @@ def get_config() -> config_dict.ConfigDict:
   # 'block' | 'ar'.
   sampler.name = 'auto'
   # Network calls, per block if there are blocks; 0 if confidence uses its
-  # threshold or entropy_budget instead.
+  # threshold or entropy_budget instead. ancestral and remask take up to 1.7
+  # times as many for thousands of texts at once, see samplers/ancestral.py.
   sampler.num_steps = 128
   # The schedule of ancestral and remask; see objective.schedule and power.
   sampler.schedule = 'linear'
@@ -158,7 +159,9 @@ def get_config() -> config_dict.ConfigDict:
   # The sampler that fills a block, for block and prefix_cache.
   sampler.inner = 'fixed_count'
   sampler.cache = True  # Whether block and ar keep keys and values.
-  # Whether a sampled separator ends the text, for block.
+  # Whether an end-of-text token (the separator of documents, or those of an
+  # imported checkpoint, for which this is True) ends a sampled text. Responses
+  # of models of pairs always end at it.
   sampler.stop_at_eos = False
   # Strategy of remask: 'cap' | 'rescale' | 'conf' | 'loop'.
   sampler.remask = 'cap'
@@ -166,12 +169,12 @@ def get_config() -> config_dict.ConfigDict:
   sampler.eta = 0.04
   # Corrector steps of posterior, for uniform and hybrid noise.
   sampler.num_corrections = 0
-  # Strength of the guidance towards the prompt, >= 0, for two calls instead of
-  # one; 0: off.
+  # Strength of the guidance towards the prompt, in [0, 1000], for two calls
+  # instead of one; 0: off.
   sampler.guidance = 0.0
-  sampler.temperature = 1.0  # 0: the most probable token.
+  sampler.temperature = 1.0  # In [0, 100]; 0: the most probable token.
   sampler.top_k = 0  # 0: all tokens.
-  sampler.top_p = 1.0  # In (0, 1].
+  sampler.top_p = 1.0  # In [0, 1]; 0: the most probable token.
   sampler.num_samples = 4  # Samples per prompt, with --mode=sample.
   sampler.length = 0  # Tokens of a sample; 0: data.length.
   sampler.seed = 0

@@ -38,7 +38,7 @@ class Sample(NamedTuple):
   """A sampled text, with details of its sampling.
 
   Attributes:
-    text: the text; for a model of pairs, up to the end of the response.
+    text: the text, up to its end if sampler.stop_at_eos is set.
     tokens: [n] int32, the whole canvas.
     fixed: [n] bool, positions of the prompt.
     num_calls: number of network calls of the batch.
@@ -139,7 +139,9 @@ class LanguageModel:
     fill = make_fill(run, view=view if details else None)
     key = jax.random.key(seed)
     filled, num_calls = fill(self.params, key, tokens, is_fixed)
-    texts = [run.tokenizer.decode(shown_tokens(run, row)) for row in filled]
+    texts = [
+      run.tokenizer.decode(shown_tokens(run, row, fixed)) for row in filled
+    ]
     if not details:
       return texts
     return [
@@ -307,11 +309,14 @@ def lay_out(
   )
 
 
-def shown_tokens(run: Run, tokens: np.ndarray) -> np.ndarray:
-  """Returns the part of a sample [n] to show: a response up to its end."""
-  if not run.settings.data.is_pairs:
-    return tokens
-  return prompts.until_end(tokens, run.tokenizer.separator_id)
+def shown_tokens(run: Run, tokens: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+  """Returns the part of a sample [n] to show: up to the end of the text.
+
+  The text does not end before the last of the `fixed` tokens [n].
+  """
+  first = int(np.max(np.flatnonzero(fixed), initial=-1)) + 1
+  size = prompts.find_end(tokens[first:], run.eos_ids, is_blank=not first)
+  return tokens[: first + size]
 
 
 def make_batch(

@@ -4,6 +4,7 @@ Each text is encoded as what follows the one before it. A space before a gap is
 a part of the gap, unless the tokenizer never joins it with a word.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
@@ -177,7 +178,14 @@ def read_prompts(path: str) -> list[str]:
   return prompts
 
 
-def until_end(tokens: np.ndarray, separator_id: int) -> np.ndarray:
-  """Returns the tokens before the first separator in [n], a response."""
-  ends = np.flatnonzero(tokens == separator_id)
-  return tokens[: ends[0]] if ends.size else tokens
+def find_end(
+  tokens: np.ndarray, eos_ids: Sequence[int], is_blank: bool = False
+) -> int:
+  """Returns the index of the first EOS in tokens [n], or n.
+
+  Where the text before is blank, an EOS at the start begins the text instead.
+  """
+  is_eos = np.isin(tokens, eos_ids)
+  first = int(np.argmin(is_eos)) if is_blank and is_eos.size else 0
+  ends = np.flatnonzero(is_eos[first:])
+  return first + int(ends[0]) if ends.size else len(tokens)

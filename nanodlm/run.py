@@ -19,7 +19,6 @@ from nanodlm.devices.sharding import Shards, UNSPLIT
 from nanodlm.model import NETWORKS
 from nanodlm.noise import categorical, schedules, times
 from nanodlm.samplers import guidance
-from nanodlm.samplers.block import NO_EOS
 from nanodlm.steps import train as train_steps
 from nanodlm.steps.network import check_batch_size, Scorer
 from nanodlm.training import checkpoint, optim
@@ -71,6 +70,13 @@ class Run:
     """`config.sampler.name`, with 'auto' resolved by the objective."""
     return _sampler_name(self.settings, self.objective)
 
+  @property
+  def eos_ids(self) -> tuple[int, ...]:
+    """The tokens that end a sampled text; () if nothing does."""
+    settings = self.settings
+    has_end = settings.data.is_pairs or settings.sampler['stop_at_eos']
+    return self.tokenizer.eos_ids if has_end else ()
+
   def num_params(self) -> int:
     """Returns the number of parameters, without what pads the vocabulary."""
     whole = dataclasses.replace(self.network, shards=Shards())  # pyright: ignore
@@ -94,7 +100,7 @@ class Run:
   def with_tokenizer(self, tokenizer: Tokenizer) -> 'Run':
     """Returns the run of a network of this tokenizer's ids."""
     run = self.with_vocabulary(tokenizer.vocab_size)
-    sampler = make_sampler(run.settings, run.objective, tokenizer.separator_id)
+    sampler = make_sampler(run.settings, run.objective, tokenizer.eos_ids)
     return dataclasses.replace(run, sampler=sampler, known_tokenizer=tokenizer)
 
   def with_sampler(
@@ -103,8 +109,8 @@ class Run:
     """Returns the run with changes to its `config.sampler`.
 
     With another `name` than the run's own, keys outside `changes` take their
-    defaults: the run's were meant for another sampler. A `num_steps` replaces a
-    grid that lists its times.
+    defaults: the run's were meant for another sampler. `stop_at_eos` stays. A
+    `num_steps` replaces a grid that lists its times.
 
     Args:
       changes: {key: value}.
@@ -117,6 +123,8 @@ class Run:
     section = defaults.copy_and_resolve_references()
     if changes.get('name', self.sampler_name) == self.sampler_name:
       section.update(self.settings.sampler)
+    # How texts end is a fact about the model.
+    section.stop_at_eos = self.settings.sampler['stop_at_eos']
     if 'num_steps' in changes and times.is_listed(section.grid):
       section.grid = defaults.grid
     for key, value in changes.items():
@@ -125,11 +133,11 @@ class Run:
       self.settings, sampler=types.MappingProxyType(section.to_dict())
     )
     tokenizer = self.known_tokenizer
-    eos_id = NO_EOS if tokenizer is None else tokenizer.separator_id
+    eos_ids = () if tokenizer is None else tokenizer.eos_ids
     run = dataclasses.replace(
       self,
       settings=settings,
-      sampler=make_sampler(settings, self.objective, eos_id),
+      sampler=make_sampler(settings, self.objective, eos_ids),
     )
     _check_network(run)
     if is_given:
@@ -224,7 +232,7 @@ def fitting_samplers(objective: Objective) -> list[str]:
 
 
 def make_sampler(
-  settings: Settings, objective: Objective, separator_id: int = NO_EOS
+  settings: Settings, objective: Objective, eos_ids: tuple[int, ...] = ()
 ) -> Sampler:
   """Builds the sampler of `config.sampler`, which must fit the objective.
 
@@ -241,7 +249,7 @@ def make_sampler(
     )
   given: dict[str, Any] = {
     'mask_id': objective.mask_id,
-    'eos_id': separator_id if section['stop_at_eos'] else NO_EOS,
+    'eos_ids': eos_ids if section['stop_at_eos'] else (),
     'rule': objective,
     'schedule': schedules.make_schedule(
       section['schedule'], section['power'], 'sampler'
@@ -402,9 +410,7 @@ def _check_effects(run: Run, given: Collection[str]):
   sampled = _keys_of(sampler, sampler.unread_keys())
   if objective.block_size:  # It is the objective's.
     sampled.discard('block_size')
-  if 'eos_id' in sampled:
-    sampled.add('stop_at_eos')
-  sampled |= {'num_samples', 'length', 'seed', 'guidance'}
+  sampled |= {'num_samples', 'length', 'seed', 'guidance', 'stop_at_eos'}
   uses_time = settings.model['time_conditioning'] or 'rule' in sampled
   effects = {
     'objective': _keys_of(objective, objective.unread_keys(uses_time)),

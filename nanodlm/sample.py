@@ -87,9 +87,9 @@ def sample_prompts(
 ):
   """Prints samples and appends them to samples.jsonl in the workdir.
 
-  A response of a model of pairs ends at the first separator; the tokens after
-  it are counted but not printed. The file contains the whole canvas ('text',
-  'tokens') and the printed part ('shown').
+  With sampler.stop_at_eos, or for a model of pairs, a text ends at its first
+  EOS; the tokens after it are counted but not printed. The file contains the
+  whole canvas ('text', 'tokens') and the printed part ('shown').
 
   Args:
     lm: the model, with its sampler.
@@ -134,11 +134,11 @@ def sample_prompts(
           prompt,
           fixed[0],
           recorder.trajectories(samples),
-          [len(lms.shown_tokens(run, row)) for row in samples],
+          [len(lms.shown_tokens(run, row, fixed[0])) for row in samples],
         )
       if not jax.process_index():
         title = f', {label}' if len(models) > 1 else ''
-        _report(model, prompt, samples, int(num_calls), title, secs)
+        _report(model, prompt, samples, fixed[0], int(num_calls), title, secs)
   if page:
     settings = run.settings
     size = page.write(
@@ -150,13 +150,13 @@ def sample_prompts(
     print(f'--- {page.path}: {size / 2**20:.2f} MiB', flush=True)
 
 
-def _report(lm, prompt, tokens, num_calls, label, secs):
+def _report(lm, prompt, tokens, fixed, num_calls, label, secs):
   """Prints the samples [N, n] of a prompt and appends them to samples.jsonl."""
   tokenizer, lines = lm.tokenizer, []
   for j, row in enumerate(tokens):
-    ids = lms.shown_tokens(lm.run, row)
+    ids = lms.shown_tokens(lm.run, row, fixed)
     shown = tokenizer.decode(ids)
-    num_more = np.sum(row[len(ids) :] != tokenizer.separator_id)
+    num_more = np.sum(~np.isin(row[len(ids) :], tokenizer.eos_ids))
     title = f'--- sample {j + 1} of {len(tokens)}{label}'
     title += f', prompt {prompt!r}' if prompt else ''
     if len(ids) < len(row):

@@ -564,7 +564,9 @@ def _make_sample(
     if trajectories := [one for one in trajectories if one.answers]:
       image = watch.order_image(trajectories, fixed)[None]
       writer.write_images(step, {'samples/reveal_order': image})
-    texts = [tokenizer.decode(lms.shown_tokens(run, row)) for row in filled]
+    texts = [
+      tokenizer.decode(lms.shown_tokens(run, row, fixed)) for row in filled
+    ]
     blocks = {f'samples/{i}': f'```\n{x}\n```' for i, x in enumerate(texts)}
     writer.write_texts(step, blocks)
     for text in texts:

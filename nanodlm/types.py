@@ -501,7 +501,7 @@ class Sampler(abc.ABC):
   Subclasses are frozen dataclasses whose fields are keys of `config.sampler`,
   except for those supplied by the run: `draw` (a `categorical.Draw`),
   `schedule`, `mask_id`, `rule` (the objective), `inner` (the sampler of a
-  block), `block_size` and `eos_id`.
+  block), `block_size` and `eos_ids` (see `samplers.reveal.end_texts`).
 
   Attributes:
     fills_blocks: whether it can be the `inner` sampler of another sampler.
@@ -526,7 +526,8 @@ class Sampler(abc.ABC):
   def max_calls(self, length: int) -> int:
     """Returns the maximum number of network calls for `length` free positions.
 
-    A step that reveals more positions than expected can take further calls.
+    A step that reveals more positions than expected can take further calls, as
+    in `samplers.ancestral`.
     """
 
   def with_rule(self, rule: Any) -> 'Sampler':

@@ -19,3 +19,8 @@ def opened():
     )
     yield browser
     browser.close()
+
+
+def expect():
+  """Playwright's `expect`."""
+  return pytest.importorskip('playwright.sync_api').expect

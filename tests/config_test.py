@@ -204,7 +204,7 @@ class ValidateTest(parameterized.TestCase):
     ('optim__learning_rate', 0.0),
     ('optim__ema_decay', 1.0),
     ('sampler__temperature', -1.0),
-    ('sampler__top_p', 0.0),
+    ('sampler__top_p', -0.5),
     ('sampler__num_steps', 0),
     ('sampler__num_samples', 0),
     ('sampler__length', -1),
@@ -465,7 +465,7 @@ class ValidateTest(parameterized.TestCase):
           fields |= set(categorical.Draw.__dataclass_fields__)
         given = {'mask_id', 'draw', 'rule', 'rates'}  # the last is learned
         if section == 'sampler':
-          given |= {'eos_id'}
+          given |= {'eos_ids'}
           fields |= {'stop_at_eos', 'guidance'}  # the latter wraps a sampler
         self.assertEqual(set(values), fields - given, section)
       else:

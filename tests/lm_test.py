@@ -1,5 +1,6 @@
 """The Python API: samples, bounds and logits of a trained run."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -74,6 +75,29 @@ def test_bound_of_a_tokenizer_that_changes_the_text(tmp_path):
   np.testing.assert_allclose(bound.bits_per_byte, bits / 15, rtol=1e-5)
   with pytest.raises(InputError, match='no ids'):
     lm.bound(['the fox', '  '])
+
+
+@pytest.mark.parametrize('kind', ['masked', 'remask', 'ar'])
+def test_a_text_ends_at_its_first_eos(masked, ar, kind):
+  lm = ar if kind == 'ar' else masked
+  eos_ids = tuple(range(1, 256, 4))
+  tokenizer = dataclasses.replace(lm.tokenizer, eos_ids=eos_ids)
+  run = lm.run.with_tokenizer(tokenizer).with_sampler({'stop_at_eos': True})
+  lm = dataclasses.replace(lm, run=run)
+  # That it stops is a fact about the model: another sampler does too.
+  options = {'sampler': 'remask'} if kind == 'remask' else {}
+  prompt = 'qa{}' if kind == 'ar' else 'q{4}a{}'
+  samples = lm.sample(prompt, num_samples=4, details=True, **options)
+  sizes = set()
+  for sample in samples:
+    row, first = sample.tokens.tolist(), prompt.replace('{4}', '1234').find('{')
+    ends = [i for i in range(first, len(row)) if row[i] in eos_ids]
+    size = min(ends, default=len(row))
+    assert sample.text == lm.tokenizer.decode(row[:size])
+    sizes.add(size)
+    if kind == 'ar':
+      assert set(row[size + 1 :]) <= {eos_ids[0]}
+  assert len(sizes) > 1
 
 
 def test_probabilities_are_those_of_the_call_that_revealed_a_token(ar):

@@ -115,11 +115,22 @@ def test_missing_prompt_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'tokens, end', [([3, 4, 9, 5, 9, 9], 2), ([9, 9], 0), ([3, 4], 2), ([], 0)]
+  'tokens, end, end_of_blank',
+  [
+    ([3, 4, 9, 5, 9, 9], 2, 2),
+    ([3, 7, 9], 1, 1),
+    ([9, 9], 0, 0),
+    ([9, 7, 3, 7, 4], 0, 3),
+    ([9, 3, 4], 0, 3),
+    ([3, 4], 2, 2),
+    ([], 0, 0),
+  ],
 )
-def test_until_end(tokens, end):
+def test_find_end(tokens, end, end_of_blank):
   tokens = np.array(tokens, np.int32)
-  np.testing.assert_array_equal(prompts.until_end(tokens, 9), tokens[:end])
+  assert prompts.find_end(tokens, (9, 7)) == end
+  assert prompts.find_end(tokens, (9, 7), is_blank=True) == end_of_blank
+  assert prompts.find_end(tokens, ()) == len(tokens)
 
 
 def test_unknown_characters():

@@ -114,6 +114,7 @@ def plan_points(
   size = objective.block_size or prefix_cache.DEFAULT_BLOCK_SIZE
   # The run's own sampler may have another rule than a number of steps.
   rules = {**request.draw, 'threshold': 0.0, 'entropy_budget': 0.0}
+  rules['stop_at_eos'] = False  # Whole canvases are compared.
   names = [
     objective.default_sampler if name == AUTO else name
     for name in request.samplers

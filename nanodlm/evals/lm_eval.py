@@ -192,7 +192,7 @@ class TextModel:
       filled, _ = self.fill(temperature)(self.lm.params, key, tokens, fixed)
       for row, i in zip(filled, members):
         new = row[len(heads[i]) : totals[i]]
-        new = prompting.until_end(new, tokenizer.separator_id)
+        new = new[: prompting.find_end(new, tokenizer.eos_ids)]
         texts[i] = cut_at(tokenizer.decode(new, is_start=False), stops)
     return texts
 

@@ -166,6 +166,7 @@ def import_checkpoint(
       described = describe(family, foreign, tensors)
       config: Any = configs.load()
       config.data.length = min(described.max_length, _LENGTH)
+      config.sampler.stop_at_eos = True
       _update(config, {**described.settings, **changes})
       if any(key.startswith('tokenizer.') for key in changes):
         tokenizer = tokenizers.make_tokenizer(config.tokenizer)

@@ -61,16 +61,24 @@ WHOLE = Vocab()
 NEG_INF = -1e30
 
 
+# A lower temperature has the effect of this one, and does not overflow.
+MIN_TEMPERATURE = 1e-20
+MAX_TEMPERATURE = 100.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Draw:
   """The settings by which a token is drawn from logits.
 
+  Of equally probable tokens, those with the smallest ids are kept.
+
   Attributes:
     mask_id: this id and those above it (vocabulary padding) are never drawn.
-    temperature: divides the logits; 0 takes the most probable token.
+    temperature: divides the logits, in [0, MAX_TEMPERATURE]; 0 takes the most
+      probable token.
     top_k: number of most probable tokens kept; 0: all.
-    top_p: probability of the smallest set of tokens kept, in (0, 1]; 1: all
-      (nucleus sampling, arXiv 1904.09751).
+    top_p: the smallest set of tokens at least this probable is kept, at least
+      one token; 1: all (nucleus sampling, arXiv 1904.09751).
   """
 
   mask_id: int
@@ -79,24 +87,31 @@ class Draw:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if not self.temperature >= 0:
-      raise InputError(f'sampler.temperature={self.temperature!r} must be >= 0')
+    if not 0 <= self.temperature <= MAX_TEMPERATURE:
+      raise InputError(
+        f'sampler.temperature={self.temperature!r} must be in '
+        f'[0, {MAX_TEMPERATURE:g}]'
+      )
     if self.top_k < 0:
       raise InputError(f'sampler.top_k={self.top_k!r} must be >= 0 (0: all)')
-    if not 0 < self.top_p <= 1:
-      raise InputError(f'sampler.top_p={self.top_p!r} must be in (0, 1]')
+    if not 0 <= self.top_p <= 1:
+      raise InputError(f'sampler.top_p={self.top_p!r} must be in [0, 1]')
+
+  @property
+  def is_greedy(self) -> bool:
+    """Whether the most probable token is always drawn."""
+    return self.temperature == 0 or self.top_k == 1 or self.top_p == 0
 
   def log_prob(self, logits: jax.Array) -> jax.Array:
     """Returns the log-probabilities of a draw, [..., V] float32."""
-    logits = exclude_mask(logits, self.mask_id)
-    if self.temperature == 0:
-      return jnp.where(_is_best(logits), 0.0, NEG_INF)
-    logits = logits / self.temperature
-    if self.top_k and self.top_k < self.mask_id:
-      kth = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
-      logits = jnp.where(logits < kth, NEG_INF, logits)
-    log_p = jax.nn.log_softmax(logits)
-    return _keep_top_p(log_p, self.top_p) if self.top_p < 1 else log_p
+    if self.is_greedy:
+      return _best(logits, self.mask_id)
+    temperature = max(self.temperature, MIN_TEMPERATURE)
+    logits = exclude_mask(_float32(logits) / temperature, self.mask_id)
+    if not self.top_k and self.top_p == 1:
+      return jax.nn.log_softmax(logits)
+    top_k = min(self.top_k or self.mask_id, self.mask_id)
+    return _keep(logits, top_k, self.top_p)
 
   def sample(self, keys: jax.Array, logits: jax.Array) -> jax.Array:
     """Draws one token for each of K positions of each example.
@@ -109,22 +124,16 @@ class Draw:
       [B, K] int32 ids below mask_id.
     """
     log_p = self.log_prob(logits)
-    if self.temperature == 0:
+    if self.is_greedy:
       return jnp.argmax(log_p, axis=-1).astype(jnp.int32)
     return jax.vmap(sample_categorical)(keys, log_p)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowDraw:
-  """A `Draw` with settings per row that are not compiled in.
+  """A `Draw` with settings per row, [B] arrays, that are not compiled in.
 
   Each row is drawn as by a `Draw` with its settings.
-
-  Attributes:
-    mask_id: as in `Draw`.
-    temperature: [B] float32.
-    top_k: [B] int32.
-    top_p: [B] float32.
   """
 
   mask_id: int
@@ -134,52 +143,62 @@ class RowDraw:
 
   def log_prob(self, logits: jax.Array) -> jax.Array:
     """As `Draw.log_prob`, for logits [B, K, V]."""
-    logits = exclude_mask(logits, self.mask_id)
-    column = lambda x: x[:, None, None]
-    is_greedy = column(self.temperature == 0)
-    best = _is_best(logits)
-    logits = logits / jnp.where(is_greedy, 1.0, column(self.temperature))
-    has_k, has_p = column(self.top_k > 0), column(self.top_p < 1)
+    temperature, top_k, top_p = (
+      x[:, None, None] for x in (self.temperature, self.top_k, self.top_p)
+    )
+    is_greedy = (temperature == 0) | (top_k == 1) | (top_p == 0)
+    best = _best(logits, self.mask_id)
+    temperature = jnp.maximum(temperature, MIN_TEMPERATURE)
+    logits = exclude_mask(_float32(logits) / temperature, self.mask_id)
+    is_cut = ~is_greedy & ((top_k > 0) | (top_p < 1))
+    top_k = jnp.where(top_k > 0, top_k, self.mask_id)
 
     def cut(logits):
-      k = jnp.clip(column(self.top_k) - 1, 0, logits.shape[-1] - 1)
-      descending = -jnp.sort(-logits, axis=-1)
-      kth = jnp.take_along_axis(descending, k, axis=-1)
-      log_p = jax.nn.log_softmax(
-        jnp.where(has_k & (logits < kth), NEG_INF, logits)
-      )
-      return jnp.where(has_p, _keep_top_p(log_p, column(self.top_p)), log_p)
+      kept = _keep(logits, top_k, top_p)
+      return jnp.where(is_cut, kept, jax.nn.log_softmax(logits))
 
     # Sorting the vocabulary is the expensive part.
-    log_p = jax.lax.cond(
-      jnp.any(has_k | has_p), cut, jax.nn.log_softmax, logits
-    )
-    return jnp.where(is_greedy, jnp.where(best, 0.0, NEG_INF), log_p)
+    log_p = jax.lax.cond(jnp.any(is_cut), cut, jax.nn.log_softmax, logits)
+    return jnp.where(is_greedy, best, log_p)
 
   def sample(self, keys: jax.Array, logits: jax.Array) -> jax.Array:
     """As `Draw.sample`."""
-    log_p = self.log_prob(logits)
-    drawn = jax.vmap(sample_categorical)(keys, log_p)
-    greedy = jnp.argmax(log_p, axis=-1).astype(jnp.int32)
-    return jnp.where(self.temperature[:, None] == 0, greedy, drawn)
+    return jax.vmap(sample_categorical)(keys, self.log_prob(logits))
 
 
-def _is_best(logits: jax.Array) -> jax.Array:
-  best = jnp.argmax(logits, axis=-1)
-  return jax.nn.one_hot(best, logits.shape[-1], dtype=bool)
+def _float32(x: jax.Array) -> jax.Array:
+  return jnp.asarray(x).astype(jnp.float32)
 
 
-def _keep_top_p(log_p: jax.Array, top_p: jax.Array | float) -> jax.Array:
-  """Restricts log_p [..., V] to the smallest set with probability `top_p`."""
-  descending = -jnp.sort(-log_p, axis=-1)
-  p = jnp.exp(descending)
+def _best(logits: jax.Array, mask_id: int) -> jax.Array:
+  """Returns 0 for the most probable token, NEG_INF for others, [..., V]."""
+  best = jnp.argmax(exclude_mask(logits, mask_id), axis=-1)
+  is_best = jax.nn.one_hot(best, logits.shape[-1], dtype=bool)
+  return jnp.where(is_best, 0.0, NEG_INF)
+
+
+def _keep(
+  logits: jax.Array, top_k: jax.Array | int, top_p: jax.Array | float
+) -> jax.Array:
+  """Returns the log-probabilities of the most probable tokens, [..., V].
+
+  Keeps `top_k` >= 1 of them, and of these the smallest set with `top_p` of
+  their probability.
+  """
+  descending = -jnp.sort(-logits, axis=-1)
+  rank = WHOLE.ids(logits)
+  p = jax.nn.softmax(jnp.where(rank < top_k, descending, NEG_INF))
   # A token is kept if the better ones have less than top_p together; the best
   # always is.
-  kept = jnp.cumsum(p, axis=-1) - p < top_p
-  threshold = jnp.min(
-    jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True
-  )
-  return jax.nn.log_softmax(jnp.where(log_p < threshold, NEG_INF, log_p))
+  is_kept = (jnp.cumsum(p, axis=-1) - p < top_p) | (top_p == 1)
+  is_kept &= rank < top_k
+  num = jnp.maximum(jnp.sum(is_kept, axis=-1, keepdims=True), 1)
+  last = jnp.take_along_axis(descending, num - 1, axis=-1)
+  is_better, is_last = logits > last, logits == last
+  # Some of the tokens that are as probable as the last one.
+  num_last = num - jnp.sum(is_better, axis=-1, keepdims=True)
+  is_last &= jnp.cumsum(is_last, axis=-1) <= num_last
+  return jax.nn.log_softmax(jnp.where(is_better | is_last, logits, NEG_INF))
 
 
 def exclude_mask(

@@ -23,10 +23,12 @@ class LeftToRight(Sampler):
     cache: whether to cache keys and values: one call reads the prompt, then
       each call runs one token. Without it, each call runs the whole canvas,
       with the same result up to float rounding.
+    eos_ids: the tokens that end a row, see `reveal.end_texts`.
   """
 
   draw: Draw
   cache: bool = True
+  eos_ids: tuple[int, ...] = ()
 
   is_final = True
 
@@ -46,9 +48,10 @@ class LeftToRight(Sampler):
     rank = jnp.cumsum(free, axis=1, dtype=jnp.int32) - 1
     if not self.cache:
       plan = reveal.Plan(step=rank, level=jnp.ones(free.shape))
-      return reveal.sample_plan(
+      tokens, num_calls = reveal.sample_plan(
         keys, canvas, plan, denoise, self.draw, num_slots=1
       )
+      return Samples(self._end(tokens, free)[0], num_calls)
     length = free.shape[1]
     # The network's input is the text shifted right by one, after mask_id.
     tokens = jnp.where(free, self.draw.mask_id, canvas.tokens)
@@ -61,8 +64,12 @@ class LeftToRight(Sampler):
     where = jnp.arange(length)
     prompt = lambda cache: denoise.advance(cache, inputs[:, :-1], 0, where < 0)
 
+    def has_work(state):
+      _, _, i, is_open, _ = state
+      return (i < last) & sharding.on_any_device(jnp.any(is_open))
+
     def body(state):
-      inputs, cache, i, num_calls = state
+      inputs, cache, i, is_open, num_calls = state
       column = lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
       token = column(inputs)
       own, level = jnp.zeros_like(token), jnp.ones((token.shape[0],))
@@ -70,15 +77,21 @@ class LeftToRight(Sampler):
       # The keys of `reveal.sample_plan`, so that the cache changes nothing.
       step_keys = jax.vmap(jax.random.fold_in)(keys, column(rank)[:, 0])
       drawn = self.draw.sample(reveal.fold_in_each(step_keys, 0), logits)
-      drawn = jnp.where(column(free), drawn, column(tokens))
+      is_own = column(free) & is_open[:, None]
+      drawn = jnp.where(is_own, drawn, column(inputs[:, 1:]))
       inputs = jax.lax.dynamic_update_slice_in_dim(inputs, drawn, i + 1, axis=1)
-      return inputs, cache, i + 1, num_calls + 1
+      text, is_open = self._end(inputs[:, 1:], free)
+      return inputs.at[:, 1:].set(text), cache, i + 1, is_open, num_calls + 1
 
     cache = denoise.init_cache(tokens)
     has_prompt = (first > 0) & (first < length)
     cache = jax.lax.cond(has_prompt, prompt, lambda cache: cache, cache)
-    state = (inputs, cache, first, has_prompt.astype(jnp.int32))
-    inputs, _, _, num_calls = jax.lax.while_loop(
-      lambda state: state[2] < last, body, state
-    )
+    is_open = jnp.any(free, axis=1)
+    state = (inputs, cache, first, is_open, has_prompt.astype(jnp.int32))
+    inputs, _, _, _, num_calls = jax.lax.while_loop(has_work, body, state)
     return Samples(inputs[:, 1:], num_calls)
+
+  def _end(self, text, free):
+    """Returns the text and which rows go on; see `reveal.end_texts`."""
+    text, has_ended = reveal.end_texts(text, ~free, self.eos_ids)
+    return text, jnp.any(free, axis=1) & ~has_ended

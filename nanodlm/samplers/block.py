@@ -9,8 +9,6 @@ from nanodlm.devices import sharding
 from nanodlm.samplers import base, reveal
 from nanodlm.types import Canvas, InputError, Objective, Sampler, Samples
 
-NO_EOS = -1
-
 
 @dataclasses.dataclass(frozen=True)
 class Block(base.OuterSampler):
@@ -29,15 +27,14 @@ class Block(base.OuterSampler):
     block_size: S of the model.
     cache: whether to cache finished blocks. Without it, each call runs the
       whole canvas, with the same result up to float rounding.
-    eos_id: a row that draws this token is done, and its remaining free
-      positions become this token. With NO_EOS, rows are always filled.
+    eos_ids: the tokens that end a row, see `reveal.end_texts`.
   """
 
   inner: Sampler
   block_size: int
   mask_id: int
   cache: bool = True
-  eos_id: int = NO_EOS
+  eos_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
     if self.block_size < 1:
@@ -70,12 +67,11 @@ class Block(base.OuterSampler):
     paste = lambda x, part, start: jax.lax.dynamic_update_slice_in_dim(
       x, part, start, axis=1
     )
-    free_from = lambda block: ~fixed & (where >= block * size)[None]
 
     def has_work(state):
       _, _, block, done, _ = state
-      left = free_from(block)
-      return sharding.on_any_device(jnp.any(left & ~done[:, None]))
+      left = ~fixed & (where >= block * size)[None] & ~done[:, None]
+      return sharding.on_any_device(jnp.any(left))
 
     def fill(state):
       tokens, cache, block, done, num_calls = state
@@ -95,27 +91,15 @@ class Block(base.OuterSampler):
         within = lambda part, level, positions: denoise(
           paste(tokens, part, start), level, start + positions
         )
-      is_given, part = cut(fixed, start), cut(tokens, start)
-      part = jnp.where(done[:, None] & ~is_given, self.eos_id, part)
-      own = Canvas(part, is_given | done[:, None])
+      own = Canvas(cut(tokens, start), cut(fixed, start) | done[:, None])
       samples = self.inner(reveal.fold_in_each(keys, block), own, within)
-      drawn, done = self._end(samples.tokens, is_given, done)
+      tokens = paste(tokens, samples.tokens, start)
+      tokens, done = reveal.end_texts(tokens, fixed, self.eos_ids)
       num_calls += samples.num_calls
-      return paste(tokens, drawn, start), cache, block + 1, done, num_calls
+      return tokens, cache, block + 1, done, num_calls
 
     cache = denoise.init_cache(tokens) if self.cache else ()
     zero, done = jnp.zeros_like(tokens[0, 0]), jnp.zeros_like(fixed[:, 0])
     state = (tokens, cache, zero, done, zero)
-    tokens, _, block, _, num_calls = jax.lax.while_loop(has_work, fill, state)
-    # Positions are left if all rows were done before the last block.
-    tokens = jnp.where(free_from(block), self.eos_id, tokens)
+    tokens, _, _, _, num_calls = jax.lax.while_loop(has_work, fill, state)
     return Samples(tokens[:, :length], num_calls)
-
-  def _end(self, drawn, fixed, done):
-    """Ends a block [B, S] at the first eos_id; returns it and the rows done."""
-    if self.eos_id == NO_EOS:
-      return drawn, done
-    is_eos = (drawn == self.eos_id) & ~fixed
-    after = jnp.cumsum(is_eos, axis=1) - is_eos > 0
-    drawn = jnp.where(after & ~fixed, self.eos_id, drawn)
-    return drawn, done | jnp.any(is_eos, axis=1)

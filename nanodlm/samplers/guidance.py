@@ -9,6 +9,9 @@ from nanodlm.noise import categorical
 from nanodlm.samplers import base
 from nanodlm.types import Denoise, InputError, Objective, Sampler
 
+# Keeps guided log-probabilities finite in float32.
+MAX_GUIDANCE = 1000.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Guided(base.OuterSampler):
@@ -25,7 +28,7 @@ class Guided(base.OuterSampler):
 
   Attributes:
     inner: a sampler with `can_be_guided`.
-    guidance: w >= 0; 0 has no effect.
+    guidance: w in [0, MAX_GUIDANCE]; 0 has no effect.
   """
 
   inner: Sampler
@@ -33,8 +36,10 @@ class Guided(base.OuterSampler):
   mask_id: int
 
   def __post_init__(self):
-    if not self.guidance >= 0:
-      raise InputError(f'sampler.guidance={self.guidance!r} must be >= 0')
+    if not 0 <= self.guidance <= MAX_GUIDANCE:
+      raise InputError(
+        f'sampler.guidance={self.guidance!r} must be in [0, {MAX_GUIDANCE:g}]'
+      )
 
   @classmethod
   def fits(cls, objective: Objective) -> bool:

@@ -138,6 +138,28 @@ def draw_pending(
   return drawn, prob, num_calls
 
 
+def end_texts(
+  tokens: jax.Array, fixed: jax.Array, eos_ids: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+  """Ends each row [B, L] that is filled from left to right.
+
+  The text ends at the first free EOS. One at the start of a blank canvas begins
+  the text instead.
+
+  Returns:
+    Tokens, with eos_ids[0] in all free positions after the end, and [B] bool,
+    whether each row has ended.
+  """
+  is_eos = jnp.zeros_like(fixed)
+  for eos_id in eos_ids:
+    is_eos |= tokens == eos_id
+  has_begun = jnp.cumsum(~is_eos | fixed, axis=1) > 0
+  ends = is_eos & ~fixed & has_begun
+  is_after = jnp.cumsum(ends, axis=1) - ends > 0
+  tokens = jnp.where(is_after & ~fixed, (*eos_ids, 0)[0], tokens)
+  return tokens, jnp.any(ends, axis=1)
+
+
 def fold_in_each(keys: jax.Array, data: jax.Array | int) -> jax.Array:
   """Returns fold_in(key, data) for each of [B] keys."""
   return jax.vmap(jax.random.fold_in, (0, None))(keys, data)

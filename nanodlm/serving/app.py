@@ -17,19 +17,26 @@ Routes; bodies are JSON, and /openapi.json describes every field:
     POST /v1/completions   completions as in OpenAI's API
     GET  /v1/models        the model; also /v1/models/NAME
 
+There is no /v1/chat/completions.
+
 /api/generate and /api/stream take either `prompt`, a text with gaps as in
 --mode=sample, or `tokens`, ids with null in the gaps; and `num_samples`,
 `sampler`, `num_steps`, `temperature`, `top_k`, `top_p`, `seed`. Settings that
-are left out come from the run's config, and the seed is random. The same
-prompt, settings and seed give the text of --mode=sample, up to float rounding,
-whatever else is sampled at the same time.
+are left out come from the run's config, and the seed is random, or 0 if the
+most probable tokens are taken (temperature 0). The same prompt, settings and
+seed give the text of --mode=sample, up to float rounding, whatever else is
+sampled at the same time.
 
 OpenAI's clients use base_url='http://127.0.0.1:8000/v1', any key, and the name
 of the workdir's folder as `model`. /v1/completions takes `prompt` (one or
 several, as text or ids), `suffix` (for models that read in both directions),
 `max_tokens`, `n`, `stop`, `echo`, `stream`, `stream_options`, and the settings
 above, with `n` for `num_samples`. Streamed text is sent in its order, as it
-becomes final. Log-probabilities, penalties and logit_bias are refused.
+becomes final. Log-probabilities, penalties and logit_bias are refused. A text
+ends before a stop and, with sampler.stop_at_eos (as for imported checkpoints),
+at an end-of-text token: finish_reason is "stop", and usage counts the tokens
+before it. Token ids are those of /api/tokenize; of an imported checkpoint, the
+mask and the last id are exchanged.
 
 Sampling. Texts of all clients are sampled together, up to 16 in a batch if they
 have the same sampler and number of steps, and clients take turns. A client is a
@@ -159,7 +166,6 @@ def make_app(model: Service, host: str = '') -> guard.Guard:
 
 
 async def _respond_to_error(request: fastapi.Request, error: Exception):
-  del request
   match error:
     case ApiError():
       pass
@@ -167,15 +173,36 @@ async def _respond_to_error(request: fastapi.Request, error: Exception):
       message = str(error).replace('--prompt=', 'prompt=')
       error = ApiError(400, message, 'invalid_value')
     case exceptions.RequestValidationError():
-      error = _invalid_body(error.errors()[0])
+      # The error that is deepest in the body says most.
+      first = max(error.errors(), key=lambda each: len(each['loc']))
+      error = _invalid_body(first)
     case starlette.exceptions.HTTPException(status_code=400):
       message = 'the body is not valid JSON in UTF-8, or is nested too deeply'
       error = ApiError(400, message, 'malformed_json')
+    case starlette.exceptions.HTTPException(status_code=404 | 405):
+      message = _describe_routes(request)
+      error = ApiError(error.status_code, message, 'not_found', error.headers)
     case starlette.exceptions.HTTPException():
       error = ApiError(error.status_code, error.detail, None, error.headers)
     case _:
       error = ApiError(500, 'internal error; see the log of the server')
   return error.response()
+
+
+def _describe_routes(request: fastapi.Request) -> str:
+  """Says which routes there are instead of the one that was asked for."""
+  message = f'there is no {request.method} {request.url.path[:100]}'
+  if request.url.path.startswith('/v1/chat'):
+    message += (
+      ': no chat template is known; send the text of the conversation as the '
+      'prompt of /v1/completions'
+    )
+  known = [
+    f'{method.upper()} {path}'
+    for path, verbs in request.app.openapi()['paths'].items()
+    for method in verbs
+  ]
+  return f'{message}. There are: {", ".join(known)}'
 
 
 def _invalid_body(first) -> ApiError:

@@ -1,5 +1,6 @@
 """/v1: the models and completions of OpenAI's API."""
 
+import bisect
 from collections.abc import AsyncIterator, Sequence
 import secrets
 import time
@@ -8,7 +9,7 @@ from typing import Any
 import fastapi
 import numpy as np
 
-from nanodlm import lm as lms
+from nanodlm import prompts
 from nanodlm.serving import schemas, service
 from nanodlm.serving.engine import Row
 from nanodlm.serving.service import ApiError, Canvas, Service, Submission
@@ -49,7 +50,7 @@ def add_routes(app: fastapi.FastAPI, model: Service):
     if body.stream:
       events = completions.stream(submission)
       return service.EventStream(submission, events)
-    await submission.finish(request)
+    await submission.finish(request, completions.have_ended)
     return completions.respond(submission.rows)
 
 
@@ -66,13 +67,13 @@ class Completions:
       raise InputError(
         f'stop={body.stop!r:.100}: at most 4 texts, of 1 to 200 characters each'
       )
-    prompts: Any = body.prompt
-    if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int):
-      prompts = [prompts or '']
-    self.prompts: list[str | list[int]] = prompts
+    given: Any = body.prompt
+    if isinstance(given, str) or not given or isinstance(given[0], int):
+      given = [given or '']
+    self.prompts: list[str | list[int]] = given
     most = schemas.MAX_PROMPTS
-    if len(prompts) > most:
-      raise InputError(f'{len(prompts)} prompts; at most {most} are allowed')
+    if len(given) > most:
+      raise InputError(f'{len(given)} prompts; at most {most} are allowed')
     self._head = {
       'id': f'cmpl-{secrets.token_hex(12)}',
       'object': 'text_completion',
@@ -81,7 +82,8 @@ class Completions:
     }
 
   def lay_out(self, prompt: str | list[int]) -> Canvas:
-    model, size = self._model, self._body.max_tokens or 16
+    model, size = self._model, self._body.max_tokens
+    size = 16 if size is None else size
     encode, length = model.tokenizer.encode, model.engine.length
     suffix = self._body.suffix or ''
     ids = encode(prompt).tolist() if isinstance(prompt, str) else prompt
@@ -92,24 +94,37 @@ class Completions:
         f'max_tokens={size} and the {num_given} tokens of prompt and suffix do '
         f'not fit; the canvas has {length} tokens'
       )
+    if not size:
+      given = [*ids, *suffix_ids]
+      blank = np.zeros(0, np.int32), np.zeros(0, bool)
+      return model.lay_out_ids(given, 'prompt') if given else blank
     if isinstance(prompt, str):  # This also rejects unknown characters.
       text, suffix = prompt.translate(_BRACES), suffix.translate(_BRACES)
       return model.lay_out(f'{text}{{{size}}}{suffix}')
-    return model.lay_out_ids([*ids, *[None] * size, *suffix_ids])
+    return model.lay_out_ids([*ids, *[None] * size, *suffix_ids], 'prompt')
 
   def _complete(self, row: Row) -> tuple[str, str | None, int]:
     """The text so far, the reason why it ended, and its number of tokens."""
     is_done = row.state == 'done'  # Read first: then the canvas is the last.
+    run, decode = self._model.run, self._model.tokenizer.decode
     tokens = row.canvas[~row.fixed]
     if not is_done:
-      hidden = [*(tokens == self._model.tokenizer.mask_id), True]
+      hidden = [*(tokens == run.tokenizer.mask_id), True]
       is_final = row.choice.sampler.is_final
       tokens = tokens[: np.argmax(hidden) if is_final else 0]
-    shown = lms.shown_tokens(self._model.run, tokens)
-    text, num_tokens = self._model.tokenizer.decode(shown), len(shown)
-    ends = [end for stop in self._stops if (end := text.find(stop)) >= 0]
+    is_blank = not row.fixed[:1].any()
+    num_tokens = prompts.find_end(tokens, run.eos_ids, is_blank)
+    text = decode(tokens[:num_tokens])
+    found = [(text.find(stop), len(stop)) for stop in self._stops]
+    # A text ends at the stop that is complete first, whatever comes after it.
+    ends = [(start + size, start) for start, size in found if start >= 0]
+    if ends:
+      text = text[: min(ends)[1]]
+      # The tokens that spell this text.
+      spelled = lambda num: len(decode(tokens[:num]))
+      num_tokens = bisect.bisect_left(range(num_tokens), len(text), key=spelled)
     if ends or num_tokens < len(tokens):
-      return text[: min(ends, default=None)], 'stop', num_tokens
+      return text, 'stop', num_tokens
     if is_done:
       return text, 'length', num_tokens
     # The end is withheld if it may become another character or a stop.
@@ -117,6 +132,10 @@ class Completions:
     starts = [stop[:size] for stop in self._stops for size in range(len(stop))]
     held = max((len(x) for x in starts if text.endswith(x)), default=0)
     return text[: len(text) - held], None, num_tokens
+
+  def have_ended(self, rows: Sequence[Row]) -> bool:
+    """Whether every text has met its end or a stop."""
+    return all(self._complete(row)[1] for row in rows)
 
   def _echo(self, i: int) -> str:
     """The text before completion i."""
@@ -165,6 +184,8 @@ class Completions:
         if text != sent[i] or reasons[i]:
           yield event([_choice(i, text[len(sent[i]) :], reasons[i])])
           sent[i] = text
+      if all(reasons):
+        break
     options = self._body.stream_options
     if options and options.include_usage:
       yield event([], self._usage(rows))

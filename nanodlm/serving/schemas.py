@@ -3,7 +3,9 @@
 from typing import Annotated, Any
 
 import pydantic
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
+
+from nanodlm.noise import categorical
 
 MAX_SAMPLES = 16
 MAX_PROMPTS = 16
@@ -14,8 +16,10 @@ MAX_BODY_BYTES = 2**18
 _Name = Annotated[str, Field(max_length=200)]
 _Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
 _Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
-_Temperature = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-_TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+_Temperature = Annotated[
+  float, Field(ge=0, le=categorical.MAX_TEMPERATURE, allow_inf_nan=False)
+]
+_TopP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 _Zero = Annotated[float, Field(ge=0, le=0)]
 
@@ -40,9 +44,12 @@ class Sampling(_Request):
   top_k: _Id | None = None
   """Draws from this number of most probable tokens; 0: from all tokens."""
   top_p: _TopP | None = None
-  """Draws from the smallest set of tokens that is at least this probable."""
+  """Draws from the smallest set of tokens that is at least this probable; 0:
+  the most probable token."""
   seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-  """The same seed gives the same texts. The default is a random seed."""
+  """The same seed gives the same texts. The default is a random seed, or 0 if
+  the most probable tokens are taken, in every text of the request: they differ
+  only by the order in which tokens are drawn."""
   user: _Name | None = None
   """Requests from one address that name the same user take turns as one client.
   By default, each connection is a client."""
@@ -106,15 +113,29 @@ class StreamOptions(_Request):
   """Ignored."""
 
 
+def _kind(prompt: Any) -> str:
+  """The kind of a prompt, whose errors are reported."""
+  if not isinstance(prompt, list):
+    return 'text'
+  kinds = {str: 'texts', list: 'lists of ids'}
+  return kinds.get(type(prompt[0]), 'ids') if prompt else 'texts'
+
+
 class CompletionRequest(Sampling):
   """The request of OpenAI's API, with the fields that choose a sampler."""
 
   model: _Name | None = None
-  prompt: str | list[str] | list[_Id] | list[list[_Id]] = ''
+  prompt: Annotated[
+    Annotated[str, Tag('text')]
+    | Annotated[list[str], Tag('texts')]
+    | Annotated[list[_Id], Tag('ids')]
+    | Annotated[list[list[_Id]], Tag('lists of ids')],
+    Discriminator(_kind),
+  ] = ''
   """One or several texts or lists of token ids. Braces are literal."""
   suffix: str | None = None
   """Text after the gap, for models that read in both directions."""
-  max_tokens: Annotated[int, Field(ge=1)] | None = 16
+  max_tokens: Annotated[int, Field(ge=0)] | None = 16
   n: _Samples | None = 1
   stream: bool | None = False
   stream_options: StreamOptions | None = None

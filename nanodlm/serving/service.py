@@ -1,7 +1,7 @@
 """What the routes share: the model, the rows of a request, errors, events."""
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 import contextlib
 import functools
 import json
@@ -79,7 +79,8 @@ class Submission:
         loop.call_soon_threadsafe(self._changed.set)
 
     try:
-      engine.submit(client, rows, notify)
+      if waiting := [row for row in rows if not row.is_over]:
+        engine.submit(client, waiting, notify)
     except FullError as error:
       headers = {'Retry-After': str(RETRY_AFTER_SECS)}
       status = 503 if engine.is_closing else 429
@@ -113,10 +114,19 @@ class Submission:
         async with asyncio.timeout(timeout_secs):
           await self._changed.wait()
 
-  async def finish(self, request: fastapi.Request):
-    """Waits for all rows; cancels them if one fails or the client leaves."""
+  async def finish(
+    self,
+    request: fastapi.Request,
+    have_ended: Callable[[Sequence[Row]], bool] = lambda rows: False,
+  ):
+    """Waits until all rows are done or `have_ended` says so.
+
+    Cancels what is left, also if a row fails or the client leaves.
+    """
     try:
       async for _ in self.changes(timeout_secs=1.0):
+        if have_ended(self.rows):
+          return
         if await request.is_disconnected():
           raise ApiError(499, 'the client has closed the connection')
     finally:
@@ -198,21 +208,23 @@ class Service:
     """Returns tokens and fixed [n] of a text with gaps."""
     return lms.lay_out(self.run, prompt, self.engine.length)
 
-  def lay_out_ids(self, ids: Sequence[int | None]) -> Canvas:
-    """Returns tokens and fixed [n] of ids with None in the gaps."""
+  def lay_out_ids(
+    self, ids: Sequence[int | None], field: str = 'tokens'
+  ) -> Canvas:
+    """Returns tokens and fixed [n] of the ids in a field, None in the gaps."""
     mask_id, length = self.tokenizer.mask_id, self.engine.length
     if not 0 < len(ids) <= length:
       raise InputError(
-        f'tokens has {len(ids)} entries; between 1 and {length} are allowed '
+        f'{field} has {len(ids)} entries; between 1 and {length} are allowed '
         '(sampler.length, by default data.length)'
       )
-    if any(i is not None and i >= mask_id for i in ids):
-      raise InputError(f'tokens must be null or ids in [0, {mask_id})')
+    if wrong := [i for i in ids if i is not None and i >= mask_id]:
+      raise InputError(f'{field}: {wrong[0]} is not an id in [0, {mask_id})')
     fixed = np.array([i is not None for i in ids])
     sees_right = self.run.objective.sees_right(length)
     if not sees_right and np.any(fixed[1:] & ~fixed[:-1]):
       raise InputError(
-        'tokens: this model reads from left to right (by tokens or by blocks) '
+        f'{field}: this model reads from left to right (by tokens or blocks) '
         'and fills one gap at the end; text after a gap requires a model with '
         'objective.name=masked'
       )
@@ -231,11 +243,17 @@ class Service:
     values |= body.model_dump(include={*DRAW}, exclude_none=True)
     draw = categorical.Draw(self.tokenizer.mask_id, **values)
     num_seeds = schemas.MAX_SEED + 1
-    seed = secrets.randbelow(num_seeds) if body.seed is None else body.seed
-    rows = [
-      Row(*canvas, choice, draw, seed % num_seeds, index)
-      for index, canvas in enumerate(c for c in canvases for _ in range(num))
-    ]
+    seed, is_fixed = body.seed, body.seed is None and draw.is_greedy
+    if seed is None:
+      # Without a seed, a greedy text depends on its own prompt alone.
+      seed = 0 if is_fixed else secrets.randbelow(num_seeds)
+    rows = []
+    for canvas in canvases:
+      for _ in range(num):
+        index = 0 if is_fixed else len(rows)
+        row = Row(*canvas, choice, draw, seed % num_seeds, index)
+        row.state = 'waiting' if np.any(row.tokens == draw.mask_id) else 'done'
+        rows.append(row)
     host, port = request.client or ('', 0)
     return Submission(self.engine, (host, body.user or port), rows)
 
@@ -254,7 +272,7 @@ class Service:
       'samples': [
         {
           'text': decode(row.canvas),
-          'shown': decode(lms.shown_tokens(self.run, row.canvas)),
+          'shown': decode(lms.shown_tokens(self.run, row.canvas, row.fixed)),
           'tokens': row.canvas.tolist(),
           'texts': self.tokenizer.spell(row.canvas),
           'num_calls': row.num_calls,

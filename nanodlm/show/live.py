@@ -203,8 +203,9 @@ def _paint(
   """Returns the text of tokens, each in the style of its kind."""
   painted = Text()
   shapes = {'back': TAKEN_BACK, 'masked': MASK}
+  ends = {tokenizer.separator_id, *tokenizer.eos_ids}
   for text, token, kind in zip(tokenizer.spell(tokens, MASK), tokens, kinds):
-    text = '¶\n' if token == tokenizer.separator_id else visible(text)
+    text = '¶\n' if token in ends else visible(text)
     painted.append(shapes.get(kind, text), STYLES[kind])
   return painted
 

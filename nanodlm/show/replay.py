@@ -143,12 +143,13 @@ def make_data(
         'text': tokenizer.decode(frames[-1][: take.num_shown]),
       }
     )
+  ends = {tokenizer.separator_id, *tokenizer.eos_ids}
   return {
     'title': title,
     'facts': facts,
     'prompts': prompts,
     'recorded': lms.NUM_RECORDED,
-    'separator': vocab.get(tokenizer.separator_id, -1),
+    'ends': [vocab[token] for token in sorted(ends & vocab.keys())],
     'takes_back': takes_back,
     'changes': changes,
     'vocab': [_piece(tokenizer, token) for token in vocab],

@@ -99,6 +99,51 @@ class DrawTest(parameterized.TestCase):
       np.testing.assert_allclose(np.exp(log_p[:MASK]), expected, rtol=1e-5)
       np.testing.assert_array_equal(np.exp(log_p[MASK:]), 0)
 
+  @parameterized.parameters(
+    # temperature, top_k, top_p, the probabilities of ids 0 to 3
+    (1e-30, 0, 1.0, [0, 0.5, 0.5, 0]),
+    (1e-37, 0, 1.0, [0, 0.5, 0.5, 0]),
+    (1e-37, 3, 0.9, [0, 0.5, 0.5, 0]),
+    (100.0, 0, 1.0, softmax(np.array([0.01, 0.02, 0.02, 0.0]))),
+    (0.0, 0, 1.0, [0, 1, 0, 0]),
+    (1.0, 1, 1.0, [0, 1, 0, 0]),
+    (1.0, 0, 0.0, [0, 1, 0, 0]),
+    (1.0, 0, 1e-45, [0, 1, 0, 0]),
+    (1.0, 2, 1.0, [0, 0.5, 0.5, 0]),
+    (1.0, 2, 0.4, [0, 1, 0, 0]),
+    (1.0, 2**40, 1.0, softmax(np.array([1, 2, 2, 0]))),
+  )
+  def test_extremes_and_ties(self, temperature, top_k, top_p, expected):
+    logits = np.float32([[[1, 2, 2, 0, 9, 3e8]]])
+    draw = Draw(4, temperature, top_k, top_p)
+    rows = np.broadcast_to(logits, (256, 1, 6))
+    array = lambda x, dtype: jnp.full(1, x, dtype)
+    own = categorical.RowDraw(
+      4,
+      array(temperature, jnp.float32),
+      array(min(top_k, 4), jnp.int32),
+      array(top_p, jnp.float32),
+    )
+    for one in (draw, own):
+      np.testing.assert_allclose(
+        np.exp(one.log_prob(logits)[0, 0]), [*expected, 0, 0], rtol=1e-6
+      )
+      keys = jax.random.split(jax.random.key(0), 256)
+      counts = np.bincount(np.ravel(one.sample(keys, rows)), minlength=6)
+      np.testing.assert_array_equal(counts > 0, np.array([*expected, 0, 0]) > 0)
+
+  def test_ties_leave_as_many_tokens_as_wanted(self):
+    equal = np.zeros(9, np.float32)
+    for settings, num in (
+      (dict(top_k=1), 1),
+      (dict(top_k=3), 3),
+      (dict(top_p=0.5), 4),
+      (dict(top_p=0.51), 5),
+      (dict(top_k=4, top_p=0.5), 2),
+    ):
+      p = np.exp(Draw(8, **settings).log_prob(equal))
+      np.testing.assert_allclose(p, (np.arange(9) < num) / num, rtol=1e-6)
+
   def test_top_k_then_top_p(self):
     p = softmax(LOGITS[:MASK] / 0.7)
     p[np.argsort(-p)[5:]] = 0
@@ -158,8 +203,11 @@ class DrawTest(parameterized.TestCase):
   @parameterized.parameters(
     ({'temperature': -1.0}, 'sampler.temperature=-1.0'),
     ({'temperature': float('nan')}, 'sampler.temperature=nan'),
+    ({'temperature': float('inf')}, 'sampler.temperature=inf'),
+    ({'temperature': 1e30}, 'sampler.temperature=1e.30'),
     ({'top_k': -1}, 'sampler.top_k=-1'),
-    ({'top_p': 0.0}, 'sampler.top_p=0.0'),
+    ({'top_p': -0.5}, 'sampler.top_p=-0.5'),
+    ({'top_p': float('nan')}, 'sampler.top_p=nan'),
     ({'top_p': 1.5}, 'sampler.top_p=1.5'),
   )
   def test_errors(self, fields, message):

@@ -217,6 +217,8 @@ class ConformanceTest(parameterized.TestCase):
     # At temperature 0.5: .783, .196, .022 before the nucleus is cut out.
     for draw, law in (
       (Draw(MASK, temperature=0.0), [1, 0, 0]),
+      (Draw(MASK, temperature=1e-37), [1, 0, 0]),
+      (Draw(MASK, temperature=100.0), [0.3362, 0.3338, 0.33]),
       (Draw(MASK, top_k=2), [2 / 3, 1 / 3, 0]),
       (Draw(MASK, temperature=0.5, top_p=0.9), [0.8, 0.2, 0]),
     ):
@@ -230,6 +232,61 @@ class ConformanceTest(parameterized.TestCase):
       np.testing.assert_array_equal(counts[np.array(law) == 0], 0)
       if np.max(law) < 1:
         self.assertGreater(toys.chi_square(counts, np.array(law)), 1e-3)
+
+
+def ended(text, eos_ids, is_blank=True):
+  """A text after whose first EOS all tokens are eos_ids[0]."""
+  text = list(text)
+  for i, token in enumerate(text):
+    if not is_blank and token in eos_ids:
+      return text[: i + 1] + [eos_ids[0]] * (len(text) - i - 1)
+    is_blank = is_blank and token in eos_ids
+  return text
+
+
+class EndTest(parameterized.TestCase):
+  """A text that ends at its first EOS."""
+
+  @parameterized.product(
+    sampler=(
+      Block(FixedCount(DRAW, 2), 2, MASK, eos_ids=(1, 2)),
+      LeftToRight(DRAW, eos_ids=(1, 2)),
+      LeftToRight(DRAW, cache=False, eos_ids=(1, 2)),
+    ),
+    prompt=(None, 0, 1),
+  )
+  def test_law(self, sampler, prompt):
+    network = CASES['ar' if hasattr(sampler, 'draw') else 'block'].network
+    fixed = np.arange(LENGTH) < (prompt is not None)
+    canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)), prompt or 0)
+    law = np.zeros(len(TEXTS))
+    for text, p in zip(TEXTS, JOINT):
+      if prompt in (None, text[0]):
+        # A prompt is never an end.
+        head = [] if prompt is None else [prompt]
+        rest = ended(text[len(head) :], (1, 2), is_blank=not head)
+        law[toys.text_index(np.array(head + rest))] += p
+    samples = run(sampler, canvas, keys_of(NUM_ROWS), network)
+    counts = histogram(samples.tokens)
+    np.testing.assert_array_equal(counts[law == 0], 0)
+    self.assertGreater(toys.chi_square(counts, law / law.sum()), 1e-3)
+
+  def test_ended_texts_take_no_calls(self):
+    # The second token is the EOS.
+    table = np.zeros((64, LENGTH, 4), np.float32)
+    table[:, :, 0], table[:, 1, 1] = 50, 99
+    for sampler, num_calls, kind in (
+      (LeftToRight(DRAW, eos_ids=(2, 1)), 2, {'causal': True}),
+      (
+        Block(FixedCount(DRAW, 1), 1, MASK, False, (2, 1)),
+        2,
+        {'block_size': 1},
+      ),
+    ):
+      network = toys.CachedTable(table, **kind)
+      samples = run(sampler, blank(4), keys_of(4), network)
+      np.testing.assert_array_equal(samples.tokens, [[0, 1, 2]] * 4)
+      self.assertEqual(samples.num_calls, num_calls)
 
 
 LISTED = '1,0.7,0.6,0.05,0'  # in uneven steps

@@ -504,13 +504,30 @@ def test_addresses_to_which_it_cannot_bind(running):
       app.open_socket(host, port)
 
 
+def test_a_browser_keeps_what_was_typed_before_the_server_answered(running):
+  _, server = running
+  with browsers.opened() as browser:
+    page, expect = browser.new_page(), browsers.expect()
+    held = []
+    page.route('**/api/info', lambda route: held.append(route))
+    page.goto(f'http://127.0.0.1:{server.port}/')
+    typed = {'#temperature': '0.5', '#num-steps': '3', '#text': 'my {} text'}
+    for field, value in typed.items():
+      page.fill(field, value)
+    held[0].continue_()
+    expect(page.locator('#facts')).to_contain_text('canvas of 16')
+    for field, value in typed.items():
+      expect(page.locator(field)).to_have_value(value)
+    expect(page.locator('#top-p')).to_have_value('1')
+    # Another sampler proposes its own number.
+    page.select_option('#sampler', 'ancestral')
+    expect(page.locator('#num-steps')).to_have_value('4')
+
+
 def test_in_a_browser(running):
   _, server = running
   with browsers.opened() as browser:
-    expect, page = (
-      pytest.importorskip('playwright.sync_api').expect,
-      browser.new_page(),
-    )
+    page, expect = browser.new_page(), browsers.expect()
     wrong = []
     page.on('pageerror', lambda error: wrong.append(error))
     page.goto(f'http://127.0.0.1:{server.port}/')
@@ -574,10 +591,7 @@ def test_the_first_token_comes_soon(opened, capsys):
   workdir = os.environ.get('NANODLM_WORKDIR')
   lm = lms.load(workdir) if workdir else opened
   with serving(lm) as (model, server), browsers.opened() as browser:
-    expect, page = (
-      pytest.importorskip('playwright.sync_api').expect,
-      browser.new_page(),
-    )
+    page, expect = browser.new_page(), browsers.expect()
     wait_for(lambda: is_compiled(model.engine))
     millisecs = []
     for _ in range(21 if workdir else 3):
