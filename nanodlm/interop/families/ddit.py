@@ -19,7 +19,14 @@ time_conditioning (false) if they differ.
 
 from collections.abc import Collection
 
-from nanodlm.interop.families.layout import Family, Key, refuse, require
+from nanodlm.interop.families.layout import (
+  Family,
+  HARMLESS,
+  Key,
+  refuse,
+  refuse_unknown,
+  require,
+)
 from nanodlm.types import InputError
 
 # The vocabularies of these projects: GPT-2's, without a mask, and BERT's.
@@ -46,6 +53,7 @@ class DDiT(Family):
     'output_bias': True,
     'time_conditioning': True,
   }
+  harmless = ('dropout',)
   length = ('model_length', 1024)
   names = {
     'embedding': '{top}vocab_embed.embedding',
@@ -74,8 +82,7 @@ class DDiT(Family):
   )
 
   def detect(self, config, names):
-    kind = str(config.get('model_type', '')).lower()
-    return kind in self.model_types and is_like(names)
+    return super().detect(config, names) and is_like(names)
 
   def describe(self, config, shapes):
     shapes = {name.removeprefix('backbone.'): x for name, x in shapes.items()}
@@ -156,6 +163,7 @@ class BD3LM(DDiT):
     'parameterization': ('subs',),
   }
   network = {**DDiT.network, 'time_form': 'constant'}
+  harmless = ('dropout', 'sampling_eps_max', 'sampling_eps_min')
   written = {
     'cross_attn': True,
     'adaln': True,
@@ -188,6 +196,7 @@ class Duo(DDiT):
   objective = 'uniform'
   has_mask = False
   allowed = {'causal': (False,), 'time_conditioning': (True,), 'cfg': (False,)}
+  harmless = ('cfg_num_classes', 'dropout', 'var_min')
   network = {**DDiT.network, 'time_form': 'sigma'}
 
 
@@ -204,6 +213,8 @@ class GIDD(DDiT):
   objective = 'hybrid'
   keys = {'num_attention_heads': Key('num_heads')}
   required = ('p_uniform',)
+  # The tensors have these sizes, and t_eps is for training and sampling.
+  harmless = ('hidden_size', 'num_hidden_layers', 'timestep_cond_dim', 't_eps')
   network = {**DDiT.network, 'time_form': 'unit'}
   length = ('max_seq_len', 512)
 
@@ -237,12 +248,29 @@ class SEDD(DDiT):
     'n_blocks': Key('num_layers', 0),
     'n_heads': Key('num_heads'),
   }
+  allowed = {'scale_by_sigma': (True,), 'type': ('ddit',)}
+  harmless = ('dropout', 'name')
   sections = {
     'graph': {'type': ('absorb',)},
     # At its ends another schedule has other times than 'sigma'.
     'noise': {'type': ('loglinear',)},
-    'model': {'scale_by_sigma': (True,)},
+    'model': {},
   }
+  # Keys of the sections, and sections, that do not change the network.
+  unread = {
+    'graph': ('file', 'report_all'),
+    'noise': ('sigma_min', 'sigma_max'),
+  }
+  unread_sections = (
+    'tokens',
+    'ngpus',
+    'training',
+    'data',
+    'sampling',
+    'eval',
+    'optim',
+    'hydra',
+  )
   network = {**DDiT.network, 'time_form': 'sigma'}
   length = ('length', 1024)
   prefixes = ('', 'backbone.')
@@ -252,12 +280,16 @@ class SEDD(DDiT):
 
   def describe(self, config, shapes):
     require(config, *self.sections)
+    known = {*self.sections, *self.unread_sections, *HARMLESS}
+    refuse_unknown(config, known)
     for name, allowed in self.sections.items():
       if not isinstance(config[name], dict):
         raise InputError(
           f'config.json: {name}={config[name]!r} is not a section'
         )
       refuse(config[name], allowed)
+      if name in self.unread:
+        refuse_unknown(config[name], {*allowed, *self.unread[name]})
     return super().describe(config['model'], shapes)
 
   def to_config(self, network, described):
@@ -268,7 +300,7 @@ class SEDD(DDiT):
       'scale_by_sigma': True,
       'dropout': network.dropout,
       'mask_token_id': described.mask_id,
-      'eos_token_id': described.separator_id,
+      'eos_token_id': described.ends,
     }
     return {
       'model': {**self.fields(network), **model},

@@ -26,7 +26,7 @@ class LLaDA(Family):
   """LLaDA."""
 
   model_types = ('llada',)
-  architecture = 'LLaDAModelLM'
+  architectures = ('LLaDAModelLM',)
   keys = {
     'd_model': Key('embed_dim'),
     'n_layers': Key('num_layers'),
@@ -44,6 +44,20 @@ class LLaDA(Family):
     **{key: (value,) for key, value in FIXED.items()},
     **{key: (False, None) for key in OFF},
   }
+  others = ('embedding_size', 'include_qkv_bias', 'mlp_ratio')
+  harmless = (
+    'alibi_bias_max',
+    'attention_layer_norm_with_affine',
+    'embedding_dropout',
+    'flash_attention',
+    'init_cutoff_factor',
+    'init_device',
+    'init_fn',
+    'init_std',
+    'precision',
+    'residual_dropout',
+    'rope_full_precision',
+  )
   network = {'mlp': 'swiglu'}
   written = {**FIXED, 'bias_for_layer_norm': False}
   length = ('max_sequence_length', 1024)
