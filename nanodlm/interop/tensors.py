@@ -101,8 +101,11 @@ class SafeTensors(Tensors):
         file = safetensors.safe_open(path, framework='numpy')
         slices = {name: file.get_slice(name) for name in file.keys()}
       except (OSError, safetensors.SafetensorError) as error:
+        hint = ''
+        if path.stat().st_size < 1000 and b'git-lfs' in path.read_bytes():
+          hint = '. It is a pointer of Git LFS: run `git lfs pull` there'
         raise InputError(
-          f'{path} is not a whole safetensors file: {error}'
+          f'{path} is not a whole safetensors file: {error}{hint}'
         ) from error
       if twice := sorted(set(slices) & set(self.shapes)):
         raise InputError(f'{where} holds {twice} in more than one file')

@@ -99,7 +99,14 @@ class FieldsTest(checkpoints.FolderTest):
     ),
     ('qwen3', dict(use_sliding_window=True, sliding_window=9), 'window=9'),
     ('gpt2', dict(n_experts=2), 'n_experts=2'),
+    (
+      'llama',
+      dict(quantization={'bits': 4, 'group_size': 64}),
+      'quantization=.*quantised',
+    ),
     ('dream', dict(logit_scale=2.0), 'logit_scale=2.0'),
+    ('dream', dict(architectures=['DreamForCausalLM']), 'architectures='),
+    ('llada', dict(architectures=['LLaDAMoEModelLM']), 'architectures='),
     ('llada', dict(rope_scaling={'type': 'linear'}), 'rope_scaling='),
   )
   def test_a_field_that_is_not_understood(self, name, changes, message):
@@ -115,6 +122,36 @@ class FieldsTest(checkpoints.FolderTest):
     config = {**LLAMA, name: {key: kind, 'factor': 2.0}}
     with self.assertRaisesRegex(InputError, f"{name}=.*'{kind}'"):
       FAMILIES['llama'].describe(config, {})
+
+  @parameterized.parameters(
+    (
+      'llada',
+      """alibi_bias_max attention_layer_norm_with_affine embedding_dropout
+      flash_attention init_device init_fn init_std pad_token_id precision
+      residual_dropout rope_full_precision transformers_version use_cache""",
+    ),
+    (
+      'dream',
+      """attention_dropout auto_map initializer_range max_window_layers
+      torch_dtype transformers_version use_cache""",
+    ),
+    (
+      'gpt2',
+      """attn_pdrop embd_pdrop initializer_range n_ctx resid_pdrop
+      summary_activation summary_first_dropout summary_proj_to_labels
+      summary_type summary_use_proj task_specific_params""",
+    ),
+    (
+      'llama',
+      """_name_or_path attention_dropout initializer_range pretraining_tp
+      torch_dtype transformers_version unsloth_version use_cache""",
+    ),
+    ('qwen2', 'attention_dropout max_window_layers sliding_window'),
+  )
+  def test_published_fields_that_change_nothing(self, name, fields):
+    config = {**CONFIGS[name], **dict.fromkeys(fields.split(), 7)}
+    described = FAMILIES[name].describe(config, {})
+    self.assertEqual(described, FAMILIES[name].describe(CONFIGS[name], {}))
 
   def test_parts_of_heads_that_rotate(self):
     rope = dict(rope_type='default', rope_theta=1e6, partial_rotary_factor=0.5)
@@ -272,6 +309,14 @@ class FilesTest(checkpoints.FolderTest):
       sorted(path.name for path in cache.iterdir()),
       ['config.json', 'merges.txt', *parts, 'model.safetensors.index.json'],
     )
+
+  def test_a_pointer_instead_of_a_file(self):
+    folder = self.fill('model.safetensors')
+    (folder / 'model.safetensors').write_text(
+      'version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n'
+    )
+    with self.assertRaisesRegex(InputError, 'git lfs pull'):
+      tensors.open_tensors(folder, False)
 
   @parameterized.parameters('F8_E4M3', 'F8_E5M2', 'F4', 'U8', 'I8', 'I64')
   def test_types_that_are_not_weights(self, dtype):

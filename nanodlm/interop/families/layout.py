@@ -218,7 +218,7 @@ class Family:
   Attributes:
     model_types: values of model_type; an export writes the first.
     architectures: values in config.json's `architectures`, of which an export
-      writes the first; () if others are read, too.
+      writes the first; () for all.
     is_exportable: whether runs can be exported in this form.
     is_stock: whether transformers loads an export without remote code.
     objective: the `objective.name` that the network was trained with.
@@ -268,21 +268,20 @@ class Family:
 
   def check_fields(self, config: Config):
     """Raises InputError if a key may change what the network computes."""
-    if config.get('quantization_config'):
-      raise InputError(
-        'config.json: quantization_config is set: quantised weights are not '
-        'supported, only floating-point ones'
-      )
+    for key in ('quantization_config', 'quantization', 'compression_config'):
+      if config.get(key):
+        raise InputError(
+          f'config.json: {key}={reprlib.repr(config[key])}: quantised weights '
+          'are not supported, only floating-point ones'
+        )
     known = {*HARMLESS, *self.required, *self.others, *self.harmless}
     known.add(self.length[0])
     for table in (self.keys, self.defaults, self.allowed, self.written, INERT):
       known.update(table)
-    # The classes of projects have code of their own.
-    if not self.is_stock or set(config.get('architectures') or ()) <= set(
-      self.architectures
-    ):
+    names = set(config.get('architectures') or ())
+    if not self.architectures or names <= set(self.architectures):
       known.add('architectures')
-    if not self.is_stock:
+    if not self.is_stock:  # The projects have code of their own.
       known.add('auto_map')
     if str(config.get('model_type')).lower() not in self.model_types:
       known.discard('model_type')

@@ -26,8 +26,8 @@ KEYS = {
 }
 # The values that leave the rotary positions as they are.
 ROPE = {
-  'rope_type': ('default',),
-  'type': ('default',),
+  'rope_type': ('default', None),
+  'type': ('default', None),
   'partial_rotary_factor': (1.0, None),
 }
 FLOAT32 = {'dtype': 'float32', 'torch_dtype': 'float32'}
