@@ -485,9 +485,10 @@ def read_params(
           f'{tensors.where}: tensor {name} of shape {tensor.shape} does not '
           f'fit: by config.json the parameter {part.path} has {ours.shape}'
         )
-      with np.errstate(over='ignore'):
+      with np.errstate(over='ignore', invalid='ignore'):
         ours[...] = array
-      if not np.isfinite(ours).all():
+        ends = ours.min(), ours.max()
+      if not np.isfinite(ends).all():
         raise InputError(
           f'{tensors.where}: tensor {name} holds NaN, infinity or numbers '
           'beyond float32: the checkpoint is damaged or was saved after its '

@@ -72,9 +72,9 @@ class Tensors(abc.ABC):
     wrong = [name for name in names if not _FLOATS.fullmatch(self.dtypes[name])]
     if wrong:
       raise InputError(
-        f'{self.where}: {len(wrong)} tensors, such as {wrong[0]}, hold '
-        f'{self.dtypes[wrong[0]]}; quantised weights are not supported, only '
-        'floating-point ones of 16 to 64 bits'
+        f'{self.where}: tensor {wrong[0]} holds {self.dtypes[wrong[0]]} '
+        f'({len(wrong)} such tensors): quantised weights are not supported, '
+        'only floating-point numbers of 16 to 64 bits'
       )
 
   @abc.abstractmethod
@@ -308,7 +308,7 @@ def find_weights(folder: pathlib.Path) -> list[pathlib.Path]:
       for path in sorted(folder.iterdir())
       if path.suffix in ends and not path.name.startswith(_NOT_WEIGHTS)
     ]
-    whole = re.compile(rf'model-\d+-of-0*{len(paths)}\{ends[0]}')
+    whole = re.compile(rf'(pytorch_)?model-\d+-of-0*{len(paths)}\{ends[0]}')
     if len(paths) == 1 or paths and all(whole.match(p.name) for p in paths):
       return paths
     if paths:
@@ -335,7 +335,13 @@ def open_tensors(path: pathlib.Path, allow_pickle: bool) -> Tensors:
   """
   if state := _find_state(path):
     return OrbaxTensors(state)
-  paths = find_weights(path) if path.is_dir() else [path]
+  paths = [path]
+  if path.is_dir():
+    paths = find_weights(path)
+    ends = (SAFETENSORS, *PICKLES)
+    others = {file.name for file in path.iterdir() if file.suffix in ends}
+    if others := sorted(others - {file.name for file in paths}):
+      log.info('%s: these files are not read: %s', path, others)
   if paths[0].suffix == SAFETENSORS:
     return SafeTensors(paths, str(path))
   if not allow_pickle:

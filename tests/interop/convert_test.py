@@ -91,7 +91,9 @@ class FieldsTest(checkpoints.FolderTest):
       dict(quantization_config={'quant_method': 'fp8'}),
       'quantization_config.*quantised',
     ),
+    ('llama', dict(rope_interleaved=True), 'rope_interleaved=True'),
     ('qwen2', dict(use_mrope=True), 'use_mrope=True'),
+    ('qwen2', dict(dual_chunk_attention_config={'x': 1}), 'dual_chunk_'),
     (
       'qwen3',
       dict(layer_types=['full_attention', 'sliding_attention']),
@@ -137,14 +139,17 @@ class FieldsTest(checkpoints.FolderTest):
     ),
     (
       'gpt2',
-      """attn_pdrop embd_pdrop initializer_range n_ctx resid_pdrop
-      summary_activation summary_first_dropout summary_proj_to_labels
-      summary_type summary_use_proj task_specific_params""",
+      """_num_labels attn_pdrop embd_pdrop gradient_checkpointing
+      initializer_range n_ctx output_past resid_pdrop summary_activation
+      summary_first_dropout summary_proj_to_labels summary_type
+      summary_use_proj task_specific_params""",
     ),
     (
       'llama',
-      """_name_or_path attention_dropout initializer_range pretraining_tp
-      torch_dtype transformers_version unsloth_version use_cache""",
+      """_name_or_path _flash_attn_2_enabled attention_dropout
+      initializer_range is_llama_config max_sequence_length pretraining_tp
+      torch_dtype transformers.js_config transformers_version unsloth_version
+      use_cache""",
     ),
     ('qwen2', 'attention_dropout max_window_layers sliding_window'),
   )
@@ -181,6 +186,14 @@ class FieldsTest(checkpoints.FolderTest):
       config['num_key_value_heads'] = None
       settings = FAMILIES[name].describe(config, {}).settings
       self.assertEqual(settings['model.num_kv_heads'], 0)
+
+  @parameterized.parameters('block_type', 'layer_norm_type', 'rope')
+  def test_absent_keys_of_llada(self, key):
+    # ModelConfig of the published code has the settings of OLMo's blocks.
+    config = {**CONFIGS['llada']}
+    del config[key]
+    with self.assertRaisesRegex(InputError, f'{key}='):
+      FAMILIES['llada'].describe(config, {})
 
   def test_the_family_is_not_a_way_around(self):
     folder = self.folder()
@@ -246,7 +259,7 @@ class FilesTest(checkpoints.FolderTest):
     (source / 'adapter_config.json').write_text('{}')
     convert.import_checkpoint(str(source), str(folder / 'ours'), changes=BYTES)
 
-    # Of parts, those in the index, whatever their names.
+    # The parts are those in the index, whatever their names.
     (source / 'model.safetensors').rename(source / 'b.safetensors')
     index = {name: 'b.safetensors' for name in checkpoints.tensors_of('llama')}
     path = source / 'model.safetensors.index.json'
@@ -265,6 +278,10 @@ class FilesTest(checkpoints.FolderTest):
     self.assertEqual(self.names(only), ['consolidated.safetensors'])
     parts = [f'model-0000{i}-of-00002.safetensors' for i in (1, 2)]
     self.assertEqual(self.names(self.fill(*parts)), parts)
+    pickles = [f'pytorch_model-0000{i}-of-00002.bin' for i in (1, 2)]
+    self.assertEqual(self.names(self.fill(*pickles)), pickles)
+    with self.assertRaisesRegex(InputError, 'of-00003'):
+      self.names(self.fill(*(name.replace('2.', '3.') for name in parts)))
     with self.assertRaisesRegex(InputError, 'a.safetensors.*b.safetensors'):
       self.names(self.fill('a.safetensors', 'b.safetensors'))
     with self.assertRaisesRegex(InputError, 'best.ckpt.*last.ckpt'):
@@ -338,7 +355,7 @@ class FilesTest(checkpoints.FolderTest):
     path.write_bytes(
       len(header).to_bytes(8, 'little') + header + content[8 + length :]
     )
-    with self.assertRaisesRegex(InputError, f'x, hold {dtype}; quantised'):
+    with self.assertRaisesRegex(InputError, f'x holds {dtype} .*quantised'):
       convert.import_checkpoint(
         str(source), str(folder / 'ours'), changes=BYTES
       )

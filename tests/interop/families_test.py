@@ -460,7 +460,7 @@ class ImportTest(FolderTest):
     name = 'model.layers.0.mlp.up_proj.weight'
     tensors[name] = (100 * tensors[name]).astype(np.int8)
     source = write(folder / 'theirs', 'llama', tensors)
-    with self.assertRaisesRegex(InputError, f'{name}, hold I8; quantised'):
+    with self.assertRaisesRegex(InputError, f'{name} holds I8 .*quantised'):
       convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
     self.assertFalse((folder / 'ours').exists())
 

@@ -250,27 +250,13 @@ class SEDD(DDiT):
   }
   allowed = {'scale_by_sigma': (True,), 'type': ('ddit',)}
   harmless = ('dropout', 'name')
+  # The sections that are read: {key: values}, and their harmless keys.
   sections = {
-    'graph': {'type': ('absorb',)},
+    'graph': ({'type': ('absorb',)}, ('file', 'report_all')),
     # At its ends another schedule has other times than 'sigma'.
-    'noise': {'type': ('loglinear',)},
-    'model': {},
+    'noise': ({'type': ('loglinear',)}, ('sigma_min', 'sigma_max')),
   }
-  # Keys of the sections, and sections, that do not change the network.
-  unread = {
-    'graph': ('file', 'report_all'),
-    'noise': ('sigma_min', 'sigma_max'),
-  }
-  unread_sections = (
-    'tokens',
-    'ngpus',
-    'training',
-    'data',
-    'sampling',
-    'eval',
-    'optim',
-    'hydra',
-  )
+  others = 'model tokens ngpus training data sampling eval optim hydra'.split()
   network = {**DDiT.network, 'time_form': 'sigma'}
   length = ('length', 1024)
   prefixes = ('', 'backbone.')
@@ -279,17 +265,16 @@ class SEDD(DDiT):
     return 'graph' in config and 'tokens' in config and is_like(names)
 
   def describe(self, config, shapes):
-    require(config, *self.sections)
-    known = {*self.sections, *self.unread_sections, *HARMLESS}
-    refuse_unknown(config, known)
-    for name, allowed in self.sections.items():
+    require(config, *self.sections, 'model')
+    refuse_unknown(config, {*self.sections, *self.others, *HARMLESS})
+    for name in (*self.sections, 'model'):
       if not isinstance(config[name], dict):
         raise InputError(
           f'config.json: {name}={config[name]!r} is not a section'
         )
+    for name, (allowed, harmless) in self.sections.items():
       refuse(config[name], allowed)
-      if name in self.unread:
-        refuse_unknown(config[name], {*allowed, *self.unread[name]})
+      refuse_unknown(config[name], {*allowed, *harmless})
     return super().describe(config['model'], shapes)
 
   def to_config(self, network, described):

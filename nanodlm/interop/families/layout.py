@@ -48,26 +48,26 @@ RESOLVED = {
 }
 # Keys of any config.json that do not change what a network computes: ids of
 # tokens, settings of generation, of training and of other tasks, and notes.
-HARMLESS = frozenset(
-  """
-  _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
-  attention_dropout attn_implementation bad_words_ids begin_suppress_tokens
-  bos_token_id chunk_size_feed_forward decoder_start_token_id
-  diversity_penalty do_sample dtype early_stopping
-  encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
-  finetuning_task forced_bos_token_id forced_eos_token_id hidden_dropout
-  id2label initializer_range is_decoder label2id length_penalty mask_token_id
-  max_length max_new_tokens min_length model_name model_type name_or_path
-  no_repeat_ngram_size num_beam_groups num_beams num_labels
-  num_return_sequences output_attentions output_hidden_states output_scores
-  pad_token_id prefix pretraining_tp problem_type remove_invalid_values
-  repetition_penalty return_dict return_dict_in_generate sep_token_id
-  suppress_tokens task_specific_params temperature tf_legacy_loss
-  tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+HARMLESS = """
+  _attn_implementation _attn_implementation_autoset _commit_hash
+  _flash_attn_2_enabled _name_or_path _num_labels attention_dropout
+  attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
+  chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample
+  dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+  exponential_decay_length_penalty finetuning_task forced_bos_token_id
+  forced_eos_token_id gradient_checkpointing hidden_dropout id2label
+  initializer_range is_decoder is_llama_config label2id length_penalty
+  mask_token_id max_length max_new_tokens min_length model_name model_type
+  name_or_path neftune_noise_alpha no_repeat_ngram_size num_beam_groups
+  num_beams num_labels num_return_sequences output_attentions
+  output_hidden_states output_past output_scores pad_token_id prefix
+  pretraining_tp problem_type remove_invalid_values repetition_penalty
+  return_dict return_dict_in_generate sep_token_id suppress_tokens
+  task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+  tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
   transformers_version typical_p unk_token_id unsloth_fixed unsloth_version
-  use_bfloat16 use_cache vocab_size
-  """.split()
-)
+  use_bfloat16 use_cache vocab_size xla_device
+""".split()
 # Other keys of any config.json, with the values that change nothing.
 INERT = {
   'add_cross_attention': (False, None),
@@ -251,8 +251,8 @@ class Family:
   defaults: Mapping[str, Any] = {}
   required: tuple[str, ...] = ()
   allowed: Mapping[str, tuple[Any, ...]] = {}
-  others: tuple[str, ...] = ()
-  harmless: tuple[str, ...] = ()
+  others: Collection[str] = ()
+  harmless: Collection[str] = ()
   network: Mapping[str, Any] = {}
   written: Mapping[str, Any] = {}
   length: tuple[str, int] = ('max_position_embeddings', 2048)
@@ -460,16 +460,18 @@ def refuse(config: Config, allowed: Mapping[str, tuple[Any, ...]]):
 
 def refuse_unknown(config: Config, known: Collection[str]):
   """Raises InputError if config.json has keys, not null, outside of `known`."""
-  unknown = [
-    f'{key}={reprlib.repr(value)}'
+  unknown = {
+    key: f'{key}={reprlib.repr(value)}'
     for key, value in config.items()
     if key not in known and value is not None
-  ]
+  }
   if unknown:
+    hint = 'If it changes nothing, leave it out in a copy of config.json'
+    if 'model_type' in unknown:
+      hint = 'Tensors of the same names do not mean that it is the same network'
     raise InputError(
-      f'config.json: {", ".join(unknown)} may change what the network computes '
-      'and is not supported. If it changes nothing, leave it out in a copy of '
-      'config.json'
+      f'config.json: {", ".join(unknown.values())} may change what the network '
+      f'computes and is not supported. {hint}'
     )
 
 

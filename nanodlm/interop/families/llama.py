@@ -49,17 +49,15 @@ class Llama(Family):
   allowed = {
     # Qwen2.5 has it.
     'use_mrope': (False,),
+    # SmolLM2 has it.
+    'rope_interleaved': (False,),
     'partial_rotary_factor': (1.0, None),
   }
   others = (
-    'layer_types',
-    'rope_parameters',
-    'rope_scaling',
-    'sliding_window',
-    'use_sliding_window',
-  )
-  # The layers with a window, if there is one.
-  harmless = ('max_window_layers',)
+    'layer_types rope_parameters rope_scaling sliding_window use_sliding_window'
+  ).split()
+  # The second says which layers have a window, if there is one.
+  harmless = ('max_sequence_length', 'max_window_layers')
   written = FLOAT32
   names = {
     'embedding': '{top}embed_tokens.weight',

@@ -65,8 +65,7 @@ class MD4(layouts.Family):
   }
   others = ('classes',)
   # The network of images, and the settings of data, training and sampling.
-  harmless = tuple(
-    """
+  harmless = """
     batch_size b2 ch_mult check_nans checkpoint_every_steps
     checkpoint_keep_period clip cond_type dataset depth_scaled_init
     dit_hidden_size dit_num_heads dropout_rate ema_rate eval_every_steps
@@ -75,8 +74,7 @@ class MD4(layouts.Family):
     num_microbatches num_train_steps per_device_batch_size sampler
     sampling_grid seed test_in_colab timesteps topp trial use_attn_dropout
     use_v2_input_pipeline warmup_steps weight_decay
-    """.split()
-  )
+  """.split()
   network = {'norm_eps': 1e-5, 'tie_embeddings': False}
 
   def detect(self, config, names):
