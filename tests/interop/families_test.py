@@ -656,7 +656,7 @@ class ExportTest(FolderTest):
     card = (out / 'README.md').read_text()
     self.assertRegex(
       card,
-      r'`text:somewhere`: .*1.2345 ± 0.0100 .* 3.44, 1.5000 ± 0.0200 .* 7 ',
+      r'`text:somewhere`.* 1\.2345 ± 0\.0100 .* 3\.44\b.* 1\.5000 ± 0\.02.* 7 ',
     )
     self.assertIn('Weights imported from `a/b` (family `gpt5`)', card)
     self.assertEqual('AutoModelForCausalLM' in card, family in STOCK)
