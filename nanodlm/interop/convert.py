@@ -77,8 +77,8 @@ HF_CONFIG = 'config.json'
 HF_TOKENIZER = 'tokenizer.json'
 # The folder of an export that describes the run, and its file with the family.
 OWN, ORIGIN = 'nanodlm', 'origin.json'
-# The files of a repository of the hub that are downloaded.
-_WANTED = ('*.json', '*.safetensors', '*.model')
+# The files of a repository of the hub that are downloaded, besides weights.
+_WANTED = ('*.json', '*.txt', '*.model')
 # The largest `data.length` of an imported network whose texts may be longer.
 _LENGTH = 1024
 # How many names of missing or surplus tensors an error lists.
@@ -94,7 +94,9 @@ def define_flags():
     'Face hub.',
   )
   flags.DEFINE_string(
-    'family', '', 'The form of the checkpoint; detected by default.'
+    'family',
+    '',
+    'The form of a checkpoint whose config.json does not give model_type.',
   )
   flags.DEFINE_bool(
     'allow_pickle', False, "Read PyTorch's own files, as weights only."
@@ -150,7 +152,9 @@ def import_checkpoint(
     path = find_source(source, allow_pickle)
     folder = path if path.is_dir() else path.parent
     has_config = (folder / HF_CONFIG).is_file()
-    foreign = read_json(folder / HF_CONFIG) if has_config else {}
+    foreign = tensor_files.read_json(folder / HF_CONFIG) if has_config else {}
+    if ends := find_ends(folder, foreign):
+      foreign['eos_token_id'] = ends
     tensors = tensor_files.open_tensors(path, allow_pickle)
     if (folder / OWN / ORIGIN).is_file():
       own, config, tokenizer = read_own(folder / OWN)
@@ -172,6 +176,8 @@ def import_checkpoint(
         tokenizer = tokenizers.make_tokenizer(config.tokenizer)
       else:
         tokenizer = find_tokenizer(family, described, folder, scratch)
+        ends = [int(described.rows[i]) for i in described.eos_ids]
+        tokenizer = dataclasses.replace(tokenizer, eos_ids=tuple(ends))
       if tokenizer.vocab_size != len(described.rows):
         raise InputError(
           f'tokenizer.name={tokenizer.name!r} has {tokenizer.vocab_size} ids '
@@ -241,21 +247,9 @@ def new_folder(target: str, flag: str) -> Iterator[pathlib.Path]:
     work.replace(path)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a file with a JSON object; InputError if it is not one."""
-  try:
-    value = json.loads(path.read_text())
-  # Thousands of brackets raise a RecursionError.
-  except (OSError, ValueError, RecursionError) as error:
-    raise InputError(f'{path} cannot be read: {error}') from error
-  if not isinstance(value, dict):
-    raise InputError(f'{path} is not an object but {type(value).__name__}')
-  return value
-
-
 def read_own(own: pathlib.Path) -> tuple[str, Any, Tokenizer]:
   """Returns the family, config and tokenizer in the folder `nanodlm`."""
-  family = read_json(own / ORIGIN).get('family')
+  family = tensor_files.read_json(own / ORIGIN).get('family')
   if family not in list(FAMILIES):  # A list is not hashable.
     raise InputError(
       f'{own / ORIGIN}: family={family!r} is not one of {sorted(FAMILIES)}'
@@ -266,14 +260,43 @@ def read_own(own: pathlib.Path) -> tuple[str, Any, Tokenizer]:
   return family, config, load_tokenizer(own)
 
 
+def find_ends(folder: pathlib.Path, foreign: dict[str, Any]) -> list[Any]:
+  """Returns the ids of all tokens that end a text, those of `foreign` first."""
+  names = 'generation_config.json', 'tokenizer_config.json', HF_TOKENIZER
+  generation, settings, content = (
+    tensor_files.read_json(folder / name) if (folder / name).is_file() else {}
+    for name in names
+  )
+  found = []
+  for config in (foreign, generation):
+    ids = config.get('eos_token_id')
+    found += ids if isinstance(ids, list) else [ids]
+  try:
+    end = settings.get('eos_token')
+    text = end['content'] if isinstance(end, dict) else end
+    tokens = {t['content']: t['id'] for t in content.get('added_tokens') or ()}
+    for i, token in (settings.get('added_tokens_decoder') or {}).items():
+      tokens[token['content']] = int(i)
+    found.append(tokens.get(text))
+    return [i for i in dict.fromkeys(found) if i is not None]
+  except (LookupError, TypeError, ValueError, AttributeError) as error:
+    raise InputError(
+      f'the ids that end a text cannot be read from {names} in {folder}: '
+      f'{error!r}'
+    ) from error
+
+
 def describe_own(tokenizer: Tokenizer, length: int) -> layouts.Description:
   """Returns the vocabulary of a run's export, with the ids of its files."""
   mask, size = tokenizer.mask_id, tokenizer.vocab_size
   if isinstance(tokenizer, HuggingFaceTokenizer):
     mask = tokenizer.mask_place
-  end = tokenizer.separator_id
-  end = size - 1 if end == mask else end
-  return layouts.Description(size, mask, end, end, length)
+  ends = (tokenizer.separator_id, *tokenizer.eos_ids)
+  ends = [size - 1 if end == mask else end for end in ends]
+  eos_ids = tuple(dict.fromkeys(ends))
+  return layouts.Description(
+    size, mask, ends[0], ends[0], length, eos_ids=eos_ids
+  )
 
 
 def _update(config: Any, settings: Mapping[str, Any]):
@@ -295,12 +318,23 @@ def find_source(source: str, allow_pickle: bool) -> pathlib.Path:
   from huggingface_hub import constants, snapshot_download
 
   is_online = network.is_reachable(constants.ENDPOINT)
-  pickles = tensor_files.PICKLES if allow_pickle else ()
-  wanted = [*_WANTED, *(f'*{end}' for end in pickles)]
-  try:
-    folder = snapshot_download(
-      source, allow_patterns=wanted, local_files_only=not is_online
+
+  def download(*patterns: str) -> pathlib.Path:
+    return pathlib.Path(
+      snapshot_download(
+        source, allow_patterns=[*patterns], local_files_only=not is_online
+      )
     )
+
+  single = tensor_files.SINGLE[0]
+  try:
+    folder = download(*_WANTED, single)
+    index = folder / f'{single}.index.json'
+    if index.is_file() and not (folder / single).is_file():
+      download(*tensor_files.files_in(index))
+    elif not (folder / single).is_file():
+      pickles = tensor_files.PICKLES if allow_pickle else ()
+      download(*(f'*{end}' for end in (tensor_files.SAFETENSORS, *pickles)))
   # The errors have several bases, OSError and ValueError among them.
   except Exception as error:
     why = f'it is not in the cache, and {constants.ENDPOINT} does not answer'
@@ -308,7 +342,7 @@ def find_source(source: str, allow_pickle: bool) -> pathlib.Path:
       f'--from={source!r} is not a folder here, and cannot be downloaded from '
       f'the Hugging Face hub: {error if is_online else why}'
     ) from error
-  return pathlib.Path(folder)
+  return folder
 
 
 def detect(foreign: dict[str, Any], tensors: tensor_files.Tensors) -> str:
@@ -316,10 +350,12 @@ def detect(foreign: dict[str, Any], tensors: tensor_files.Tensors) -> str:
   for name, family in FAMILIES.items():
     if family.detect(foreign, tensors.shapes):
       return name
+  kind, hint = foreign.get('model_type'), ''
+  if not kind:
+    hint = '. Name one with --family, and write a config.json if it is missing'
   raise InputError(
-    f'--from={tensors.where!r} is of no known family (model_type='
-    f'{foreign.get("model_type")!r} in its config.json); known: '
-    f'{sorted(FAMILIES)}. --family=NAME reads it as one of them'
+    f'--from={tensors.where!r} is of no known family: model_type={kind!r} in '
+    f'its config.json; known: {sorted(FAMILIES)}{hint}'
   )
 
 
@@ -386,12 +422,14 @@ def check_names(
   Raises:
     InputError: names are missing or surplus, or tied tensors differ.
   """
-  found, wanted = set(tensors.shapes), set(layout.tensors)
-  surplus = [
+  wanted = set(layout.tensors)
+  found = {
     name
-    for name in found - wanted - set(layout.same)
+    for name in tensors.shapes
     if not any(re.fullmatch(pattern, name) for pattern in ignored)
-  ]
+  }
+  tensors.check_dtypes(sorted(found))
+  surplus = found - wanted - set(layout.same)
   wrong = {'missing': wanted - found, 'surplus': surplus}
   if any(wrong.values()):
     lines = [
@@ -439,11 +477,6 @@ def read_params(
   }
   for name, parts in layout.tensors.items():
     tensor = tensors.read(name)
-    if tensor.dtype.kind in 'biu':
-      raise InputError(
-        f'{tensors.where}: tensor {name} holds {tensor.dtype}; quantised '
-        'weights are not supported, only floating-point ones'
-      )
     for part in parts:
       ours = part.of(params)
       array = _theirs(tensor, part)
@@ -455,7 +488,15 @@ def read_params(
           f'{tensors.where}: tensor {name} of shape {tensor.shape} does not '
           f'fit: by config.json the parameter {part.path} has {ours.shape}'
         )
-      ours[...] = array
+      with np.errstate(over='ignore', invalid='ignore'):
+        ours[...] = array
+        ends = ours.min(), ours.max()
+      if not np.isfinite(ends).all():
+        raise InputError(
+          f'{tensors.where}: tensor {name} holds NaN, infinity or numbers '
+          'beyond float32: the checkpoint is damaged or was saved after its '
+          'training diverged'
+        )
   cpu = jax.devices('cpu')[0]
   leaves = [jax.device_put(array, cpu) for array in params.values()]
   return jax.tree.unflatten(jax.tree.structure(tree), leaves)

@@ -6,9 +6,11 @@ request, and even then by PyTorch's reader for weights alone.
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import functools
 import importlib.util
+import json
+import logging
 import pathlib
 import re
 from typing import Any
@@ -21,11 +23,24 @@ from nanodlm import workdir as workdirs
 from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 
+log = logging.getLogger('nanodlm')
+
 SAFETENSORS = '.safetensors'
+# The files that transformers reads, in this order, or their indices.
+SINGLE = ('model.safetensors', 'pytorch_model.bin')
 # What PyTorch, Lightning and plain pickle write.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
-# Pickles in a folder that do not hold weights.
-_NOT_WEIGHTS = ('training_args', 'optimizer', 'scheduler', 'rng_state')
+# Files in a folder that do not hold the weights of a whole network.
+_ADAPTER = 'adapter'
+_NOT_WEIGHTS = (
+  _ADAPTER,
+  'training_args',
+  'optimizer',
+  'scheduler',
+  'rng_state',
+)
+# The types of numbers that are read, as the formats name them.
+_FLOATS = re.compile(r'(torch\.)?b?f(loat)?(16|32|64)', re.IGNORECASE)
 # The entry with the weights in a PyTorch file that holds other things too.
 _NESTED = ('state_dict', 'model', 'module')
 # The item with the parameters in an Orbax checkpoint of a training state.
@@ -44,11 +59,23 @@ class Tensors(abc.ABC):
   Attributes:
     where: the file or folder, for messages.
     shapes: {name: shape} of all of them.
+    dtypes: {name: type of the numbers, as the format calls it}.
   """
 
   def __init__(self, where: str):
     self.where = where
     self.shapes: dict[str, tuple[int, ...]] = {}
+    self.dtypes: dict[str, str] = {}
+
+  def check_dtypes(self, names: Iterable[str]):
+    """Raises InputError if an array does not hold floating-point numbers."""
+    wrong = [name for name in names if not _FLOATS.fullmatch(self.dtypes[name])]
+    if wrong:
+      raise InputError(
+        f'{self.where}: tensor {wrong[0]} holds {self.dtypes[wrong[0]]} '
+        f'({len(wrong)} such tensors): quantised weights are not supported, '
+        'only floating-point numbers of 16 to 64 bits'
+      )
 
   @abc.abstractmethod
   def read(self, name: str) -> np.ndarray:
@@ -72,17 +99,20 @@ class SafeTensors(Tensors):
     for path in paths:
       try:
         file = safetensors.safe_open(path, framework='numpy')
-        shapes = {
-          name: tuple(file.get_slice(name).get_shape()) for name in file.keys()
-        }
+        slices = {name: file.get_slice(name) for name in file.keys()}
       except (OSError, safetensors.SafetensorError) as error:
+        hint = ''
+        if path.stat().st_size < 1000 and b'git-lfs' in path.read_bytes():
+          hint = '. It is a pointer of Git LFS: run `git lfs pull` there'
         raise InputError(
-          f'{path} is not a whole safetensors file: {error}'
+          f'{path} is not a whole safetensors file: {error}{hint}'
         ) from error
-      if twice := sorted(set(shapes) & set(self.shapes)):
+      if twice := sorted(set(slices) & set(self.shapes)):
         raise InputError(f'{where} holds {twice} in more than one file')
-      self.shapes.update(shapes)
-      self._files.update(dict.fromkeys(shapes, file))
+      for name, part in slices.items():
+        self.shapes[name] = tuple(part.get_shape())
+        self.dtypes[name] = part.get_dtype()
+        self._files[name] = file
 
   def read(self, name: str) -> np.ndarray:
     return self._files[name].get_tensor(name)
@@ -102,6 +132,7 @@ class TorchTensors(Tensors):
       self._tensors |= {k: x for k, x in found.items() if hasattr(x, 'detach')}
       self._average = self._average or (nested and loaded.get('ema'))
     self.shapes = {name: tuple(x.shape) for name, x in self._tensors.items()}
+    self.dtypes = {name: str(x.dtype) for name, x in self._tensors.items()}
 
   def read(self, name: str) -> np.ndarray:
     tensor = self._tensors[name].detach().cpu()
@@ -185,6 +216,7 @@ class OrbaxTensors(Tensors):
     self._tree = {items[0]: tree[items[0]]}
     leaves = checkpoint.flatten(tree[items[0]])
     self.shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    self.dtypes = {name: str(leaf.dtype) for name, leaf in leaves.items()}
 
   @functools.cached_property
   def _arrays(self):
@@ -233,6 +265,66 @@ def require(package: str):
     )
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a file with a JSON object; InputError if it is not one."""
+  try:
+    value = json.loads(path.read_text())
+  # Thousands of brackets raise a RecursionError.
+  except (OSError, ValueError, RecursionError) as error:
+    raise InputError(f'{path} cannot be read: {error}') from error
+  if not isinstance(value, dict):
+    raise InputError(f'{path} is not an object but {type(value).__name__}')
+  return value
+
+
+def files_in(index: pathlib.Path) -> list[str]:
+  """Returns the names of the files in an index of transformers."""
+  names = read_json(index).get('weight_map')
+  if not isinstance(names, dict) or not all(
+    isinstance(name, str) for name in names.values()
+  ):
+    raise InputError(f'{index}: weight_map={names!r} is not {{tensor: file}}')
+  return sorted(set(names.values()))
+
+
+def find_weights(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the files that transformers would read, or else the only ones.
+
+  Raises:
+    InputError: there are none, or several that may hold different weights.
+  """
+  for name in SINGLE:
+    if (folder / name).is_file():
+      return [folder / name]
+    if (index := folder / f'{name}.index.json').is_file():
+      paths = [folder / file for file in files_in(index)]
+      if missing := [path.name for path in paths if not path.is_file()]:
+        raise InputError(f'{index} names files that are missing: {missing}')
+      return paths
+  adapters = sorted(path.name for path in folder.glob(f'{_ADAPTER}*'))
+  for ends in ((SAFETENSORS,), PICKLES):
+    paths = [
+      path
+      for path in sorted(folder.iterdir())
+      if path.suffix in ends and not path.name.startswith(_NOT_WEIGHTS)
+    ]
+    whole = re.compile(rf'(pytorch_)?model-\d+-of-0*{len(paths)}\{ends[0]}')
+    if len(paths) == 1 or paths and all(whole.match(p.name) for p in paths):
+      return paths
+    if paths:
+      raise InputError(
+        f'--from={str(folder)!r} holds {[path.name for path in paths]}, and '
+        f'neither {SINGLE[0]} nor its index: name one of the files in --from'
+      )
+  hint = ''
+  if adapters:
+    hint = f'. {adapters} belong to an adapter: merge it into its network first'
+  raise InputError(
+    f'--from={str(folder)!r} does not hold weights: neither *{SAFETENSORS} nor '
+    f'{list(PICKLES)}{hint}'
+  )
+
+
 def open_tensors(path: pathlib.Path, allow_pickle: bool) -> Tensors:
   """Opens the weights in a folder, or in one file.
 
@@ -243,25 +335,20 @@ def open_tensors(path: pathlib.Path, allow_pickle: bool) -> Tensors:
   """
   if state := _find_state(path):
     return OrbaxTensors(state)
-  files = sorted(path.iterdir()) if path.is_dir() else [path]
-  safe = [file for file in files if file.suffix == SAFETENSORS]
-  if safe:
-    return SafeTensors(safe, str(path))
-  pickles = [
-    file
-    for file in files
-    if file.suffix in PICKLES and not file.name.startswith(_NOT_WEIGHTS)
-  ]
-  if not pickles:
-    raise InputError(
-      f'--from={str(path)!r} does not hold weights: neither *{SAFETENSORS} nor '
-      f'{list(PICKLES)}'
-    )
+  paths = [path]
+  if path.is_dir():
+    paths = find_weights(path)
+    ends = (SAFETENSORS, *PICKLES)
+    others = {file.name for file in path.iterdir() if file.suffix in ends}
+    if others := sorted(others - {file.name for file in paths}):
+      log.info('%s: these files are not read: %s', path, others)
+  if paths[0].suffix == SAFETENSORS:
+    return SafeTensors(paths, str(path))
   if not allow_pickle:
     raise InputError(
-      f'--from={str(path)!r} has weights only in {pickles[0].name}, a pickle: '
+      f'--from={str(path)!r} has weights only in {paths[0].name}, a pickle: '
       'such a file can run any program when it is read. Give a safetensors '
       'file, or --allow_pickle if you trust its source (it is then read as '
       'weights only)'
     )
-  return TorchTensors(pickles, str(path))
+  return TorchTensors(paths, str(path))

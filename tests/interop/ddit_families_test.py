@@ -521,7 +521,7 @@ class MD4Test(parameterized.TestCase):
     folder = new_folder(self)
     source = pathlib.Path(write_md4(folder / 'theirs', MD4, md4_params(MD4)))
     for changes, message in (
-      (dict(model_type='genmd4'), "model_type='genmd4'.*'md4'"),
+      (dict(model_type='genmd4'), "model_type='genmd4'"),
       (dict(classes=11), 'classes=11'),
       (dict(noise_schedule='sigmoid'), "noise_schedule='sigmoid'"),
       (dict(mlp_type='mlp'), "mlp_type='mlp'.*'glu'"),

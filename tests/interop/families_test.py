@@ -195,7 +195,8 @@ def write(folder, name, tensors=None, files=1, **changes):
   tensors = tensors_of(name) if tensors is None else tensors
   for i in range(files):
     part = dict(sorted(tensors.items())[i::files])
-    safetensors.save_file(part, folder / f'model-{i}.safetensors')
+    of = f'-{i + 1:05d}-of-{files:05d}' if files > 1 else ''
+    safetensors.save_file(part, folder / f'model{of}.safetensors')
   return str(folder)
 
 
@@ -217,11 +218,9 @@ class ParityTest(FolderTest):
   def test_logits(self, name):
     folder = self.folder()
     source = pathlib.Path(write(folder / 'theirs', name, files=2))
-    foreign = convert.read_json(source / 'config.json')
+    foreign = tensor_files.read_json(source / 'config.json')
     family = convert.detect(foreign, tensor_files.open_tensors(source, False))
-    self.assertEqual(
-      family, {'mistral': 'llama', 'tied': 'llama'}.get(name, name)
-    )
+    self.assertEqual(family, {'tied': 'llama'}.get(name, name))
     workdir = str(folder / 'ours')
     convert.import_checkpoint(str(source), workdir, changes=BYTES)
     lm = lms.load(workdir)
@@ -397,16 +396,12 @@ class ImportTest(FolderTest):
     (
       dict(model_type='bert'),
       {},
-      r"no known family \(model_type='bert'.*known: "
+      r"no known family: model_type='bert'.*known: "
       r"\[.*'dream', .*'gpt2', .*'llada', 'llama'",
     ),
-    (
-      dict(rope_scaling={'rope_type': 'yarn'}),
-      {},
-      "rope_scaling of type 'yarn'",
-    ),
+    (dict(rope_scaling={'rope_type': 'yarn'}), {}, "rope_scaling=.*'yarn'"),
     (dict(sliding_window=4096), {}, 'sliding_window=4096'),
-    (dict(hidden_act='relu'), {}, "hidden_act='relu' is not one of"),
+    (dict(hidden_act='relu'), {}, "hidden_act='relu' is not supported"),
     (dict(vocab_size=None), {}, r"config.json has no \['vocab_size'\]"),
     (
       dict(num_hidden_layers=2),
@@ -468,7 +463,7 @@ class ImportTest(FolderTest):
     name = 'model.layers.0.mlp.up_proj.weight'
     tensors[name] = (100 * tensors[name]).astype(np.int8)
     source = write(folder / 'theirs', 'llama', tensors)
-    with self.assertRaisesRegex(InputError, f'{name} holds int8'):
+    with self.assertRaisesRegex(InputError, f'{name} holds I8 .*quantised'):
       convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
     self.assertFalse((folder / 'ours').exists())
 
@@ -664,7 +659,7 @@ class ExportTest(FolderTest):
     card = (out / 'README.md').read_text()
     self.assertRegex(
       card,
-      r'`text:somewhere`: .*1.2345 ± 0.0100 .* 3.44, 1.5000 ± 0.0200 .* 7 ',
+      r'`text:somewhere`.* 1\.2345 ± 0\.0100 .* 3\.44\b.* 1\.5000 ± 0\.02.* 7 ',
     )
     self.assertIn('Weights imported from `a/b` (family `gpt5`)', card)
     self.assertEqual('AutoModelForCausalLM' in card, family in STOCK)
@@ -720,7 +715,7 @@ class ExportTest(FolderTest):
     self.assertEqual(set(found.shapes), set(expected))
     for name, x in expected.items():
       np.testing.assert_array_equal(found.read(name), x, name)
-    foreign = convert.read_json(folder / 'out' / 'config.json')
+    foreign = tensor_files.read_json(folder / 'out' / 'config.json')
     self.assertEqual(
       (foreign['mask_token_id'], foreign['eos_token_id']), (PLACE, END)
     )

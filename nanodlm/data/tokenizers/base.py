@@ -236,6 +236,7 @@ class Tokenizer(abc.ABC):
       'mask_id': self.mask_id,
       'separator_id': self.separator_id,
       'fingerprint': self.fingerprint,
+      'eos_ids': list(self.eos_ids),
     }
 
 

@@ -1,5 +1,6 @@
 """Tokenizers saved in a folder, such as the workdir of a run."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -41,6 +42,9 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> base.Tokenizer:
     cls = tokenizers.find_class(described['name'])
     model_path = path.with_name(workdirs.TOKENIZER_MODEL)
     tokenizer = cls.from_json(described, str(model_path))
+    # Workdirs of older versions do not say it.
+    if ends := described.get('eos_ids'):
+      tokenizer = dataclasses.replace(tokenizer, eos_ids=tuple(ends))
     is_same = tokenizer.fingerprint == described['fingerprint']
   except (KeyError, TypeError) as error:
     raise InputError(f'{path} is not a saved tokenizer: {error!r}') from error

@@ -19,7 +19,14 @@ time_conditioning (false) if they differ.
 
 from collections.abc import Collection
 
-from nanodlm.interop.families.layout import Family, Key, refuse, require
+from nanodlm.interop.families.layout import (
+  Family,
+  HARMLESS,
+  Key,
+  refuse,
+  refuse_unknown,
+  require,
+)
 from nanodlm.types import InputError
 
 # The vocabularies of these projects: GPT-2's, without a mask, and BERT's.
@@ -46,6 +53,7 @@ class DDiT(Family):
     'output_bias': True,
     'time_conditioning': True,
   }
+  harmless = ('dropout',)
   length = ('model_length', 1024)
   names = {
     'embedding': '{top}vocab_embed.embedding',
@@ -74,8 +82,7 @@ class DDiT(Family):
   )
 
   def detect(self, config, names):
-    kind = str(config.get('model_type', '')).lower()
-    return kind in self.model_types and is_like(names)
+    return super().detect(config, names) and is_like(names)
 
   def describe(self, config, shapes):
     shapes = {name.removeprefix('backbone.'): x for name, x in shapes.items()}
@@ -156,6 +163,7 @@ class BD3LM(DDiT):
     'parameterization': ('subs',),
   }
   network = {**DDiT.network, 'time_form': 'constant'}
+  harmless = ('dropout', 'sampling_eps_max', 'sampling_eps_min')
   written = {
     'cross_attn': True,
     'adaln': True,
@@ -188,6 +196,7 @@ class Duo(DDiT):
   objective = 'uniform'
   has_mask = False
   allowed = {'causal': (False,), 'time_conditioning': (True,), 'cfg': (False,)}
+  harmless = ('cfg_num_classes', 'dropout', 'var_min')
   network = {**DDiT.network, 'time_form': 'sigma'}
 
 
@@ -204,6 +213,8 @@ class GIDD(DDiT):
   objective = 'hybrid'
   keys = {'num_attention_heads': Key('num_heads')}
   required = ('p_uniform',)
+  # The tensors have these sizes, and t_eps is for training and sampling.
+  harmless = ('hidden_size', 'num_hidden_layers', 'timestep_cond_dim', 't_eps')
   network = {**DDiT.network, 'time_form': 'unit'}
   length = ('max_seq_len', 512)
 
@@ -237,12 +248,15 @@ class SEDD(DDiT):
     'n_blocks': Key('num_layers', 0),
     'n_heads': Key('num_heads'),
   }
+  allowed = {'scale_by_sigma': (True,), 'type': ('ddit',)}
+  harmless = ('dropout', 'name')
+  # The sections that are read: {key: values}, and their harmless keys.
   sections = {
-    'graph': {'type': ('absorb',)},
+    'graph': ({'type': ('absorb',)}, ('file', 'report_all')),
     # At its ends another schedule has other times than 'sigma'.
-    'noise': {'type': ('loglinear',)},
-    'model': {'scale_by_sigma': (True,)},
+    'noise': ({'type': ('loglinear',)}, ('sigma_min', 'sigma_max')),
   }
+  others = 'model tokens ngpus training data sampling eval optim hydra'.split()
   network = {**DDiT.network, 'time_form': 'sigma'}
   length = ('length', 1024)
   prefixes = ('', 'backbone.')
@@ -251,13 +265,16 @@ class SEDD(DDiT):
     return 'graph' in config and 'tokens' in config and is_like(names)
 
   def describe(self, config, shapes):
-    require(config, *self.sections)
-    for name, allowed in self.sections.items():
+    require(config, *self.sections, 'model')
+    refuse_unknown(config, {*self.sections, *self.others, *HARMLESS})
+    for name in (*self.sections, 'model'):
       if not isinstance(config[name], dict):
         raise InputError(
           f'config.json: {name}={config[name]!r} is not a section'
         )
+    for name, (allowed, harmless) in self.sections.items():
       refuse(config[name], allowed)
+      refuse_unknown(config[name], {*allowed, *harmless})
     return super().describe(config['model'], shapes)
 
   def to_config(self, network, described):
@@ -268,7 +285,7 @@ class SEDD(DDiT):
       'scale_by_sigma': True,
       'dropout': network.dropout,
       'mask_token_id': described.mask_id,
-      'eos_token_id': described.separator_id,
+      'eos_token_id': described.ends,
     }
     return {
       'model': {**self.fields(network), **model},

@@ -20,8 +20,8 @@ _SPLIT = (
 class Dream(llama.Llama):
   """Dream."""
 
-  model_types = ('Dream',)
-  architecture = 'DreamModel'
+  model_types = ('dream',)
+  architectures = ('DreamModel',)
   is_stock = False
   objective = 'masked'
   has_mask = True
@@ -33,7 +33,8 @@ class Dream(llama.Llama):
 
   def to_config(self, network, described):
     config = super().to_config(network, described)
-    return {**config, 'bos_token_id': described.separator_id}
+    own = {'model_type': 'Dream', 'bos_token_id': described.separator_id}
+    return {**config, **own}
 
   def tokenizer_json(self, folder):
     vocab, merges, config = (

@@ -18,7 +18,7 @@ class GPT2(Family):
   """GPT-2."""
 
   model_types = ('gpt2',)
-  architecture = 'GPT2LMHeadModel'
+  architectures = ('GPT2LMHeadModel', 'GPT2Model')
   is_stock = True
   objective = 'ar'
   has_mask = False
@@ -39,6 +39,11 @@ class GPT2(Family):
     'scale_attn_by_inverse_layer_idx': (False,),
     'add_cross_attention': (False,),
   }
+  harmless = """
+    attn_pdrop embd_pdrop n_ctx n_special predict_special_tokens
+    reorder_and_upcast_attn resid_pdrop summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj
+  """.split()
   network = {
     'norm': 'layer',
     'norm_bias': True,

@@ -7,6 +7,7 @@ Paths name our parameters: 'embedding', 'final_norm/scale', and for all blocks
 from collections.abc import Callable, Collection, Iterable, Mapping
 import dataclasses
 import pathlib
+import reprlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,35 @@ RESOLVED = {
   'head_size': 'head_dim',
   'mlp_dim': 'mlp_width',
   'time_dim': 'time_width',
+}
+# Keys of any config.json that do not change what a network computes: ids of
+# tokens, settings of generation, of training and of other tasks, and notes.
+HARMLESS = """
+  _attn_implementation _attn_implementation_autoset _commit_hash
+  _flash_attn_2_enabled _name_or_path _num_labels attention_dropout
+  attn_implementation bad_words_ids begin_suppress_tokens bos_token_id
+  chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample
+  dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+  exponential_decay_length_penalty finetuning_task forced_bos_token_id
+  forced_eos_token_id gradient_checkpointing hidden_dropout id2label
+  initializer_range is_decoder is_llama_config label2id length_penalty
+  mask_token_id max_length max_new_tokens min_length model_name model_type
+  name_or_path neftune_noise_alpha no_repeat_ngram_size num_beam_groups
+  num_beams num_labels num_return_sequences output_attentions
+  output_hidden_states output_past output_scores pad_token_id prefix
+  pretraining_tp problem_type remove_invalid_values repetition_penalty
+  return_dict return_dict_in_generate sep_token_id suppress_tokens
+  task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+  tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+  transformers_version typical_p unk_token_id unsloth_fixed unsloth_version
+  use_bfloat16 use_cache vocab_size xla_device
+""".split()
+# Other keys of any config.json, with the values that change nothing.
+INERT = {
+  'add_cross_attention': (False, None),
+  'cross_attention_hidden_size': (None,),
+  'is_encoder_decoder': (False, None),
+  'pruned_heads': ({}, None),
 }
 
 How = Callable[[np.ndarray], np.ndarray]
@@ -105,6 +135,7 @@ class Description:
     settings: {'section.key': value} for our config, on top of configs/base.py.
     tokenizer: `tokenizer.name` for a folder without a tokenizer.json, or ''.
     spare_ids: number of ids that are neither that tokenizer's nor the mask.
+    eos_ids: their ids of the tokens that end a text.
   """
 
   vocab_size: int
@@ -115,19 +146,20 @@ class Description:
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
   tokenizer: str = ''
   spare_ids: int = 0
+  eos_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
     start = 'start_id' if self.mask_id is None else 'mask_id'
-    for key in ('vocab_size', 'max_length', 'separator_id', start):
-      value, first, end = getattr(self, key), 1, 2**31
-      if key.endswith('_id'):
-        first, end = 0, self.vocab_size
+    keys = ('vocab_size', 'max_length', 'separator_id', start)
+    checked = [(key, getattr(self, key)) for key in keys]
+    for key, value in (*checked, *(('eos_token_id', i) for i in self.eos_ids)):
+      first, end = (0, self.vocab_size) if key.endswith('_id') else (1, 2**31)
       if not (isinstance(value, int) and first <= value < end):
         raise InputError(
           f'config.json gives {key}={value!r}, which must be an integer in '
           f'[{first}, {end})'
         )
-    if self.mask_id == self.separator_id:
+    if self.mask_id in (self.separator_id, *self.eos_ids):
       raise InputError(
         f'config.json gives {self.mask_id} as the mask and as the end of a '
         'document; the mask must have an id of its own'
@@ -143,6 +175,11 @@ class Description:
     else:
       rows[[mask, -1]] = rows[[-1, mask]]
     return rows
+
+  @property
+  def ends(self) -> int | list[int]:
+    """The `eos_token_id` of an export."""
+    return list(self.eos_ids) if self.eos_ids[1:] else self.separator_id
 
 
 class Key(NamedTuple):
@@ -180,7 +217,8 @@ class Family:
 
   Attributes:
     model_types: values of model_type; an export writes the first.
-    architecture: its name in config.json's `architectures`, or ''.
+    architectures: values in config.json's `architectures`, of which an export
+      writes the first; () for all.
     is_exportable: whether runs can be exported in this form.
     is_stock: whether transformers loads an export without remote code.
     objective: the `objective.name` that the network was trained with.
@@ -189,6 +227,9 @@ class Family:
     defaults: {key: value} for other keys that a config.json may leave out.
     required: other keys that config.json must have.
     allowed: {key: values}, the supported values of other keys.
+    others: other keys that `settings` reads.
+    harmless: other keys that do not change what the network computes, on top of
+      HARMLESS. All other keys are refused.
     network: {field of config.model: value}, on top of PLAIN.
     written: {key: value} for an export's config.json.
     length: the key of config.json with the longest text, and its default.
@@ -201,7 +242,7 @@ class Family:
   """
 
   model_types: tuple[str, ...] = ()
-  architecture: str = ''
+  architectures: tuple[str, ...] = ()
   is_exportable: bool = True
   is_stock: bool = False
   objective: str = 'masked'
@@ -210,6 +251,8 @@ class Family:
   defaults: Mapping[str, Any] = {}
   required: tuple[str, ...] = ()
   allowed: Mapping[str, tuple[Any, ...]] = {}
+  others: Collection[str] = ()
+  harmless: Collection[str] = ()
   network: Mapping[str, Any] = {}
   written: Mapping[str, Any] = {}
   length: tuple[str, int] = ('max_position_embeddings', 2048)
@@ -221,18 +264,41 @@ class Family:
 
   def detect(self, config: Config, names: Collection[str]) -> bool:
     """Returns whether a checkpoint with such tensors is of this family."""
-    return config.get('model_type') in self.model_types
+    return str(config.get('model_type')).lower() in self.model_types
+
+  def check_fields(self, config: Config):
+    """Raises InputError if a key may change what the network computes."""
+    for key in ('quantization_config', 'quantization', 'compression_config'):
+      if config.get(key):
+        raise InputError(
+          f'config.json: {key}={reprlib.repr(config[key])}: quantised weights '
+          'are not supported, only floating-point ones'
+        )
+    known = {*HARMLESS, *self.required, *self.others, *self.harmless}
+    known.add(self.length[0])
+    for table in (self.keys, self.defaults, self.allowed, self.written, INERT):
+      known.update(table)
+    names = set(config.get('architectures') or ())
+    if not self.architectures or names <= set(self.architectures):
+      known.add('architectures')
+    if not self.is_stock:  # The projects have code of their own.
+      known.add('auto_map')
+    if str(config.get('model_type')).lower() not in self.model_types:
+      known.discard('model_type')
+    refuse_unknown(config, known)
 
   def describe(self, config: Config, shapes: Shapes) -> Description:
     """Reads a checkpoint's config.json.
 
     Raises:
-      InputError: a key is missing, or has a value that is not supported.
+      InputError: a key is missing, is not known, or has a value that is not
+        supported.
     """
+    self.check_fields(config)
     config = {**self.defaults, **config}
     needed = [name for name, key in self.keys.items() if key.default is None]
     require(config, *self.required, *needed)
-    refuse(config, self.allowed)
+    refuse(config, {**INERT, **self.allowed})
     read = {
       key.field: key.read(config, name) for name, key in self.keys.items()
     }
@@ -253,10 +319,13 @@ class Family:
   def vocabulary(self, config: Config, shapes: Shapes) -> dict[str, Any]:
     """Returns the other fields of the `Description`."""
     require(config, 'vocab_size')
+    separator = token_id(config, 'eos_token_id', 'bos_token_id')
+    ends = config.get('eos_token_id')
     return {
       'vocab_size': config['vocab_size'],
       'mask_id': token_id(config, 'mask_token_id') if self.has_mask else None,
-      'separator_id': token_id(config, 'eos_token_id', 'bos_token_id'),
+      'separator_id': separator,
+      'eos_ids': tuple(ends) if isinstance(ends, list) else (separator,),
       'start_id': token_id(config, 'bos_token_id', 'eos_token_id'),
       'max_length': config.get(*self.length),
       'tokenizer': self.tokenizer,
@@ -354,13 +423,15 @@ class Family:
     """Returns the config.json of an export of a network without a `misfit`."""
     # An autoregressive network of ours begins a text with the mask.
     mask = 'mask_token_id' if self.has_mask else 'bos_token_id'
+    names = list(self.architectures[:1])
+    named = {'architectures': names} if names else {}
     return {
       'model_type': self.model_types[0],
-      **({'architectures': [self.architecture]} if self.architecture else {}),
+      **named,
       'vocab_size': described.vocab_size,
       self.length[0]: described.max_length,
       mask: described.mask_id,
-      'eos_token_id': described.separator_id,
+      'eos_token_id': described.ends,
       'pad_token_id': described.separator_id,
       **self.fields(network),
       **self.written,
@@ -382,8 +453,26 @@ def refuse(config: Config, allowed: Mapping[str, tuple[Any, ...]]):
   for key, values in allowed.items():
     if key in config and config[key] not in values:
       raise InputError(
-        f'config.json: {key}={config[key]!r} is not one of {list(values)}'
+        f'config.json: {key}={config[key]!r} is not supported, only '
+        f'{list(values)}'
       )
+
+
+def refuse_unknown(config: Config, known: Collection[str]):
+  """Raises InputError if config.json has keys, not null, outside of `known`."""
+  unknown = {
+    key: f'{key}={reprlib.repr(value)}'
+    for key, value in config.items()
+    if key not in known and value is not None
+  }
+  if unknown:
+    hint = 'If it changes nothing, leave it out in a copy of config.json'
+    if 'model_type' in unknown:
+      hint = 'Tensors of the same names do not mean that it is the same network'
+    raise InputError(
+      f'config.json: {", ".join(unknown.values())} may change what the network '
+      f'computes and is not supported. {hint}'
+    )
 
 
 def token_id(config: Config, *keys: str) -> int:

@@ -26,7 +26,7 @@ class LLaDA(Family):
   """LLaDA."""
 
   model_types = ('llada',)
-  architecture = 'LLaDAModelLM'
+  architectures = ('LLaDAModelLM',)
   keys = {
     'd_model': Key('embed_dim'),
     'n_layers': Key('num_layers'),
@@ -38,12 +38,25 @@ class LLaDA(Family):
     'weight_tying': Key('tie_embeddings', True),
     'include_bias': Key('mlp_bias', False),
   }
-  defaults = {'mlp_ratio': 4, 'mask_token_id': 126336}
+  # What the published code takes for absent keys.
+  defaults = {
+    'block_type': 'sequential',
+    'layer_norm_type': 'default',
+    'mask_token_id': 126336,
+    'mlp_ratio': 4,
+    'rope': False,
+  }
   required = ('vocab_size',)
   allowed = {
     **{key: (value,) for key, value in FIXED.items()},
     **{key: (False, None) for key in OFF},
   }
+  others = ('embedding_size', 'include_qkv_bias', 'mlp_ratio')
+  harmless = """
+    alibi_bias_max attention_layer_norm_with_affine embedding_dropout
+    flash_attention init_cutoff_factor init_device init_fn init_std precision
+    residual_dropout rope_full_precision
+  """.split()
   network = {'mlp': 'swiglu'}
   written = {**FIXED, 'bias_for_layer_norm': False}
   length = ('max_sequence_length', 1024)

@@ -4,7 +4,7 @@ Source: arXiv 2302.13971, 2310.06825, 2407.10671, 2505.09388; names of tensors
 and settings as in Hugging Face's `LlamaForCausalLM` and so on.
 """
 
-from nanodlm.interop.families.layout import Family, Key
+from nanodlm.interop.families.layout import Family, Key, refuse
 from nanodlm.types import InputError
 
 # {activation of a gated MLP: ours}.
@@ -24,14 +24,20 @@ KEYS = {
   'rope_theta': Key('rope_theta', 10_000.0),
   'tie_word_embeddings': Key('tie_embeddings', False),
 }
+# The values that leave the rotary positions as they are.
+ROPE = {
+  'rope_type': ('default', None),
+  'type': ('default', None),
+  'partial_rotary_factor': (1.0, None),
+}
 FLOAT32 = {'dtype': 'float32', 'torch_dtype': 'float32'}
 
 
 class Llama(Family):
-  """Llama and Mistral."""
+  """Llama."""
 
-  model_types = ('llama', 'mistral')
-  architecture = 'LlamaForCausalLM'
+  model_types = ('llama',)
+  architectures = ('LlamaForCausalLM', 'LlamaModel', 'LLaMAForCausalLM')
   is_stock = True
   objective = 'ar'
   has_mask = False
@@ -40,6 +46,18 @@ class Llama(Family):
     'attention_bias': Key('attention_bias', False, BIASES),
     'mlp_bias': Key('mlp_bias', False),
   }
+  allowed = {
+    # Qwen2.5 has it.
+    'use_mrope': (False,),
+    # SmolLM2 has it.
+    'rope_interleaved': (False,),
+    'partial_rotary_factor': (1.0, None),
+  }
+  others = (
+    'layer_types rope_parameters rope_scaling sliding_window use_sliding_window'
+  ).split()
+  # The second says which layers have a window, if there is one.
+  harmless = ('max_sequence_length', 'max_window_layers')
   written = FLOAT32
   names = {
     'embedding': '{top}embed_tokens.weight',
@@ -63,36 +81,45 @@ class Llama(Family):
 
   def settings(self, config, shapes):
     del shapes
-    window, layers = config.get('sliding_window'), config.get('layer_types')
-    if (
-      window
-      and config.get('use_sliding_window', True)
-      or 'sliding_attention' in (layers or ())
-    ):
+    window, use = config.get('sliding_window'), config.get('use_sliding_window')
+    if window and use is not False:
       raise InputError(
         f'config.json: sliding_window={window!r} is not supported, only null, '
         'with attention to the whole text'
       )
+    for kind in config.get('layer_types') or ():
+      refuse({'layer_types': kind}, {'layer_types': ('full_attention',)})
     # Newer files keep the base of the rotary frequencies in rope_parameters.
-    rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-    kind = rope.get('rope_type', rope.get('type', 'default'))
-    if kind != 'default':
-      raise InputError(
-        f'config.json: rope_scaling of type {kind!r} is not supported, only '
-        "'default', which scales nothing"
-      )
-    theta = rope.get('rope_theta')
+    name = 'rope_scaling' if config.get('rope_scaling') else 'rope_parameters'
+    rope = dict(config.get(name) or {})
+    theta = rope.pop('rope_theta', None)
+    for key, value in rope.items():
+      if value not in ROPE.get(key, (None,)):
+        raise InputError(
+          f'config.json: {name}={rope!r} is not supported: {key} may only be '
+          f'{ROPE.get(key)}, which changes no angle'
+        )
     return {'model.rope_theta': float(theta)} if theta else {}
+
+
+class Mistral(Llama):
+  """Mistral without a sliding window."""
+
+  model_types = ('mistral',)
+  architectures = ('MistralForCausalLM', 'MistralModel')
+  is_exportable = False
+  # What transformers takes for absent keys.
+  defaults = {'sliding_window': 4096, 'num_key_value_heads': 8}
 
 
 class Qwen2(Llama):
   """Qwen2 and Qwen2.5, whose queries, keys and values have biases."""
 
   model_types = ('qwen2',)
-  architecture = 'Qwen2ForCausalLM'
+  architectures = ('Qwen2ForCausalLM', 'Qwen2Model')
   keys = KEYS
   # Its window is off unless this key turns it on.
-  defaults = {'use_sliding_window': False}
+  defaults = {'use_sliding_window': False, 'num_key_value_heads': 32}
   network = {'attention_bias': 'qkv'}
   written = {**FLOAT32, 'attention_bias': True, 'use_sliding_window': False}
 
@@ -101,12 +128,12 @@ class Qwen3(Llama):
   """Qwen3, with RMSNorm on the queries and keys of each head."""
 
   model_types = ('qwen3',)
-  architecture = 'Qwen3ForCausalLM'
+  architectures = ('Qwen3ForCausalLM', 'Qwen3Model')
   keys = {
     **KEYS,
     'head_dim': Key('head_size', 128),
     'attention_bias': Key('attention_bias', False, BIASES),
   }
-  defaults = {'use_sliding_window': False}
+  defaults = Qwen2.defaults
   network = {'qk_norm': True}
   written = {**FLOAT32, 'use_sliding_window': False}

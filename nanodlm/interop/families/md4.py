@@ -37,6 +37,7 @@ def halves_from_pairs(num_heads: int, head_dim: int) -> layouts.How:
 class MD4(layouts.Family):
   """MD4."""
 
+  model_types = ('md4',)
   is_exportable = False
   keys = {
     'n_layers': Key('num_layers'),
@@ -56,11 +57,24 @@ class MD4(layouts.Family):
     'feature_dim',
   )
   allowed = {
-    'model_type': ('md4',),
     'task_type': ('text',),
     'time_features': ('t', 'none'),
     'model_sharding': (False, None),
+    # Discrete times have another bound.
+    'cont_time': (True,),
   }
+  others = ('classes',)
+  # The network of images, and the settings of data, training and sampling.
+  harmless = """
+    batch_size b2 ch_mult check_nans checkpoint_every_steps
+    checkpoint_keep_period clip cond_type dataset depth_scaled_init
+    dit_hidden_size dit_num_heads dropout_rate ema_rate eval_every_steps
+    eval_pad_last_batch grain_num_workers learning_rate learning_rate_schedule
+    log_loss_every_steps n_dit_layers num_epochs num_eval_steps
+    num_microbatches num_train_steps per_device_batch_size sampler
+    sampling_grid seed test_in_colab timesteps topp trial use_attn_dropout
+    use_v2_input_pipeline warmup_steps weight_decay
+  """.split()
   network = {'norm_eps': 1e-5, 'tie_embeddings': False}
 
   def detect(self, config, names):
