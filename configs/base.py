@@ -182,9 +182,9 @@ def get_config() -> config_dict.ConfigDict:
   # stretches its decay, so that the rate jumps up; choose 'wsd', or
   # decay_from_step, to train on from a checkpoint without that.
   optim.schedule = 'cosine'
-  optim.warmup_steps = (
-    100  # Steps in which the rate grows linearly to its peak.
-  )
+  # Steps in which the rate grows linearly to its peak. A run of fewer steps does
+  # not reach it.
+  optim.warmup_steps = 100
   # Step at which the decay starts, from learning_rate, which is constant
   # between the warm-up and this step; 0: as schedule says. For a new decay from
   # a checkpoint of step N, resume with N here and the rate to start from in
