@@ -1,7 +1,6 @@
 """Tests of nanodlm.train: skipped steps, divergence and runs made longer."""
 
 import dataclasses
-import json
 import pathlib
 import re
 import shutil
@@ -13,6 +12,7 @@ import pytest
 
 from nanodlm import train
 from nanodlm.training import checksums
+from tests.launch_test import arrays, assert_identical, metric_lines
 from tests.seams_test import losses, start_of
 
 PEAK = 1e-3
@@ -44,8 +44,7 @@ def steps_of(start):
 
 def rates(start):
   """Returns the learning rates that were reported, by step."""
-  path = pathlib.Path(start.workdir) / 'metrics.jsonl'
-  lines = map(json.loads, path.read_text().splitlines())
+  lines = metric_lines(pathlib.Path(start.workdir))
   key = 'train/learning_rate'
   return {line['step']: line[key] for line in lines if key in line}
 
@@ -82,6 +81,19 @@ def test_the_rate_of_a_step_is_the_one_that_is_reported(spoilt):
     expected = 0.0 if step in SKIPPED else planned
     np.testing.assert_allclose(used, expected, rtol=1e-3)
     np.testing.assert_allclose(reported[step + 1], planned, rtol=1e-5)
+
+
+def test_the_run_continues_after_skipped_steps(spoilt):
+  path = pathlib.Path(spoilt[0].workdir)
+  lines = [line for line in metric_lines(path) if 'train/skipped_steps' in line]
+  counts = [line['train/skipped_steps'] for line in lines]
+  assert counts == [0, 0, 0, 1, 2, 2, 2, 2, 2, 2]
+  assert np.isfinite(lines[-1]['train/loss'])
+  assert all(
+    np.isfinite(value).all()
+    for name, value in arrays(path, NUM_STEPS).items()
+    if name[:4] != 'rest'
+  )
 
 
 def test_a_checkpoint_waits_for_a_step_that_is_taken(spoilt):
@@ -143,9 +155,13 @@ def test_a_lower_rate_resumes_a_run_that_diverged(
   assert train.main(start) == 0
   assert steps_of(start)[-1] == 2
   # A run that has a checkpoint resumes from it.
+  path = pathlib.Path(start.workdir)
+  before = arrays(path, 2)
   diverge(start)
-  assert 'checkpoint of step 2' in capsys.readouterr().err
+  error = capsys.readouterr().err
+  assert '5 steps in a row' in error and 'checkpoint of step 2' in error
   assert steps_of(start)[-1] == 2
+  assert_identical(before, arrays(path, 2))
   assert train.main(longer) == 0
   assert steps_of(start)[-1] == 4
   assert np.isfinite(losses(start)[4])

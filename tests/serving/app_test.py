@@ -446,10 +446,7 @@ def test_left_to_right_models(tmp_path):
 
 def test_a_signal_ends_streams_and_process(opened):
   process = launches.start(
-    '--mode=serve',
-    f'--workdir={opened.workdir}',
-    '--port=0',
-    prefix=('env',),
+    '--mode=serve', f'--workdir={opened.workdir}', '--port=0', prefix=('env',)
   )
   try:
     for line in process.stdout:
