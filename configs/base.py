@@ -179,11 +179,12 @@ def get_config() -> config_dict.ConfigDict:
   # After the warm-up: 'cosine' | 'constant' | 'wsd' (constant, then a linear
   # decay in the last fifth of the run, or in what is left after the warm-up).
   # Both decays end at train.num_steps. Resuming a 'cosine' run with more steps
-  # stretches its decay, so that the rate jumps up; choose 'wsd', or
-  # decay_from_step, to train on from a checkpoint without that.
+  # stretches its decay, so that the rate jumps up, as a warning says. A 'wsd'
+  # run can be resumed with more steps from a checkpoint before its decay; for
+  # a new decay, set decay_from_step.
   optim.schedule = 'cosine'
-  # Steps in which the rate grows linearly to its peak. A run of fewer steps does
-  # not reach it.
+  # Steps in which the rate grows linearly to its peak. A run of fewer steps
+  # does not reach it.
   optim.warmup_steps = 100
   # Step at which the decay starts, from learning_rate, which is constant
   # between the warm-up and this step; 0: as schedule says. For a new decay from

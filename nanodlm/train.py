@@ -32,10 +32,8 @@ undisturbed run (NANODLM_KILLS=50 pytest tests/training/faults_test.py -k
 killed).
 """
 
-import collections
 from collections.abc import Callable, Iterator
 import contextlib
-import datetime
 import functools
 import logging
 import math
@@ -46,11 +44,9 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from nanodlm import config as configs
 from nanodlm import evaluate, sample
-from nanodlm import lm as lms
 from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
@@ -60,8 +56,8 @@ from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.devices import hugepages, lock, multihost
 from nanodlm.devices import mesh as meshes
 from nanodlm.run import Run
-from nanodlm.show import watch
-from nanodlm.training import checkpoint, metrics, optim, signals, writers
+from nanodlm.training import checkpoint, optim, signals, writers
+from nanodlm.training.progress import Progress, TrainingDiverged
 from nanodlm.training.state import TrainState
 from nanodlm.types import Batch, Batches, InputError
 
@@ -69,18 +65,6 @@ log = logging.getLogger('nanodlm')
 
 # The first step of a start that a profile traces: past compilation.
 PROFILE_FIRST_STEP = 10
-
-
-class TrainingDiverged(RuntimeError):
-  """Several steps in a row had a loss or gradient that is not finite.
-
-  Attributes:
-    step: the last step before them.
-  """
-
-  def __init__(self, message: str, step: int):
-    super().__init__(message)
-    self.step = step
 
 
 def define_flags():
@@ -213,7 +197,12 @@ def train(
           training.step,
           save=functools.partial(_save, manager, run, packed),
           show=_make_show(run, packed, writer, caught),
-          progress=_Progress(run, writer),
+          progress=Progress(
+            settings.train,
+            settings.data.length,
+            run.network.flops_per_token(settings.data.length),
+            writer,
+          ),
           trace=_make_trace(settings, workdir, step),
           caught=caught,
           began=began,
@@ -389,7 +378,7 @@ def _loop(
   *,
   save: Callable[[TrainState], None],
   show: Callable[[int, Any], bool],
-  progress: '_Progress',
+  progress: Progress,
   trace: Callable[[int], None],
   caught: signals.Caught,
   began: float,
@@ -447,114 +436,6 @@ def _loop(
     show(step, state.eval_params)
 
 
-class _Progress:
-  """Gathers the metrics of steps, and reports those since the last report.
-
-  Args:
-    run: the run.
-    writer: gets the scalars.
-  """
-
-  def __init__(self, run: Run, writer: Any):
-    self._train, self._writer = run.settings.train, writer
-    length = run.settings.data.length
-    self._tokens_per_step = self._train.batch_size * length
-    self._flops_per_token = run.network.flops_per_token(length)
-    self._in_flight = collections.deque()
-    # Steps that were skipped, in this start and since the last one taken.
-    self._skipped = self.num_skipped = 0
-    self._sums, self._last, self._failure = [], {}, (0, '')
-    self.restart_clock()
-
-  def restart_clock(self):
-    """Leaves out the time so far (compilation), not the sums."""
-    self._start, self._num_steps = time.monotonic(), 0
-    self._secs = {'wait': 0.0, 'pause': 0.0}
-
-  @contextlib.contextmanager
-  def timing(self, kind: str) -> Iterator[None]:
-    """Measures a 'wait' for a batch, or a 'pause', which is not training."""
-    start = time.monotonic()
-    yield
-    self._secs[kind] += time.monotonic() - start
-
-  def add(self, step: int, values: Any, *, max_in_flight: int):
-    """Takes the metrics of a step, and reads those of all but the last ones."""
-    self._in_flight.append((step, values))
-    self.finish(max_in_flight)
-
-  def finish(self, max_in_flight: int = 0):
-    """Reads the metrics of all but the last `max_in_flight` steps."""
-    while len(self._in_flight) > max_in_flight:
-      self._read(*self._in_flight.popleft())
-
-  def _read(self, step, values):
-    values = self._last = jax.device_get(values)
-    self._num_steps += 1
-    if not values['skipped']:
-      self.num_skipped = 0
-      self._sums.append(values)
-      return
-    self._skipped += 1
-    self.num_skipped += 1
-    loss = values['loss'] / max(values['weight'], 1)
-    grad_norm = values['grad_norm']
-    self._failure = step, f'loss {loss}, gradient norm {grad_norm}'
-    log.warning('step %d skipped: %s', *self._failure)
-    if self.num_skipped >= self._train.max_skipped_steps:
-      scalars = {
-        'train/loss': loss,
-        'train/grad_norm': grad_norm,
-        'train/skipped_steps': self._skipped,
-      }
-      self._writer.write_scalars(step, scalars)
-      raise self.divergence()
-
-  def divergence(self) -> TrainingDiverged:
-    """Describes the steps that were skipped last."""
-    step, text = self._failure
-    return TrainingDiverged(
-      f'{self.num_skipped} steps in a row, the last one step {step}, were not '
-      f'finite ({text}); lower optim.learning_rate or look at the data',
-      step - self.num_skipped,
-    )
-
-  def report(self, step: int):
-    """Writes and logs what happened since the last report."""
-    secs = time.monotonic() - self._start - self._secs['pause']
-    secs_per_step = secs / max(self._num_steps, 1)
-    rate = self._num_steps * self._tokens_per_step / secs
-    means = metrics.train_means(metrics.add(self._sums)) if self._sums else {}
-    scalars = {
-      **means,
-      'train/tokens_per_sec': rate,
-      'train/secs_per_step': secs_per_step,
-      'train/data_wait_share': self._secs['wait'] / secs,
-      'train/skipped_steps': self._skipped,
-    }
-    for key in ('grad_norm', 'param_norm', 'learning_rate'):
-      scalars[f'train/{key}'] = float(self._last[key])
-    peak = metrics.peak_flops(jax.devices()[0].device_kind)
-    if peak:
-      peak *= jax.device_count()
-      scalars['train/mfu'] = rate * self._flops_per_token / peak
-    self._writer.write_scalars(step, scalars)
-    self._writer.flush()
-    if means:
-      num_steps = self._train.num_steps
-      left = datetime.timedelta(
-        seconds=round((num_steps - step) * secs_per_step)
-      )
-      log.info(
-        f'step {step:{len(str(num_steps))}}/{num_steps}  '
-        f'loss {means["train/loss"]:.4f} nats/token  '
-        f'{means["train/bits_per_byte"]:.4f} bits/byte  '
-        f'{rate:,.0f} tokens/s  {left} left'
-      )
-    self._sums = []
-    self.restart_clock()
-
-
 def _after_divergence(manager: Any, failed: int, can_delete: bool) -> str:
   """Says what the next start resumes from, after deleting what it must not.
 
@@ -600,7 +481,7 @@ def _make_show(
   settings = run.settings
   evaluate_params = evaluate.make_evaluate(run, packed)
   num_samples = settings.train.num_samples
-  draw = _make_sample(run, packed, writer) if num_samples else None
+  draw = sample.make_draw(run, packed, writer) if num_samples else None
 
   def show(step: int, params: Any) -> bool:
     is_last = step >= settings.train.num_steps
@@ -623,55 +504,6 @@ def _make_show(
     return all(math.isfinite(means[k]) for k in means if k.endswith('/nll'))
 
   return show
-
-
-def _make_sample(
-  run: Run, packed: PackedData, writer: Any
-) -> Callable[[int, Any], None]:
-  """Returns draw(step, params), which samples, logs and writes the samples."""
-  settings, tokenizer = run.settings, run.tokenizer
-  watchers = sample.Watchers()
-  fill = lms.make_fill(run, view=watch.View(watchers, tokenizer.mask_id))
-  row, fixed = _first_prompt(run, packed)
-  tokens, is_fixed = (
-    np.tile(x, (settings.train.num_samples, 1)) for x in (row, fixed)
-  )
-
-  def draw(step: int, params: Any):
-    recorder = watch.Recorder(lms.whole_batch(run, tokens))
-    watchers.those = [recorder]
-    key = jax.random.fold_in(jax.random.key(settings.sample.seed), step)
-    filled, _ = fill(params, key, tokens, is_fixed)
-    trajectories = recorder.trajectories(filled)
-    # Rows that other processes compute have empty trajectories.
-    if trajectories := [one for one in trajectories if one.answers]:
-      image = watch.order_image(trajectories, fixed)[None]
-      writer.write_images(step, {'samples/reveal_order': image})
-    texts = [tokenizer.decode(lms.shown_tokens(run, row)) for row in filled]
-    blocks = {f'samples/{i}': f'```\n{x}\n```' for i, x in enumerate(texts)}
-    writer.write_texts(step, blocks)
-    for text in texts:
-      lines = ''.join(f'    {line}\n' for line in text.splitlines())
-      log.info('sample:\n%s', lines)
-
-  return draw
-
-
-def _first_prompt(run: Run, packed: PackedData):
-  """Lays out what samples in training start from: for pairs the first prompt.
-
-  A blank canvas if that cannot be laid out: it holds characters that the
-  tokenizer does not know, or sampler.length is too short.
-  """
-  length, prompt = run.settings.sample_length, ''
-  if packed.is_pairs:
-    pair = packed.validation[0]
-    text = run.tokenizer.decode(pair['tokens'][: pair['prompt_length']])
-    prompt = text.replace('{', '{{').replace('}', '}}')
-  try:
-    return lms.lay_out(run, prompt, length)
-  except InputError:
-    return lms.lay_out(run, '', length)
 
 
 def _make_trace(
