@@ -184,11 +184,20 @@ def get_config() -> config_dict.ConfigDict:
   optim.name = 'adamw'
   optim.learning_rate = 1e-3  # Of the peak, > 0.
   # After the warm-up: 'cosine' | 'constant' | 'wsd' (constant, then a linear
-  # decay in the last fifth of the run).
+  # decay in the last fifth of the run, or in what is left after the warm-up).
+  # Both decays end at train.num_steps. Resuming a 'cosine' run with more steps
+  # stretches its decay, so that the rate jumps up, as a warning says. A 'wsd'
+  # run can be resumed with more steps from a checkpoint before its decay; for
+  # a new decay, set decay_from_step.
   optim.schedule = 'cosine'
-  optim.warmup_steps = (
-    100  # Steps in which the rate grows linearly to its peak.
-  )
+  # Steps in which the rate grows linearly to its peak. A run of fewer steps
+  # does not reach it.
+  optim.warmup_steps = 100
+  # Step at which the decay starts, from learning_rate, which is constant
+  # between the warm-up and this step; 0: as schedule says. For a new decay from
+  # a checkpoint of step N, resume with N here and the rate to start from in
+  # learning_rate.
+  optim.decay_from_step = 0
   # Last learning rate, as a fraction of learning_rate.
   optim.final_fraction = 0.0
   # Decoupled from the gradient, on matrices and embeddings only.

@@ -142,6 +142,7 @@ class Settings:
     if not 0 <= self.seed < 2**32:
       raise InputError(f'seed={self.seed!r} must be in [0, 2^32)')
     _ = self.sample  # Checks its keys.
+    self.optim.check_steps(self.train.num_steps)
 
   @property
   def sample(self) -> SampleConfig:

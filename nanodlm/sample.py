@@ -1,7 +1,8 @@
-"""Sampling from a checkpoint: unconditional, continuations and infilling."""
+"""Sampling, also in training: unconditional, continuations and infilling."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import json
+import logging
 import pathlib
 import re
 import time
@@ -13,9 +14,13 @@ import numpy as np
 from nanodlm import lm as lms
 from nanodlm import prompts as prompting
 from nanodlm import workdir as workdirs
+from nanodlm.data.packed import PackedData
 from nanodlm.lm import LanguageModel
+from nanodlm.run import Run
 from nanodlm.show import watch
 from nanodlm.types import InputError
+
+log = logging.getLogger('nanodlm')
 
 
 def parse_sampler(text: str) -> dict[str, Any]:
@@ -148,6 +153,57 @@ def sample_prompts(
       f'{settings.tokenizer.name}',
     )
     print(f'--- {page.path}: {size / 2**20:.2f} MiB', flush=True)
+
+
+def make_draw(
+  run: Run, packed: PackedData, writer: Any
+) -> Callable[[int, Any], None]:
+  """Returns draw(step, params), which samples, logs and writes the samples."""
+  settings, tokenizer = run.settings, run.tokenizer
+  watchers = Watchers()
+  fill = lms.make_fill(run, view=watch.View(watchers, tokenizer.mask_id))
+  row, fixed = _first_prompt(run, packed)
+  tokens, is_fixed = (
+    np.tile(x, (settings.train.num_samples, 1)) for x in (row, fixed)
+  )
+
+  def draw(step: int, params: Any):
+    recorder = watch.Recorder(lms.whole_batch(run, tokens))
+    watchers.those = [recorder]
+    key = jax.random.fold_in(jax.random.key(settings.sample.seed), step)
+    filled, _ = fill(params, key, tokens, is_fixed)
+    trajectories = recorder.trajectories(filled)
+    # Rows that other processes compute have empty trajectories.
+    if trajectories := [one for one in trajectories if one.answers]:
+      image = watch.order_image(trajectories, fixed)[None]
+      writer.write_images(step, {'samples/reveal_order': image})
+    texts = [
+      tokenizer.decode(lms.shown_tokens(run, row, fixed)) for row in filled
+    ]
+    blocks = {f'samples/{i}': f'```\n{x}\n```' for i, x in enumerate(texts)}
+    writer.write_texts(step, blocks)
+    for text in texts:
+      lines = ''.join(f'    {line}\n' for line in text.splitlines())
+      log.info('sample:\n%s', lines)
+
+  return draw
+
+
+def _first_prompt(run: Run, packed: PackedData):
+  """Lays out what samples in training start from: for pairs the first prompt.
+
+  A blank canvas if that cannot be laid out: it holds characters that the
+  tokenizer does not know, or sampler.length is too short.
+  """
+  length, prompt = run.settings.sample_length, ''
+  if packed.is_pairs:
+    pair = packed.validation[0]
+    text = run.tokenizer.decode(pair['tokens'][: pair['prompt_length']])
+    prompt = text.replace('{', '{{').replace('}', '}}')
+  try:
+    return lms.lay_out(run, prompt, length)
+  except InputError:
+    return lms.lay_out(run, '', length)
 
 
 def _report(lm, prompt, tokens, fixed, num_calls, label, secs):

@@ -14,8 +14,11 @@ that differ. metrics.jsonl may then contain a step twice: the later line counts.
                              what is lost, and the checkpoint before is used.
     full disk                One line and exit status 1; complete checkpoints
                              remain.
-    non-finite gradient      The step is skipped and counted;
-                             train.max_skipped_steps in a row end the run.
+    non-finite gradient      The step is skipped and counted, and nothing is
+                             saved until the next one that is taken;
+                             train.max_skipped_steps in a row end the run. What
+                             it saved of the parameters that failed is deleted
+                             if there is an earlier checkpoint.
     damaged prepared data    One line names the file and the folder to delete.
     a second training run    Is refused at once; evaluation and sampling of the
                              workdir are not.
@@ -29,12 +32,11 @@ undisturbed run (NANODLM_KILLS=50 pytest tests/training/faults_test.py -k
 killed).
 """
 
-import collections
 from collections.abc import Callable, Iterator
 import contextlib
-import datetime
 import functools
 import logging
+import math
 import pathlib
 import shutil
 import sys
@@ -42,11 +44,9 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from nanodlm import config as configs
 from nanodlm import evaluate, sample
-from nanodlm import lm as lms
 from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
@@ -56,8 +56,8 @@ from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.devices import hugepages, lock, multihost
 from nanodlm.devices import mesh as meshes
 from nanodlm.run import Run
-from nanodlm.show import watch
-from nanodlm.training import checkpoint, metrics, signals, writers
+from nanodlm.training import checkpoint, optim, signals, writers
+from nanodlm.training.progress import Progress, TrainingDiverged
 from nanodlm.training.state import TrainState
 from nanodlm.types import Batch, Batches, InputError
 
@@ -65,10 +65,6 @@ log = logging.getLogger('nanodlm')
 
 # The first step of a start that a profile traces: past compilation.
 PROFILE_FIRST_STEP = 10
-
-
-class TrainingDiverged(RuntimeError):
-  """Several steps in a row had a loss or gradient that is not finite."""
 
 
 def define_flags():
@@ -157,7 +153,12 @@ def train(
   if is_new:
     packed = prepare.prepare(settings.data, settings.tokenizer)
   else:
-    packed = _open_same_text(settings, workdir, step)
+    packed = _open_own_text(settings, workdir)
+  before = None
+  if step >= 0:
+    with checkpoint.open_manager(workdir, read_only=True) as manager:
+      before = checkpoint.restore_meta(manager, step)
+    _check_same_text(packed, before['data'], workdir)
   run = run.with_tokenizer(packed.tokenizer)
   training = runs.make_training(run)
   state = _initial_state(run, training, init_from)
@@ -181,6 +182,7 @@ def train(
       if is_new:
         save_tokenizer(run.tokenizer, workdir)
     _describe(run, packed)
+    _check_rates(settings, before['config'] if before else None, step)
     config = settings.to_dict()
     with (
       signals.catch() as caught,
@@ -191,33 +193,36 @@ def train(
       writer.write_hparams(configs.flatten(config))
       text = f'```json\n{settings.to_json()}```'
       writer.write_texts(step, {'config': text})
-      _loop(
-        run,
-        BATCHES[settings.train.batches](run, packed, step),
-        state,
-        training.step,
-        save=functools.partial(_save, manager, run, packed),
-        show=_make_show(run, packed, evaluated, writer, caught),
-        progress=_Progress(run, writer),
-        trace=_make_trace(settings, workdir, step),
-        caught=caught,
-        began=began,
-      )
+      try:
+        _loop(
+          run,
+          BATCHES[settings.train.batches](run, packed, step),
+          state,
+          training.step,
+          save=functools.partial(_save, manager, run, packed),
+          show=_make_show(run, packed, evaluated, writer, caught),
+          progress=Progress(
+            settings.train,
+            settings.data.length,
+            run.network.flops_per_token(settings.data.length),
+            writer,
+          ),
+          trace=_make_trace(settings, workdir, step),
+          caught=caught,
+          began=began,
+        )
+      except TrainingDiverged as error:
+        # A single failure may be the fault of its batch.
+        is_certain = settings.train.max_skipped_steps > 1
+        is_own = is_certain and error.step > step
+        text = _after_divergence(manager, error.step, is_own)
+        raise TrainingDiverged(f'{error}. {text}', error.step) from None
     checkpoint.wait(manager)
   return caught.number
 
 
-def _open_same_text(settings: Settings, workdir: str, step: int) -> PackedData:
-  """Opens the text of the run in `workdir`.
-
-  Args:
-    settings: of the run.
-    workdir: holds its tokenizer.
-    step: of its checkpoint; -1 without one.
-
-  Raises:
-    InputError: it is not the text that the run was trained on until `step`.
-  """
+def _open_own_text(settings: Settings, workdir: str) -> PackedData:
+  """Opens the text with the tokenizer that the run in `workdir` has."""
   tokenizer = evaluate.own_tokenizer(settings, workdir)
   packed = prepare.prepare(settings.data, tokenizer)
   if load_tokenizer(workdir).fingerprint != packed.tokenizer.fingerprint:
@@ -225,17 +230,46 @@ def _open_same_text(settings: Settings, workdir: str, step: int) -> PackedData:
       f'workdir={workdir!r} holds a run whose tokenizer made other ids; the '
       'text it was trained on has changed. Give another workdir'
     )
-  if step < 0:
-    return packed
-  with checkpoint.open_manager(workdir, read_only=True) as manager:
-    position = checkpoint.restore_meta(manager, step)['data']
+  return packed
+
+
+def _check_same_text(packed: PackedData, position: Any, workdir: str):
+  """Raises InputError if a checkpoint was trained on another text."""
   if position['fingerprint'] != packed.fingerprint:
     raise InputError(
       f'data.source={packed.metadata["source"]!r} has changed since the run in '
       f'workdir={workdir!r} was trained on it. Give another workdir, or start '
       'one with checkpoint.init_from'
     )
-  return packed
+
+
+def _check_rates(settings: Settings, before: Any, step: int):
+  """Warns of schedules that do not end, or do not continue.
+
+  Args:
+    settings: of the run.
+    before: the config that its checkpoint was trained with, or None.
+    step: of the checkpoint.
+  """
+  num_steps, anneal_steps = (
+    settings.train.num_steps,
+    settings.train.anneal_steps,
+  )
+  warnings = [optim.describe_end(settings.optim, num_steps)]
+  if before is not None and 0 < step < num_steps:
+    defaults: Any = configs.load().optim
+    old = optim.OptimConfig(**{**defaults, **before['optim']})
+    planned = optim.make_schedule(old, before['train']['num_steps'])
+    text = optim.describe_change(planned, settings.optim, num_steps, step)
+    warnings.append(text)
+  if anneal_steps > num_steps:
+    warnings.append(
+      f'train.anneal_steps={anneal_steps} is more than train.num_steps='
+      f'{num_steps}: the run ends before its attention is full, as it is in '
+      'evaluation and sampling'
+    )
+  for text in filter(None, warnings):
+    log.warning(text)
 
 
 def _initial_state(
@@ -347,15 +381,23 @@ def _loop(
   train_step: Any,
   *,
   save: Callable[[TrainState], None],
-  show: Callable[[int, Any], None],
-  progress: '_Progress',
+  show: Callable[[int, Any], bool],
+  progress: Progress,
   trace: Callable[[int], None],
   caught: signals.Caught,
   began: float,
 ):
-  """Trains `state` to the last step, or until a signal."""
+  """Trains `state` to the last step, or until a signal.
+
+  After a skipped step nothing is saved until one is taken, since the parameters
+  may be what made it fail; at the end of the run, unless they can be evaluated.
+
+  Raises:
+    TrainingDiverged: too many steps in a row were skipped.
+  """
   settings, train = run.settings, run.settings.train
   first_step = saved_step = step = int(state.step)
+  is_last = is_sound = is_due = False
   log.info('compiling; the first step takes longest')
   while step < train.num_steps and not caught.should_stop(step):
     with progress.timing('wait'):
@@ -370,8 +412,9 @@ def _loop(
     is_save = is_last or step % settings.checkpoint.every_steps == 0
     every = train.eval_every_steps
     is_eval = is_last or bool(every) and step % every == 0
+    is_due = is_due or is_save
     # One step stays in flight, so that the device never waits for the host.
-    is_busy = is_log or is_eval or is_save or step == first_step + 1
+    is_busy = is_log or is_eval or is_due or step == first_step + 1
     progress.add(step, values, max_in_flight=0 if is_busy else 1)
     if step == first_step + 1:
       log.info('first step after %.1f s', time.monotonic() - began)
@@ -380,121 +423,46 @@ def _loop(
     if is_log:
       progress.report(step)
     with progress.timing('pause'):
-      if is_save:
+      if is_due and not progress.num_skipped:
         save(state)
-        saved_step = step
+        saved_step, is_due = step, False
       if is_eval:
-        show(step, state.eval_params)
+        is_sound = show(step, state.eval_params)
   progress.finish()
-  if step > saved_step:  # A signal ended the run.
+  if progress.num_skipped and not (is_last and is_sound):
+    if not caught.number:
+      raise progress.divergence()
+    log.warning(f'step {step} was skipped, so that it is not saved')
+  elif step > saved_step:
     save(state)
   if first_step >= train.num_steps and not caught.number:
     log.info(f'{step} of train.num_steps={train.num_steps} steps were taken')
     show(step, state.eval_params)
 
 
-class _Progress:
-  """Gathers the metrics of steps, and reports those since the last report.
+def _after_divergence(manager: Any, failed: int, can_delete: bool) -> str:
+  """Says what the next start resumes from, after deleting what it must not.
 
   Args:
-    run: the run.
-    writer: gets the scalars.
+    manager: of the run's checkpoints.
+    failed: the step whose parameters no later step could train.
+    can_delete: whether to delete its checkpoint, if there is an earlier one.
   """
-
-  def __init__(self, run: Run, writer: Any):
-    self._train, self._writer = run.settings.train, writer
-    length = run.settings.data.length
-    self._tokens_per_step = self._train.batch_size * length
-    self._flops_per_token = run.network.flops_per_token(length)
-    self._in_flight = collections.deque()
-    self._skipped = self._skipped_in_a_row = 0
-    self._sums, self._last = [], {}
-    self.restart_clock()
-
-  def restart_clock(self):
-    """Leaves out the time so far (compilation), not the sums."""
-    self._start, self._num_steps = time.monotonic(), 0
-    self._secs = {'wait': 0.0, 'pause': 0.0}
-
-  @contextlib.contextmanager
-  def timing(self, kind: str) -> Iterator[None]:
-    """Measures a 'wait' for a batch, or a 'pause', which is not training."""
-    start = time.monotonic()
-    yield
-    self._secs[kind] += time.monotonic() - start
-
-  def add(self, step: int, values: Any, *, max_in_flight: int):
-    """Takes the metrics of a step, and reads those of all but the last ones."""
-    self._in_flight.append((step, values))
-    self.finish(max_in_flight)
-
-  def finish(self, max_in_flight: int = 0):
-    """Reads the metrics of all but the last `max_in_flight` steps."""
-    while len(self._in_flight) > max_in_flight:
-      self._read(*self._in_flight.popleft())
-
-  def _read(self, step, values):
-    values = self._last = jax.device_get(values)
-    self._num_steps += 1
-    if not values['skipped']:
-      self._skipped_in_a_row = 0
-      self._sums.append(values)
-      return
-    self._skipped += 1
-    self._skipped_in_a_row += 1
-    loss = values['loss'] / max(values['weight'], 1)
-    grad_norm = values['grad_norm']
-    log.warning(
-      'step %d skipped: loss %s, gradient norm %s', step, loss, grad_norm
+  checkpoint.wait(manager)
+  steps = sorted(manager.all_steps())
+  if can_delete and failed in steps[1:]:
+    steps.remove(failed)
+    manager.delete(failed)
+  if not steps:
+    return 'There is no checkpoint: the next start begins at step 0'
+  text = f'The next start resumes from the checkpoint of step {steps[-1]}'
+  if steps[-1] == failed:
+    before = f'from step {steps[-2]}' if len(steps) > 1 else 'at step 0'
+    text += (
+      '. If that fails at once, its parameters are what fails: move '
+      f'{manager.directory / str(failed)} away to start {before}'
     )
-    if self._skipped_in_a_row >= self._train.max_skipped_steps:
-      scalars = {
-        'train/loss': loss,
-        'train/grad_norm': grad_norm,
-        'train/skipped_steps': self._skipped,
-      }
-      self._writer.write_scalars(step, scalars)
-      raise TrainingDiverged(
-        f'{self._skipped_in_a_row} steps in a row, the last one step {step}, '
-        f'had a loss ({loss}) or gradient norm ({grad_norm}) that is not '
-        'finite; lower optim.learning_rate or look at the data. The last '
-        'checkpoint is from before'
-      )
-
-  def report(self, step: int):
-    """Writes and logs what happened since the last report."""
-    secs = time.monotonic() - self._start - self._secs['pause']
-    secs_per_step = secs / max(self._num_steps, 1)
-    rate = self._num_steps * self._tokens_per_step / secs
-    means = metrics.train_means(metrics.add(self._sums)) if self._sums else {}
-    scalars = {
-      **means,
-      'train/tokens_per_sec': rate,
-      'train/secs_per_step': secs_per_step,
-      'train/data_wait_share': self._secs['wait'] / secs,
-      'train/skipped_steps': self._skipped,
-    }
-    for key in ('grad_norm', 'param_norm', 'learning_rate'):
-      scalars[f'train/{key}'] = float(self._last[key])
-    peak = metrics.peak_flops(jax.devices()[0].device_kind)
-    if peak:
-      peak *= jax.device_count()
-      scalars['train/mfu'] = rate * self._flops_per_token / peak
-    self._writer.write_scalars(step, scalars)
-    self._writer.flush()
-    if means:
-      num_steps = self._train.num_steps
-      left = datetime.timedelta(
-        seconds=round((num_steps - step) * secs_per_step)
-      )
-      log.info(
-        f'step {step:{len(str(num_steps))}}/{num_steps}  '
-        f'loss {means["train/loss"]:.4f} nats/token  '
-        f'{means["train/bits_per_byte"]:.4f} bits/byte  '
-        f'{rate:,.0f} tokens/s  {left} left'
-      )
-    self._sums = []
-    self.restart_clock()
+  return text
 
 
 def _save(manager: Any, run: Run, packed: PackedData, state: TrainState):
@@ -513,14 +481,17 @@ def _make_show(
   text: evaluate.Text | None,
   writer: Any,
   caught: signals.Caught,
-) -> Callable[[int, Any], None]:
-  """Returns show(step, params), which evaluates and samples."""
+) -> Callable[[int, Any], bool]:
+  """Returns show(step, params), which evaluates and samples.
+
+  It returns whether the held-out loss is finite.
+  """
   settings = run.settings
   evaluate_params = evaluate.make_evaluate(run, packed)
   num_samples = settings.train.num_samples
-  draw = _make_sample(run, packed, writer) if num_samples else None
+  draw = sample.make_draw(run, packed, writer) if num_samples else None
 
-  def show(step: int, params: Any):
+  def show(step: int, params: Any) -> bool:
     is_last = step >= settings.train.num_steps
     means = evaluate_params(
       params,
@@ -529,7 +500,7 @@ def _make_show(
       lambda: jax.process_count() == 1 and bool(caught.number),
     )
     if means is None:
-      return
+      return False
     writer.write_scalars(step, means)
     if not jax.process_index():
       writer.write_histograms(step, writers.some_values(params))
@@ -538,74 +509,29 @@ def _make_show(
     if draw:
       draw(step, params)
     writer.flush()
+    return all(math.isfinite(means[k]) for k in means if k.endswith('/nll'))
 
   return show
-
-
-def _make_sample(
-  run: Run, packed: PackedData, writer: Any
-) -> Callable[[int, Any], None]:
-  """Returns draw(step, params), which samples, logs and writes the samples."""
-  settings, tokenizer = run.settings, run.tokenizer
-  watchers = sample.Watchers()
-  fill = lms.make_fill(run, view=watch.View(watchers, tokenizer.mask_id))
-  row, fixed = _first_prompt(run, packed)
-  tokens, is_fixed = (
-    np.tile(x, (settings.train.num_samples, 1)) for x in (row, fixed)
-  )
-
-  def draw(step: int, params: Any):
-    recorder = watch.Recorder(lms.whole_batch(run, tokens))
-    watchers.those = [recorder]
-    key = jax.random.fold_in(jax.random.key(settings.sample.seed), step)
-    filled, _ = fill(params, key, tokens, is_fixed)
-    trajectories = recorder.trajectories(filled)
-    # Rows that other processes compute have empty trajectories.
-    if trajectories := [one for one in trajectories if one.answers]:
-      image = watch.order_image(trajectories, fixed)[None]
-      writer.write_images(step, {'samples/reveal_order': image})
-    texts = [
-      tokenizer.decode(lms.shown_tokens(run, row, fixed)) for row in filled
-    ]
-    blocks = {f'samples/{i}': f'```\n{x}\n```' for i, x in enumerate(texts)}
-    writer.write_texts(step, blocks)
-    for text in texts:
-      lines = ''.join(f'    {line}\n' for line in text.splitlines())
-      log.info('sample:\n%s', lines)
-
-  return draw
-
-
-def _first_prompt(run: Run, packed: PackedData):
-  """Lays out what samples in training start from: for pairs the first prompt.
-
-  A blank canvas if that cannot be laid out: it holds characters that the
-  tokenizer does not know, or sampler.length is too short.
-  """
-  length, prompt = run.settings.sample_length, ''
-  if packed.is_pairs:
-    pair = packed.validation[0]
-    text = run.tokenizer.decode(pair['tokens'][: pair['prompt_length']])
-    prompt = text.replace('{', '{{').replace('}', '}}')
-  try:
-    return lms.lay_out(run, prompt, length)
-  except InputError:
-    return lms.lay_out(run, '', length)
 
 
 def _make_trace(
   settings: Settings, workdir: str, first_step: int
 ) -> Callable[[int], None]:
   """Returns trace(step), which starts and ends the profile of a start."""
+  num_steps, last_step = settings.train.profile_steps, settings.train.num_steps
   begin = first_step + PROFILE_FIRST_STEP
-  num_steps = settings.train.profile_steps
+  if num_steps and begin >= last_step:
+    log.warning(
+      f'train.profile_steps={num_steps} is ignored: tracing begins at step '
+      f'{begin}, and the run ends at train.num_steps={last_step}'
+    )
 
   def trace(step: int):
     if not num_steps or jax.process_index():
       return
-    if step == begin:
+    if step == begin < last_step:
       jax.profiler.start_trace(workdir)
-    elif step == begin + num_steps:
+    elif begin < step == min(begin + num_steps, last_step):
       jax.profiler.stop_trace()
 
   return trace

@@ -202,6 +202,7 @@ class ValidateTest(parameterized.TestCase):
     ('model__num_heads', 5),
     ('model__dropout', 1.0),
     ('optim__learning_rate', 0.0),
+    ('optim__decay_from_step', 2000),
     ('optim__ema_decay', 1.0),
     ('sampler__temperature', -1.0),
     ('sampler__top_p', -0.5),
@@ -341,6 +342,10 @@ class ValidateTest(parameterized.TestCase):
     (
       {'optim__schedule': 'constant', 'optim__final_fraction': 0.5},
       'optim.final_fraction',
+    ),
+    (
+      {'optim__schedule': 'constant', 'optim__decay_from_step': 500},
+      'optim.decay_from_step',
     ),
     (
       {'objective__name': 'block', 'sampler__block_size': 4},

@@ -15,8 +15,8 @@ import pytest
 
 from nanodlm.training import checkpoint
 from tests import launches
+from tests.launches import launch, ROOT, start
 
-ROOT = pathlib.Path(__file__).parent.parent
 TINY = '--config=configs/tiny.py'
 # Enough steps to be killed in the middle of, in a few seconds.
 LONG = (
@@ -36,25 +36,6 @@ def data_dir(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('NANODLM_DATA_DIR', str(tmp_path_factory.mktemp('data')))
     yield
-
-
-def start(*args, prefix=()):
-  env = {**os.environ, 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': '1'}
-  return subprocess.Popen(
-    [*prefix, sys.executable, 'launch.py', *map(str, args)],
-    cwd=ROOT,
-    env=env,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
-
-
-def launch(*args, prefix=()):
-  """(exit status, output) of a whole run."""
-  process = start(*args, prefix=prefix)
-  output, _ = process.communicate(timeout=300)
-  return process.returncode, output
 
 
 def wait_for(condition, process):
@@ -97,7 +78,8 @@ def metric_lines(workdir):
 def finished(tmp_path_factory):
   """A run of LONG that nothing disturbed."""
   workdir = tmp_path_factory.mktemp('runs') / 'finished'
-  status, output = launch(*LONG, f'--workdir={workdir}')
+  # By the command that people type, not forked.
+  status, output = launch(*LONG, f'--workdir={workdir}', prefix=('env',))
   assert status == 0, output
   return workdir, output
 
@@ -205,7 +187,7 @@ def test_ended_evaluation_says_so(finished):
     '--config.data.source=text:*.md',
     '--config.eval.num_draws=100000',
   )
-  assert 'evaluating on' in process.stdout.readline()
+  wait_for(lambda: 'evaluating on' in process.output, process)
   process.send_signal(signal.SIGTERM)
   output, _ = process.communicate(timeout=60)
   assert process.returncode == 128 + signal.SIGTERM
@@ -298,31 +280,6 @@ def arrays_of_params(workdir, step):
   }
 
 
-def test_diverging_run_stops_and_keeps_its_checkpoint(finished, tmp_path):
-  workdir = tmp_path / 'run'
-  args = (
-    TINY,
-    f'--workdir={workdir}',
-    '--config.train.num_samples=0',
-    '--config.eval.max_examples=8',
-    '--config.train.eval_every_steps=0',
-    '--config.optim.warmup_steps=0',
-    '--config.optim.schedule=constant',
-  )
-  status, output = launch(
-    *args, '--config.train.num_steps=5', '--config.checkpoint.every_steps=5'
-  )
-  assert status == 0, output
-  before = arrays(workdir, 5)
-  status, output = launch(
-    *args, '--config.train.num_steps=40', '--config.optim.learning_rate=1e30'
-  )
-  assert status == 1, output
-  assert 'Traceback' not in output
-  assert '5 steps in a row' in output and 'not finite' in output
-  assert_identical(before, arrays(workdir, 5))
-
-
 @pytest.mark.parametrize(
   'named, args',
   [
@@ -356,13 +313,11 @@ def test_diverging_run_stops_and_keeps_its_checkpoint(finished, tmp_path):
 )
 def test_bad_setting_is_named_before_anything_is_written(tmp_path, named, args):
   workdir = tmp_path / 'run'
-  begun = time.monotonic()
   status, output = launch(TINY, f'--workdir={workdir}', *args)
   assert status not in (0, None)
   assert named in output
   assert 'Traceback' not in output
   assert not workdir.exists()
-  assert time.monotonic() - begun < 60
 
 
 def test_full_disk_ends_the_run_and_keeps_its_checkpoints(tmp_path):

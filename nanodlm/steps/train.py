@@ -24,6 +24,7 @@ from nanodlm.steps.network import (
   row_index,
   Scorer,
 )
+from nanodlm.training import optim
 from nanodlm.training import state as states
 from nanodlm.training.state import TrainState
 from nanodlm.types import Batch
@@ -175,6 +176,7 @@ def make_train_step(
 
     def update(gradient, old):
       params, ema_params, opt_state = old
+      opt_state = optim.at_step(opt_state, state.step)
       updates, opt_state = optimizer.update(gradient, opt_state, params)
       params = optax.apply_updates(params, updates)
       if ema_params is not None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import optax
@@ -12,6 +14,8 @@ from nanodlm.types import InputError
 SCHEDULES = ('cosine', 'constant', 'wsd')
 # Share of the steps in which a 'wsd' schedule decays, at the end of the run.
 WSD_DECAY_SHARE = 0.2
+# Relative change of the learning rate that a run is warned of.
+RATE_TOLERANCE = 0.01
 # Muon's updates are scaled to the root mean square of AdamW's, so that both
 # take the same learning rates (arXiv 2502.16982, section 2.2).
 MUON_RMS = 0.2
@@ -25,6 +29,7 @@ class OptimConfig:
   learning_rate: float
   schedule: str
   warmup_steps: int
+  decay_from_step: int
   final_fraction: float
   weight_decay: float
   b1: float
@@ -39,12 +44,27 @@ class OptimConfig:
     is_known = self.schedule in SCHEDULES
     self._check('schedule', is_known, f'is not one of {list(SCHEDULES)}')
     self._check('learning_rate', self.learning_rate > 0, 'must be > 0')
-    for key in ('warmup_steps', 'weight_decay', 'clip_norm'):
+    for key in ('warmup_steps', 'decay_from_step', 'weight_decay', 'clip_norm'):
       self._check(key, getattr(self, key) >= 0, 'must be >= 0')
+    for key in ('learning_rate', 'weight_decay', 'clip_norm'):
+      self._check(key, math.isfinite(getattr(self, key)), 'must be finite')
     for key in ('b1', 'b2', 'momentum', 'ema_decay'):
       self._check(key, 0 <= getattr(self, key) < 1, 'must be in [0, 1)')
     is_fraction = 0 <= self.final_fraction <= 1
     self._check('final_fraction', is_fraction, 'must be in [0, 1]')
+    self._check(
+      'decay_from_step',
+      not self.decay_from_step or self.decay_from_step >= self.warmup_steps,
+      f'must be at least optim.warmup_steps={self.warmup_steps!r}, or 0',
+    )
+
+  def check_steps(self, num_steps: int):
+    """Raises InputError if a decay would start after the end of the run."""
+    self._check(
+      'decay_from_step',
+      self.decay_from_step < num_steps,
+      f'must be less than train.num_steps={num_steps!r}, where the decay ends',
+    )
 
   def _check(self, key: str, is_right: bool, text: str):
     if not is_right:
@@ -116,33 +136,93 @@ def reads(name: str, schedule: str) -> set[str]:
   if name != 'muon':
     names -= {'momentum'}
   if schedule == 'constant':
-    names -= {'final_fraction'}
+    names -= {'final_fraction', 'decay_from_step'}
   return names
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> optax.Schedule:
-  """Makes the learning rate by step, for a run of `num_steps`."""
-  peak = config.learning_rate
-  rest = max(num_steps - config.warmup_steps, 1)
+  """Makes the learning rate by step, for a run of `num_steps`.
+
+  A run that ends during its warm-up does not decay.
+  """
+  peak, warmup_steps = config.learning_rate, config.warmup_steps
+  left = max(num_steps - warmup_steps, 1)
+  decay = left
+  if config.schedule == 'wsd':
+    decay = min(max(int(WSD_DECAY_SHARE * num_steps), 1), left)
+  if config.decay_from_step:
+    decay = num_steps - config.decay_from_step
+  final = peak * config.final_fraction
+  constant = optax.constant_schedule(peak)
   if config.schedule == 'cosine':
-    after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
+    after = optax.cosine_decay_schedule(peak, decay, config.final_fraction)
   elif config.schedule == 'wsd':
-    decay = max(int(WSD_DECAY_SHARE * num_steps), 1)
-    final = peak * config.final_fraction
-    parts = (
-      optax.constant_schedule(peak),
-      optax.linear_schedule(peak, final, decay),
-    )
-    after = optax.join_schedules(parts, [max(rest - decay, 0)])
+    after = optax.linear_schedule(peak, final, decay)
   else:
-    after = optax.constant_schedule(peak)
-  if not config.warmup_steps:
+    after = constant
+  if decay < left:
+    after = optax.join_schedules([constant, after], [left - decay])
+  if not warmup_steps:
     return after
   # From peak / warmup_steps, as a first step at rate 0 would be wasted.
   warmup = optax.linear_schedule(
-    peak / config.warmup_steps, peak, max(config.warmup_steps - 1, 1)
+    peak / warmup_steps, peak, max(warmup_steps - 1, 1)
   )
-  return optax.join_schedules([warmup, after], [config.warmup_steps])
+  return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def describe_end(config: OptimConfig, num_steps: int) -> str:
+  """Returns a warning if a run ends during its warm-up, else ''."""
+  if config.warmup_steps < num_steps:
+    return ''
+  rate: Any = make_schedule(config, num_steps)
+  return (
+    f'optim.warmup_steps={config.warmup_steps} is not less than train.num_steps'
+    f'={num_steps}: the learning rate of the last step is '
+    f'{rate(num_steps - 1):.3g}, and optim.schedule={config.schedule!r} is not '
+    'reached'
+  )
+
+
+def describe_change(
+  before: Any, config: OptimConfig, num_steps: int, step: int
+) -> str:
+  """Returns a warning if a run does not continue as planned, else ''.
+
+  Args:
+    before: the schedule by which `step` >= 1 steps were taken.
+    config: that of the next steps.
+    num_steps: of the run.
+    step: of its checkpoint.
+  """
+  schedule: Any = make_schedule(config, num_steps)
+  planned, now = float(before(step)), float(schedule(step))
+  if abs(now - planned) <= RATE_TOLERANCE * now:
+    return ''
+  text = (
+    f'the learning rate was {before(step - 1):.3g} in step {step} and is '
+    f'{now:.3g} in step {step + 1}, since the schedule has changed'
+  )
+  if config.schedule == 'constant' or config.decay_from_step == step:
+    return text
+  return (
+    f'{text}. For a new decay from here, set optim.decay_from_step={step}, and '
+    'optim.learning_rate to the rate that it starts from'
+  )
+
+
+def at_step(opt_state: Any, step: jax.Array) -> Any:
+  """Sets the step that the optimizer's learning rate belongs to.
+
+  Optax counts updates, which skipped steps do not make. Moments are still
+  corrected by the number of updates.
+  """
+  is_rate = lambda x: isinstance(x, optax.ScaleByScheduleState)
+  return jax.tree.map(
+    lambda x: x._replace(count=step) if is_rate(x) else x,
+    opt_state,
+    is_leaf=is_rate,
+  )
 
 
 def make_optimizer(

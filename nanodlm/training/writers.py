@@ -75,9 +75,11 @@ def open_writers(
     ]
   )
   try:
-    yield writer
-    writer.flush()
-    writer.close()
+    try:
+      yield writer
+    finally:
+      writer.flush()
+      writer.close()
   except OSError as error:
     raise checkpoint.SaveError(
       f'{workdir} could not be written: {error}'

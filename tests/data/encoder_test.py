@@ -431,7 +431,7 @@ class BigCorpusTest(DataTest):
       f'tiktoken alone {own / 1e6:.2f} M, {rate / own:.0%} of it; peak memory '
       f'{few_peak / 1e6:.0f} MB at 100 MB, {many_peak / 1e6:.0f} MB at 1 GB'
     )
-    self.assertGreater(rate, 2e6)
+    self.assertGreater(rate, 0.5 * own)
     self.assertLess(many_peak, 1.1 * few_peak)
 
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import tempfile
-import time
 
 from absl.testing import absltest, parameterized
 import numpy as np
@@ -117,9 +116,9 @@ class PipelineTest(parameterized.TestCase):
     )
 
   def test_starting_late_costs_nothing(self):
-    start = time.monotonic()
-    self.train(number=1, start_step=10**12, crop='random')
-    self.assertLess(time.monotonic() - start, 1)
+    # 10^12 steps that were taken one by one would not end.
+    (batch,) = self.train(number=1, start_step=10**12, crop='random')
+    self.assertGreater(batch.num_tokens.min(), 0)
 
   @parameterized.parameters('chunk', 'random')
   def test_seed_and_step_matter(self, crop):

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests import launches
+
 ROOT = pathlib.Path(__file__).parents[2]
 # None in sys.modules makes an import of the name fail.
 BLOCKED = """
@@ -26,7 +28,7 @@ def run(*args):
     capture_output=True,
     text=True,
     timeout=900,
-    env={**os.environ, 'XLA_FLAGS': ''},
+    env={**os.environ, 'XLA_FLAGS': launches.XLA_FLAGS},
     check=False,
   )
 
@@ -88,23 +90,24 @@ def test_scaling(axis):
   assert four['collectives'][kind]['bytes'] == pytest.approx(params, rel=0.1)
 
 
+def refused(*args):
+  status, output = launches.launch('--mode=benchmark', *args)
+  assert status == 2, output
+  return output
+
+
 @pytest.mark.parametrize('value', ['0', 'two', '1,-2'])
 def test_scaling_needs_whole_numbers(value):
-  done = run('--config=configs/tiny.py', f'--scaling={value}')
-  assert done.returncode == 2
-  assert 'must be whole numbers >= 1' in done.stderr
+  output = refused('--config=configs/tiny.py', f'--scaling={value}')
+  assert 'must be whole numbers >= 1' in output
 
 
 def test_config_and_vocabulary_are_checked():
-  done = run('--num_timed=2')
-  assert done.returncode == 2
-  assert '--mode=benchmark needs --config' in done.stderr
-  done = run('--config=configs/tiny.py', '--vocab_size=1')
-  assert done.returncode == 2
-  assert 'error: --vocab_size=1 must be' in done.stderr
+  assert '--mode=benchmark needs --config' in refused('--num_timed=2')
+  output = refused('--config=configs/tiny.py', '--vocab_size=1')
+  assert 'error: --vocab_size=1 must be' in output
 
 
 def test_sampler_that_does_not_fit():
-  done = run('--config=configs/tiny.py', '--samplers=ar')
-  assert done.returncode == 2
-  assert "['ar'] do not fit" in done.stderr
+  output = refused('--config=configs/tiny.py', '--samplers=ar')
+  assert "['ar'] do not fit" in output

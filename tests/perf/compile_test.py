@@ -17,19 +17,13 @@ from nanodlm import run as runs
 from nanodlm.perf import compile as ahead
 from nanodlm.perf import hlo
 from nanodlm.types import InputError
+from tests import launches
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def launch(*args):
-  return subprocess.run(
-    [sys.executable, 'launch.py', '--mode=compile', *args],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=900,
-    check=False,
-  )
+  return launches.launch('--mode=compile', *args, num_devices=8)
 
 
 class ReportTest(parameterized.TestCase):
@@ -138,28 +132,28 @@ class RefusedTest(parameterized.TestCase):
         ahead.use_topology('v5e:4x4')
 
   def test_launch_names_the_mistake(self):
-    done = launch('--config=configs/tiny.py', '--topology=v9:2x2')
-    self.assertEqual(done.returncode, 2)
-    self.assertStartsWith(done.stderr, "error: --topology='v9:2x2' is unknown")
+    status, output = launch('--config=configs/tiny.py', '--topology=v9:2x2')
+    self.assertEqual(status, 2)
+    self.assertStartsWith(output, "error: --topology='v9:2x2' is unknown")
 
   def test_launch_checks_the_batch(self):
-    done = launch(
+    status, output = launch(
       '--config=configs/tiny.py',
       '--config.train.batch_size=3',
       '--config.train.num_microbatches=2',
     )
-    self.assertEqual(done.returncode, 2)
-    self.assertStartsWith(done.stderr, 'error: train.batch_size=3 must be')
+    self.assertEqual(status, 2)
+    self.assertStartsWith(output, 'error: train.batch_size=3 must be')
 
 
 def test_launch_on_this_machine(tmp_path):
-  done = launch(
+  status, output = launch(
     '--config=configs/tiny.py',
     '--config.train.batch_size=16',
     f'--workdir={tmp_path / "new"}',
   )
-  assert done.returncode == 0, done.stderr
-  assert '123,456 parameters' in done.stdout
+  assert status == 0, output
+  assert '123,456 parameters' in output
   report = json.loads((tmp_path / 'new' / ahead.REPORT_FILE).read_text())
   assert set(report['programs']) == {'train', 'eval', 'sample'}
 

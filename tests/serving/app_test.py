@@ -444,7 +444,7 @@ def test_left_to_right_models(tmp_path):
 
 def test_a_signal_ends_streams_and_process(opened):
   process = launches.start(
-    '--mode=serve', f'--workdir={opened.workdir}', '--port=0'
+    '--mode=serve', f'--workdir={opened.workdir}', '--port=0', prefix=('env',)
   )
   try:
     for line in process.stdout:
@@ -608,4 +608,3 @@ def test_the_first_token_comes_soon(opened, capsys):
         f'\nclick to first token: {np.median(millisecs):.0f} ms, median of '
         f'{len(millisecs)} ({min(millisecs):.0f} to {max(millisecs):.0f})'
       )
-  assert np.median(millisecs) < 2000  # On any machine.

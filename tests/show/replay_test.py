@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nanodlm import lm as lms
-from nanodlm import sample, train
+from nanodlm import sample
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.show import replay, watch
 from nanodlm.types import InputError
@@ -227,7 +227,7 @@ def test_recording_does_not_change_samples(run, tmp_path, capsys):
 def test_samples_in_training_are_written(run):
   lm = run[1]
   writer, packed = mock.Mock(), mock.Mock(is_pairs=False)
-  draw = train._make_sample(lm.run, packed, writer)
+  draw = sample.make_draw(lm.run, packed, writer)
   draw(3, lm.params)
   (step, images), _ = writer.write_images.call_args
   (image,) = images['samples/reveal_order']

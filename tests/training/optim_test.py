@@ -18,6 +18,7 @@ def config(**changes):
     learning_rate=0.1,
     schedule='cosine',
     warmup_steps=4,
+    decay_from_step=0,
     final_fraction=0.1,
     weight_decay=0.0,
     b1=0.9,
@@ -175,6 +176,61 @@ class OptimTest(parameterized.TestCase):
       [schedule(s) for s in (79, 80, 90, 100)], [0.1, 0.1, 0.05, 0.0], atol=1e-7
     )
 
+  @parameterized.product(
+    name=['cosine', 'wsd'],
+    warmup_steps=[0, 1, 50, 85, 99],
+    decay_from_step=[0, 99],
+  )
+  def test_every_decay_ends_with_the_run(
+    self, name, warmup_steps, decay_from_step
+  ):
+    changes = dict(
+      schedule=name, warmup_steps=warmup_steps, decay_from_step=decay_from_step
+    )
+    schedule = optim.make_schedule(config(**changes), 100)
+    np.testing.assert_allclose(
+      [schedule(max(warmup_steps, decay_from_step)), schedule(100)],
+      [0.1, 0.01],
+      rtol=1e-5,
+    )
+
+  def test_a_decay_from_a_step(self):
+    changes = dict(warmup_steps=10, decay_from_step=60, final_fraction=0.0)
+    for name, expected in (
+      ('wsd', [0.1, 0.1, 0.1, 0.05, 0.0]),
+      ('cosine', [0.1, 0.1, 0.1, 0.05, 0.0]),
+    ):
+      schedule = optim.make_schedule(config(schedule=name, **changes), 100)
+      found = [schedule(step) for step in (10, 59, 60, 80, 100)]
+      np.testing.assert_allclose(found, expected, atol=1e-7)
+
+  def test_a_run_that_ends_in_its_warmup_is_warned_of(self):
+    self.assertEqual(optim.describe_end(config(warmup_steps=9), 10), '')
+    text = optim.describe_end(config(warmup_steps=20), 10)
+    for words in ('optim.warmup_steps=20', 'train.num_steps=10', ' 0.05,'):
+      self.assertIn(words, text)
+
+  def test_a_changed_schedule_is_warned_of(self):
+    before = optim.make_schedule(config(), 20)
+    self.assertEqual(optim.describe_change(before, config(), 20, 9), '')
+    new = config(learning_rate=0.3, schedule='constant')
+    text = optim.describe_change(before, new, 20, 5)
+    self.assertRegex(text, ' was 0.1 in step 5 and is 0.3 in step 6')
+
+  @parameterized.parameters(*optim.OPTIMIZERS)
+  def test_skipped_steps_count_for_the_rate(self, name):
+    # Without a gradient, an update is the rate times the decay.
+    optimizer = optim.make_optimizer(
+      config(name=name, weight_decay=0.2, warmup_steps=0), num_steps=10
+    )
+    params = {'dense': {'kernel': jnp.ones((2, 4))}}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state = optim.at_step(optimizer.init(params), jnp.int32(5))
+    updates, _ = optimizer.update(zeros, state, params)
+    np.testing.assert_allclose(
+      updates['dense']['kernel'], -0.2 * 0.055, rtol=1e-5
+    )
+
   @parameterized.parameters(0, 1)
   def test_without_a_warmup_the_first_step_is_at_the_peak(self, warmup_steps):
     schedule = optim.make_schedule(config(warmup_steps=warmup_steps), 10)
@@ -193,6 +249,10 @@ class OptimTest(parameterized.TestCase):
     ('ema_decay', 1.0),
     ('final_fraction', 1.1),
     ('learning_rate', float('nan')),
+    ('learning_rate', float('inf')),
+    ('weight_decay', float('inf')),
+    ('decay_from_step', -1),
+    ('decay_from_step', 3),  # Less than warmup_steps.
   )
   def test_errors(self, key, value):
     with self.assertRaisesRegex(InputError, f'^optim.{key}={value!r} '):

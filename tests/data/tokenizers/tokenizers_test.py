@@ -5,7 +5,6 @@ import os
 import pathlib
 import pickle
 import tempfile
-import time
 import types
 from unittest import mock
 
@@ -239,10 +238,8 @@ class TokenizersTest(parameterized.TestCase):
       mock.patch.object(tiktoken, 'is_reachable', return_value=False),
       mock.patch('requests.get', side_effect=AssertionError('may hang')),
     ):
-      start = time.monotonic()
       with self.assertRaisesRegex(InputError, 'TIKTOKEN_CACHE_DIR'):
         tokenizers.make_tokenizer(config('p50k_base'))
-    self.assertLess(time.monotonic() - start, 5)
 
   def test_is_reachable_gives_up(self):
     with mock.patch('socket.create_connection', side_effect=TimeoutError):

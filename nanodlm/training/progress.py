@@ -1,0 +1,138 @@
+"""The metrics of steps between two reports, and the end of a diverging run."""
+
+import collections
+from collections.abc import Iterator
+import contextlib
+import datetime
+import logging
+import time
+from typing import Any
+
+import jax
+
+from nanodlm.training import metrics
+
+log = logging.getLogger('nanodlm')
+
+
+class TrainingDiverged(RuntimeError):
+  """Several steps in a row had a loss or gradient that is not finite.
+
+  Attributes:
+    step: the last step before them.
+  """
+
+  def __init__(self, message: str, step: int):
+    super().__init__(message)
+    self.step = step
+
+
+class Progress:
+  """Gathers the metrics of steps, and reports those since the last report.
+
+  Args:
+    config: `config.train`.
+    length: of a row, in tokens.
+    flops_per_token: of a training step.
+    writer: gets the scalars.
+  """
+
+  def __init__(
+    self, config: Any, length: int, flops_per_token: float, writer: Any
+  ):
+    self._train, self._writer = config, writer
+    self._tokens_per_step = config.batch_size * length
+    self._flops_per_token = flops_per_token
+    self._in_flight = collections.deque()
+    # Steps that were skipped, in this start and since the last one taken.
+    self._skipped = self.num_skipped = 0
+    self._sums, self._last, self._failure = [], {}, (0, '')
+    self.restart_clock()
+
+  def restart_clock(self):
+    """Leaves out the time so far (compilation), not the sums."""
+    self._start, self._num_steps = time.monotonic(), 0
+    self._secs = {'wait': 0.0, 'pause': 0.0}
+
+  @contextlib.contextmanager
+  def timing(self, kind: str) -> Iterator[None]:
+    """Measures a 'wait' for a batch, or a 'pause', which is not training."""
+    start = time.monotonic()
+    yield
+    self._secs[kind] += time.monotonic() - start
+
+  def add(self, step: int, values: Any, *, max_in_flight: int):
+    """Takes the metrics of a step, and reads those of all but the last ones."""
+    self._in_flight.append((step, values))
+    self.finish(max_in_flight)
+
+  def finish(self, max_in_flight: int = 0):
+    """Reads the metrics of all but the last `max_in_flight` steps."""
+    while len(self._in_flight) > max_in_flight:
+      self._read(*self._in_flight.popleft())
+
+  def _read(self, step, values):
+    values = self._last = jax.device_get(values)
+    self._num_steps += 1
+    if not values['skipped']:
+      self.num_skipped = 0
+      self._sums.append(values)
+      return
+    self._skipped += 1
+    self.num_skipped += 1
+    loss = values['loss'] / max(values['weight'], 1)
+    grad_norm = values['grad_norm']
+    self._failure = step, f'loss {loss}, gradient norm {grad_norm}'
+    log.warning('step %d skipped: %s', *self._failure)
+    if self.num_skipped >= self._train.max_skipped_steps:
+      scalars = {
+        'train/loss': loss,
+        'train/grad_norm': grad_norm,
+        'train/skipped_steps': self._skipped,
+      }
+      self._writer.write_scalars(step, scalars)
+      raise self.divergence()
+
+  def divergence(self) -> TrainingDiverged:
+    """Describes the steps that were skipped last."""
+    step, text = self._failure
+    return TrainingDiverged(
+      f'{self.num_skipped} steps in a row, the last one step {step}, were not '
+      f'finite ({text}); lower optim.learning_rate or look at the data',
+      step - self.num_skipped,
+    )
+
+  def report(self, step: int):
+    """Writes and logs what happened since the last report."""
+    secs = time.monotonic() - self._start - self._secs['pause']
+    secs_per_step = secs / max(self._num_steps, 1)
+    rate = self._num_steps * self._tokens_per_step / secs
+    means = metrics.train_means(metrics.add(self._sums)) if self._sums else {}
+    scalars = {
+      **means,
+      'train/tokens_per_sec': rate,
+      'train/secs_per_step': secs_per_step,
+      'train/data_wait_share': self._secs['wait'] / secs,
+      'train/skipped_steps': self._skipped,
+    }
+    for key in ('grad_norm', 'param_norm', 'learning_rate'):
+      scalars[f'train/{key}'] = float(self._last[key])
+    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    if peak:
+      peak *= jax.device_count()
+      scalars['train/mfu'] = rate * self._flops_per_token / peak
+    self._writer.write_scalars(step, scalars)
+    self._writer.flush()
+    if means:
+      num_steps = self._train.num_steps
+      left = datetime.timedelta(
+        seconds=round((num_steps - step) * secs_per_step)
+      )
+      log.info(
+        f'step {step:{len(str(num_steps))}}/{num_steps}  '
+        f'loss {means["train/loss"]:.4f} nats/token  '
+        f'{means["train/bits_per_byte"]:.4f} bits/byte  '
+        f'{rate:,.0f} tokens/s  {left} left'
+      )
+    self._sums = []
+    self.restart_clock()
