@@ -173,18 +173,26 @@ def get_config() -> config_dict.ConfigDict:
   sampler.seed = 0
 
   config.optim = optim = config_dict.ConfigDict()
-  optim.name = 'adamw'  # 'adamw' | 'lion' | 'muon'.
-  optim.learning_rate = 1e-3
-  optim.schedule = 'cosine'  # After the warm-up: 'cosine' | 'constant' | 'wsd'.
-  optim.warmup_steps = 100
+  # 'adamw' | 'lion' | 'muon' (for the matrices of the blocks; AdamW elsewhere).
+  optim.name = 'adamw'
+  optim.learning_rate = 1e-3  # Of the peak, > 0.
+  # After the warm-up: 'cosine' | 'constant' | 'wsd' (constant, then a linear
+  # decay in the last fifth of the run).
+  optim.schedule = 'cosine'
+  optim.warmup_steps = (
+    100  # Steps in which the rate grows linearly to its peak.
+  )
   # Last learning rate, as a fraction of learning_rate.
   optim.final_fraction = 0.0
-  optim.weight_decay = 0.1  # Applied to matrices and embeddings.
-  optim.b1 = 0.9
-  optim.b2 = 0.99
-  optim.momentum = 0.95  # For muon.
-  optim.clip_norm = 1.0  # Largest norm of the gradient; 0: off.
-  optim.ema_decay = 0.999  # Decay of the averaged weights; 0: off.
+  # Decoupled from the gradient, on matrices and embeddings only.
+  optim.weight_decay = 0.1
+  optim.b1 = 0.9  # Decay of the first moment, in [0, 1).
+  optim.b2 = 0.99  # Decay of the second moment, in [0, 1).
+  optim.momentum = 0.95  # Of muon, in [0, 1).
+  optim.clip_norm = 1.0  # Largest global norm of the gradient; 0: off.
+  # Decay of the averaged weights, in [0, 1); 0: off. Step n uses at most
+  # (1 + n) / (10 + n), so that short runs are not evaluated on initial weights.
+  optim.ema_decay = 0.999
 
   config.train = train = config_dict.ConfigDict()
   train.batches = 'text'  # Where batches come from: 'text' is the data above.

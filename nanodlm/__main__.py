@@ -122,7 +122,9 @@ def _unknown_key(argv: list[str]) -> str:
   for arg in argv[1:]:
     path = arg.partition('=')[0].lstrip('-')
     if path.startswith('config.'):
-      problem = configs.unknown_key(path.removeprefix('config.'))
+      problem = configs.unknown_key(
+        path.removeprefix('config.'), configs.load()
+      )
       if problem:
         return f'--{path}: {problem}'
   return ''

@@ -10,9 +10,11 @@ import difflib
 import importlib.util
 import json
 import pathlib
+import runpy
 import types
 from typing import Any
 
+from flax import traverse_util
 from ml_collections import config_dict
 
 from nanodlm import workdir as workdirs
@@ -25,12 +27,11 @@ from nanodlm.types import InputError
 Section = Mapping[str, Any]
 
 
-def _check_at_least(section: Any, name: str, **bounds: int):
-  for key, bound in bounds.items():
-    if getattr(section, key) < bound:
-      raise InputError(
-        f'{name}.{key}={getattr(section, key)!r} must be >= {bound}'
-      )
+def _check_at_least(bound: int, section: Any, name: str, *keys: str):
+  for key in keys:
+    value = getattr(section, key)
+    if value < bound:
+      raise InputError(f'{name}.{key}={value!r} must be >= {bound}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +52,11 @@ class TrainConfig:
   wandb_project: str
 
   def __post_init__(self):
-    at_least_1 = (
-      'batch_size',
-      'num_steps',
-      'num_microbatches',
-      'chunk_size',
-      'log_every_steps',
-      'max_skipped_steps',
-    )
-    _check_at_least(self, 'train', **dict.fromkeys(at_least_1, 1))
-    at_least_0 = 'anneal_steps', 'eval_every_steps', 'num_samples'
-    _check_at_least(self, 'train', **dict.fromkeys(at_least_0, 0))
-    _check_at_least(self, 'train', profile_steps=0)
+    sizes = 'batch_size', 'num_steps', 'num_microbatches', 'chunk_size'
+    _check_at_least(1, self, 'train', *sizes)
+    _check_at_least(1, self, 'train', 'log_every_steps', 'max_skipped_steps')
+    counts = 'anneal_steps', 'eval_every_steps', 'num_samples', 'profile_steps'
+    _check_at_least(0, self, 'train', *counts)
     if self.wandb_project and importlib.util.find_spec('wandb') is None:
       raise InputError(
         f'train.wandb_project={self.wandb_project!r} needs the wandb package: '
@@ -80,7 +74,8 @@ class EvalConfig:
   seed: int
 
   def __post_init__(self):
-    _check_at_least(self, 'eval', batch_size=1, num_draws=1, max_examples=0)
+    _check_at_least(1, self, 'eval', 'batch_size', 'num_draws')
+    _check_at_least(0, self, 'eval', 'max_examples')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +89,8 @@ class CheckpointConfig:
   init_step: int
 
   def __post_init__(self):
-    _check_at_least(self, 'checkpoint', every_steps=1, max_to_keep=1)
-    _check_at_least(self, 'checkpoint', keep_period=0, init_step=0)
+    _check_at_least(1, self, 'checkpoint', 'every_steps', 'max_to_keep')
+    _check_at_least(0, self, 'checkpoint', 'keep_period', 'init_step')
     if self.init_step and not self.init_from:
       raise InputError(
         f'checkpoint.init_step={self.init_step!r} is ignored with '
@@ -112,7 +107,8 @@ class SampleConfig:
   seed: int
 
   def __post_init__(self):
-    _check_at_least(self, 'sampler', num_samples=1, length=0)
+    _check_at_least(1, self, 'sampler', 'num_samples')
+    _check_at_least(0, self, 'sampler', 'length')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +136,16 @@ class Settings:
   mesh: MeshConfig
   given: frozenset[str] = frozenset()
 
+  def __post_init__(self):
+    if not 0 <= self.seed < 2**32:
+      raise InputError(f'seed={self.seed!r} must be in [0, 2^32)')
+    _ = self.sample  # Checks its keys.
+
   @property
   def sample(self) -> SampleConfig:
     """How much to sample."""
-    return _build(SampleConfig, self.sampler)
-
-  def check_sample(self):
-    """Raises InputError unless the keys of `sample` are allowed."""
-    _build(SampleConfig, self.sampler)
+    names = (field.name for field in dataclasses.fields(SampleConfig))
+    return SampleConfig(**{name: self.sampler[name] for name in names})
 
   @property
   def sample_length(self) -> int:
@@ -156,67 +154,44 @@ class Settings:
 
   def to_dict(self) -> dict[str, Any]:
     """Returns {section: {key: value}}, the config's content."""
-    plain = lambda x: dict(x) if isinstance(x, Mapping) else x
-    values = {
+    plain = lambda x: dict(x) if isinstance(x, Mapping) else vars(x).copy()
+    sections = {
       field.name: plain(getattr(self, field.name))
       for field in dataclasses.fields(self)
-      if field.name != 'given'
+      if field.name not in ('seed', 'given')
     }
-    return {
-      key: dataclasses.asdict(value)
-      if dataclasses.is_dataclass(value) and not isinstance(value, type)
-      else value
-      for key, value in values.items()
-    }
+    return {'seed': self.seed, **sections}
 
   def to_json(self) -> str:
     """Returns the config as indented JSON, keys in order."""
     return json.dumps(self.to_dict(), indent=2, sort_keys=True) + '\n'
 
-  def replace(self, **changes: Any) -> 'Settings':
-    """Returns the settings with other sections."""
-    return dataclasses.replace(self, **changes)
 
-
-def _build(cls: type, section: Mapping[str, Any] | config_dict.ConfigDict):
-  return cls(**{field.name: section[field.name] for field in _fields(cls)})
-
-
-def _fields(cls: Any) -> tuple[dataclasses.Field, ...]:
-  return dataclasses.fields(cls)
-
-
-def make_settings(
-  config: config_dict.ConfigDict, given: Collection[str] = ()
-) -> Settings:
+def make_settings(config: Any, given: Collection[str] = ()) -> Settings:
   """Checks every section of a full config.
 
   Args:
-    config: with all keys of configs/base.py.
+    config: a ConfigDict with all keys of configs/base.py.
     given: keys ('section.key') that the user set by hand.
 
   Raises:
     InputError: naming the key, its value and what is allowed.
   """
-  if not 0 <= config.seed < 2**32:
-    raise InputError(f'seed={config.seed!r} must be in [0, 2^32)')
   frozen = lambda section: types.MappingProxyType(section.to_dict())
-  settings = Settings(
+  return Settings(
     seed=config.seed,
-    data=_build(DataConfig, config.data),
-    tokenizer=_build(TokenizerConfig, config.tokenizer),
+    data=DataConfig(**config.data),
+    tokenizer=TokenizerConfig(**config.tokenizer),
     model=frozen(config.model),
     objective=frozen(config.objective),
     sampler=frozen(config.sampler),
-    optim=_build(OptimConfig, config.optim),
-    train=_build(TrainConfig, config.train),
-    eval=_build(EvalConfig, config.eval),
-    checkpoint=_build(CheckpointConfig, config.checkpoint),
-    mesh=_build(MeshConfig, config.mesh),
+    optim=OptimConfig(**config.optim),
+    train=TrainConfig(**config.train),
+    eval=EvalConfig(**config.eval),
+    checkpoint=CheckpointConfig(**config.checkpoint),
+    mesh=MeshConfig(**config.mesh),
     given=frozenset(given),
   )
-  settings.check_sample()
-  return settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,23 +223,16 @@ class Start:
     """
     saved = read(self.workdir) if self.workdir else None
     source = self.changes.get('checkpoint.init_from')
-    config = saved
-    if self.is_given:
-      config = self.config
-    elif saved is None and source:
-      config = read(source)
-      if config is None:
-        raise InputError(
-          f'checkpoint.init_from={source!r} is not the folder of a run: it '
-          f'lacks {workdirs.CONFIG}'
-        )
+    was = saved.to_dict() if saved is not None else None
+    config: Any = self.config
+    if saved is not None and not self.is_given:
+      config = saved
+    elif source and not self.is_given:
+      config = read_run(source, 'checkpoint.init_from')
       config.checkpoint.init_step = 0
       if config.tokenizer.name in ('run', 'sentencepiece'):
         config.tokenizer.update(name='run', path=source, vocab_size=0)
-    elif saved is None:
-      config = self.config
-    was = saved.to_dict() if saved is not None else None
-    return make_settings(_changed(config, self.changes), self.changes), was
+    return self._settings(config), was
 
   def resolve_reading(
     self, reads: tuple[str, ...], unread: Collection[str] = ()
@@ -296,14 +264,12 @@ class Start:
           f'--config.{key}={value!r}: the network in --workdir was trained '
           'with its own; it cannot be changed here'
         )
-    return make_settings(_changed(config, self.changes), self.changes)
+    return self._settings(config)
 
-
-def _changed(config, changes: Mapping[str, Any]) -> config_dict.ConfigDict:
-  for key, value in changes.items():
-    section, _, leaf = key.rpartition('.')
-    set_value(config[section] if section else config, leaf, value, key)
-  return config
+  def _settings(self, config: config_dict.ConfigDict) -> Settings:
+    for key, value in self.changes.items():
+      set_value(config, key, value)
+    return make_settings(config, self.changes)
 
 
 def read(workdir: str) -> config_dict.ConfigDict | None:
@@ -323,12 +289,12 @@ def read(workdir: str) -> config_dict.ConfigDict | None:
   return None
 
 
-def read_run(workdir: str) -> config_dict.ConfigDict:
+def read_run(workdir: str, key: str = '--workdir') -> config_dict.ConfigDict:
   """Returns the config of the run in `workdir`; InputError if there is none."""
   config = read(workdir)
   if config is None:
     raise InputError(
-      f'--workdir={workdir!r} is not the folder of a run: it lacks '
+      f'{key}={workdir!r} is not the folder of a run: it lacks '
       f'{workdirs.CONFIG}'
     )
   return config
@@ -357,13 +323,7 @@ BOUND_SWITCHES = ('optim.ema_decay', 'optim.clip_norm')
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
   """Returns {'section.key': value}."""
-  flat = {}
-  for key, value in config.items():
-    if isinstance(value, Mapping):
-      flat.update({f'{key}.{k}': v for k, v in flatten(value).items()})
-    else:
-      flat[key] = value
-  return flat
+  return traverse_util.flatten_dict(config, sep='.')
 
 
 def differing_keys(
@@ -387,18 +347,12 @@ def is_bound(key: str) -> bool:
 
 def check_resumable(saved: Mapping[str, Any], settings: Settings, workdir: str):
   """Raises InputError if `settings` cannot resume the run in `workdir`."""
-  bound = {
-    key: values
-    for key, values in differing_keys(saved, settings.to_dict()).items()
-    if is_bound(key)
-    or key in BOUND_SWITCHES
-    and bool(values[0]) != bool(values[1])
-  }
-  if bound:
-    lines = [
-      f'  {key}: {old!r} there, {new!r} here'
-      for key, (old, new) in bound.items()
-    ]
+  lines = [
+    f'  {key}: {old!r} there, {new!r} here'
+    for key, (old, new) in differing_keys(saved, settings.to_dict()).items()
+    if is_bound(key) or key in BOUND_SWITCHES and bool(old) != bool(new)
+  ]
+  if lines:
     raise InputError(
       f'workdir={workdir!r} holds a run with other settings:\n'
       + '\n'.join(lines)
@@ -417,13 +371,7 @@ def find_file(name: str) -> pathlib.Path:
 
 def load(name: str = 'base') -> config_dict.ConfigDict:
   """Returns a config that comes with the project; by default all defaults."""
-  path = find_file(name)
-  spec = importlib.util.spec_from_file_location(f'nanodlm_config_{name}', path)
-  if spec is None or spec.loader is None or not path.is_file():
-    raise InputError(f'the config {str(path)!r} does not exist')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
+  return runpy.run_path(str(find_file(name)))['get_config']()
 
 
 def from_json(text: str | bytes, where: str) -> config_dict.ConfigDict:
@@ -442,36 +390,31 @@ def from_json(text: str | bytes, where: str) -> config_dict.ConfigDict:
     raise InputError(f'{where} is not a config but {type(saved).__name__}')
   config = load()
   for section, value in saved.items():
-    if section not in config:
-      raise InputError(
-        f'{where}: unknown section {section!r}; known: {sorted(config)}'
-      )
-    if not (
-      isinstance(value, dict)
-      and isinstance(config[section], config_dict.ConfigDict)
-    ):
-      set_value(config, section, value, f'{where}: {section}')
-      continue
-    for key, leaf in value.items():
-      if key not in config[section]:
-        raise InputError(
-          f'{where}: unknown key {section}.{key}'
-          + suggest(key, config[section])
-        )
-      set_value(config[section], key, leaf, f'{where}: {section}.{key}')
+    leaves = {section: value}
+    is_section = section in config and hasattr(config[section], 'keys')
+    if is_section and isinstance(value, dict):
+      leaves = {f'{section}.{key}': leaf for key, leaf in value.items()}
+    for key, leaf in leaves.items():
+      set_value(config, key, leaf, f'{where}: {key}')
   return config
 
 
-def set_value(section: Any, key: str, value: Any, name: str):
-  """Sets a key; InputError with its `name` if the value's type is wrong."""
+def set_value(config: Any, path: str, value: Any, name: str = ''):
+  """Sets a key or 'section.key'; an InputError calls it by its `name`."""
+  name = name or path
+  if problem := unknown_key(path, config):
+    raise InputError(f'{name}: {problem}')
+  section, _, key = path.rpartition('.')
+  part = config[section] if section else config
   try:
-    # ml_collections would accept None for any type.
-    if value is None and section[key] is not None:
-      raise TypeError(f'{name} is None')
-    section[key] = value
+    # ml_collections would accept None for any type, and True for a number.
+    kinds = {type(value), type(part[key])}
+    if len(kinds) > 1 and kinds & {type(None), bool}:
+      raise TypeError(f'{name} is {value!r}')
+    part[key] = value
   except TypeError as error:
     raise InputError(
-      f'{name}={value!r} is not of type {type(section[key]).__name__}'
+      f'{name}={value!r} is not of type {type(part[key]).__name__}'
     ) from error
 
 
@@ -483,16 +426,13 @@ def suggest(key: str, known) -> str:
   )
 
 
-def unknown_key(path: str) -> str:
+def unknown_key(path: str, config: Any) -> str:
   """Returns what is wrong with 'section.key', '' if there is such a key."""
-  base: Any = load()
-  sections = {
-    name: part for name, part in base.items() if hasattr(part, 'keys')
-  }
+  sections = {k: part for k, part in config.items() if hasattr(part, 'keys')}
   section, _, key = path.rpartition('.')
   if section and section not in sections:
     return f'unknown section {section!r}{suggest(section, sections)}'
-  known = sections[section] if section else base
+  known = sections[section] if section else config
   if key in known:
     return ''
   others = [

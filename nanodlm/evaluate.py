@@ -1,7 +1,6 @@
 """Evaluation of the bound on held-out text, after or during training."""
 
 from collections.abc import Callable
-import dataclasses
 import logging
 import math
 from typing import Any
@@ -57,7 +56,7 @@ def make_evaluate(
       run.settings.data,
       batch_size=batch_size,
       rows=rows,
-      max_examples=max_examples or None,
+      max_examples=max_examples,
     )
     sums = []
     for batch in batches:
@@ -76,20 +75,12 @@ def validation_rows(
   run: Run, packed: prepare.PackedData, num_examples: int
 ) -> Batch:
   """Returns the first `num_examples` rows of the validation split (0: all)."""
-  num = min(num_examples or len(packed.validation), len(packed.validation))
+  num_rows = len(packed.validation)
+  num = min(num_examples or num_rows, num_rows)
   batches = pipeline.make_eval_batches(
     packed, run.settings.data, batch_size=num, max_examples=num
   )
   return next(iter(batches))
-
-
-def check_noisy(run: Run, num_examples: int):
-  """Raises InputError if the objective is exact."""
-  if run.objective.exact:
-    raise InputError(
-      f'--noise_examples={num_examples!r} must be 0, since objective.name='
-      f'{run.settings.objective["name"]!r} is exact, not noisy'
-    )
 
 
 def measure_noise(
@@ -98,56 +89,66 @@ def measure_noise(
   """Measures the share of the bound's uncertainty that is due to noise.
 
   Scores `num_examples` rows NUM_REPEATS times with independent noise, in the
-  evaluation form and the naive form of the objective, with eval.num_draws
-  network calls per row. The variance is that of a row's mean over draws, given
-  the text, and thus reflects stratification within the row.
+  evaluation form and the naive form of the objective. The variance is that of a
+  row's mean over eval.num_draws draws, given the text.
 
   Returns:
     noise_ci95 and naive_noise_ci95: half widths, in nats per token, of the
     interval of the whole split due to noise alone; calls_ratio: calls that the
     naive form needs for the same interval, relative to the evaluation form;
     calls_ratio_ci95: its half width.
+
+  Raises:
+    InputError: the objective is exact.
   """
-  check_noisy(run, num_examples)
+  if run.objective.exact:
+    raise InputError(
+      f'--noise_examples={num_examples!r} must be 0, since objective.name='
+      f'{run.settings.objective["name"]!r} is exact, not noisy'
+    )
   settings = run.settings.eval
   batch = validation_rows(run, packed, num_examples)
-  variance = {}
-  for name, form in (
-    ('own', run.objective.evaluation()),
-    ('naive', run.objective.naive()),
-  ):
+  key = jax.random.key(settings.seed)
+  keys = [jax.random.fold_in(key, i) for i in range(NUM_REPEATS)]
+
+  def variances(form):
     score = lms.make_score(
       run,
       num_draws=settings.num_draws,
       batch_size=settings.batch_size,
       objective=form,
     )
-    key = jax.random.key(settings.seed)
-    nll = [
-      score(params, jax.random.fold_in(key, repeat), batch)['nll']
-      for repeat in range(NUM_REPEATS)
-    ]
-    variance[name] = np.var(np.asarray(nll, np.float64), axis=0, ddof=1)
-  ratio, half_width = metrics.ratio_interval(variance['naive'], variance['own'])
+    nll = [score(params, jax.random.clone(key), batch)['nll'] for key in keys]
+    return np.var(np.asarray(nll, np.float64), axis=0, ddof=1)
+
+  own, naive = map(
+    variances, (run.objective.evaluation(), run.objective.naive())
+  )
+  ratio, half_width = metrics.ratio_interval(naive, own)
   # Extrapolates to sum(nll) / sum(num_tokens) over the whole split.
   num_tokens = float(np.mean(batch.num_tokens, dtype=np.float32))
   scale = 1.96 / (len(packed.validation) ** 0.5 * num_tokens)
-  return {
-    'noise_ci95': float(scale * variance['own'].mean() ** 0.5),
-    'naive_noise_ci95': float(scale * variance['naive'].mean() ** 0.5),
+  noise = {
+    'noise_ci95': float(scale * own.mean() ** 0.5),
+    'naive_noise_ci95': float(scale * naive.mean() ** 0.5),
     'calls_ratio': ratio,
     'calls_ratio_ci95': half_width,
   }
-
-
-def describe_noise(noise: dict[str, float]) -> str:
-  """Describes the result of `measure_noise` in one line."""
-  return (
-    f'noise alone gives an interval of ± {noise["noise_ci95"]:.4f} nats/token; '
-    f'independent times would give ± {noise["naive_noise_ci95"]:.4f} and need '
-    f'{noise["calls_ratio"]:.1f} ± {noise["calls_ratio_ci95"]:.1f} times the '
-    'network calls for the same interval'
+  log.info(
+    'noise alone gives an interval of ± %(noise_ci95).4f nats/token; '
+    'independent times would give ± %(naive_noise_ci95).4f and need '
+    '%(calls_ratio).1f ± %(calls_ratio_ci95).1f times the network calls for '
+    'the same interval',
+    noise,
   )
+  if len(own) < FEW_NOISE_ROWS:
+    log.warning(
+      'the noise was measured on only %d row(s), so the estimates are rough '
+      'and their interval may be too narrow; use --noise_examples=%d or more',
+      len(own),
+      2 * FEW_NOISE_ROWS,
+    )
+  return noise
 
 
 def describe(means: dict[str, float], exact: bool) -> str:
@@ -181,16 +182,15 @@ def own_tokenizer(settings: Settings, workdir: str) -> TokenizerConfig:
   return TokenizerConfig(wanted.name, path, 0)
 
 
-def open_data(settings: Settings, lm: LanguageModel) -> prepare.PackedData:
-  """Returns settings.data.source, encoded with the model's tokenizer.
+def open_data(lm: LanguageModel) -> prepare.PackedData:
+  """Returns the text of a model's settings, encoded with its tokenizer.
 
-  Args:
-    settings: settings whose data source may differ from that of training.
-    lm: the model.
+  Its data.source may differ from that of training.
 
   Raises:
     InputError: the text has changed since training, and so has its tokenizer.
   """
+  settings = lm.run.settings
   wanted = own_tokenizer(settings, lm.workdir)
   trained_on: Any = configs.read_run(lm.workdir).data
   if settings.data.source != trained_on.source:
@@ -211,58 +211,27 @@ def open_data(settings: Settings, lm: LanguageModel) -> prepare.PackedData:
   return packed
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-  """A model and the held-out text that it is evaluated on.
-
-  Attributes:
-    lm: the model, possibly with another data source or sampler than its run.
-    packed: the text.
-  """
-
-  lm: LanguageModel
-  packed: prepare.PackedData
-
-  def append(self, result: dict[str, Any]):
-    """Appends a result to eval.jsonl in the workdir."""
-    if jax.process_index() == 0:
-      source = self.lm.run.settings.data.source
-      line = {'step': self.lm.step, 'source': source, **result}
-      workdirs.append(self.lm.workdir, workdirs.EVAL, line)
+def append_result(lm: LanguageModel, result: dict[str, Any]):
+  """Appends a result to eval.jsonl in the workdir."""
+  if jax.process_index() == 0:
+    source = lm.run.settings.data.source
+    line = {'step': lm.step, 'source': source, **result}
+    workdirs.append(lm.workdir, workdirs.EVAL, line)
 
 
-def open_subject(settings: Settings, workdir: str) -> Subject:
-  """Loads the last checkpoint of a workdir and the text of the settings."""
-  lm = lms.load(workdir, settings=settings)
-  return Subject(lm, open_data(settings, lm))
-
-
-def evaluate_subject(
-  subject: Subject, noise_examples: int = 0
+def evaluate_text(
+  lm: LanguageModel, packed: prepare.PackedData, noise_examples: int = 0
 ) -> dict[str, float]:
   """Evaluates on the whole validation split; logs and appends the result.
 
   `noise_examples` is the number of rows for `measure_noise`; 0 skips it.
   """
-  run, packed, params = subject.lm.run, subject.packed, subject.lm.params
+  noise = {}
   if noise_examples:
-    check_noisy(run, noise_examples)
-  means = make_evaluate(run, packed)(params)
-  assert means is not None
-  text = describe(means, run.objective.exact)
-  log.info('step %d, %s', subject.lm.step, text)
-  if noise_examples:
-    noise = measure_noise(run, packed, params, noise_examples)
-    log.info('%s', describe_noise(noise))
-    num_rows = min(noise_examples, len(packed.validation))
-    if num_rows < FEW_NOISE_ROWS:
-      log.warning(
-        'the noise was measured on only %d row%s, so the estimates are rough '
-        'and their interval may be too narrow; use --noise_examples=%d or more',
-        num_rows,
-        '' if num_rows == 1 else 's',
-        2 * FEW_NOISE_ROWS,
-      )
-    means |= {f'eval/{key}': value for key, value in noise.items()}
-  subject.append(metrics.finite_or_none(means))
+    noise = measure_noise(lm.run, packed, lm.params, noise_examples)
+  means = make_evaluate(lm.run, packed)(lm.params) or {}
+  text = describe(means, lm.run.objective.exact)
+  log.info('step %d, %s', lm.step, text)
+  means |= {f'eval/{key}': value for key, value in noise.items()}
+  append_result(lm, metrics.finite_or_none(means))
   return means

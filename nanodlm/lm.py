@@ -78,14 +78,7 @@ class Bound(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
-  """A run with its parameters.
-
-  Attributes:
-    run: mesh, network, objective, sampler and tokenizer.
-    params: the averaged parameters, on the devices.
-    step: training step of the checkpoint.
-    workdir: folder of the run.
-  """
+  """A run with its averaged parameters, of a step's checkpoint in `workdir`."""
 
   run: Run
   params: Any
@@ -139,24 +132,20 @@ class LanguageModel:
     changes = {key: x for key, x in chosen.items() if x is not None}
     run = self.run.with_sampler(changes, is_given=True) if changes else self.run
     row, fixed = lay_out(run, prompt, length or run.settings.sample_length)
-    tokens = np.tile(row, (num_samples, 1))
+    tokens, is_fixed = (np.tile(x, (num_samples, 1)) for x in (row, fixed))
     recorder = watch.Recorder(whole_batch(run, tokens))
-    num_top = NUM_RECORDED if details else 0
-    view = watch.View(recorder, run.tokenizer.mask_id, num_top)
+    view = watch.View(recorder, run.tokenizer.mask_id, NUM_RECORDED)
     fill = make_fill(run, view=view if details else None)
-    filled, num_calls = fill(
-      self.params,
-      jax.random.key(seed),
-      tokens,
-      np.tile(fixed, (num_samples, 1)),
-    )
+    key = jax.random.key(seed)
+    filled, num_calls = fill(self.params, key, tokens, is_fixed)
     texts = [run.tokenizer.decode(shown_tokens(run, row)) for row in filled]
     if not details:
       return texts
-    trajectories = recorder.trajectories(filled)
     return [
       Sample(text, row, fixed, int(num_calls), _probabilities(trajectory))
-      for text, row, trajectory in zip(texts, filled, trajectories)
+      for text, row, trajectory in zip(
+        texts, filled, recorder.trajectories(filled)
+      )
     ]
 
   def bound(
@@ -188,11 +177,8 @@ class LanguageModel:
     run = self.run
     rows = [run.tokenizer.encode(text) for text in texts]
     batch, owner = self._windows(rows)
-    score = make_score(
-      run,
-      num_draws=num_draws or run.settings.eval.num_draws,
-      batch_size=batch_size,
-    )
+    num_draws = num_draws or run.settings.eval.num_draws
+    score = make_score(run, num_draws=num_draws, batch_size=batch_size)
     num = 1 if run.objective.exact else NUM_REPEATS
     repeats = []
     for key in jax.random.split(jax.random.key(seed), num):
@@ -219,7 +205,7 @@ class LanguageModel:
     return bounds
 
   def _windows(self, rows: Sequence[np.ndarray]) -> tuple[Batch, np.ndarray]:
-    """Splits texts into rows; returns them and the text index of each, [N]."""
+    """Splits texts into rows; returns them and the text of each, [N]."""
     longest = self.run.settings.data.length
     parts = [
       (i, row[first : first + longest])
@@ -229,26 +215,24 @@ class LanguageModel:
     size = max(len(part) for _, part in parts)
     step = np.lcm(LENGTH_STEP, self.run.objective.block_size or 1)
     size = min(-(-size // step) * step, longest)
-    tokens = np.zeros((len(parts), size), np.int32)
-    is_text = np.zeros((len(parts), size), bool)
-    for i, (_, part) in enumerate(parts):
-      tokens[i, : len(part)] = part
-      is_text[i, : len(part)] = True
+    tokens = np.stack(
+      [np.pad(part, (0, size - len(part))) for _, part in parts]
+    )
+    is_text = np.arange(size) < np.array([[len(part)] for _, part in parts])
     # The padding is a separate segment, so that texts do not attend to it.
     batch = make_batch(tokens, is_text, (~is_text).astype(np.int32))
     return batch, np.array([owner for owner, _ in parts])
 
   def logits(self, tokens: Any, level: float | None = None) -> np.ndarray:
-    """Returns the network's logits of the clean tokens.
+    """Returns the logits of the clean tokens, [B, L, V] or [L, V] float32.
+
+    The last logit is the mask's.
 
     Args:
       tokens: [B, L] or [L] ids, `tokenizer.mask_id` for masks.
       level: the noise level in [0, 1], ignored unless the network is
         time-conditioned: the expected share of masks for masked noise, the time
         for mixtures. None is the share of masks in each row.
-
-    Returns:
-      [B, L, V] or [L, V] float32; the last logit is the mask's.
     """
     ids = np.asarray(tokens, np.int32)
     rows = np.atleast_2d(ids)
@@ -329,7 +313,7 @@ def make_batch(
   segment_ids: np.ndarray | None = None,
   index: np.ndarray | None = None,
 ) -> Batch:
-  """Returns a batch of N texts to score, with num_bytes = 0."""
+  """Returns a batch of N texts to score, which lacks the number of bytes."""
   num = len(tokens)
   return Batch(
     tokens=np.asarray(tokens, np.int32),
@@ -358,15 +342,13 @@ def make_fill(
 ) -> Callable[..., tuple[np.ndarray, float]]:
   """Returns fill(params, key, tokens, fixed) -> (tokens, num_calls).
 
+  Canvases tokens [N, n] int32 and fixed [N, n] bool are NumPy arrays that are
+  equal on all processes. num_calls is the mean number per batch.
+
   Args:
     run: the network and its sampler.
     batch_size: number of canvases per batch; 0 is all of them.
     view: observer of the network calls, which include padding rows, or None.
-
-  Returns:
-    A function of parameters, a key, and canvases tokens [N, n] int32 and fixed
-    [N, n] bool, as NumPy arrays that are equal on all processes. num_calls is
-    the mean number of network calls per batch.
   """
   mesh = run.mesh
   sample_step = sample_steps.make_sample_step(
@@ -402,16 +384,14 @@ def make_score(
 ) -> Callable[..., dict[str, np.ndarray]]:
   """Returns score(params, key, batch) -> values [N], for any N.
 
+  The batch, with an index, has NumPy arrays that are equal on all processes.
+  The values are those of `steps.evaluate.make_score_step`.
+
   Args:
     run: the network, objective and mesh.
     num_draws: noise draws per row.
     batch_size: rows per network call, rounded up to the mesh's batch shards.
     objective: the form of the objective; None is its evaluation form.
-
-  Returns:
-    A function of parameters, a key and a Batch with an index, as NumPy arrays
-    that are equal on all processes. Its values are those of
-    `steps.evaluate.make_score_step`.
   """
   if objective is None:
     objective = run.objective.evaluation()

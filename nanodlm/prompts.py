@@ -87,17 +87,15 @@ def make_canvas(
       'or blocks) only fills a gap at the end; text after a gap needs '
       'objective.name=masked'
     )
-  pieces = [
-    part if isinstance(part, Gap) else _encode(part, prompt, tokenizer)
+  # Ids, the size of a gap, or None for a share of the remaining tokens.
+  rows = [
+    part.size if isinstance(part, Gap) else _encode(part, prompt, tokenizer)
     for part in parts
   ]
   used = sum(
-    (piece.size or 0) if isinstance(piece, Gap) else len(piece)
-    for piece in pieces
+    len(row) if isinstance(row, np.ndarray) else row or 0 for row in rows
   )
-  automatic = sum(
-    isinstance(piece, Gap) and piece.size is None for piece in pieces
-  )
+  automatic = sum(row is None for row in rows)
   if used + automatic > length:
     shown = prompt if len(prompt) < 60 else prompt[:60] + '...'
     raise InputError(
@@ -105,21 +103,19 @@ def make_canvas(
       f'gap(s) of automatic size, but the canvas has {length} tokens '
       '(sampler.length, by default data.length)'
     )
-  room, share = length - used, 0
-  tokens, fixed = [], []
-  for piece in pieces:
-    if not isinstance(piece, Gap):
-      tokens.extend(piece)
-      fixed.extend([True] * len(piece))
-      continue
-    size = piece.size
-    if size is None:
-      # With cumulative rounding, shares differ by at most one token.
-      size = room * (share + 1) // automatic - room * share // automatic
-      share += 1
-    tokens.extend([tokenizer.mask_id] * size)
-    fixed.extend([False] * size)
-  return np.asarray(tokens, np.int32), np.asarray(fixed, bool)
+  # With cumulative rounding, shares differ by at most one token.
+  borders = (length - used) * np.arange(automatic + 1) // max(automatic, 1)
+  shares = iter(np.diff(borders))
+  rows = [next(shares) if row is None else row for row in rows]
+  tokens = np.concatenate(
+    [
+      row
+      if isinstance(row, np.ndarray)
+      else np.full([row], tokenizer.mask_id, np.int32)
+      for row in rows
+    ]
+  )
+  return tokens, tokens != tokenizer.mask_id
 
 
 def _encode(text: str, prompt: str, tokenizer: Tokenizer) -> np.ndarray:

@@ -32,6 +32,8 @@ killed).
 import collections
 from collections.abc import Callable, Iterator
 import contextlib
+import datetime
+import functools
 import logging
 import pathlib
 import shutil
@@ -49,12 +51,13 @@ from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
 from nanodlm.data import pipeline, prepare
+from nanodlm.data.packed import PackedData
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.devices import hugepages, lock, multihost
 from nanodlm.devices import mesh as meshes
 from nanodlm.run import Run
 from nanodlm.show import watch
-from nanodlm.training import checkpoint, checksums, metrics, signals, writers
+from nanodlm.training import checkpoint, metrics, signals, writers
 from nanodlm.training.state import TrainState
 from nanodlm.types import Batch, Batches, InputError
 
@@ -66,44 +69,6 @@ PROFILE_FIRST_STEP = 10
 
 class TrainingDiverged(RuntimeError):
   """Several steps in a row had a loss or gradient that is not finite."""
-
-
-class TextBatches:
-  """The batches of the training text: shuffled, endless, read ahead.
-
-  Args:
-    run: the run.
-    packed: its text.
-    start_step: the step that is asked for first.
-  """
-
-  def __init__(self, run: Run, packed: prepare.PackedData, start_step: int):
-    self._run, self._packed = run, packed
-    self._open(start_step)
-
-  def _open(self, step):
-    settings, self._next_step = self._run.settings, step
-    batch_size = settings.train.batch_size
-    self._batches = pipeline.make_train_iterator(
-      self._packed,
-      settings.data,
-      seed=settings.seed,
-      batch_size=batch_size,
-      start_step=step,
-      rows=meshes.local_rows(self._run.mesh, batch_size),
-    )
-
-  def __call__(self, state: TrainState, step: int) -> Batch:
-    if step != self._next_step:
-      self._open(step)
-    self._next_step += 1
-    return meshes.shard_batch(self._run.mesh, next(self._batches))
-
-
-# Where batches come from, by config.train.batches.
-BATCHES: dict[str, Callable[[Run, prepare.PackedData, int], Batches]] = {
-  'text': TextBatches
-}
 
 
 def define_flags():
@@ -181,26 +146,21 @@ def train(
   run = runs.make_run(settings)
   runs.check_training(run)
   # All processes must see the same, since it decides what they do together.
-  has_checkpoint = bool(
-    multihost.on_process_0(lambda: _has_checkpoint(workdir))
-  )
-  init_from = '' if has_checkpoint else settings.checkpoint.init_from
+  step = multihost.on_process_0(lambda: checkpoint.find_intact(workdir))
+  init_from = settings.checkpoint.init_from if step < 0 else ''
   if init_from and not workdirs.has_tokenizer(init_from):
     raise InputError(
       f'checkpoint.init_from={init_from!r} is not the folder of a run: it '
       f'lacks {workdirs.TOKENIZER}'
     )
-  own = workdirs.has_tokenizer(workdir)
-  packed = prepare.prepare(
-    settings.data,
-    evaluate.own_tokenizer(settings, workdir) if own else settings.tokenizer,
-  )
+  is_new = not workdirs.has_tokenizer(workdir)
+  if is_new:
+    packed = prepare.prepare(settings.data, settings.tokenizer)
+  else:
+    packed = _open_same_text(settings, workdir, step)
   run = run.with_tokenizer(packed.tokenizer)
-  _check_same_text(workdir, packed, has_checkpoint)
   training = runs.make_training(run)
-  evaluate_params = evaluate.make_evaluate(run, packed)
   state = _initial_state(run, training, init_from)
-  step = multihost.on_process_0(lambda: checkpoint.find_intact(workdir))
   with checkpoint.open_manager(
     workdir,
     max_to_keep=settings.checkpoint.max_to_keep,
@@ -211,29 +171,31 @@ def train(
         manager, state, step, run.tokenizer.vocab_size
       )
       log.info('resuming %s at step %d', workdir, step)
-    _write_config(workdir, settings, saved, int(state.step))
-    if not jax.process_index() and not own:
-      save_tokenizer(run.tokenizer, workdir)
+    step = int(state.step)
+    if not jax.process_index():
+      _write_config(workdir, settings, saved, step)
+      if is_new:
+        save_tokenizer(run.tokenizer, workdir)
     _describe(run, packed)
-    with contextlib.ExitStack() as stack:
-      caught = stack.enter_context(signals.catch())
-      writer = stack.enter_context(
-        writers.open_writers(
-          workdir, settings.to_dict(), settings.train.wandb_project
-        )
-      )
-      writer.write_hparams(configs.flatten(settings.to_dict()))
+    config = settings.to_dict()
+    with (
+      signals.catch() as caught,
+      writers.open_writers(
+        workdir, config, settings.train.wandb_project
+      ) as writer,
+    ):
+      writer.write_hparams(configs.flatten(config))
       text = f'```json\n{settings.to_json()}```'
-      writer.write_texts(int(state.step), {'config': text})
+      writer.write_texts(step, {'config': text})
       _loop(
         run,
-        BATCHES[settings.train.batches](run, packed, int(state.step)),
+        BATCHES[settings.train.batches](run, packed, step),
         state,
         training.step,
-        save=_make_save(manager, run, packed, int(state.step)),
-        show=_make_show(run, packed, evaluate_params, writer, caught),
+        save=functools.partial(_save, manager, run, packed),
+        show=_make_show(run, packed, writer, caught),
         progress=_Progress(run, writer),
-        actions=_make_actions(settings, workdir, int(state.step)),
+        trace=_make_trace(settings, workdir, step),
         caught=caught,
         began=began,
       )
@@ -241,33 +203,35 @@ def train(
   return caught.number
 
 
-def _has_checkpoint(workdir: str) -> bool:
-  folder = pathlib.Path(workdir) / workdirs.CHECKPOINTS
-  return bool(checksums.complete_steps(folder))
+def _open_same_text(settings: Settings, workdir: str, step: int) -> PackedData:
+  """Opens the text of the run in `workdir`.
 
+  Args:
+    settings: of the run.
+    workdir: holds its tokenizer.
+    step: of its checkpoint; -1 without one.
 
-def _check_same_text(workdir, packed, has_checkpoint):
-  """Raises InputError if the run in `workdir` was trained on other tokens."""
-  if workdirs.has_tokenizer(workdir) and (
-    load_tokenizer(workdir).fingerprint != packed.tokenizer.fingerprint
-  ):
+  Raises:
+    InputError: it is not the text that the run was trained on until `step`.
+  """
+  tokenizer = evaluate.own_tokenizer(settings, workdir)
+  packed = prepare.prepare(settings.data, tokenizer)
+  if load_tokenizer(workdir).fingerprint != packed.tokenizer.fingerprint:
     raise InputError(
       f'workdir={workdir!r} holds a run whose tokenizer made other ids; the '
       'text it was trained on has changed. Give another workdir'
     )
-  if not has_checkpoint:
-    return
+  if step < 0:
+    return packed
   with checkpoint.open_manager(workdir, read_only=True) as manager:
-    step = multihost.on_process_0(
-      lambda: checkpoint.find_step(manager, items=('meta',))
-    )
-    position = checkpoint.restore_meta(manager, step)
-  if position['data']['fingerprint'] != packed.metadata['source_fingerprint']:
+    position = checkpoint.restore_meta(manager, step)['data']
+  if position['fingerprint'] != packed.metadata['source_fingerprint']:
     raise InputError(
       f'data.source={packed.metadata["source"]!r} has changed since the run in '
       f'workdir={workdir!r} was trained on it. Give another workdir, or start '
       'one with checkpoint.init_from'
     )
+  return packed
 
 
 def _initial_state(
@@ -295,10 +259,10 @@ def _initial_state(
   return state
 
 
-def _write_config(workdir, settings, saved, step):
+def _write_config(
+  workdir: str, settings: Settings, saved: dict[str, Any] | None, step: int
+):
   """Writes config.json, keeping an earlier one that differs."""
-  if jax.process_index():
-    return
   path = pathlib.Path(workdir) / workdirs.CONFIG
   if saved is not None:
     changed = configs.differing_keys(saved, settings.to_dict())
@@ -312,60 +276,117 @@ def _write_config(workdir, settings, saved, step):
   workdirs.write(path, settings.to_json())
 
 
-def _make_save(
-  manager: Any, run: Run, packed: prepare.PackedData, first_step: int
-) -> Callable[[TrainState], None]:
-  """Returns save(state), which saves each step once."""
-  last_step = first_step if manager.latest_step() == first_step else -1
-
-  def save(state: TrainState):
-    nonlocal last_step
-    step = int(state.step)
-    if step == last_step:
-      return
-    last_step = step
-    position = {
-      'step': step,
-      'example': step * run.settings.train.batch_size,
-      'fingerprint': packed.metadata['source_fingerprint'],
-    }
-    checkpoint.save(manager, state, run.settings.to_dict(), position)
-
-  return save
-
-
-def _describe(run: Run, data: prepare.PackedData):
+def _describe(run: Run, packed: PackedData):
   settings, tokenizer = run.settings, run.tokenizer
   log.info(
-    'data: %s, %s tokens to train on, %s held out, %d tokens/example, '
-    'tokenizer %s with %d ids',
-    settings.data.source,
-    f'{len(data.train) * data.length:,}',
-    f'{len(data.validation) * data.length:,}',
-    data.length,
-    tokenizer.name,
-    tokenizer.vocab_size,
+    f'data: {settings.data.source}, {len(packed.train) * packed.length:,} '
+    f'tokens to train on, {len(packed.validation) * packed.length:,} held out, '
+    f'{packed.length} tokens/example, tokenizer {tokenizer.name} with '
+    f'{tokenizer.vocab_size} ids'
   )
+  mesh = ', '.join(f'{axis} {size}' for axis, size in run.mesh.shape.items())
   log.info(
-    'model: %s parameters, %s objective, on %d %s device%s',
-    f'{run.num_params():,}',
-    settings.objective['name'],
-    jax.device_count(),
-    jax.devices()[0].device_kind,
-    's' if jax.device_count() > 1 else '',
+    f'model: {run.num_params():,} parameters, {settings.objective["name"]} '
+    f'objective, on {jax.device_count()} x {jax.devices()[0].device_kind} '
+    f'({mesh})'
   )
-  shards = run.network.shards
-  if max(shards.fsdp, shards.tensor) > 1:
-    sizes = (f'{axis} {size}' for axis, size in run.mesh.shape.items())
-    log.info('mesh: %s', ', '.join(sizes))
-  rows = meshes.sharding.padded(tokenizer.vocab_size, shards)
+  rows = meshes.sharding.padded(tokenizer.vocab_size, run.network.shards)
   if rows > tokenizer.vocab_size:
     log.info(
-      'vocabulary: padded from %d to %d ids, for mesh.tensor=%d',
-      tokenizer.vocab_size,
-      rows,
-      shards.tensor,
+      f'vocabulary: padded from {tokenizer.vocab_size} to {rows} ids, for '
+      f'mesh.tensor={run.network.shards.tensor}'
     )
+
+
+class TextBatches:
+  """The batches of the training text: shuffled, endless, read ahead.
+
+  Args:
+    run: the run.
+    packed: its text.
+    start_step: the step that is asked for first.
+  """
+
+  def __init__(self, run: Run, packed: PackedData, start_step: int):
+    self._run, self._packed = run, packed
+    self._open(start_step)
+
+  def _open(self, step):
+    settings, self._next_step = self._run.settings, step
+    batch_size = settings.train.batch_size
+    self._batches = pipeline.make_train_iterator(
+      self._packed,
+      settings.data,
+      seed=settings.seed,
+      batch_size=batch_size,
+      start_step=step,
+      rows=meshes.local_rows(self._run.mesh, batch_size),
+    )
+
+  def __call__(self, state: TrainState, step: int) -> Batch:
+    if step != self._next_step:
+      self._open(step)
+    self._next_step += 1
+    return meshes.shard_batch(self._run.mesh, next(self._batches))
+
+
+# Where batches come from, by config.train.batches.
+BATCHES: dict[str, Callable[[Run, PackedData, int], Batches]] = {
+  'text': TextBatches
+}
+
+
+def _loop(
+  run: Run,
+  batches: Batches,
+  state: TrainState,
+  train_step: Any,
+  *,
+  save: Callable[[TrainState], None],
+  show: Callable[[int, Any], None],
+  progress: '_Progress',
+  trace: Callable[[int], None],
+  caught: signals.Caught,
+  began: float,
+):
+  """Trains `state` to the last step, or until a signal."""
+  settings, train = run.settings, run.settings.train
+  first_step = saved_step = step = int(state.step)
+  log.info('compiling; the first step takes longest')
+  while step < train.num_steps and not caught.should_stop(step):
+    with progress.timing('wait'):
+      batch = batches(state, step)
+    if step == first_step:
+      train_step = train_step.lower(state, batch).compile()
+      hugepages.release_free_memory()
+    state, values = train_step(state, batch)
+    step += 1
+    is_last = step == train.num_steps
+    is_log = is_last or step % train.log_every_steps == 0
+    is_save = is_last or step % settings.checkpoint.every_steps == 0
+    every = train.eval_every_steps
+    is_eval = is_last or bool(every) and step % every == 0
+    # One step stays in flight, so that the device never waits for the host.
+    is_busy = is_log or is_eval or is_save or step == first_step + 1
+    progress.add(step, values, max_in_flight=0 if is_busy else 1)
+    if step == first_step + 1:
+      log.info('first step after %.1f s', time.monotonic() - began)
+      progress.restart_clock()
+    trace(step)
+    if is_log:
+      progress.report(step)
+    with progress.timing('pause'):
+      if is_save:
+        save(state)
+        saved_step = step
+      if is_eval:
+        show(step, state.eval_params)
+  progress.finish()
+  if step > saved_step:  # A signal ended the run.
+    save(state)
+  if first_step >= train.num_steps and not caught.number:
+    log.info(f'{step} of train.num_steps={train.num_steps} steps were taken')
+    show(step, state.eval_params)
 
 
 class _Progress:
@@ -380,11 +401,7 @@ class _Progress:
     self._train, self._writer = run.settings.train, writer
     length = run.settings.data.length
     self._tokens_per_step = self._train.batch_size * length
-    peak = metrics.peak_flops(jax.devices()[0].device_kind)
-    self._max_rate = None
-    if peak:
-      flops = run.network.flops_per_token(length)
-      self._max_rate = peak * jax.device_count() / flops
+    self._flops_per_token = run.network.flops_per_token(length)
     self._in_flight = collections.deque()
     self._skipped = self._skipped_in_a_row = 0
     self._sums, self._last = [], {}
@@ -393,34 +410,26 @@ class _Progress:
   def restart_clock(self):
     """Leaves out the time so far (compilation), not the sums."""
     self._start, self._num_steps = time.monotonic(), 0
-    self._waited_secs = self._paused_secs = 0.0
+    self._secs = {'wait': 0.0, 'pause': 0.0}
 
   @contextlib.contextmanager
-  def waiting(self):
-    """Measures time in which the next batch is waited for."""
+  def timing(self, kind: str) -> Iterator[None]:
+    """Measures a 'wait' for a batch, or a 'pause', which is not training."""
     start = time.monotonic()
     yield
-    self._waited_secs += time.monotonic() - start
-
-  @contextlib.contextmanager
-  def pause(self):
-    """Leaves out time that is not training: evaluation, samples."""
-    start = time.monotonic()
-    yield
-    self._paused_secs += time.monotonic() - start
+    self._secs[kind] += time.monotonic() - start
 
   def add(self, step: int, values: Any, *, max_in_flight: int):
     """Takes the metrics of a step, and reads those of all but the last ones."""
     self._in_flight.append((step, values))
+    self.finish(max_in_flight)
+
+  def finish(self, max_in_flight: int = 0):
+    """Reads the metrics of all but the last `max_in_flight` steps."""
     while len(self._in_flight) > max_in_flight:
-      self._collect(*self._in_flight.popleft())
+      self._read(*self._in_flight.popleft())
 
-  def finish(self):
-    """Reads the metrics of all steps."""
-    while self._in_flight:
-      self._collect(*self._in_flight.popleft())
-
-  def _collect(self, step, values):
+  def _read(self, step, values):
     values = self._last = jax.device_get(values)
     self._num_steps += 1
     if not values['skipped']:
@@ -429,10 +438,8 @@ class _Progress:
       return
     self._skipped += 1
     self._skipped_in_a_row += 1
-    loss, grad_norm = (
-      values['loss'] / max(values['weight'], 1),
-      values['grad_norm'],
-    )
+    loss = values['loss'] / max(values['weight'], 1)
+    grad_norm = values['grad_norm']
     log.warning(
       'step %d skipped: loss %s, gradient norm %s', step, loss, grad_norm
     )
@@ -452,116 +459,57 @@ class _Progress:
 
   def report(self, step: int):
     """Writes and logs what happened since the last report."""
-    secs = time.monotonic() - self._start - self._paused_secs
-    done, last = self._num_steps, self._last
-    rate = done * self._tokens_per_step / secs
+    secs = time.monotonic() - self._start - self._secs['pause']
+    secs_per_step = secs / max(self._num_steps, 1)
+    rate = self._num_steps * self._tokens_per_step / secs
     means = metrics.train_means(metrics.add(self._sums)) if self._sums else {}
     scalars = {
       **means,
       'train/tokens_per_sec': rate,
-      'train/secs_per_step': secs / max(done, 1),
-      'train/data_wait_share': self._waited_secs / secs,
-      'train/grad_norm': float(last['grad_norm']),
-      'train/param_norm': float(last['param_norm']),
-      'train/learning_rate': float(last['learning_rate']),
+      'train/secs_per_step': secs_per_step,
+      'train/data_wait_share': self._secs['wait'] / secs,
       'train/skipped_steps': self._skipped,
     }
-    if self._max_rate:
-      scalars['train/mfu'] = rate / self._max_rate
+    for key in ('grad_norm', 'param_norm', 'learning_rate'):
+      scalars[f'train/{key}'] = float(self._last[key])
+    peak = metrics.peak_flops(jax.devices()[0].device_kind)
+    if peak:
+      peak *= jax.device_count()
+      scalars['train/mfu'] = rate * self._flops_per_token / peak
     self._writer.write_scalars(step, scalars)
     self._writer.flush()
     if means:
       num_steps = self._train.num_steps
-      left = (num_steps - step) * secs / max(done, 1)
+      left = datetime.timedelta(
+        seconds=round((num_steps - step) * secs_per_step)
+      )
       log.info(
-        'step %*d/%d  loss %.4f nats/token  %.4f bits/byte  %s tokens/s  '
-        '%s left',
-        len(str(num_steps)),
-        step,
-        num_steps,
-        means['train/loss'],
-        means['train/bits_per_byte'],
-        f'{rate:,.0f}',
-        _duration(left),
+        f'step {step:{len(str(num_steps))}}/{num_steps}  '
+        f'loss {means["train/loss"]:.4f} nats/token  '
+        f'{means["train/bits_per_byte"]:.4f} bits/byte  '
+        f'{rate:,.0f} tokens/s  {left} left'
       )
     self._sums = []
     self.restart_clock()
 
 
-def _duration(secs: float) -> str:
-  if secs < 60:
-    return f'{secs:.0f} s'
-  if secs < 3600:
-    return f'{secs // 60:.0f} min {secs % 60:02.0f} s'
-  return f'{secs // 3600:.0f} h {secs % 3600 // 60:02.0f} min'
-
-
-def _loop(
-  run: Run,
-  batches: Batches,
-  state: TrainState,
-  train_step: Any,
-  *,
-  save: Callable[[TrainState], None],
-  show: Callable[[int, Any], None],
-  progress: _Progress,
-  actions: list[Any],
-  caught: signals.Caught,
-  began: float,
-):
-  """Trains `state` to the last step, or until a signal."""
-  settings, train = run.settings, run.settings.train
-  first_step = step = int(state.step)
-  log.info('compiling; the first step takes longest')
-  while step < train.num_steps and not caught.should_stop(step):
-    with progress.waiting():
-      batch = batches(state, step)
-    if step == first_step:
-      train_step = train_step.lower(state, batch).compile()
-      hugepages.release_free_memory()
-    state, values = train_step(state, batch)
-    step += 1
-    is_last = step == train.num_steps
-    is_log = is_last or step % train.log_every_steps == 0
-    is_save = is_last or step % settings.checkpoint.every_steps == 0
-    every = train.eval_every_steps
-    is_eval = is_last or bool(every) and step % every == 0
-    # One step stays in flight, so that the device never waits for the host.
-    is_busy = is_log or is_eval or is_save or step == first_step + 1
-    progress.add(step, values, max_in_flight=0 if is_busy else 1)
-    if step == first_step + 1:
-      log.info('first step after %.1f s', time.monotonic() - began)
-      progress.restart_clock()
-    for action in actions:
-      action(step)
-    if is_log:
-      progress.report(step)
-    with progress.pause():
-      if is_save:
-        save(state)
-      if is_eval:
-        show(step, state.eval_params)
-  progress.finish()
-  if caught.number:
-    save(state)
-  elif first_step >= train.num_steps:
-    log.info(
-      'the run has taken %d of train.num_steps=%d steps',
-      first_step,
-      train.num_steps,
-    )
-    show(first_step, state.eval_params)
+def _save(manager: Any, run: Run, packed: PackedData, state: TrainState):
+  step = int(state.step)
+  position = {
+    'step': step,
+    'example': step * run.settings.train.batch_size,
+    'fingerprint': packed.metadata['source_fingerprint'],
+  }
+  checkpoint.save(manager, state, run.settings.to_dict(), position)
 
 
 def _make_show(
-  run: Run,
-  packed: prepare.PackedData,
-  evaluate_params: Callable[..., dict[str, float] | None],
-  writer: Any,
-  caught: signals.Caught,
+  run: Run, packed: PackedData, writer: Any, caught: signals.Caught
 ) -> Callable[[int, Any], None]:
   """Returns show(step, params), which evaluates and samples."""
-  settings, num_samples = run.settings, run.settings.train.num_samples
+  settings = run.settings
+  evaluate_params = evaluate.make_evaluate(run, packed)
+  num_samples = settings.train.num_samples
   draw = _make_sample(run, packed, writer) if num_samples else None
 
   def show(step: int, params: Any):
@@ -587,7 +535,7 @@ def _make_show(
 
 
 def _make_sample(
-  run: Run, packed: prepare.PackedData, writer: Any
+  run: Run, packed: PackedData, writer: Any
 ) -> Callable[[int, Any], None]:
   """Returns draw(step, params), which samples, logs and writes the samples."""
   settings, tokenizer = run.settings, run.tokenizer
@@ -618,7 +566,7 @@ def _make_sample(
   return draw
 
 
-def _first_prompt(run: Run, packed: prepare.PackedData):
+def _first_prompt(run: Run, packed: PackedData):
   """Lays out what samples in training start from: for pairs the first prompt.
 
   A blank canvas if that cannot be laid out: it holds characters that the
@@ -635,27 +583,19 @@ def _first_prompt(run: Run, packed: prepare.PackedData):
     return lms.lay_out(run, '', length)
 
 
-def _make_actions(
+def _make_trace(
   settings: Settings, workdir: str, first_step: int
-) -> list[Any]:
-  """Returns CLU's periodic actions: progress for the platform, a profile."""
-  from clu import periodic_actions  # Imports TensorFlow.
+) -> Callable[[int], None]:
+  """Returns trace(step), which starts and ends the profile of a start."""
+  begin = first_step + PROFILE_FIRST_STEP
+  num_steps = settings.train.profile_steps
 
-  train = settings.train
-  actions: list[Any] = [
-    periodic_actions.ReportProgress(
-      num_train_steps=train.num_steps,
-      every_steps=train.log_every_steps,
-      every_secs=None,
-    )
-  ]
-  if train.profile_steps and not jax.process_index():
-    actions.append(
-      periodic_actions.Profile(
-        logdir=workdir,
-        num_profile_steps=train.profile_steps,
-        first_profile=first_step + PROFILE_FIRST_STEP,
-        every_secs=None,
-      )
-    )
-  return actions
+  def trace(step: int):
+    if not num_steps or jax.process_index():
+      return
+    if step == begin:
+      jax.profiler.start_trace(workdir)
+    elif step == begin + num_steps:
+      jax.profiler.stop_trace()
+
+  return trace

@@ -486,7 +486,7 @@ class JsonTest(parameterized.TestCase):
   @parameterized.parameters(
     ('{', 'is not JSON'),
     ('[' * 100_000, 'is not JSON'),
-    ('{"modle": {}}', "unknown section 'modle'"),
+    ('{"modle": {}}', "modle: unknown key; did you mean 'model'?"),
     ('{"model": 3}', 'model=3 is not of type ConfigDict'),
     ('{"seed": {"a": 1}}', "seed={'a': 1} is not of type int"),
     (
@@ -495,7 +495,7 @@ class JsonTest(parameterized.TestCase):
     ),
     (
       '{"model": {"num_layer": 2}}',
-      "model.num_layer; did you mean 'num_layers'?",
+      "model.num_layer: unknown key; did you mean 'num_layers'?",
     ),
     (b'{"seed\xf3": 3}', 'is not JSON'),
     ('{"seed": "x"}', "seed='x' is not of type int"),

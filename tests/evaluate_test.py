@@ -32,8 +32,8 @@ def settings_of(workdir, source=''):
 
 
 def evaluate_on(workdir, source, **options):
-  subject = evaluate.open_subject(settings_of(workdir, source), workdir)
-  return evaluate.evaluate_subject(subject, **options)
+  lm = lms.load(workdir, settings=settings_of(workdir, source))
+  return evaluate.evaluate_text(lm, evaluate.open_data(lm), **options)
 
 
 def test_a_workdir_has_its_own_tokenizer(tmp_path):
@@ -70,7 +70,8 @@ def test_other_texts_in_bytes(tokenizer, tmp_path):
     np.testing.assert_allclose(
       means['eval/nll'], math.log(run.tokenizer.mask_id), rtol=1e-5
     )
-    packed = evaluate.open_data(settings_of(workdir, source), lm)
+    changed = lms.load(workdir, settings=settings_of(workdir, source))
+    packed = evaluate.open_data(changed)
     tokens = evaluate.validation_rows(run, packed, 0).tokens.reshape(-1)
     # Bytes of the text; a decoded separator has two bytes, which do not count.
     num_bytes = len(run.tokenizer.decode(tokens).encode()) - 2 * np.sum(
@@ -86,7 +87,7 @@ def test_other_texts_in_bytes(tokenizer, tmp_path):
 
 def test_noise_of_both_estimators(flat, caplog):
   lm = lms.load(flat)
-  packed = evaluate.open_data(lm.run.settings, lm)
+  packed = evaluate.open_data(lm)
   noise = evaluate.measure_noise(lm.run, packed, lm.params, 0)
   # All tokens cost the same. Noise by count then has zero variance, and a
   # Bernoulli(t) mask divided by t has the variance (1 - t) / t.
@@ -102,7 +103,7 @@ def test_noise_of_both_estimators(flat, caplog):
     means = evaluate_on(flat, '', noise_examples=16)
   assert means['eval/naive_noise_ci95'] > 0
   assert 'independent times would give' in caplog.text
-  assert 'on only 16 rows' in caplog.text
+  assert 'on only 16 row' in caplog.text
 
 
 def test_score_takes_any_number_of_rows(tmp_path):

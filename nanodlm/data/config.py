@@ -37,12 +37,13 @@ class DataConfig:
     )
     for key, bound in lowest.items():
       self._check(key, getattr(self, key) >= bound, f'must be >= {bound}')
-    for key, allowed in (
-      ('crop', ['chunk', 'random']),
-      ('padding', ['eos', 'masked']),
+    for key, *allowed in (
+      ('crop', 'chunk', 'random'),
+      ('padding', 'eos', 'masked'),
     ):
-      is_allowed = getattr(self, key) in allowed
-      self._check(key, is_allowed, f'is not one of {allowed}')
+      self._check(
+        key, getattr(self, key) in allowed, f'is not one of {allowed}'
+      )
     sources.parse_mixture(self.source)
     # Text is held out in exactly one way.
     self._check(

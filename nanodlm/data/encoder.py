@@ -135,21 +135,16 @@ def encode(job: Job, tasks: Sequence[Task], engine: Engine) -> list[np.ndarray]:
         f'encoding: {millions:.1f} M tokens, {millions / (due - start):.2f} M '
         f'tokens/s, {i / len(missing):.0%} done'
       )
-  tables = [_read_table(job, task) for task in tasks]
-  for task, table in zip(tasks, tables):
-    if table is None:
+  tables = []
+  for task in tasks:
+    if (table := _read_table(job, task)) is None:
       raise job.source.error(
         f'part {task.number} is not in {job.folder}: workers on other machines '
         'must see data.data_dir under the same path'
       )
+    tables.append(table)
   _log.info(f'encoded {len(missing)} parts in {time.monotonic() - start:.1f} s')
-  return [table for table in tables if table is not None]
-
-
-def remove_files(folder: pathlib.Path) -> None:
-  """Removes the files of this stage."""
-  for file in folder.glob('part-*'):
-    file.unlink()
+  return tables
 
 
 def tokens_path(folder: pathlib.Path, number: int) -> pathlib.Path:

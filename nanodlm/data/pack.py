@@ -57,14 +57,9 @@ class Stream:
   num_dropped_documents: int = 0
 
   @property
-  def is_pairs(self) -> bool:
-    """Whether a row is a prompt and its response."""
-    return self.job.source.is_pairs
-
-  @property
   def num_tokens(self) -> int:
     """The number of tokens; for pairs, including the separators that fill."""
-    if self.is_pairs:
+    if self.job.source.is_pairs:
       return len(self.ranges) * self.length
     return int((self.ranges[:, 2] - self.ranges[:, 1]).sum())
 
@@ -81,7 +76,7 @@ class Stream:
     borders = [self.num_rows * i // num_shards for i in range(num_shards + 1)]
     shards = []
     for start, stop in itertools.pairwise(borders):
-      if self.is_pairs:
+      if self.job.source.is_pairs:
         ranges = self.ranges[start:stop]
       else:
         ranges = part_of(self.ranges, start * self.length, stop * self.length)
@@ -91,7 +86,7 @@ class Stream:
   def rows(self) -> Iterator[dict[str, Any]]:
     """Yields the examples; the last tokens, less than a row, are dropped."""
     dtype, tokenizer = self.job.dtype, self.job.tokenizer
-    if self.is_pairs:
+    if self.job.source.is_pairs:
       for tokens, start in zip(self._read(), self.ranges[:, 3].tolist()):
         row = np.full([self.length], tokenizer.separator_id, dtype)
         row[: tokens.size] = tokens
@@ -111,7 +106,7 @@ class Stream:
   def count(self) -> dict[str, int]:
     """Returns the counts of PackedData.metadata."""
     num_documents = len(self.ranges)
-    if not self.is_pairs:
+    if not self.job.source.is_pairs:
       separator = self.job.tokenizer.separator_id
       num_documents = sum(
         int((tokens == separator).sum()) for tokens in self._read()
@@ -288,7 +283,7 @@ def write(
     ),
     'num_bytes': tfds.features.Scalar(np.int32),
   }
-  if train.is_pairs:
+  if job.source.is_pairs:
     features['prompt_length'] = tfds.features.Scalar(np.int32)
   with quiet_tfds():
     tfds.folder_dataset.write_metadata(

@@ -152,7 +152,6 @@ def _check_files(split: Any, num_rows: int) -> list[tuple[pathlib.Path, int]]:
 
 
 def _damaged(path: pathlib.Path, error: Exception | str) -> InputError:
-  """Returns the error of a damaged file or folder of a prepared dataset."""
   folder = path
   while folder.name != NAME:
     folder = folder.parent
@@ -168,29 +167,25 @@ def mix(source: str, all_packed: Sequence[PackedData]) -> PackedData:
   weights = tuple(weight for weight, _ in mixture)
   train = [packed.train for packed in all_packed]
   held_out = [packed.validation for packed in all_packed]
-  borders = _borders(held_out)
   # The validation rows are in the shares of the weights and interleaved, so
   # that the first few are a sample of the mixture, too.
-  mixed: Any = grain.MapDataset.mix(
-    [grain.MapDataset.range(a, b) for a, b in itertools.pairwise(borders)],
-    weights,
+  mix_rows: Any = lambda parts: grain.MapDataset.mix(
+    [*map(grain.MapDataset.source, parts)], weights
   )
-  order = [mixed[i] for i in range(len(mixed))]
-  _log.info(
-    f'mixture: evaluating on {len(order)} of {borders[-1]} validation rows, by '
-    'the weights'
+  owners = mix_rows([[i] * len(rows) for i, rows in enumerate(held_out)])
+  nums = np.bincount([*owners], minlength=len(held_out))
+  uses = ', '.join(
+    f'{num} of {len(rows)} of {part!r} (weight {weight:g})'
+    for num, rows, (weight, part) in zip(nums, held_out, mixture)
   )
-  nums = np.histogram(order, borders)[0]
-  if len(order) < _FEW_ROWS or not nums.all():
-    uses = ', '.join(
-      f'{num} of {len(rows)} of {part!r} (weight {weight:g})'
-      for num, rows, (weight, part) in zip(nums, held_out, mixture)
-    )
+  text = f'data.source={source!r}: rows evaluated on: {len(owners)}: {uses}'
+  if len(owners) < _FEW_ROWS or not nums.all():
     _log.warning(
-      f'data.source={source!r}: rows evaluated on: {len(order)}, because the '
-      f'weights would need more of a source than is held out: {uses}. Hold out '
-      'more (data.eval_fraction, data.eval_tokens), or change the weights'
+      f'{text}. The weights would need more of a source than is held out: hold '
+      'out more (data.eval_fraction, data.eval_tokens), or change the weights'
     )
+  else:
+    _log.info(text)
   metadata = {**all_packed[0].metadata, 'source': source}
   fingerprints = [p.metadata['source_fingerprint'] for p in all_packed]
   digest = hashlib.sha256(repr(fingerprints).encode())
@@ -202,14 +197,8 @@ def mix(source: str, all_packed: Sequence[PackedData]) -> PackedData:
     all_packed[0],
     folders=tuple(folder for packed in all_packed for folder in packed.folders),
     train=grain.MapDataset.concatenate([*map(grain.MapDataset.source, train)]),
-    validation=grain.MapDataset.mix(
-      [*map(grain.MapDataset.source, held_out)], weights
-    ),
+    validation=mix_rows(held_out),
     metadata=metadata,
-    train_borders=tuple(_borders(train)),
+    train_borders=tuple(itertools.accumulate(map(len, train), initial=0)),
     weights=weights,
   )
-
-
-def _borders(parts: Sequence[Rows]) -> list[int]:
-  return list(itertools.accumulate(map(len, parts), initial=0))

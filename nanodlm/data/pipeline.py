@@ -13,8 +13,7 @@ although all that are scored cost nats. The reported value therefore bounds
 a network that is not causal, the length is given, too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import itertools
 import math
 import sys
@@ -25,7 +24,7 @@ import numpy as np
 
 from nanodlm.data.config import DataConfig
 from nanodlm.data.packed import PackedData
-from nanodlm.types import Batch, InputError
+from nanodlm.types import Batch
 
 # Separates the draws of sample_clean from any other use of (seed, index).
 _CLEAN_STREAM = 0xC1EA
@@ -67,11 +66,8 @@ def make_train_iterator(
     pairs, num_tokens counts the response's tokens and one separator. With
     data_config.segment_ids, segment_ids counts the documents that ended earlier
     in the row; for pairs with padding='masked' it is 1 at the padding.
-
-  Raises:
-    InputError: batch_size or rows is out of range.
   """
-  start, stop = _local_rows(rows, batch_size)
+  rows = rows or slice(0, batch_size)
   rates = data_config.clean_prefix_rate, data_config.clean_infill_rate
   stream: Any = _shuffled(packed, seed)
   read: Callable[[Any], dict[str, Any]] = packed.train.__getitem__
@@ -84,7 +80,7 @@ def make_train_iterator(
 
   def batch_of(step: int) -> Batch:
     first = step * batch_size
-    indices = range(first + start, first + stop)
+    indices = range(first + rows.start, first + rows.stop)
     examples = [read(stream[i]) for i in indices]
     batch = _stack(examples, len(indices), packed, data_config)
     if not any(rates):
@@ -125,55 +121,35 @@ def sample_clean(
   return np.zeros([length], bool)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EvalBatches:
-  """One host's rows of all batches of a split; see make_eval_batches."""
-
-  steps: grain.MapDataset
-  options: grain.ReadOptions
-
-  def __len__(self) -> int:
-    return len(self.steps)
-
-  def __iter__(self) -> Iterator[Batch]:
-    return iter(self.steps.to_iter_dataset(self.options))
-
-
 def make_eval_batches(
   packed: PackedData,
   data_config: DataConfig,
   *,
   batch_size: int,
   rows: slice | None = None,
-  max_examples: int | None = None,
-) -> EvalBatches:
+  max_examples: int = 0,
+) -> Iterable[Batch]:
   """Makes the batches of one pass through the validation split, in order.
 
   Only the prompts of pairs are given. `max_examples` is the number of rows to
-  use; see make_train_iterator for the other arguments.
+  use, 0 for all; see make_train_iterator for the other arguments.
 
   Returns:
-    A re-iterable of Batches with an index, and a len(). The last batch is
-    filled up with examples without eligible tokens and bytes.
-
-  Raises:
-    InputError: batch_size, rows or max_examples is out of range.
+    A re-iterable of Batches with an index. The last batch is filled up with
+    examples without eligible tokens and bytes.
   """
-  if max_examples is not None and max_examples < 1:
-    raise InputError(f'max_examples={max_examples} must be >= 1, or None')
-  start, stop = _local_rows(rows, batch_size)
+  rows = rows or slice(0, batch_size)
   num_examples = min(len(packed.validation), max_examples or sys.maxsize)
 
   def batch_of(step: int) -> Batch:
     first = step * batch_size
-    indices = range(first + start, min(first + stop, num_examples))
-    examples = [packed.validation[i] for i in indices]
-    batch = _stack(examples, stop - start, packed, data_config)
-    index = np.arange(first + start, first + stop, dtype=np.int32)
+    index = np.arange(first + rows.start, first + rows.stop, dtype=np.int32)
+    examples = [packed.validation[int(i)] for i in index[index < num_examples]]
+    batch = _stack(examples, len(index), packed, data_config)
     return batch._replace(index=index)
 
   steps = grain.MapDataset.range(math.ceil(num_examples / batch_size))
-  return EvalBatches(steps.map(batch_of), _read_options(data_config))
+  return steps.map(batch_of).to_iter_dataset(_read_options(data_config))
 
 
 def _shuffled(packed: PackedData, seed: int) -> grain.MapDataset:
@@ -240,16 +216,6 @@ def mark_documents(is_separator: np.ndarray) -> np.ndarray:
   from the tokens before it.
   """
   return np.cumsum(is_separator, axis=1, dtype=np.int32) - is_separator
-
-
-def _local_rows(rows: slice | None, batch_size: int) -> tuple[int, int]:
-  rows = rows or slice(0, batch_size)
-  if not (rows.step in (None, 1) and 0 <= rows.start < rows.stop <= batch_size):
-    raise InputError(
-      f'rows={rows} must be contiguous rows of the global batch: '
-      f'0 <= start < stop <= batch_size={batch_size}'
-    )
-  return rows.start, rows.stop
 
 
 def _read_options(data_config: DataConfig) -> grain.ReadOptions:

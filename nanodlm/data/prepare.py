@@ -213,7 +213,8 @@ def _build(
     raise folders.disk_full(work.parent, needed)
   _log.info(f'writing {num_tokens:,} tokens')
   pack.write(work, streams, metadata, engine)
-  encoder.remove_files(work)
+  for file in work.glob('part-*'):
+    file.unlink()
   _write_manifest(work, tables, metadata)
   for name, count in counts.items():
     _log.info(

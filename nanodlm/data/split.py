@@ -12,7 +12,7 @@ import numpy as np
 from nanodlm.data import encoder
 from nanodlm.data.config import DataConfig
 from nanodlm.data.packed import SPLITS
-from nanodlm.data.sources.base import Document, documents, Source
+from nanodlm.data.sources.base import Document, documents, Part, Source
 from nanodlm.types import InputError
 
 _log = logging.getLogger('nanodlm')
@@ -28,15 +28,15 @@ def plan(source: Source, data_config: DataConfig) -> list[encoder.Task]:
     InputError: the source is empty, or data.test_tokens has no effect.
   """
   splits = SPLITS if source.has_validation else ('train',)
-  parts = [part for split in splits for part in source.parts(split)]
-  num_documents = 0  # 2 stands for more than one.
+  parts = [(split, part) for split in splits for part in source.parts(split)]
+  num_documents = 1  # 2 stands for more than one.
   if not source.is_tokens:
     # Only the last part of a single document ends it.
     ends = (1 for document in _documents(source) if document.is_end)
     num_documents = sum(itertools.islice(ends, 2))
-  if not parts or not (source.is_tokens or num_documents):
+  if not parts or not num_documents:
     raise _empty(source)
-  is_whole = num_documents < 2 and not source.has_validation
+  is_whole = num_documents == 1 and not source.has_validation
   if data_config.test_tokens and not is_whole:
     raise InputError(
       f'data.test_tokens={data_config.test_tokens!r} are cut off the end of '
@@ -46,14 +46,13 @@ def plan(source: Source, data_config: DataConfig) -> list[encoder.Task]:
   if is_whole and source.is_pairs:
     raise source.error('it contains only one pair; give at least two')
   is_stream = is_whole and (source.is_tokens or data_config.eval_tokens > 0)
-  split = 'stream' if is_stream else 'any'
-  tasks = [
-    encoder.Task(i, part, part.split if source.has_validation else split)
-    for i, part in enumerate(parts)
-  ]
   if is_whole and not is_stream:
-    return _cut(source, tasks, data_config.eval_fraction)
-  return tasks
+    return _cut(source, [part for _, part in parts], data_config.eval_fraction)
+  split = 'stream' if is_stream else 'any'
+  return [
+    encoder.Task(i, part, own if source.has_validation else split)
+    for i, (own, part) in enumerate(parts)
+  ]
 
 
 def _empty(source: Source) -> InputError:
@@ -69,26 +68,26 @@ def _documents(source: Source) -> Iterator[Document]:
 
 
 def _cut(
-  source: Source, tasks: list[encoder.Task], eval_fraction: float
+  source: Source, parts: list[Part], eval_fraction: float
 ) -> list[encoder.Task]:
   """Cuts a single document between training and validation."""
   sizes = [
-    sum(len(piece) for doc in source.read(task.part) for piece in doc.open())
-    for task in tasks
+    sum(len(piece) for doc in source.read(part) for piece in doc.open())
+    for part in parts
   ]
   # The first character to hold out, counted from the start of each part.
   position = int(sum(sizes) * (1 - eval_fraction))
   halves = []
-  for task, size in zip(tasks, sizes, strict=True):
+  for part, size in zip(parts, sizes, strict=True):
     if position > size:
-      halves.append(dict(part=task.part, split='train'))
+      halves.append((part, 'train'))
     elif position > 0:
-      halves.append(dict(part=task.part, split='train', stop=position))
-      halves.append(dict(part=task.part, split='validation', start=position))
+      halves.append((part, 'train', 0, position))
+      halves.append((part, 'validation', position))
     else:
-      halves.append(dict(part=task.part, split='validation'))
+      halves.append((part, 'validation'))
     position -= size
-  return [encoder.Task(i, **half) for i, half in enumerate(halves)]
+  return [encoder.Task(i, *half) for i, half in enumerate(halves)]
 
 
 def choose(
@@ -108,8 +107,6 @@ def choose(
   text_of = np.unique(hashes, return_inverse=True)[1]
   text_sizes = np.bincount(text_of, weights=sizes)
   chosen = np.zeros(text_sizes.shape, bool)
-  if chosen.size == 1:
-    return chosen[text_of]
   missing = eval_fraction * text_sizes.sum()
   for i, size in enumerate(text_sizes.tolist()):
     if missing <= 0:
@@ -117,9 +114,10 @@ def choose(
     if abs(missing - size) < missing:  # The share becomes more accurate.
       chosen[i] = True
       missing -= size
-  if chosen.all() or not chosen.any():
-    smallest = text_sizes.argmin()
-    chosen[smallest] = not chosen[smallest]
+  if chosen.size == 1:
+    chosen[:] = False
+  elif chosen.all() or not chosen.any():
+    chosen[text_sizes.argmin()] ^= True
   return chosen[text_of]
 
 

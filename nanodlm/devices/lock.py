@@ -57,31 +57,30 @@ def hold(workdir: str) -> Iterator[None]:
   """
   from nanodlm.devices import multihost
 
-  with contextlib.ExitStack() as stack:
-    multihost.on_process_0(lambda: _lock(workdir, stack))
-    yield
-
-
-def _lock(workdir: str, stack: contextlib.ExitStack) -> int:
-  """Holds the lock until `stack` is closed."""
   path = pathlib.Path(workdir) / workdirs.LOCK
   lock = filelock.FileLock(path, _TIMEOUT_SECS, fallback_to_soft=False)
+
+  def acquire() -> int:
+    try:
+      lock.acquire()
+    except filelock.Timeout:
+      holder = path.read_text().strip() or 'which just started'
+      raise InputError(
+        f'--workdir={workdir!r} is in use by another training run ({holder}); '
+        'wait until it ends, or give another workdir'
+      ) from None
+    except OSError as error:
+      if error.errno not in _NO_LOCKS:
+        raise
+      log.warning(
+        f'{path} cannot be locked ({error.strerror}): nothing prevents a '
+        'second run from writing to the same workdir'
+      )
+    path.write_text(f'process {os.getpid()} on {socket.gethostname()}\n')
+    return 0
+
   try:
-    stack.enter_context(lock)
-  except filelock.Timeout:
-    holder = path.read_text().strip() or 'which just started'
-    raise InputError(
-      f'--workdir={workdir!r} is in use by another training run ({holder}); '
-      'wait until it ends, or give another workdir'
-    ) from None
-  except OSError as error:
-    if error.errno not in _NO_LOCKS:
-      raise
-    log.warning(
-      '%s cannot be locked (%s): nothing prevents a second run from writing to '
-      'the same workdir',
-      path,
-      error.strerror,
-    )
-  path.write_text(f'process {os.getpid()} on {socket.gethostname()}\n')
-  return 0
+    multihost.on_process_0(acquire)
+    yield
+  finally:
+    lock.release()

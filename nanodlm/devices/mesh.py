@@ -34,31 +34,21 @@ log = logging.getLogger('nanodlm')
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each axis; each field is a key of `config.mesh`.
-
-  At most one may be -1, which takes the devices that the other axes leave.
-
-  Attributes:
-    data: copies of the parameters, each with its part of the batch.
-    fsdp: devices that split a copy of the parameters, and its part of the
-      batch.
-    tensor: devices that split the heads, the MLP and the vocabulary.
-  """
+  """`config.mesh`; configs/base.py explains the keys."""
 
   data: int
   fsdp: int
   tensor: int
 
   def __post_init__(self):
-    sizes = dataclasses.asdict(self)
-    for axis, size in sizes.items():
+    for axis, size in vars(self).items():
       if size == 0 or size < -1:
         raise InputError(
           f'mesh.{axis}={size!r} must be >= 1, or -1 for the devices that the '
           'other axes leave'
         )
-    if list(sizes.values()).count(-1) > 1:
-      raise InputError(f'mesh={sizes}: only one axis can be -1')
+    if list(vars(self).values()).count(-1) > 1:
+      raise InputError(f'mesh={vars(self)}: only one axis can be -1')
 
 
 def make_mesh(
@@ -72,21 +62,19 @@ def make_mesh(
     InputError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = [getattr(config, axis) for axis in AXES]
-  given = math.prod(size for size in sizes if size != -1)
-  shape = [len(devices) // given if size == -1 else size for size in sizes]
-  if math.prod(shape) != len(devices) and refit:
+  num, sizes = len(devices), vars(config)
+  given = math.prod(size for size in sizes.values() if size != -1)
+  shape = [num // given if size == -1 else size for size in sizes.values()]
+  if math.prod(shape) != num and refit:
     log.info(
-      'mesh %s does not fit the %d devices here: using all of them along data',
-      dict(zip(AXES, sizes)),
-      len(devices),
+      f'mesh {sizes} does not fit the {num} devices here: using all of them '
+      'along data'
     )
-    shape = [len(devices), 1, 1]
-  if math.prod(shape) != len(devices):
+    shape = [num, 1, 1]
+  if math.prod(shape) != num:
     raise InputError(
-      f'mesh={dict(zip(AXES, sizes))}: the sizes must multiply to the '
-      f'{len(devices)} devices there are, those given multiply to {given}; '
-      'one of them may be -1 for the rest'
+      f'mesh={sizes}: the sizes must multiply to the {num} devices there are, '
+      f'those given multiply to {given}; one of them may be -1 for the rest'
     )
   # In the order of processes, so that the batch rows of each are contiguous;
   # jax.make_mesh would follow the topology.

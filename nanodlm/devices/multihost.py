@@ -4,6 +4,7 @@ from collections.abc import Callable
 import logging
 import os
 import sys
+from typing import Any
 
 from absl import flags
 import jax
@@ -34,11 +35,8 @@ def on_process_0(function: Callable[[], int]) -> int:
   if jax.process_index() == 0:
     try:
       value = function()
-    except (
-      InputError,
-      OSError,
-    ) as caught:  # The others wait for the broadcast.
-      error = caught
+    except (InputError, OSError) as caught:
+      error = caught  # The others wait for the broadcast.
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
@@ -99,22 +97,17 @@ def init_distributed():
     InputError: the flags are incomplete, or the processes cannot connect.
   """
   options = flags.FLAGS
-  explicit = (
-    options.coordinator_address,
-    options.num_processes,
-    options.process_id,
-  )
+  names = 'coordinator_address', 'num_processes', 'process_id'
+  explicit: Any = tuple(options[name].value for name in names)
   is_explicit = any(x is not None for x in explicit)
-  if is_explicit and any(x is None for x in explicit):
+  if is_explicit and None in explicit:
     raise InputError(
       '--coordinator_address, --num_processes and --process_id go together; '
       f'got {explicit}'
     )
   wanted = options.distributed
-  if wanted is None:
-    wanted = _is_cluster()
   try:
-    if is_explicit or wanted:
+    if is_explicit or (_is_cluster() if wanted is None else wanted):
       jax.distributed.initialize(
         *explicit,
         heartbeat_timeout_seconds=options.heartbeat_timeout_secs,

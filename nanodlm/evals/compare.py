@@ -110,6 +110,8 @@ def plan_points(
   """
   objective, points = run.objective, []
   size = objective.block_size or prefix_cache.DEFAULT_BLOCK_SIZE
+  # The run's own sampler may have another rule than a number of steps.
+  rules = {**request.draw, 'threshold': 0.0, 'entropy_budget': 0.0}
   names = [
     objective.default_sampler if name == AUTO else name
     for name in request.samplers
@@ -117,17 +119,14 @@ def plan_points(
   for name in dict.fromkeys(names):
     if not SAMPLERS[name].fits(objective):
       continue
-    # The run's own sampler may have another rule than a number of steps.
-    point = {'name': name, **request.draw, 'threshold': 0.0}
-    point['entropy_budget'] = 0.0
-    changes = point | {'num_steps': request.num_steps[0]}
+    changes = {'name': name, **rules, 'num_steps': request.num_steps[0]}
     sampler = run.with_sampler(changes).sampler
+    if not runs.reads_steps(sampler):
+      points.append({'name': name, **rules})
+      continue
     share = -(-length // size) if hasattr(sampler, 'inner') else 1
-    stepped = [
-      point | {'num_steps': max(num_steps // share, 1)}
-      for num_steps in request.num_steps
-    ]
-    points += stepped if runs.reads_steps(sampler) else [point]
+    for num_steps in request.num_steps:
+      points.append({**changes, 'num_steps': max(num_steps // share, 1)})
   return points
 
 
@@ -136,9 +135,8 @@ def sample_point(
 ) -> dict[str, Any]:
   """Samples texts and measures their quality.
 
-  Returns:
-    sampler (its config.sampler), num_calls, num_samples, length, tokens_per_sec
-    (wall clock, without compilation), and those of `judge.measure_quality`.
+  The speed is by wall clock, without compilation; see also
+  `judge.measure_quality`.
   """
   length = request.length or lm.run.settings.data.length
   fill = lms.make_fill(lm.run)
@@ -175,8 +173,8 @@ def compare_run(
   With samples, the first point is held-out text, whose values are those of
   perfect samples.
   """
-  subject = evaluate.open_subject(settings, workdir)
-  lm, run, packed = subject.lm, subject.lm.run, subject.packed
+  lm = lms.load(workdir, settings=settings)
+  run, packed = lm.run, evaluate.open_data(lm)
   means = evaluate.make_evaluate(run, packed)(lm.params, max_examples) or {}
   result = {
     'workdir': workdir,
@@ -242,8 +240,9 @@ _POINT_COLUMNS = (
 
 def format_table(results: Sequence[dict[str, Any]], judge_name: str) -> str:
   """Formats the results as tables with remarks."""
-  relation = lambda run: {'relation': '=' if run['is_exact'] else '<='}
-  rows = [run | relation(run) for run in results]
+  rows = [
+    run | {'relation': '=' if run['is_exact'] else '<='} for run in results
+  ]
   lines = metrics.format_table(_RUN_COLUMNS, rows)
   points = [
     {**point, 'workdir': run['workdir'], 'name': point['sampler']['name']}
@@ -347,7 +346,7 @@ def _open_settings(
   # The cropping and padding of the training text do not apply to another one.
   change = {'source': source, 'crop': 'chunk', 'padding': 'eos'}
   return [
-    one.replace(data=dataclasses.replace(one.data, **change))
+    dataclasses.replace(one, data=dataclasses.replace(one.data, **change))
     for one in settings
   ]
 

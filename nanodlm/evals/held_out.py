@@ -3,6 +3,7 @@
 from absl import flags
 
 from nanodlm import evaluate
+from nanodlm import lm as lms
 from nanodlm import workdir as workdirs
 from nanodlm.config import Start
 from nanodlm.evals import infill
@@ -43,10 +44,11 @@ def main(start: Start) -> int:
   reads = (*READS, 'sampler.') if ratios else READS
   settings = start.resolve_reading(reads, UNREAD)
   workdirs.check_writable(start.workdir)
-  subject = evaluate.open_subject(settings, start.workdir)
+  lm = lms.load(start.workdir, settings=settings)
   if ratios:  # Before the slow part.
-    infill.check_run(subject.lm.run)
-  evaluate.evaluate_subject(subject, options.noise_examples)
+    infill.check_run(lm.run)
+  packed = evaluate.open_data(lm)
+  evaluate.evaluate_text(lm, packed, options.noise_examples)
   if ratios:
-    infill.infill_subject(subject, ratios, num_rows)
+    infill.infill_text(lm, packed, ratios, num_rows)
   return 0

@@ -9,6 +9,7 @@ import numpy as np
 
 from nanodlm import evaluate
 from nanodlm import lm as lms
+from nanodlm.data.packed import PackedData
 from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
 from nanodlm.training import metrics
@@ -42,21 +43,15 @@ def sample_gaps(
 ) -> np.ndarray:
   """Draws the tokens of each row to be filled in.
 
-  Args:
-    generator: the source of randomness.
-    eligible: [N, L] bool, the tokens to choose from.
-    ratio: share of a row's eligible tokens, in (0, 1]; rounded, at least one
-      token.
-    pattern: one of PATTERNS; a 'span' skips tokens that are not eligible.
+  `ratio` of the `eligible` tokens, [N, L] bool, of each row is chosen, rounded,
+  but at least one token. A 'span' skips tokens that are not eligible.
 
   Returns:
     [N, L] bool.
   """
   gaps = np.zeros(eligible.shape, bool)
-  for row, mask in enumerate(eligible):
-    places = np.flatnonzero(mask)
-    if not places.size:
-      continue
+  for row in np.flatnonzero(eligible.any(axis=1)):
+    places = np.flatnonzero(eligible[row])
     num = max(1, round(ratio * places.size))
     if pattern == 'span':
       start = generator.integers(places.size - num + 1)
@@ -87,10 +82,7 @@ def measure_infilling(
 ) -> list[dict[str, Any]]:
   """Measures the share of masked tokens that the sampler restores exactly.
 
-  Args:
-    lm: the model and its sampler.
-    rows: held-out text; only eligible tokens are masked.
-    ratios: shares of each row's tokens that are masked.
+  Only eligible tokens of `rows` are masked, the given `ratios` of each row's.
 
   Returns:
     For each pattern and ratio a dict: pattern; ratio; accuracy, of the masked
@@ -128,22 +120,21 @@ def measure_infilling(
   return results
 
 
-def infill_subject(
-  subject: evaluate.Subject, ratios: Sequence[float], num_examples: int
+def infill_text(
+  lm: LanguageModel,
+  packed: PackedData,
+  ratios: Sequence[float],
+  num_examples: int,
 ):
   """Runs --mode=eval --infill: logs a table, appends it to workdir/eval.jsonl.
 
-  Args:
-    subject: the run, its text and its sampler.
-    ratios: see `measure_infilling`.
-    num_examples: held-out rows used; 0 for all.
+  `num_examples` is the number of held-out rows to use, 0 for all.
   """
-  lm = subject.lm
-  rows = evaluate.validation_rows(lm.run, subject.packed, num_examples)
+  rows = evaluate.validation_rows(lm.run, packed, num_examples)
   log.info(
     'infilling %d of %d held-out rows (--infill_examples) at %d ratios',
     len(rows.tokens),
-    len(subject.packed.validation),
+    len(packed.validation),
     len(ratios),
   )
   results = measure_infilling(lm, rows, ratios)
@@ -157,4 +148,4 @@ def infill_subject(
       'network calls)',
       row | {'ratio': 100 * row['ratio']},
     )
-  subject.append({'sampler': sampler, 'infill': results})
+  evaluate.append_result(lm, {'sampler': sampler, 'infill': results})

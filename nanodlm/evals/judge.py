@@ -7,7 +7,6 @@ means little because repetition is probable (Zheng et al., arXiv 2409.02908);
 """
 
 import abc
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -24,13 +23,9 @@ HUGGING_FACE = 'hf:'
 
 
 class Judged(NamedTuple):
-  """The probabilities of N texts under a judge.
+  """Nats, tokens of the judge and UTF-8 bytes of N texts, [N] each.
 
-  Attributes:
-    nll: [N], nats per text. All tokens count; the first one is predicted from
-      the judge's start symbol.
-    num_tokens: [N], tokens of the judge.
-    num_bytes: [N], UTF-8 bytes.
+  All tokens count; the first is predicted from the judge's start symbol.
   """
 
   nll: np.ndarray
@@ -41,9 +36,8 @@ class Judged(NamedTuple):
 class Judge(abc.ABC):
   """An autoregressive model that scores texts.
 
-  Attributes:
-    window: tokens that it reads at once. Longer texts are cut into windows, and
-      each is scored without the ones before it.
+  Texts longer than `window` tokens are cut, and each part is scored without the
+  ones before it.
   """
 
   window: int
@@ -60,11 +54,7 @@ class Judge(abc.ABC):
   def score_windows(
     self, tokens: np.ndarray, is_text: np.ndarray
   ) -> np.ndarray:
-    """Scores windows of ids, at least one; see `cut_windows`.
-
-    Returns:
-      [M], the nats of each window's tokens of text.
-    """
+    """Returns the nats [M] of the text in windows of `cut_windows`, M >= 1."""
 
   def score(self, tokens: np.ndarray, tokenizer: Tokenizer) -> Judged:
     """Scores texts given as ids [N, L] of `tokenizer`."""
@@ -84,26 +74,27 @@ class Judge(abc.ABC):
 def cut_windows(
   rows: list[np.ndarray], size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Cuts rows of any length into windows.
-
-  Args:
-    rows: N arrays of ids, [n] each.
-    size: of a window.
+  """Cuts rows of any length into windows of `size` tokens.
 
   Returns:
-    tokens [M, size] int32, padded with zeros on the right; is_text [M, size]
-    bool, False on the padding; and the row of each window, [M].
+    tokens and is_text [M, size] of `pad`, and the row of each window, [M].
   """
   parts = [
     (i, row[first : first + size])
     for i, row in enumerate(rows)
     for first in range(0, len(row), size)
   ]
-  tokens = np.zeros((len(parts), size), np.int32)
-  is_text = np.zeros((len(parts), size), bool)
-  for j, (_, part) in enumerate(parts):
-    tokens[j, : len(part)], is_text[j, : len(part)] = part, True
-  return tokens, is_text, np.array([i for i, _ in parts], np.int64)
+  owner = np.array([i for i, _ in parts], np.int64)
+  return *pad([part for _, part in parts], size), owner
+
+
+def pad(rows: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Pads ids with zeros, [N, size] int32; also returns which are ids, bool."""
+  tokens = np.zeros((len(rows), size), np.int32)
+  for padded, row in zip(tokens, rows):
+    padded[: len(row)] = row
+  ends = np.array([len(row) for row in rows], np.int32)
+  return tokens, np.arange(size) < ends[:, None]
 
 
 class NanodlmJudge(Judge):
@@ -175,10 +166,8 @@ class HuggingFaceJudge(Judge):
     return False
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
-    encode = functools.partial(
-      self.tokenizer, add_special_tokens=False, verbose=False
-    )
-    return [np.asarray(encode(text)['input_ids'], np.int64) for text in texts]
+    ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+    return [np.asarray(row, np.int64) for row in ids['input_ids']]
 
   def score_windows(
     self, tokens: np.ndarray, is_text: np.ndarray
@@ -203,17 +192,13 @@ class HuggingFaceJudge(Judge):
 
 
 def make_judge(spec: str, batch_size: int = 32) -> Judge:
-  """Loads a judge.
+  """Loads a judge: the workdir of an autoregressive run, or 'hf:NAME_OR_PATH'.
 
-  Args:
-    spec: the workdir of an autoregressive run, or 'hf:NAME_OR_PATH'.
-    batch_size: windows scored at once.
-
-  Raises:
-    InputError: the model cannot be loaded or is not autoregressive.
+  `batch_size` windows are scored at once. Raises InputError if the model cannot
+  be loaded or is not autoregressive.
   """
-  is_foreign = spec.startswith(HUGGING_FACE)
-  return (HuggingFaceJudge if is_foreign else NanodlmJudge)(spec, batch_size)
+  cls = HuggingFaceJudge if spec.startswith(HUGGING_FACE) else NanodlmJudge
+  return cls(spec, batch_size)
 
 
 def measure_quality(
@@ -223,8 +208,8 @@ def measure_quality(
 
   Args:
     judge: for the perplexity; None leaves it out.
-    tokens: [N, L] ids of `tokenizer`.
-    tokenizer: the sampling model's.
+    tokens: [N, L] ids of `tokenizer`, the sampling model's.
+    tokenizer: their tokenizer.
 
   Returns:
     The values of `metrics.text_statistics`, in tokens of `tokenizer`. With a

@@ -8,8 +8,7 @@ r"""A checkpoint under EleutherAI's lm-evaluation-harness.
 pip install -e '.[lm_eval]'.
 """
 
-from collections.abc import Callable, Sequence
-import dataclasses
+from collections.abc import Sequence
 import functools
 import importlib
 import json
@@ -36,11 +35,10 @@ GENERATION_SAMPLERS = ('block', 'confidence')
 MAX_NEW_TOKENS = 256
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class TextModel:
   """Log-likelihoods and continuations of texts by a run.
 
-  Attributes:
+  Args:
     lm: the model and its sampler.
     num_draws: noise draws per log-likelihood; an exact objective needs one.
     batch_size: rows per network call.
@@ -48,33 +46,20 @@ class TextModel:
     is_greedy: whether to determine if a continuation is the greedy one.
   """
 
-  lm: LanguageModel
-  num_draws: int = 32
-  batch_size: int = 32
-  seed: int = 0
-  is_greedy: bool = True
-
-  @property
-  def length(self) -> int:
-    """The maximum number of tokens of a text with its context."""
-    return self.lm.run.settings.data.length
-
-  @functools.cached_property
-  def _score(self):
-    return lms.make_score(
-      self.lm.run, num_draws=self.num_draws, batch_size=self.batch_size
-    )
-
-  @functools.cached_property
-  def _fill(self) -> Callable[[float], Any]:
-    """Returns the function of `lm.make_fill` at a temperature, made once."""
-
-    @functools.cache
-    def fill(temperature: float):
-      changed = self.lm.with_sampler({'temperature': temperature})
-      return lms.make_fill(changed.run, self.batch_size)
-
-    return fill
+  def __init__(
+    self,
+    lm: LanguageModel,
+    num_draws: int = 32,
+    batch_size: int = 32,
+    seed: int = 0,
+    is_greedy: bool = True,
+  ):
+    self.lm, self.batch_size, self.is_greedy = lm, batch_size, is_greedy
+    self.length, self.key = lm.run.settings.data.length, jax.random.key(seed)
+    score = lms.make_score(lm.run, num_draws=num_draws, batch_size=batch_size)
+    self.score = functools.partial(score, lm.params, self.key)
+    run_at = lambda t: lm.with_sampler({'temperature': t}).run
+    self.fill = functools.cache(lambda t: lms.make_fill(run_at(t), batch_size))
 
   def _padded(self, num_tokens: int) -> int:
     """Returns the length of a row that holds a number of tokens."""
@@ -112,38 +97,30 @@ class TextModel:
   ) -> list[tuple[float, bool]]:
     """Scores log p(continuation | context), nats, for each pair of texts.
 
-    The value is exact for an autoregressive run. Otherwise it is minus the
-    bound on the tokens of the continuation alone, given the clean context and
-    no text after the continuation, with num_draws stratified draws of the
-    evaluation noise. Continuations of the same context share their noise, so
-    that their differences have less variance.
+    Unless the run is autoregressive, the value is minus the bound on the tokens
+    of the continuation, given the clean context and no text after it, with
+    num_draws draws of the evaluation noise. Continuations of one context share
+    their noise, so that their differences have less variance.
 
-    Returns:
-      The log-likelihood, and whether the continuation is greedy. For an
-      autoregressive run that means that each token is the most probable one,
-      otherwise that the run's sampler writes it at temperature 0, given the
-      context, in a row of `_padded` tokens. False if `is_greedy` is off.
+    Also returns whether the continuation is greedy: each token is the most
+    probable one or, unless the run is autoregressive, the sampler writes it at
+    temperature 0 in a row of `_padded` tokens. False if `is_greedy` is off.
     """
     encoded = [self.encode_pair(*pair) for pair in pairs]
-    contexts = {}
-    for context, _ in pairs:
-      contexts.setdefault(context, len(contexts))
-    index = np.array([contexts[context] for context, _ in pairs], np.int32)
-    lengths = [self._padded(len(head) + len(tail)) for head, tail in encoded]
+    contexts: dict[str, int] = {}
+    index = [contexts.setdefault(x, len(contexts)) for x, _ in pairs]
+    index = np.array(index, np.int32)
+    starts = np.array([len(head) for head, _ in encoded], np.int32)
+    ends = starts + [len(tail) for _, tail in encoded]
+    lengths = np.array([self._padded(end) for end in ends])
     results: list[Any] = [None] * len(pairs)
-    for length in sorted(set(lengths)):
-      members = np.flatnonzero(np.equal(lengths, length))
-      shape = (len(members), length)
-      tokens, scored = np.zeros(shape, np.int32), np.zeros(shape, bool)
-      is_text = np.zeros(shape, bool)
-      for row, i in enumerate(members):
-        head, tail = encoded[i]
-        end = len(head) + len(tail)
-        tokens[row, :end] = np.concatenate([head, tail])
-        scored[row, len(head) : end] = True
-        is_text[row, :end] = True
+    for length in np.unique(lengths):
+      (members,) = np.nonzero(lengths == length)
+      rows = [np.concatenate(encoded[i]) for i in members]
+      tokens, is_text = judge.pad(rows, length)
+      scored = is_text & (np.arange(length) >= starts[members, None])
       batch = self._batch(tokens, scored, is_text, index[members])
-      values = self._score(self.lm.params, jax.random.key(self.seed), batch)
+      values = self.score(batch)
       greedy = self._find_greedy(batch, values)
       for i, nll, is_greedy in zip(members, values['nll'], greedy):
         results[i] = (-float(nll), bool(is_greedy))
@@ -162,12 +139,10 @@ class TextModel:
       return np.zeros(len(scored), bool)
     if self.lm.run.objective.exact:
       return values['correct'] == values['scored']
-    length = scored.shape[1]
-    start = np.where(scored.any(1), scored.argmax(1), length)
-    fixed = np.arange(length)[None] < start[:, None]
+    # Everything from the first scored token on is to be filled.
+    fixed = ~np.logical_or.accumulate(scored, axis=1)
     canvas = np.where(fixed, tokens, np.int32(self.lm.tokenizer.mask_id))
-    key = jax.random.key(self.seed)
-    filled, _ = self._fill(0.0)(self.lm.params, key, canvas, fixed)
+    filled, _ = self.fill(0.0)(self.lm.params, self.key, canvas, fixed)
     return np.all((filled == tokens) | ~scored, axis=1)
 
   def rolling_log_likelihoods(self, texts: Sequence[str]) -> list[float]:
@@ -180,8 +155,7 @@ class TextModel:
     tokens, is_text, owner = judge.cut_windows(rows, self.length)
     if not len(tokens):
       return [0.0] * len(texts)
-    batch = self._batch(tokens, is_text, is_text)
-    nll = self._score(self.lm.params, jax.random.key(self.seed), batch)['nll']
+    nll = self.score(self._batch(tokens, is_text, is_text))['nll']
     return [-x for x in np.bincount(owner, nll, len(texts)).tolist()]
 
   def generate(
@@ -201,27 +175,23 @@ class TextModel:
       temperature: 0 takes the most probable tokens.
     """
     tokenizer = self.lm.tokenizer
-    heads, rooms = [], []
+    heads, totals, texts = [], [], [''] * len(prompts)
     for prompt in prompts:
       head = tokenizer.encode(prompt)
       room = min(max_new_tokens, self.length - min(len(head), self.length // 2))
       heads.append(head[max(0, len(head) + room - self.length) :])
-      rooms.append(room)
-    totals = [len(head) + room for head, room in zip(heads, rooms)]
+      totals.append(len(heads[-1]) + room)
     order = np.argsort(totals, kind='stable')
-    texts = [''] * len(heads)
     for number, first in enumerate(range(0, len(order), self.batch_size)):
       members = order[first : first + self.batch_size]
       length = self._padded(max(totals[i] for i in members))
-      tokens = np.full((len(members), length), tokenizer.mask_id, np.int32)
-      for row, i in enumerate(members):
-        tokens[row, : len(heads[i])] = heads[i]
+      tokens, fixed = judge.pad([heads[i] for i in members], length)
       # Padding is filled as well, then cut off.
-      fixed = tokens != tokenizer.mask_id
-      key = jax.random.fold_in(jax.random.key(self.seed), number)
-      filled, _ = self._fill(temperature)(self.lm.params, key, tokens, fixed)
-      for row, i in enumerate(members):
-        new = filled[row, len(heads[i]) : totals[i]]
+      tokens = np.where(fixed, tokens, np.int32(tokenizer.mask_id))
+      key = jax.random.fold_in(self.key, number)
+      filled, _ = self.fill(temperature)(self.lm.params, key, tokens, fixed)
+      for row, i in zip(filled, members):
+        new = row[len(heads[i]) : totals[i]]
         new = prompting.until_end(new, tokenizer.separator_id)
         texts[i] = cut_at(tokenizer.decode(new), stops)
     return texts
@@ -236,27 +206,19 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
 def open_text_model(
   workdir: str, sampler: dict[str, Any] | None = None, **options: Any
 ) -> TextModel:
-  """Opens a workdir as a `TextModel`.
+  """Opens a workdir as a `TextModel` with `options`.
 
-  Args:
-    workdir: of the run.
-    sampler: changes to its config.sampler. Without a name, the first of
-      GENERATION_SAMPLERS that fits the objective, else the run's own, is used.
-    **options: of TextModel.
-
-  Raises:
-    InputError: there is no such run, or the sampler does not fit.
+  `sampler` changes its config.sampler. Without a name, the first of
+  GENERATION_SAMPLERS that fits the objective, else the run's own, is used.
   """
   lm = lms.load(workdir)
-  fitting = [
-    x for x in GENERATION_SAMPLERS if SAMPLERS[x].fits(lm.run.objective)
-  ]
-  name = {'name': fitting[0]} if fitting else {}
-  return TextModel(lm.with_sampler(name | (sampler or {})), **options)
+  fits = lambda name: SAMPLERS[name].fits(lm.run.objective)
+  fitting = [{'name': name} for name in GENERATION_SAMPLERS if fits(name)]
+  changes = next(iter(fitting), {}) | (sampler or {})
+  return TextModel(lm.with_sampler(changes), **options)
 
 
 def _import(name: str) -> Any:
-  """Imports a module of the harness; InputError if it is not installed."""
   try:
     return importlib.import_module(name)
   except ImportError as error:
@@ -267,16 +229,9 @@ def _import(name: str) -> Any:
 
 
 def make_lm(text_model: TextModel) -> Any:
-  """Returns the harness's model interface, an lm_eval.api.model.LM.
+  """Returns the harness's model interface, an lm_eval.api.model.LM."""
 
-  Raises:
-    InputError: the harness is not installed.
-  """
-  lm_model = _import('lm_eval.api.model')
-
-  class Adapter(lm_model.LM):
-    """`TextModel` as the harness calls it."""
-
+  class Adapter(_import('lm_eval.api.model').LM):
     def loglikelihood(self, requests, disable_tqdm=False):
       return text_model.log_likelihoods([r.args for r in requests])
 
@@ -284,15 +239,13 @@ def make_lm(text_model: TextModel) -> Any:
       return text_model.rolling_log_likelihoods([r.args[0] for r in requests])
 
     def generate_until(self, requests, disable_tqdm=False):
-      texts = [''] * len(requests)
-      groups = {}
-      for i, request in enumerate(requests):
-        groups.setdefault(_generation_options(request.args[1]), []).append(i)
-      for options, members in groups.items():
+      options = [_generation_options(r.args[1]) for r in requests]
+      texts: dict[int, str] = {}
+      for one in dict.fromkeys(options):
+        members = [i for i, other in enumerate(options) if other == one]
         prompts = [requests[i].args[0] for i in members]
-        for i, text in zip(members, text_model.generate(prompts, *options)):
-          texts[i] = text
-      return texts
+        texts |= zip(members, text_model.generate(prompts, *one))
+      return [texts[i] for i in range(len(requests))]
 
   return Adapter()
 
@@ -325,26 +278,16 @@ def define_flags():
     'accuracy of LAMBADA needs; costs samples.',
   )
   flags.DEFINE_string(
-    'sampler',
-    '',
-    "By default the block or confidence sampler, else the run's own.",
+    'sampler', '', "By default block or confidence, else the run's own."
   )
   flags.DEFINE_integer(
-    'num_steps',
-    0,
-    "Steps of the sampler; 0 for the run's, or base.py's for another sampler "
-    "than the run's.",
+    'num_steps', 0, "Steps of the sampler; 0: the run's, or base.py's."
   )
   flags.DEFINE_string('output', None, 'A new JSON file for the results.')
 
 
 def run_tasks():
-  """Runs the harness on a workdir and prints the results; see `define_flags`.
-
-  Raises:
-    InputError: the harness is not installed, there is no such run, or a flag
-      has a value that is not allowed.
-  """
+  """Runs the harness on --workdir and prints the results."""
   options = flags.FLAGS
   harness, tasks, tables = map(
     _import, ('lm_eval', 'lm_eval.tasks', 'lm_eval.utils')
@@ -353,9 +296,7 @@ def run_tasks():
     raise InputError('--workdir and --tasks are needed')
   if options.output and os.path.exists(options.output):
     raise InputError(f'--output={options.output!r} exists')
-  sampler = {'name': options.sampler} if options.sampler else {}
-  if options.num_steps:
-    sampler['num_steps'] = options.num_steps
+  given = {'name': options.sampler, 'num_steps': options.num_steps}
   manager = tasks.TaskManager(include_path=options.include_path)
   for name in options.tasks:
     if name not in manager.all_tasks:
@@ -366,7 +307,7 @@ def run_tasks():
       )
   text_model = open_text_model(
     options.workdir,
-    sampler,
+    {key: value for key, value in given.items() if value},
     num_draws=options.num_draws,
     batch_size=options.batch_size,
     seed=options.seed,

@@ -34,6 +34,7 @@ attention that opens to the right step by step:
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ import pathlib
 import re
 import sys
 import tempfile
+import types
 from typing import Any
 
 from absl import flags
@@ -127,15 +129,13 @@ def import_checkpoint(
   *,
   family: str = '',
   allow_pickle: bool = False,
-  changes: Mapping[str, Any] | None = None,
+  changes: Mapping[str, Any] = types.MappingProxyType({}),
 ):
-  """Runs --mode=import: writes a workdir with a published checkpoint's weights.
-
-  It can be evaluated, sampled from and named in checkpoint.init_from.
+  """Writes a workdir with the weights of a published checkpoint.
 
   Args:
     source: a folder, a file of weights, or 'ORGANISATION/NAME' on the hub.
-    workdir: to write; must be new or empty.
+    workdir: a folder that is new or empty.
     family: one of FAMILIES; '' detects it.
     allow_pickle: see `tensors.open_tensors`.
     changes: {'section.key': value}, for the config on top of the family's.
@@ -145,14 +145,12 @@ def import_checkpoint(
   """
   if family not in ('', *FAMILIES):
     raise InputError(f'--family={family!r} is not one of {sorted(FAMILIES)}')
-  changes = changes or {}
   with new_folder(workdir, '--workdir') as work:
     scratch = work.parent
     path = find_source(source, allow_pickle)
     folder = path if path.is_dir() else path.parent
-    foreign = {}
-    if (folder / HF_CONFIG).is_file():
-      foreign = read_json(folder / HF_CONFIG)
+    has_config = (folder / HF_CONFIG).is_file()
+    foreign = read_json(folder / HF_CONFIG) if has_config else {}
     tensors = tensor_files.open_tensors(path, allow_pickle)
     if (folder / OWN / ORIGIN).is_file():
       own, config, tokenizer = read_own(folder / OWN)
@@ -173,27 +171,23 @@ def import_checkpoint(
         tokenizer = tokenizers.make_tokenizer(config.tokenizer)
       else:
         tokenizer = find_tokenizer(family, described, folder, scratch)
-      if tokenizer.vocab_size != described.num_ids:
+      if tokenizer.vocab_size != len(described.rows):
         raise InputError(
           f'tokenizer.name={tokenizer.name!r} has {tokenizer.vocab_size} ids '
           'with the mask; the checkpoint is of another vocabulary, '
-          f'{described.num_ids}'
+          f'{len(described.rows)}'
         )
     config.tokenizer.update(
       name=tokenizers.RUN, path=os.path.abspath(workdir), vocab_size=0
     )
     settings = configs.make_settings(config, changes)
     # The mesh is for other modes: one device is enough here.
-    local = settings.replace(mesh=MeshConfig(data=1, fsdp=1, tensor=1))
+    local = dataclasses.replace(
+      settings, mesh=MeshConfig(data=1, fsdp=1, tensor=1)
+    )
     run = runs.make_run(local, devices=jax.devices('cpu')[:1])
     run = run.with_tokenizer(tokenizer)
-    shapes = jax.eval_shape(run.scorer.init_params, jax.random.key(0))
-    form, paths = FAMILIES[family], layouts.paths_of(shapes)
-    layout = form.layout(network_of(run), paths, tensors.shapes)
-    check_names(layout, form.ignored, tensors)
-    if tensors.take_averages(form.ignored):
-      log.info('%s: the averaged weights (EMA) are used', tensors.where)
-    params = read_params(shapes, layout, tensors, described, scratch)
+    params = read_params(run, family, tensors, described, scratch)
     save_tokenizer(tokenizer, work)
     (work / workdirs.CONFIG).write_text(settings.to_json())
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -214,7 +208,7 @@ def import_checkpoint(
 
 
 def network_of(run: runs.Run) -> ModelConfig:
-  """Returns the shape of a run's transformer; InputError for other networks."""
+  """Returns the shape of a transformer; InputError for other networks."""
   if not isinstance(run.network, TransformerNetwork):
     raise InputError(
       f'model.name={run.settings.model["name"]!r} cannot be imported or '
@@ -227,7 +221,7 @@ def network_of(run: runs.Run) -> ModelConfig:
 def new_folder(target: str, flag: str) -> Iterator[pathlib.Path]:
   """Yields a folder that becomes `target`, or is deleted after an error.
 
-  Its parent is a folder for temporary files. `flag` is the flag of `target`.
+  Its parent is for temporary files. `flag` is the flag that names `target`.
   """
   path = pathlib.Path(target).absolute()
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -275,19 +269,14 @@ def describe_own(tokenizer: Tokenizer, length: int) -> layouts.Description:
   mask, size = tokenizer.mask_id, tokenizer.vocab_size
   if isinstance(tokenizer, HuggingFaceTokenizer):
     mask = tokenizer.mask_place
-  separator = moved(tokenizer.separator_id, mask, size)
-  return layouts.Description(size, mask, separator, separator, length)
-
-
-def moved(i: int, mask: int, vocab_size: int) -> int:
-  """Returns our id for theirs, or the reverse: the mask moves to the end."""
-  return {mask: vocab_size - 1, vocab_size - 1: mask}.get(i, i)
+  end = tokenizer.separator_id
+  end = size - 1 if end == mask else end
+  return layouts.Description(size, mask, end, end, length)
 
 
 def _update(config: Any, settings: Mapping[str, Any]):
   for key, value in settings.items():
-    section, _, leaf = key.rpartition('.')
-    configs.set_value(config[section] if section else config, leaf, value, key)
+    configs.set_value(config, key, value)
 
 
 def find_source(source: str, allow_pickle: bool) -> pathlib.Path:
@@ -312,12 +301,10 @@ def find_source(source: str, allow_pickle: bool) -> pathlib.Path:
     )
   # The errors have several bases, OSError and ValueError among them.
   except Exception as error:
-    why = str(error).strip().split('\n', maxsplit=1)[0]
-    if not is_online:
-      why = f'it is not in the cache, and {constants.ENDPOINT} does not answer'
+    why = f'it is not in the cache, and {constants.ENDPOINT} does not answer'
     raise InputError(
       f'--from={source!r} is not a folder here, and cannot be downloaded from '
-      f'the Hugging Face hub: {why}'
+      f'the Hugging Face hub: {error if is_online else why}'
     ) from error
   return pathlib.Path(folder)
 
@@ -342,14 +329,7 @@ def describe(
     return FAMILIES[family].describe(foreign, tensors.shapes)
   except InputError as error:
     raise InputError(f'{tensors.where}: {error}') from error
-  # Values of other types, empty lists and numbers that are too large.
-  except (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-  ) as error:
+  except Exception as error:  # There may be values of any type.
     raise InputError(
       f'{tensors.where}: config.json cannot be read as one of family '
       f'{family!r}: {error!r}'
@@ -364,27 +344,23 @@ def find_tokenizer(
 ) -> Tokenizer:
   """Returns the tokenizer of an imported checkpoint.
 
-  Args:
-    family: of the checkpoint.
-    described: its vocabulary.
-    folder: with the weights. Its tokenizer.json comes first, then what the
-      family makes of other files, then the tokenizer that the family names.
-    scratch: a folder for a tokenizer.json.
+  It is the tokenizer.json in `folder`, or what the family makes of other files,
+  which is written to `scratch`, or the tokenizer that the family names.
   """
-  path, size = folder / HF_TOKENIZER, described.num_ids
+  path, size = folder / HF_TOKENIZER, len(described.rows)
   if not path.is_file():
     try:
       content = FAMILIES[family].tokenizer_json(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # The library raises nothing narrower.
       raise InputError(
-        f'the tokenizer in {folder} cannot be read: {error!r}'
+        f'the tokenizer in {folder} cannot be read: {error}'
       ) from error
     if content is not None:
       path = scratch / HF_TOKENIZER
       path.write_text(json.dumps(content))
   if path.is_file():
     mask = size - 1 if described.mask_id is None else described.mask_id
-    separator = moved(described.separator_id, mask, size)
+    separator = int(described.rows[described.separator_id])
     return load_hugging_face(str(path), size, mask, separator)
   if not described.tokenizer:
     raise InputError(
@@ -409,18 +385,17 @@ def check_names(
     InputError: names are missing or surplus, or tied tensors differ.
   """
   found, wanted = set(tensors.shapes), set(layout.tensors)
-  surplus = {
+  surplus = [
     name
     for name in found - wanted - set(layout.same)
     if not any(re.fullmatch(pattern, name) for pattern in ignored)
-  }
-  lines = []
-  for kind, names in (('missing', wanted - found), ('surplus', surplus)):
-    if names:
-      rest = len(names) - _NUM_SHOWN
-      more = f' and {rest} more' if rest > 0 else ''
-      lines.append(f'{kind}: {sorted(names)[:_NUM_SHOWN]}{more}')
-  if lines:
+  ]
+  wrong = {'missing': wanted - found, 'surplus': surplus}
+  if any(wrong.values()):
+    lines = [
+      f'{len(names)} {kind}: {sorted(names)[:_NUM_SHOWN]}'
+      for kind, names in wrong.items()
+    ]
     raise InputError(
       f'{tensors.where} does not hold the tensors of its config; '
       + '; '.join(lines)
@@ -435,30 +410,31 @@ def check_names(
 
 
 def read_params(
-  shapes: Any,
-  layout: layouts.Layout,
+  run: runs.Run,
+  family: str,
   tensors: tensor_files.Tensors,
   described: layouts.Description,
   folder: pathlib.Path,
 ) -> Any:
-  """Reads the parameters, float32, on the CPU, one tensor after the other.
+  """Reads a run's parameters, float32, on the CPU, a tensor after the other.
 
-  Args:
-    shapes: our parameters, a tree of shapes.
-    layout: passed by `check_names`.
-    tensors: the checkpoint's.
-    described: its vocabulary.
-    folder: where the arrays are memory-mapped files.
+  They are memory-mapped files in `folder`.
 
   Raises:
-    InputError: a tensor has another shape, or integers.
+    InputError: there are other tensors, or a tensor has another shape or type.
   """
-  params = {}
-  for path, leaf in checkpoint.flatten(shapes).items():
-    file = folder / f'{path.replace("/", ".")}.npy'
-    params[path] = np.lib.format.open_memmap(
-      file, 'w+', np.float32, shape=leaf.shape
+  tree = jax.eval_shape(run.scorer.init_params, jax.random.key(0))
+  shapes, form = checkpoint.flatten(tree), FAMILIES[family]
+  layout = form.layout(network_of(run), shapes, tensors.shapes)
+  check_names(layout, form.ignored, tensors)
+  if tensors.take_averages(form.ignored):
+    log.info('%s: the averaged weights (EMA) are used', tensors.where)
+  params = {
+    path: np.lib.format.open_memmap(
+      folder / path.replace('/', '.'), 'w+', np.float32, shape=leaf.shape
     )
+    for path, leaf in shapes.items()
+  }
   for name, parts in layout.tensors.items():
     tensor = tensors.read(name)
     if tensor.dtype.kind in 'biu':
@@ -468,37 +444,27 @@ def read_params(
       )
     for part in parts:
       ours = part.of(params)
-      array = _theirs(tensor, part, ours.shape, described)
+      array = _theirs(tensor, part)
+      has_ids = part.path in sharding.BY_VOCABULARY
+      if has_ids and len(array) == described.vocab_size:
+        array = array[described.rows]
       if array.shape != ours.shape:
         raise InputError(
           f'{tensors.where}: tensor {name} of shape {tensor.shape} does not '
           f'fit: by config.json the parameter {part.path} has {ours.shape}'
         )
       ours[...] = array
-      mask = described.mask_id
-      if part.path in sharding.BY_VOCABULARY and mask is not None:
-        ours[[mask, -1]] = ours[[-1, mask]]
   cpu = jax.devices('cpu')[0]
   leaves = [jax.device_put(array, cpu) for array in params.values()]
-  return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+  return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def _theirs(
-  tensor: np.ndarray,
-  part: layouts.Part,
-  shape: tuple[int, ...],
-  described: layouts.Description,
-) -> np.ndarray:
-  """Returns a parameter with the ids in their order, or an empty array."""
-  share = part.piece.share
+def _theirs(tensor: np.ndarray, part: layouts.Part) -> np.ndarray:
+  """Returns a parameter in a tensor; an empty array if it does not fit."""
   try:
-    if share is not None:
-      axis, i, count = share
+    if part.share is not None:
+      axis, i, count = part.share
       tensor = np.split(tensor, count, axis)[i]
-    tensor = part.piece.how.read(tensor)
+    return part.how(tensor)
   except (ValueError, IndexError):  # It cannot be split or reshaped.
     return np.empty(0)
-  has_ids = part.path in sharding.BY_VOCABULARY
-  if has_ids and described.mask_id is None and len(tensor) == shape[0] - 1:
-    return np.concatenate([tensor, tensor[described.start_id][None]])
-  return tensor

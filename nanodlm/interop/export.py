@@ -13,7 +13,8 @@ say. tokenizer.json is written if it makes the same ids as the run's tokenizer
 (bytes, SentencePiece as it is trained here, tiktoken's, imported ones).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+import contextlib
 import json
 import logging
 import pathlib
@@ -25,6 +26,7 @@ from absl import flags
 import jax
 import numpy as np
 
+from nanodlm import evaluate
 from nanodlm import lm as lms
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
@@ -51,7 +53,7 @@ from nanodlm.types import InputError
 
 log = logging.getLogger('nanodlm')
 
-# Bytes of a file of tensors; one file is copied at a time.
+# A file of tensors has fewer bytes, or ends with the one that exceeds them.
 SHARD_BYTES = 2**30
 MASK_TEXT, SEPARATOR_TEXT = '<|mask|>', '<|separator|>'
 
@@ -79,11 +81,11 @@ def main(start: Start) -> int:
 
 
 def export_checkpoint(workdir: str, output: str, family: str = ''):
-  """Runs --mode=export: writes the averaged weights of the last checkpoint.
+  """Writes the averaged weights of a run's last checkpoint.
 
   Args:
-    workdir: of the run.
-    output: the folder to write; must be new or empty.
+    workdir: folder of the run.
+    output: a folder that is new or empty.
     family: one of FAMILIES; '' is the first that fits the run.
 
   Raises:
@@ -100,24 +102,21 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     described = convert.describe_own(run.tokenizer, run.settings.data.length)
     foreign = form.to_config(network, described)
     write_json(work / convert.HF_CONFIG, foreign)
-    layout = form.layout(network, layouts.paths_of(params), ())
+    layout = form.layout(network, checkpoint.flatten(params), ())
     write_tensors(work, params, layout, described)
     has_tokenizer = write_tokenizer(work, run, described)
     if run.objective.causal:
       # The mask begins a text and is never a part of it.
-      special = {
-        'bos_token_id': described.mask_id,
-        'eos_token_id': described.separator_id,
-        'pad_token_id': described.separator_id,
-        'suppress_tokens': [described.mask_id],
-      }
+      keys = ('bos_token_id', 'eos_token_id', 'pad_token_id')
+      special = {key: foreign[key] for key in keys}
+      special['suppress_tokens'] = [described.mask_id]
       write_json(work / 'generation_config.json', special)
     own = work / convert.OWN
     own.mkdir()
     save_tokenizer(run.tokenizer, own)
     write_json(own / workdirs.CONFIG, published(run.settings))
     write_json(own / convert.ORIGIN, {'family': family, 'step': step})
-    text = card(run, workdir, step, family, foreign, has_tokenizer)
+    text = card(lm, family, foreign, has_tokenizer)
     (work / 'README.md').write_text(text)
   log.info('exported %s, step %d, as %s into %s', workdir, step, family, output)
 
@@ -162,28 +161,23 @@ def write_tensors(
   for path in sharding.BY_VOCABULARY & set(flat):
     # The rows of a vocabulary that is split over devices may be padded.
     flat[path] = flat[path][: described.vocab_size]
-  shards, size = [[]], 0
+  shards, size, names = {}, 0, {}
   for name, parts in sorted(layout.tensors.items()):
+    shards.setdefault(size // SHARD_BYTES, {})[name] = parts
     size += sum(part.of(flat).nbytes for part in parts)
-    if size > SHARD_BYTES and shards[-1]:
-      shards.append([])
-      size = 0
-    shards[-1].append(name)
-  names, total = {}, 0
-  for i, shard in enumerate(shards):
+  for i, shard in enumerate(shards.values()):
     file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
     if len(shards) == 1:
       file = 'model.safetensors'
     arrays = {
-      name: _tensor(flat, layout.tensors[name], described) for name in shard
+      name: _tensor(flat, parts, described) for name, parts in shard.items()
     }
-    total += sum(x.nbytes for x in arrays.values())
     safetensors.save_file(arrays, folder / file, metadata={'format': 'pt'})
     # safetensors makes files that only their owner can read.
     shutil.copymode(folder / convert.HF_CONFIG, folder / file)
     names.update(dict.fromkeys(shard, file))
   if len(shards) > 1:
-    index = {'metadata': {'total_size': total}, 'weight_map': names}
+    index = {'metadata': {'total_size': size}, 'weight_map': names}
     write_json(folder / 'model.safetensors.index.json', index)
 
 
@@ -197,11 +191,9 @@ def _tensor(
   for part in parts:
     array = part.of(params)
     if part.path in sharding.BY_VOCABULARY:
-      rows = np.arange(len(array))
-      rows[[described.mask_id, -1]] = rows[[-1, described.mask_id]]
-      array = array[rows]
-    arrays.append(part.piece.how.write(array))
-  share = parts[0].piece.share
+      array = array[described.rows]
+    arrays.append(part.how(array))
+  share = parts[0].share
   whole = arrays[0] if share is None else np.concatenate(arrays, share[0])
   return np.ascontiguousarray(whole)
 
@@ -264,14 +256,9 @@ def _makes_the_same_ids(content: dict[str, Any], tokenizer: Tokenizer) -> bool:
   import tokenizers as library
 
   theirs = library.Tokenizer.from_str(json.dumps(content))
-  texts = (
-    *list(topics.topics.values())[:40],
-    '',
-    '  two  spaces ',
-    '\ttab\r\n\n',
-    'na\u00efve \u6f22\u5b57 \U0001f600',
-    "e\u0301 12345 I'll",
-  )
+  odd = "na\u00efve \u6f22\u5b57 \U0001f600 e\u0301 12345 I'll"
+  texts = ['', '  two  spaces ', '\ttab\r\n\n', odd]
+  texts += list(topics.topics.values())[:40]
   return all(
     theirs.encode(text, add_special_tokens=False).ids
     == tokenizer.encode(text).tolist()
@@ -325,14 +312,13 @@ A text begins with the token {} (the mask), whose own logit means nothing."""
 
 
 def card(
-  run: Run,
-  workdir: str,
-  step: int,
+  lm: lms.LanguageModel,
   family: str,
   foreign: dict[str, Any],
   has_tokenizer: bool,
 ) -> str:
   """Returns the model card: what config.json and the logs of the run say."""
+  run, step, workdir = lm.run, lm.step, lm.workdir
   settings, tokenizer = run.settings, run.tokenizer
   loading = (
     'No architecture of transformers fits this network; the tensors have the '
@@ -375,7 +361,7 @@ def card(
     num_ids=tokenizer.vocab_size,
     tokenizer=tokenizer.name,
     training=training,
-    measured=_measured(run, pathlib.Path(workdir), step),
+    measured=_measured(lm),
   )
 
 
@@ -390,46 +376,19 @@ def _public_source(source: str) -> str:
   return re.sub(r'(?<=:)[/~][^:+]*/', '', source)
 
 
-def _measured(run: Run, workdir: pathlib.Path, step: int) -> str:
-  """Returns a table of the last evaluation of each text at this step."""
-  own_source, found = run.settings.data.source, {}
+def _measured(lm: lms.LanguageModel) -> str:
+  """Returns the last evaluation of each text at this step, as a list."""
+  found, exact = {}, lm.run.objective.exact
   # A separate evaluation replaces one during training.
   for file in (workdirs.METRICS, workdirs.EVAL):
-    for entry in _entries(workdir / file):
-      nll = entry.get('eval/nll')
-      if entry.get('step') == step and isinstance(nll, int | float):
-        found[entry.get('source', own_source)] = entry
-  if not found:
-    return 'Nothing was measured at this step.'
-
-  def shown(entry, key, digits=4):
-    value, width = entry.get(f'eval/{key}'), entry.get(f'eval/{key}_ci95')
-    if value is None:
-      return ''
-    return f'{value:.{digits}f}' + (f' ± {width:.{digits}f}' if width else '')
-
-  kind = 'exact value' if run.objective.exact else 'upper bound'
-  lines = [
-    f'On held-out text, an {kind}, 95% intervals:',
-    '',
-    '| text | nats/token | perplexity | bits/byte | examples |',
-    '|---|---|---|---|---|',
-  ]
-  for source, entry in found.items():
-    lines.append(
-      f'| `{_public_source(source)}` | {shown(entry, "nll")} | '
-      f'{shown(entry, "ppl", 2)} | {shown(entry, "bits_per_byte")} | '
-      f'{entry.get("eval/num_examples", 0):.0f} |'
-    )
-  return '\n'.join(lines)
-
-
-def _entries(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """Yields the entries of a log, without lines that a kill cut off."""
-  for line in path.read_bytes().splitlines() if path.is_file() else ():
-    try:
-      entry = json.loads(line)
-    except (ValueError, RecursionError):
-      continue
-    if isinstance(entry, dict):
-      yield entry
+    path = pathlib.Path(lm.workdir, file)
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+      # Lines that are cut off, or say something else.
+      with contextlib.suppress(ValueError, TypeError, KeyError):
+        entry = json.loads(line)
+        if entry['step'] == lm.step:
+          means = {k: v for k, v in entry.items() if k.startswith('eval/')}
+          source = entry.get('source', lm.run.settings.data.source)
+          found[_public_source(source)] = evaluate.describe(means, exact)
+  lines = [f'- `{source}`: {text}' for source, text in found.items()]
+  return '\n'.join(lines) or 'Nothing was measured at this step.'

@@ -6,15 +6,18 @@ request, and even then by PyTorch's reader for weights alone.
 """
 
 import abc
+from collections.abc import Callable
 import functools
 import importlib.util
 import pathlib
 import re
 from typing import Any
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
-from nanodlm.interop import orbax
+from nanodlm import workdir as workdirs
 from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 
@@ -25,6 +28,8 @@ PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 _NOT_WEIGHTS = ('training_args', 'optimizer', 'scheduler', 'rng_state')
 # The entry with the weights in a PyTorch file that holds other things too.
 _NESTED = ('state_dict', 'model', 'module')
+# The item with the parameters in an Orbax checkpoint of a training state.
+_ITEM = 'train_state'
 # Classes of the settings and tokenizers in Lightning's files.
 _SETTINGS = re.compile(
   r'(omegaconf|transformers|tokenizers|lightning|pytorch_lightning|dataloader)'
@@ -50,14 +55,7 @@ class Tensors(abc.ABC):
     """Returns an array in its own dtype (bfloat16 is that of ml_dtypes)."""
 
   def take_averages(self, ignored: tuple[str, ...]) -> bool:
-    """Replaces the weights by their averages if the file holds both.
-
-    Args:
-      ignored: regular expressions for the names that are not weights.
-
-    Returns:
-      Whether the arrays are averages.
-    """
+    """Takes averages for the weights, all but `ignored`; whether there are."""
     del ignored
     return False
 
@@ -95,18 +93,14 @@ class TorchTensors(Tensors):
 
   def __init__(self, paths: list[pathlib.Path], where: str):
     super().__init__(where)
-    # What else the first file holds, such as Lightning's 'ema'.
-    self._tensors, self._rest = {}, {}
+    # Lightning's and the projects' own files hold more than weights.
+    self._tensors, self._average = {}, None
     for path in paths:
       loaded = _load_weights(path)
-      for key in _NESTED:
-        if isinstance(loaded.get(key), dict):
-          rest = {name: x for name, x in loaded.items() if name != key}
-          self._rest = self._rest or rest
-          loaded = loaded[key]
-          break
-      # Other entries are not tensors.
-      self._tensors |= {k: x for k, x in loaded.items() if hasattr(x, 'detach')}
+      nested = [loaded[k] for k in _NESTED if isinstance(loaded.get(k), dict)]
+      found = nested[0] if nested else loaded
+      self._tensors |= {k: x for k, x in found.items() if hasattr(x, 'detach')}
+      self._average = self._average or (nested and loaded.get('ema'))
     self.shapes = {name: tuple(x.shape) for name, x in self._tensors.items()}
 
   def read(self, name: str) -> np.ndarray:
@@ -118,7 +112,7 @@ class TorchTensors(Tensors):
   def take_averages(self, ignored: tuple[str, ...]) -> bool:
     # torch_ema, which SEDD, MDLM, BD3-LM and Duo use, keeps a list in the order
     # of the parameters.
-    average = self._rest.get('ema')
+    average = self._average
     if not isinstance(average, dict) or 'shadow_params' not in average:
       return False
     names = [
@@ -136,18 +130,8 @@ class TorchTensors(Tensors):
     return True
 
 
-class _Inert:
-  """Replaces an object of another class in a file of weights; does nothing."""
-
-  def __init__(self, *args: Any, **kwargs: Any):
-    del args, kwargs
-
-  def __setstate__(self, state: Any):
-    del state
-
-
 def _load_weights(path: pathlib.Path) -> dict[str, Any]:
-  """Loads a file of PyTorch's with `_Inert` objects in place of the settings.
+  """Loads a file of PyTorch's with inert objects in place of the settings.
 
   The classes of the settings are neither imported nor called; any other class
   makes the reader refuse the file.
@@ -160,8 +144,10 @@ def _load_weights(path: pathlib.Path) -> dict[str, Any]:
       is_zip = file.read(2) == b'PK'
     find = torch.serialization.get_unsafe_globals_in_checkpoint
     # The reader distinguishes the classes: each one needs its own replacement.
+    ignore = lambda self, *args: None
+    inert = {'__init__': ignore, '__setstate__': ignore}
     stubs = [
-      (type('Inert', (_Inert,), {}), name)
+      (type('Inert', (), inert), name)
       for name in (find(path) if is_zip else ())
       if _SETTINGS.fullmatch(name)
     ]
@@ -190,23 +176,52 @@ class OrbaxTensors(Tensors):
 
   def __init__(self, folder: pathlib.Path):
     super().__init__(str(folder))
-    tree = orbax.metadata(folder)
+    self._folder = folder.absolute()
+    found: Any = self._use(lambda reader: reader.metadata(self._folder))
+    tree = found.item_metadata.tree
     items = [name for name in ('ema_params', 'params') if tree.get(name)]
     if not items:
       raise InputError(f'{folder} holds {sorted(tree)}, but not params')
-    self._folder, self._item = folder, items[0]
-    leaves = checkpoint.flatten(tree[self._item])
+    self._tree = {items[0]: tree[items[0]]}
+    leaves = checkpoint.flatten(tree[items[0]])
     self.shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
 
   @functools.cached_property
   def _arrays(self):
-    return checkpoint.flatten(orbax.restore(self._folder, self._item))
+    types = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), self._tree)
+    args = ocp.args.PyTreeRestore(
+      item=self._tree, restore_args=types, partial_restore=True
+    )
+    read = lambda reader: reader.restore(self._folder, args=args)
+    (params,) = self._use(read).values()
+    return checkpoint.flatten(params)
+
+  def _use(self, call: Callable[[ocp.PyTreeCheckpointer], Any]) -> Any:
+    with ocp.PyTreeCheckpointer() as reader:
+      try:
+        return call(reader)
+      # Orbax raises nothing narrower for data that cannot be read.
+      except Exception as error:
+        raise InputError(f'{self.where} cannot be read: {error}') from error
 
   def read(self, name: str) -> np.ndarray:
     return self._arrays[name]
 
   def take_averages(self, ignored: tuple[str, ...]) -> bool:
-    return self._item == 'ema_params'
+    return 'ema_params' in self._tree
+
+
+def _find_state(path: pathlib.Path) -> pathlib.Path | None:
+  """Returns the folder of a training state of Orbax, or None.
+
+  `path` may be that folder, the checkpoint that it is an item of, the folder of
+  the checkpoints, of which the last is used, or a workdir.
+  """
+  folders = [path]
+  for parent in (path, path / workdirs.CHECKPOINTS):
+    last = [str(step) for step in checkpoint.complete_steps(parent)[-1:]]
+    folders.append(parent.joinpath(*last, _ITEM))
+  return next((f for f in folders if (f / '_METADATA').is_file()), None)
 
 
 def require(package: str):
@@ -226,8 +241,7 @@ def open_tensors(path: pathlib.Path, allow_pickle: bool) -> Tensors:
   Raises:
     InputError: weights are missing, or are pickles without `allow_pickle`.
   """
-  state = orbax.find(path)
-  if state is not None:
+  if state := _find_state(path):
     return OrbaxTensors(state)
   files = sorted(path.iterdir()) if path.is_dir() else [path]
   safe = [file for file in files if file.suffix == SAFETENSORS]

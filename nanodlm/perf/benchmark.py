@@ -38,6 +38,7 @@ from nanodlm.model.config import ModelConfig
 from nanodlm.model.network import TransformerNetwork
 from nanodlm.perf import compile as ahead
 from nanodlm.run import Run
+from nanodlm.steps import sample as sample_steps
 from nanodlm.training import metrics, optim
 from nanodlm.types import InputError
 
@@ -175,7 +176,7 @@ def time_train(run: Run, num_timed: int) -> dict[str, float]:
   settings, training = run.settings, runs.make_training(run)
   start = time.perf_counter()
   state = meshes.init_sharded(run.mesh, training.init_state)
-  batch = ahead.random_batch(run, settings.train.batch_size)
+  batch = ahead.train_batch(run)
   put = lambda: meshes.shard_whole_batch(run.mesh, batch)
   compiled = cast(Any, training.step).lower(state, put()).compile()
   hugepages.release_free_memory()  # As training does.
@@ -206,7 +207,8 @@ def time_eval(run: Run, num_timed: int) -> dict[str, float]:
   options = run.settings.eval
   num_draws = 1 if run.objective.exact else options.num_draws
   params, step = _init_params(run), ahead.make_eval_step(run)
-  batch = meshes.shard_whole_batch(run.mesh, ahead.eval_batch(run))
+  batch = ahead.random_batch(run, options.batch_size)
+  batch = meshes.shard_whole_batch(run.mesh, batch)
   secs = _time(lambda: step(params, batch), max(num_timed // num_draws, 3), 1)
   num_tokens = num_draws * options.batch_size * run.settings.data.length
   return _row(secs, num_tokens, num_calls=num_draws)
@@ -214,7 +216,8 @@ def time_eval(run: Run, num_timed: int) -> dict[str, float]:
 
 def time_sampler(run: Run, num_samples: int) -> dict[str, float]:
   """Times the run's sampler with initial parameters, on empty canvases."""
-  params, step = _init_params(run), ahead.make_sample_step(run)
+  params = _init_params(run)
+  step = sample_steps.make_sample_step(run.scorer, run.sampler, run.mesh)
   canvas = ahead.blank_canvas(run, num_samples)
   canvas = meshes.shard_whole_batch(run.mesh, canvas)
   key = jax.random.key(1)
@@ -284,7 +287,7 @@ def time_reference(
     updates, opt_state = optimizer.update(gradient, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, key
 
-  tokens = ahead.random_batch(run, settings.train.batch_size).tokens
+  tokens = ahead.train_batch(run).tokens
   tokens = tokens.reshape(num_micro, -1, settings.data.length)
   params = jax.jit(network.init)(jax.random.key(0), tokens[0])
   state = params, jax.jit(optimizer.init)(params), jax.random.key(1)
@@ -304,7 +307,8 @@ def count_scaling(
   batch_size = num_devices * settings.train.batch_size
   train = dataclasses.replace(settings.train, batch_size=batch_size)
   run = runs.make_run(
-    settings.replace(train=train), devices=jax.devices()[:num_devices]
+    dataclasses.replace(settings, train=train),
+    devices=jax.devices()[:num_devices],
   )
   step, arguments = ahead.abstract_training(run.with_vocabulary(vocab_size))
   report = ahead.report_program(step.lower(*arguments), None, None)

@@ -146,10 +146,9 @@ def find_vocab_size(settings: Settings, given: int) -> int:
   if given:
     return given
   tokenizer = settings.tokenizer
+  if tokenizer.is_trained:
+    return tokenizer.vocab_size + 2  # The separator and the mask.
   try:
-    if tokenizers.find_class(tokenizer.name).min_trained_size > 0:
-      if not tokenizer.path:
-        return tokenizer.vocab_size + 2  # The separator and the mask.
     return tokenizers.make_tokenizer(tokenizer).vocab_size
   except InputError as error:
     raise InputError(
@@ -159,21 +158,19 @@ def find_vocab_size(settings: Settings, given: int) -> int:
 
 
 def random_batch(run: Run, batch_size: int) -> Batch:
-  """Returns a batch of random tokens that are all scored, without an index."""
+  """Returns a batch of random tokens that are all scored."""
   data, shape = run.settings.data, (batch_size, run.settings.data.length)
   generator = np.random.default_rng(0)
   tokens = generator.integers(0, run.objective.mask_id, shape, dtype=np.int32)
   has_segments = data.segment_ids or data.padding == 'masked'
   segment_ids = np.zeros(shape, np.int32) if has_segments else None
-  batch = lms.make_batch(tokens, np.ones(shape, bool), segment_ids)
+  return lms.make_batch(tokens, np.ones(shape, bool), segment_ids)
+
+
+def train_batch(run: Run) -> Batch:
+  """Returns a `random_batch` as the training step takes it."""
+  batch = random_batch(run, run.settings.train.batch_size)
   return batch._replace(index=None)
-
-
-def eval_batch(run: Run) -> Batch:
-  """Returns a `random_batch` as the evaluation step takes it."""
-  batch_size = run.settings.eval.batch_size
-  index = np.arange(batch_size, dtype=np.int32)
-  return random_batch(run, batch_size)._replace(index=index)
 
 
 def blank_canvas(run: Run, num_samples: int) -> Canvas:
@@ -190,11 +187,6 @@ def make_eval_step(run: Run) -> Any:
   return evaluate_steps.make_eval_step(
     run.scorer, run.mesh, num_draws=options.num_draws, seed=options.seed
   )
-
-
-def make_sample_step(run: Run) -> Any:
-  """Builds the sampler, (params, key, canvas) -> samples."""
-  return sample_steps.make_sample_step(run.scorer, run.sampler, run.mesh)
 
 
 # As in 'Used 21.51G of 15.75G hbm' of the TPU compiler's error.
@@ -273,18 +265,16 @@ def kernel_cycles(cost: hlo.Cost, chip: Chip) -> float:
 
 def abstract_training(run: Run) -> tuple[Any, tuple[Any, Batch]]:
   """Returns the training step and its arguments as abstract arrays."""
-  training, size = runs.make_training(run), run.settings.train.batch_size
+  training = runs.make_training(run)
   state = meshes.shapes_sharded(run.mesh, training.init_state)
-  batch = meshes.place(meshes.batch_sharding(run.mesh), random_batch(run, size))
+  batch = meshes.place(meshes.batch_sharding(run.mesh), train_batch(run))
   return training.step, (state, batch)
 
 
 def compile_run(run: Run, topology: str = '') -> dict[str, Any]:
   """Compiles the programs of a run; returns the report, all figures per chip.
 
-  Args:
-    run: on the devices of the topology.
-    topology: the pod, such as 'v5e:4x4'; '' for this machine's devices.
+  `topology` is the pod, such as 'v5e:4x4', or '' for this machine's devices.
   """
   runs.check_training(run)
   settings, mesh = run.settings, run.mesh
@@ -294,10 +284,12 @@ def compile_run(run: Run, topology: str = '') -> dict[str, Any]:
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = meshes.place(meshes.replicated(mesh), key)
   canvas = on_rows(blank_canvas(run, settings.sample.num_samples))
+  rows = on_rows(random_batch(run, settings.eval.batch_size))
+  sample_step = sample_steps.make_sample_step(run.scorer, run.sampler, mesh)
   lowered = {
     'train': train_step.lower(state, batch),
-    'eval': make_eval_step(run).lower(params, on_rows(eval_batch(run))),
-    'sample': make_sample_step(run).lower(params, key, canvas),
+    'eval': make_eval_step(run).lower(params, rows),
+    'sample': cast(Any, sample_step).lower(params, key, canvas),
   }
   device, num_devices = mesh.devices.flat[0], mesh.devices.size
   chip, capacity = find_chip(device.device_kind), None
@@ -307,12 +299,12 @@ def compile_run(run: Run, topology: str = '') -> dict[str, Any]:
     capacity = (device.memory_stats() or {}).get('bytes_limit')
   length = settings.data.length
   tokens = settings.train.batch_size * length
-  parts = {
-    'parameters': state.params,
-    'average': state.ema_params,
-    'optimiser': state.opt_state,
-    'batch': batch,
-  }
+  parts = dict(
+    parameters=state.params,
+    average=state.ema_params,
+    optimiser=state.opt_state,
+    batch=batch,
+  )
   report = {
     'topology': topology,
     'device': device.device_kind,
@@ -330,7 +322,7 @@ def compile_run(run: Run, topology: str = '') -> dict[str, Any]:
     log.info('compiling %s', name)
     row = report['programs'][name] = report_program(program, capacity, chip)
     secs, peak = row['compile_secs'], row['peak_bytes'] / 2**30
-    log.info('  %.0f s, peak %.2f GiB', secs, peak)
+    log.info(f'  {secs:.0f} s, peak {peak:.2f} GiB')
   secs = report['programs']['train'].get('estimated_secs')
   if secs and chip:
     rate = report['model_flops'] / secs

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from nanodlm.noise import schedules, times
 from nanodlm.noise.categorical import Draw
 from nanodlm.samplers import base, reveal
-from nanodlm.types import Canvas, Denoise, Samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +22,6 @@ class Ancestral(base.MaskedSampler):
   T, the tokens of one step are drawn independently of each other.
 
   Attributes:
-    draw: how tokens are drawn.
     num_steps: T; see `grid`.
     schedule: alpha(t) of the reverse process; may differ from training.
     grid: 'uniform', 'cosine' or a list of times; see `times.reverse_grid`.
@@ -49,9 +47,7 @@ class Ancestral(base.MaskedSampler):
   def unread_keys(self) -> frozenset[str]:
     return frozenset({'num_steps'} if times.is_listed(self.grid) else ())
 
-  def __call__(
-    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-  ) -> Samples:
+  def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
     noise = self.noise_levels()
     plan_keys, draw_keys = reveal.split_each(keys)
@@ -61,12 +57,9 @@ class Ancestral(base.MaskedSampler):
     # As in training, the share of masks is of the whole row, prompt included.
     free_share = jnp.mean(~canvas.fixed, axis=1, keepdims=True)
     plan = reveal.Plan(step, free_share * noise[None, :-1])
-    return reveal.sample_plan(
-      draw_keys, canvas, plan, denoise, self.draw, self._num_slots(length)
-    )
-
-  def _num_slots(self, length: int) -> int:
     with jax.ensure_compile_time_eval():
       noise = self.noise_levels()
-      mean = length * float(jnp.max(noise[:-1] - noise[1:]))
-    return reveal.enough_slots(mean)
+      num_slots = reveal.enough_slots(length, noise[:-1] - noise[1:])
+    return reveal.sample_plan(
+      draw_keys, canvas, plan, denoise, self.draw, num_slots
+    )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from nanodlm.devices import sharding
 from nanodlm.noise.categorical import Draw
 from nanodlm.samplers import reveal
-from nanodlm.types import CachedDenoise, Canvas, Objective, Sampler, Samples
+from nanodlm.types import Objective, Sampler, Samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,6 @@ class LeftToRight(Sampler):
   refuses others).
 
   Attributes:
-    draw: how tokens are drawn.
     cache: whether to cache keys and values: one call reads the prompt, then
       each call runs one token. Without it, each call runs the whole canvas,
       with the same result up to float rounding.
@@ -42,9 +41,7 @@ class LeftToRight(Sampler):
   def max_calls(self, length: int) -> int:
     return length + self.cache  # One more call reads the prompt.
 
-  def __call__(
-    self, keys: jax.Array, canvas: Canvas, denoise: CachedDenoise
-  ) -> Samples:
+  def __call__(self, keys, canvas, denoise):
     free = ~canvas.fixed
     rank = jnp.cumsum(free, axis=1, dtype=jnp.int32) - 1
     if not self.cache:
@@ -62,17 +59,14 @@ class LeftToRight(Sampler):
     first = jnp.where(jnp.any(is_free), jnp.argmax(is_free), length)
     last = length - jnp.argmax(is_free[::-1])
     where = jnp.arange(length)
-
-    def prompt(cache):
-      return denoise.advance(cache, inputs[:, :-1], 0, where < 0)
+    prompt = lambda cache: denoise.advance(cache, inputs[:, :-1], 0, where < 0)
 
     def body(state):
       inputs, cache, i, num_calls = state
-      token = jax.lax.dynamic_slice_in_dim(inputs, i, 1, axis=1)
-      own = jnp.zeros_like(token)
-      level = jnp.ones((token.shape[0],))
-      logits, cache = denoise.within(cache, token, i, level, own, where < i)
       column = lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
+      token = column(inputs)
+      own, level = jnp.zeros_like(token), jnp.ones((token.shape[0],))
+      logits, cache = denoise.within(cache, token, i, level, own, where < i)
       # The keys of `reveal.sample_plan`, so that the cache changes nothing.
       step_keys = jax.vmap(jax.random.fold_in)(keys, column(rank)[:, 0])
       drawn = self.draw.sample(reveal.fold_in_each(step_keys, 0), logits)

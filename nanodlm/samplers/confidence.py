@@ -9,7 +9,7 @@ from nanodlm.devices import sharding
 from nanodlm.noise import categorical, processes
 from nanodlm.noise.categorical import Draw
 from nanodlm.samplers import base, reveal
-from nanodlm.types import Canvas, Denoise, InputError, Samples
+from nanodlm.types import InputError, Samples
 
 SCORES = ('max_prob', 'margin', 'entropy', 'random')
 
@@ -47,7 +47,6 @@ class Confidence(base.MaskedSampler):
   Differs from MaskGIT: no noise is added to the confidence.
 
   Attributes:
-    draw: how tokens are drawn.
     num_steps: number of calls, distributed over the blocks in proportion to
       their size, at least one per block; 0 disables the rule.
     score: the confidence that orders the positions.
@@ -93,9 +92,7 @@ class Confidence(base.MaskedSampler):
     num_blocks = -(-length // (self.block_size or max(length, 1)))
     return min(max(self.num_steps or length, num_blocks), length)
 
-  def __call__(
-    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-  ) -> Samples:
+  def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
     block_size = min(self.block_size or length, length)
     free = ~canvas.fixed
@@ -137,7 +134,6 @@ class Confidence(base.MaskedSampler):
     return Samples(tokens=tokens, num_calls=num_calls)
 
   def _confidence(self, keys, logits, drawn):
-    """Returns the confidence and the entropy, [B, K], at logits [B, K, V]."""
     log_p = categorical.log_prob(logits, self.draw.mask_id)
     p = jnp.exp(log_p)
     entropy = -jnp.sum(p * log_p, axis=-1)
@@ -153,7 +149,7 @@ class Confidence(base.MaskedSampler):
     return confidence, entropy
 
   def _kept(self, confidence, entropy, is_open, calls_left):
-    """Returns which of the open positions a call keeps, [B, K] bool."""
+    """Returns which open positions a call keeps, [B, K] like its arguments."""
     order = jnp.argsort(
       jnp.where(is_open, -confidence, jnp.inf), axis=1, stable=True
     )

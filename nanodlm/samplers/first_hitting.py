@@ -2,13 +2,11 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import processes
 from nanodlm.noise.categorical import Draw
 from nanodlm.samplers import base, reveal
-from nanodlm.types import Canvas, Denoise, Samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +16,6 @@ class FirstHitting(base.MaskedSampler):
   If n masks are left at noise level m, the next reveal happens at level
   m u^(1/n), u ~ U(0, 1), at a uniformly random masked position. Every free
   position takes one call. Source: Zheng et al., arXiv 2409.02908, section 4.
-
-  Attributes:
-    draw: how tokens are drawn.
   """
 
   draw: Draw
@@ -28,9 +23,7 @@ class FirstHitting(base.MaskedSampler):
   def max_calls(self, length: int) -> int:
     return length
 
-  def __call__(
-    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-  ) -> Samples:
+  def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
     order_keys, time_keys, draw_keys = reveal.split_each(keys, 3)
     rank = processes.random_rank(order_keys, ~canvas.fixed)

@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import processes
 from nanodlm.noise.categorical import Draw
 from nanodlm.samplers import base, reveal
-from nanodlm.types import Canvas, Denoise, InputError, Samples
+from nanodlm.types import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,6 @@ class FixedCount(base.MaskedSampler):
   from ancestral sampling only in that every step reveals the same number.
 
   Attributes:
-    draw: how tokens are drawn.
     num_steps: T; a row with fewer free positions takes one call per position.
   """
 
@@ -34,9 +32,7 @@ class FixedCount(base.MaskedSampler):
   def max_calls(self, length: int) -> int:
     return min(self.num_steps, length)
 
-  def __call__(
-    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-  ) -> Samples:
+  def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
     num_steps = min(self.num_steps, length)
     plan_keys, draw_keys = reveal.split_each(keys)

@@ -7,14 +7,7 @@ import jax.numpy as jnp
 
 from nanodlm.noise import categorical
 from nanodlm.samplers import base
-from nanodlm.types import (
-  Canvas,
-  Denoise,
-  InputError,
-  Objective,
-  Sampler,
-  Samples,
-)
+from nanodlm.types import Denoise, InputError, Objective, Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +26,6 @@ class Guided(base.OuterSampler):
   Attributes:
     inner: a sampler with `can_be_guided`.
     guidance: w >= 0; 0 has no effect.
-    mask_id: the mask's id.
   """
 
   inner: Sampler
@@ -54,9 +46,7 @@ class Guided(base.OuterSampler):
   def unread_keys(self) -> frozenset[str]:
     return self.inner.unread_keys()
 
-  def __call__(
-    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-  ) -> Samples:
+  def __call__(self, keys, canvas, denoise):
     samples = self.inner(
       keys, canvas, guide(denoise, canvas.fixed, self.guidance, self.mask_id)
     )
@@ -68,11 +58,7 @@ def guide(
 ) -> Denoise:
   """Returns a `types.Denoise` of unnormalised, guided log-probabilities.
 
-  Args:
-    denoise: the network.
-    fixed: [B, L] bool, the prompt.
-    weight: w.
-    mask_id: the mask's id.
+  `fixed` [B, L] bool is the prompt and `weight` is w.
   """
 
   def guided(tokens, level, positions):

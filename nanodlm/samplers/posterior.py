@@ -9,15 +9,7 @@ from nanodlm.devices import sharding
 from nanodlm.noise import categorical, times
 from nanodlm.noise.categorical import Draw
 from nanodlm.samplers import reveal
-from nanodlm.types import (
-  Canvas,
-  Denoise,
-  InputError,
-  Objective,
-  ReverseRule,
-  Sampler,
-  Samples,
-)
+from nanodlm.types import InputError, Objective, ReverseRule, Sampler, Samples
 
 # Time given to the network when it corrects a finished text. It is slightly
 # above 0, so that the network expects a few wrong tokens.
@@ -39,7 +31,6 @@ class Posterior(Sampler):
   such a candidate is finished.
 
   Attributes:
-    draw: how tokens are drawn from the network's prediction.
     num_steps: T, the number of network calls; see `grid`.
     rule: the objective.
     grid: 'uniform', 'cosine' or a list of times; see `times.reverse_grid`.
@@ -79,9 +70,7 @@ class Posterior(Sampler):
   def with_rule(self, rule: ReverseRule) -> 'Posterior':
     return dataclasses.replace(self, rule=rule)
 
-  def __call__(
-    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-  ) -> Samples:
+  def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
     prior_keys, step_keys, correction_keys = reveal.split_each(keys, 3)
     tokens = jnp.where(
@@ -96,7 +85,6 @@ class Posterior(Sampler):
     return Samples(tokens=tokens, num_calls=num_steps + num_corrections)
 
   def _denoise(self, keys, tokens, fixed, denoise):
-    """Returns tokens [B, L] drawn from noise, and the number of calls."""
     grid = times.reverse_grid(self.num_steps, self.grid)
     num_steps = grid.size - 1
     positions = _all_positions(tokens)
@@ -121,7 +109,6 @@ class Posterior(Sampler):
     return tokens, last - first
 
   def _correct(self, keys, tokens, fixed, denoise):
-    """Returns corrected tokens [B, L] and the number of calls."""
     positions = _all_positions(tokens)
     level = self.rule.level_at(
       jnp.float32(CORRECTION_TIME), jnp.mean(~fixed, axis=1)

@@ -7,14 +7,7 @@ import jax.numpy as jnp
 
 from nanodlm.devices import sharding
 from nanodlm.samplers import base, reveal
-from nanodlm.types import (
-  CachedDenoise,
-  Canvas,
-  InputError,
-  Objective,
-  Sampler,
-  Samples,
-)
+from nanodlm.types import Canvas, InputError, Objective, Sampler, Samples
 
 DEFAULT_BLOCK_SIZE = 32  # As in the paper.
 
@@ -34,7 +27,6 @@ class PrefixCache(base.OuterSampler):
   Attributes:
     inner: the sampler of one block, [B, S]; its steps are per block.
     block_size: S; 0 selects DEFAULT_BLOCK_SIZE.
-    mask_id: the mask's id.
   """
 
   inner: Sampler
@@ -59,9 +51,7 @@ class PrefixCache(base.OuterSampler):
     num_blocks = -(-length // size) + 1  # The first may be partial.
     return num_blocks * (self.inner.max_calls(size) + 1)
 
-  def __call__(
-    self, keys: jax.Array, canvas: Canvas, denoise: CachedDenoise
-  ) -> Samples:
+  def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
     size = min(self.block_size or DEFAULT_BLOCK_SIZE, length)
     num_blocks = -(-length // size)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from nanodlm.noise import schedules, times
 from nanodlm.samplers import ancestral, reveal
-from nanodlm.types import Canvas, Denoise, InputError, Samples
+from nanodlm.types import InputError, Samples
 
 KINDS = ('cap', 'rescale', 'conf', 'loop')
 
@@ -99,14 +99,15 @@ class Remask(ancestral.Ancestral):
     sigma = 0.0 if self.remask == 'conf' else self.remask_probs()
     return (noise_t - noise_s + sigma * (1 - noise_t)) / noise_t
 
-  def __call__(
-    self, keys: jax.Array, canvas: Canvas, denoise: Denoise
-  ) -> Samples:
+  def __call__(self, keys, canvas, denoise):
     batch, length = canvas.tokens.shape
+    with jax.ensure_compile_time_eval():
+      shares = self.noise_levels()[:-1] * self.reveal_probs()
+      num_slots = reveal.enough_slots(length, shares)
     noise, sigmas = self.noise_levels(), self.remask_probs()
     reveal_probs = self.reveal_probs()
     plan_keys, draw_keys = reveal.split_each(keys)
-    free = ~canvas.fixed
+    free, is_conf = ~canvas.fixed, self.remask == 'conf'
     # As in training, the share of masks is of the whole row, prompt included.
     free_share = jnp.mean(free, axis=1)
 
@@ -115,7 +116,7 @@ class Remask(ancestral.Ancestral):
       masked = free & (tokens == self.draw.mask_id)
       revealed = free & ~masked
       sigma = jnp.full((batch, length), sigmas[j])
-      if self.remask == 'conf':
+      if is_conf:
         sigma *= _softmax(-prob, revealed)
       u = reveal.uniform_each(reveal.fold_in_each(plan_keys, j), length)
       tokens, prob, calls = reveal.draw_pending(
@@ -125,23 +126,17 @@ class Remask(ancestral.Ancestral):
         free_share * noise[j],
         denoise,
         self.draw,
-        self._num_slots(length),
+        num_slots,
         prob,
       )
       tokens = jnp.where(revealed & (u < sigma), self.draw.mask_id, tokens)
       return tokens, prob, num_calls + calls
 
     tokens = jnp.where(free, self.draw.mask_id, canvas.tokens)
-    is_conf = self.remask == 'conf'
     prob = jnp.zeros_like(free, jnp.float32) if is_conf else None
     state = (tokens, prob, jnp.zeros_like(tokens[0, 0]))
     tokens, _, num_calls = jax.lax.fori_loop(0, sigmas.size, step, state)
     return Samples(tokens=tokens, num_calls=num_calls)
-
-  def _num_slots(self, length: int) -> int:
-    with jax.ensure_compile_time_eval():
-      share = float(jnp.max(self.noise_levels()[:-1] * self.reveal_probs()))
-    return reveal.enough_slots(length * share)
 
 
 def _softmax(x: jax.Array, where: jax.Array) -> jax.Array:

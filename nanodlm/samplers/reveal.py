@@ -153,10 +153,12 @@ def uniform_each(keys: jax.Array, length: int) -> jax.Array:
   return jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
 
 
-def enough_slots(mean: float) -> int:
-  """Returns a number of slots that few steps exceed.
+def enough_slots(length: int, shares: jax.Array) -> int:
+  """Returns a number of slots that few rows exceed.
 
-  A step with `mean` expected reveals exceeds it once in 10^4, since it is four
-  standard deviations above the mean.
+  It is four standard deviations above the mean number of reveals of the largest
+  step, and a row exceeds it once in 10^4. `shares` are the expected reveals of
+  each step, as shares of `length`.
   """
+  mean = length * float(jnp.max(shares))
   return int(mean + 4 * mean**0.5 + 1)

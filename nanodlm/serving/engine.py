@@ -50,18 +50,14 @@ class Choice(NamedTuple):
 
   Attributes:
     name: config.sampler.name.
-    num_steps: config.sampler.num_steps.
-    reads_steps: whether the sampler depends on num_steps.
+    num_steps: config.sampler.num_steps; None if the sampler ignores it.
     sampler: the sampler; its own draw is not used.
-    is_final: whether revealed tokens never change again.
     pads: whether padding a canvas leaves the law of its tokens unchanged.
   """
 
   name: str
-  num_steps: int
-  reads_steps: bool
+  num_steps: int | None
   sampler: Sampler
-  is_final: bool
   pads: bool
 
 
@@ -85,7 +81,6 @@ class Row:
     index: number among the samples of this seed. Seed and index give the same
       tokens as in `--mode=sample`.
     canvas: [n] int32, the current tokens; replaced, never modified in place.
-    state: the progress.
     num_calls: network calls so far; at the end, those of its whole batch.
     error: why the row failed, for the client.
     is_cancelled: set by a client that no longer waits for the row.
@@ -222,13 +217,12 @@ class Engine:
     if num_steps is not None:
       run = run.with_sampler({'num_steps': num_steps}, is_given=True)
     sampler, objective = run.sampler, run.objective
+    num_steps = run.settings.sampler['num_steps']
     is_one_way = bool(objective.causal or objective.block_size)
     return Choice(
       run.sampler_name,
-      run.settings.sampler['num_steps'],
-      runs.reads_steps(sampler),
+      num_steps if runs.reads_steps(sampler) else None,
       sampler,
-      sampler.is_final,
       # The time given to a network depends on the canvas's length. Padding is
       # not masked in a cache; one-way networks do not see it in any case.
       pads=is_one_way or not (run.network.knows_time or sampler.needs_cache),
@@ -237,12 +231,9 @@ class Engine:
   def submit(
     self, client: Hashable, rows: Sequence[Row], on_change: Callable[[], Any]
   ):
-    """Queues rows.
+    """Queues rows, to be sampled in the turns of `client`.
 
-    Args:
-      client: whose turns the rows use.
-      rows: the rows.
-      on_change: called from another thread after each change of a row.
+    `on_change` is called from another thread after each change of a row.
 
     Raises:
       FullError: the queue, or this client's share of it, is full.
@@ -311,8 +302,7 @@ class Engine:
   def _take(self) -> tuple[list[Row], Any, int] | None:
     """Removes the rows of the next batch from the queues.
 
-    Returns:
-      The rows, their program and its batch size; None if no program is ready.
+    Returns them, their program and its batch size; None if none is compiled.
     """
     self._drop_rows()
     for client, queue in self._queues.items():
@@ -410,20 +400,21 @@ class Engine:
     lengths = np.full(size, group.length, np.int32)
     # Always the largest batch, so that the keys are compiled once.
     seeds = np.zeros([2, self._sizes[-1]], np.int32)
-    draws = [categorical.Draw(mask_id)] * size
+    draws = np.tile([[1.0], [0.0], [1.0]], size)
     for i, row in enumerate(rows):
       lengths[i] = n = len(row.tokens)
       tokens[i, :n], fixed[i, :n] = row.tokens, row.fixed
       seeds[:, i] = row.seed, row.index
-      draws[i] = row.draw
+      draws[:, i] = row.draw.temperature, row.draw.top_k, row.draw.top_p
+    temperature, top_k, top_p = draws
     batch = steps.Rows(
       np.asarray(_row_key_data(*seeds))[:size],
       tokens,
       fixed,
       lengths,
-      np.array([draw.temperature for draw in draws], np.float32),
-      np.array([draw.top_k for draw in draws], np.int32),
-      np.array([draw.top_p for draw in draws], np.float32),
+      temperature.astype(np.float32),
+      top_k.astype(np.int32),
+      top_p.astype(np.float32),
     )
     return meshes.shard_whole_batch(self.lm.run.mesh, batch)
 

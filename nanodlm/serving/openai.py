@@ -19,12 +19,8 @@ _BRACES = str.maketrans({'{': '{{', '}': '}}'})
 
 def add_routes(app: fastapi.FastAPI, model: Service):
   """Adds the routes of /v1 to `app`."""
-  described = {
-    'id': model.name,
-    'object': 'model',
-    'created': int(time.time()),
-    'owned_by': 'nanodlm',
-  }
+  described: dict[str, Any] = {'id': model.name, 'object': 'model'}
+  described |= {'created': int(time.time()), 'owned_by': 'nanodlm'}
 
   def check_name(name: str | None):
     if name not in (None, model.name):
@@ -58,12 +54,7 @@ def add_routes(app: fastapi.FastAPI, model: Service):
 
 
 class Completions:
-  """The choices of one request.
-
-  Args:
-    model: the model.
-    body: the request.
-  """
+  """The choices of one request."""
 
   def __init__(self, model: Service, body: schemas.CompletionRequest):
     self._model, self._body = model, body
@@ -90,7 +81,6 @@ class Completions:
     }
 
   def lay_out(self, prompt: str | list[int]) -> Canvas:
-    """Returns tokens and fixed [n] of a prompt."""
     model, size = self._model, self._body.max_tokens or 16
     encode, length = model.tokenizer.encode, model.engine.length
     suffix = self._body.suffix or ''
@@ -113,7 +103,8 @@ class Completions:
     tokens = row.canvas[~row.fixed]
     if not is_done:
       hidden = [*(tokens == self._model.tokenizer.mask_id), True]
-      tokens = tokens[: np.argmax(hidden) if row.choice.is_final else 0]
+      is_final = row.choice.sampler.is_final
+      tokens = tokens[: np.argmax(hidden) if is_final else 0]
     shown = lms.shown_tokens(self._model.run, tokens)
     text, num_tokens = self._model.tokenizer.decode(shown), len(shown)
     ends = [end for stop in self._stops if (end := text.find(stop)) >= 0]

@@ -41,18 +41,17 @@ class ApiError(fastapi.HTTPException):
 
   def content(self) -> dict[str, Any]:
     """The error in OpenAI's form, which its clients can show."""
-    kind = (
-      'server_error' if self.status_code >= 500 else 'invalid_request_error'
-    )
+    kind = 'server' if self.status_code >= 500 else 'invalid_request'
     # JSON can spell half of a surrogate pair, which UTF-8 cannot encode.
     message = self.detail.encode('utf-8', 'replace').decode()[:1000]
-    error = dict(message=message, type=kind, param=None, code=self.code)
-    return {'error': error}
+    error = dict(message=message, type=f'{kind}_error', code=self.code)
+    return {'error': error | {'param': None}}
 
   def response(self) -> responses.JSONResponse:
     """The error as a response."""
-    content, status = self.content(), self.status_code
-    return responses.JSONResponse(content, status, self.headers)
+    return responses.JSONResponse(
+      self.content(), self.status_code, self.headers
+    )
 
 
 def make_event(name: str | None, data: Any) -> bytes:
@@ -64,10 +63,7 @@ def make_event(name: str | None, data: Any) -> bytes:
 class Submission:
   """The rows of one request, for which a coroutine waits.
 
-  Args:
-    engine: fills the rows.
-    client: whose turns they use.
-    rows: the rows.
+  They use the turns of `client`.
 
   Raises:
     ApiError: the queue is full, or the server is stopping.
@@ -156,12 +152,7 @@ class EventStream(responses.StreamingResponse):
 
 
 class Service:
-  """A model to serve.
-
-  Args:
-    engine: fills canvases.
-    name: the model's name.
-  """
+  """A model to serve, its name and the engine that fills its canvases."""
 
   def __init__(self, engine: Engine, name: str):
     self.engine, self.name = engine, name
@@ -186,8 +177,12 @@ class Service:
       'tokenizer': self.tokenizer.name,
       'vocab_size': self.tokenizer.vocab_size,
       'samplers': [
-        dict(name=x.name, reads_steps=x.reads_steps, num_steps=x.num_steps)
-        for x in fitting
+        {
+          'name': choice.name,
+          'reads_steps': choice.num_steps is not None,
+          'num_steps': choice.num_steps,
+        }
+        for choice in fitting
       ],
       'sampler': self.engine.choose().name,
       'defaults': {key: settings.sampler[key] for key in ('num_steps', *DRAW)},
@@ -232,16 +227,15 @@ class Service:
   ) -> Submission:
     """Submits `num` rows for each canvas, to be sampled as `body` says."""
     choice = self.engine.choose(body.sampler, body.num_steps)
-    given = body.model_dump(include={*DRAW}, exclude_none=True)
-    defaults = self.run.settings.sampler
-    values = {key: given.get(key, defaults[key]) for key in DRAW}
+    values = {key: self.run.settings.sampler[key] for key in DRAW}
+    values |= body.model_dump(include={*DRAW}, exclude_none=True)
     draw = categorical.Draw(self.tokenizer.mask_id, **values)
     num_seeds = schemas.MAX_SEED + 1
     seed = secrets.randbelow(num_seeds) if body.seed is None else body.seed
-    rows = []
-    for canvas in canvases:
-      for _ in range(num):
-        rows.append(Row(*canvas, choice, draw, seed % num_seeds, len(rows)))
+    rows = [
+      Row(*canvas, choice, draw, seed % num_seeds, index)
+      for index, canvas in enumerate(c for c in canvases for _ in range(num))
+    ]
     host, port = request.client or ('', 0)
     return Submission(self.engine, (host, body.user or port), rows)
 
@@ -250,7 +244,7 @@ class Service:
     first, decode = rows[0], self.tokenizer.decode
     used: dict[str, Any] = {'name': first.choice.name}
     used |= {key: getattr(first.draw, key) for key in DRAW}
-    if first.choice.reads_steps:
+    if first.choice.num_steps is not None:
       used['num_steps'] = first.choice.num_steps
     return {
       'model': self.name,

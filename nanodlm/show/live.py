@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import concurrent.futures
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from rich import cells, live, style
 from rich import console as consoles
-from rich.segment import Segment, Segments
+from rich.text import Text
 
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.show import watch
@@ -36,8 +37,6 @@ STYLES = {
 _HIDDEN = re.compile(
   '[\0-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]'
 )
-# (text, key of STYLES), without two neighbors of one style.
-Line = list[tuple[str, str]]
 
 
 def is_possible(console: consoles.Console) -> bool:
@@ -56,45 +55,23 @@ def visible(text: str) -> str:
   return _HIDDEN.sub(lambda match: shape(match.group()), text)
 
 
-def wrap(texts: Sequence[str], kinds: Sequence[str], width: int) -> list[Line]:
-  """Breaks text into lines.
-
-  Args:
-    texts: consecutive pieces of text, which may contain newlines.
-    kinds: a key of STYLES for each.
-    width: number of columns, >= 2.
-  """
-  lines, used = [[]], 0
-  for text, kind in zip(texts, kinds):
-    for character in text:
-      size = cells.cell_len(character)
-      if character == '\n' or used + size > width:
-        lines.append([])
-        used = 0
-      if character == '\n':
-        continue
-      line = lines[-1]
-      if line and line[-1][1] == kind:
-        character = line.pop()[0] + character
-      line.append((character, kind))
-      used += size
+def wrap(text: Text, width: int) -> list[Text]:
+  """Breaks text into lines of at most `width` >= 2 columns."""
+  lines = []
+  for line in text.split('\n', allow_blank=True):
+    parts = cells.chop_cells(line.plain, width)[:-1]
+    lines += line.divide(itertools.accumulate(map(len, parts)))
   return lines
 
 
 class _Canvas:
-  """One sample while it is made.
-
-  Attributes:
-    tokens: [L] int32.
-    calls: number of calls so far.
-    drawn_at: number of calls when it was last drawn.
-    changed_at: [L] int32, number of calls when a position last changed, or 0.
-    replaced: [L] bool, whether its last change replaced a token.
-  """
+  """One sample while it is made."""
 
   def __init__(self, tokens: np.ndarray, mask_id: int):
     self.tokens, self.mask_id = np.array(tokens, np.int32), mask_id
+    # Numbers of calls: so far, and when it was last drawn.
     self.calls, self.drawn_at = 0, 0
+    # The call that last changed a position, or 0, and if it replaced a token.
     self.changed_at = np.zeros(tokens.shape, np.int32)
     self.replaced = np.zeros(tokens.shape, bool)
 
@@ -112,15 +89,14 @@ class _Canvas:
     new = self.changed_at > self.drawn_at
     self.drawn_at = self.calls
     masked = self.tokens == self.mask_id
-    conditions = (
-      fixed,
-      masked & self.replaced,
-      masked,
-      new & self.replaced,
-      new,
-    )
-    kinds = ('given', 'back', 'masked', 'changed', 'new')
-    return np.select(conditions, kinds, 'said').tolist()
+    kinds = {
+      'given': fixed,
+      'back': masked & self.replaced,
+      'masked': masked,
+      'changed': new & self.replaced,
+      'new': new,
+    }
+    return np.select([*kinds.values()], [*kinds], 'said').tolist()
 
 
 class Display:
@@ -157,22 +133,14 @@ class Display:
   ) -> T:
     """Returns work(), and draws the calls that `watch` is shown meanwhile.
 
-    Args:
-      work: fills the canvases.
-      tokenizer: the tokenizer of the canvases.
-      title: one line.
-      tokens: [N, L] int32, the canvases, with mask_id in the gaps.
-      fixed: [N, L] bool, positions of the prompt.
+    `tokens` and `fixed` [N, L] are the canvases, with mask_id in the gaps.
     """
     self._canvases = [_Canvas(row, tokenizer.mask_id) for row in tokens]
     self._first_call = 0.0
 
-    def draw() -> Segments:
-      segments = []
-      for i, line in enumerate(self._lines(tokenizer, title, fixed)):
-        segments += [Segment.line()] if i else []
-        segments += [Segment(text, STYLES[kind]) for text, kind in line]
-      return Segments(segments)
+    def draw() -> Text:
+      lines = self._lines(tokenizer, title, fixed)
+      return Text('\n', no_wrap=True).join(lines)
 
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
       future = executor.submit(work)
@@ -189,7 +157,7 @@ class Display:
 
   def _lines(
     self, tokenizer: Tokenizer, title: str, fixed: np.ndarray
-  ) -> list[Line]:
+  ) -> list[Text]:
     """Returns the lines of a frame, which fit in the terminal."""
     width, height = max(self._console.width, 2), self._console.height - 1
     lines = [
@@ -199,8 +167,7 @@ class Display:
     num = len(self._canvases)
     for i, canvas in enumerate(self._canvases):
       kinds = canvas.kinds(fixed[i])
-      texts = _texts(tokenizer, canvas.tokens, kinds)
-      body = wrap(texts, kinds, width)
+      body = wrap(_paint(tokenizer, canvas.tokens, kinds), width)
       # A label, and a line for the number of further samples.
       room = max(height - len(lines) - 1 - (i < num - 1), 0)
       if i and len(body) > room:
@@ -230,28 +197,30 @@ class Display:
     )
 
 
-def _texts(
+def _paint(
   tokenizer: Tokenizer, tokens: np.ndarray, kinds: Sequence[str]
-) -> list[str]:
+) -> Text:
+  """Returns the text of tokens, each in the style of its kind."""
+  painted = Text()
   shapes = {'back': TAKEN_BACK, 'masked': MASK}
-  texts = [
-    '¶\n' if token == tokenizer.separator_id else visible(text)
-    for text, token in zip(tokenizer.spell(tokens, MASK), tokens)
-  ]
-  return [shapes.get(kind, text) for kind, text in zip(kinds, texts)]
+  for text, token, kind in zip(tokenizer.spell(tokens, MASK), tokens, kinds):
+    text = '¶\n' if token == tokenizer.separator_id else visible(text)
+    painted.append(shapes.get(kind, text), STYLES[kind])
+  return painted
 
 
-def _label(text: str, width: int) -> Line:
-  if cells.cell_len(text) > width:
-    text = cells.set_cell_size(text, width - 1) + '…'
-  return [(text, 'label')]
+def _label(text: str, width: int) -> Text:
+  label = Text(text, STYLES['label'])
+  label.truncate(width, overflow='ellipsis')
+  return label
 
 
-def _window(lines: list[Line], height: int) -> list[Line]:
+def _window(lines: list[Text], height: int) -> list[Text]:
   """Returns `height` lines, from the first with a masked token if possible."""
   first = last = len(lines) - height
+  masked = STYLES['masked'], STYLES['back']
   for i, line in enumerate(lines):
-    if any(kind in ('masked', 'back') for _, kind in line):
+    if any(span.style in masked for span in line.spans):
       first = min(i, last)
       break
   return lines[first : first + height]

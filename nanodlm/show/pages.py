@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 
+from nanodlm import workdir as workdirs
 from nanodlm.types import InputError
 
 _SCRIPT = re.compile(r'/\*(\w+\.js)\*/\n')
@@ -18,10 +19,7 @@ _UNPRINTABLE = re.compile(
 
 @functools.cache
 def read(name: str, package: str = 'nanodlm.show') -> str:
-  """Returns a page of a package, with `/*FILE.js*/` lines filled in.
-
-  The scripts are those of `nanodlm.show`.
-  """
+  """Returns a page; `/*FILE.js*/` lines are scripts of `nanodlm.show`."""
   scripts = importlib.resources.files('nanodlm.show')
   page = importlib.resources.files(package) / name
   return _SCRIPT.sub(
@@ -49,12 +47,9 @@ def has_mark(path: pathlib.Path, mark: str) -> bool:
 
 
 def check_path(flag: str, path: pathlib.Path, mark: str):
-  """Checks that a page can be written to a path.
+  """Checks that a page can be written to the path that a flag names.
 
-  Args:
-    flag: the flag that names the path, for messages.
-    path: a file in an existing folder.
-    mark: see `has_mark`; a file with it may be replaced, any other may not.
+  A file with the `mark` may be replaced, see `has_mark`, any other may not.
 
   Raises:
     InputError: the page cannot be written there.
@@ -77,13 +72,9 @@ def write(flag: str, path: pathlib.Path, text: str):
   Raises:
     InputError: the file cannot be written.
   """
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
-    temporary.write_text(text, encoding='utf-8')
-    temporary.replace(path)
+    workdirs.write(path, text)
   except OSError as error:
     raise InputError(
       f'{flag}={str(path)!r} cannot be written: {error}'
     ) from error
-  finally:
-    temporary.unlink(missing_ok=True)

@@ -13,14 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanodlm import lm as lms
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.show import pages, watch
 
 # In the first bytes of every page; a file with it may be replaced.
 MARK = '<meta name="generator" content="nanodlm replay">'
-# The probability of a revealed token is recorded if the token is among this
-# many most probable ones. The page lists fewer alternatives.
-NUM_RECORDED = 64
 # Less probable alternatives would be listed with 0.0%.
 MIN_PROB = 0.0005
 
@@ -31,7 +29,7 @@ class Take(NamedTuple):
   Attributes:
     sampler: the sampler's name.
     settings: its requested settings, as in 'num_steps=0, threshold=0.9'.
-    prompt: see `sample.parse_prompt`.
+    prompt: the text with gaps.
     sample: its number among the samples of one prompt and sampler, from 1.
     fixed: [L] bool, positions of the prompt.
     trajectory: the calls of the network.
@@ -81,10 +79,10 @@ class Page:
   def write(self, tokenizer: Tokenizer, title: str, facts: str) -> int:
     """Writes the page and returns its size in bytes."""
     data = make_data(self.takes, tokenizer, self.num_top, title, facts)
-    page, path = make_page(data), pathlib.Path(self.path)
+    path = pathlib.Path(self.path)
     # Another file may have appeared there while sampling.
     pages.check_path('--html', path, MARK)
-    pages.write('--html', path, page)
+    pages.write('--html', path, make_page(data))
     return path.stat().st_size
 
 
@@ -149,7 +147,7 @@ def make_data(
     'title': title,
     'facts': facts,
     'prompts': prompts,
-    'recorded': NUM_RECORDED,
+    'recorded': lms.NUM_RECORDED,
     'separator': vocab.get(tokenizer.separator_id, -1),
     'takes_back': takes_back,
     'changes': changes,

@@ -62,8 +62,7 @@ class Answered(NamedTuple):
 Watch = Callable[[Asked | Answered], bool]
 
 
-@dataclasses.dataclass(frozen=True)
-class View:
+class View(NamedTuple):
   """The function that is shown the calls, and how much it is shown.
 
   Attributes:
@@ -101,7 +100,9 @@ class Watched:
 
   def __call__(self, tokens, level, positions):
     ask = lambda: self.denoise(tokens, level, positions)
-    return self._show(ask, lambda logits: logits, tokens, 0, positions)
+    logits = self._ask(ask, tokens, 0, positions)
+    self._answer(logits, positions)
+    return logits
 
   def init_cache(self, tokens):
     return self.denoise.init_cache(tokens)
@@ -116,21 +117,17 @@ class Watched:
       cache, tokens, start, level, positions, visible
     )
     asked = start + positions
-    return self._show(
-      ask, lambda out: out[0], tokens, start - self.shift, asked
-    )
+    out = self._ask(ask, tokens, start - self.shift, asked)
+    self._answer(out[0], asked)
+    return out
 
-  def _show(self, ask, logits_of, tokens, start, positions):
-    """Returns ask(); shows its input and logits_of(output), [B, K, V]."""
-    out = self._ask(ask, tokens, start, positions)
-    if self.view.num_top:
-      mask_id = self.view.mask_id
-      logits = logits_of(out)[: self.num_rows]
-      log_p = categorical.log_prob(logits, mask_id)
-      top_log_p, top = jax.lax.top_k(log_p, min(self.view.num_top, mask_id))
+  def _answer(self, logits, positions):
+    _, mask_id, num_top = self.view
+    if num_top:
+      log_p = categorical.log_prob(logits[: self.num_rows], mask_id)
+      top_log_p, top = jax.lax.top_k(log_p, min(num_top, mask_id))
       shown = positions[: self.num_rows], top, jnp.exp(top_log_p)
       self._call(Answered, *shown)
-    return out
 
   def _ask(self, ask, tokens, start, positions):
     """Returns ask(), or zeros once the host has stopped the sampler."""
@@ -185,11 +182,7 @@ class Trajectory(NamedTuple):
 
 
 class Recorder:
-  """A `Watch` that keeps everything it is shown.
-
-  Args:
-    tokens: [B, L] int32, the canvas, with mask_id in the gaps.
-  """
+  """A `Watch` that keeps everything it is shown of the canvases [B, L]."""
 
   def __init__(self, tokens: np.ndarray):
     self._canvas = np.array(tokens, np.int32)
@@ -243,12 +236,8 @@ def order_image(
 ) -> np.ndarray:
   """Draws when each token was last written: rows are samples.
 
-  Args:
-    trajectories: the trajectories of N samples.
-    fixed: [L] bool, positions of the prompt, which are gray.
-
-  Returns:
-    [H, W, 3] uint8; colors are shares of the number of calls of each sample.
+  Returns [H, W, 3] uint8; colors are shares of the number of calls of each
+  sample, and the prompt, `fixed` [L], is gray.
   """
   rows = []
   anchors = np.linspace(0, 1, len(_COLORS))

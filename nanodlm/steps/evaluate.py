@@ -22,19 +22,14 @@ def make_eval_step(
   noise levels stratified within the example. Keys depend on `seed` and the
   example's index, so that all evaluations use the same noise.
 
-  Args:
-    scorer: the network, without dropout, and the objective, whose
-      `evaluation()` form is used.
-    mesh: the device mesh.
-    num_draws: draws per example, a multiple of the objective's group size.
-    seed: seed of the evaluation noise.
+  The network has no dropout, and the objective's `evaluation()` form is used.
+  `num_draws` is a multiple of the objective's group size. A batch has an index.
 
   Returns:
-    A function of the parameters and a batch with an index. It returns sums over
-    rows: nll, weight (the denominator of nats per token), num_bytes; for
-    intervals of ratios, the squares nll2, weight2, num_bytes2 and the products
-    nll_weight, nll_num_bytes; and num_examples, correct, scored,
-    bin_cross_entropy, bin_scored.
+    A function that returns sums over rows: nll, weight (the denominator of nats
+    per token), num_bytes; for intervals of ratios, the squares nll2, weight2,
+    num_bytes2 and the products nll_weight, nll_num_bytes; and num_examples,
+    correct, scored, bin_cross_entropy, bin_scored.
   """
   scorer = dataclasses.replace(scorer, objective=scorer.objective.evaluation())
   num_draws = _check_draws(scorer.objective, num_draws)
@@ -72,17 +67,12 @@ def make_score_step(
 ) -> Callable[[Any, jax.Array, Batch], dict[str, jax.Array]]:
   """Builds the jitted (params, key, batch) -> values of each example.
 
-  Args:
-    scorer: the network, without dropout, and the objective, used as given; pass
-      its `evaluation()` form for the bound.
-    mesh: the device mesh.
-    num_draws: draws per example, a multiple of the objective's group size.
+  As `make_eval_step`, but the objective is used as given: pass its
+  `evaluation()` form for the bound. Example i uses fold_in(key, index[i]).
 
   Returns:
-    A function of the parameters, a key and a batch with an index; example i
-    draws from fold_in(key, index[i]). It returns a dict of [B]: nll in nats,
-    summed over positions and averaged over draws; correct and scored, summed
-    over both.
+    A function that returns a dict of [B]: nll in nats, summed over positions
+    and averaged over draws; correct and scored, summed over both.
   """
   num_draws = _check_draws(scorer.objective, num_draws)
 
@@ -109,12 +99,7 @@ def _check_draws(objective: Objective, num_draws: int) -> int:
 
 
 def _score_rows(scorer, num_draws, params, key, batch):
-  """Scores each example `num_draws` times, at levels stratified within it.
-
-  Returns:
-    A dict of [B]: nll, averaged over draws, correct and scored, summed over
-    them; and `Scores.by_level`.
-  """
+  """Returns the values of `make_score_step`, and `Scores.by_level`."""
   objective = bind(scorer.objective, params)
   group, length = objective.group_size, batch.tokens.shape[1]
   keys = fold_in_each(key, batch.index)

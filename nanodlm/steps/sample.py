@@ -11,13 +11,8 @@ from nanodlm.devices import mesh as meshes
 from nanodlm.devices import sharding
 from nanodlm.noise import categorical
 from nanodlm.show import watch
-from nanodlm.steps.network import (
-  bind,
-  Denoiser,
-  fold_in_each,
-  row_index,
-  Scorer,
-)
+from nanodlm.steps import network
+from nanodlm.steps.network import Scorer
 from nanodlm.types import Canvas, Sampler, Samples
 
 
@@ -30,28 +25,23 @@ def make_sample_step(
   """Builds the jitted sampler, (params, key, canvas) -> samples.
 
   The batch size is a multiple of the mesh's batch shards. Row i draws from
-  fold_in(key, i), so its sample does not depend on the other rows.
-
-  Args:
-    scorer: the network, without dropout, and its objective.
-    sampler: the sampler.
-    mesh: the device mesh.
-    view: observer of the network calls, or None.
+  fold_in(key, i), so its sample does not depend on the other rows. The network
+  is without dropout; `view` observes its calls.
   """
 
   def step(params, key, canvas):
-    keys = fold_in_each(key, row_index(canvas.tokens.shape[0]))
+    keys = network.fold_in_each(key, network.row_index(canvas.tokens.shape[0]))
     return _sample(scorer, sampler, view, params, keys, canvas)
 
-  rows = P(meshes.BATCH_AXES)
-  return jax.jit(
-    jax.shard_map(
-      step,
-      mesh=mesh,
-      in_specs=(scorer.specs(), P(), rows),
-      out_specs=Samples(tokens=rows, num_calls=P()),
-    )
+  return _jit(step, scorer, mesh, P(), P(meshes.BATCH_AXES))
+
+
+def _jit(step, scorer, mesh, *in_specs):
+  out_specs = Samples(tokens=P(meshes.BATCH_AXES), num_calls=P())
+  sharded = jax.shard_map(
+    step, mesh=mesh, in_specs=(scorer.specs(), *in_specs), out_specs=out_specs
   )
+  return jax.jit(sharded)
 
 
 def _sample(
@@ -60,7 +50,7 @@ def _sample(
   """Fills this device's rows of a batch under shard_map; keys [B]."""
   objective = scorer.objective
   num_rows = canvas.tokens.shape[0]
-  denoise = Denoiser(
+  denoise = network.Denoiser(
     scorer.network, objective, scorer.network.gather(params), segment_ids
   )
   if view is not None:
@@ -68,10 +58,12 @@ def _sample(
       denoise,
       view,
       num_rows,
-      row_index(num_rows)[0],
+      network.row_index(num_rows)[0],
       shift=-watch.AHEAD if objective.causal else 0,
     )
-  samples = sampler.with_rule(bind(objective, params))(keys, canvas, denoise)
+  samples = sampler.with_rule(network.bind(objective, params))(
+    keys, canvas, denoise
+  )
   num_calls = sharding.max_over_batch(samples.num_calls)
   return samples._replace(num_calls=num_calls)
 
@@ -127,15 +119,7 @@ def make_rows_step(
       scorer, sampler.with_draw(draw), view, params, keys, canvas, segment_ids
     )
 
-  split = P(meshes.BATCH_AXES)
-  return jax.jit(
-    jax.shard_map(
-      step,
-      mesh=mesh,
-      in_specs=(scorer.specs(), split),
-      out_specs=Samples(tokens=split, num_calls=P()),
-    )
-  )
+  return _jit(step, scorer, mesh, P(meshes.BATCH_AXES))
 
 
 def make_logits_step(
@@ -143,13 +127,11 @@ def make_logits_step(
 ) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
   """Builds the jitted (params, tokens [B, L], level [B]) -> logits [B, L, V].
 
-  Args:
-    scorer: the network, without dropout, and its objective.
-    mesh: the device mesh; B is a multiple of its batch shards.
+  B is a multiple of the mesh's batch shards.
   """
 
   def step(params, tokens, level):
-    denoise = Denoiser(
+    denoise = network.Denoiser(
       scorer.network, scorer.objective, scorer.network.gather(params)
     )
     where = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]

@@ -26,7 +26,7 @@ from nanodlm.steps.network import (
 )
 from nanodlm.training import state as states
 from nanodlm.training.state import TrainState
-from nanodlm.types import Batch, InputError
+from nanodlm.types import Batch
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -68,10 +68,6 @@ def make_train_step(
       objective's groups.
   """
   network, objective, shards = scorer.network, scorer.objective, scorer.shards
-  if num_microbatches < 1:
-    raise InputError(
-      f'train.num_microbatches={num_microbatches!r} must be >= 1'
-    )
   check_batch_size(batch_size, mesh, num_microbatches, objective.group_size)
 
   def loss(params, rows, frozen, share):

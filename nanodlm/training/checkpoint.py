@@ -11,7 +11,6 @@ is read; if it is damaged, the one before is used.
 from collections.abc import Mapping
 import contextlib
 import dataclasses
-import functools
 import logging
 import pathlib
 from typing import Any
@@ -58,18 +57,26 @@ def open_manager(
   """
   directory = pathlib.Path(workdir).absolute() / workdirs.CHECKPOINTS
   several = 'one' if jax.process_count() == 1 else 'several'
+
+  def write_checksums():
+    # Called on process 0 when all files of a checkpoint are written. There is
+    # one: those of a killed run are removed before the first save.
+    (folder,) = directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}')
+    checksums.write(folder)
+
   async_options = ocp.AsyncOptions(
     timeout_secs=_SAVE_TIMEOUT_SECS[several],
     # Asynchronous creation would wait for the folders by the wall clock, too.
     create_directories_asynchronously=False,
-    post_finalization_callback=functools.partial(_write_checksums, directory),
+    post_finalization_callback=write_checksums,
   )
+  arrays = ocp.StandardCheckpointHandler
   return ocp.CheckpointManager(
     directory,
     item_handlers={
-      'params': ocp.StandardCheckpointHandler(save_concurrent_gb=concurrent_gb),
-      'ema_params': ocp.StandardCheckpointHandler(),
-      'rest': ocp.StandardCheckpointHandler(),
+      'params': arrays(save_concurrent_gb=concurrent_gb),
+      'ema_params': arrays(),
+      'rest': arrays(),
       'meta': ocp.JsonCheckpointHandler(),
     },
     options=ocp.CheckpointManagerOptions(
@@ -82,13 +89,6 @@ def open_manager(
       async_options=None if read_only else async_options,
     ),
   )
-
-
-def _write_checksums(directory: pathlib.Path):
-  """Called by Orbax on process 0 when all files of a checkpoint are written."""
-  # There is one: those of a killed run are removed before the first save.
-  (folder,) = directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}')
-  checksums.write(folder)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
@@ -144,11 +144,7 @@ def save_params(
 ):
   """Saves parameters alone, as step 0: to evaluate, sample and start from.
 
-  Args:
-    manager: from `open_manager`.
-    params: arrays, of NumPy or JAX.
-    config: of the network.
-    origin: JSON values that describe the source of the parameters.
+  `origin` describes their source in JSON values.
 
   Raises:
     SaveError: as `save`.
@@ -203,7 +199,7 @@ def restore_state(
 
   Args:
     manager: from `open_manager`.
-    state: of the shapes and shardings wanted.
+    state: what to restore, with the shapes and shardings wanted.
     step: of the checkpoint.
     vocab_size: embedding rows from here on are padding, whose number may
       differ.
@@ -235,14 +231,7 @@ def restore_params(
 ) -> Any:
   """Restores the averaged parameters of `step`, else the others.
 
-  Args:
-    manager: from `open_manager`.
-    params: arrays or ShapeDtypeStructs with the shapes and shardings wanted.
-    step: of the checkpoint.
-    vocab_size: as in `restore_state`.
-
-  Raises:
-    InputError: the checkpoint has other shapes.
+  `params` are arrays or ShapeDtypeStructs; see `restore_state`.
   """
   has_average = (manager.directory / str(step) / 'ema_params').exists()
   item = 'ema_params' if has_average else 'params'
@@ -262,9 +251,7 @@ def _restore(manager, step, items):
     return manager.restore(step, args=ocp.args.Composite(**items))
   except jax.errors.JaxRuntimeError:  # From the devices, not the files.
     raise
-  except (
-    Exception
-  ) as error:  # Orbax raises no narrower one for unreadable data.
+  except Exception as error:  # Orbax raises no narrower one for bad data.
     folder, hint = pathlib.Path(manager.directory) / str(step), ''
     if not (folder / CHECKSUMS).exists():
       hint = (
@@ -365,9 +352,8 @@ def find_intact(workdir: str) -> int:
   step = _last_intact(directory) if steps else -1
   if steps and step != steps[-1]:
     log.warning(
-      '%d steps are lost and will be trained again, from step %d on',
-      steps[-1] - step,
-      step,
+      f'{steps[-1] - step} steps are lost and will be trained again, from step '
+      f'{step} on'
     )
   return step
 
@@ -381,9 +367,8 @@ def _last_intact(directory: pathlib.Path, items: tuple[str, ...] = ()) -> int:
     if complete_steps(directory)[-1:] != steps[-1:]:
       return _last_intact(directory, items)  # The run has deleted this one.
     log.warning(
-      'checkpoint %s is DAMAGED: %s. Using the one before',
-      directory / str(step),
-      damage[step],
+      f'checkpoint {directory / str(step)} is DAMAGED: {damage[step]}. Using '
+      'the one before'
     )
   raise InputError(
     f'all checkpoints in {directory} are damaged ('
@@ -394,7 +379,6 @@ def _last_intact(directory: pathlib.Path, items: tuple[str, ...] = ()) -> int:
 
 def flatten(tree: Any) -> dict[str, Any]:
   """Returns {path with '/': leaf}."""
-  return {
-    '/'.join(str(getattr(part, 'key', part)) for part in path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  }
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
+  return {name(path): leaf for path, leaf in leaves}

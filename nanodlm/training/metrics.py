@@ -140,18 +140,19 @@ def text_statistics(tokens: np.ndarray) -> dict[str, float]:
     [0, 1] (Li et al., arXiv 1510.03055).
   """
   tokens = np.asarray(tokens)
-  statistics = {
-    'unigram_entropy': _entropy(tokens),
-    'sample_entropy': float(np.mean([_entropy(row) for row in tokens])),
-  }
-  for n in DISTINCT_N:
+
+  def distinct(n):
     if tokens.shape[1] < n:
-      statistics[f'distinct_{n}'] = math.nan
-      continue
+      return math.nan
     ngrams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1)
     ngrams = ngrams.reshape(-1, n)
-    statistics[f'distinct_{n}'] = len(np.unique(ngrams, axis=0)) / len(ngrams)
-  return statistics
+    return len(np.unique(ngrams, axis=0)) / len(ngrams)
+
+  return {
+    'unigram_entropy': _entropy(tokens),
+    'sample_entropy': float(np.mean([_entropy(row) for row in tokens])),
+    **{f'distinct_{n}': distinct(n) for n in DISTINCT_N},
+  }
 
 
 def _entropy(tokens: np.ndarray) -> float:
@@ -206,17 +207,16 @@ def format_table(
     rows: values by key, with half widths of intervals as KEY_ci95; '-' is shown
       for a value that is absent or None.
   """
+
+  def cell(row, key, form, unit=1):
+    value = row.get(key)
+    if value is None:
+      return '-'
+    width = f' ± {row[f"{key}_ci95"]:.4f}' if f'{key}_ci95' in row else ''
+    return format(value / unit if unit != 1 else value, form) + width
+
   cells = [[column[0] for column in columns]]
-  for row in rows:
-    cells.append([])
-    for _, key, form, *unit in columns:
-      value = row.get(key)
-      if value is not None and unit:
-        value /= unit[0]
-      cell = '-' if value is None else format(value, form)
-      if f'{key}_ci95' in row:
-        cell += f' ± {row[f"{key}_ci95"]:.4f}'
-      cells[-1].append(cell)
+  cells += [[cell(row, *column[1:]) for column in columns] for row in rows]
   widths = [max(map(len, column)) for column in zip(*cells)]
   return [
     '  '.join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])

@@ -19,24 +19,7 @@ MUON_RMS = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """The optimizer's settings; each field is a key of `config.optim`.
-
-  Attributes:
-    name: 'adamw', 'lion' or 'muon' (matrices of the blocks; AdamW elsewhere).
-    learning_rate: peak, > 0.
-    schedule: 'cosine', 'constant' or 'wsd' (constant, then linear decay in the
-      last fifth), each after a linear warm-up.
-    warmup_steps: steps from 0 to the peak.
-    final_fraction: final learning rate as a fraction of the peak.
-    weight_decay: decoupled, on matrices and embeddings only.
-    b1: decay of the first moment, in [0, 1).
-    b2: decay of the second moment, in [0, 1).
-    momentum: of Muon, in [0, 1).
-    clip_norm: gradients of a larger global norm are scaled down to it; 0: off.
-    ema_decay: of the averaged parameters, in [0, 1); 0: off. Step n uses
-      min(ema_decay, (1 + n) / (10 + n)), so that short runs are not evaluated
-      on their initial weights.
-  """
+  """`config.optim`; configs/base.py explains the keys."""
 
   name: str
   learning_rate: float
@@ -51,21 +34,21 @@ class OptimConfig:
   ema_decay: float
 
   def __post_init__(self):
-    def require(is_valid, key, rule):
-      if not is_valid:
-        raise InputError(f'optim.{key}={getattr(self, key)!r} {rule}')
-
     names = sorted(OPTIMIZERS)
-    require(self.name in names, 'name', f'is not one of {names}')
-    rule = f'is not one of {list(SCHEDULES)}'
-    require(self.schedule in SCHEDULES, 'schedule', rule)
-    require(self.learning_rate > 0, 'learning_rate', 'must be > 0')
+    self._check('name', self.name in names, f'is not one of {names}')
+    is_known = self.schedule in SCHEDULES
+    self._check('schedule', is_known, f'is not one of {list(SCHEDULES)}')
+    self._check('learning_rate', self.learning_rate > 0, 'must be > 0')
     for key in ('warmup_steps', 'weight_decay', 'clip_norm'):
-      require(getattr(self, key) >= 0, key, 'must be >= 0')
+      self._check(key, getattr(self, key) >= 0, 'must be >= 0')
     for key in ('b1', 'b2', 'momentum', 'ema_decay'):
-      require(0 <= getattr(self, key) < 1, key, 'must be in [0, 1)')
+      self._check(key, 0 <= getattr(self, key) < 1, 'must be in [0, 1)')
     is_fraction = 0 <= self.final_fraction <= 1
-    require(is_fraction, 'final_fraction', 'must be in [0, 1]')
+    self._check('final_fraction', is_fraction, 'must be in [0, 1]')
+
+  def _check(self, key: str, is_right: bool, text: str):
+    if not is_right:
+      raise InputError(f'optim.{key}={getattr(self, key)!r} {text}')
 
 
 def decay_mask(params):
@@ -105,8 +88,6 @@ def _decoupled(make, config, learning_rate):
 
 
 def _muon(config, learning_rate):
-  # Optax's own weight decay skips all that it leaves to Adam, embeddings too.
-  decay = optax.add_decayed_weights(-config.weight_decay, decay_mask)
   return optax.chain(
     optax.contrib.muon(
       1.0,
@@ -116,7 +97,8 @@ def _muon(config, learning_rate):
       consistent_rms=MUON_RMS,
       muon_weight_dimension_numbers=muon_dimensions,
     ),
-    decay,
+    # Optax's own decay skips all that Muon leaves to Adam, embeddings too.
+    optax.add_decayed_weights(-config.weight_decay, decay_mask),
     optax.scale_by_schedule(learning_rate),
   )
 

@@ -60,8 +60,8 @@ class MixtureTest(DataTest):
       self.assertEqual(self.letters(batch).count('a'), share)
 
   @parameterized.parameters(
-    (0.2, 0.75, 'rows evaluated on: 10,.*: 8 of 8 of .*0.75.*, 2 of 32 of '),
-    (0.9, 0.99, 'rows evaluated on: 36,.*: 36 of 36 of .*, 0 of 144 of '),
+    (0.2, 0.75, 'rows evaluated on: 10: 8 of 8 of .*0.75.*, 2 of 32 of '),
+    (0.9, 0.99, 'rows evaluated on: 36: 36 of 36 of .*, 0 of 144 of '),
     (0.2, 0.2, None),
   )  # 40 rows, 8 of them of a
   def test_few_rows_are_told(self, eval_fraction, weight, message):

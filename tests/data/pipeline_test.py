@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 import numpy as np
 
 from nanodlm.data import pipeline, prepare
-from nanodlm.types import Batch, InputError
+from nanodlm.types import Batch
 from tests import workdirs
 from tests.data.cases import BYTES
 
@@ -182,12 +182,11 @@ class PipelineTest(parameterized.TestCase):
     ]
     rows = self.packed.validation
     self.assertNotEqual(len(rows) % 8, 0)  # or the padding is not tested
-    self.assertEqual({len(shard) for shard in shards}, {-(-len(rows) // 8)})
     batches = concatenate([list(shard) for shard in shards])
+    self.assertLen(batches, -(-len(rows) // 8))
     assert_batches_equal(
       concatenate([list(shard) for shard in shards]), batches
     )
-    self.assertLen(batches, len(shards[0]))
     whole = join(batches)
     n = len(rows)
     np.testing.assert_array_equal(
@@ -206,11 +205,13 @@ class PipelineTest(parameterized.TestCase):
 
   @parameterized.parameters((1, 1), (8, 1), (9, 2), (10**9, None))
   def test_max_examples(self, max_examples, num_batches):
-    batches = pipeline.make_eval_batches(
-      self.packed,
-      workdirs.DataConfig(),
-      batch_size=8,
-      max_examples=max_examples,
+    batches = list(
+      pipeline.make_eval_batches(
+        self.packed,
+        workdirs.DataConfig(),
+        batch_size=8,
+        max_examples=max_examples,
+      )
     )
     num_rows = sum(batch.eligible.any(axis=1).sum() for batch in batches)
     self.assertEqual(num_rows, min(max_examples, len(self.packed.validation)))
@@ -263,21 +264,6 @@ class PipelineTest(parameterized.TestCase):
         )
       ),
     )
-
-  @parameterized.parameters((4, 4), (-1, 4), (0, 9), (5, 3))
-  def test_rows_that_make_no_sense(self, start, stop):
-    with self.assertRaisesRegex(InputError, 'batch_size=8'):
-      self.train(rows=slice(start, stop))
-
-  def test_other_errors(self):
-    with self.assertRaisesRegex(InputError, 'batch_size=0'):
-      self.train(batch_size=0)
-    with self.assertRaisesRegex(InputError, 'contiguous'):
-      self.train(rows=slice(0, 8, 2))
-    with self.assertRaisesRegex(InputError, 'max_examples=0'):
-      pipeline.make_eval_batches(
-        self.packed, workdirs.DataConfig(), batch_size=8, max_examples=0
-      )
 
   def test_one_row_is_enough(self):
     with tempfile.TemporaryDirectory() as folder:

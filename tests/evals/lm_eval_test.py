@@ -3,7 +3,6 @@
 import json
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -126,8 +125,8 @@ def test_greedy_is_what_the_sampler_writes(masked):
   tokens = np.full((1, 32), masked.lm.tokenizer.mask_id, np.int32)
   tokens[0, :3] = 65
   fixed = np.arange(32)[None] < 3
-  key = jax.random.key(masked.seed)
-  filled, _ = masked._fill(0.0)(masked.lm.params, key, tokens, fixed)
+  key = masked.key
+  filled, _ = masked.fill(0.0)(masked.lm.params, key, tokens, fixed)
   tokens[0, 3:6] = filled[0, 3:6]
   scored = ~fixed & (np.arange(32)[None] < 6)
   batch = masked._batch(tokens, scored, fixed | scored)

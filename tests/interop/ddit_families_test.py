@@ -17,8 +17,8 @@ import pytest
 from nanodlm import lm as lms
 from nanodlm.interop import convert, export
 from nanodlm.interop.families import FAMILIES
-from nanodlm.interop.families import layout as layouts
 from nanodlm.model import transformer
+from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 from tests import dit_reference as reference
 from tests import toys
@@ -291,11 +291,14 @@ class SettingsTest(parameterized.TestCase):
       params = jax.eval_shape(
         lambda: transformer.init_params(network, jax.random.key(0))
       )
-      paths = layouts.paths_of(params)
+      paths = checkpoint.flatten(params)
       layout = FAMILIES[family].layout(network, paths, tensors)
       parts = [part for parts in layout.tensors.values() for part in parts]
-      self.assertEqual({part.path for part in parts}, set(paths))
-      self.assertLen({(part.layer, part.piece) for part in parts}, len(parts))
+      self.assertEqual(
+        {part.path for part in parts},
+        {path.replace('last_layer/', 'layers/') for path in paths},
+      )
+      self.assertLen({(p.layer, p.name, p.share) for p in parts}, len(parts))
       with self.assertRaisesRegex(InputError, r"lacks: \['objective/w'\]"):
         FAMILIES[family].layout(network, [*paths, 'objective/w'], tensors)
 

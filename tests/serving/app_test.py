@@ -1,13 +1,11 @@
 """The routes, the playground, and how the server stops."""
 
 import asyncio
-import contextlib
 import http.client
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import threading
 import time
@@ -23,7 +21,7 @@ from nanodlm.serving import app, service
 from nanodlm.serving import engine as engines
 from nanodlm.show import pages
 from nanodlm.types import InputError
-from tests import launches, workdirs
+from tests import browsers, launches, workdirs
 from tests.serving.servers import (
   ask,
   events,
@@ -506,24 +504,13 @@ def test_addresses_to_which_it_cannot_bind(running):
       app.open_socket(host, port)
 
 
-@contextlib.contextmanager
-def browsing():
-  """A page of a headless browser, and Playwright's `expect`."""
-  playwright = pytest.importorskip('playwright.sync_api')
-  chromium = shutil.which('chromium') or shutil.which('chromium-browser')
-  if not chromium:
-    pytest.skip('no Chromium')
-  with playwright.sync_playwright() as driver:
-    browser = driver.chromium.launch(
-      executable_path=chromium, args=['--no-sandbox']
-    )
-    yield browser.new_page(), playwright.expect
-    browser.close()
-
-
 def test_in_a_browser(running):
   _, server = running
-  with browsing() as (page, expect):
+  with browsers.opened() as browser:
+    expect, page = (
+      pytest.importorskip('playwright.sync_api').expect,
+      browser.new_page(),
+    )
     wrong = []
     page.on('pageerror', lambda error: wrong.append(error))
     page.goto(f'http://127.0.0.1:{server.port}/')
@@ -586,7 +573,11 @@ def test_the_first_token_comes_soon(opened, capsys):
   """Prints the median latency of 20 runs of 64 calls, with NANODLM_WORKDIR."""
   workdir = os.environ.get('NANODLM_WORKDIR')
   lm = lms.load(workdir) if workdir else opened
-  with serving(lm) as (model, server), browsing() as (page, expect):
+  with serving(lm) as (model, server), browsers.opened() as browser:
+    expect, page = (
+      pytest.importorskip('playwright.sync_api').expect,
+      browser.new_page(),
+    )
     wait_for(lambda: is_compiled(model.engine))
     millisecs = []
     for _ in range(21 if workdir else 3):

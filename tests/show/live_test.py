@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from rich import console as consoles
+from rich.text import Text
 
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.show import live, watch
@@ -78,19 +79,16 @@ def test_visible():
 def test_wrap(width):
   texts = ['ab', '漢字', '', 'c\n', '\n', 'x' * 9, 'é']
   kind = ['said', 'said', 'new', 'new', 'said', 'masked', 'said']
-  lines = live.wrap(texts, kind, width)
-  assert all(
-    live.cells.cell_len(''.join(text for text, _ in line)) <= width
-    for line in lines
-  )
-  assert ''.join(text for line in lines for text, _ in line) == (
+  lines = live.wrap(Text.assemble(*zip(texts, kind)), width)
+  assert all(line.cell_len <= width for line in lines)
+  assert ''.join(line.plain for line in lines) == (
     ''.join(texts).replace('\n', '')
   )
   if width == 40:
     assert lines == [
-      [('ab漢字', 'said'), ('c', 'new')],
-      [],
-      [('x' * 9, 'masked'), ('é', 'said')],
+      Text.assemble(('ab', 'said'), ('漢字', 'said'), ('c', 'new')),
+      Text(),
+      Text.assemble(('x' * 9, 'masked'), ('é', 'said')),
     ]
 
 
@@ -138,7 +136,7 @@ def test_fits_the_terminal(width, height):
   ]
   fixed = np.zeros((5, 120), bool)
   lines = display._lines(BYTES, 'title\x1b' * 9, fixed)
-  shown = [''.join(text for text, _ in line) for line in lines]
+  shown = [line.plain for line in lines]
   assert len(lines) <= max(height - 1, 1)
   assert all(live.cells.cell_len(line) <= width for line in shown)
   assert '\x1b' not in ''.join(shown)
@@ -150,7 +148,8 @@ def test_fits_the_terminal(width, height):
 
 
 def test_long_canvas_shows_the_first_masked_line():
-  lines = [[('x', 'said')]] * 10 + [[('·', 'masked')]] * 10
+  masked = Text.assemble(('·', live.STYLES['masked']))
+  lines = [Text('x')] * 10 + [masked] * 10
   assert live._window(lines, 4) == lines[10:14]
   assert live._window(lines[:10], 4) == lines[6:10]
 

@@ -6,7 +6,6 @@ The tests in a browser need Chromium and pip install -e '.[browser]'.
 import html.parser
 import json
 import re
-import shutil
 from unittest import mock
 
 import numpy as np
@@ -17,7 +16,7 @@ from nanodlm import sample, train
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.show import replay, watch
 from nanodlm.types import InputError
-from tests import workdirs
+from tests import browsers, workdirs
 
 BYTES = BytesTokenizer()
 MASK = BYTES.mask_id
@@ -243,16 +242,8 @@ def test_samples_in_training_are_written(run):
 
 @pytest.fixture(scope='module')
 def browser():
-  api = pytest.importorskip('playwright.sync_api')
-  path = shutil.which('chromium') or shutil.which('chromium-browser')
-  if not path:
-    pytest.skip('no chromium')
-  with api.sync_playwright() as playwright:
-    opened = playwright.chromium.launch(
-      executable_path=path, args=['--no-sandbox']
-    )
-    yield opened
-    opened.close()
+  with browsers.opened() as browser:
+    yield browser
 
 
 @pytest.fixture(scope='module')

@@ -77,7 +77,7 @@ def make_source(spec: str, data_dir: str = '') -> base.Source:
     InputError: the form is unknown, or it names nothing that exists.
   """
   cls, name = find_class(spec), spec.partition(':')[2]
-  if cls is None or cls.takes_name != bool(name):
+  if cls is None or (':' in cls.forms[0]) != bool(name):
     forms = [form for known in SOURCES.values() for form in known.forms]
     raise InputError(
       f'data.source={spec!r} is not one of {forms}, nor a mixture, '
@@ -117,7 +117,7 @@ def parse_mixture(spec: str) -> tuple[tuple[float, str], ...]:
         f"{item!r} is not a positive weight, '*' and a source; {form}"
       )
     cls = find_class(source)
-    if cls is None or not cls.may_be_mixed:
+    if cls is None or cls.is_pairs:
       raise error(
         f'{source!r} cannot be part of a mixture; text and tokens can'
       )

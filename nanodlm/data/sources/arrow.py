@@ -85,13 +85,12 @@ class ParquetSource(ArrowSource, files.FileSource):
             f'as {self.forms[-1]!r}'
           )
         for group in range(file.num_row_groups):
-          num_rows = file.metadata.row_group(group).num_rows
-          yield base.Part(split, num_rows, (path, group))
+          yield path, group
 
   def _columns(self, part: base.Part) -> Iterator[tuple[str, int, Any]]:
     import pyarrow as pa
 
-    path, group = part.where
+    path, group = part
     with self._open_table(path) as file:
       first = sum(file.metadata.row_group(i).num_rows for i in range(group))
       # Row groups may be large, so a few thousand rows are read at a time.
@@ -167,7 +166,7 @@ class HfSource(ArrowSource, base.SplitSource):
     return {split: data.num_rows for split, data in self.dataset.items()}
 
   def _columns(self, part: base.Part) -> Iterator[tuple[str, int, Any]]:
-    own, start, stop = part.where
+    own, start, stop = part
     data = self.dataset[own].select_columns([*self.fields])
     column = data.with_format('arrow')[start:stop].column(0)
     yield f'split {own!r}', start, column

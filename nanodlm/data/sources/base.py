@@ -20,6 +20,8 @@ PIECE_CHARS = 1 << 20
 # Approximate size of a part, the unit of work and of a restart.
 PART_BYTES = 16 << 20
 PART_ROWS = 4096
+# What a source needs to find a slice of it, which can be read independently.
+Part = tuple[Any, ...]
 # A piece ends with one newline after a visible character, and the next begins
 # with a letter or digit. Bytes and tiktoken's encodings never merge across such
 # a place, so cutting there changes no token (SentencePiece: rarely one).
@@ -63,39 +65,20 @@ class TokenRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-  """A slice of a source that can be read independently.
-
-  Attributes:
-    split: 'train' or 'validation'.
-    size: its share of the work, in bytes or rows.
-    where: what the source needs to find it.
-  """
-
-  split: str
-  size: int
-  where: tuple[Any, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Source(abc.ABC):
   """A fixed sequence of documents, in parts. Instances can be pickled.
 
   Attributes:
     forms: the values of config.data.source that name this class.
-    takes_name: whether something follows the kind and its colon.
     is_tokens: whether `read` yields TokenRows instead of documents.
     is_pairs: whether a document is a pair: exactly two pieces, the prompt and
       the response.
-    may_be_mixed: whether it can be a part of a mixture.
     spec: the config.data.source it was made from.
   """
 
   forms: ClassVar[tuple[str, ...]]
-  takes_name: ClassVar[bool] = True
   is_tokens: ClassVar[bool] = False
   is_pairs: ClassVar[bool] = False
-  may_be_mixed: ClassVar[bool] = True
 
   spec: str
 
@@ -154,8 +137,7 @@ class SplitSource(Source):
     num_rows = self.num_rows()
     own = split if split in num_rows else 'test'
     for start in range(0, num_rows[own], PART_ROWS):
-      stop = min(start + PART_ROWS, num_rows[own])
-      yield Part(split, stop - start, (own, start, stop))
+      yield own, start, min(start + PART_ROWS, num_rows[own])
 
 
 def documents(source: Source, split: str) -> Iterator[Document]:

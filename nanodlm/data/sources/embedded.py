@@ -34,7 +34,6 @@ class EmbeddedSource(base.Source):
   """
 
   forms = ('embedded',)
-  takes_name = False
 
   @classmethod
   def make(cls, spec: str, name: str, data_dir: str) -> 'EmbeddedSource':
@@ -46,7 +45,8 @@ class EmbeddedSource(base.Source):
     return hashlib.sha256(repr((sys.version, files)).encode()).hexdigest()
 
   def parts(self, split: str) -> Iterator[base.Part]:
-    yield base.Part(split, 1, ())
+    del split
+    yield ()
 
   def read(self, part: base.Part) -> Iterator[base.Document]:
     return map(base.document_of, embedded_texts())

@@ -107,15 +107,14 @@ class FileSource(base.Source):
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
       raise self.error(f'{path} cannot be read: {error}') from error
 
-  def _slices(
-    self, split: str, path: str, place: re.Pattern[bytes]
-  ) -> Iterator[base.Part]:
-    """Yields parts of about PART_BYTES, each ending with a match of `place`."""
-    size = os.path.getsize(path)
+  def _slices(self, path: str, place: re.Pattern[bytes]) -> Iterator[base.Part]:
+    """Yields (path, first byte, one past the last or None at the file's end).
+
+    A slice has about PART_BYTES and ends with a match of `place`.
+    """
+    size, borders = os.path.getsize(path), [0]
     if pathlib.Path(path).suffix in _OPENERS:
-      yield base.Part(split, size, (path, 0, None))
-      return
-    borders = [0]
+      size = 0  # Only the whole file can be decompressed.
     with self._open(path) as file:
       while (start := borders[-1] + base.PART_BYTES) < size:
         found = None
@@ -127,8 +126,8 @@ class FileSource(base.Source):
         if not found or start + found.end() >= size:
           break
         borders.append(start + found.end())
-    for start, stop in itertools.pairwise([*borders, size]):
-      yield base.Part(split, stop - start, (path, start, stop))
+    for start, stop in itertools.pairwise([*borders, None]):
+      yield path, start, stop
 
 
 def _matches(pattern: str) -> list[str]:
@@ -145,29 +144,24 @@ class TextSource(FileSource):
   forms = ('text:GLOB',)
 
   def parts(self, split: str) -> Iterator[base.Part]:
+    del split
     if len(self.paths) == 1:
-      yield from self._slices(split, self.paths[0], _CUT_BYTES)
+      yield from ((where,) for where in self._slices(*self.paths, _CUT_BYTES))
       return
     group, size = [], 0
     for path in self.paths:
-      group.append(path)
+      group.append((path, 0, None))
       size += os.path.getsize(path)
       if size >= base.PART_BYTES or path == self.paths[-1]:
-        yield base.Part(split, size, tuple(group))
+        yield tuple(group)
         group, size = [], 0
 
   def read(self, part: base.Part) -> Iterator[base.Document]:
-    if len(self.paths) > 1:
-      for path in part.where:
-        yield base.Document(functools.partial(self._pieces, path))
-      return
-    path, _, stop = part.where
-    is_end = stop is None or stop == os.path.getsize(path)
-    yield base.Document(functools.partial(self._pieces, *part.where), is_end)
+    for where in part:
+      is_end = where[-1] is None
+      yield base.Document(functools.partial(self._pieces, *where), is_end)
 
-  def _pieces(
-    self, path: str, start: int = 0, stop: int | None = None
-  ) -> Iterator[str]:
+  def _pieces(self, path: str, start: int, stop: int | None) -> Iterator[str]:
     with self._open(path, start) as file:
       yield from base.cut_at_lines(self._decode(path, file, start, stop))
 
@@ -207,11 +201,12 @@ class JsonlSource(FileSource):
   default_fields = ('text',)
 
   def parts(self, split: str) -> Iterator[base.Part]:
+    del split
     for path in self.paths:
-      yield from self._slices(split, path, _LINE_END)
+      yield from self._slices(path, _LINE_END)
 
   def read(self, part: base.Part) -> Iterator[base.Document]:
-    path, start, stop = part.where
+    path, start, stop = part
     with self._open(path, start) as file:
       position = start
       for number, line in enumerate(file, start=1):
@@ -271,7 +266,6 @@ class PairsSource(JsonlSource):
 
   forms = ('pairs:GLOB', 'pairs:GLOB:PROMPT_FIELD:RESPONSE_FIELD')
   is_pairs = True
-  may_be_mixed = False
   default_fields = ('prompt', 'response')
 
 

@@ -77,7 +77,7 @@ class TfdsSource(base.SplitSource):
     return {name: split.num_examples for name, split in splits.items()}
 
   def read(self, part: base.Part) -> Iterator[base.Document]:
-    own, start, stop = part.where
+    own, start, stop = part
     if self.builder.info.file_format.value == 'array_record':
       rows = self.builder.as_data_source(own)
       examples = (rows[i] for i in range(start, stop))

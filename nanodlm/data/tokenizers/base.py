@@ -31,6 +31,7 @@ class Tokenizer(abc.ABC):
     separator_id: the token that ends a document.
     fingerprint: a hash of everything that determines the ids; two tokenizers
       with the same fingerprint are interchangeable.
+    eos_ids: the tokens that end a text; by default the separator alone.
   """
 
   reads_path: ClassVar[bool] = False
@@ -40,6 +41,11 @@ class Tokenizer(abc.ABC):
   pieces: tuple[bytes, ...]
   separator_id: int
   fingerprint: str
+  eos_ids: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
+
+  def __post_init__(self):
+    if not self.eos_ids:
+      object.__setattr__(self, 'eos_ids', (self.separator_id,))
 
   @classmethod
   @abc.abstractmethod

@@ -1,6 +1,6 @@
 """Families of published checkpoints by name.
 
-A family is a subclass of `layout.Family` in a file, and a line in the dict.
+A family is a subclass of `layout.Family` and a line in the dict.
 
     family   files                  objective        compared with  difference
     gpt2     safetensors            ar               transformers   9.5e-7
@@ -26,20 +26,14 @@ lacks is refused by name: scaled rotary positions, sliding windows, SEDD's
 uniform noise, GenMD4, missing or surplus tensors, another vocabulary.
 """
 
-from nanodlm.interop.families.bd3lm import BD3LM
+from nanodlm.interop.families.ddit import BD3LM, Duo, GIDD, MDLM, SEDD
 from nanodlm.interop.families.dream import Dream
-from nanodlm.interop.families.duo import Duo
-from nanodlm.interop.families.gidd import GIDD
 from nanodlm.interop.families.gpt2 import GPT2
 from nanodlm.interop.families.layout import Family
 from nanodlm.interop.families.llada import LLaDA
-from nanodlm.interop.families.llama import Llama
+from nanodlm.interop.families.llama import Llama, Qwen2, Qwen3
 from nanodlm.interop.families.md4 import MD4
-from nanodlm.interop.families.mdlm import MDLM
 from nanodlm.interop.families.native import Native
-from nanodlm.interop.families.qwen2 import Qwen2
-from nanodlm.interop.families.qwen3 import Qwen3
-from nanodlm.interop.families.sedd import SEDD
 
 # An export uses the first that fits, in this order.
 FAMILIES: dict[str, Family] = {

@@ -1,4 +1,4 @@
-"""The diffusion transformer that SEDD, MDLM, BD3-LM, Duo and GIDD share.
+"""SEDD, MDLM, BD3-LM, Duo, UDLM and GIDD, which share a transformer.
 
 Source: SEDD's published code, arXiv 2310.16834, after DiT, arXiv 2212.09748:
 LayerNorm with a scale that the time shifts and scales further, rotary
@@ -8,12 +8,18 @@ and in the meaning of the outputs, which is the objective.
 
 Every tensor is kept, including the conditioning of networks whose time is
 always 0 (time_form 'constant'), so that fine-tuning trains their network and
-not one into which that constant was multiplied.
+not one into which that constant was multiplied. The averaged weights ('ema') of
+a trainer's file are used if it has them.
+
+MDLM, BD3-LM and Duo are Lightning's .ckpt, or Hugging Face's form. The settings
+in a .ckpt are Python objects, which are not read: a config.json next to it must
+give model_type, n_heads, for BD3-LM block_size, and model_length (1024) and
+time_conditioning (false) if they differ.
 """
 
 from collections.abc import Collection
 
-from nanodlm.interop.families.layout import Family, Key
+from nanodlm.interop.families.layout import Family, Key, refuse, require
 from nanodlm.types import InputError
 
 # The vocabularies of these projects: GPT-2's, without a mask, and BERT's.
@@ -22,7 +28,7 @@ BERT_SIZE, BERT_MASK, BERT_END = 30_522, 103, 102
 
 
 class DDiT(Family):
-  """The shared transformer. Its sizes are those of the tensors."""
+  """The shared transformer, with the sizes of the tensors."""
 
   keys = {
     'hidden_dim': Key('embed_dim', 0),
@@ -76,25 +82,16 @@ class DDiT(Family):
     return super().describe(config, shapes)
 
   def settings(self, config, shapes):
-    embedding, hidden, time = (
-      'vocab_embed.embedding',
-      'blocks.0.mlp.0.weight',
-      'blocks.0.adaLN_modulation.weight',
-    )
-    for name in (embedding, hidden, time):
-      if len(shapes.get(name, ())) != 2:
-        raise InputError(
-          f'the tensor {name} is missing or not a matrix: this is not the '
-          'transformer of SEDD and MDLM'
-        )
+    if not is_like(shapes):
+      raise InputError('the tensors are not those of the transformer of SEDD')
     blocks = {
       name.split('.')[1] for name in shapes if name.startswith('blocks.')
     }
     return {
       'model.num_layers': len(blocks),
-      'model.embed_dim': shapes[embedding][1],
-      'model.mlp_dim': shapes[hidden][0],
-      'model.time_dim': shapes[time][1],
+      'model.embed_dim': shapes['vocab_embed.embedding'][1],
+      'model.mlp_dim': shapes['blocks.0.mlp.0.weight'][0],
+      'model.time_dim': shapes['blocks.0.adaLN_modulation.weight'][1],
     }
 
   def vocabulary(self, config, shapes):
@@ -127,7 +124,155 @@ class DDiT(Family):
 def is_like(names: Collection[str]) -> bool:
   """Returns whether tensors of these names are such a transformer's."""
   wanted = {'vocab_embed.embedding', 'blocks.0.attn_qkv.weight'}
-  return any(
-    {f'{prefix}{name}' for name in wanted} <= set(names)
-    for prefix in DDiT.prefixes
-  )
+  return wanted <= {name.removeprefix('backbone.') for name in names}
+
+
+class MDLM(DDiT):
+  """MDLM, arXiv 2406.07524."""
+
+  model_types = ('mdlm',)
+  keys = {
+    **DDiT.keys,
+    'time_conditioning': Key(
+      'time_form', False, {False: 'constant', True: 'sigma'}
+    ),
+  }
+  # 'd3pm' and 'sedd' are other parametrisations of the same network.
+  allowed = {'parameterization': ('subs',), 'backbone': ('dit',)}
+
+
+class BD3LM(DDiT):
+  """BD3-LM, arXiv 2503.09573."""
+
+  model_types = ('bd3lm',)
+  objective = 'block'
+  required = ('block_size',)
+  allowed = {
+    'cross_attn': (True,),
+    'causal': (False,),
+    'adaln': (True,),
+    # Blocks have times of their own, and this network is given their mean.
+    'time_conditioning': (False,),
+    'parameterization': ('subs',),
+  }
+  network = {**DDiT.network, 'time_form': 'constant'}
+  written = {
+    'cross_attn': True,
+    'adaln': True,
+    'causal': False,
+    'attn_backend': 'sdpa',
+    'var_min': False,
+  }
+
+  def settings(self, config, shapes):
+    return {
+      **super().settings(config, shapes),
+      'objective.block_size': config['block_size'],
+    }
+
+  def to_config(self, network, described):
+    config = super().to_config(network, described)
+    return {**config, 'block_size': network.block_size}
+
+
+class Duo(DDiT):
+  """Duo, arXiv 2506.10892, and UDLM, arXiv 2412.10193: uniform noise.
+
+  None of the ids is a mask: one is added that occurs in no text and no noise.
+  With GPT-2's ids Duo has one more than tokens: the padding token, which occurs
+  in the noise like any other.
+  """
+
+  model_types = ('duo', 'udlm')
+  is_exportable = False
+  objective = 'uniform'
+  has_mask = False
+  allowed = {'causal': (False,), 'time_conditioning': (True,), 'cfg': (False,)}
+  network = {**DDiT.network, 'time_form': 'sigma'}
+
+
+class GIDD(DDiT):
+  """GIDD, arXiv 2503.04482, in Hugging Face's form (model_type 'dit').
+
+  Its share of uniform tokens is config.json's p_uniform, and the mask its last
+  id. A checkpoint of its trainer, whose vocabulary is padded, must be converted
+  by its own convert_checkpoint.py first.
+  """
+
+  model_types = ('dit',)
+  is_exportable = False
+  objective = 'hybrid'
+  keys = {'num_attention_heads': Key('num_heads')}
+  required = ('p_uniform',)
+  network = {**DDiT.network, 'time_form': 'unit'}
+  length = ('max_seq_len', 512)
+
+  def detect(self, config, names):
+    return 'p_uniform' in config and super().detect(config, names)
+
+  def settings(self, config, shapes):
+    return {
+      **super().settings(config, shapes),
+      'objective.p_uniform': float(config['p_uniform']),
+      'objective.gamma': 1.0,
+    }
+
+
+class SEDD(DDiT):
+  """SEDD, arXiv 2310.16834.
+
+  The form on the Hugging Face hub has a config.json with the project's
+  settings, in the sections 'model', 'graph' and 'noise'. The .hydra/config.yaml
+  of a trainer's checkpoint.pth must be converted to a config.json next to it.
+
+  The outputs are those before -log expm1(sigma) - log N, which objective 'sedd'
+  adds. Uniform noise and unscaled outputs are refused: that objective has
+  masked noise, and scales.
+  """
+
+  objective = 'sedd'
+  keys = {
+    'hidden_size': Key('embed_dim', 0),
+    'cond_dim': Key('time_dim', 0),
+    'n_blocks': Key('num_layers', 0),
+    'n_heads': Key('num_heads'),
+  }
+  sections = {
+    'graph': {'type': ('absorb',)},
+    # At its ends another schedule has other times than 'sigma'.
+    'noise': {'type': ('loglinear',)},
+    'model': {'scale_by_sigma': (True,)},
+  }
+  network = {**DDiT.network, 'time_form': 'sigma'}
+  length = ('length', 1024)
+  prefixes = ('', 'backbone.')
+
+  def detect(self, config, names):
+    return 'graph' in config and 'tokens' in config and is_like(names)
+
+  def describe(self, config, shapes):
+    require(config, *self.sections)
+    for name, allowed in self.sections.items():
+      if not isinstance(config[name], dict):
+        raise InputError(
+          f'config.json: {name}={config[name]!r} is not a section'
+        )
+      refuse(config[name], allowed)
+    return super().describe(config['model'], shapes)
+
+  def to_config(self, network, described):
+    model = {
+      'name': 'nanodlm',
+      'type': 'ddit',
+      'length': described.max_length,
+      'scale_by_sigma': True,
+      'dropout': network.dropout,
+      'mask_token_id': described.mask_id,
+      'eos_token_id': described.separator_id,
+    }
+    return {
+      'model': {**self.fields(network), **model},
+      'graph': {'type': 'absorb'},
+      'noise': {'type': 'loglinear'},
+      'tokens': described.vocab_size - 1,
+    }

@@ -7,7 +7,7 @@ that of Qwen2, published as a vocabulary and merges.
 
 import json
 
-from nanodlm.interop import tokenizer_json
+from nanodlm.interop import tensors, tokenizer_json
 from nanodlm.interop.families import llama
 
 # Qwen2's merges do not cross the pieces that this cuts a text into.
@@ -36,28 +36,23 @@ class Dream(llama.Llama):
     return {**config, 'bos_token_id': described.separator_id}
 
   def tokenizer_json(self, folder):
-    names = ('vocab.json', 'merges.txt', 'tokenizer_config.json')
-    if not all((folder / name).is_file() for name in names):
-      return None
     vocab, merges, config = (
-      (folder / name).read_text(encoding='utf-8') for name in names
+      folder / name
+      for name in ('vocab.json', 'merges.txt', 'tokenizer_config.json')
     )
-    added = json.loads(config).get('added_tokens_decoder', {})
+    if not all(path.is_file() for path in (vocab, merges, config)):
+      return None
+    tensors.require('tokenizers')
+    from tokenizers.models import BPE
+
+    added = json.loads(config.read_bytes()).get('added_tokens_decoder', {})
+    ids, pairs = BPE.read_file(str(vocab), str(merges))
     return {
-      **tokenizer_json.byte_level(
-        json.loads(vocab),
-        # The first line may give the version.
-        [
-          line.split(' ')
-          for line in merges.splitlines()
-          if line and not line.startswith('#version')
-        ],
-        _SPLIT,
-      ),
+      **tokenizer_json.byte_level(ids, list(map(list, pairs)), _SPLIT),
       'normalizer': {'type': 'NFC'},
       'added_tokens': [
         tokenizer_json.added_token(
-          int(i), token['content'], bool(token.get('special', True))
+          int(i), token['content'], token.get('special', True)
         )
         for i, token in added.items()
       ],

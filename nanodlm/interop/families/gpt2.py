@@ -4,7 +4,7 @@ Source: Radford et al., 2019; names and settings as in Hugging Face's
 `GPT2LMHeadModel`, whose projections keep their weights as [in, out].
 """
 
-from nanodlm.interop.families.layout import Family, Key, SAME
+from nanodlm.interop.families.layout import Family, Key
 
 # {activation: ours}.
 MLPS = {
@@ -64,13 +64,8 @@ class GPT2(Family):
   }
   # The published file holds the network without its output projection.
   prefixes = ('transformer.', '')
-  linear = SAME
+  is_transposed = False
   ignored = (r'.*\.attn\.(masked_)?bias',)  # Causal masks.
-
-  def settings(self, config, shapes):
-    del shapes
-    width = config.get('n_inner') or 4 * config['n_embd']
-    return {'model.mlp_dim': width}
 
   def fixed(self, network):
     return {

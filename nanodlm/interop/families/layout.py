@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanodlm.model.config import ModelConfig
-from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 
 # The content of a config.json, and {name: shape} of the tensors.
@@ -47,63 +46,35 @@ RESOLVED = {
   'time_dim': 'time_width',
 }
 
-
-class How(NamedTuple):
-  """A rearrangement of numbers, theirs to ours, and its inverse."""
-
-  read: Callable[[np.ndarray], np.ndarray]
-  write: Callable[[np.ndarray], np.ndarray]
+How = Callable[[np.ndarray], np.ndarray]
+SAME: How = np.asarray
 
 
-SAME = How(lambda x: x, lambda x: x)
-# PyTorch's Linear keeps its weight as [out, in].
-TRANSPOSED = How(np.transpose, np.transpose)
-
-
-def halves_from_pairs(num_heads: int, head_dim: int) -> How:
-  """Reorders the features of rotary queries or keys, [..., H * Dh].
-
-  Theirs rotate features 2i and 2i + 1 together, ours i and i + Dh / 2.
-  """
-
-  def turn(x, shape):
-    pairs = x.reshape(*x.shape[:-1], num_heads, *shape)
-    return pairs.swapaxes(-1, -2).reshape(x.shape)
-
-  half = head_dim // 2
-  return How(lambda x: turn(x, (half, 2)), lambda x: turn(x, (2, half)))
-
-
-class Piece(NamedTuple):
-  """The place of one of our parameters in a checkpoint.
+class Part(NamedTuple):
+  """A parameter of ours, or a layer of it, in a tensor of theirs.
 
   Attributes:
-    name: of the tensor, with LAYER for the number of the block.
-    how: turns the tensor, or the share of it, into ours.
-    share: (axis, i, n) if it is part i of n equal parts of that axis; None if
-      it is the whole tensor.
+    name: name of the tensor, with LAYER for the number of the block.
+    how: turns the tensor, or the share of it, into ours; in a family that is
+      exportable it is its own inverse.
+    share: (axis, i, n) for part i of n equal parts of that axis.
+    path: path of our parameter; of all layers if there are.
+    layer: number of the block, if it is in one.
   """
 
   name: str
   how: How = SAME
   share: tuple[int, int, int] | None = None
-
-
-class Part(NamedTuple):
-  """A parameter of ours (of a block: one layer of it) in a tensor of theirs."""
-
-  path: str
-  layer: int | None
-  piece: Piece
+  path: str = ''
+  layer: int | None = None
 
   def of(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns a view of its numbers in {path: array}, our parameters."""
     if self.layer is None:
       return params[self.path]
     # The stack holds all layers but the last one.
-    stack = params.get(self.path)
-    if stack is not None and self.layer < len(stack):
-      return stack[self.layer, ...]
+    if self.layer < len(params.get(self.path, ())):
+      return params[self.path][self.layer, ...]
     return params[self.path.replace('layers/', 'last_layer/', 1)]
 
 
@@ -120,24 +91,17 @@ class Layout(NamedTuple):
   same: dict[str, str]
 
 
-def paths_of(params: Any) -> list[str]:
-  """Returns the paths of a tree of parameters."""
-  paths = checkpoint.flatten(params)
-  return sorted({path.replace('last_layer/', 'layers/') for path in paths})
-
-
 @dataclasses.dataclass(frozen=True)
 class Description:
   """What a checkpoint's config.json, or a run of ours, says about the network.
 
   Attributes:
     vocab_size: rows of their embedding.
-    mask_id: their id of the mask. None if they have none: row `start_id` is
-      then copied to the end, so that an autoregressive network begins a text
-      with the mask as theirs does with its start token.
+    mask_id: their id of the mask. If it is None, row `start_id` is copied to
+      the end: an autoregressive network of ours begins a text with the mask.
     separator_id: their id of the token that ends a document.
     start_id: their id of the token that begins one; read if mask_id is None.
-    max_length: of the longest text that the network is made for, in tokens.
+    max_length: tokens of the longest text that the network is made for.
     settings: {'section.key': value} for our config, on top of configs/base.py.
     tokenizer: `tokenizer.name` for a folder without a tokenizer.json, or ''.
     spare_ids: number of ids that are neither that tokenizer's nor the mask.
@@ -155,14 +119,13 @@ class Description:
   def __post_init__(self):
     start = 'start_id' if self.mask_id is None else 'mask_id'
     for key in ('vocab_size', 'max_length', 'separator_id', start):
-      value, allowed = getattr(self, key), 'an integer >= 1'
-      fits = isinstance(value, int) and value >= 1
+      value, first, end = getattr(self, key), 1, 2**31
       if key.endswith('_id'):
-        allowed = f'in [0, {self.vocab_size})'
-        fits = isinstance(value, int) and 0 <= value < self.vocab_size
-      if not fits:
+        first, end = 0, self.vocab_size
+      if not (isinstance(value, int) and first <= value < end):
         raise InputError(
-          f'config.json gives {key}={value!r}, which must be {allowed}'
+          f'config.json gives {key}={value!r}, which must be an integer in '
+          f'[{first}, {end})'
         )
     if self.mask_id == self.separator_id:
       raise InputError(
@@ -171,9 +134,15 @@ class Description:
       )
 
   @property
-  def num_ids(self) -> int:
-    """Our ids: a network without a mask gets one."""
-    return self.vocab_size + (self.mask_id is None)
+  def rows(self) -> np.ndarray:
+    """Their row of each of our ids, of which the last is the mask."""
+    mask = self.mask_id
+    rows = np.arange(self.vocab_size + (mask is None))
+    if mask is None:
+      rows[-1] = self.start_id
+    else:
+      rows[[mask, -1]] = rows[[-1, mask]]
+    return rows
 
 
 class Key(NamedTuple):
@@ -181,8 +150,8 @@ class Key(NamedTuple):
 
   Attributes:
     field: its name.
-    default: the meaning of a config.json without the key, or with null; None if
-      the key is required. A bool or float also converts the value.
+    default: their value for an absent key or null; None if the key is required.
+      A bool or float also converts the value.
     values: {their value: ours}; {} if they are the same.
   """
 
@@ -207,9 +176,7 @@ class Key(NamedTuple):
 
 
 class Family:
-  """A form in which networks are published.
-
-  Most families only set these attributes.
+  """A form in which networks are published; most only set these attributes.
 
   Attributes:
     model_types: values of model_type; an export writes the first.
@@ -227,12 +194,10 @@ class Family:
     length: the key of config.json with the longest text, and its default.
     tokenizer: `Description.tokenizer`.
     names: {our array or module: theirs}, with {top} for the prefix and {layer}
-      for the number of the block. Modules of ours with the same name are equal
-      parts of theirs.
+      for the block. Modules of the same name are equal parts of a tensor.
     prefixes: values of {top}; an export uses the first.
-    linear: turns their kernels into ours.
-    ignored: regular expressions for tensors without weights, such as causal
-      masks and rotary frequencies.
+    is_transposed: whether their kernels are [out, in], as PyTorch's Linear.
+    ignored: regular expressions for tensors that are not weights.
   """
 
   model_types: tuple[str, ...] = ()
@@ -251,7 +216,7 @@ class Family:
   tokenizer: str = ''
   names: Mapping[str, str] = {}
   prefixes: tuple[str, ...] = ('',)
-  linear: How = TRANSPOSED
+  is_transposed: bool = True
   ignored: tuple[str, ...] = ()
 
   def detect(self, config: Config, names: Collection[str]) -> bool:
@@ -298,62 +263,60 @@ class Family:
     }
 
   def layout(
-    self, network: ModelConfig, paths: Iterable[str], names: Collection[str]
+    self, network: ModelConfig, params: Iterable[str], names: Collection[str]
   ) -> Layout:
     """Returns the mapping of a checkpoint.
 
     Args:
-      network: that its `Description` makes.
-      paths: of our parameters, from `paths_of`.
-      names: of its tensors; of an export, none.
+      network: the network that its `Description` makes.
+      params: the paths of its parameters in a tree.
+      names: the names of its tensors; () for an export.
 
     Raises:
       InputError: the network has parameters that this family lacks.
     """
-    paths = list(paths)
-    pieces = self.pieces(network, paths, names)
-    if unknown := [path for path in paths if path not in pieces]:
+    paths = sorted({p.replace('last_layer/', 'layers/') for p in params})
+    parts = self.parts(network, paths, names)
+    if unknown := [path for path in paths if path not in parts]:
       raise InputError(
         f'the network has parameters that the checkpoint lacks: {unknown}'
       )
     tensors: dict[str, list[Part]] = {}
     for path in paths:
-      piece = pieces[path]
-      in_block = LAYER in piece.name
+      part = parts[path]._replace(path=path)
+      in_block = LAYER in part.name
       for layer in range(network.num_layers) if in_block else [None]:
-        name = piece.name.replace(LAYER, str(layer))
-        tensors.setdefault(name, []).append(Part(path, layer, piece))
-    for parts in tensors.values():
-      parts.sort(key=lambda part: part.piece.share or ())
-    is_tied = 'output' in pieces and 'output' not in paths
-    same = {pieces['output'].name: pieces['embedding'].name} if is_tied else {}
+        name = part.name.replace(LAYER, str(layer))
+        tensors.setdefault(name, []).append(part._replace(layer=layer))
+    for shares in tensors.values():
+      shares.sort(key=lambda part: part.share or ())
+    is_tied = 'output' in parts and 'output' not in paths
+    same = {parts['output'].name: parts['embedding'].name} if is_tied else {}
     return Layout(tensors, same)
 
-  def pieces(
+  def parts(
     self, network: ModelConfig, paths: list[str], names: Collection[str]
-  ) -> dict[str, Piece]:
-    """Returns {path: place} of all parameters that such a network may have."""
-    embedding, top = self.names['embedding'], self.prefixes[0]
-    for prefix in self.prefixes:
-      if embedding.format(top=prefix) in names:
-        top = prefix
-    pieces, all_names = {}, list(self.names.values())
+  ) -> dict[str, Part]:
+    """Returns {path: part} of all parameters that such a network may have."""
+    embedding = self.names['embedding']
+    found = [top for top in self.prefixes if embedding.format(top=top) in names]
+    top = (found or self.prefixes)[0]
+    parts, all_names = {}, list(self.names.values())
     for i, (ours, name) in enumerate(self.names.items()):
       theirs = name.format(top=top, layer=LAYER)
       path = f'layers/{ours}' if LAYER in theirs else ours
       if ours in ARRAYS:
-        pieces[path] = Piece(theirs)
+        parts[path] = Part(theirs)
         continue
       leaf, how, kernel, bias = 'scale', SAME, None, None
       if not ours.endswith('norm'):
-        leaf, how = 'kernel', self.linear
+        leaf, how = 'kernel', np.transpose if self.is_transposed else SAME
       if (count := all_names.count(name)) > 1:
-        part = (i - all_names.index(name), count)
-        # Outputs are the rows of [out, in].
-        kernel, bias = (int(how is SAME), *part), (0, *part)
-      pieces[f'{path}/{leaf}'] = Piece(f'{theirs}.weight', how, kernel)
-      pieces[f'{path}/bias'] = Piece(f'{theirs}.bias', share=bias)
-    return pieces
+        place = (i - all_names.index(name), count)
+        kernel, bias = (int(not self.is_transposed), *place), (0, *place)
+      parts[f'{path}/{leaf}'] = Part(f'{theirs}.weight', how, kernel)
+      parts[f'{path}/bias'] = Part(f'{theirs}.bias', share=bias)
+    return parts
 
   def tokenizer_json(self, folder: pathlib.Path) -> dict[str, Any] | None:
     """Returns a tokenizer.json for a folder without one, or None."""
@@ -374,12 +337,13 @@ class Family:
     for key in self.keys.values():
       if key.values:
         allowed[key.field] = tuple(key.values.values())
-    found = (
-      [] if objective == self.objective else [f'objective.name={objective!r}']
-    )
-    for key, values in allowed.items():
-      if getattr(network, key) not in values:
-        found.append(f'model.{key}={getattr(network, key)!r}')
+    found = [
+      f'model.{key}={getattr(network, key)!r}'
+      for key, values in allowed.items()
+      if getattr(network, key) not in values
+    ]
+    if objective != self.objective:
+      found.insert(0, f'objective.name={objective!r}')
     return ', '.join(found)
 
   def fields(self, network: ModelConfig) -> dict[str, Any]:
@@ -387,12 +351,7 @@ class Family:
     return {name: key.write(network) for name, key in self.keys.items()}
 
   def to_config(self, network: ModelConfig, described: Description) -> Config:
-    """Returns the config.json of an export.
-
-    Args:
-      network: the run's, without a `misfit`.
-      described: its vocabulary, with ids as in the exported files.
-    """
+    """Returns the config.json of an export of a network without a `misfit`."""
     # An autoregressive network of ours begins a text with the mask.
     mask = 'mask_token_id' if self.has_mask else 'bos_token_id'
     return {

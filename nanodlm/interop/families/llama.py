@@ -1,7 +1,7 @@
-"""Llama, and Mistral without a sliding window.
+"""Llama, Mistral without a sliding window, Qwen2, Qwen2.5 and Qwen3.
 
-Source: arXiv 2302.13971; names of tensors and settings as in Hugging Face's
-`LlamaForCausalLM`, `MistralForCausalLM`.
+Source: arXiv 2302.13971, 2310.06825, 2407.10671, 2505.09388; names of tensors
+and settings as in Hugging Face's `LlamaForCausalLM` and so on.
 """
 
 from nanodlm.interop.families.layout import Family, Key
@@ -83,3 +83,30 @@ class Llama(Family):
       )
     theta = rope.get('rope_theta')
     return {'model.rope_theta': float(theta)} if theta else {}
+
+
+class Qwen2(Llama):
+  """Qwen2 and Qwen2.5, whose queries, keys and values have biases."""
+
+  model_types = ('qwen2',)
+  architecture = 'Qwen2ForCausalLM'
+  keys = KEYS
+  # Its window is off unless this key turns it on.
+  defaults = {'use_sliding_window': False}
+  network = {'attention_bias': 'qkv'}
+  written = {**FLOAT32, 'attention_bias': True, 'use_sliding_window': False}
+
+
+class Qwen3(Llama):
+  """Qwen3, with RMSNorm on the queries and keys of each head."""
+
+  model_types = ('qwen3',)
+  architecture = 'Qwen3ForCausalLM'
+  keys = {
+    **KEYS,
+    'head_dim': Key('head_size', 128),
+    'attention_bias': Key('attention_bias', False, BIASES),
+  }
+  defaults = {'use_sliding_window': False}
+  network = {'qk_norm': True}
+  written = {**FLOAT32, 'use_sliding_window': False}

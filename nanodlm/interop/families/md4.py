@@ -14,19 +14,24 @@ import numpy as np
 
 from nanodlm.interop.families import ddit
 from nanodlm.interop.families import layout as layouts
-from nanodlm.interop.families.layout import Key, LAYER, Piece, SAME
+from nanodlm.interop.families.layout import Key, LAYER, Part, SAME
 from nanodlm.types import InputError
 
 _NET = 'classifier/Transformer_0'
 _BLOCK = f'{_NET}/TransformerBlock_{LAYER}'
 _FIRST = f'{_NET}/TransformerBlock_0'
 _SCHEDULES = {'linear': 'linear', 'cosine': 'md4_cosine'}
-# [D, V] without the mask -> [V + 1, D], and back.
-_OUTPUT = layouts.How(
-  lambda x: np.pad(x.T, ((0, 1), (0, 0))), lambda x: x[:-1].T
-)
-# The halves of the rows change places, which is its own inverse.
-_SWAPPED = layouts.How(*2 * (lambda x: np.roll(x, len(x) // 2, axis=0),))
+
+
+def halves_from_pairs(num_heads: int, head_dim: int) -> layouts.How:
+  """Reorders the features of rotary queries or keys, [..., H * Dh].
+
+  Theirs rotate features 2i and 2i + 1 together, ours i and i + Dh / 2.
+  """
+  pairs = (num_heads, head_dim // 2, 2)
+  return lambda x: (
+    x.reshape(*x.shape[:-1], *pairs).swapaxes(-1, -2).reshape(x.shape)
+  )
 
 
 class MD4(layouts.Family):
@@ -102,11 +107,13 @@ class MD4(layouts.Family):
       'tokenizer': 'gpt2' if mask == ddit.GPT2_SIZE else '',
     }
 
-  def pieces(self, network, paths, names):
+  def parts(self, network, paths, names):
+    # [D, V] without the mask -> [V + 1, D].
+    output = lambda x: np.pad(x.T, ((0, 1), (0, 0)))
     # Flax numbers the layers of one kind in the order of their use.
     order = iter(range(3))
     dense = lambda: f'{_NET}/Dense_{next(order)}'
-    rotary = layouts.halves_from_pairs(network.num_heads, network.head_dim)
+    rotary = halves_from_pairs(network.num_heads, network.head_dim)
     embedding = f'{_NET}/Embed_0/embedding'
     modules = {
       'layers/query': (f'{_BLOCK}/attention/wq', rotary),
@@ -122,18 +129,19 @@ class MD4(layouts.Family):
       modules['embedding_in'] = (dense(), SAME)
     if network.time_conditioning:
       time = 'classifier/CondEmbedding_0'
-      modules['time_embedding/in'] = (f'{time}/dense0', _SWAPPED)
+      swapped = lambda x: np.roll(x, len(x) // 2, axis=0)
+      modules['time_embedding/in'] = (f'{time}/dense0', swapped)
       modules['time_embedding/out'] = (f'{time}/Dense_0', SAME)
       modules['layers/modulation'] = (f'{_BLOCK}/Dense_0', SAME)
       modules['final_modulation'] = (dense(), SAME)
-    pieces = {
-      'embedding': Piece(embedding),
-      'layers/attention_norm/scale': Piece(f'{_BLOCK}/RMSNorm_0/scale'),
-      'layers/mlp_norm/scale': Piece(f'{_BLOCK}/RMSNorm_1/scale'),
-      'final_norm/scale': Piece(f'{_NET}/RMSNorm_0/scale'),
-      'output': Piece(f'{dense()}/kernel', _OUTPUT),
+    parts = {
+      'embedding': Part(embedding),
+      'layers/attention_norm/scale': Part(f'{_BLOCK}/RMSNorm_0/scale'),
+      'layers/mlp_norm/scale': Part(f'{_BLOCK}/RMSNorm_1/scale'),
+      'final_norm/scale': Part(f'{_NET}/RMSNorm_0/scale'),
+      'output': Part(f'{dense()}/kernel', output),
     }
     for ours, (theirs, how) in modules.items():
-      pieces[f'{ours}/kernel'] = Piece(f'{theirs}/kernel', how)
-      pieces[f'{ours}/bias'] = Piece(f'{theirs}/bias')
-    return pieces
+      parts[f'{ours}/kernel'] = Part(f'{theirs}/kernel', how)
+      parts[f'{ours}/bias'] = Part(f'{theirs}/bias')
+    return parts

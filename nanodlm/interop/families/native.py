@@ -4,7 +4,7 @@ The tensors of a block are named 'layers.3.query.kernel'; kernels are [in, out].
 Only the folder `nanodlm` of the export says what they mean.
 """
 
-from nanodlm.interop.families.layout import Family, LAYER, Piece
+from nanodlm.interop.families.layout import Family, LAYER, Part
 from nanodlm.types import InputError
 
 
@@ -19,14 +19,14 @@ class Native(Family):
       'export, which is missing'
     )
 
-  def pieces(self, network, paths, names):
-    pieces = {}
+  def parts(self, network, paths, names):
+    parts = {}
     for path in paths:
       name = path.replace('/', '.')
       if path.startswith('layers/'):
         name = name.replace('layers.', f'layers.{LAYER}.', 1)
-      pieces[path] = Piece(name)
-    return pieces
+      parts[path] = Part(name)
+    return parts
 
   def misfit(self, network, objective):
     return ''

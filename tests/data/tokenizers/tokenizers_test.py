@@ -91,6 +91,7 @@ class TokenizersTest(parameterized.TestCase):
     tokenizer = self.make(name)
     self.assertEqual(tokenizer.mask_id, tokenizer.vocab_size - 1)
     self.assertNotEqual(tokenizer.separator_id, tokenizer.mask_id)
+    self.assertEqual(tokenizer.eos_ids, (tokenizer.separator_id,))
     self.assertEqual(tokenizer.num_bytes.shape, (tokenizer.vocab_size,))
     self.assertEqual(tokenizer.num_bytes.dtype, np.int32)
     self.assertEqual(tokenizer.num_bytes[tokenizer.mask_id], 0)
