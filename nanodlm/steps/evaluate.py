@@ -22,7 +22,7 @@ def make_eval_step(
   noise levels stratified within the example. Keys depend on `seed` and the
   example's index, so that all evaluations use the same noise.
 
-  The network has no dropout, and the objective's `evaluation()` form is used.
+  Dropout is off, and the objective's `evaluation()` form is used.
   `num_draws` is a multiple of the objective's group size. A batch has an index.
 
   Returns:

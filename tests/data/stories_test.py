@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from nanodlm.data import sources
 from nanodlm.data.sources import stories
 from nanodlm.types import InputError
 
@@ -169,3 +170,18 @@ def test_bad_gaps(monkeypatch):
   monkeypatch.setattr(stories, 'MAX_VISITED', 500)
   with pytest.raises(InputError, match='500'):
     law.posterior(stories._join('{}' if w.isalpha() else w for w in words))
+
+
+def test_source(monkeypatch):
+  monkeypatch.setattr(stories, 'NUM_STORIES', 5000)
+  source = sources.make_source('stories:small')
+  parts = list(source.parts('train'))
+  texts = [
+    ''.join(document.open()) for part in parts for document in source.read(part)
+  ]
+  assert len(parts) == 2
+  assert texts == [source.law.sample(0, i) for i in range(5000)]
+  assert all(source.law.explain(text) is None for text in texts[::100])
+  assert source.fingerprint() != sources.make_source('stories').fingerprint()
+  with pytest.raises(InputError, match="'stories:huge'"):
+    sources.make_source('stories:huge')

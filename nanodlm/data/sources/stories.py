@@ -2,7 +2,7 @@
 
     config.data.source = 'stories' | 'stories:small'
 
-A story is told by a short program, `_tell`, that makes one choice after
+A short program, `_tell`, writes a story by making one choice after
 another: who the two children are, what they have, what happens to it. Every
 choice is between phrases with known probabilities, and no phrase begins
 another, so a text has at most one derivation. The same program draws stories,
@@ -10,25 +10,26 @@ computes the probability of a text, and enumerates all that fits a text with
 gaps.
 
 What makes the stories hard to model is what holds over a distance: names and
-colours come back, a lost thing is found where it was lost and only while the
+colours come back, a lost thing is found in its place, and only while the
 children are there, a thing belongs to whoever was last given it, pronouns
 follow their names, and the ending lists who has what.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import re
 
 import numpy as np
 
+from nanodlm.data.sources import base
 from nanodlm.types import InputError, Law, Posterior
 
-# Stories of a source; the law itself has no end.
+# Stories of a source; the law itself has any number.
 NUM_STORIES = 100_000
-_STORIES_PER_PART = 10_000
 # A posterior visits at most this number of partial stories.
 MAX_VISITED = 20_000
 # In a text given to `Law.posterior`, one unknown word.
@@ -73,18 +74,18 @@ LARGE = World(
   ),
   colors=tuple('black blue brown green grey pink red white yellow'.split()),
   places={
-    'at the beach': ('in the sand', 'behind a rock', 'beside a tent'),
-    'at the farm': ('in the hay', 'behind a cart', 'near the well'),
-    'in the forest': ('under a fern', 'beside a log', 'in a hollow tree'),
-    'in the garden': ('among the roses', 'under a hedge', 'behind the shed'),
-    'at the harbour': ('under a net', 'behind a barrel', 'near the crane'),
-    'at the library': ('under a desk', 'on a shelf', 'behind a curtain'),
-    'at the market': ('under a stall', 'beside a crate', 'near the fountain'),
+    'at the beach': ('in the sand', 'under a rock', 'near a tent'),
+    'at the farm': ('in the hay', 'under a cart', 'near the well'),
+    'in the forest': ('under a fern', 'under a log', 'in a hollow tree'),
+    'in the garden': ('among the roses', 'under a hedge', 'near the shed'),
+    'at the harbour': ('under a net', 'in a barrel', 'near the crane'),
+    'at the library': ('under a desk', 'on a shelf', 'under a chair'),
+    'at the market': ('under a stall', 'in a crate', 'near the fountain'),
     'in the meadow': ('in the grass', 'near the brook', 'among the daisies'),
-    'at the museum': ('beside a statue', 'under the stairs', 'near a window'),
-    'at the park': ('under a bench', 'near the pond', 'behind a swing'),
-    'at the school': ('in a cupboard', 'under a table', 'beside the piano'),
-    'at the station': ('on a platform', 'behind a trolley', 'near the clock'),
+    'at the museum': ('near a statue', 'under the stairs', 'near a window'),
+    'at the park': ('under a bench', 'near the pond', 'near a swing'),
+    'at the school': ('in a cupboard', 'under a table', 'under the piano'),
+    'at the station': ('on a platform', 'under a trolley', 'near the clock'),
   },
   openings=(
     'One cold morning',
@@ -126,7 +127,7 @@ def _tell(world: World, choose: Choose):
     total = sum(weights.values())
     return choose({key: w / total for key, w in weights.items() if w})
 
-  # The state: thing i has a color, and a holder or a place where it was lost.
+  # The state: thing i has a color, and a holder or the place in which it lies.
   colors: list[str] = []
   things: list[str] = []
   holders: list[int | None] = [0, 1]
@@ -404,3 +405,36 @@ def _mismatch(
   expected = sorted({_words(p)[k] for p in options if agreeing[p] == k})
   word = repr(words[k]) if k < len(words) else 'the end'
   return f'word {position + k + 1} is {word}; expected {" or ".join(expected)}'
+
+
+@dataclasses.dataclass(frozen=True)
+class StoriesSource(base.Source):
+  """The first `NUM_STORIES` stories of a world, one document each."""
+
+  forms = ('stories', 'stories:small')
+
+  world: str
+
+  @classmethod
+  def make(cls, spec: str, name: str, data_dir: str) -> 'StoriesSource':
+    del data_dir
+    if name not in WORLDS:
+      raise InputError(f'data.source={spec!r} is not one of {list(cls.forms)}')
+    return cls(spec, name)
+
+  @property
+  def law(self) -> StoriesLaw:
+    return StoriesLaw(WORLDS[self.world])
+
+  def fingerprint(self) -> str:
+    texts = [self.law.sample(0, i) for i in range(100)]
+    return hashlib.sha256(repr((NUM_STORIES, texts)).encode()).hexdigest()
+
+  def parts(self, split: str) -> Iterator[base.Part]:
+    del split
+    for start in range(0, NUM_STORIES, base.PART_ROWS):
+      yield start, min(start + base.PART_ROWS, NUM_STORIES)
+
+  def read(self, part: base.Part) -> Iterator[base.Document]:
+    law = self.law
+    return (base.document_of(law.sample(0, i)) for i in range(*part))
