@@ -138,8 +138,8 @@ def get_config() -> config_dict.ConfigDict:
   # 'block' | 'ar'.
   sampler.name = 'auto'
   # Network calls, per block if there are blocks; 0 if confidence uses its
-  # threshold or entropy_budget instead. ancestral and remask take up to 1.7
-  # times as many for thousands of texts at once, see samplers/ancestral.py.
+  # threshold or entropy_budget instead. ancestral and remask make up to 1.7
+  # times this number for thousands of texts at once, see samplers/ancestral.py.
   sampler.num_steps = 128
   # The schedule of ancestral and remask; see objective.schedule and power.
   sampler.schedule = 'linear'

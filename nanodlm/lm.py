@@ -183,7 +183,8 @@ class LanguageModel:
     for text, row in zip(texts, rows):
       if not row.size:
         raise InputError(
-          f'texts: the {run.tokenizer.name} tokenizer has no ids for {text!r}'
+          f'texts: the {run.tokenizer.name} tokenizer encodes {text!r} as zero '
+          'ids, whose probability is not defined'
         )
     batch, owner = self._windows(rows)
     num_draws = num_draws or run.settings.eval.num_draws

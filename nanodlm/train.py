@@ -454,7 +454,7 @@ def _after_divergence(manager: Any, failed: int, can_delete: bool) -> str:
     steps.remove(failed)
     manager.delete(failed)
   if not steps:
-    return 'There is no checkpoint: the next start begins at step 0'
+    return 'Without a checkpoint, the next start begins at step 0'
   text = f'The next start resumes from the checkpoint of step {steps[-1]}'
   if steps[-1] == failed:
     before = f'from step {steps[-2]}' if len(steps) > 1 else 'at step 0'

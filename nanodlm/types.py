@@ -8,7 +8,7 @@ Shapes: B examples, L tokens, K chosen positions, V ids, D hidden width.
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import numbers
 from typing import Any, NamedTuple, Protocol
@@ -559,3 +559,58 @@ class Batches(Protocol):
         so that a resumed run repeats it.
     """
     ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Posterior:
+  """The law of what fills the gaps of a text.
+
+  Attributes:
+    log_prob: log-probability that a document agrees with the text, in nats.
+    fills: probability of each possible filling, one word per gap.
+  """
+
+  log_prob: float
+  fills: Mapping[tuple[str, ...], float]
+
+  def marginals(self) -> list[dict[str, float]]:
+    """Returns the probability of each word of each gap, likeliest first."""
+    num_gaps = len(next(iter(self.fills)))
+    sums: list[dict[str, float]] = [{} for _ in range(num_gaps)]
+    for words, probability in self.fills.items():
+      for of_gap, word in zip(sums, words):
+        of_gap[word] = of_gap.get(word, 0.0) + probability
+    return [
+      dict(sorted(of_gap.items(), key=lambda item: -item[1])) for of_gap in sums
+    ]
+
+
+class Law(abc.ABC):
+  """The distribution of a source's documents, if it is known exactly."""
+
+  @abc.abstractmethod
+  def sample(self, seed: int, i: int) -> str:
+    """Returns the i-th document of a seed."""
+
+  @abc.abstractmethod
+  def log_prob(self, text: str) -> float:
+    """Returns the log-probability of a document in nats; -inf if impossible."""
+
+  @abc.abstractmethod
+  def explain(self, text: str) -> str | None:
+    """Returns the first impossible word of a text and what could be there.
+
+    None if the text is possible.
+    """
+
+  @abc.abstractmethod
+  def entropy(self, num_samples: int, seed: int = 0) -> tuple[float, float]:
+    """Returns the entropy, nats per document, and half its 95% interval."""
+
+  @abc.abstractmethod
+  def posterior(self, text: str) -> Posterior:
+    """Returns the law of the words in the gaps ('{}', a word each) of a text.
+
+    Raises:
+      InputError: no document agrees with the text, or too many do.
+    """

@@ -192,7 +192,7 @@ def _passages(
   """Returns the hashes of all passages in ids [n], and their sizes in tokens.
 
   A passage does not continue after a separator. What begins before the tokens
-  or ends after them counts if it is as long as a window.
+  or ends after them counts if it fills a window.
   """
   n = tokens.size
   powers = np.cumprod(np.full(n, _BASE, np.uint64))

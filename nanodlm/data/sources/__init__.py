@@ -1,6 +1,8 @@
 """Where text comes from: the kinds of config.data.source.
 
     embedded                    English that ships with Python, 2 MB
+    stories                     little stories whose exact probability is known;
+                                stories:small has fewer words
     text:GLOB                   text files in UTF-8, one document each
     jsonl:GLOB[:FIELD]          JSON objects, one document per line
     parquet:GLOB[:FIELD]        rows of Parquet files
@@ -50,12 +52,13 @@ data.source scores all of it, and says how much of it was trained on.
 import math
 import re
 
-from nanodlm.data.sources import arrow, base, embedded, files, tfds
+from nanodlm.data.sources import arrow, base, embedded, files, stories, tfds
 from nanodlm.types import InputError
 
 # The class of each kind; a kind is followed by a colon.
 SOURCES: dict[str, type[base.Source]] = {
   'embedded': embedded.EmbeddedSource,
+  'stories': stories.StoriesSource,
   'text': files.TextSource,
   'jsonl': files.JsonlSource,
   'pairs': files.PairsSource,
@@ -85,7 +88,7 @@ def make_source(spec: str, data_dir: str = '') -> base.Source:
     InputError: the form is unknown, or it names nothing that exists.
   """
   cls, name = find_class(spec), spec.partition(':')[2]
-  if cls is None or (':' in cls.forms[0]) != bool(name):
+  if cls is None or bool(name) not in {':' in form for form in cls.forms}:
     forms = [form for known in SOURCES.values() for form in known.forms]
     raise InputError(
       f'data.source={spec!r} is not one of {forms}, nor a mixture, '

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nanodlm.types import InputError
+from nanodlm.types import InputError, Law
 
 # Documents with more characters than this are read and encoded in pieces.
 PIECE_CHARS = 1 << 20
@@ -112,6 +112,11 @@ class Source(abc.ABC):
   def has_validation(self) -> bool:
     """Whether the source has a validation split of its own."""
     return False
+
+  @property
+  def law(self) -> Law | None:
+    """The distribution of the documents, if it is known exactly."""
+    return None
 
   @abc.abstractmethod
   def fingerprint(self) -> str:

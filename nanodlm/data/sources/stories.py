@@ -1,0 +1,440 @@
+"""Little stories in English whose exact probability is known.
+
+    config.data.source = 'stories' | 'stories:small'
+
+A short program, `_tell`, writes a story by making one choice after
+another: who the two children are, what they have, what happens to it. Every
+choice is between phrases with known probabilities, and no phrase begins
+another, so a text has at most one derivation. The same program draws stories,
+computes the probability of a text, and enumerates all that fits a text with
+gaps.
+
+What makes the stories hard to model is what holds over a distance: names and
+colours come back, a lost thing is found in its place, and only while the
+children are there, a thing belongs to whoever was last given it, pronouns
+follow their names, and the ending lists who has what.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import math
+import re
+
+import numpy as np
+
+from nanodlm.data.sources import base
+from nanodlm.types import InputError, Law, Posterior
+
+# Stories of a source; the law itself has any number.
+NUM_STORIES = 100_000
+# A posterior visits at most this number of partial stories.
+MAX_VISITED = 20_000
+# In a text given to `Law.posterior`, one unknown word.
+GAP = '{}'
+_WORD = re.compile(r'\{\}|\w+|[^\w\s]')
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+  """What stories are about.
+
+  Attributes:
+    girls, boys: names, at least three altogether.
+    things: at least two nouns.
+    colors: at least two adjectives.
+    places: for each place, with its preposition, where in it a thing may lie.
+    openings: how a story may begin.
+    max_events: sentences between the beginning and the ending.
+  """
+
+  girls: tuple[str, ...]
+  boys: tuple[str, ...]
+  things: tuple[str, ...]
+  colors: tuple[str, ...]
+  places: Mapping[str, tuple[str, ...]]
+  openings: tuple[str, ...]
+  max_events: int = 4
+
+
+LARGE = World(
+  girls=tuple(
+    'Ada Bella Clara Dora Emma Flora Greta Hanna Ida Julia Lena Mia Nora Olga '
+    'Rosa Tilda'.split()
+  ),
+  boys=tuple(
+    'Adam Ben Carl David Emil Felix Hugo Ivan Jack Karl Leo Max Noah Otto Paul '
+    'Tom'.split()
+  ),
+  things=tuple(
+    'ball basket boat book bucket cap coat cup drum hat kite lamp ribbon '
+    'scarf spoon train'.split()
+  ),
+  colors=tuple('black blue brown green grey pink red white yellow'.split()),
+  places={
+    'at the beach': ('in the sand', 'under a rock', 'near a tent'),
+    'at the farm': ('in the hay', 'under a cart', 'near the well'),
+    'in the forest': ('under a fern', 'under a log', 'in a hollow tree'),
+    'in the garden': ('among the roses', 'under a hedge', 'near the shed'),
+    'at the harbour': ('under a net', 'in a barrel', 'near the crane'),
+    'at the library': ('under a desk', 'on a shelf', 'under a chair'),
+    'at the market': ('under a stall', 'in a crate', 'near the fountain'),
+    'in the meadow': ('in the grass', 'near the brook', 'among the daisies'),
+    'at the museum': ('near a statue', 'under the stairs', 'near a window'),
+    'at the park': ('under a bench', 'near the pond', 'near a swing'),
+    'at the school': ('in a cupboard', 'under a table', 'under the piano'),
+    'at the station': ('on a platform', 'under a trolley', 'near the clock'),
+  },
+  openings=(
+    'One cold morning',
+    'One fine day',
+    'One rainy afternoon',
+    'One warm evening',
+    'On Monday',
+    'On Sunday',
+    'On a windy day',
+    'After lunch',
+  ),
+)
+SMALL = dataclasses.replace(
+  LARGE,
+  girls=LARGE.girls[:4],
+  boys=LARGE.boys[:4],
+  things=LARGE.things[:8],
+  colors=LARGE.colors[:4],
+  places=dict(list(LARGE.places.items())[:4]),
+  openings=LARGE.openings[:4],
+  max_events=3,
+)
+WORLDS = {'': LARGE, 'small': SMALL}
+
+# Chooses one of several phrases, given their probabilities, and appends it.
+Choose = Callable[[Mapping[str, float]], str]
+
+
+def _tell(world: World, choose: Choose):
+  """Tells one story of `world`, phrase by phrase."""
+
+  def say(text: str):
+    choose({text: 1.0})
+
+  def pick(phrases) -> str:
+    return choose(dict.fromkeys(phrases, 1 / len(phrases)))
+
+  def weigh(**weights: float) -> str:
+    total = sum(weights.values())
+    return choose({key: w / total for key, w in weights.items() if w})
+
+  # The state: thing i has a color, and a holder or the place in which it lies.
+  colors: list[str] = []
+  things: list[str] = []
+  holders: list[int | None] = [0, 1]
+  lost: dict[int, tuple[str, str]] = {}
+
+  def name(i: int) -> str:
+    return f'the {colors[i]} {things[i]}'
+
+  def pick_thing(among) -> int:
+    names = {name(i): i for i in among}
+    return names[pick(list(names))]
+
+  pick(world.openings)
+  say(',')
+  children = [pick([*world.girls, *world.boys])]
+  say('met')
+  children.append(
+    pick([c for c in (*world.girls, *world.boys) if c != children[0]])
+  )
+  place = pick(list(world.places))
+  say('.')
+  for i, child in enumerate(children):
+    say(f'{child} had a' if i == 0 else f'and {child} had a')
+    colors.append(pick(world.colors))
+    things.append(pick([t for t in world.things if t not in things]))
+  say('.')
+
+  is_girl = [child in world.girls for child in children]
+  subject = None
+  for num_events in range(world.max_events + 1):
+    # Who acts; 'In the end' ends the story.
+    shares = dict.fromkeys(children, 0.3)
+    if subject is not None and is_girl[0] != is_girl[1]:
+      shares[children[subject]] = 0.1
+      shares['She' if is_girl[subject] else 'He'] = 0.2
+    shares['They'] = 0.2
+    shares['In the end'] = 0.2 if num_events else 0.0
+    if num_events == world.max_events:
+      shares = {'In the end': 1.0}
+    actor = weigh(**shares)
+    if actor == 'In the end':
+      break
+    held = [i for i in (0, 1) if holders[i] is not None]
+    if actor == 'They':
+      verb = weigh(went=3.0, talked=1.0, played=1.0 if held else 0.0)
+      if verb == 'went':
+        say('to')
+        nouns = {p.partition(' ')[2]: p for p in world.places if p != place}
+        place = nouns[pick(list(nouns))]
+      elif verb == 'talked':
+        say('about')
+        pick_thing((0, 1))
+      else:
+        say('with')
+        pick_thing(held)
+      subject = None
+    else:
+      if actor in children:
+        subject = children.index(actor)
+      assert subject is not None
+      other = 1 - subject
+      own = [i for i in held if holders[i] == subject]
+      theirs = [i for i in held if holders[i] == other]
+      here = [i for i in lost if lost[i][0] == place]
+      verb = weigh(
+        lost=3.0 if own else 0.0,
+        gave=2.0 if own else 0.0,
+        painted=1.0 if own else 0.0,
+        found=4.0 if here else 0.0,
+        looked=1.0 if lost else 0.0,
+        wanted=1.0 if theirs else 0.0,
+      )
+      if verb == 'lost':
+        i = pick_thing(own)
+        lost[i] = (place, pick(world.places[place]))
+        holders[i] = None
+      elif verb == 'gave':
+        i = pick_thing(own)
+        say('to')
+        if is_girl[0] == is_girl[1]:
+          say(children[other])
+        else:
+          pick([children[other], 'her' if is_girl[other] else 'him'])
+        holders[i] = other
+      elif verb == 'painted':
+        i = pick_thing(own)
+        colors[i] = pick([c for c in world.colors if c != colors[i]])
+      elif verb == 'found':
+        i = pick_thing(here)
+        say(lost.pop(i)[1])
+        holders[i] = subject
+      elif verb == 'looked':
+        say('for')
+        pick_thing(list(lost))
+      else:
+        pick_thing(theirs)
+    say('.')
+
+  # What follows is determined by the story.
+  clauses = []
+  for c, child in enumerate(children):
+    has = ' and '.join(name(i) for i in (0, 1) if holders[i] == c)
+    clauses.append(f'{child} had {has or "nothing"}')
+  for i, (where, spot) in sorted(lost.items()):
+    clauses.append(f'{name(i)} was still {spot} {where}')
+  say(f', {", ".join(clauses[:-1])}, and {clauses[-1]}.')
+  wishes = [
+    f'{children[i]} wanted {name(i)} back' for i in (0, 1) if holders[i] != i
+  ]
+  say(' and '.join(wishes) if wishes else 'Everybody was happy')
+  say('.')
+
+
+@functools.lru_cache(1 << 14)
+def _words(text: str) -> tuple[str, ...]:
+  return tuple(_WORD.findall(text))
+
+
+def _join(words: Iterable[str]) -> str:
+  return re.sub(r' (?=[.,])', '', ' '.join(words))
+
+
+class _Impossible(Exception):
+  """No phrase of a choice agrees with the text."""
+
+
+class StoriesLaw(Law):
+  """The distribution of the stories of a world."""
+
+  def __init__(self, world: World):
+    self.world = world
+
+  def sample(self, seed: int, i: int) -> str:
+    return _join(phrase for phrase, _ in self._draw(seed, i))
+
+  def _draw(self, seed: int, i: int) -> list[tuple[str, Mapping[str, float]]]:
+    """Draws a story: its phrases, each with the choice it was drawn from."""
+    uniforms = np.random.Generator(np.random.Philox(key=[seed, i]))
+    drawn = []
+
+    def choose(options: Mapping[str, float]) -> str:
+      phrase = next(iter(options))
+      if len(options) > 1:
+        rest = uniforms.random()
+        for phrase in options:
+          rest -= options[phrase]
+          if rest < 0:
+            break
+      drawn.append((phrase, options))
+      return phrase
+
+    _tell(self.world, choose)
+    return drawn
+
+  def entropy(self, num_samples: int, seed: int = 0) -> tuple[float, float]:
+    # Along a drawn story, the mean entropy of the choices has less variance
+    # than the mean of -log_prob.
+    entropies = [
+      sum(
+        -p * math.log(p)
+        for _, options in self._draw(seed, i)
+        for p in options.values()
+      )
+      for i in range(num_samples)
+    ]
+    error = np.std(entropies, ddof=1) / math.sqrt(num_samples)
+    return float(np.mean(entropies)), 1.96 * float(error)
+
+  def log_prob(self, text: str) -> float:
+    return self._read(text)[0]
+
+  def explain(self, text: str) -> str | None:
+    return self._read(text)[1]
+
+  def _read(self, text: str) -> tuple[float, str | None]:
+    """Returns the log-probability of a text, and why it is not a story."""
+    words = _words(text)
+    position, log_prob = 0, 0.0
+
+    def choose(options: Mapping[str, float]) -> str:
+      nonlocal position, log_prob
+      for phrase, probability in options.items():
+        end = position + len(_words(phrase))
+        if words[position:end] == _words(phrase):
+          position, log_prob = end, log_prob + math.log(probability)
+          return phrase
+      raise _Impossible(_mismatch(options, words[position:], position))
+
+    try:
+      _tell(self.world, choose)
+    except _Impossible as error:
+      return -math.inf, str(error)
+    if position < len(words):
+      return -math.inf, (
+        f'word {position + 1} is {words[position]!r}; expected the end'
+      )
+    if _join(words) != text:
+      return -math.inf, f'it is not spaced as in {_join(words)!r}'
+    return log_prob, None
+
+  def posterior(self, text: str) -> Posterior:
+    pattern = _words(text)
+    gaps = [i for i, word in enumerate(pattern) if word == GAP]
+    found: list[tuple[tuple[str, ...], float]] = []
+    furthest = (0, 'no story is that short')
+    # Each entry holds the first phrases of stories that agree with the text.
+    waiting: list[tuple[str, ...]] = [()]
+    for _ in range(MAX_VISITED):
+      if not waiting:
+        break
+      given = waiting.pop()
+      phrases: list[str] = []
+      words: list[str] = []
+      log_prob = 0.0
+
+      def choose(options: Mapping[str, float]) -> str:
+        nonlocal log_prob, furthest
+        if len(phrases) < len(given):
+          phrase = given[len(phrases)]
+        else:
+          fitting = [p for p in options if _agrees(p, pattern[len(words) :])]
+          if not fitting:
+            reason = _mismatch(options, pattern[len(words) :], len(words))
+            furthest = max(furthest, (len(words), reason))
+            raise _Impossible
+          phrase = fitting[0]
+          waiting.extend((*phrases, other) for other in fitting[1:])
+        log_prob += math.log(options[phrase])
+        phrases.append(phrase)
+        words.extend(_words(phrase))
+        return phrase
+
+      with contextlib.suppress(_Impossible):
+        _tell(self.world, choose)
+        if len(words) == len(pattern):
+          found.append((tuple(words[i] for i in gaps), log_prob))
+    else:
+      raise InputError(
+        f'the text has too many completions: over {MAX_VISITED:,} beginnings '
+        f'agree with it; leave fewer words out than {len(gaps)}'
+      )
+    if not found:
+      raise InputError(f'no story agrees with the text: {furthest[1]}')
+    logs = np.array([log_prob for _, log_prob in found])
+    total = float(np.logaddexp.reduce(logs))
+    fills: dict[tuple[str, ...], float] = {
+      words: math.exp(log_prob - total) for words, log_prob in found
+    }
+    return Posterior(total, fills)
+
+
+def _agrees(phrase: str, pattern: Sequence[str]) -> bool:
+  words = _words(phrase)
+  return len(words) <= len(pattern) and all(
+    known in (GAP, word) for word, known in zip(words, pattern)
+  )
+
+
+def _mismatch(
+  options: Mapping[str, float], words: Sequence[str], position: int
+) -> str:
+  """Says which word cannot be, and what could be in its place."""
+  # The phrases that agree longest say which word is wrong.
+  agreeing = {
+    phrase: next(
+      (
+        k
+        for k, word in enumerate(_words(phrase))
+        if k == len(words) or words[k] not in (word, GAP)
+      )
+    )
+    for phrase in options
+  }
+  k = max(agreeing.values())
+  expected = sorted({_words(p)[k] for p in options if agreeing[p] == k})
+  word = repr(words[k]) if k < len(words) else 'the end'
+  return f'word {position + k + 1} is {word}; expected {" or ".join(expected)}'
+
+
+@dataclasses.dataclass(frozen=True)
+class StoriesSource(base.Source):
+  """The first `NUM_STORIES` stories of a world, one document each."""
+
+  forms = ('stories', 'stories:small')
+
+  world: str
+
+  @classmethod
+  def make(cls, spec: str, name: str, data_dir: str) -> 'StoriesSource':
+    del data_dir
+    if name not in WORLDS:
+      raise InputError(f'data.source={spec!r} is not one of {list(cls.forms)}')
+    return cls(spec, name)
+
+  @property
+  def law(self) -> StoriesLaw:
+    return StoriesLaw(WORLDS[self.world])
+
+  def fingerprint(self) -> str:
+    texts = [self.law.sample(0, i) for i in range(100)]
+    return hashlib.sha256(repr((NUM_STORIES, texts)).encode()).hexdigest()
+
+  def parts(self, split: str) -> Iterator[base.Part]:
+    del split
+    for start in range(0, NUM_STORIES, base.PART_ROWS):
+      yield start, min(start + base.PART_ROWS, NUM_STORIES)
+
+  def read(self, part: base.Part) -> Iterator[base.Document]:
+    law = self.law
+    return (base.document_of(law.sample(0, i)) for i in range(*part))
