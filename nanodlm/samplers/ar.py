@@ -92,6 +92,6 @@ class LeftToRight(Sampler):
     return Samples(inputs[:, 1:], num_calls)
 
   def _end(self, text, free):
-    """Returns the text and which rows are unfinished; see `reveal.end_texts`."""
+    """Returns the text and which rows have not ended (`reveal.end_texts`)."""
     text, has_ended = reveal.end_texts(text, ~free, self.eos_ids)
     return text, jnp.any(free, axis=1) & ~has_ended
