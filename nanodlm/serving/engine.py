@@ -399,16 +399,16 @@ class Engine:
     fixed = np.ones(tokens.shape, bool)
     lengths = np.full(size, group.length, np.int32)
     # Always the largest batch, so that the keys are compiled once.
-    seeds = np.zeros([2, self._sizes[-1]], np.int32)
+    seeds = np.zeros([3, self._sizes[-1]], np.uint32)
     draws = np.tile([[1.0], [0.0], [1.0]], size)
     for i, row in enumerate(rows):
       lengths[i] = n = len(row.tokens)
       tokens[i, :n], fixed[i, :n] = row.tokens, row.fixed
-      seeds[:, i] = row.seed, row.index
+      seeds[:, i] = *divmod(row.seed, 1 << 32), row.index
       draws[:, i] = row.draw.temperature, row.draw.top_k, row.draw.top_p
     temperature, top_k, top_p = draws
     batch = steps.Rows(
-      np.asarray(_row_key_data(*seeds))[:size],
+      np.asarray(_row_key_data(seeds[:2].T, seeds[2]))[:size],
       tokens,
       fixed,
       lengths,
@@ -455,7 +455,7 @@ def _row_key_data(seeds: jax.Array, index: jax.Array) -> jax.Array:
   """[B, 2] uint32; the keys that `sample_prompts` gives the first prompt."""
 
   def key_data(seed, i):
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 0), 0)
+    key = jax.random.fold_in(jax.random.fold_in(seed, 0), 0)
     return jax.random.key_data(jax.random.fold_in(key, i))
 
-  return jax.vmap(key_data)(seeds, index)
+  return jax.vmap(key_data)(jax.random.wrap_key_data(seeds), index)
