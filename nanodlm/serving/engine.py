@@ -77,7 +77,7 @@ class Row:
     fixed: [n] bool, positions that the sampler may not change.
     choice: the sampler, from `Engine.choose`.
     draw: temperature, top-k and top-p.
-    seed: in [0, 2^31).
+    seed: in [0, 2^64).
     index: number among the samples of this seed. Seed and index give the same
       tokens as in `--mode=sample`.
     canvas: [n] int32, the current tokens; replaced, never modified in place.

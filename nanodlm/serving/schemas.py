@@ -10,7 +10,7 @@ from nanodlm.noise import categorical
 MAX_SAMPLES = 16
 MAX_PROMPTS = 16
 MAX_STEPS = 1024
-MAX_SEED = 2**31 - 1
+MAX_SEED = 2**32 - 1
 MAX_BODY_BYTES = 2**18
 
 _Name = Annotated[str, Field(max_length=200)]
@@ -142,7 +142,7 @@ class CompletionRequest(Sampling):
   stop: str | list[str] | None = None
   """Up to 4 texts. A completion ends before the first of them."""
   seed: int | None = None
-  """Taken modulo 2^31."""
+  """Taken modulo 2^64."""
   echo: bool | None = False
   best_of: int | None = None
   """Only n is supported."""

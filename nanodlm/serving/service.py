@@ -251,7 +251,7 @@ class Service:
     for canvas in canvases:
       for _ in range(num):
         index = 0 if is_fixed else len(rows)
-        row = Row(*canvas, choice, draw, seed % num_seeds, index)
+        row = Row(*canvas, choice, draw, seed % 2**64, index)
         row.state = 'waiting' if np.any(row.tokens == draw.mask_id) else 'done'
         rows.append(row)
     host, port = request.client or ('', 0)
