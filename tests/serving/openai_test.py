@@ -79,3 +79,10 @@ def test_a_completion_ends_before_a_stop(running):
       (choice,) = json.loads(text)['choices']
       text, reason = choice['text'], choice['finish_reason']
     assert (text, reason) == (whole[: whole.find(stop)], 'stop')
+
+
+def test_all_bits_of_a_seed_count(running):
+  seeds, body = (3, 3 + 2**31, 3 + 2**63), {'prompt': 'a', 'max_tokens': 12}
+  ask_for = lambda seed: post(running[1], '/v1/completions', body | seed)[1]
+  texts = {ask_for({'seed': x})['choices'][0]['text'] for x in seeds}
+  assert len(texts) == 3
