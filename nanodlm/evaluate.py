@@ -75,7 +75,7 @@ def make_evaluate(
 def validation_rows(
   run: Run, packed: prepare.PackedData, num_examples: int
 ) -> Batch:
-  """Returns the first `num_examples` rows of the validation split (0: all)."""
+  """Returns `num_examples` spread rows of the validation split (0: all)."""
   num_rows = len(packed.validation)
   num = min(num_examples or num_rows, num_rows)
   batches = pipeline.make_eval_batches(
@@ -172,7 +172,7 @@ def describe(
   return (
     f'{kind}{subset}: {interval("nll")} nats/token, perplexity '
     f'{value["ppl"]:.2f}, {interval("bits_per_byte")} bits/byte (95% '
-    f'interval, {value["num_examples"]:.0f} examples)'
+    f'interval of independent rows, {value["num_examples"]:.0f} examples)'
     + (text.describe() if text else '')
   )
 

@@ -28,6 +28,8 @@ from nanodlm.types import Batch, Canvas, check_seed, InputError, Objective
 
 # Number of independent evaluations for the interval of a bound.
 NUM_REPEATS = 8
+# 97.5% quantile of Student's t with NUM_REPEATS - 1 degrees of freedom.
+_T_QUANTILE = 2.365
 # Probabilities are recorded for this many most probable tokens.
 NUM_RECORDED = 64
 # Rows are padded to a multiple of this length, to compile fewer programs.
@@ -84,6 +86,10 @@ class LanguageModel:
   params: Any
   step: int
   workdir: str
+
+  def __repr__(self) -> str:
+    name = self.run.settings.objective['name']
+    return f'<LanguageModel {self.workdir!r}, {name}, step {self.step}>'
 
   @property
   def tokenizer(self) -> Tokenizer:
@@ -175,6 +181,8 @@ class LanguageModel:
       InputError: a text is empty or not a string, or the seed is too large.
     """
     check_seed(seed, 'seed')
+    if isinstance(texts, str):
+      raise InputError(f'texts={texts!r} must be a list of texts')
     for text in texts:
       if not isinstance(text, str) or not text:
         raise InputError(f'texts must be non-empty strings, not {text!r}')
@@ -196,7 +204,7 @@ class LanguageModel:
       repeats.append(np.bincount(owner, weights=nll, minlength=len(rows)))
     nats = np.mean(repeats, axis=0)
     spread = np.std(repeats, axis=0, ddof=1) if num > 1 else np.zeros(len(rows))
-    half_width = 1.96 * spread / num**0.5
+    half_width = _T_QUANTILE * spread / num**0.5
     bounds = []
     for text, row, value, width in zip(texts, rows, nats, half_width):
       num_bytes = len(text.encode())

@@ -75,6 +75,9 @@ def test_bound_of_a_tokenizer_that_changes_the_text(tmp_path):
   np.testing.assert_allclose(bound.bits_per_byte, bits / 15, rtol=1e-5)
   with pytest.raises(InputError, match="'  '"):
     lm.bound(['the fox', '  '])
+  with pytest.raises(InputError, match="'the fox'"):
+    lm.bound('the fox')
+  assert len(repr(lm)) < 200 and 'ar' in repr(lm)
 
 
 @pytest.mark.parametrize('kind', ['masked', 'remask', 'ar'])

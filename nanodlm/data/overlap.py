@@ -191,7 +191,7 @@ def _passages(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the hashes of all passages in ids [n], and their sizes in tokens.
 
-  A passage does not continue after a separator. What begins before the tokens
+  A passage does not contain a separator. What begins before the tokens
   or ends after them counts if it fills a window.
   """
   n = tokens.size
@@ -203,11 +203,11 @@ def _passages(
   is_separator = tokens == separator_id
   counts = np.append(0, np.cumsum(is_separator))
   starts = np.arange(max(n - window + 1, 0))
-  starts = starts[counts[starts + window - 1] == counts[starts]]
+  starts = starts[counts[starts + window] == counts[starts]]
   stops, sizes = starts + window, np.ones(len(starts), np.int64)
-  # Documents shorter than a window, with their separators.
+  # Documents shorter than a window; their separators are hashed as well.
   ends = np.flatnonzero(is_separator) + 1
-  is_short = (np.diff(ends) < window) & (np.diff(ends) > 1)
+  is_short = (np.diff(ends) <= window) & (np.diff(ends) > 1)
   starts = np.append(starts, ends[:-1][is_short])
   stops = np.append(stops, ends[1:][is_short])
   sizes = np.append(sizes, np.diff(ends)[is_short])

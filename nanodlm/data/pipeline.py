@@ -134,21 +134,24 @@ def make_eval_batches(
   """Makes the batches of one pass through the validation split, in order.
 
   Only the prompts of pairs are given. `max_examples` is the number of rows to
-  use, 0 for all; see make_train_iterator for the other arguments.
+  use, at equal distances in the split, since neighbouring rows are often of one
+  document; 0 is all. See make_train_iterator for the other arguments.
 
   Returns:
     A re-iterable of Batches with an index. The last batch is filled up with
     examples without eligible tokens and bytes.
   """
   rows = rows or slice(0, batch_size)
-  num_examples = min(len(packed.validation), max_examples or sys.maxsize)
+  num_rows = len(packed.validation)
+  num_examples = min(num_rows, max_examples or sys.maxsize)
 
   def batch_of(step: int) -> Batch:
     first = step * batch_size
-    index = np.arange(first + rows.start, first + rows.stop, dtype=np.int32)
-    examples = [packed.validation[int(i)] for i in index[index < num_examples]]
+    index = np.arange(first + rows.start, first + rows.stop)
+    index = index * num_rows // num_examples
+    examples = [packed.validation[int(i)] for i in index[index < num_rows]]
     batch = _stack(examples, len(index), packed, data_config)
-    return batch._replace(index=index)
+    return batch._replace(index=index.astype(np.int32))
 
   steps = grain.MapDataset.range(math.ceil(num_examples / batch_size))
   return steps.map(batch_of).to_iter_dataset(_read_options(data_config))

@@ -2,6 +2,7 @@
 
 import bisect
 from collections.abc import AsyncIterator, Sequence
+import functools
 import secrets
 import time
 from typing import Any
@@ -87,7 +88,7 @@ class Completions:
     encode, length = model.tokenizer.encode, model.engine.length
     suffix = self._body.suffix or ''
     ids = encode(prompt).tolist() if isinstance(prompt, str) else prompt
-    suffix_ids = encode(suffix).tolist()
+    suffix_ids = model.tokenizer.encode_rest(suffix).tolist()
     num_given = len(ids) + len(suffix_ids)
     if num_given + size > length:
       raise InputError(
@@ -106,13 +107,14 @@ class Completions:
   def _complete(self, row: Row) -> tuple[str, str | None, int]:
     """The text so far, the reason why it ended, and its number of tokens."""
     is_done = row.state == 'done'  # Read first: then the canvas is the last.
-    run, decode = self._model.run, self._model.tokenizer.decode
+    run, tokenizer = self._model.run, self._model.tokenizer
     tokens = row.canvas[~row.fixed]
     if not is_done:
       hidden = [*(tokens == run.tokenizer.mask_id), True]
       is_final = row.choice.sampler.is_final
       tokens = tokens[: np.argmax(hidden) if is_final else 0]
     is_blank = not row.fixed[:1].any()
+    decode = functools.partial(tokenizer.decode, is_start=is_blank)
     num_tokens = prompts.find_end(tokens, run.eos_ids, is_blank)
     text = decode(tokens[:num_tokens])
     found = [(text.find(stop), len(stop)) for stop in self._stops]

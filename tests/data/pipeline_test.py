@@ -212,8 +212,17 @@ class PipelineTest(parameterized.TestCase):
         max_examples=max_examples,
       )
     )
-    num_rows = sum(batch.eligible.any(axis=1).sum() for batch in batches)
-    self.assertEqual(num_rows, min(max_examples, len(self.packed.validation)))
+    rows = self.packed.validation
+    num = min(max_examples, len(rows))
+    whole = join(batches)
+    self.assertEqual(whole.eligible.any(axis=1).sum(), num)
+    # The rows are spread over the split and keep their own indices.
+    np.testing.assert_array_equal(
+      whole.index[:num], np.arange(num) * len(rows) // num
+    )
+    np.testing.assert_array_equal(
+      whole.tokens[:num], [rows[int(i)]['tokens'] for i in whole.index[:num]]
+    )
     if num_batches:
       self.assertLen(batches, num_batches)
 
