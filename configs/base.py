@@ -19,7 +19,8 @@ def get_config() -> config_dict.ConfigDict:
 
   config.data = data = config_dict.ConfigDict()
   # Where the text comes from. nanodlm/data/sources explains each kind:
-  # 'embedded' | 'text:GLOB' | 'jsonl:GLOB[:FIELD]' | 'parquet:GLOB[:FIELD]' |
+  # 'embedded' | 'stories' | 'stories:small' | 'text:GLOB' |
+  # 'jsonl:GLOB[:FIELD]' | 'parquet:GLOB[:FIELD]' |
   # 'tfds:NAME[:FEATURE]' | 'hf:NAME[[:CONFIG]:FEATURE]' |
   # 'tokens:GLOB[:FIELD]' | 'hf_tokens:NAME[[:CONFIG]:FEATURE]' |
   # 'pairs:GLOB[:PROMPT_FIELD:RESPONSE_FIELD]' | 'mix:0.7*SOURCE+0.3*SOURCE'
