@@ -15,6 +15,7 @@ import logging
 import pathlib
 from typing import Any
 
+import grain
 import numpy as np
 
 from nanodlm import workdir as workdirs
@@ -56,7 +57,7 @@ class Record:
     None if the text has too few passages to say.
     """
     rows, num = packed.validation, len(packed.validation)
-    if len(packed.weights) == 1:
+    if not isinstance(rows, grain.MapDataset):
       texts, _ = _blocks(rows, packed.length)
     else:  # The rows of a mixture are interleaved.
       numbers = np.linspace(0, num, min(num, _MAX_MIXED_ROWS), False)
