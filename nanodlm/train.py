@@ -141,6 +141,10 @@ def train(
     configs.check_resumable(saved, settings, workdir)
   run = runs.make_run(settings)
   runs.check_training(run)
+  if (batches := settings.train.batches) not in BATCHES:
+    raise InputError(
+      f'train.batches={batches!r} is not one of {sorted(BATCHES)}'
+    )
   # All processes must see the same, since it decides what they do together.
   step = multihost.on_process_0(lambda: checkpoint.find_intact(workdir))
   init_from = settings.checkpoint.init_from if step < 0 else ''
