@@ -381,7 +381,10 @@ def _measured(run: Run, workdir: pathlib.Path, step: int) -> str:
         if file == workdirs.METRICS:  # Of the text that training held out.
           entry = {**entry, 'is_held_out': not eval_source}
         share = evaluate.shown_share(entry)
-        found[entry.get('source', own_source), share] = entry
+        source = entry.get('source', own_source)
+        if source == own_source:  # Training does not say what was trained on.
+          found.pop((source, 'unknown'), None)
+        found[source, share] = entry
   if not found:
     return 'Nothing was measured at this step.'
 
