@@ -139,8 +139,7 @@ class Settings:
   given: frozenset[str] = frozenset()
 
   def __post_init__(self):
-    if not 0 <= self.seed < 2**32:
-      raise InputError(f'seed={self.seed!r} must be in [0, 2^32)')
+    check_seed(self.seed, 'seed')
     _ = self.sample  # Checks its keys.
     self.optim.check_steps(self.train.num_steps)
 
@@ -180,7 +179,6 @@ def make_settings(config: Any, given: Collection[str] = ()) -> Settings:
   Raises:
     InputError: naming the key, its value and what is allowed.
   """
-  check_seed(config.seed, 'seed')
   for key in 'eval_fraction', 'eval_tokens', 'test_tokens':
     if config.data.eval_source and f'data.{key}' in given:
       raise InputError(
