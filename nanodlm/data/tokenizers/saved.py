@@ -15,7 +15,7 @@ from nanodlm.types import InputError
 def save_tokenizer(
   tokenizer: base.Tokenizer, folder: str | os.PathLike[str]
 ) -> None:
-  """Writes what `load` needs into a folder: a JSON file, and a model if any."""
+  """Writes a JSON file, and a model if any, which `load_tokenizer` reads."""
   folder = pathlib.Path(folder)
   described = tokenizer.to_json()
   if path := described.pop('path', ''):
@@ -27,7 +27,7 @@ def save_tokenizer(
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> base.Tokenizer:
-  """Returns the tokenizer that `save` wrote.
+  """Returns the tokenizer that `save_tokenizer` wrote.
 
   Raises:
     InputError: it is missing or damaged, or it no longer produces the ids that
