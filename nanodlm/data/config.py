@@ -47,7 +47,7 @@ class DataConfig:
       )
     sources.parse_mixture(self.source)
     if self.eval_source:
-      sources.parse_mixture(self.eval_source)
+      sources.parse_mixture(self.eval_source, 'data.eval_source')
       cls = sources.find_class(self.eval_source)
       self._check(
         'eval_source',

@@ -97,7 +97,9 @@ def make_source(spec: str, data_dir: str = '') -> base.Source:
   return cls.make(spec, name, data_dir)
 
 
-def parse_mixture(spec: str) -> tuple[tuple[float, str], ...]:
+def parse_mixture(
+  spec: str, key: str = 'data.source'
+) -> tuple[tuple[float, str], ...]:
   """Returns the (weight, source) pairs of 'mix:WEIGHT*SOURCE+...'.
 
   The weights are divided by their sum. Any other source is the only one, of
@@ -111,7 +113,7 @@ def parse_mixture(spec: str) -> tuple[tuple[float, str], ...]:
     return ((1.0, spec),)
 
   def error(text: str) -> InputError:
-    return InputError(f'data.source={spec!r}: {text}')
+    return InputError(f'{key}={spec!r}: {text}')
 
   form = "write it as 'mix:0.7*text:a/*.txt+0.3*jsonl:b/*.jsonl'"
   # A glob may contain '+' and '*', too, but no kind after them.
