@@ -70,7 +70,7 @@ class Stream:
 
   def shards(self) -> 'list[Stream]':
     """Returns the rows in pieces, each with the ranges that it needs."""
-    row_bytes = self.length * self.job.dtype.itemsize
+    row_bytes = self.length * self.job.record.itemsize
     shard_rows = min(SHARD_ROWS, max(_SHARD_BYTES // row_bytes, 1))
     num_shards = math.ceil(self.num_rows / shard_rows)
     borders = [self.num_rows * i // num_shards for i in range(num_shards + 1)]
