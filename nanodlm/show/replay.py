@@ -33,7 +33,7 @@ class Take(NamedTuple):
     sample: its number among the samples of one prompt and sampler, from 1.
     fixed: [L] bool, positions of the prompt.
     trajectory: the calls of the network.
-    num_shown: number of tokens before its end, see `sample.shown_tokens`.
+    num_shown: number of tokens before its end, see `lm.shown_tokens`.
   """
 
   sampler: str
