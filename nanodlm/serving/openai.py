@@ -83,6 +83,7 @@ class Completions:
     }
 
   def lay_out(self, prompt: str | list[int]) -> Canvas:
+    """Returns tokens and fixed [n] of a prompt, its gap and the suffix."""
     model, size = self._model, self._body.max_tokens
     size = 16 if size is None else size
     encode, length = model.tokenizer.encode, model.engine.length
