@@ -176,7 +176,8 @@ def hashes_of(
   hashes: dict[str, np.ndarray] = {
     name: np.zeros([0], np.uint64) for name in SPLITS
   }
-  for name in () if source.is_tokens else sides:
+  is_cut = any((table['num_ends'] == 0).any() for table in tables)
+  for name in () if source.is_tokens or is_cut else sides:
     chosen = [t['hash'][side] for t, side in zip(tables, sides[name])]
     hashes[name] = np.unique(np.concatenate(chosen))
   return hashes
