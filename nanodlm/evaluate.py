@@ -24,6 +24,8 @@ from nanodlm.training import checkpoint, metrics
 from nanodlm.types import Batch, InputError
 
 log = logging.getLogger('nanodlm')
+# Smaller shares of a text that was trained on round to 0.0%.
+MIN_SHOWN_SHARE = 0.0005
 
 # Number of independent evaluations that estimate the variance of one.
 NUM_REPEATS = 8
@@ -214,7 +216,9 @@ class Text(NamedTuple):
   def describe(self) -> str:
     """Describes the overlap with the training text; '' if there is none."""
     share, parts = self.trained_share, []
-    if share is not None and (share >= 0.0005 or not self.is_own_split):
+    if share is not None and (
+      share >= MIN_SHOWN_SHARE or not self.is_own_split
+    ):
       what = 'is also in the training text' * self.is_own_split
       parts.append(f'{share:.1%} of the text {what or "was trained on"}')
     if self.unknown:
@@ -235,7 +239,8 @@ def open_text(lm: LanguageModel) -> Text:
   settings, data = lm.run.settings, lm.run.settings.data
   config = configs.make_settings(configs.read_run(lm.workdir))
   trained, fingerprint, is_own = config.data, _fingerprint(lm), False
-  if data.source != trained.source and data.eval_source == trained.eval_source:
+  is_named = data.source != trained.source or 'data.source' in settings.given
+  if is_named and data.eval_source == trained.eval_source:
     data = dataclasses.replace(data, eval_source='')
   source = data.eval_source or data.source
   if source != trained.source:
@@ -244,12 +249,12 @@ def open_text(lm: LanguageModel) -> Text:
   is_same = not (data.eval_source or trained.eval_source)
   if is_same and source in (trained.source, *mixture):
     data = dataclasses.replace(data, source=trained.source)
-    wanted = own_tokenizer(config, lm.workdir)
-    packed = prepare.prepare(data, wanted)
     keys = 'eval_fraction', 'eval_tokens', 'test_tokens'
-    is_own = packed.fingerprint == fingerprint and all(
-      getattr(data, key) == getattr(trained, key) for key in keys
-    )
+    is_split = all(getattr(data, key) == getattr(trained, key) for key in keys)
+    # A tokenizer trained on another part of the text would be another one.
+    wanted = own_tokenizer(config, lm.workdir) if is_split else lm.tokenizer
+    packed = prepare.prepare(data, wanted)
+    is_own = is_split and packed.fingerprint == fingerprint
     if source != trained.source:
       packed = prepare.prepare_parts(data, wanted)[source]
   elif settings.given & {'data.eval_fraction', 'data.eval_tokens'}:
@@ -302,9 +307,11 @@ def _fingerprint(lm: LanguageModel) -> str | None:
 def shown_share(line: Mapping[str, Any]) -> str:
   """Returns how much of the text of a result was trained on, for a table."""
   share = line.get('trained_share')
-  if line.get('is_held_out'):
-    return 'held out'
-  return f'{share:.1%}' if isinstance(share, int | float) else 'unknown'
+  shown = f'{share:.1%}' if isinstance(share, int | float) else 'unknown'
+  if not line.get('is_held_out'):
+    return shown
+  is_shared = isinstance(share, int | float) and share >= MIN_SHOWN_SHARE
+  return 'held out' + f' ({shown} also in training)' * is_shared
 
 
 def append_result(lm: LanguageModel, text: Text, result: dict[str, Any]):

@@ -282,3 +282,23 @@ def test_a_run_can_be_evaluated_on_other_devices(mesh, expected):
     given = configs.make_settings(config, ['mesh.data'])
     with pytest.raises(InputError, match='mesh='):
       runs.make_run(given, refit=True)
+
+
+def test_the_training_text_named_by_hand_is_not_the_eval_source(tmp_path):
+  (tmp_path / 'other.txt').write_text(letters(1))
+  workdir = workdirs.make_workdir(
+    tmp_path / 'made',
+    text=letters(0),
+    data__eval_source=f'text:{tmp_path}/other.txt',
+  )
+  assert open_text(workdir).trained_share == 0
+  source = configs.read_run(workdir).data.source
+  assert open_text(workdir, source=source).trained_share == 1
+
+
+def test_how_much_of_a_held_out_text_is_also_in_training():
+  show = lambda **line: evaluate.shown_share(line)
+  assert show(is_held_out=True, trained_share=0.0004) == 'held out'
+  assert '41.2%' in show(is_held_out=True, trained_share=0.412)
+  assert show(is_held_out=False, trained_share=0.412) == '41.2%'
+  assert show(is_held_out=False) == 'unknown'

@@ -94,6 +94,7 @@ def test_train_leaves_what_people_look_for(finished):
     'checkpoints',
     'events',
     'tokenizer',
+    'trained_on',
     'lock',
   }
   assert list(

@@ -61,7 +61,7 @@ class Record:
       texts, _ = _blocks(rows, packed.length)
     else:  # The rows of a mixture are interleaved.
       numbers = np.linspace(0, num, min(num, _MAX_MIXED_ROWS), False)
-      texts = (rows[int(i)]['tokens'] for i in numbers)
+      texts = (rows[int(i)]['tokens'] for i in numbers)  # pyright: ignore
     return self.share_of(texts, packed.tokenizer.separator_id)
 
   def share_of(

@@ -44,8 +44,9 @@ if __name__ == '__main__':
   log.setLevel(logging.INFO)
   log.addHandler(Kill())
   data = config.DataConfig(
-      source={source!r}, length=16, eval_fraction=0.1, eval_tokens=0,
-      test_tokens=0, data_dir={data_dir!r}, crop='chunk', segment_ids=False,
+      source={source!r}, eval_source='', length=16, eval_fraction=0.1,
+      eval_tokens=0, test_tokens=0, data_dir={data_dir!r}, crop='chunk',
+      segment_ids=False,
       padding='eos', clean_prefix_rate=0.0, clean_infill_rate=0.0,
       num_threads=1, prefetch_batches=1)
   prepare.prepare(data, config.TokenizerConfig('bytes', '', 0),
@@ -71,7 +72,7 @@ class EnginesTest(DataTest):
   def test_any_number_of_workers_and_a_kill_end_with_the_same_bytes(self):
     source = self.write_jsonl(number=3000)
     killed = self.run_program(source, 'killed')
-    self.assertEqual(killed.returncode, -signal.SIGKILL)
+    self.assertEqual(killed.returncode, -signal.SIGKILL, killed.stderr)
     (work,) = (self.folder / 'killed').glob('*.incomplete-*')
     before = None  # its workers end with it
     while before != (before := sorted(work.iterdir())):

@@ -129,7 +129,7 @@ class ForTpuTest(parameterized.TestCase):
     )
     optimizer = optim.make_optimizer(
       optim.OptimConfig(
-        'adamw', 1e-3, 'constant', 0, 0, 0, 0.9, 0.99, 0.95, 0, 0
+        'adamw', 1e-3, 'constant', 0, 0, 0, 0, 0.9, 0.99, 0.95, 0, 0
       ),
       1,
     )

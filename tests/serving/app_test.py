@@ -131,7 +131,7 @@ def is_compiled(engine):
     ),
     ('/v1/completions', {'prompt': [97] * 3, 'max_tokens': 14}, 400, '16'),
     ('/api/generate', {'tokens': [None] * 17}, 400, 'between 1 and 16'),
-    ('/api/generate', {'tokens': [257]}, 400, 'ids in'),
+    ('/api/generate', {'tokens': [257]}, 400, 'tokens: 257'),
     ('/api/generate', {'prompt': '{' + '9' * 5000 + '}'}, 400, 'canvas has'),
     ('/api/generate', {'prompt': 'a', 'tokens': [1]}, 400, 'either'),
     ('/api/generate', {'prompt': 'a', 'sampler': 'ar'}, 400, 'does not fit'),
@@ -150,7 +150,7 @@ def is_compiled(engine):
       'num_samples: Input should be less than or equal to 16, not 17',
     ),
     ('/api/generate', {'prompt': 'a', 'num_steps': 10**9}, 422, 'num_steps'),
-    ('/api/generate', {'prompt': 'a', 'top_p': 0}, 422, 'top_p'),
+    ('/api/generate', {'prompt': 'a', 'top_p': -1}, 422, 'top_p'),
     (
       '/api/generate',
       {'prompt': 'a', 'temperature': float('nan')},
