@@ -68,6 +68,7 @@ _MODE = flags.DEFINE_enum('mode', 'train', sorted(MODES), 'What to do.')
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; a mistake in it is one line and exit status 2."""
+  argv = _join_values(argv)
   mode = _find(argv, 'mode') or 'train'
   try:
     module = importlib.import_module(MODES.get(mode, MODES['train']))
@@ -112,6 +113,17 @@ def parse_flags(argv: list[str]) -> list[str]:
     # str() of a KeyError quotes its message.
     text = error.args[0] if isinstance(error, KeyError) else str(error)
     _exit_with(_unknown_key(argv) or ' '.join(str(text).split()))
+
+
+def _join_values(argv: list[str]) -> list[str]:
+  """Writes '--name value' as '--name=value', for what is read before absl."""
+  joined: list[str] = []
+  for arg in argv:
+    if joined and joined[-1] in ('--mode', '--config', '--workdir'):
+      joined[-1] += f'={arg}'
+    else:
+      joined.append(arg)
+  return joined
 
 
 def _is_flag(arg: str, name: str) -> bool:
@@ -179,7 +191,7 @@ def main(argv: list[str]) -> int:
       mode,
       workdir,
       _CONFIG.value,
-      bool(_find(sys.argv, 'config')),
+      bool(_find(_join_values(sys.argv), 'config')),
       config_flags.get_override_values(flag),
     )
     start.check_ignored(UNREAD.get(mode, ()))

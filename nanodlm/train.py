@@ -222,6 +222,10 @@ def train(
         text = _after_divergence(manager, error.step, is_own)
         raise TrainingDiverged(f'{error}. {text}', error.step) from None
     checkpoint.wait(manager)
+    if caught.number:
+      last = manager.latest_step()
+      kept = 'nothing was saved yet' if last is None else f'saved step {last}'
+      log.info(f'{kept}; the same command resumes')
   return caught.number
 
 

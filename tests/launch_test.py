@@ -386,6 +386,9 @@ def test_misused_modes(finished, tmp_path):
   for args, words in (
     (('--mode=sample', f'--workdir={tmp_path}'), 'is not the folder of a run'),
     (('--mode=train', TINY), 'needs --workdir'),
+    # absl takes values after a space as well.
+    (('--mode', 'sample', f'--workdir={tmp_path}'), 'is not the folder of a'),
+    (('--config', 'missing.py', '--workdir=x'), "'missing.py' is not a file"),
     ((f'--workdir={tmp_path}/mistyped',), 'a new one needs a --config'),
     (
       (TINY, f'--workdir={tmp_path}', '--prompt_file=x'),

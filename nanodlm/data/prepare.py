@@ -1,4 +1,4 @@
-"""Prepares text: from a source to rows of exactly L tokens on disk, once.
+r"""Prepares text: from a source to rows of exactly L tokens on disk, once.
 
 The result is a TFDS dataset of ArrayRecord files, in a folder whose name is a
 hash of everything that determines its content, so it is prepared once.

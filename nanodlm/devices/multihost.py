@@ -115,7 +115,14 @@ def init_distributed():
       )
   except (ValueError, RuntimeError) as error:
     raise InputError(f'jax.distributed cannot start: {error}') from error
-  if jax.process_index():
+  try:
+    index = jax.process_index()
+  except (AssertionError, RuntimeError) as error:
+    raise InputError(
+      f'JAX_PLATFORMS={os.environ.get("JAX_PLATFORMS", "")!r}: JAX finds no '
+      "such device; unset it, or use 'cpu'"
+    ) from error
+  if index:
     logging.getLogger('nanodlm').setLevel(logging.WARNING)
 
 

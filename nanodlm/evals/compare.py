@@ -1,4 +1,4 @@
-"""--mode=compare: bounds of runs, and sample quality against network calls.
+r"""--mode=compare: bounds of runs, and sample quality against network calls.
 
     python launch.py --mode=compare --workdirs=RUN1,RUN2 --output=cmp \
         --judge=AR_RUN --num_steps=16,64,256 --samplers=fixed_count,ancestral
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 from absl import flags
 import jax
-from matplotlib import figure
 import numpy as np
 
 from nanodlm import config as configs
@@ -306,6 +305,8 @@ def plot_curves(
     for point in result['points']:
       name = f'{result["workdir"]}: {point["sampler"]["name"]}'
       curves.setdefault(name, []).append(point)
+  from matplotlib import figure
+
   fig = figure.Figure(figsize=(11, 4.5), layout='constrained')
   panels = fig.subplots(1, len(labels), squeeze=False)[0]
   for axes, (key, label) in zip(panels, labels.items()):
@@ -411,5 +412,8 @@ def main(start: Start) -> int:
   text = json.dumps(value, indent=2) + '\n'
   (output / 'comparison.json').write_text(text)
   if options.plot and request.samplers:
-    plot_curves(results, options.judge, output / 'curves.png')
+    try:
+      plot_curves(results, options.judge, output / 'curves.png')
+    except ModuleNotFoundError as error:
+      print(f"curves.png is left out ({error}): pip install -e '.[plots]'")
   return 0

@@ -1,4 +1,4 @@
-"""Imports a published checkpoint as a workdir.
+r"""Imports a published checkpoint as a workdir.
 
 The differences between families are in `families`; this is what they share. The
 tensors are read one after the other into parameters that are memory-mapped

@@ -1,4 +1,4 @@
-"""--mode=benchmark: speed and memory of training, evaluation and samplers.
+r"""--mode=benchmark: speed and memory of training, evaluation and samplers.
 
     python launch.py --mode=benchmark --config=configs/chars_small.py \
         --vocab_size=67

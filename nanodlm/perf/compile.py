@@ -1,4 +1,4 @@
-"""--mode=compile: does a config fit its devices, and how fast can it be?
+r"""--mode=compile: does a config fit its devices, and how fast can it be?
 
     python launch.py --mode=compile --config=configs/gpt2_small.py \
         --topology=v5e:4x4 --vocab_size=50258

@@ -88,7 +88,7 @@ def _save(plot: Plot, file: Any, **options: Any):
     from matplotlib import figure
   except ImportError as error:
     raise InputError(
-      'plots need matplotlib, which is not installed: pip install matplotlib'
+      "plots need matplotlib, which is not installed: pip install -e '.[plots]'"
     ) from error
   with (
     matplotlib.rc_context(_RC | {'svg.hashsalt': plot.name}),

@@ -1,4 +1,4 @@
-"""--mode=sample: samples of a run, printed, drawn live, and kept as a page.
+r"""--mode=sample: samples of a run, printed, drawn live, and kept as a page.
 
     python launch.py --mode=sample --workdir=runs/quickstart \
         --prompt='Return the {} of the {12}.' \
