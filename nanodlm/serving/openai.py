@@ -2,7 +2,6 @@
 
 import bisect
 from collections.abc import AsyncIterator, Sequence
-import functools
 import secrets
 import time
 from typing import Any
@@ -105,7 +104,7 @@ class Completions:
       return model.lay_out(f'{text}{{{size}}}{suffix}')
     return model.lay_out_ids([*ids, *[None] * size, *suffix_ids], 'prompt')
 
-  def _complete(self, row: Row) -> tuple[str, str | None, int]:
+  def _complete(self, i: int, row: Row) -> tuple[str, str | None, int]:
     """The text so far, the reason why it ended, and its number of tokens."""
     is_done = row.state == 'done'  # Read first: then the canvas is the last.
     run, tokenizer = self._model.run, self._model.tokenizer
@@ -115,7 +114,14 @@ class Completions:
       is_final = row.choice.sampler.is_final
       tokens = tokens[: np.argmax(hidden) if is_final else 0]
     is_blank = not row.fixed[:1].any()
-    decode = functools.partial(tokenizer.decode, is_start=is_blank)
+    prompt = self.prompts[i // self._num]
+    # A space before the gap was left to the gap, and the client has it.
+    is_left = isinstance(prompt, str) and prompt.endswith(' ')
+    given = ' ' * (is_left and tokenizer.joins_spaces)
+
+    def decode(ids: np.ndarray) -> str:
+      return tokenizer.decode(ids, is_start=is_blank).removeprefix(given)
+
     num_tokens = prompts.find_end(tokens, run.eos_ids, is_blank)
     text = decode(tokens[:num_tokens])
     found = [(text.find(stop), len(stop)) for stop in self._stops]
@@ -138,7 +144,7 @@ class Completions:
 
   def have_ended(self, rows: Sequence[Row]) -> bool:
     """Whether every text has met its end or a stop."""
-    return all(self._complete(row)[1] for row in rows)
+    return all(self._complete(i, row)[1] for i, row in enumerate(rows))
 
   def _echo(self, i: int) -> str:
     """The text before completion i."""
@@ -149,7 +155,7 @@ class Completions:
 
   def _usage(self, rows: Sequence[Row]) -> dict[str, int]:
     prompt = sum(int(row.fixed.sum()) for row in rows[:: self._num])
-    completion = sum(self._complete(row)[2] for row in rows)
+    completion = sum(self._complete(i, row)[2] for i, row in enumerate(rows))
     return {
       'prompt_tokens': prompt,
       'completion_tokens': completion,
@@ -160,7 +166,7 @@ class Completions:
     """Returns the response for rows that are done."""
     choices = []
     for i, row in enumerate(rows):
-      text, reason, _ = self._complete(row)
+      text, reason, _ = self._complete(i, row)
       choices.append(_choice(i, self._echo(i) + text, reason))
     return self._head | {'choices': choices, 'usage': self._usage(rows)}
 
@@ -183,7 +189,7 @@ class Completions:
       for i, row in enumerate(rows):
         if reasons[i] or row.state == 'failed':
           continue
-        text, reasons[i], _ = self._complete(row)
+        text, reasons[i], _ = self._complete(i, row)
         if text != sent[i] or reasons[i]:
           yield event([_choice(i, text[len(sent[i]) :], reasons[i])])
           sent[i] = text

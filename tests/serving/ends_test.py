@@ -5,10 +5,12 @@ import dataclasses
 import json
 import types
 
+import numpy as np
 import pytest
 
 from nanodlm.serving import app, openai, schemas, service
 from nanodlm.serving import engine as engines
+from tests import foreign_tokenizers
 from tests.serving.servers import ask, events, post, serving
 
 # Many, so that most texts end early.
@@ -217,3 +219,20 @@ def test_rows_are_freed_as_soon_as_every_text_has_ended(opened, ending, end):
   for is_stream in (False, True):
     asyncio.run(run(is_stream))
   assert engine.num_waiting() == 0
+
+
+@pytest.mark.parametrize('space', ['', ' '])
+def test_prompt_and_completion_join_with_one_space(tmp_path, space):
+  tokenizer = foreign_tokenizers.make_llama(tmp_path)
+  run = types.SimpleNamespace(tokenizer=tokenizer, eos_ids=())
+  model = types.SimpleNamespace(run=run, tokenizer=tokenizer, name='tiny')
+  ids = tokenizer.encode('the quick brown fox')
+  row = types.SimpleNamespace(
+    state='done',
+    canvas=ids,
+    fixed=np.arange(len(ids)) < len(tokenizer.encode('the quick')),
+  )
+  prompt = f'the quick{space}'
+  body = schemas.CompletionRequest(prompt=prompt, echo=True)
+  answer = openai.Completions(model, body).respond([row])
+  assert answer['choices'][0]['text'] == 'the quick brown fox'
