@@ -103,9 +103,11 @@ def parse_flags(argv: list[str]) -> list[str]:
   except BrokenPipeError:
     _leave_closed_pipe()
   except flags.UnrecognizedFlagError as error:
+    hint = configs.unknown_key(error.flagname, configs.load())
+    hint = hint.partition('did you mean ')[2].replace('config.', '--config.')
     _exit_with(
       f'--{error.flagname} is not a flag of --mode={mode}; '
-      f'--mode={mode} --help lists them'
+      + (f'did you mean {hint}' if hint else f'--mode={mode} --help lists them')
     )
   except (flags.Error, AttributeError, KeyError, OSError) as error:
     while error.args and isinstance(error.args[0], Exception):
@@ -117,13 +119,14 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def _join_values(argv: list[str]) -> list[str]:
   """Writes '--name value' as '--name=value', for what is read before absl."""
-  joined: list[str] = []
+  joined = ['']
   for arg in argv:
-    if joined and joined[-1] in ('--mode', '--config', '--workdir'):
+    is_name = joined[-1] in ('--mode', '--config', '--workdir')
+    if is_name and not arg.startswith('-'):
       joined[-1] += f'={arg}'
     else:
       joined.append(arg)
-  return joined
+  return joined[1:]
 
 
 def _is_flag(arg: str, name: str) -> bool:

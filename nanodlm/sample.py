@@ -231,9 +231,10 @@ def _report(lm, prompt, tokens, fixed, num_calls, label, secs):
         'sampler': lm.run.describe_sampler(),
       }
     )
+  num_filled = len(tokens) * int(np.sum(~fixed))
   print(
-    f'--- {tokens.size} tokens, {num_calls} network calls, {secs:.1f} s '
-    'with compilation',
+    f'--- filled {num_filled} of {tokens.size} tokens in {num_calls} network '
+    f'calls, {secs:.1f} s with compilation',
     flush=True,
   )
   workdirs.append(lm.workdir, workdirs.SAMPLES, *lines)

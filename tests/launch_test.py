@@ -394,6 +394,10 @@ def test_misused_modes(finished, tmp_path):
       (TINY, f'--workdir={tmp_path}', '--prompt_file=x'),
       '--prompt_file is not a flag of --mode=train',
     ),
+    (
+      ('--mode=sample', f'--workdir={workdir}', '--temperature=0.5'),
+      'did you mean --config.sampler.temperature?',
+    ),
     (('--mode=import', f'--workdir={tmp_path}/new'), 'needs --from'),
     (
       ('--mode=export', f'--workdir={workdir}', f'--output={workdir}'),

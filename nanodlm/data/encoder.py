@@ -168,7 +168,8 @@ def encode(job: Job, tasks: Sequence[Task], engine: Engine) -> list[np.ndarray]:
         'must see data.data_dir under the same path'
       )
     tables.append(table)
-  _log.info(f'encoded {len(missing)} parts in {time.monotonic() - start:.1f} s')
+  secs = time.monotonic() - start
+  _log.info(f'encoded the text (parts: {len(missing)}) in {secs:.1f} s')
   return tables
 
 

@@ -238,8 +238,8 @@ _POINT_COLUMNS = (
   ('tokens/s', 'tokens_per_sec', ',.0f'),
   ('gen ppl', 'gen_ppl', '.2f'),
   ('gen bits/byte', 'gen_bits_per_byte', '.4f'),
-  ('entropy', 'unigram_entropy', '.3f'),
-  ('/text', 'sample_entropy', '.3f'),
+  ('entropy, all', 'unigram_entropy', '.3f'),
+  ('entropy, each', 'sample_entropy', '.3f'),
   ('dist-1', 'distinct_1', '.4f'),
   ('dist-2', 'distinct_2', '.4f'),
   ('dist-3', 'distinct_3', '.4f'),
@@ -320,6 +320,10 @@ def plot_curves(
       else:  # Held-out text.
         axes.axhline(y[0], linestyle=':', **style)
     axes.set(xscale='log', xlabel='network calls', ylabel=label)
+    calls = {point['num_calls'] for one in curves.values() for point in one}
+    calls = sorted(calls - {0})
+    axes.set_xticks(calls, [f'{x:.0f}' for x in calls])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
   panels[0].legend(fontsize='small')
   fig.savefig(path, dpi=150)
