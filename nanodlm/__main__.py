@@ -103,11 +103,13 @@ def parse_flags(argv: list[str]) -> list[str]:
   except BrokenPipeError:
     _leave_closed_pipe()
   except flags.UnrecognizedFlagError as error:
-    hint = configs.unknown_key(error.flagname, configs.load())
-    hint = hint.partition('did you mean ')[2].replace('config.', '--config.')
+    others = configs.settings_named(error.flagname, configs.load())
+    hint = ' or '.join(f'--{other}' for other in others)
     _exit_with(
       f'--{error.flagname} is not a flag of --mode={mode}; '
-      + (f'did you mean {hint}' if hint else f'--mode={mode} --help lists them')
+      + (
+        f'did you mean {hint}?' if hint else f'--mode={mode} --help lists them'
+      )
     )
   except (flags.Error, AttributeError, KeyError, OSError) as error:
     while error.args and isinstance(error.args[0], Exception):

@@ -446,6 +446,15 @@ def suggest(key: str, known) -> str:
   )
 
 
+def settings_named(key: str, config: Any) -> list[str]:
+  """Returns 'config.section.key' for each section that has the key."""
+  return [
+    f'config.{name}.{key}'
+    for name, part in config.items()
+    if hasattr(part, 'keys') and key in part
+  ]
+
+
 def unknown_key(path: str, config: Any) -> str:
   """Returns what is wrong with 'section.key', '' if there is such a key."""
   sections = {k: part for k, part in config.items() if hasattr(part, 'keys')}
@@ -455,9 +464,6 @@ def unknown_key(path: str, config: Any) -> str:
   known = sections[section] if section else config
   if key in known:
     return ''
-  others = [
-    f'config.{name}.{key}' for name, part in sections.items() if key in part
-  ]
-  if others:
+  if others := settings_named(key, config):
     return f'unknown key; did you mean {" or ".join(others)}?'
   return f'unknown key{suggest(key, known)}'

@@ -24,8 +24,6 @@ from nanodlm.training import checkpoint, metrics
 from nanodlm.types import Batch, InputError
 
 log = logging.getLogger('nanodlm')
-# Smaller shares of a text that was trained on round to 0.0%.
-MIN_SHOWN_SHARE = 0.0005
 
 # Number of independent evaluations that estimate the variance of one.
 NUM_REPEATS = 8
@@ -217,7 +215,7 @@ class Text(NamedTuple):
     """Describes the overlap with the training text; '' if there is none."""
     share, parts = self.trained_share, []
     if share is not None and (
-      share >= MIN_SHOWN_SHARE or not self.is_own_split
+      share >= overlap.MIN_SHOWN_SHARE or not self.is_own_split
     ):
       what = 'is also in the training text' * self.is_own_split
       parts.append(f'{share:.1%} of the text {what or "was trained on"}')
@@ -310,7 +308,9 @@ def shown_share(line: Mapping[str, Any]) -> str:
   shown = f'{share:.1%}' if isinstance(share, int | float) else 'unknown'
   if not line.get('is_held_out'):
     return shown
-  is_shared = isinstance(share, int | float) and share >= MIN_SHOWN_SHARE
+  is_shared = (
+    isinstance(share, int | float) and share >= overlap.MIN_SHOWN_SHARE
+  )
   return 'held out' + f' ({shown} also in training)' * is_shared
 
 

@@ -224,8 +224,10 @@ def train(
     checkpoint.wait(manager)
     if caught.number:
       last = manager.latest_step()
-      kept = 'nothing was saved yet' if last is None else f'saved step {last}'
-      log.info(f'{kept}; the same command resumes')
+      if last is None:
+        log.info('nothing was saved; the same command starts again')
+      else:
+        log.info(f'saved step {last}; the same command resumes')
   return caught.number
 
 

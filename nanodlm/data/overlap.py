@@ -28,6 +28,8 @@ MAX_HASHES = 1 << 20
 _MAX_ROWS = 1 << 17
 _MAX_MIXED_ROWS = 1 << 14
 _BLOCK_TOKENS = 1 << 18
+# Smaller shares of a text that was trained on round to 0.0%.
+MIN_SHOWN_SHARE = 0.0005
 
 _log = logging.getLogger('nanodlm')
 _BASE, _MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9  # SplitMix64.
@@ -97,7 +99,7 @@ def remember(
       np.savez(file, **dataclasses.asdict(record))
     partial.replace(path)
   share = load(workdir).share(packed)
-  if share is not None and share >= 0.0005:
+  if share is not None and share >= MIN_SHOWN_SHARE:
     _log.log(
       logging.WARNING if share > 0.1 else logging.INFO,
       '%.1f%% of the held-out text is also in the training text, word for word',

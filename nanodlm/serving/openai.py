@@ -116,8 +116,9 @@ class Completions:
     is_blank = not row.fixed[:1].any()
     prompt = self.prompts[i // self._num]
     # A space before the gap was left to the gap, and the client has it.
-    is_left = isinstance(prompt, str) and prompt.endswith(' ')
-    given = ' ' * (is_left and tokenizer.joins_spaces)
+    given = ''
+    if isinstance(prompt, str):
+      given = prompt.removeprefix(prompts.before_gap(prompt, tokenizer))
 
     def decode(ids: np.ndarray) -> str:
       return tokenizer.decode(ids, is_start=is_blank).removeprefix(given)
