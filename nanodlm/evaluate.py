@@ -67,7 +67,9 @@ def make_evaluate(
       if len(sums) > 1:  # At most one step in flight, to stop promptly.
         jax.block_until_ready(sums[-2])
     split = 'eval_subset' if max_examples else 'eval'
-    return metrics.eval_means(metrics.add(jax.device_get(sums)), split)
+    return metrics.eval_means(
+      metrics.add(jax.device_get(sums)), split, packed.is_documents
+    )
 
   return evaluate
 

@@ -167,8 +167,9 @@ class LanguageModel:
   ) -> list[Bound]:
     """Bounds -log p of each text, without a final separator.
 
-    A text longer than data.length is split into rows that are scored
-    independently.
+    If the rows of training are documents or pairs, the bound is that of a
+    document: it includes the text's end, laid out as in training. A text longer
+    than data.length is split into rows that are scored independently.
 
     Args:
       texts: non-empty texts.
@@ -224,7 +225,10 @@ class LanguageModel:
 
   def _windows(self, rows: Sequence[np.ndarray]) -> tuple[Batch, np.ndarray]:
     """Splits texts into rows; returns them and the text of each, [N]."""
-    longest = self.run.settings.data.length
+    data = self.run.settings.data
+    longest, separator = data.length, self.tokenizer.separator_id
+    if data.has_documents:
+      rows = [np.append(row, separator) for row in rows]
     parts = [
       (i, row[first : first + longest])
       for i, row in enumerate(rows)
@@ -233,10 +237,13 @@ class LanguageModel:
     size = max(len(part) for _, part in parts)
     step = np.lcm(LENGTH_STEP, self.run.objective.block_size or 1)
     size = min(-(-size // step) * step, longest)
-    tokens = np.stack(
-      [np.pad(part, (0, size - len(part))) for _, part in parts]
-    )
+    fills = data.has_documents and data.padding == 'eos'
+    size = longest if fills else size
+    tokens = np.full([len(parts), size], separator, np.int32)
+    for i, (_, part) in enumerate(parts):
+      tokens[i, : len(part)] = part
     is_text = np.arange(size) < np.array([[len(part)] for _, part in parts])
+    is_text |= fills
     # The padding is a separate segment, so that texts do not attend to it.
     batch = make_batch(tokens, is_text, (~is_text).astype(np.int32))
     return batch, np.array([owner for owner, _ in parts])

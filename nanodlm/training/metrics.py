@@ -163,7 +163,7 @@ def _entropy(tokens: np.ndarray) -> float:
 
 
 def eval_means(
-  sums: dict[str, np.ndarray], split: str = 'eval'
+  sums: dict[str, np.ndarray], split: str = 'eval', has_documents: bool = False
 ) -> dict[str, float]:
   """Returns the held-out bound (or exact value) and its interval.
 
@@ -173,11 +173,13 @@ def eval_means(
   Args:
     sums: from `steps.make_eval_step`.
     split: the metrics' prefix.
+    has_documents: whether an example is a whole document.
 
   Returns:
     nll and nll_ci95 (half width) in nats per token; ppl; bits_per_token;
     bits_per_byte and bits_per_byte_ci95; accuracy and `level_means` of all
-    scored tokens, padding included if it is scored; num_examples.
+    scored tokens, padding included if it is scored; num_examples. With
+    has_documents, nats_per_document and nats_per_document_ci95, too.
   """
   nll = _ratio(sums['nll'], sums['weight'])
   means = {
@@ -190,6 +192,11 @@ def eval_means(
     'accuracy': _ratio(sums['correct'], sums['scored']),
     'num_examples': float(sums['num_examples']),
   }
+  if has_documents:
+    num = sums['num_examples']
+    ones = {'one': num, 'nll_one': sums['nll'], 'one2': num}
+    means['nats_per_document'] = _ratio(sums['nll'], num)
+    means['nats_per_document_ci95'] = _half_width({**sums, **ones}, 'one')
   return {
     **{f'{split}/{key}': value for key, value in means.items()},
     **level_means(sums, split),
