@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from nanodlm import config as configs
+from nanodlm import laws
 from nanodlm import lm as lms
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings
@@ -32,14 +33,24 @@ FEW_NOISE_ROWS = 32
 
 
 def make_evaluate(
-  run: Run, packed: prepare.PackedData
+  run: Run, packed: prepare.PackedData, source: str = ''
 ) -> Callable[..., dict[str, float] | None]:
   """Builds evaluate(params, max_examples=0, should_stop=never) -> means.
 
   The means are those of `metrics.eval_means` over the validation rows of
-  `packed`, or None if `should_stop()` returned True in between.
+  `packed`, or None if `should_stop()` returned True in between. If each row is
+  a document whose law is known, the bound is compared to the law: it includes
+  the end of the text and, with data.padding='eos', all separators after it,
+  which follow from the text with certainty.
+
+  Args:
+    run: the run.
+    packed: the text.
+    source: where its validation rows come from; by default as the run's.
   """
-  settings = run.settings.eval
+  settings, data = run.settings.eval, run.settings.data
+  source = source or data.eval_source or data.source
+  held_out = _make_held_out(run, packed, source)
   batch_size = settings.batch_size
   check_batch_size(batch_size, run.mesh, key='eval.batch_size')
   eval_step = evaluate_steps.make_eval_step(
@@ -63,6 +74,9 @@ def make_evaluate(
     for batch in batches:
       if should_stop():
         return None
+      if held_out is not None:
+        nats = held_out.nats(batch.tokens, batch.index)
+        batch = batch._replace(law_nats=nats)
       sums.append(eval_step(params, meshes.shard_batch(run.mesh, batch)))
       if len(sums) > 1:  # At most one step in flight, to stop promptly.
         jax.block_until_ready(sums[-2])
@@ -72,6 +86,30 @@ def make_evaluate(
     )
 
   return evaluate
+
+
+def _make_held_out(
+  run: Run, packed: prepare.PackedData, source: str
+) -> laws.HeldOut | None:
+  """Returns what compares the rows of a source to its law, if it is known."""
+  data = run.settings.data
+  if (law := laws.law_of_rows(data, source)) is None:
+    return None
+  if data.padding == 'masked' and not run.objective.causal:
+    log.info(
+      "the bound is not compared to the law of the text: data.padding='masked' "
+      'gives the network the length of each document'
+    )
+    return None
+  counts = packed.metadata['validation']
+  if num_dropped := counts['num_dropped_documents']:
+    share = num_dropped / (num_dropped + counts['num_documents'])
+    log.warning(
+      f'data.length={packed.length}: {share:.1%} of the documents are longer '
+      'and left out. The law includes them, so the excess of the bound over it '
+      f'is about {-math.log1p(-share):.2f} nats/document too low'
+    )
+  return laws.HeldOut(law, run.tokenizer)
 
 
 def validation_rows(
@@ -171,10 +209,18 @@ def describe(
       '' if math.isnan(width) else f' ± {width:.4f}'
     )
 
+  excess = ''
+  if 'excess_nats' in value:
+    width = value['excess_nats_ci95']
+    excess = (
+      f'; {value["excess_nats"]:.2f} ± {width:.2f} nats/document above the '
+      f'truth ({value["law_nats"]:.1f})'
+    )
   return (
     f'{kind}{subset}: {interval("nll")} nats/token, perplexity '
     f'{value["ppl"]:.2f}, {interval("bits_per_byte")} bits/byte (95% '
     f'interval of independent rows, {value["num_examples"]:.0f} examples)'
+    + excess
     + (text.describe() if text else '')
   )
 
@@ -267,6 +313,7 @@ def open_text(lm: LanguageModel) -> Text:
       f'data.source={source!r} has changed since the run in {lm.workdir!r} was '
       'trained, and its tokenizer now gives other ids'
     )
+  laws.warn_of_other_law(trained.source, source)
   record = overlap.load(lm.workdir)
   is_older = not (record.hashes.size or config.checkpoint.init_from)
   if is_older and fingerprint is not None:
@@ -339,7 +386,8 @@ def evaluate_text(
   noise = {}
   if noise_examples:
     noise = measure_noise(lm.run, text.packed, lm.params, noise_examples)
-  means = make_evaluate(lm.run, text.packed)(lm.params) or {}
+  evaluate = make_evaluate(lm.run, text.packed, text.source)
+  means = evaluate(lm.params) or {}
   log.info(
     'step %d, %s', lm.step, describe(means, lm.run.objective.exact, text)
   )

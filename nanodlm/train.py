@@ -46,7 +46,7 @@ from typing import Any
 import jax
 
 from nanodlm import config as configs
-from nanodlm import evaluate, sample
+from nanodlm import evaluate, laws, sample
 from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
@@ -183,6 +183,7 @@ def train(
       share = overlap.remember(workdir, packed, settings.checkpoint.init_from)
       if source := settings.data.eval_source:
         evaluated = evaluate.Text(packed, source, False, share)
+        laws.warn_of_other_law(settings.data.source, source)
       if is_new:
         save_tokenizer(run.tokenizer, workdir)
     _describe(run, packed)

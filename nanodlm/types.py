@@ -48,6 +48,8 @@ class Batch(NamedTuple):
     segment_ids: [B, L] int32 or None; attention is limited to a segment.
     index: [B] int32 or None, position of each example in its split, from which
       evaluation derives the noise. Training uses the row in the global batch.
+    law_nats: [B] float32 or None, -log p of each document under the law of its
+      source, to which evaluation compares; NaN where it is not compared.
   """
 
   tokens: Any
@@ -57,6 +59,7 @@ class Batch(NamedTuple):
   num_bytes: Any
   segment_ids: Any = None
   index: Any = None
+  law_nats: Any = None
 
 
 class Noised(NamedTuple):
@@ -586,7 +589,13 @@ class Posterior:
 
 
 class Law(abc.ABC):
-  """The distribution of a source's documents, if it is known exactly."""
+  """The distribution of a source's documents, if it is known exactly.
+
+  Attributes:
+    gap: stands for one unknown word in a text given to `posterior`.
+  """
+
+  gap: str = '{}'
 
   @abc.abstractmethod
   def sample(self, seed: int, i: int) -> str:
@@ -608,8 +617,22 @@ class Law(abc.ABC):
     """Returns the entropy, nats per document, and half its 95% interval."""
 
   @abc.abstractmethod
+  def features(self, text: str) -> frozenset[str]:
+    """Returns the features that a text has, by which samples are compared.
+
+    Any text has features, also one that is impossible.
+    """
+
+  @abc.abstractmethod
+  def words(self, text: str) -> list[tuple[int, int]]:
+    """Returns where the words of a document are that can become gaps.
+
+    Each is [start, stop) in characters.
+    """
+
+  @abc.abstractmethod
   def posterior(self, text: str) -> Posterior:
-    """Returns the law of the words in the gaps ('{}', a word each) of a text.
+    """Returns the law of the words in the gaps (a word each) of a text.
 
     Raises:
       InputError: no document agrees with the text, or too many do.

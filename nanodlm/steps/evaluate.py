@@ -29,7 +29,9 @@ def make_eval_step(
     A function that returns sums over rows: nll, weight (the denominator of nats
     per token), num_bytes; for intervals of ratios, the squares nll2, weight2,
     num_bytes2 and the products nll_weight, nll_num_bytes; and num_examples,
-    correct, scored, bin_cross_entropy, bin_scored.
+    correct, scored, bin_cross_entropy, bin_scored. If the batch has law_nats,
+    also law_nats, excess (nll without them), its square excess2, and
+    num_with_law, the rows that are compared.
   """
   scorer = dataclasses.replace(scorer, objective=scorer.objective.evaluation())
   num_draws = _check_draws(scorer.objective, num_draws)
@@ -53,6 +55,15 @@ def make_eval_step(
       'correct': rows['correct'],
       'scored': rows['scored'],
     }
+    if batch.law_nats is not None:
+      has_law = jnp.isfinite(batch.law_nats) & (weight > 0)
+      excess = jnp.where(has_law, nll - batch.law_nats, 0.0)
+      sums |= {
+        'law_nats': jnp.where(has_law, batch.law_nats, 0.0),
+        'excess': excess,
+        'excess2': excess * excess,
+        'num_with_law': has_law.astype(jnp.float32),
+      }
     sums = {**jax.tree.map(jnp.sum, sums), **level_sums}
     return jax.lax.psum(sums, meshes.BATCH_AXES)
 

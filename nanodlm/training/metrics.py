@@ -97,6 +97,25 @@ def _half_width(sums: dict[str, np.ndarray], per: str) -> float:
   return float(1.96 * spread / sums[per])
 
 
+def _mean_interval(total: Any, squares: Any, num: Any) -> tuple[float, float]:
+  """Returns the mean of values, and 1.96 standard errors, from their sums."""
+  sums = {'nll': total, 'nll2': squares, 'nll_one': total}
+  sums |= {'one': num, 'one2': num, 'num_examples': num}
+  return _ratio(total, num), _half_width(sums, 'one')
+
+
+def share_interval(num: int, total: int) -> tuple[float, float]:
+  """Returns the ends of the 95% interval of a share, num of total > 0.
+
+  Source: Wilson, 1927, Probable inference, the law of succession, and
+  statistical inference.
+  """
+  share, z2 = num / total, 1.96**2 / total
+  center = (share + z2 / 2) / (1 + z2)
+  half_width = math.sqrt(z2 * share * (1 - share) + z2 * z2 / 4) / (1 + z2)
+  return max(center - half_width, 0.0), min(center + half_width, 1.0)
+
+
 def ratio_interval(total: np.ndarray, count: np.ndarray) -> tuple[float, float]:
   """Returns sum(total) / sum(count) and the half width of its 95% interval.
 
@@ -179,7 +198,10 @@ def eval_means(
     nll and nll_ci95 (half width) in nats per token; ppl; bits_per_token;
     bits_per_byte and bits_per_byte_ci95; accuracy and `level_means` of all
     scored tokens, padding included if it is scored; num_examples. With
-    has_documents, nats_per_document and nats_per_document_ci95, too.
+    has_documents, nats_per_document and nats_per_document_ci95, too. If the
+    sums hold the nats of a law: law_nats, its cross entropy in nats per
+    document; excess_nats and excess_nats_ci95, by how much the bound exceeds
+    it, from the difference of each document.
   """
   nll = _ratio(sums['nll'], sums['weight'])
   means = {
@@ -193,10 +215,16 @@ def eval_means(
     'num_examples': float(sums['num_examples']),
   }
   if has_documents:
-    num = sums['num_examples']
-    ones = {'one': num, 'nll_one': sums['nll'], 'one2': num}
-    means['nats_per_document'] = _ratio(sums['nll'], num)
-    means['nats_per_document_ci95'] = _half_width({**sums, **ones}, 'one')
+    mean, half_width = _mean_interval(
+      sums['nll'], sums['nll2'], sums['num_examples']
+    )
+    means['nats_per_document'] = mean
+    means['nats_per_document_ci95'] = half_width
+  if num := sums.get('num_with_law', 0):
+    mean, half_width = _mean_interval(sums['excess'], sums['excess2'], num)
+    means['law_nats'] = _ratio(sums['law_nats'], num)
+    means['excess_nats'] = mean
+    means['excess_nats_ci95'] = half_width
   return {
     **{f'{split}/{key}': value for key, value in means.items()},
     **level_means(sums, split),

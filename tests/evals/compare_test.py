@@ -193,6 +193,8 @@ def test_plot(tmp_path):
   real = {**point, 'sampler': {'name': 'held-out text'}, 'num_calls': 0}
   path = tmp_path / 'curves.png'
   compare.plot_curves(
-    [{'workdir': 'x/run', 'points': [real, point]}], 'judge', path
+    [{'workdir': 'x/run', 'points': [real, point]}],
+    {'gen_bits_per_byte': 'bits/byte', 'sample_entropy': 'entropy'},
+    path,
   )
   assert path.read_bytes()[:4] == b'\x89PNG'

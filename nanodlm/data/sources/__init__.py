@@ -53,7 +53,7 @@ import math
 import re
 
 from nanodlm.data.sources import arrow, base, embedded, files, stories, tfds
-from nanodlm.types import InputError
+from nanodlm.types import InputError, Law
 
 # The class of each kind; a kind is followed by a colon.
 SOURCES: dict[str, type[base.Source]] = {
@@ -95,6 +95,12 @@ def make_source(spec: str, data_dir: str = '') -> base.Source:
       "'mix:0.7*SOURCE+0.3*SOURCE'"
     )
   return cls.make(spec, name, data_dir)
+
+
+def law_of(spec: str) -> Law | None:
+  """Returns the law of the documents of a source; None if it is not known."""
+  cls = find_class(spec)
+  return make_source(spec).law if cls is not None and cls.has_law else None
 
 
 def parse_mixture(

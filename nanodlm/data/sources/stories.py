@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import re
 
@@ -32,8 +33,7 @@ from nanodlm.types import InputError, Law, Posterior
 NUM_STORIES = 100_000
 # A posterior visits at most this number of partial stories.
 MAX_VISITED = 20_000
-# In a text given to `Law.posterior`, one unknown word.
-GAP = '{}'
+GAP = Law.gap
 _WORD = re.compile(r'\{\}|\w+|[^\w\s]')
 
 
@@ -328,6 +328,32 @@ class StoriesLaw(Law):
       return -math.inf, f'it is not spaced as in {_join(words)!r}'
     return log_prob, None
 
+  def words(self, text: str) -> list[tuple[int, int]]:
+    return [
+      match.span() for match in _WORD.finditer(text) if match.group().isalnum()
+    ]
+
+  def features(self, text: str) -> frozenset[str]:
+    words = _words(text)
+    opening, _, rest = text.partition(', ')
+    sentences = [sentence.split() for sentence in text.split('. ')]
+    # The words after the actors: the verbs of the events.
+    verbs = [sentence[1] for sentence in sentences[2:-2] if len(sentence) > 1]
+    return frozenset(
+      [
+        *words,
+        f'begins: {opening}',
+        f'first: {rest.partition(" ")[0]}',
+        f'sentences: {len(sentences)}',
+        f'nothing: {words.count("nothing")}',
+        f'still: {words.count("still")}',
+        f'back: {words.count("back")}',
+        f'ends: {" ".join(words[-3:-1])}',
+        *(f'event {i}: {verb}' for i, verb in enumerate(verbs)),
+        *map(' then '.join, itertools.pairwise(verbs)),
+      ]
+    )
+
   def posterior(self, text: str) -> Posterior:
     pattern = _words(text)
     gaps = [i for i, word in enumerate(pattern) if word == GAP]
@@ -412,6 +438,7 @@ class StoriesSource(base.Source):
   """The first `NUM_STORIES` stories of a world, one document each."""
 
   forms = ('stories', 'stories:small')
+  has_law = True
 
   world: str
 
