@@ -425,9 +425,11 @@ def main(start: Start) -> int:
   print(table)
   output.mkdir(parents=True, exist_ok=True)
   (output / 'comparison.txt').write_text(table + '\n')
+  points = [point for result in results for point in result['points']]
   value = {
     'judge': options.judge,
     'panels': make_panels(judge),
+    'remarks': judge.remarks(points) if judge and points else [],
     'request': request._asdict(),
     'runs': results,
   }

@@ -34,6 +34,8 @@ NUM_STORIES = 100_000
 # A posterior visits at most this number of partial stories.
 MAX_VISITED = 20_000
 GAP = Law.gap
+# Words that are named instead of one that is impossible.
+MAX_EXPECTED = 6
 _WORD = re.compile(r'\{\}|\w+|[^\w\s]')
 
 
@@ -430,7 +432,10 @@ def _mismatch(
   k = max(agreeing.values())
   expected = sorted({_words(p)[k] for p in options if agreeing[p] == k})
   word = repr(words[k]) if k < len(words) else 'the end'
-  return f'word {position + k + 1} is {word}; expected {" or ".join(expected)}'
+  shown = expected[:MAX_EXPECTED]
+  if num_more := len(expected) - len(shown):
+    shown.append(f'one of {num_more} others')
+  return f'word {position + k + 1} is {word}; expected {" or ".join(shown)}'
 
 
 @dataclasses.dataclass(frozen=True)
