@@ -63,7 +63,7 @@ def require_law(data: DataConfig, source: str = '') -> Law:
       if cls.has_law
     ]
     raise InputError(
-      f'data.source={source!r} has no known law; those that have are {known}'
+      f'the law of data.source={source!r} is unknown; that of {known} is known'
     )
   if data.crop != 'document':
     raise InputError(

@@ -49,7 +49,7 @@ class Batch(NamedTuple):
     index: [B] int32 or None, position of each example in its split, from which
       evaluation derives the noise. Training uses the row in the global batch.
     law_nats: [B] float32 or None, -log p of each document under the law of its
-      source, to which evaluation compares; NaN where it is not compared.
+      source, to which evaluation compares; NaN leaves a document out.
   """
 
   tokens: Any

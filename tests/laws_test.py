@@ -256,7 +256,7 @@ def test_infilling(flat, monkeypatch):
   cut = row_of(LAW.sample(0, 0) * 3)
   rows = rows._replace(tokens=np.concatenate([rows.tokens, [cut]]))
   (wrong, _) = infill.measure_words(lm, LAW, rows, [0.5])
-  # The bytes that it writes are no words.
+  # It writes bytes that do not form words.
   assert wrong['accuracy'] == wrong['exact_match'] == 0
   assert (wrong['num_examples'], wrong['num_left_out']) == (8, 1)
   assert 0.5 < wrong['exact_accuracy'] <= wrong['bayes_accuracy'] < 1
@@ -307,7 +307,7 @@ def test_compare(flat, tmp_path, capsys):
   chunks = workdirs.make_workdir(
     tmp_path / 'chunks', data__source='stories:small'
   )
-  for workdir, words in ((other, 'has no known law'), (chunks, 'data.crop=')):
+  for workdir, words in ((other, 'is unknown'), (chunks, 'data.crop=')):
     assert run_main(workdir, tmp_path / 'new', *args) == 2
     error = capsys.readouterr().err
     assert '--judge=law' in error and words in error

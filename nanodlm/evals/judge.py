@@ -126,7 +126,7 @@ class LawJudge(Judge):
       'possible: share of the samples that the law of the text allows; law '
       'nats: mean -log p of those. divergence: Jensen-Shannon, in nats, from '
       f'the law, averaged over {" or ".join(map(str, nums))} features; of the '
-      'law: its value for as many samples of the law itself.'
+      'law: its value for the same number of samples of the law itself.'
     ]
 
 

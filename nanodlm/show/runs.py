@@ -229,7 +229,7 @@ def read_comparison(path: pathlib.Path) -> dict[str, Any]:
       _ = pathlib.Path(run['workdir']), run['nll'], value['judge']
       for point in run['points']:
         _ = point['sampler']['name'], (point['num_calls'] or 0) + 0
-    # Those of older versions.
+    # Older versions always had these panels.
     panels = {
       'gen_bits_per_byte': f'bits/byte under {value["judge"]}',
       'sample_entropy': 'entropy of a sample, nats/token',
