@@ -202,19 +202,18 @@ def describe(
   value = {key.partition('/')[2]: mean for key, mean in means.items()}
   subset = ' of a subset' if 'eval_subset/nll' in means else ''
 
-  def interval(key):
+  def interval(key, spec='.4f'):
     width = value[f'{key}_ci95']
     # A single example does not have an interval.
-    return f'{value[key]:.4f}' + (
-      '' if math.isnan(width) else f' ± {width:.4f}'
+    return f'{value[key]:{spec}}' + (
+      '' if math.isnan(width) else f' ± {width:{spec}}'
     )
 
   excess = ''
   if 'excess_nats' in value:
-    width = value['excess_nats_ci95']
     excess = (
-      f'; {value["excess_nats"]:.2f} ± {width:.2f} nats/document above the '
-      f'truth ({value["law_nats"]:.1f})'
+      f'; {interval("excess_nats", ".2f")} nats/document above the truth '
+      f'({value["law_nats"]:.1f})'
     )
   return (
     f'{kind}{subset}: {interval("nll")} nats/token, perplexity '

@@ -1,5 +1,6 @@
 """Models, samples and filled gaps against the known law of their text."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ from nanodlm import lm as lms
 from nanodlm.data.sources import stories
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.evals import compare, infill
+from nanodlm.evals import judge as judges
 from nanodlm.steps import evaluate as evaluate_steps
 from nanodlm.training import metrics
 from nanodlm.types import InputError
@@ -150,18 +152,14 @@ def test_when_nothing_is_compared(flat, caplog):
   assert np.isnan(nats[1:]).all()
 
 
-def test_documents_that_are_left_out_are_counted(tmp_path, caplog):
-  changes = {**DOCUMENTS, 'data__length': 260}
-  lm = lms.load(workdirs.make_workdir(tmp_path, **changes))
+def test_documents_that_are_left_out_are_counted(flat, caplog):
+  lm = lms.load(flat)
   text = evaluate.open_text(lm)
-  counts = text.packed.metadata['validation']
-  assert counts['num_dropped_documents'] > 0
-  evaluate.make_evaluate(lm.run, text.packed, text.source)
-  share = counts['num_dropped_documents'] / (
-    counts['num_dropped_documents'] + counts['num_documents']
-  )
-  assert f'{share:.1%}' in caplog.text
-  assert f'{-math.log(1 - share):.2f} nats' in caplog.text
+  counts = {'num_dropped_documents': 20, 'num_documents': 60}
+  packed = dataclasses.replace(text.packed, metadata={'validation': counts})
+  evaluate.make_evaluate(lm.run, packed, text.source)
+  assert '25.0% of the documents' in caplog.text
+  assert f'{-math.log(0.75):.2f} nats' in caplog.text
 
 
 def test_another_world_than_that_of_training(flat, caplog):
@@ -303,15 +301,13 @@ def test_compare(flat, tmp_path, capsys):
   table = capsys.readouterr().out
   assert 'possible' in table and 'above the law' in table
   # A source without a law, and rows that are not documents.
-  other = workdirs.make_workdir(tmp_path / 'other')
-  chunks = workdirs.make_workdir(
-    tmp_path / 'chunks', data__source='stories:small'
-  )
-  for workdir, words in ((other, 'is unknown'), (chunks, 'data.crop=')):
-    assert run_main(workdir, tmp_path / 'new', *args) == 2
-    error = capsys.readouterr().err
-    assert '--judge=law' in error and words in error
+  assert run_main(flat, tmp_path / 'new', '--source=embedded', *args) == 2
+  error = capsys.readouterr().err
+  assert '--judge=law' in error and "data.source='embedded'" in error
   assert not (tmp_path / 'new').exists()
+  data = dataclasses.replace(lms.load(flat).run.settings.data, crop='chunk')
+  with pytest.raises(InputError, match="--judge=law: data.crop='chunk'"):
+    judges.make_judge('law').check(data)
 
 
 def test_training(tmp_path, caplog):

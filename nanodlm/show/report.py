@@ -235,6 +235,7 @@ def draw_comparison(comparison: Line, number: int) -> Iterator[Part]:
 def draw_evals(runs: Sequence[Run]) -> Iterator[Part]:
   """Accuracy of filled gaps against network calls, and all evaluations."""
   curves, rows = {}, []
+  has_law = any('eval/law_nats' in line for run in runs for line in run.evals)
   for run in runs:
     for line in run.evals:
       if is_number(line.get('eval/nll')):
@@ -244,8 +245,9 @@ def draw_evals(runs: Sequence[Run]) -> Iterator[Part]:
         row['bits/byte'] = _interval(line, 'eval/bits_per_byte')
         ratio = _show(line.get('eval/calls_ratio'), '.1f')
         row['calls at independent times'] = ratio
-        row['law, nats/document'] = _show(line.get('eval/law_nats'), '.2f')
-        row['above the law'] = _interval(line, 'eval/excess_nats')
+        if has_law:
+          row['law, nats/document'] = _show(line.get('eval/law_nats'), '.2f')
+          row['above the law'] = _interval(line, 'eval/excess_nats')
         rows.append(row)
       gaps = line.get('infill')
       for gap in gaps if isinstance(gaps, list) else ():
