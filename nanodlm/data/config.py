@@ -98,14 +98,14 @@ class DataConfig:
       self._check('padding', self.padding == 'eos', text)
       self._check('long_documents', self.long_documents == 'drop', text)
       return
-    for key in ('segment_ids', 'clean_prefix_rate', 'clean_infill_rate'):
-      text = (
-        f'is not allowed {where} and data.crop={self.crop!r}: a row is one '
-        'document or pair'
-      )
-      self._check(key, not getattr(self, key), text)
-    text = f'is not allowed {where}: a window would begin inside a pair'
-    self._check('crop', self.crop != 'random', text)
+    text = f'is not allowed {where}: a row is a single document or pair'
+    self._check('segment_ids', not self.segment_ids, text)
+    if self.is_pairs:
+      text = f'is not allowed {where}: a window would begin inside a pair'
+      self._check('crop', self.crop != 'random', text)
+      text = f'is not allowed {where}: the prompt of a pair is given already'
+      for key in ('clean_prefix_rate', 'clean_infill_rate'):
+        self._check(key, not getattr(self, key), text)
     for _, source in sources.parse_mixture(self.source):
       cls = sources.find_class(source)
       self._check(

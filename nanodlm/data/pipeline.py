@@ -88,12 +88,14 @@ def make_train_iterator(
     eligible = batch.eligible & ~np.stack(
       [sample_clean(seed, i, packed.length, *rates) for i in indices]
     )
+    is_counted = np.arange(packed.length) < batch.num_tokens[:, None]
     num_bytes = np.stack(
       [_token_bytes(example, packed) for example in examples]
     )
     return batch._replace(
       eligible=eligible,
-      num_tokens=eligible.sum(axis=1, dtype=np.int32),
+      # Of the separators that fill a row, the first counts.
+      num_tokens=(eligible & is_counted).sum(axis=1, dtype=np.int32),
       num_bytes=num_bytes.sum(axis=1, dtype=np.int32, where=eligible),
     )
 
