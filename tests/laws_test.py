@@ -300,6 +300,16 @@ def test_compare(flat, tmp_path, capsys):
   assert {'valid_share', 'divergence'} <= set(results['panels'])
   table = capsys.readouterr().out
   assert 'possible' in table and 'above the law' in table
+  # Another text is laid out as in training: each document is a row.
+  (tmp_path / 'a.jsonl').write_text('{"text": "One day."}\n' * 8)
+  other = f'--source=jsonl:{tmp_path}/a.jsonl'
+  assert run_main(flat, tmp_path / 'other', other) == 0
+  results = json.loads((tmp_path / 'other/comparison.json').read_text())
+  (result,) = results['runs']
+  assert result['num_examples'] == 8 and 'law_nats' not in result
+  assert result['nats_per_document'] == pytest.approx(
+    LENGTH * math.log(BYTES.mask_id), rel=1e-5
+  )
   # A source without a law, and rows that are not documents.
   assert run_main(flat, tmp_path / 'new', '--source=embedded', *args) == 2
   error = capsys.readouterr().err

@@ -384,7 +384,7 @@ def _open_settings(
       )
   if not source:
     return settings
-  change = {'source': source, 'eval_source': ''}
+  change = {'source': source, 'eval_source': '', 'long_documents': 'cut'}
   # The other crops, and the padding of pairs, do not apply to another text.
   cut = {**change, 'crop': 'chunk', 'padding': 'eos', 'long_documents': 'drop'}
   return [

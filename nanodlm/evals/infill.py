@@ -171,7 +171,8 @@ def make_word_gaps(
   therefore that of fillings whose tokens agree with all others of the row.
 
   Raises:
-    InputError: too many fillings are possible.
+    InputError: too many fillings are possible, or the row is not the encoding
+      of its text.
   """
   text, _ = laws.read_text(tokenizer, row)
   parts, last = [], 0
@@ -194,6 +195,11 @@ def make_word_gaps(
 
   fills = {fill: p for fill, p in posterior.fills.items() if agrees(fill)}
   total = sum(fills.values())
+  if not total:
+    raise InputError(
+      f'tokenizer.name={tokenizer.name!r} encodes {text!r} in another way than '
+      'its row'
+    )
   return WordGaps(
     [places for *_, places in words],
     tuple(text[start:stop] for start, stop, _ in words),
