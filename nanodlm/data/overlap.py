@@ -1,7 +1,7 @@
 """What a run was trained on, as hashes: how much of a text is in it verbatim.
 
 A passage is the tokens that make up about 64 bytes, or a whole document that is
-shorter. Of all passages of the training text, those with the smallest hashes
+shorter; if rows are documents, it is a whole document. Of all passages of the training text, those with the smallest hashes
 are kept, at most a million. The same choice among the passages of another text
 gives an unbiased estimate of the share that was trained on, in any order and
 from any file. It includes what texts have in common by chance.
@@ -138,7 +138,9 @@ def make_record(packed: PackedData, earlier: Record | None = None) -> Record:
   """
   counts = packed.metadata['train']
   per_token = max(counts['num_bytes'] / counts['num_tokens'], 1)
-  window = min(max(round(PASSAGE_BYTES / per_token), 2), packed.length)
+  window = packed.length
+  if not packed.is_documents:
+    window = min(max(round(PASSAGE_BYTES / per_token), 2), window)
   num_bits, coverage, unknown = 0, 1.0, ''
   hashes = np.zeros([0], np.uint64)
   if earlier:
