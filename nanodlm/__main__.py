@@ -13,7 +13,8 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
-# TensorFlow, which CLU's TensorBoard writer imports, would log to the terminal.
+# TensorFlow, which TFDS and TensorBoard import if it is there, would log to the
+# terminal.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
