@@ -13,7 +13,14 @@ from nanodlm import config as configs
 from nanodlm import lm as lms
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings
-from nanodlm.data import overlap, pipeline, prepare, sources, tokenizers
+from nanodlm.data import (
+  guesses,
+  overlap,
+  pipeline,
+  prepare,
+  sources,
+  tokenizers,
+)
 from nanodlm.data.config import TokenizerConfig
 from nanodlm.devices import mesh as meshes
 from nanodlm.lm import LanguageModel
@@ -341,6 +348,9 @@ def evaluate_text(
   log.info(
     'step %d, %s', lm.step, describe(means, lm.run.objective.exact, text)
   )
+  if not text.packed.is_pairs:
+    guessed = guesses.measure(text.packed, lm.run.settings.data)
+    log.info(guesses.describe(guessed))
   means |= {f'eval/{key}': value for key, value in noise.items()}
   append_result(lm, text, metrics.finite_or_none(means))
   return means

@@ -50,7 +50,7 @@ from nanodlm import evaluate, sample
 from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
-from nanodlm.data import overlap, pipeline, prepare
+from nanodlm.data import guesses, overlap, pipeline, prepare
 from nanodlm.data.packed import PackedData
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.devices import hugepages, lock, multihost
@@ -332,6 +332,8 @@ def _describe(run: Run, packed: PackedData):
     f'{packed.length} tokens/example, tokenizer {tokenizer.name} with '
     f'{tokenizer.vocab_size} ids'
   )
+  if not packed.is_pairs and not jax.process_index():
+    log.info(guesses.describe(guesses.measure(packed, settings.data)))
   mesh = ', '.join(f'{axis} {size}' for axis, size in run.mesh.shape.items())
   log.info(
     f'model: {run.num_params():,} parameters, {settings.objective["name"]} '

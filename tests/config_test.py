@@ -336,7 +336,10 @@ class ValidateTest(parameterized.TestCase):
     ({'sampler__schedule': 'cosine'}, 'sampler.schedule'),
     ({'sampler__threshold': 0.9}, 'sampler.threshold'),
     ({'sampler__eta': 0.5}, 'sampler.eta'),
-    ({'objective__schedule': 'cosine'}, 'objective.schedule'),
+    (
+      {'objective__noise': 'count', 'objective__schedule': 'cosine'},
+      'objective.schedule',
+    ),
     (
       {'objective__noise': 'uniform', 'objective__power': 3.0},
       'objective.power',
