@@ -28,6 +28,8 @@ from nanodlm import workdir as workdirs
 from nanodlm.devices import multihost
 from nanodlm.types import InputError
 
+log = logging.getLogger('nanodlm')
+
 MODES = {
   'train': 'nanodlm.train',
   'eval': 'nanodlm.evals.held_out',
@@ -49,8 +51,16 @@ UNREAD = {
   'report': ('config', 'workdir'),
   'benchmark': ('workdir',),
 }
+# What Python's messages about the value of a flag mean.
+_NOT_A = {
+  'invalid literal for int()': 'not a whole number',
+  'could not convert string to float': 'not a number',
+  'Non-boolean argument': 'neither True nor False',
+}
 # These modes may run as several processes.
 DISTRIBUTED = ('train', 'eval', 'sample', 'serve', 'prepare')
+# These modes run no network.
+QUIET = ('report', 'prepare', 'export')
 # These modes leave nothing half done when they are interrupted.
 INTERRUPTIBLE = ('eval', 'sample', 'serve')
 
@@ -117,7 +127,11 @@ def parse_flags(argv: list[str]) -> list[str]:
       error = error.args[0]
     # str() of a KeyError quotes its message.
     text = error.args[0] if isinstance(error, KeyError) else str(error)
-    _exit_with(_unknown_key(argv) or ' '.join(str(text).split()))
+    text = ' '.join(str(text).split())
+    for words, meaning in _NOT_A.items():
+      if words in text:
+        text = text.removeprefix('flag ').partition(': ')[0] + f' is {meaning}'
+    _exit_with(_unknown_key(argv) or text)
 
 
 def _join_values(argv: list[str]) -> list[str]:
@@ -201,6 +215,8 @@ def main(argv: list[str]) -> int:
       config_flags.get_override_values(flag),
     )
     start.check_ignored(UNREAD.get(mode, ()))
+    if mode not in QUIET:
+      log.info('--mode=%s: starting JAX', mode)
     if mode in DISTRIBUTED:
       multihost.init_distributed()
     if mode != 'compile':
@@ -248,11 +264,18 @@ def _exit_on_signals():
     signal.signal(signal.SIGTERM, leave)
 
 
+class _Formatter(logging.Formatter):
+  """Plain lines, and 'warning: ' before a warning."""
+
+  def format(self, record):
+    is_warning = record.levelno >= logging.WARNING
+    return 'warning: ' * is_warning + super().format(record)
+
+
 def _set_up_logging():
   """Logs plain lines of our own; what libraries log needs --verbosity."""
   handler = logging.StreamHandler(sys.stdout)
-  handler.setFormatter(logging.Formatter('%(message)s'))
-  log = logging.getLogger('nanodlm')
+  handler.setFormatter(_Formatter())
   log.handlers, log.propagate = [handler], False
   log.setLevel(logging.INFO)
   if not flags.FLAGS['verbosity'].present:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import logging
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
 from nanodlm.steps import evaluate as evaluate_steps
 from nanodlm.steps.network import check_batch_size
-from nanodlm.training import checkpoint, metrics
+from nanodlm.training import checkpoint, metrics, progress
 from nanodlm.types import Batch, InputError
 
 log = logging.getLogger('nanodlm')
@@ -67,12 +68,15 @@ def make_evaluate(
       max_examples=max_examples,
     )
     sums = []
+    num = min(len(packed.validation), max_examples or sys.maxsize)
+    countdown = progress.Countdown('evaluating', -(-num // batch_size))
     for batch in batches:
       if should_stop():
         return None
       sums.append(eval_step(params, meshes.shard_batch(run.mesh, batch)))
       if len(sums) > 1:  # At most one step in flight, to stop promptly.
         jax.block_until_ready(sums[-2])
+      countdown.count()
     split = 'eval_subset' if max_examples else 'eval'
     return metrics.eval_means(metrics.add(jax.device_get(sums)), split)
 

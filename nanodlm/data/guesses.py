@@ -10,7 +10,7 @@ from nanodlm.data.config import DataConfig
 from nanodlm.data.packed import PackedData
 
 # About how many tokens of each split are looked at.
-NUM_TOKENS = 2**20
+NUM_TOKENS = 2**19
 
 
 def measure(packed: PackedData, data_config: DataConfig) -> dict[str, float]:
@@ -58,4 +58,7 @@ def describe(values: dict[str, float]) -> str:
     for key, kind in kinds.items()
     if key in values
   ]
-  return f'to compare: {"; ".join(parts)} ({values["num_tokens"]:,} tokens)'
+  return (
+    f'to compare, lower is better: {"; ".join(parts)} '
+    f'({values["num_tokens"]:,} tokens)'
+  )
