@@ -59,8 +59,6 @@ _NOT_A = {
 }
 # These modes may run as several processes.
 DISTRIBUTED = ('train', 'eval', 'sample', 'serve', 'prepare')
-# These modes run no network.
-QUIET = ('report', 'prepare', 'export')
 # These modes leave nothing half done when they are interrupted.
 INTERRUPTIBLE = ('eval', 'sample', 'serve')
 
@@ -215,9 +213,8 @@ def main(argv: list[str]) -> int:
       config_flags.get_override_values(flag),
     )
     start.check_ignored(UNREAD.get(mode, ()))
-    if mode not in QUIET:
-      log.info('--mode=%s: starting JAX', mode)
     if mode in DISTRIBUTED:
+      log.info('--mode=%s: starting JAX', mode)
       multihost.init_distributed()
     if mode != 'compile':
       _set_up_compilation_cache()

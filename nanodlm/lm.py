@@ -135,6 +135,8 @@ class LanguageModel:
       InputError: the prompt does not fit the canvas, or a setting is invalid.
     """
     check_seed(seed, 'seed')
+    if num_samples < 1:
+      raise InputError(f'num_samples={num_samples!r} must be >= 1')
     chosen = {'name': sampler, 'num_steps': num_steps}
     chosen |= {'temperature': temperature, **settings}
     changes = {key: x for key, x in chosen.items() if x is not None}
@@ -187,6 +189,8 @@ class LanguageModel:
     for text in texts:
       if not isinstance(text, str) or not text:
         raise InputError(f'texts must be non-empty strings, not {text!r}')
+    if not texts:
+      return []
     run = self.run
     rows = run.tokenizer.encode_to_score(texts)
     for text, row in zip(texts, rows):

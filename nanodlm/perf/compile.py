@@ -297,7 +297,7 @@ def compile_run(run: Run, topology: str = '') -> dict[str, Any]:
     capacity = chip.memory_bytes
   elif not topology:
     capacity = (device.memory_stats() or {}).get('bytes_limit')
-    if device.platform == 'cpu' and hasattr(os, 'sysconf'):
+    if device.platform == 'cpu' and 'SC_PHYS_PAGES' in os.sysconf_names:
       pages = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
       capacity = pages / num_devices
   length = settings.data.length
@@ -420,14 +420,14 @@ def main(start: Start) -> int:
   settings, _ = start.resolve()
   vocab_size = find_vocab_size(settings, options.vocab_size)
   devices = find_devices(topology)
+  run = runs.make_run(settings, devices=devices, platform=devices[0].platform)
+  report = compile_run(run.with_vocabulary(vocab_size), topology)
+  print(format_report(report), flush=True)
   if not topology:
     log.info(
       'for this machine; --topology=v5e:4x4 or another one asks for a pod '
       "(pip install -e '.[tpu]')"
     )
-  run = runs.make_run(settings, devices=devices, platform=devices[0].platform)
-  report = compile_run(run.with_vocabulary(vocab_size), topology)
-  print(format_report(report), flush=True)
   if start.workdir:
     workdirs.make(start.workdir)
     path = pathlib.Path(start.workdir) / REPORT_FILE
