@@ -124,7 +124,8 @@ def get_config() -> config_dict.ConfigDict:
   objective.block_size = 16  # Tokens per block of 'block'; divides data.length.
   # How noise levels are drawn: by 'count' (masked, block, sedd), or as
   # 'stratified' or 'uniform' times; 'auto' is the first of these that the
-  # objective supports.
+  # objective supports, and not 'count' if one of the next four keys, which
+  # describe times, is changed.
   objective.noise = 'auto'
   # 'linear' | 'cosine' | 'md4_cosine' | 'sqrt' | 'polynomial'.
   objective.schedule = 'linear'

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import logging
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +15,21 @@ from nanodlm import laws
 from nanodlm import lm as lms
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings
-from nanodlm.data import overlap, pipeline, prepare, sources, tokenizers
+from nanodlm.data import (
+  guesses,
+  overlap,
+  pipeline,
+  prepare,
+  sources,
+  tokenizers,
+)
 from nanodlm.data.config import TokenizerConfig
 from nanodlm.devices import mesh as meshes
 from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
 from nanodlm.steps import evaluate as evaluate_steps
 from nanodlm.steps.network import check_batch_size
-from nanodlm.training import checkpoint, metrics
+from nanodlm.training import checkpoint, metrics, progress
 from nanodlm.types import Batch, InputError
 
 log = logging.getLogger('nanodlm')
@@ -71,6 +79,8 @@ def make_evaluate(
       max_examples=max_examples,
     )
     sums = []
+    num = min(len(packed.validation), max_examples or sys.maxsize)
+    countdown = progress.Countdown('evaluating', -(-num // batch_size))
     for batch in batches:
       if should_stop():
         return None
@@ -80,6 +90,7 @@ def make_evaluate(
       sums.append(eval_step(params, meshes.shard_batch(run.mesh, batch)))
       if len(sums) > 1:  # At most one step in flight, to stop promptly.
         jax.block_until_ready(sums[-2])
+      countdown.count()
     split = 'eval_subset' if max_examples else 'eval'
     return metrics.eval_means(
       metrics.add(jax.device_get(sums)), split, packed.is_documents
@@ -390,6 +401,9 @@ def evaluate_text(
   log.info(
     'step %d, %s', lm.step, describe(means, lm.run.objective.exact, text)
   )
+  if not text.packed.is_pairs:
+    guessed = guesses.measure(text.packed, lm.run.settings.data)
+    log.info(guesses.describe(guessed))
   means |= {f'eval/{key}': value for key, value in noise.items()}
   append_result(lm, text, metrics.finite_or_none(means))
   return means

@@ -116,6 +116,8 @@ def sample_prompts(
     view = watch.View(watchers, run.tokenizer.mask_id, num_top)
   law = laws.law_of_rows(run.settings.data)
   fills = [lms.make_fill(model.run, view=view) for _, model in models]
+  if not display:
+    log.info('compiling the sampler, then sampling')
   for i, prompt in enumerate(prompts or ['']):
     tokens, fixed = (
       np.tile(x, (sample.num_samples, 1))
@@ -268,18 +270,21 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs):
   workdirs.append(lm.workdir, workdirs.SAMPLES, *lines)
 
 
-def check_prompts(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
-  """Checks that prompts fit the canvas; returns warnings.
+def check_prompts(lm: LanguageModel, prompts: Sequence[str]):
+  """Checks that prompts fit the canvas; logs what its gaps are.
 
   Raises:
     InputError: a prompt does not fit.
   """
-  warnings = []
+  told = set()
   for prompt in prompts:
-    lms.lay_out(lm.run, prompt, lm.run.settings.sample_length)
+    _, fixed = lms.lay_out(lm.run, prompt, lm.run.settings.sample_length)
     if literal := prompting.literal_braces(prompt):
-      warnings.append(
-        f'--prompt={prompt!r}: {", ".join(map(repr, literal))} is text; a gap '
+      log.warning(
+        f'prompt={prompt!r}: {", ".join(map(repr, literal))} is text; a gap '
         'is written {} or {12}, a literal brace is doubled'
       )
-  return warnings
+    size = prompting.automatic_size(prompt, int(np.sum(~fixed)))
+    if size and size not in told:
+      told.add(size)
+      log.info(f'each {{}} is {size} tokens here; {{5}} would be 5')

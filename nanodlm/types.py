@@ -174,7 +174,7 @@ class Objective(abc.ABC):
     needs_time: whether the network must be time-conditioned.
     can_correct: whether the network also predicts tokens that are not masked,
       so that it can correct a finished text.
-    noises: allowed values of objective.noise; 'auto' is the first.
+    noises: allowed values of objective.noise; see `auto_noise`.
   """
 
   mask_id: int
@@ -187,6 +187,11 @@ class Objective(abc.ABC):
   needs_time: bool = False
   can_correct: bool = False
   noises: tuple[str, ...] = ()
+
+  @classmethod
+  def auto_noise(cls, settings: Mapping[str, Any]) -> str:
+    """Returns what objective.noise='auto' is, given the values of fields."""
+    return cls.noises[0]
 
   def loss(
     self, batch: Batch, levels: Array, keys: Array, score: Score

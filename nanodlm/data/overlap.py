@@ -93,6 +93,7 @@ def remember(
   """
   path = pathlib.Path(workdir) / workdirs.TRAINED_ON
   if not path.exists():
+    _log.info('looking for the held-out text in the training text')
     record = make_record(packed, load(init_from) if init_from else None)
     partial = path.with_name(f'.{path.name}.tmp')
     with open(partial, 'wb') as file:

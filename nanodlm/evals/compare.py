@@ -206,7 +206,7 @@ def compare_run(
     name = 'held-out text' if text.is_held_out else 'the text'
     point = {
       'sampler': {'name': name},
-      'num_calls': 0,
+      'num_calls': None,
       'num_samples': len(real),
       'length': min(length, packed.length),
       'tokens_per_sec': None,
@@ -325,14 +325,14 @@ def plot_curves(
       style = {'color': f'C{i}', 'label': name}
       x = [point['num_calls'] for point in points]
       y = [point.get(key, math.nan) for point in points]
-      if x[0]:
+      if x[0] is not None:
         widths = [point.get(f'{key}_ci95', 0.0) for point in points]
         axes.errorbar(x, y, yerr=widths, marker='o', capsize=3, **style)
       else:  # Held-out text.
         axes.axhline(y[0], linestyle=':', **style)
     axes.set(xscale='log', xlabel='network calls', ylabel=label)
     calls = {point['num_calls'] for one in curves.values() for point in one}
-    calls = sorted(calls - {0})
+    calls = sorted(calls - {None})
     axes.set_xticks(calls, [f'{x:.0f}' for x in calls])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -405,7 +405,7 @@ def main(start: Start) -> int:
   request = _parse_request(options)
   for name in ('workdirs', 'output'):
     if not options[name].value:
-      raise InputError(f'--{name} is needed; see --help')
+      raise InputError(f'--mode=compare needs --{name}')
   workdirs.check_writable(options.output, '--output')
   output = pathlib.Path(options.output)
   if output.exists() and (not output.is_dir() or any(output.iterdir())):

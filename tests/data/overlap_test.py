@@ -80,7 +80,9 @@ class OverlapTest(cases.DataTest):
     )
     self.assertEqual(share(unseen, True), 0)
     self.assertGreater(share(unseen, False), 0.2)
-    self.assertEqual(share(documents[30:50].ravel(), True), 0.5)
+    # The beginning of the first one is not known.
+    half = share(documents[30:50].ravel(), True)
+    self.assertAlmostEqual(half, 9 / 19)
 
   def test_few_hashes_and_few_rows_give_an_estimate(self):
     half = np.concatenate([self.text[:20_000], self.draw(20_000)])
