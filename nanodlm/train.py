@@ -366,7 +366,7 @@ def _describe(run: Run, packed: PackedData):
     f'{packed.length} tokens/example, tokenizer {tokenizer.name} with '
     f'{tokenizer.vocab_size} ids'
   )
-  if not packed.is_pairs and not jax.process_index():
+  if not packed.is_documents and not jax.process_index():
     log.info(guesses.describe(guesses.measure(packed, settings.data)))
   mesh = ', '.join(f'{axis} {size}' for axis, size in run.mesh.shape.items())
   log.info(

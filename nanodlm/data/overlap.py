@@ -1,10 +1,11 @@
 """What a run was trained on, as hashes: how much of a text is in it verbatim.
 
 A passage is the tokens that make up about 64 bytes, or a whole document that is
-shorter; if rows are documents, it is a whole document. Of all passages of the training text, those with the smallest hashes
-are kept, at most a million. The same choice among the passages of another text
-gives an unbiased estimate of the share that was trained on, in any order and
-from any file. It includes what texts have in common by chance.
+shorter; if rows are documents, it is a whole document. Of all passages of the
+training text, those with the smallest hashes are kept, at most a million. The
+same choice among the passages of another text gives an unbiased estimate of the
+share that was trained on, in any order and from any file. It includes what
+texts have in common by chance.
 
 Source: FracMinHash, Hera et al., Genome Research 33 (2023) 1061.
 """
