@@ -32,12 +32,14 @@ class Asked(NamedTuple):
     tokens: [B, S] int32, the part of the canvas that is the network's input.
     positions: [B, K] int32, canvas positions whose output is needed; K = 0 if
       the call only fills the cache.
+    num_calls: 2 for a guided call, else 1; see `Samples`.
   """
 
   first_row: int
   start: int
   tokens: np.ndarray
   positions: np.ndarray
+  num_calls: int = 1
 
 
 class Answered(NamedTuple):
@@ -133,7 +135,8 @@ class Watched:
     """Returns ask(), or zeros once the host has stopped the sampler."""
     rows = slice(self.num_rows)
     start = jnp.asarray(start, jnp.int32)
-    go_on = self._call(Asked, start, tokens[rows], positions[rows])
+    num_calls = jnp.int32(tokens.shape[0] // self.num_rows)
+    go_on = self._call(Asked, start, tokens[rows], positions[rows], num_calls)
     return jax.lax.cond(go_on > 0, ask, lambda: sharding.zeros_like(ask))
 
   def _call(self, event: Callable[..., Asked | Answered], *values):

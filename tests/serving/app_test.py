@@ -92,17 +92,19 @@ def test_streams_what_it_generates(running, monkeypatch):
     assert kinds[-1] == 'done' and kinds.index('canvas') < kinds.index('reveal')
     assert 'running' in kinds
   canvases = {}
-  num_reveals = 0
+  calls = {0: [], 1: []}
   for name, data in found[:-1]:
     if name == 'canvas':
+      assert data['tokens'].count(None) == 14  # Before the first call.
       canvases[data['row']] = data
     elif name == 'reveal':
-      num_reveals += 1
+      calls[data['row']].append(data['num_calls'])
       for i, token, part in data['changes']:
         canvases[data['row']]['tokens'][i] = token
         canvases[data['row']]['texts'][i] = part
   name, done = found[-1]
-  assert name == 'done' and num_reveals >= 4
+  assert name == 'done'
+  assert calls == {0: [1, 2, 3, 4], 1: [1, 2, 3, 4]}
   assert done == post(server, '/api/generate', body)[1]
   for i, one in enumerate(done['samples']):
     assert canvases[i]['tokens'] == one['tokens']
@@ -519,9 +521,9 @@ def test_a_browser_keeps_what_was_typed_before_the_server_answered(running):
     for field, value in typed.items():
       expect(page.locator(field)).to_have_value(value)
     expect(page.locator('#top-p')).to_have_value('1')
-    # Another sampler proposes its own number.
+    # Another sampler proposes its own number, the default.
     page.select_option('#sampler', 'ancestral')
-    expect(page.locator('#num-steps')).to_have_value('4')
+    expect(page.locator('#num-steps')).to_have_value('128')
 
 
 def test_in_a_browser(running):
