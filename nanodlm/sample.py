@@ -149,8 +149,8 @@ def sample_prompts(
     size = page.write(
       run.tokenizer,
       pathlib.Path(lm.workdir).resolve().name,
-      f'{settings.objective["name"]}, step {lm.step}, {length} tokens, '
-      f'{settings.tokenizer.name}',
+      f'{lm.workdir}: objective {settings.objective["name"]}, step {lm.step}, '
+      f'tokenizer {run.tokenizer.name}',
     )
     print(f'--- {page.path}: {size / 2**20:.2f} MiB', flush=True)
 

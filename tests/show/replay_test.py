@@ -24,6 +24,7 @@ MASK = BYTES.mask_id
 NASTY = '</script><script>hacked=1</script><!--'
 NASTY += '"\'\\\0\u2028\u05d0\u05d1\u202e😀\té&lt;'
 PROMPT = 'a'
+TITLE, FACTS = '</script>', 'objective <b>'
 
 
 def one_by_one(text, order):
@@ -250,7 +251,7 @@ def browser():
 def path(tmp_path_factory):
   file = tmp_path_factory.mktemp('page') / 'a.html'
   file.write_text(
-    replay.make_page(replay.make_data(make_takes(), BYTES, 5, NASTY, NASTY))
+    replay.make_page(replay.make_data(make_takes(), BYTES, 5, TITLE, FACTS))
   )
   return file
 
@@ -260,9 +261,12 @@ def visit(browser, path):
   """Opens the page; fails on messages in its console and on requests."""
   contexts, heard = [], []
 
-  def open_page(**settings):
+  def open_page(clock=False, **settings):
     contexts.append(browser.new_context(**settings))
     page = contexts[-1].new_page()
+    if clock:
+      page.clock.install(time=0)
+      page.clock.pause_at(1)
     page.on('console', lambda message: heard.append(message.text))
     page.on('pageerror', lambda error: heard.append(str(error)))
     page.on(
@@ -297,10 +301,16 @@ def until(page, condition):
 
 
 def test_browser_slider_and_keys(visit):
-  page = visit()
+  page = visit(reduced_motion='reduce')
   num = len(make_takes()[0].trajectory.answers)
-  # The page opens with the finished text.
+  # The page opens with the finished text, at rest.
   assert calls(page) == f'call {num} of {num}'
+  assert page.locator('#play').inner_text() == 'Play'
+  assert page.locator('#title').inner_text() == f'Replay of {TITLE}'
+  assert page.locator('#facts').inner_text() == FACTS
+  # The prompt is shown whole.
+  prompt = page.locator('#asked').inner_text()
+  assert prompt.startswith(NASTY[:40]) and prompt.endswith('&lt;')
   pane = page.locator('.pane').first
   text = pane.locator('.canvas').inner_text()
   for shown in (
@@ -348,11 +358,15 @@ def test_browser_slider_and_keys(visit):
 
 
 def test_browser_plays(visit):
-  page = visit()
+  page = visit(clock=True)
   num = len(make_takes()[0].trajectory.answers)
-  page.select_option('#speed', '4')
-  page.keyboard.press(' ')
+  # It plays by itself, from the first call.
+  assert calls(page) == f'call 0 of {num}'
   assert page.locator('#play').inner_text() == 'Pause'
+  page.clock.run_for(1000)
+  assert page.evaluate('at === Math.floor(1000 / pace())')
+  page.clock.resume()
+  page.select_option('#speed', '4')
   until(page, 'at > 2 && at < steps')
   page.locator('#play').click()
   stopped = calls(page)
@@ -365,7 +379,8 @@ def test_browser_plays(visit):
 
 
 def test_browser_alternatives(visit):
-  page = visit()
+  size = {'width': 900, 'height': 800}
+  page = visit(reduced_motion='reduce', viewport=size)
   tip, tokens = (
     page.locator('#tip'),
     page.locator('.pane').first.locator('.tok'),
@@ -483,7 +498,11 @@ def test_browser_colours(visit, scheme):
 
 
 def test_browser_phone(visit):
-  page = visit(viewport={'width': 360, 'height': 560}, has_touch=True)
+  page = visit(
+    viewport={'width': 360, 'height': 560},
+    has_touch=True,
+    reduced_motion='reduce',
+  )
   assert page.evaluate('document.documentElement.scrollWidth') == 360
   token = page.locator('.pane .tok').nth(3)
   for top in (150, 450):  # The position of the token in the window.
@@ -508,8 +527,9 @@ def test_browser_phone(visit):
 def test_browser_samples_and_samplers(visit):
   page = visit(viewport={'width': 1200, 'height': 800})
   boxes = [pane.bounding_box() for pane in page.locator('.pane').all()]
-  assert len(boxes) == 4
-  assert boxes[0]['y'] == boxes[1]['y'] and boxes[0]['x'] < boxes[1]['x']
+  # A column for each of two samplers, and a row for each of two samples.
+  assert [box['y'] == boxes[0]['y'] for box in boxes] == [True] * 2 + [False] * 2
+  assert [box['x'] == boxes[0]['x'] for box in boxes] == [True, False] * 2
   page.select_option('#sample', '2')
   assert page.locator('.pane:visible h2').all_inner_texts() == [
     'block',
