@@ -538,7 +538,26 @@ def test_in_a_browser(running):
     page.fill('#text', 'ab{}cd')
     page.click('#run')
     expect(state).to_have_text('Done')
+    calls, why = page.locator('#calls'), page.locator('#why')
+    expect(calls).to_have_text('4')
+    expect(why).to_have_text('')
+    page.fill('#num-steps', '64')
+    page.click('#run')
+    expect(calls).to_have_text('12')
+    expect(why).to_contain_text('each token that is drawn; 64 were asked for')
+    # An error leaves the last result, also when it comes in mid-stream.
+    result = page.locator('#result').inner_html()
+    engine = running[0].engine
+    for place in (engine, '_fill'), (engine, 'choose'):
+      failing = mock.patch.object(*place, side_effect=InputError('no luck'))
+      with failing, page.expect_response('**/api/stream'):
+        page.click('#run')
+        expect(page.locator('#error')).not_to_have_text('')
+      assert page.locator('#result').inner_html() == result
+      expect(state).to_have_text('Done')
+      expect(calls).to_have_text('12')
     assert page.locator('#result .drawn').count() == 12
+    assert page.locator('#result .given').count() == 4
     assert page.locator('#result .token').count() == 16
     ids = 'tokens.map((token) => token.id)'
     before = page.evaluate(ids)
