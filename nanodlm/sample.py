@@ -18,6 +18,7 @@ from nanodlm.data.packed import PackedData
 from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
 from nanodlm.show import watch
+from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 
 log = logging.getLogger('nanodlm')
@@ -143,7 +144,7 @@ def sample_prompts(
         )
       if not jax.process_index():
         title = f', {label}' if len(models) > 1 else ''
-        _report(model, prompt, samples, fixed[0], int(num_calls), title, secs)
+        _report(model, prompt, samples, fixed[0], num_calls, title, secs)
   if page:
     settings = run.settings
     size = page.write(
@@ -156,13 +157,16 @@ def sample_prompts(
 
 
 def make_draw(
-  run: Run, packed: PackedData, writer: Any
+  run: Run, packed: PackedData, writer: Any, workdir: str
 ) -> Callable[[int, Any], None]:
-  """Returns draw(step, params), which samples, logs and writes the samples."""
+  """Returns draw(step, params), which samples, logs and writes the samples.
+
+  It raises SaveError if samples.jsonl cannot be written.
+  """
   settings, tokenizer = run.settings, run.tokenizer
   watchers = Watchers()
   fill = lms.make_fill(run, view=watch.View(watchers, tokenizer.mask_id))
-  row, fixed = _first_prompt(run, packed)
+  prompt, (row, fixed) = _first_prompt(run, packed)
   tokens, is_fixed = (
     np.tile(x, (settings.train.num_samples, 1)) for x in (row, fixed)
   )
@@ -171,26 +175,34 @@ def make_draw(
     recorder = watch.Recorder(lms.whole_batch(run, tokens))
     watchers.those = [recorder]
     key = jax.random.fold_in(jax.random.key(settings.sample.seed), step)
-    filled, _ = fill(params, key, tokens, is_fixed)
+    filled, num_calls = fill(params, key, tokens, is_fixed)
     trajectories = recorder.trajectories(filled)
     # Rows that other processes compute have empty trajectories.
     if trajectories := [one for one in trajectories if one.answers]:
       image = watch.order_image(trajectories, fixed)[None]
       writer.write_images(step, {'samples/reveal_order': image})
-    texts = [
-      tokenizer.decode(lms.shown_tokens(run, row, fixed)) for row in filled
+    lines = [
+      _line(run, step, prompt, row, fixed, num_calls) for row in filled
     ]
+    texts = [line['shown'] for line in lines]
     blocks = {f'samples/{i}': f'```\n{x}\n```' for i, x in enumerate(texts)}
     writer.write_texts(step, blocks)
     for text in texts:
-      lines = ''.join(f'    {line}\n' for line in text.splitlines())
-      log.info('sample:\n%s', lines)
+      indented = ''.join(f'    {line}\n' for line in text.splitlines())
+      log.info('sample:\n%s', indented)
+    if not jax.process_index():
+      try:
+        workdirs.append(workdir, workdirs.SAMPLES, *lines)
+      except InputError as error:
+        raise checkpoint.SaveError(str(error)) from error
 
   return draw
 
 
 def _first_prompt(run: Run, packed: PackedData):
-  """Lays out what samples in training start from: for pairs the first prompt.
+  """Returns what samples in training start from, for pairs the first prompt.
+
+  Its text, and tokens and fixed [n].
 
   A blank canvas if that cannot be laid out: it holds characters that the
   tokenizer does not know, or sampler.length is too short.
@@ -201,9 +213,30 @@ def _first_prompt(run: Run, packed: PackedData):
     text = run.tokenizer.decode(pair['tokens'][: pair['prompt_length']])
     prompt = text.replace('{', '{{').replace('}', '}}')
   try:
-    return lms.lay_out(run, prompt, length)
+    return prompt, lms.lay_out(run, prompt, length)
   except InputError:
-    return lms.lay_out(run, '', length)
+    return '', lms.lay_out(run, '', length)
+
+
+def _line(
+  run: Run,
+  step: int,
+  prompt: str,
+  tokens: np.ndarray,
+  fixed: np.ndarray,
+  num_calls: float,
+) -> dict[str, Any]:
+  """Describes a sample [n], as a line of samples.jsonl."""
+  decode = run.tokenizer.decode
+  return {
+    'prompt': prompt,
+    'text': decode(tokens),
+    'shown': decode(lms.shown_tokens(run, tokens, fixed)),
+    'tokens': tokens.tolist(),
+    'step': step,
+    'num_calls': int(num_calls),
+    'sampler': run.describe_sampler(),
+  }
 
 
 def _report(lm, prompt, tokens, fixed, num_calls, label, secs):
@@ -211,7 +244,7 @@ def _report(lm, prompt, tokens, fixed, num_calls, label, secs):
   tokenizer, lines = lm.tokenizer, []
   for j, row in enumerate(tokens):
     ids = lms.shown_tokens(lm.run, row, fixed)
-    shown = tokenizer.decode(ids)
+    line = _line(lm.run, lm.step, prompt, row, fixed, num_calls)
     num_more = np.sum(~np.isin(row[len(ids) :], tokenizer.eos_ids))
     title = f'--- sample {j + 1} of {len(tokens)}{label}'
     title += f', prompt {prompt!r}' if prompt else ''
@@ -219,21 +252,11 @@ def _report(lm, prompt, tokens, fixed, num_calls, label, secs):
       title += f', ends after {len(ids)} of {len(row)} tokens'
     if num_more:
       title += f', {num_more} tokens of text after its end'
-    print(f'{title}\n{shown}')
-    lines.append(
-      {
-        'prompt': prompt,
-        'text': tokenizer.decode(row),
-        'shown': shown,
-        'tokens': row.tolist(),
-        'step': lm.step,
-        'num_calls': num_calls,
-        'sampler': lm.run.describe_sampler(),
-      }
-    )
+    print(f'{title}\n{line["shown"]}')
+    lines.append(line)
   num_filled = len(tokens) * int(np.sum(~fixed))
   print(
-    f'--- filled {num_filled} of {tokens.size} tokens in {num_calls} network '
+    f'--- filled {num_filled} of {tokens.size} tokens in {int(num_calls)} network '
     f'calls, {secs:.1f} s with compilation',
     flush=True,
   )

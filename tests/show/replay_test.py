@@ -14,7 +14,8 @@ import pytest
 from nanodlm import lm as lms
 from nanodlm import sample
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
-from nanodlm.show import replay, watch
+from nanodlm.show import replay, runs, watch
+from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 from tests import browsers, workdirs
 
@@ -225,10 +226,10 @@ def test_recording_does_not_change_samples(run, tmp_path, capsys):
   } == {4}
 
 
-def test_samples_in_training_are_written(run):
+def test_samples_in_training_are_written(run, tmp_path):
   lm = run[1]
   writer, packed = mock.Mock(), mock.Mock(is_pairs=False)
-  draw = sample.make_draw(lm.run, packed, writer)
+  draw = sample.make_draw(lm.run, packed, writer, str(tmp_path))
   draw(3, lm.params)
   (step, images), _ = writer.write_images.call_args
   (image,) = images['samples/reveal_order']
@@ -236,6 +237,14 @@ def test_samples_in_training_are_written(run):
   assert step == 3 and image.shape == (14 * num - 2, 4 * workdirs.LENGTH, 3)
   texts = writer.write_texts.call_args.args[1]
   assert list(texts) == [f'samples/{i}' for i in range(num)]
+  # They are kept for --mode=report, in the form of --mode=sample.
+  (written,) = runs.read_run(tmp_path, '').samples
+  assert texts == {'samples/0': f'```\n{written["shown"]}\n```'}
+  assert BYTES.decode(written['tokens']) == written['text']
+  assert (written['step'], written['prompt']) == (3, '')
+  assert written['num_calls'] == written['sampler']['num_steps'] == 4
+  with pytest.raises(checkpoint.SaveError, match='samples.jsonl'):
+    sample.make_draw(lm.run, packed, writer, str(tmp_path / 'no'))(3, lm.params)
 
 
 # Tests in a browser.
