@@ -15,6 +15,7 @@ from nanodlm import lm as lms
 from nanodlm import prompts as prompting
 from nanodlm import workdir as workdirs
 from nanodlm.data.packed import PackedData
+from nanodlm.data.tokenizers import base
 from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
 from nanodlm.show import watch
@@ -95,7 +96,8 @@ def sample_prompts(
 
   With sampler.stop_at_eos, or for a model of pairs, a text ends at its first
   EOS; the tokens after it are counted but not printed. The file contains the
-  whole canvas ('text', 'tokens') and the printed part ('shown').
+  whole canvas ('text', 'tokens') and the printed part ('shown'), whose control
+  characters are escaped in print.
 
   Args:
     lm: the model, with its sampler.
@@ -187,7 +189,7 @@ def make_draw(
     texts = [line['shown'] for line in lines]
     blocks = {f'samples/{i}': f'```\n{x}\n```' for i, x in enumerate(texts)}
     writer.write_texts(step, blocks)
-    for text in texts:
+    for text in map(base.escape_controls, texts):
       indented = ''.join(f'    {line}\n' for line in text.splitlines())
       log.info('sample:\n%s', indented)
     if not jax.process_index():
@@ -252,7 +254,7 @@ def _report(lm, prompt, tokens, fixed, num_calls, label, secs):
       title += f', ends after {len(ids)} of {len(row)} tokens'
     if num_more:
       title += f', {num_more} tokens of text after its end'
-    print(f'{title}\n{line["shown"]}')
+    print(f'{title}\n{base.escape_controls(line["shown"])}')
     lines.append(line)
   num_filled = len(tokens) * int(np.sum(~fixed))
   print(

@@ -13,6 +13,7 @@ import pytest
 
 from nanodlm import lm as lms
 from nanodlm import sample
+from nanodlm.data.tokenizers import base
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.show import replay, runs, watch
 from nanodlm.training import checkpoint
@@ -215,7 +216,10 @@ def test_recording_does_not_change_samples(run, tmp_path, capsys):
     [line for line in lines[6:] if line['sampler']['name'] == 'fixed_count'],
   )
   assert [a['tokens'] for a in own] == [a['tokens'] for a in kept]
-  assert all(line['text'] in plain for line in own)
+  printed = [base.escape_controls(line['text']) for line in own]
+  assert all(text in plain for text in printed)
+  # Nothing that is drawn moves the cursor.
+  assert not set(plain) & set(map(chr, (*range(9), *range(11, 32), 127)))
   parsed = Scripts((tmp_path / 'a.html').read_text('utf-8'))
   takes = json.loads(parsed.scripts[0])['takes']
   assert len(takes) == 12
