@@ -183,9 +183,7 @@ def make_draw(
     if trajectories := [one for one in trajectories if one.answers]:
       image = watch.order_image(trajectories, fixed)[None]
       writer.write_images(step, {'samples/reveal_order': image})
-    lines = [
-      _line(run, step, prompt, row, fixed, num_calls) for row in filled
-    ]
+    lines = [_line(run, step, prompt, row, fixed, num_calls) for row in filled]
     texts = [line['shown'] for line in lines]
     blocks = {f'samples/{i}': f'```\n{x}\n```' for i, x in enumerate(texts)}
     writer.write_texts(step, blocks)
@@ -258,8 +256,8 @@ def _report(lm, prompt, tokens, fixed, num_calls, label, secs):
     lines.append(line)
   num_filled = len(tokens) * int(np.sum(~fixed))
   print(
-    f'--- filled {num_filled} of {tokens.size} tokens in {int(num_calls)} network '
-    f'calls, {secs:.1f} s with compilation',
+    f'--- filled {num_filled} of {tokens.size} tokens in {int(num_calls)} '
+    f'network calls, {secs:.1f} s with compilation',
     flush=True,
   )
   workdirs.append(lm.workdir, workdirs.SAMPLES, *lines)

@@ -161,16 +161,28 @@ def test_data_is_the_trajectory():
 
 
 def test_order_image():
-  takes = make_takes()[:2]
+  takes = make_takes()[::2]  # From the left, and from the right.
   trajectories = [take.trajectory for take in takes]
   image = watch.order_image(trajectories, takes[0].fixed)
   length = len(takes[0].fixed)
-  assert image.dtype == np.uint8 and image.shape == (12 + 2 + 12, 4 * length, 3)
-  assert image[0, 0].tolist() == [128] * 3  # The prompt.
-  last = 4 * (length - 1)
-  assert image[0, last].tolist() == [253, 231, 37]
-  np.testing.assert_array_equal(image[12:14], 255)
-  assert image[0, 8].sum() < image[0, last - 8].sum()
+  size = 512 // length
+  assert image.dtype == np.uint8
+  # Two rows, apart, and a line with the legend.
+  assert image.shape == (2 * (32 + 8) + 15, size * length, 3)
+  np.testing.assert_array_equal(image[:, size * length - 1][32:40], 255)
+  assert image[0, 0].tolist() == image[40, 0].tolist() == [150] * 3  # PROMPT
+  for row, first, last in ((0, 3, length - 1), (40, length - 3, 1)):
+    early, late = image[row, size * first], image[row, size * last]
+    assert late[1] < early[1] <= 242  # Later calls are darker.
+  assert image[0, size * (length - 1)].tolist() == [0, 77, 33]
+  # FIRST CALL begins with three dots of three pixels, then one.
+  legend = image[80:, :12, 0] == 0
+  np.testing.assert_array_equal(
+    legend[::3, ::3][:, :3],
+    [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]],
+  )
+  bar = image[80, 132 : 132 + 96]
+  assert bar[0].tolist() == [217, 242, 224] and bar[-1].tolist() == [0, 77, 33]
 
 
 def test_path(tmp_path):
@@ -238,7 +250,7 @@ def test_samples_in_training_are_written(run, tmp_path):
   (step, images), _ = writer.write_images.call_args
   (image,) = images['samples/reveal_order']
   num = lm.run.settings.train.num_samples
-  assert step == 3 and image.shape == (14 * num - 2, 4 * workdirs.LENGTH, 3)
+  assert step == 3 and image.shape == (40 * num + 15, 512, 3)
   texts = writer.write_texts.call_args.args[1]
   assert list(texts) == [f'samples/{i}' for i in range(num)]
   # They are kept for --mode=report, in the form of --mode=sample.
@@ -541,7 +553,9 @@ def test_browser_samples_and_samplers(visit):
   page = visit(viewport={'width': 1200, 'height': 800})
   boxes = [pane.bounding_box() for pane in page.locator('.pane').all()]
   # A column for each of two samplers, and a row for each of two samples.
-  assert [box['y'] == boxes[0]['y'] for box in boxes] == [True] * 2 + [False] * 2
+  assert [box['y'] == boxes[0]['y'] for box in boxes] == [True] * 2 + [
+    False
+  ] * 2
   assert [box['x'] == boxes[0]['x'] for box in boxes] == [True, False] * 2
   page.select_option('#sample', '2')
   assert page.locator('.pane:visible h2').all_inner_texts() == [

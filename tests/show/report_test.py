@@ -47,7 +47,9 @@ class Page(html.parser.HTMLParser):
 
 @pytest.mark.parametrize('suffix', ['.html', '.md'])
 def test_page_of_two_runs(tmp_path, suffix, capsys):
-  a = write_run(tmp_path / 'a', samples=['first', EVIL, 'third', 'last', 'last'])
+  a = write_run(
+    tmp_path / 'a', samples=['first', EVIL, 'third', 'last', 'last']
+  )
   b = write_run(tmp_path / 'b', name='ar', last=20)
   gap = {'pattern': 'span', 'ratio': 0.5, 'accuracy': 0.25, 'num_calls': 16}
   line = {'step': 20, 'infill': [gap | {'accuracy_ci95': None}]}

@@ -18,9 +18,7 @@ _log = logging.getLogger('nanodlm')
 # How decode() prints the token that ends a document.
 SEPARATOR_TEXT = '\n\n'
 # Characters that move the cursor of a terminal, or reorder text.
-_CONTROLS = re.compile(
-  '[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]'
-)
+_CONTROLS = re.compile('[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
 Ids = Sequence[int] | np.ndarray
 
 
