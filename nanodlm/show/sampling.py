@@ -54,7 +54,10 @@ def define_flags():
     'is a terminal.',
   )
   flags.DEFINE_string(
-    'html', '', 'Output file of a page that replays the sampling.'
+    'html',
+    '',
+    'Output file of a page that replays the sampling; if its name ends in '
+    '.svg, a moving picture of the first sample.',
   )
   flags.DEFINE_string(
     'samplers',

@@ -7,6 +7,7 @@ import html.parser
 import json
 import re
 from unittest import mock
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -203,6 +204,31 @@ def test_path(tmp_path):
   assert {path.name for path in tmp_path.iterdir()} == {'a.html', 'notes.html'}
 
 
+def test_picture(tmp_path):
+  page = replay.Page(str(tmp_path / 'a.svg'), 5)
+  page.takes.extend(make_takes()[2:])
+  page.write(BYTES, '<title>', 'facts')
+  text = (tmp_path / 'a.svg').read_text('utf-8')
+  replay.Page(str(tmp_path / 'a.svg'), 5)  # It may be replaced.
+  assert not re.search(r'url\(|@import|<script|href', text)
+  root = ElementTree.fromstring(text)
+  num = len(page.takes[0].trajectory.answers)
+  prompt, *written, facts = [
+    (each.get('class'), each.text) for each in root if each.tag.endswith('text')
+  ]
+  assert prompt == ('given', PROMPT)
+  assert facts[1] == f'<title>: {num - 3} tokens in {num} network calls, remask'
+  # Written from the end; what was changed last counts.
+  shown = ''.join(NASTY.split())
+  for bad in '\0\u2028\u202e':
+    shown = shown.replace(bad, '\ufffd' if bad == '\0' else bad)
+  assert ''.join(text for _, text in written) == shown
+  assert [kind for kind, _ in written[-3:]] == ['c5', 'c3', 'c4']
+  holes = [each for each in root if each.get('class', '').startswith('hole')]
+  assert len(holes) == len(written)
+  assert f'@keyframes c{num - 1} {{ 0%, 74.00%, 100%' in text
+
+
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   """A workdir and the run in it."""
@@ -385,7 +411,7 @@ def test_browser_slider_and_keys(visit):
 def test_browser_plays(visit):
   page = visit(clock=True)
   num = len(make_takes()[0].trajectory.answers)
-  # It plays by itself, from the first call.
+  # It starts without a click, from the first call.
   assert calls(page) == f'call 0 of {num}'
   assert page.locator('#play').inner_text() == 'Pause'
   page.clock.run_for(1000)
