@@ -256,10 +256,12 @@ def test_fine_tunes_on_pairs_and_answers(finished, tmp_path):
     '--config.sampler.num_samples=2',
   )
   assert status == 0, output
-  samples = [
+  in_training, *samples = [
     json.loads(line)
     for line in (workdir / 'samples.jsonl').read_text().splitlines()
   ]
+  assert in_training['step'] == 40
+  assert in_training['prompt'].startswith('{{')  # As in --prompt.
   assert [s['shown'][:4] for s in samples] == ['{7}?'] * 2 + ['{8}?'] * 2
   # Most of what it was trained on is padding.
   assert sum(256 in s['tokens'] for s in samples) > 1, output
