@@ -5,6 +5,7 @@ Its flags are declared next to the code that reads them.
 """
 
 import importlib
+import io
 import logging
 import os
 import pathlib
@@ -301,6 +302,9 @@ def _set_up_compilation_cache():
 
 def run():
   """Entry point of `python launch.py` and of `python -m nanodlm`."""
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    # Not every terminal can show all characters.
+    sys.stdout.reconfigure(errors='replace')
   app.run(main, flags_parser=parse_flags)
 
 

@@ -16,10 +16,12 @@ from nanodlm import lm as lms
 from nanodlm import prompts as prompting
 from nanodlm import workdir as workdirs
 from nanodlm.data.packed import PackedData
+from nanodlm.data.tokenizers import base
 from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
 from nanodlm.show import watch
-from nanodlm.types import InputError
+from nanodlm.training import checkpoint
+from nanodlm.types import InputError, Law
 
 log = logging.getLogger('nanodlm')
 
@@ -98,7 +100,8 @@ def sample_prompts(
 
   With sampler.stop_at_eos, or for a model of pairs, a text ends at its first
   EOS; the tokens after it are counted but not printed. The file contains the
-  whole canvas ('text', 'tokens') and the printed part ('shown').
+  whole canvas ('text', 'tokens') and the printed part ('shown'), whose control
+  characters are escaped in print.
 
   Args:
     lm: the model, with its sampler.
@@ -150,28 +153,30 @@ def sample_prompts(
         )
       if not jax.process_index():
         title = f', {label}' if len(models) > 1 else ''
-        calls = int(num_calls)
-        _report(model, law, prompt, samples, fixed[0], calls, title, secs)
+        _report(model, law, prompt, samples, fixed[0], num_calls, title, secs)
   if page:
     settings = run.settings
     size = page.write(
       run.tokenizer,
       pathlib.Path(lm.workdir).resolve().name,
-      f'{settings.objective["name"]}, step {lm.step}, {length} tokens, '
-      f'{settings.tokenizer.name}',
+      f'{lm.workdir}: objective {settings.objective["name"]}, step {lm.step}, '
+      f'tokenizer {run.tokenizer.name}',
     )
     print(f'--- {page.path}: {size / 2**20:.2f} MiB', flush=True)
 
 
 def make_draw(
-  run: Run, packed: PackedData, writer: Any
+  run: Run, packed: PackedData, writer: Any, workdir: str
 ) -> Callable[[int, Any], None]:
-  """Returns draw(step, params), which samples, logs and writes the samples."""
+  """Returns draw(step, params), which samples, logs and writes the samples.
+
+  It raises SaveError if samples.jsonl cannot be written.
+  """
   settings, tokenizer = run.settings, run.tokenizer
   watchers = Watchers()
   fill = lms.make_fill(run, view=watch.View(watchers, tokenizer.mask_id))
   law = laws.law_of_rows(settings.data)
-  row, fixed = _first_prompt(run, packed)
+  prompt, (row, fixed) = _first_prompt(run, packed)
   tokens, is_fixed = (
     np.tile(x, (settings.train.num_samples, 1)) for x in (row, fixed)
   )
@@ -180,33 +185,41 @@ def make_draw(
     recorder = watch.Recorder(lms.whole_batch(run, tokens))
     watchers.those = [recorder]
     key = jax.random.fold_in(jax.random.key(settings.sample.seed), step)
-    filled, _ = fill(params, key, tokens, is_fixed)
+    filled, num_calls = fill(params, key, tokens, is_fixed)
     trajectories = recorder.trajectories(filled)
     # Rows that other processes compute have empty trajectories.
     if trajectories := [one for one in trajectories if one.answers]:
       image = watch.order_image(trajectories, fixed)[None]
       writer.write_images(step, {'samples/reveal_order': image})
-    texts = [
-      tokenizer.decode(lms.shown_tokens(run, row, fixed)) for row in filled
+    lines = [
+      _line(run, law, step, prompt, row, fixed, num_calls) for row in filled
     ]
+    texts = [line['shown'] for line in lines]
     blocks = {f'samples/{i}': f'```\n{x}\n```' for i, x in enumerate(texts)}
     writer.write_texts(step, blocks)
-    for text, row in zip(texts[:MAX_LOGGED], filled):
-      lines = ''.join(f'    {line}\n' for line in text.splitlines())
-      if law and (reason := law.explain(laws.read_text(tokenizer, row)[0])):
-        lines += f'  is impossible: {reason}\n'
-      log.info('sample:\n%s', lines)
+    for line in lines[:MAX_LOGGED]:
+      shown = base.escape_controls(line['shown']).splitlines()
+      if problem := line.get('problem'):
+        shown.append(f'  is impossible: {problem}')
+      log.info('sample:\n%s', ''.join(f'    {x}\n' for x in shown))
     if law:
       means = laws.sample_means(law, laws.read_texts(tokenizer, filled))
       scalars = {f'samples/{key}': value for key, value in means.items()}
       writer.write_scalars(step, scalars)
       log.info('step %d, %s', step, laws.describe_samples(means, len(filled)))
+    if not jax.process_index():
+      try:
+        workdirs.append(workdir, workdirs.SAMPLES, *lines)
+      except InputError as error:
+        raise checkpoint.SaveError(str(error)) from error
 
   return draw
 
 
 def _first_prompt(run: Run, packed: PackedData):
-  """Lays out what samples in training start from: for pairs the first prompt.
+  """Returns what samples in training start from, for pairs the first prompt.
+
+  Its text, and tokens and fixed [n].
 
   A blank canvas if that cannot be laid out: it holds characters that the
   tokenizer does not know, or sampler.length is too short.
@@ -217,9 +230,37 @@ def _first_prompt(run: Run, packed: PackedData):
     text = run.tokenizer.decode(pair['tokens'][: pair['prompt_length']])
     prompt = text.replace('{', '{{').replace('}', '}}')
   try:
-    return lms.lay_out(run, prompt, length)
+    return prompt, lms.lay_out(run, prompt, length)
   except InputError:
-    return lms.lay_out(run, '', length)
+    return '', lms.lay_out(run, '', length)
+
+
+def _line(
+  run: Run,
+  law: Law | None,
+  step: int,
+  prompt: str,
+  tokens: np.ndarray,
+  fixed: np.ndarray,
+  num_calls: float,
+) -> dict[str, Any]:
+  """Describes a sample [n], as a line of samples.jsonl."""
+  decode, verdict = run.tokenizer.decode, {}
+  if law:
+    text, _ = laws.read_text(run.tokenizer, tokens)
+    problem = law.explain(text)
+    nats = None if problem else -law.log_prob(text)
+    verdict = {'law_nats': nats, 'problem': problem}
+  return {
+    'prompt': prompt,
+    'text': decode(tokens),
+    'shown': decode(lms.shown_tokens(run, tokens, fixed)),
+    'tokens': tokens.tolist(),
+    'step': step,
+    'num_calls': int(num_calls),
+    'sampler': run.describe_sampler(),
+    **verdict,
+  }
 
 
 def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs):
@@ -230,7 +271,7 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs):
   tokenizer, lines = lm.tokenizer, []
   for j, row in enumerate(tokens):
     ids = lms.shown_tokens(lm.run, row, fixed)
-    shown = tokenizer.decode(ids)
+    line = _line(lm.run, law, lm.step, prompt, row, fixed, num_calls)
     num_more = np.sum(~np.isin(row[len(ids) :], tokenizer.eos_ids))
     title = f'--- sample {j + 1} of {len(tokens)}{label}'
     title += f', prompt {prompt!r}' if prompt else ''
@@ -238,30 +279,14 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs):
       title += f', ends after {len(ids)} of {len(row)} tokens'
     if num_more:
       title += f', {num_more} tokens of text after its end'
-    print(f'{title}\n{shown}')
-    verdict = {}
-    if law:
-      text, _ = laws.read_text(tokenizer, row)
-      log_prob, reason = law.log_prob(text), law.explain(text)
-      verdict = {'law_nats': None if reason else -log_prob, 'problem': reason}
-      if reason:
-        print(f'--- is impossible: {reason}')
-    lines.append(
-      {
-        'prompt': prompt,
-        'text': tokenizer.decode(row),
-        'shown': shown,
-        'tokens': row.tolist(),
-        'step': lm.step,
-        'num_calls': num_calls,
-        'sampler': lm.run.describe_sampler(),
-        **verdict,
-      }
-    )
+    print(f'{title}\n{base.escape_controls(line["shown"])}')
+    if problem := line.get('problem'):
+      print(f'--- is impossible: {problem}')
+    lines.append(line)
   num_filled = len(tokens) * int(np.sum(~fixed))
   print(
-    f'--- filled {num_filled} of {tokens.size} tokens in {num_calls} network '
-    f'calls, {secs:.1f} s with compilation',
+    f'--- filled {num_filled} of {tokens.size} tokens in {int(num_calls)} '
+    f'network calls, {secs:.1f} s with compilation',
     flush=True,
   )
   if law:

@@ -210,7 +210,7 @@ def train(
           state,
           training.step,
           save=functools.partial(_save, manager, run, packed),
-          show=_make_show(run, packed, evaluated, writer, caught),
+          show=_make_show(run, packed, evaluated, writer, caught, workdir),
           progress=Progress(
             settings.train,
             settings.data.length,
@@ -535,6 +535,7 @@ def _make_show(
   text: evaluate.Text | None,
   writer: Any,
   caught: signals.Caught,
+  workdir: str,
 ) -> Callable[[int, Any], bool]:
   """Returns show(step, params), which evaluates and samples.
 
@@ -542,8 +543,9 @@ def _make_show(
   """
   settings = run.settings
   evaluate_params = evaluate.make_evaluate(run, packed)
-  num_samples = settings.train.num_samples
-  draw = sample.make_draw(run, packed, writer) if num_samples else None
+  draw = None
+  if settings.train.num_samples:
+    draw = sample.make_draw(run, packed, writer, workdir)
 
   def show(step: int, params: Any) -> bool:
     is_last = step >= settings.train.num_steps

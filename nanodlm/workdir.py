@@ -3,7 +3,7 @@
 config.json       settings; older ones in config.until_step_N.json
 metrics.jsonl     scalars of training, a line for each log or evaluation
 eval.jsonl        results of --mode=eval
-samples.jsonl     samples of --mode=sample
+samples.jsonl     samples of --mode=sample, and those at each evaluation
 trained_on.npz    hashes of what was trained on; see data/overlap.py
 tokenizer.json    the tokenizer, perhaps with tokenizer.model
 checkpoints/N/    the state after step N

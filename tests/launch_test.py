@@ -1,5 +1,6 @@
 """The launcher as people use it: real processes, killed, resumed, misused."""
 
+import io
 import json
 import os
 import pathlib
@@ -13,6 +14,8 @@ import jax
 import numpy as np
 import pytest
 
+from nanodlm import __main__ as command_line
+from nanodlm.data.tokenizers import base
 from nanodlm.training import checkpoint
 from tests import launches
 from tests.launches import launch, ROOT, start
@@ -185,7 +188,7 @@ def test_eval_and_sample_need_only_the_workdir(finished):
     assert bytes(sample['tokens'][:7]) == b'import '
     assert sample['num_calls'] == 8
     assert 257 not in sample['tokens']
-    assert sample['text'] in output
+    assert base.escape_controls(sample['text']) in output
 
 
 def test_ended_evaluation_says_so(finished):
@@ -263,17 +266,20 @@ def test_fine_tunes_on_pairs_and_answers(finished, tmp_path):
     '--config.sampler.num_samples=2',
   )
   assert status == 0, output
-  samples = [
+  in_training, *samples = [
     json.loads(line)
     for line in (workdir / 'samples.jsonl').read_text().splitlines()
   ]
+  assert in_training['step'] == 40
+  assert in_training['prompt'].startswith('{{')  # As in --prompt.
   assert [s['shown'][:4] for s in samples] == ['{7}?'] * 2 + ['{8}?'] * 2
   # Most of what it was trained on is padding.
   assert sum(256 in s['tokens'] for s in samples) > 1, output
   for s in samples:
     end = [*s['tokens'], 256].index(256)
     assert len(s['tokens']) == 64
-    assert s['text'].startswith(s['shown']) and s['shown'] in output
+    assert s['text'].startswith(s['shown'])
+    assert base.escape_controls(s['shown']) in output
     assert end == 64 or f'ends after {end} of 64 tokens' in output
 
 
@@ -480,6 +486,16 @@ os.stat, os.access = stat, access
 launch._set_up_compilation_cache()
 print(jax.config.jax_compilation_cache_dir)
 """
+
+
+def test_a_terminal_may_lack_characters(monkeypatch):
+  out = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+  monkeypatch.setattr(sys, 'stdout', out)
+  show = lambda *args, **kwargs: print('é\ufffd!')
+  monkeypatch.setattr(command_line.app, 'run', show)
+  command_line.run()
+  out.flush()
+  assert out.buffer.getvalue() == b'??!\n'
 
 
 def test_compiled_programs_are_kept_in_the_home_that_can_be_written(tmp_path):

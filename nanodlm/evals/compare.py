@@ -218,13 +218,14 @@ def compare_run(
     result['points'].append(point)
   for changes in planned:
     changed = lm.with_sampler(changes)
-    result['points'].append(sample_point(changed, judge, request))
-    print(f'{workdir}: sampled with {_describe(changes)}', file=sys.stderr)
+    point = sample_point(changed, judge, request)
+    result['points'].append(point)
+    print(
+      f'{workdir}: {changes["name"]}, {point["num_calls"]:.0f} network calls, '
+      f'{len(result["points"]) - 1} of {len(planned)}',
+      file=sys.stderr,
+    )
   return result
-
-
-def _describe(settings: dict[str, Any]) -> str:
-  return ', '.join(f'{key}={value}' for key, value in settings.items())
 
 
 # Title, key and format of the columns of runs and of points.
@@ -281,7 +282,7 @@ def format_table(
   if not points:
     return '\n'.join(lines)
   last = points[-1]
-  draw = {key: last['sampler'][key] for key in DRAW_FLAGS}
+  draw = ', '.join(f'{key} {last["sampler"][key]:g}' for key in DRAW_FLAGS)
   lines += [
     '',
     *metrics.format_table(
@@ -290,7 +291,7 @@ def format_table(
     ),
     '',
     f'{last["num_samples"]} samples of {points[0]["length"]} tokens per line, '
-    f'{_describe(draw)}. entropy: nats/token, of all samples and of single '
+    f'{draw}. entropy: nats/token, of all samples and of single '
     'texts.',
   ]
   if judge:

@@ -282,7 +282,9 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     - `canvas`, the first event of each row: row, tokens (null: not drawn yet),
       texts, fixed.
     - `state`: row, state (waiting, compiling, running, done).
-    - `reveal`: row, num_calls, changes, a list of [position, token, text].
+    - `reveal`, after each network call: row, num_calls (made so far), changes,
+      a list of [position, token, text]. If the client reads slowly, one event
+      may tell of several calls.
     - `done`: the response of /api/generate.
     - `error`: the body of an error response.
 

@@ -80,8 +80,10 @@ class Row:
     seed: in [0, 2^64).
     index: number among the samples of this seed. Seed and index give the same
       tokens as in `--mode=sample`.
-    canvas: [n] int32, the current tokens; replaced, never modified in place.
-    num_calls: network calls so far; at the end, those of its whole batch.
+    num_asked: network calls that have begun.
+    frame: the number of network calls that were made, and the canvas after
+      them, [n] int32. Replaced as a whole, so that the two belong together. At
+      the end, the number is that of the whole batch.
     error: why the row failed, for the client.
     is_cancelled: set by a client that no longer waits for the row.
     on_change: called from another thread after each change.
@@ -95,14 +97,25 @@ class Row:
   seed: int
   index: int
   state: State = 'waiting'
-  num_calls: int = 0
+  num_asked: int = 0
+  frame: tuple[int, np.ndarray] = (0, np.zeros(0, np.int32))
   error: str = ''
   is_cancelled: bool = False
   on_change: Callable[[], Any] | None = None
   group: Any = None
 
   def __post_init__(self):
-    self.canvas = self.tokens
+    self.frame = 0, self.tokens
+
+  @property
+  def num_calls(self) -> int:
+    """The number of network calls that were made."""
+    return self.frame[0]
+
+  @property
+  def canvas(self) -> np.ndarray:
+    """The current tokens, [n] int32."""
+    return self.frame[1]
 
   @property
   def is_over(self) -> bool:
@@ -428,7 +441,7 @@ class Engine:
     for row, tokens in zip(rows, jax.device_get(samples.tokens)):
       if not self.is_closing:  # Then `close` has failed the row.
         canvas = tokens[: len(row.tokens)]
-        row.change(canvas=canvas, num_calls=num_calls, state='done')
+        row.change(frame=(num_calls, canvas), state='done')
 
   def _watch(self, event: Any) -> bool:
     """Shows each row its part of a `watch.Asked`; see `watch.Watch`."""
@@ -440,7 +453,8 @@ class Engine:
       if event.start < len(canvas):
         canvas = canvas.copy()
         watch.paste(canvas, tokens, event.start)
-      row.change(canvas=canvas, num_calls=row.num_calls + 1)
+      num_made, row.num_asked = row.num_asked, row.num_asked + event.num_calls
+      row.change(frame=(num_made, canvas))
     is_unwanted = bool(rows) and all(row.is_cancelled for row in rows)
     return not (self.is_closing or is_unwanted)
 

@@ -283,26 +283,28 @@ class Service:
 
   async def events(self, submission: Submission) -> AsyncIterator[bytes]:
     """Yields the events of /api/stream."""
-    seen: list[Any] = [(None, None, [])] * len(submission.rows)
+    seen: list[Any] = []
+    for i, row in enumerate(submission.rows):
+      tokens = self._spell(row.tokens)
+      ids, texts = zip(*tokens)
+      event = dict(row=i, tokens=ids, texts=texts, fixed=row.fixed.tolist())
+      yield make_event('canvas', event)
+      seen.append((None, (0, row.tokens), tokens))
     async for has_changed in submission.changes(HEARTBEAT_SECS):
       if not has_changed:
         yield COMMENT
       for i, row in enumerate(submission.rows):
-        old_state, old_canvas, old = seen[i]
+        old_state, old_frame, old = seen[i]
         # In this order: a row that is done has its last tokens.
-        state, canvas = row.state, row.canvas
-        tokens = old if canvas is old_canvas else self._spell(canvas)
-        seen[i] = state, canvas, tokens
-        event: dict[str, Any] = {'row': i}
-        if old_canvas is None:
-          ids, texts = zip(*tokens)
-          event |= dict(tokens=ids, texts=texts, fixed=row.fixed.tolist())
-          yield make_event('canvas', event)
-        elif tokens != old:
+        state, frame = row.state, row.frame
+        num_calls, canvas = frame
+        tokens = old if canvas is old_frame[1] else self._spell(canvas)
+        seen[i] = state, frame, tokens
+        if num_calls != old_frame[0] or tokens != old:
           # Neighbours change too, if they share a character with the token.
           changed = [j for j, token in enumerate(tokens) if token != old[j]]
           changes = [(j, *tokens[j]) for j in changed]
-          event |= dict(num_calls=row.num_calls, changes=changes)
+          event = dict(row=i, num_calls=num_calls, changes=changes)
           yield make_event('reveal', event)
         if state not in (old_state, 'failed'):
           yield make_event('state', {'row': i, 'state': state})

@@ -24,6 +24,7 @@ T = TypeVar('T')
 # The least time between two frames, and the share of time spent on drawing.
 MIN_SECS, MAX_SHARE = 0.1, 0.05
 MASK, TAKEN_BACK = '·', '×'
+# The colors of tokens.css.
 STYLES = {
   'masked': style.Style(dim=True),
   'back': style.Style(color='red', bold=True),

@@ -10,7 +10,7 @@ import re
 from nanodlm import workdir as workdirs
 from nanodlm.types import InputError
 
-_SCRIPT = re.compile(r'/\*(\w+\.js)\*/\n')
+_SHARED = re.compile(r'/\*(\w+\.(?:css|js))\*/\n')
 # Characters that XML and HTML do not allow, and unpaired surrogates.
 _UNPRINTABLE = re.compile(
   r'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]'
@@ -19,11 +19,11 @@ _UNPRINTABLE = re.compile(
 
 @functools.cache
 def read(name: str, package: str = 'nanodlm.show') -> str:
-  """Returns a page; `/*FILE.js*/` lines are scripts of `nanodlm.show`."""
-  scripts = importlib.resources.files('nanodlm.show')
+  """Returns a page; `/*FILE*/` lines are styles and scripts of this folder."""
+  shared = importlib.resources.files('nanodlm.show')
   page = importlib.resources.files(package) / name
-  return _SCRIPT.sub(
-    lambda line: (scripts / line[1]).read_text('utf-8'), page.read_text('utf-8')
+  return _SHARED.sub(
+    lambda line: (shared / line[1]).read_text('utf-8'), page.read_text('utf-8')
   )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from nanodlm import lm as lms
 from nanodlm.data.tokenizers.base import Tokenizer
-from nanodlm.show import pages, watch
+from nanodlm.show import pages, picture, watch
 
 # In the first bytes of every page; a file with it may be replaced.
 MARK = '<meta name="generator" content="nanodlm replay">'
@@ -78,11 +78,21 @@ class Page:
 
   def write(self, tokenizer: Tokenizer, title: str, facts: str) -> int:
     """Writes the page and returns its size in bytes."""
-    data = make_data(self.takes, tokenizer, self.num_top, title, facts)
-    path = pathlib.Path(self.path)
+    path, first = pathlib.Path(self.path), self.takes[0]
+    if path.suffix == '.svg':
+      frames, answers = first.trajectory
+      texts = tokenizer.spell(frames[-1][: first.num_shown])
+      facts = (
+        f'{title}: {np.sum(~first.fixed)} tokens in {len(answers)} network '
+        f'calls, {first.sampler}'
+      )
+      page = picture.make_svg(texts, first.trajectory, facts)
+    else:
+      data = make_data(self.takes, tokenizer, self.num_top, title, facts)
+      page = make_page(data)
     # Another file may have appeared there while sampling.
     pages.check_path('--html', path, MARK)
-    pages.write('--html', path, make_page(data))
+    pages.write('--html', path, page)
     return path.stat().st_size
 
 

@@ -298,7 +298,9 @@ def draw_speed(runs: Sequence[Run]) -> Iterator[Part]:
 def show_samples(runs: Sequence[Run], num_samples: int) -> Iterator[Part]:
   """The last samples of each run."""
   for run in runs:
-    for line in run.samples[max(len(run.samples) - num_samples, 0) :]:
+    # A run that resumes from an earlier step repeats its samples.
+    lines = [*{json.dumps(line): line for line in run.samples}.values()]
+    for line in lines[max(len(lines) - num_samples, 0) :]:
       text, sampler = line.get('shown', line.get('text')), line.get('sampler')
       title = f'{run.name}, step {line.get("step", "?")}'
       if isinstance(sampler, dict):

@@ -9,9 +9,10 @@ r"""--mode=sample: samples of a run, printed, drawn live, and kept as a page.
 without a gap is continued; '{{' and '}}' are braces. --prompt_file reads many,
 {"prompt": "def f("} on each line. Samples are printed and appended to
 samples.jsonl. In a terminal the canvases are shown while they are filled
-(--nolive: not): masked tokens dim, new ones green, and a cross for one that is
-masked again. Settings that --samplers leaves out are the run's for its own
-sampler, and the defaults of configs/base.py for others.
+(--nolive: not): the prompt cyan, masked tokens dim, new ones green, changed
+ones yellow, and a cross for one that is masked again. Settings that --samplers
+leaves out are the run's for its own sampler, and the defaults of
+configs/base.py for others.
 """
 
 from absl import flags
@@ -50,7 +51,10 @@ def define_flags():
     'is a terminal.',
   )
   flags.DEFINE_string(
-    'html', '', 'Output file of a page that replays the sampling.'
+    'html',
+    '',
+    'Output file of a page that replays the sampling; if its name ends in '
+    '.svg, a moving picture of the first sample.',
   )
   flags.DEFINE_string(
     'samplers',

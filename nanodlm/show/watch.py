@@ -32,12 +32,14 @@ class Asked(NamedTuple):
     tokens: [B, S] int32, the part of the canvas that is the network's input.
     positions: [B, K] int32, canvas positions whose output is needed; K = 0 if
       the call only fills the cache.
+    num_calls: 2 for a guided call, else 1; see `Samples`.
   """
 
   first_row: int
   start: int
   tokens: np.ndarray
   positions: np.ndarray
+  num_calls: int = 1
 
 
 class Answered(NamedTuple):
@@ -133,7 +135,8 @@ class Watched:
     """Returns ask(), or zeros once the host has stopped the sampler."""
     rows = slice(self.num_rows)
     start = jnp.asarray(start, jnp.int32)
-    go_on = self._call(Asked, start, tokens[rows], positions[rows])
+    num_calls = jnp.int32(tokens.shape[0] // self.num_rows)
+    go_on = self._call(Asked, start, tokens[rows], positions[rows], num_calls)
     return jax.lax.cond(go_on > 0, ask, lambda: sharding.zeros_like(ask))
 
   def _call(self, event: Callable[..., Asked | Answered], *values):
@@ -222,13 +225,14 @@ def paste(canvas: np.ndarray, tokens: np.ndarray, start: int):
   canvas[start + skipped : start + skipped + len(part)] = part
 
 
-# From the first call to the last: purple, blue, green, yellow.
-_COLORS = np.array(
-  [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]
-)
-_GIVEN = np.array([128, 128, 128])
-# In pixels: the height and width of a token, and the gap between rows.
-_HEIGHT, _WIDTH, _GAP = 12, 4, 2
+# The colors of the first and last call, and of the prompt.
+_FIRST, _LAST, _GIVEN = (217, 242, 224), (0, 77, 33), (150, 150, 150)
+# In pixels: the least width of an image, the height of a row, and a gap.
+_WIDTH, _HEIGHT, _GAP = 512, 32, 8
+# Letters of 3 x 5 dots: a row of dots for each octal digit.
+_FONT = dict(F='74644', I='72227', R='65655', S='34216', T='72222', C='34443')
+_FONT |= dict(A='25755', L='44447', P='65644', O='25552', M='57755')
+_FONT[' '] = '00000'
 
 
 def order_image(
@@ -237,16 +241,34 @@ def order_image(
   """Draws when each token was last written: rows are samples.
 
   Returns [H, W, 3] uint8; colors are shares of the number of calls of each
-  sample, and the prompt, `fixed` [L], is gray.
+  sample, the prompt, `fixed` [L], is gray, and a legend is below.
   """
   rows = []
-  anchors = np.linspace(0, 1, len(_COLORS))
   for trajectory in trajectories:
     last_call = max(len(trajectory.answers) - 1, 1)
-    share = np.maximum(trajectory.changed_at(), 0) / last_call
-    channels = [np.interp(share, anchors, channel) for channel in _COLORS.T]
-    colors = np.where(fixed[:, None], _GIVEN, np.stack(channels, axis=-1))
-    row = np.tile(colors.round().astype(np.uint8), (_HEIGHT, 1, 1))
-    row = np.repeat(row, _WIDTH, axis=1)
-    rows.append(np.pad(row, ((0, _GAP), (0, 0), (0, 0)), constant_values=255))
-  return np.concatenate(rows)[:-_GAP]
+    colors = _shade(np.maximum(trajectory.changed_at(), 0) / last_call)
+    colors[fixed] = _GIVEN
+    row = np.repeat(colors, max(_WIDTH // len(colors), 1), axis=0)
+    rows += [np.tile(row, (_HEIGHT, 1, 1)), np.full((_GAP, len(row), 3), 255)]
+  scale = np.tile(_shade(np.linspace(0, 1, 96)), (15, 1, 1))
+  legend = [_draw_text('FIRST CALL '), scale, _draw_text(' LAST CALL  ')]
+  legend += [np.tile(np.array(_GIVEN), (15, 24, 1)), _draw_text(' PROMPT')]
+  rows.append(np.concatenate(legend, axis=1))
+  width = max(row.shape[1] for row in rows)
+  fill = lambda row: ((0, 0), (0, width - row.shape[1]), (0, 0))
+  rows = [np.pad(row, fill(row), constant_values=255) for row in rows]
+  return np.concatenate(rows).astype(np.uint8)
+
+
+def _shade(share: np.ndarray) -> np.ndarray:
+  """Returns the colors [N, 3] of shares [N] of the calls."""
+  mixed = np.outer(1 - share, _FIRST) + np.outer(share, _LAST)
+  return mixed.round().astype(np.uint8)
+
+
+def _draw_text(text: str) -> np.ndarray:
+  """Draws a text, black on white, [15, 12 * len(text), 3]."""
+  dots = [[f'{int(_FONT[c][i]):03b}0' for c in text] for i in range(5)]
+  ink = np.array([[*map(int, ''.join(row))] for row in dots])
+  pixels = np.kron(255 * (1 - ink), np.ones((3, 3), int))
+  return np.repeat(pixels[..., None], 3, axis=2)

@@ -92,8 +92,13 @@ def test_two_runs(runs, tmp_path, capsys):
   assert status == 0
   table, messages = capsys.readouterr()
   assert table == (output / 'comparison.txt').read_text()
-  assert 'Judge' in table and 'entropy' in table and 'temperature=1.0' in table
-  assert 'name=fixed_count' in messages and '{' not in messages + table
+  assert 'Judge' in table and 'entropy' in table and 'temperature 1' in table
+  assert messages.splitlines() == [
+    f'{runs[0]}: fixed_count, 2 network calls, 1 of 2',
+    f'{runs[0]}: fixed_count, 4 network calls, 2 of 2',
+    f'{runs[1]}: ar, 16 network calls, 1 of 1',
+  ]
+  assert '{' not in table
   results = json.loads((output / 'comparison.json').read_text())
   masked, ar = results['runs']
   assert (masked['is_exact'], ar['is_exact']) == (False, True)

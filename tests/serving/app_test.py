@@ -92,17 +92,19 @@ def test_streams_what_it_generates(running, monkeypatch):
     assert kinds[-1] == 'done' and kinds.index('canvas') < kinds.index('reveal')
     assert 'running' in kinds
   canvases = {}
-  num_reveals = 0
+  calls = {0: [], 1: []}
   for name, data in found[:-1]:
     if name == 'canvas':
+      assert data['tokens'].count(None) == 14  # Before the first call.
       canvases[data['row']] = data
     elif name == 'reveal':
-      num_reveals += 1
+      calls[data['row']].append(data['num_calls'])
       for i, token, part in data['changes']:
         canvases[data['row']]['tokens'][i] = token
         canvases[data['row']]['texts'][i] = part
   name, done = found[-1]
-  assert name == 'done' and num_reveals >= 4
+  assert name == 'done'
+  assert calls == {0: [1, 2, 3, 4], 1: [1, 2, 3, 4]}
   assert done == post(server, '/api/generate', body)[1]
   for i, one in enumerate(done['samples']):
     assert canvases[i]['tokens'] == one['tokens']
@@ -519,9 +521,9 @@ def test_a_browser_keeps_what_was_typed_before_the_server_answered(running):
     for field, value in typed.items():
       expect(page.locator(field)).to_have_value(value)
     expect(page.locator('#top-p')).to_have_value('1')
-    # Another sampler proposes its own number.
+    # Another sampler proposes its own number, the default.
     page.select_option('#sampler', 'ancestral')
-    expect(page.locator('#num-steps')).to_have_value('4')
+    expect(page.locator('#num-steps')).to_have_value('128')
 
 
 def test_in_a_browser(running):
@@ -536,7 +538,26 @@ def test_in_a_browser(running):
     page.fill('#text', 'ab{}cd')
     page.click('#run')
     expect(state).to_have_text('Done')
+    calls, why = page.locator('#calls'), page.locator('#why')
+    expect(calls).to_have_text('4')
+    expect(why).to_have_text('')
+    page.fill('#num-steps', '64')
+    page.click('#run')
+    expect(calls).to_have_text('12')
+    expect(why).to_contain_text('each token that is drawn; 64 were asked for')
+    # An error leaves the last result, also when it comes in mid-stream.
+    result = page.locator('#result').inner_html()
+    engine = running[0].engine
+    for place in (engine, '_fill'), (engine, 'choose'):
+      failing = mock.patch.object(*place, side_effect=InputError('no luck'))
+      with failing, page.expect_response('**/api/stream'):
+        page.click('#run')
+        expect(page.locator('#error')).not_to_have_text('')
+      assert page.locator('#result').inner_html() == result
+      expect(state).to_have_text('Done')
+      expect(calls).to_have_text('12')
     assert page.locator('#result .drawn').count() == 12
+    assert page.locator('#result .given').count() == 4
     assert page.locator('#result .token').count() == 16
     ids = 'tokens.map((token) => token.id)'
     before = page.evaluate(ids)

@@ -207,7 +207,7 @@ def test_rows_are_freed_as_soon_as_every_text_has_ended(opened, ending, end):
       assert not reading.done()
       canvas = row.canvas.copy()
       canvas[1 : 1 + len(written)] = [ord(x) for x in written]
-      row.change(state='running', canvas=canvas)
+      row.change(state='running', frame=(1, canvas))
     await asyncio.wait_for(reading, 30)
     assert all(row.is_cancelled for row in submission.rows)
     answer = completions.respond(submission.rows)

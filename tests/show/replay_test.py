@@ -7,14 +7,17 @@ import html.parser
 import json
 import re
 from unittest import mock
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from nanodlm import lm as lms
 from nanodlm import sample
+from nanodlm.data.tokenizers import base
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
-from nanodlm.show import replay, watch
+from nanodlm.show import replay, runs, watch
+from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 from tests import browsers, workdirs
 
@@ -24,6 +27,7 @@ MASK = BYTES.mask_id
 NASTY = '</script><script>hacked=1</script><!--'
 NASTY += '"\'\\\0\u2028\u05d0\u05d1\u202e😀\té&lt;'
 PROMPT = 'a'
+TITLE, FACTS = '</script>', 'objective <b>'
 
 
 def one_by_one(text, order):
@@ -158,16 +162,28 @@ def test_data_is_the_trajectory():
 
 
 def test_order_image():
-  takes = make_takes()[:2]
+  takes = make_takes()[::2]  # From the left, and from the right.
   trajectories = [take.trajectory for take in takes]
   image = watch.order_image(trajectories, takes[0].fixed)
   length = len(takes[0].fixed)
-  assert image.dtype == np.uint8 and image.shape == (12 + 2 + 12, 4 * length, 3)
-  assert image[0, 0].tolist() == [128] * 3  # The prompt.
-  last = 4 * (length - 1)
-  assert image[0, last].tolist() == [253, 231, 37]
-  np.testing.assert_array_equal(image[12:14], 255)
-  assert image[0, 8].sum() < image[0, last - 8].sum()
+  size = 512 // length
+  assert image.dtype == np.uint8
+  # Two rows, apart, and a line with the legend.
+  assert image.shape == (2 * (32 + 8) + 15, size * length, 3)
+  np.testing.assert_array_equal(image[:, size * length - 1][32:40], 255)
+  assert image[0, 0].tolist() == image[40, 0].tolist() == [150] * 3  # PROMPT
+  for row, first, last in ((0, 3, length - 1), (40, length - 3, 1)):
+    early, late = image[row, size * first], image[row, size * last]
+    assert late[1] < early[1] <= 242  # Later calls are darker.
+  assert image[0, size * (length - 1)].tolist() == [0, 77, 33]
+  # FIRST CALL begins with three dots of three pixels, then one.
+  legend = image[80:, :12, 0] == 0
+  np.testing.assert_array_equal(
+    legend[::3, ::3][:, :3],
+    [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 0, 0]],
+  )
+  bar = image[80, 132 : 132 + 96]
+  assert bar[0].tolist() == [217, 242, 224] and bar[-1].tolist() == [0, 77, 33]
 
 
 def test_path(tmp_path):
@@ -186,6 +202,31 @@ def test_path(tmp_path):
   again.takes.extend(takes[:1])
   again.write(BYTES, 't', 'f')
   assert {path.name for path in tmp_path.iterdir()} == {'a.html', 'notes.html'}
+
+
+def test_picture(tmp_path):
+  page = replay.Page(str(tmp_path / 'a.svg'), 5)
+  page.takes.extend(make_takes()[2:])
+  page.write(BYTES, '<title>', 'facts')
+  text = (tmp_path / 'a.svg').read_text('utf-8')
+  replay.Page(str(tmp_path / 'a.svg'), 5)  # It may be replaced.
+  assert not re.search(r'url\(|@import|<script|href', text)
+  root = ElementTree.fromstring(text)
+  num = len(page.takes[0].trajectory.answers)
+  prompt, *written, facts = [
+    (each.get('class'), each.text) for each in root if each.tag.endswith('text')
+  ]
+  assert prompt == ('given', PROMPT)
+  assert facts[1] == f'<title>: {num - 3} tokens in {num} network calls, remask'
+  # Written from the end; what was changed last counts.
+  shown = ''.join(NASTY.split())
+  for bad in '\0\u2028\u202e':
+    shown = shown.replace(bad, '\ufffd' if bad == '\0' else bad)
+  assert ''.join(text for _, text in written) == shown
+  assert [kind for kind, _ in written[-3:]] == ['c5', 'c3', 'c4']
+  holes = [each for each in root if each.get('class', '').startswith('hole')]
+  assert len(holes) == len(written)
+  assert f'@keyframes c{num - 1} {{ 0%, 74.00%, 100%' in text
 
 
 @pytest.fixture(scope='module')
@@ -213,7 +254,10 @@ def test_recording_does_not_change_samples(run, tmp_path, capsys):
     [line for line in lines[6:] if line['sampler']['name'] == 'fixed_count'],
   )
   assert [a['tokens'] for a in own] == [a['tokens'] for a in kept]
-  assert all(line['text'] in plain for line in own)
+  printed = [base.escape_controls(line['text']) for line in own]
+  assert all(text in plain for text in printed)
+  # Nothing that is drawn moves the cursor.
+  assert not set(plain) & set(map(chr, (*range(9), *range(11, 32), 127)))
   parsed = Scripts((tmp_path / 'a.html').read_text('utf-8'))
   takes = json.loads(parsed.scripts[0])['takes']
   assert len(takes) == 12
@@ -224,17 +268,25 @@ def test_recording_does_not_change_samples(run, tmp_path, capsys):
   } == {4}
 
 
-def test_samples_in_training_are_written(run):
+def test_samples_in_training_are_written(run, tmp_path):
   lm = run[1]
   writer, packed = mock.Mock(), mock.Mock(is_documents=False)
-  draw = sample.make_draw(lm.run, packed, writer)
+  draw = sample.make_draw(lm.run, packed, writer, str(tmp_path))
   draw(3, lm.params)
   (step, images), _ = writer.write_images.call_args
   (image,) = images['samples/reveal_order']
   num = lm.run.settings.train.num_samples
-  assert step == 3 and image.shape == (14 * num - 2, 4 * workdirs.LENGTH, 3)
+  assert step == 3 and image.shape == (40 * num + 15, 512, 3)
   texts = writer.write_texts.call_args.args[1]
   assert list(texts) == [f'samples/{i}' for i in range(num)]
+  # They are kept for --mode=report, in the form of --mode=sample.
+  (written,) = runs.read_run(tmp_path, '').samples
+  assert texts == {'samples/0': f'```\n{written["shown"]}\n```'}
+  assert BYTES.decode(written['tokens']) == written['text']
+  assert (written['step'], written['prompt']) == (3, '')
+  assert written['num_calls'] == written['sampler']['num_steps'] == 4
+  with pytest.raises(checkpoint.SaveError, match='samples.jsonl'):
+    sample.make_draw(lm.run, packed, writer, str(tmp_path / 'no'))(3, lm.params)
 
 
 # Tests in a browser.
@@ -250,7 +302,7 @@ def browser():
 def path(tmp_path_factory):
   file = tmp_path_factory.mktemp('page') / 'a.html'
   file.write_text(
-    replay.make_page(replay.make_data(make_takes(), BYTES, 5, NASTY, NASTY))
+    replay.make_page(replay.make_data(make_takes(), BYTES, 5, TITLE, FACTS))
   )
   return file
 
@@ -260,9 +312,12 @@ def visit(browser, path):
   """Opens the page; fails on messages in its console and on requests."""
   contexts, heard = [], []
 
-  def open_page(**settings):
+  def open_page(clock=False, **settings):
     contexts.append(browser.new_context(**settings))
     page = contexts[-1].new_page()
+    if clock:
+      page.clock.install(time=0)
+      page.clock.pause_at(1)
     page.on('console', lambda message: heard.append(message.text))
     page.on('pageerror', lambda error: heard.append(str(error)))
     page.on(
@@ -297,10 +352,16 @@ def until(page, condition):
 
 
 def test_browser_slider_and_keys(visit):
-  page = visit()
+  page = visit(reduced_motion='reduce')
   num = len(make_takes()[0].trajectory.answers)
-  # The page opens with the finished text.
+  # The page opens with the finished text, at rest.
   assert calls(page) == f'call {num} of {num}'
+  assert page.locator('#play').inner_text() == 'Play'
+  assert page.locator('#title').inner_text() == f'Replay of {TITLE}'
+  assert page.locator('#facts').inner_text() == FACTS
+  # The prompt is shown whole.
+  prompt = page.locator('#asked').inner_text()
+  assert prompt.startswith(NASTY[:40]) and prompt.endswith('&lt;')
   pane = page.locator('.pane').first
   text = pane.locator('.canvas').inner_text()
   for shown in (
@@ -348,11 +409,15 @@ def test_browser_slider_and_keys(visit):
 
 
 def test_browser_plays(visit):
-  page = visit()
+  page = visit(clock=True)
   num = len(make_takes()[0].trajectory.answers)
-  page.select_option('#speed', '4')
-  page.keyboard.press(' ')
+  # It starts without a click, from the first call.
+  assert calls(page) == f'call 0 of {num}'
   assert page.locator('#play').inner_text() == 'Pause'
+  page.clock.run_for(1000)
+  assert page.evaluate('at === Math.floor(1000 / pace())')
+  page.clock.resume()
+  page.select_option('#speed', '4')
   until(page, 'at > 2 && at < steps')
   page.locator('#play').click()
   stopped = calls(page)
@@ -365,7 +430,8 @@ def test_browser_plays(visit):
 
 
 def test_browser_alternatives(visit):
-  page = visit()
+  size = {'width': 900, 'height': 800}
+  page = visit(reduced_motion='reduce', viewport=size)
   tip, tokens = (
     page.locator('#tip'),
     page.locator('.pane').first.locator('.tok'),
@@ -483,7 +549,11 @@ def test_browser_colours(visit, scheme):
 
 
 def test_browser_phone(visit):
-  page = visit(viewport={'width': 360, 'height': 560}, has_touch=True)
+  page = visit(
+    viewport={'width': 360, 'height': 560},
+    has_touch=True,
+    reduced_motion='reduce',
+  )
   assert page.evaluate('document.documentElement.scrollWidth') == 360
   token = page.locator('.pane .tok').nth(3)
   for top in (150, 450):  # The position of the token in the window.
@@ -508,8 +578,11 @@ def test_browser_phone(visit):
 def test_browser_samples_and_samplers(visit):
   page = visit(viewport={'width': 1200, 'height': 800})
   boxes = [pane.bounding_box() for pane in page.locator('.pane').all()]
-  assert len(boxes) == 4
-  assert boxes[0]['y'] == boxes[1]['y'] and boxes[0]['x'] < boxes[1]['x']
+  # A column for each of two samplers, and a row for each of two samples.
+  assert [box['y'] == boxes[0]['y'] for box in boxes] == [True] * 2 + [
+    False
+  ] * 2
+  assert [box['x'] == boxes[0]['x'] for box in boxes] == [True, False] * 2
   page.select_option('#sample', '2')
   assert page.locator('.pane:visible h2').all_inner_texts() == [
     'block',

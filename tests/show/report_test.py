@@ -47,7 +47,9 @@ class Page(html.parser.HTMLParser):
 
 @pytest.mark.parametrize('suffix', ['.html', '.md'])
 def test_page_of_two_runs(tmp_path, suffix, capsys):
-  a = write_run(tmp_path / 'a', samples=['first', EVIL, 'third', 'last'])
+  a = write_run(
+    tmp_path / 'a', samples=['first', EVIL, 'third', 'last', 'last']
+  )
   b = write_run(tmp_path / 'b', name='ar', last=20)
   gap = {'pattern': 'span', 'ratio': 0.5, 'accuracy': 0.25, 'num_calls': 16}
   line = {'step': 20, 'infill': [gap | {'accuracy_ci95': None}]}
@@ -69,7 +71,8 @@ def test_page_of_two_runs(tmp_path, suffix, capsys):
   ):
     assert words in text, words
   assert 'objective.noise' not in text  # The same in both.
-  assert 'first' not in text  # Only the last three.
+  assert 'first' not in text  # Only the last three that differ.
+  assert text.count('<h3>a, step 30, fixed_count') == 3
   assert text.count('<figure>') == text.count('<details>') == 8
   assert text.count('b, 50% masked, span') >= 2
   pictures = [*page.named('svg', 'aria-label'), *page.named('img', 'alt')]

@@ -93,9 +93,16 @@ class WatchTest(parameterized.TestCase):
   @parameterized.parameters(*CASES)
   def test_does_not_change_samples_and_shows_all_calls(self, name):
     tokens, fixed = make_canvas()
-    recorder = watch.Recorder(tokens)
-    samples = sample(name, view=watch.View(recorder, MASK, num_top=3))
+    recorder, num_calls = watch.Recorder(tokens), 0
+
+    def look(event):
+      nonlocal num_calls
+      num_calls += event.num_calls if isinstance(event, watch.Asked) else 0
+      return recorder(event)
+
+    samples = sample(name, view=watch.View(look, MASK, num_top=3))
     np.testing.assert_array_equal(samples.tokens, sample(name).tokens)
+    self.assertEqual(num_calls, samples.num_calls)
     objective, _ = CASES[name]
     for row, trajectory in enumerate(recorder.trajectories(samples.tokens)):
       frames, answers = trajectory

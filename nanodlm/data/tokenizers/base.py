@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
 import logging
+import re
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +17,8 @@ _log = logging.getLogger('nanodlm')
 
 # How decode() prints the token that ends a document.
 SEPARATOR_TEXT = '\n\n'
+# Characters that move the cursor of a terminal, or reorder text.
+_CONTROLS = re.compile('[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
 Ids = Sequence[int] | np.ndarray
 
 
@@ -238,6 +241,11 @@ class Tokenizer(abc.ABC):
       'fingerprint': self.fingerprint,
       'eos_ids': list(self.eos_ids),
     }
+
+
+def escape_controls(text: str) -> str:
+  """Returns a text that can be printed; newlines and tabs stay."""
+  return _CONTROLS.sub(lambda match: f'‹U+{ord(match.group()):04X}›', text)
 
 
 def utf8(text: str) -> bytes:

@@ -13,7 +13,7 @@ import numpy as np
 
 from nanodlm import workdir as workdirs
 from nanodlm.data import network, tokenizers
-from nanodlm.data.tokenizers import huggingface, tiktoken
+from nanodlm.data.tokenizers import base, huggingface, tiktoken
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -147,6 +147,13 @@ class TokenizersTest(parameterized.TestCase):
     self.assertEqual(tokenizer.decode(tokens), 'fox_dog\n\nfox')
     self.assertEqual(
       tokenizer.decode(np.array(tokens), mask_text='[M]'), 'fox[M]dog\n\nfox'
+    )
+
+  def test_escape_controls(self):
+    text = 'a\n\tb\0\x1b[2J\r\x9b\u202e\u2067 é\u200d\ufffd'
+    self.assertEqual(
+      base.escape_controls(text),
+      'a\n\tb‹U+0000›‹U+001B›[2J‹U+000D›‹U+009B›‹U+202E›‹U+2067› é\u200d\ufffd',
     )
 
   def test_bytes_ids(self):
