@@ -85,8 +85,7 @@ def make_evaluate(
       if should_stop():
         return None
       if held_out is not None:
-        nats = held_out.nats(batch.tokens, batch.index)
-        batch = batch._replace(law_nats=nats)
+        batch = batch._replace(law_nats=held_out.nats(batch))
       sums.append(eval_step(params, meshes.shard_batch(run.mesh, batch)))
       if len(sums) > 1:  # At most one step in flight, to stop promptly.
         jax.block_until_ready(sums[-2])

@@ -18,7 +18,7 @@ from nanodlm.data import sources
 from nanodlm.data.config import DataConfig
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.training import metrics
-from nanodlm.types import InputError, Law
+from nanodlm.types import Batch, InputError, Law
 
 log = logging.getLogger('nanodlm')
 
@@ -101,12 +101,18 @@ class HeldOut:
     self._known: dict[int, float] = {}
     self._warned: set[bool] = set()
 
-  def nats(self, tokens: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Returns -log p of rows [B, L] with an index [B], [B] float32; or NaN."""
-    for i, row in zip(index.tolist(), tokens):
+  def nats(self, batch: Batch) -> np.ndarray:
+    """Returns -log p of the rows of a batch with an index, [B] float32.
+
+    NaN for rows that are not compared, and for those that fill the batch.
+    """
+    nats = np.full(len(batch.tokens), math.nan, np.float32)
+    for row in np.flatnonzero(batch.num_tokens):
+      i = int(batch.index[row])
       if i not in self._known:
-        self._known[i] = self._nats_of(row)
-    return np.array([self._known[i] for i in index.tolist()], np.float32)
+        self._known[i] = self._nats_of(batch.tokens[row])
+      nats[row] = self._known[i]
+    return nats
 
   def _nats_of(self, row: np.ndarray) -> float:
     text, is_whole = read_text(self._tokenizer, row)
