@@ -59,15 +59,20 @@ def make_evaluate(
       rows=rows,
       max_examples=max_examples,
     )
-    sums = []
+    results = []
     for batch in batches:
       if should_stop():
         return None
-      sums.append(eval_step(params, meshes.shard_batch(run.mesh, batch)))
-      if len(sums) > 1:  # At most one step in flight, to stop promptly.
-        jax.block_until_ready(sums[-2])
-    split = 'eval_subset' if max_examples else 'eval'
-    return metrics.eval_means(metrics.add(jax.device_get(sums)), split)
+      results.append(eval_step(params, meshes.shard_batch(run.mesh, batch)))
+      if len(results) > 1:  # At most one step in flight, to stop promptly.
+        jax.block_until_ready(results[-2])
+    values, sums = zip(*jax.device_get(results), strict=True)
+    return metrics.eval_means(
+      metrics.join(values),
+      metrics.add(sums),
+      'eval_subset' if max_examples else 'eval',
+      independent=packed.is_pairs,
+    )
 
   return evaluate
 
@@ -161,6 +166,9 @@ def describe(
     kind = f'held-out {kind}'
   value = {key.partition('/')[2]: mean for key, mean in means.items()}
   subset = ' of a subset' if 'eval_subset/nll' in means else ''
+  num_blocks = value['num_blocks']
+  is_one_each = num_blocks == value['num_examples']
+  blocks = '' if is_one_each else f' in {num_blocks:.0f} blocks'
 
   def interval(key):
     width = value[f'{key}_ci95']
@@ -172,7 +180,7 @@ def describe(
   return (
     f'{kind}{subset}: {interval("nll")} nats/token, perplexity '
     f'{value["ppl"]:.2f}, {interval("bits_per_byte")} bits/byte (95% '
-    f'interval of independent rows, {value["num_examples"]:.0f} examples)'
+    f'interval, {value["num_examples"]:.0f} examples{blocks})'
     + (text.describe() if text else '')
   )
 

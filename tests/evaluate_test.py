@@ -1,5 +1,6 @@
 """Evaluation of a workdir: other texts, and the noise of the estimator."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -302,3 +303,30 @@ def test_how_much_of_a_held_out_text_is_also_in_training():
   assert '41.2%' in show(is_held_out=True, trained_share=0.412)
   assert show(is_held_out=False, trained_share=0.412) == '41.2%'
   assert show(is_held_out=False) == 'unknown'
+
+
+def test_a_whole_split_has_the_same_interval_in_any_batches(tmp_path):
+  workdir = workdirs.make_workdir(tmp_path)
+  lm = lms.load(workdir)
+  packed = evaluate.open_text(lm).packed
+  found = []
+  for batch_size in (8, 24):
+    options = dataclasses.replace(lm.run.settings.eval, batch_size=batch_size)
+    settings = dataclasses.replace(lm.run.settings, eval=options)
+    run = dataclasses.replace(lm.run, settings=settings)
+    found.append(evaluate.make_evaluate(run, packed)(lm.params))
+  assert found[0] == pytest.approx(found[1], rel=1e-5)
+  # The same from the values of single rows.
+  rows = evaluate.validation_rows(lm.run, packed, 0)
+  score = lms.make_score(lm.run, num_draws=2, batch_size=8)
+  key = jax.random.key(lm.run.settings.eval.seed)
+  nll = np.asarray(score(lm.params, key, rows)['nll'], np.float64)
+  num = len(nll)
+  assert found[0]['eval/num_examples'] == num > 30
+  mean = nll.sum() / rows.num_tokens.sum()
+  parts = [nll[i * num // 30 : (i + 1) * num // 30] for i in range(30)]
+  errors = [np.sum(part - mean * workdirs.LENGTH) for part in parts]
+  expected = 2.04523 * math.sqrt(np.square(errors).sum() * 30 / 29)
+  expected /= rows.num_tokens.sum()
+  assert found[0]['eval/nll'] == pytest.approx(mean, rel=1e-5)
+  assert found[0]['eval/nll_ci95'] == pytest.approx(expected, rel=1e-4)

@@ -85,7 +85,7 @@ def measure_infilling(
 
   Returns:
     For each pattern and ratio a dict: pattern; ratio; accuracy, of the masked
-    tokens, and accuracy_ci95, from the spread between rows; exact_match, the
+    tokens, and accuracy_ci95 (see `metrics.ratio_interval`); exact_match, the
     share of rows without an error; num_examples; num_tokens; num_calls.
   """
   check_run(lm.run)
@@ -103,7 +103,9 @@ def measure_infilling(
       key = jax.random.fold_in(jax.random.key(settings.seed), len(results))
       filled, num_calls = fill(lm.params, key, canvas, ~gaps)
       correct, masked = np.sum(gaps & (filled == tokens), 1), gaps.sum(1)
-      accuracy, half_width = metrics.ratio_interval(correct, masked)
+      accuracy, half_width = metrics.ratio_interval(
+        correct, masked, lm.run.settings.data.is_pairs
+      )
       results.append(
         {
           'pattern': pattern,

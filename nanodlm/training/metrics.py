@@ -5,7 +5,10 @@ import math
 from typing import Any
 
 import numpy as np
+from scipy import special
 
+# An interval of rows that are not independent is formed from as many blocks.
+NUM_BLOCKS = 30
 # Matrix products of one device in its 16-bit format, dense, in FLOP/s, from the
 # makers' data sheets. Keys are prefixes of JAX's device_kind.
 PEAK_FLOPS = {
@@ -35,6 +38,14 @@ def add(sums: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
   return {
     key: np.sum([np.asarray(s[key], np.float64) for s in sums], axis=0)
     for key in sums[0]
+  }
+
+
+def join(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+  """Concatenates dicts of arrays [B], key by key, in float64."""
+  return {
+    key: np.concatenate([np.asarray(row[key], np.float64) for row in rows])
+    for key in rows[0]
   }
 
 
@@ -81,45 +92,46 @@ def train_means(sums: dict[str, np.ndarray]) -> dict[str, float]:
   }
 
 
-def _half_width(sums: dict[str, np.ndarray], per: str) -> float:
-  """Returns 1.96 standard errors of sum(nll) / sum(per) over examples."""
-  num = sums['num_examples']
-  if num < 2:
-    return math.nan
-  ratio = _ratio(sums['nll'], sums[per])
-  # sum_i (nll_i - ratio * per_i)^2, the residuals of the ratio estimator.
-  residual = (
-    sums['nll2']
-    - 2 * ratio * sums[f'nll_{per}']
-    + ratio * ratio * sums[f'{per}2']
-  )
-  spread = math.sqrt(max(residual, 0.0) * num / (num - 1))
-  return float(1.96 * spread / sums[per])
+def num_blocks(num_rows: int, independent: bool) -> int:
+  """Returns how many blocks of rows an interval is formed from.
+
+  Neighbouring rows of packed text are often of one document, or of one stretch
+  of it, and their errors are alike. At most NUM_BLOCKS blocks are long enough
+  to be nearly independent. With `independent`, every row is a block.
+  """
+  return num_rows if independent else min(num_rows, NUM_BLOCKS)
 
 
-def ratio_interval(total: np.ndarray, count: np.ndarray) -> tuple[float, float]:
+def ratio_interval(
+  total: Any, count: Any, independent: bool = True
+) -> tuple[float, float]:
   """Returns sum(total) / sum(count) and the half width of its 95% interval.
 
+  The interval is that of a ratio estimator over blocks of consecutive rows, by
+  Student's t. It does not depend on how rows were batched.
+
+  Source: Cochran, Sampling Techniques, 3rd edition, section 6.3.
+
   Args:
-    total: [N], per row: correct tokens, or nats.
+    total: [N], per row, in the order of the text: correct tokens, or nats.
     count: [N], per row: tokens, or bytes; rows with count 0 are omitted.
+    independent: whether the rows are; see `num_blocks`.
 
   Returns:
-    The ratio and 1.96 standard errors, from the spread between rows; the latter
-    is NaN for fewer than two rows.
+    The ratio and the half width, which is NaN for fewer than two rows.
   """
   total, count = (
     np.asarray(x, np.float64)[np.asarray(count) > 0] for x in (total, count)
   )
-  sums = {
-    'nll': total.sum(),
-    'nll2': (total * total).sum(),
-    'nll_count': (total * count).sum(),
-    'count': count.sum(),
-    'count2': (count * count).sum(),
-    'num_examples': len(count),
-  }
-  return _ratio(sums['nll'], sums['count']), _half_width(sums, 'count')
+  ratio = _ratio(total.sum(), count.sum())
+  num = num_blocks(len(count), independent)
+  if num < 2:
+    return ratio, math.nan
+  starts = np.arange(num) * len(count) // num
+  residuals = np.add.reduceat(total - ratio * count, starts)
+  spread = math.sqrt(np.sum(residuals**2) * num / (num - 1))
+  quantile = special.stdtrit(num - 1, 0.975)
+  return ratio, float(quantile * spread / count.sum())
 
 
 # The values of n in distinct_n.
@@ -163,32 +175,43 @@ def _entropy(tokens: np.ndarray) -> float:
 
 
 def eval_means(
-  sums: dict[str, np.ndarray], split: str = 'eval'
+  rows: dict[str, np.ndarray],
+  sums: dict[str, np.ndarray],
+  split: str = 'eval',
+  independent: bool = False,
 ) -> dict[str, float]:
   """Returns the held-out bound (or exact value) and its interval.
 
-  Intervals are 1.96 standard errors of a ratio of sums over examples, each the
-  mean of its noise draws: they contain the spread of the text and of the noise.
+  An interval contains the spread of the text and of the noise: a row's value is
+  the mean of its noise draws; see `ratio_interval`.
 
   Args:
-    sums: from `steps.make_eval_step`.
+    rows: [N] each, in the order of the text, from `steps.make_eval_step`.
+    sums: of the same steps.
     split: the metrics' prefix.
+    independent: whether each row is a text of its own, as pairs are.
 
   Returns:
     nll and nll_ci95 (half width) in nats per token; ppl; bits_per_token;
     bits_per_byte and bits_per_byte_ci95; accuracy and `level_means` of all
-    scored tokens, padding included if it is scored; num_examples.
+    scored tokens, padding included if it is scored; num_examples; num_blocks,
+    of which the intervals are formed.
   """
-  nll = _ratio(sums['nll'], sums['weight'])
+  nll, half_width = ratio_interval(rows['nll'], rows['weight'], independent)
+  per_byte, byte_half_width = ratio_interval(
+    rows['nll'], rows['num_bytes'], independent
+  )
+  num = int(np.sum(rows['weight'] > 0))
   means = {
     'nll': nll,
-    'nll_ci95': _half_width(sums, 'weight'),
+    'nll_ci95': half_width,
     'ppl': math.exp(min(nll, 700.0)),
     'bits_per_token': nll / math.log(2),
-    'bits_per_byte': _ratio(sums['nll'], sums['num_bytes']) / math.log(2),
-    'bits_per_byte_ci95': _half_width(sums, 'num_bytes') / math.log(2),
-    'accuracy': _ratio(sums['correct'], sums['scored']),
-    'num_examples': float(sums['num_examples']),
+    'bits_per_byte': per_byte / math.log(2),
+    'bits_per_byte_ci95': byte_half_width / math.log(2),
+    'accuracy': _ratio(np.sum(rows['correct']), np.sum(rows['scored'])),
+    'num_examples': float(num),
+    'num_blocks': float(num_blocks(num, independent)),
   }
   return {
     **{f'{split}/{key}': value for key, value in means.items()},
