@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-# An interval of rows that are not independent is formed from as many blocks.
+# Number of blocks for the interval of rows that are not independent.
 NUM_BLOCKS = 30
 # Matrix products of one device in its 16-bit format, dense, in FLOP/s, from the
 # makers' data sheets. Keys are prefixes of JAX's device_kind.
