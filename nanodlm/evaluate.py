@@ -255,7 +255,10 @@ def open_text(lm: LanguageModel) -> Text:
   is_same = not (data.eval_source or trained.eval_source)
   if is_same and source in (trained.source, *mixture):
     data = dataclasses.replace(data, source=trained.source)
-    keys = 'eval_fraction', 'eval_tokens', 'test_tokens'
+    keys = ['eval_fraction', 'eval_tokens', 'test_tokens']
+    classes = map(sources.find_class, mixture)
+    if any(cls and cls.is_tokens for cls in classes):
+      keys.append('length')  # Token ids are divided between two rows.
     is_split = all(getattr(data, key) == getattr(trained, key) for key in keys)
     # A tokenizer trained on another part of the text would be another one.
     wanted = own_tokenizer(config, lm.workdir) if is_split else lm.tokenizer
@@ -266,8 +269,9 @@ def open_text(lm: LanguageModel) -> Text:
   elif settings.given & {'data.eval_fraction', 'data.eval_tokens'}:
     packed = prepare.prepare(data, lm.tokenizer)
   else:
+    key = 'data.eval_source' if data.eval_source else 'data.source'
     data = dataclasses.replace(data, eval_source=source)
-    packed = prepare.prepare_whole(data, lm.tokenizer)
+    packed = prepare.prepare_whole(data, lm.tokenizer, key=key)
   if packed.tokenizer.fingerprint != lm.tokenizer.fingerprint:
     raise InputError(
       f'data.source={source!r} has changed since the run in {lm.workdir!r} was '

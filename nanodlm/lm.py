@@ -225,21 +225,12 @@ class LanguageModel:
   def _windows(self, rows: Sequence[np.ndarray]) -> tuple[Batch, np.ndarray]:
     """Splits texts into rows; returns them and the text of each, [N]."""
     longest = self.run.settings.data.length
-    parts = [
-      (i, row[first : first + longest])
-      for i, row in enumerate(rows)
-      for first in range(0, len(row), longest)
-    ]
-    size = max(len(part) for _, part in parts)
     step = np.lcm(LENGTH_STEP, self.run.objective.block_size or 1)
-    size = min(-(-size // step) * step, longest)
-    tokens = np.stack(
-      [np.pad(part, (0, size - len(part))) for _, part in parts]
-    )
-    is_text = np.arange(size) < np.array([[len(part)] for _, part in parts])
+    size = min(-(-max(map(len, rows)) // step) * step, longest)
+    tokens, is_text, owner = cut_windows(rows, size)
     # The padding is a separate segment, so that texts do not attend to it.
     batch = make_batch(tokens, is_text, (~is_text).astype(np.int32))
-    return batch, np.array([owner for owner, _ in parts])
+    return batch, owner
 
   def logits(self, tokens: Any, level: float | None = None) -> np.ndarray:
     """Returns the logits of the clean tokens, [B, L, V] or [L, V] float32.
@@ -326,6 +317,32 @@ def shown_tokens(run: Run, tokens: np.ndarray, fixed: np.ndarray) -> np.ndarray:
   first = int(np.max(np.flatnonzero(fixed), initial=-1)) + 1
   size = prompts.find_end(tokens[first:], run.eos_ids, is_blank=not first)
   return tokens[: first + size]
+
+
+def cut_windows(
+  rows: Sequence[np.ndarray], size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Cuts rows of any length into windows of `size` tokens.
+
+  Returns:
+    tokens and is_text [M, size] of `pad`, and the row of each window, [M].
+  """
+  parts = [
+    (i, row[first : first + size])
+    for i, row in enumerate(rows)
+    for first in range(0, len(row), size)
+  ]
+  owner = np.array([i for i, _ in parts], np.int64)
+  return *pad([part for _, part in parts], size), owner
+
+
+def pad(rows: Sequence[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Pads ids with zeros, [N, size] int32; also returns which are ids, bool."""
+  tokens = np.zeros((len(rows), size), np.int32)
+  for padded, row in zip(tokens, rows):
+    padded[: len(row)] = row
+  ends = np.array([len(row) for row in rows], np.int32)
+  return tokens, np.arange(size) < ends[:, None]
 
 
 def make_batch(

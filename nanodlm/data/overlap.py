@@ -126,8 +126,8 @@ def load(workdir: str) -> Record:
   # NumPy raises errors of many classes for a damaged file.
   except Exception as error:
     raise InputError(
-      f'{path}, the record of the training text, is damaged ({error}); without '
-      'the file it is unknown what was trained on'
+      f'{path}, the record of the training text, is damaged ({reason(error)}); '
+      'without the file it is unknown what was trained on'
     ) from error
 
 

@@ -16,7 +16,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from nanodlm.data import sources
 from nanodlm.data.sources.tfds import quiet_tfds
 from nanodlm.data.tokenizers.base import Tokenizer
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 SPLITS = ('train', 'validation')
 # The hashes of the documents of each split, in a prepared dataset's folder.
@@ -169,8 +169,8 @@ def _damaged(path: pathlib.Path, error: Exception | str) -> InputError:
   while folder.name != NAME:
     folder = folder.parent
   return InputError(
-    f'prepared data {path} is damaged ({error}). Delete {folder.parent}, and '
-    'the next start prepares it again'
+    f'prepared data {path} is damaged ({reason(error)}). Delete '
+    f'{folder.parent}, and the next start prepares it again'
   )
 
 
@@ -199,9 +199,9 @@ def _hashes(packed: PackedData, split: str) -> np.ndarray:
   # NumPy raises errors of many classes for a damaged file.
   except Exception as error:
     raise InputError(
-      f'prepared data {path} cannot be read ({error}): it is damaged, or of an '
-      f'older version. Delete {path.parent}, and the next start prepares it '
-      'again'
+      f'prepared data {path} cannot be read ({reason(error)}): it is damaged, '
+      f'or of an older version. Delete {path.parent}, and the next start '
+      'prepares it again'
     ) from error
 
 
