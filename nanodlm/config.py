@@ -298,7 +298,7 @@ def _prepare_for_another_source(data: Any, changes: Mapping[str, Any]):
   if data.eval_source and 'data.eval_source' not in changes:
     data.eval_source = ''
     if not (data.eval_tokens or 'data.eval_tokens' in changes):
-      # It may be 0 beside an eval_source.
+      # It may be 0 with an eval_source.
       data.eval_fraction = data.eval_fraction or load().data.eval_fraction
 
 
