@@ -41,16 +41,21 @@ def get_config() -> config_dict.ConfigDict:
   data.test_tokens = 0
   # Folder of the prepared data; '': $NANODLM_DATA_DIR or ~/.cache/nanodlm.
   data.data_dir = ''
-  # 'chunk': consecutive rows | 'random': windows at random places.
+  # 'chunk': consecutive rows | 'random': windows at random places |
+  # 'document': each document is a row of its own, as a pair always is.
   data.crop = 'chunk'
+  # What becomes of a document or pair that is longer than a row: 'drop' (left
+  # out) | 'cut' (its beginning is kept, without an end) | 'refuse'. The log
+  # says how many there are.
+  data.long_documents = 'drop'
   # Whether attention stops at the end of a document. The network then knows
   # where documents end even if the separators are masked, so that the bound
   # does not apply to text without such marks. A sampled canvas counts as one
   # document: text after a sampled separator has seen the text before it.
   data.segment_ids = False
-  # What fills a row after the response of a pair. 'eos': separators, which are
-  # scored | 'masked': positions hidden from attention; a network that is not
-  # causal then knows the length of the response.
+  # What fills a row after a document or the response of a pair. 'eos':
+  # separators, which are scored | 'masked': positions hidden from attention; a
+  # network that is not causal then knows the length of the text.
   data.padding = 'eos'
   # Fractions of the training examples that keep a clean prefix, or everything
   # but one span, neither noised nor scored. Each, and their sum, is in [0, 1].

@@ -18,6 +18,7 @@ from flax import traverse_util
 from ml_collections import config_dict
 
 from nanodlm import workdir as workdirs
+from nanodlm.data import sources
 from nanodlm.data.config import DataConfig, TokenizerConfig
 from nanodlm.devices.mesh import MeshConfig
 from nanodlm.training.optim import OptimConfig
@@ -290,11 +291,14 @@ class Start:
 def _prepare_for_another_source(data: Any, changes: Mapping[str, Any]):
   """Resets what a run's source needs and one to be evaluated may not allow.
 
-  No mode but training reads the crop and the shares that are given.
+  No mode but training reads random crops and the shares that are given.
   """
   if data.crop == 'random':
     data.crop = 'chunk'
   data.update(clean_prefix_rate=0.0, clean_infill_rate=0.0)
+  cls = sources.find_class(changes['data.source'])
+  if data.crop != 'document' and not (cls and cls.is_pairs):
+    data.update(padding='eos', long_documents='drop')
   if data.eval_source and 'data.eval_source' not in changes:
     data.eval_source = ''
     if not (data.eval_tokens or 'data.eval_tokens' in changes):

@@ -67,11 +67,9 @@ def make_evaluate(
       if len(results) > 1:  # At most one step in flight, to stop promptly.
         jax.block_until_ready(results[-2])
     values, sums = zip(*jax.device_get(results), strict=True)
+    split = 'eval_subset' if max_examples else 'eval'
     return metrics.eval_means(
-      metrics.join(values),
-      metrics.add(sums),
-      'eval_subset' if max_examples else 'eval',
-      independent=packed.is_pairs,
+      metrics.join(values), metrics.add(sums), split, packed.is_documents
     )
 
   return evaluate

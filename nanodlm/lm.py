@@ -167,8 +167,9 @@ class LanguageModel:
   ) -> list[Bound]:
     """Bounds -log p of each text, without a final separator.
 
-    A text longer than data.length is split into rows that are scored
-    independently.
+    If the rows of training are documents or pairs, the bound is that of a
+    document: it includes the text's end, laid out as in training. A text longer
+    than data.length is split into rows that are scored independently.
 
     Args:
       texts: non-empty texts.
@@ -224,10 +225,17 @@ class LanguageModel:
 
   def _windows(self, rows: Sequence[np.ndarray]) -> tuple[Batch, np.ndarray]:
     """Splits texts into rows; returns them and the text of each, [N]."""
-    longest = self.run.settings.data.length
+    data = self.run.settings.data
+    longest, separator = data.length, self.tokenizer.separator_id
+    if data.has_documents:
+      rows = [np.append(row, separator) for row in rows]
     step = np.lcm(LENGTH_STEP, self.run.objective.block_size or 1)
     size = min(-(-max(map(len, rows)) // step) * step, longest)
+    fills = data.has_documents and data.padding == 'eos'
+    size = longest if fills else size
     tokens, is_text, owner = cut_windows(rows, size)
+    tokens = np.where(is_text, tokens, np.int32(separator))
+    is_text |= fills
     # The padding is a separate segment, so that texts do not attend to it.
     batch = make_batch(tokens, is_text, (~is_text).astype(np.int32))
     return batch, owner

@@ -74,7 +74,7 @@ class Run:
   def eos_ids(self) -> tuple[int, ...]:
     """The tokens that end a sampled text; () if nothing does."""
     settings = self.settings
-    has_end = settings.data.is_pairs or settings.sampler['stop_at_eos']
+    has_end = settings.data.has_documents or settings.sampler['stop_at_eos']
     return self.tokenizer.eos_ids if has_end else ()
 
   def num_params(self) -> int:

@@ -196,7 +196,7 @@ def _first_prompt(run: Run, packed: PackedData):
   tokenizer does not know, or sampler.length is too short.
   """
   length, prompt = run.settings.sample_length, ''
-  if packed.is_pairs:
+  if packed.is_documents:
     pair = packed.validation[0]
     text = run.tokenizer.decode(pair['tokens'][: pair['prompt_length']])
     prompt = text.replace('{', '{{').replace('}', '}}')

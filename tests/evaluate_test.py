@@ -337,7 +337,7 @@ def test_other_sources_of_a_run_with_an_eval_source(tmp_path):
   assert num_rows() == num_rows(source=f'text:{other}') == 3001 // 16
   assert num_rows(source=f'text:{other}', eval_fraction=0.5) == 1501 // 16
   assert num_rows(source=f'text:{other}', eval_tokens=160) == 10
-  assert open_as(source=f'pairs:{pairs}').packed.is_pairs
+  assert open_as(source=f'pairs:{pairs}').packed.is_documents
   for key, source in (('source', 'text:/a/b'), ('eval_source', 'text:/a/b')):
     with pytest.raises(InputError, match=f"^data.{key}='{source}'"):
       open_as(**{key: source})

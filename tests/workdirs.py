@@ -8,6 +8,7 @@ import numpy as np
 
 from nanodlm import config as configs
 from nanodlm import run as runs
+from nanodlm.data import config as data_config
 from nanodlm.data import overlap, prepare
 from nanodlm.data.tokenizers.saved import save_tokenizer
 from nanodlm.model import transformer
@@ -30,12 +31,16 @@ class DataConfig:
   eval_tokens: int = 0
   test_tokens: int = 0
   crop: str = 'chunk'
+  long_documents: str = 'drop'
   segment_ids: bool = False
   padding: str = 'eos'
   clean_prefix_rate: float = 0.0
   clean_infill_rate: float = 0.0
   num_threads: int = 0
   prefetch_batches: int = 2
+
+  is_pairs = data_config.DataConfig.is_pairs
+  has_documents = data_config.DataConfig.has_documents
 
 
 def make_workdir(folder, *, scale=3.0, text=TEXT, **changes):

@@ -18,7 +18,8 @@ class DataConfig:
   eval_tokens: int
   test_tokens: int
   data_dir: str
-  crop: Literal['chunk', 'random']
+  crop: Literal['chunk', 'random', 'document']
+  long_documents: Literal['drop', 'cut', 'refuse']
   segment_ids: bool
   padding: Literal['eos', 'masked']
   clean_prefix_rate: float
@@ -32,12 +33,18 @@ class DataConfig:
     cls = sources.find_class(self.source)
     return cls is not None and cls.is_pairs
 
+  @property
+  def has_documents(self) -> bool:
+    """Whether a row is a whole document: a text or a pair."""
+    return self.is_pairs or self.crop == 'document'
+
   def __post_init__(self):
     check_at_least(2, self, 'data', 'length')
     check_at_least(1, self, 'data', 'prefetch_batches', 'num_threads')
     check_at_least(0, self, 'data', 'eval_tokens', 'test_tokens')
     for key, *allowed in (
-      ('crop', 'chunk', 'random'),
+      ('crop', 'chunk', 'random', 'document'),
+      ('long_documents', 'drop', 'cut', 'refuse'),
       ('padding', 'eos', 'masked'),
     ):
       self._check(
@@ -84,15 +91,26 @@ class DataConfig:
       f'needs data.length >= 3, not {self.length!r}',
     )
     where = f'with data.source={self.source!r}'
-    if not self.is_pairs:
-      text = f'has no effect {where}, only with pairs'
+    if not self.has_documents:
+      text = f"has no effect {where}, only with pairs or data.crop='document'"
       self._check('padding', self.padding == 'eos', text)
+      self._check('long_documents', self.long_documents == 'drop', text)
       return
-    for key in ('segment_ids', 'clean_prefix_rate', 'clean_infill_rate'):
-      text = f'is not allowed {where}: a row is one pair, given its prompt'
-      self._check(key, not getattr(self, key), text)
-    text = f"must be 'chunk' {where}: a window would begin inside a pair"
-    self._check('crop', self.crop == 'chunk', text)
+    text = f'is not allowed {where}: a row is a single document or pair'
+    self._check('segment_ids', not self.segment_ids, text)
+    if self.is_pairs:
+      text = f'is not allowed {where}: a window would begin inside a pair'
+      self._check('crop', self.crop != 'random', text)
+      text = f'is not allowed {where}: the prompt of a pair is given already'
+      for key in ('clean_prefix_rate', 'clean_infill_rate'):
+        self._check(key, not getattr(self, key), text)
+    for _, source in sources.parse_mixture(self.source):
+      cls = sources.find_class(source)
+      self._check(
+        'crop',
+        not (cls and cls.is_tokens),
+        f'does not apply to {source!r}: rows of ids are not documents',
+      )
 
   def _check(self, key: str, is_right: object, text: str) -> None:
     if not is_right:

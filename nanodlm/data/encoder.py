@@ -40,7 +40,7 @@ PROGRESS_SECS = 3.0
 # A row of the table of a part: a document that is not empty. `num_bytes` is the
 # size of its text in UTF-8, `num_lost_bytes` the part of it that decoding does
 # not give back, `num_tokens` includes the separator at its end, and
-# `prompt_length` counts the ids of its first piece, the prompt of a pair.
+# `prompt_length` counts the ids of the prompt of a pair.
 # `num_ends` is 0 if the document continues in another row; the rows of token
 # ids in a part are one row, in which several documents may end.
 DOCUMENT = np.dtype(
@@ -225,7 +225,7 @@ def _write_documents(job: Job, task: Task, file: Any) -> Iterator[int]:
       if digest is None:
         digest = hashlib.blake2b(digest_size=8)
         num_bytes, num_lost, num_counted, num_tokens = 0, 0, 0, 0
-        prompt_length = ids.size
+        prompt_length = ids.size * job.source.is_pairs
       elif tokenizer.adds_space:
         ids = tokenizer.encode_rest(text)
       data = text.encode()

@@ -3,8 +3,9 @@
 A separator follows each document, and the resulting stream is cut into rows;
 train and validation are packed separately. Nothing else is inserted: a BOS or
 EOS in every row would be a token that costs nothing to predict. Rows of token
-ids are a stream already and are cut as they are. A pair is a row of its own:
-the prompt, the response, and separators to the end of the row, at least one.
+ids are a stream already and are cut as they are. With data.crop='document' a
+document is a row of its own, and so is a pair: the prompt, the response, and
+separators to the end of the row, at least one.
 TFDS's own builder for ordered data would hold all rows in memory.
 """
 
@@ -46,20 +47,21 @@ class Stream:
     job: what wrote the files.
     length: tokens per row.
     ranges: [n, 4] int64, the number of a part, the first token in it, one past
-      the last, and the tokens of a pair's prompt. A range of a pair is a row,
-      filled up with separators.
-    num_dropped_documents: pairs longer than a row.
+      the last, and the tokens of a pair's prompt.
+    has_documents: whether each range is a row, filled up with separators.
+    num_dropped_documents: those longer than a row.
   """
 
   job: encoder.Job
   length: int
   ranges: np.ndarray
+  has_documents: bool
   num_dropped_documents: int = 0
 
   @property
   def num_tokens(self) -> int:
-    """The number of tokens; for pairs, including the separators that fill."""
-    if self.job.source.is_pairs:
+    """The number of tokens; including the separators that fill rows."""
+    if self.has_documents:
       return len(self.ranges) * self.length
     return int((self.ranges[:, 2] - self.ranges[:, 1]).sum())
 
@@ -76,7 +78,7 @@ class Stream:
     borders = [self.num_rows * i // num_shards for i in range(num_shards + 1)]
     shards = []
     for start, stop in itertools.pairwise(borders):
-      if self.job.source.is_pairs:
+      if self.has_documents:
         ranges = self.ranges[start:stop]
       else:
         ranges = part_of(self.ranges, start * self.length, stop * self.length)
@@ -86,7 +88,7 @@ class Stream:
   def rows(self) -> Iterator[dict[str, Any]]:
     """Yields the examples; the last tokens, less than a row, are dropped."""
     job = self.job
-    if job.source.is_pairs:
+    if self.has_documents:
       for records, start in zip(self._read(), self.ranges[:, 3].tolist()):
         row = np.zeros([self.length], job.record)
         row['token'] = job.tokenizer.separator_id
@@ -119,7 +121,7 @@ class Stream:
   def count(self) -> dict[str, int]:
     """Returns the counts of PackedData.metadata."""
     num_documents = len(self.ranges)
-    if not self.job.source.is_pairs:
+    if not self.has_documents:
       separator = self.job.tokenizer.separator_id
       num_documents = sum(
         int((records['token'] == separator).sum()) for records in self._read()
@@ -175,7 +177,7 @@ def make_streams(
     InputError: nothing would be left to train on, or a split is shorter than a
       row.
   """
-  length, is_pairs = data_config.length, job.source.is_pairs
+  length, has_documents = data_config.length, data_config.has_documents
   streams = {}
   if tasks[0].split == 'stream':
     everything = [
@@ -186,17 +188,19 @@ def make_streams(
     total = int(ranges[:, 2].sum())
     borders = split.stream_borders(job.source, total, data_config)
     for name, border in borders.items():
-      streams[name] = Stream(job, length, part_of(ranges, *border))
+      streams[name] = Stream(
+        job, length, part_of(ranges, *border), has_documents
+      )
   else:
     for name in sides:
       # One part at a time, so that few ranges are in memory.
       ranges = [
-        _ranges(task.number, table, side, is_pairs)
+        _ranges(task.number, table, side, has_documents)
         for task, table, side in zip(tasks, tables, sides[name], strict=True)
       ]
-      streams[name] = Stream(job, length, np.concatenate(ranges))
-      if is_pairs:
-        streams[name] = _fitting_pairs(name, streams[name])
+      streams[name] = Stream(job, length, np.concatenate(ranges), has_documents)
+      if has_documents:
+        streams[name] = _fit(name, streams[name], data_config.long_documents)
   shortest = min(stream.num_tokens for stream in streams.values())
   if shortest < length:
     sizes = ' and '.join(
@@ -213,18 +217,18 @@ def make_streams(
 
 
 def _ranges(
-  number: int, table: np.ndarray, side: np.ndarray, is_pairs: bool
+  number: int, table: np.ndarray, side: np.ndarray, has_documents: bool
 ) -> np.ndarray:
   """Returns the ranges of the documents of a part that `side` chooses.
 
-  Neighbours become one range, unless they are pairs.
+  Neighbours become one range, unless each document is a row.
   """
   stops = np.cumsum(table['num_tokens'])
   starts = stops - table['num_tokens']
   numbers = np.full(len(table), number)
   columns = [numbers, starts, stops, table['prompt_length']]
   ranges = np.stack(columns, axis=1)[side]
-  if is_pairs or not len(ranges):
+  if has_documents or not len(ranges):
     return ranges
   is_border = ranges[1:, 1] != ranges[:-1, 2]
   merged = ranges[np.append(True, is_border)]
@@ -232,32 +236,47 @@ def _ranges(
   return merged
 
 
-def _fitting_pairs(name: str, stream: Stream) -> Stream:
-  """Leaves out, and reports, the pairs of a split that are longer than a row.
+def _fit(name: str, stream: Stream, long_documents: str) -> Stream:
+  """Drops, cuts or refuses, and reports, what is longer than a row.
 
   Raises:
-    InputError: none is left.
+    InputError: nothing is left, or what is too long is refused.
   """
-  length = stream.length
-  sizes = stream.ranges[:, 2] - stream.ranges[:, 1]
-  fits = sizes <= length
-  num, num_dropped = len(sizes), int((~fits).sum())
+  length, ranges = stream.length, stream.ranges.copy()
+  sizes = ranges[:, 2] - ranges[:, 1]
+  num, num_long = len(sizes), int((sizes > length).sum())
+  setting = f'data.length={length}'
+  if num_long and long_documents == 'refuse':
+    raise InputError(
+      f'{setting} is too short for {num_long} of {num} documents of {name}, of '
+      f'up to {max(sizes)} tokens with their end, and data.long_documents='
+      "'refuse'. Use a larger data.length, or 'drop' or 'cut'"
+    )
+  is_kept = sizes <= length
+  if long_documents == 'cut':
+    ranges[:, 2] = np.minimum(ranges[:, 2], ranges[:, 1] + length)
+    is_kept = ranges[:, 3] < length  # Something of the response is left.
+  num_dropped = int((~is_kept).sum())
   if num_dropped == num:
     raise InputError(
-      f'data.length={length} is too short for all {num} pairs of {name}: '
-      f'prompt, response and a separator take at least {min(sizes)} tokens. '
-      'Use a larger data.length, or shorter pairs'
+      f'{setting} is too short for all {num} documents of {name}: the shortest '
+      f'has {min(sizes)} tokens with its end. Use a larger data.length, '
+      "shorter documents, or data.long_documents='cut'"
     )
-  if num_dropped:
+  if num_long:
     _log.warning(
-      f'data.length={length}: left out {num_dropped} of {num} pairs of {name}, '
-      f'which are longer (up to {max(sizes)} tokens)'
+      f'{setting}: of {num} documents of {name}, {num_long} are longer (up to '
+      f'{max(sizes)} tokens); {num_long - num_dropped} of them were cut and '
+      f'{num_dropped} left out'
     )
-  padding = 1 - sizes[fits].mean() / length
+  ranges = ranges[is_kept]
+  padding = 1 - (ranges[:, 2] - ranges[:, 1]).mean() / length
   _log.info(
-    f'{name}: {fits.sum()} pairs; {padding:.0%} of their rows is padding'
+    f'{name}: {len(ranges)} documents; {padding:.0%} of their rows is padding'
   )
-  return Stream(stream.job, length, stream.ranges[fits], num_dropped)
+  return dataclasses.replace(
+    stream, ranges=ranges, num_dropped_documents=num_dropped
+  )
 
 
 def write(
@@ -278,12 +297,15 @@ def write(
       (part, pathlib.Path(f'{path}-{i:05d}-of-{len(parts):05d}'))
       for i, part in enumerate(parts)
     ]
-  job, length = next((x.job, x.length) for x in streams.values())
+  blank = dataclasses.replace(
+    next(iter(streams.values())), ranges=np.zeros([0, 4], np.int64)
+  )
   tasks = [
     (part.ranges, path) for name in shards for part, path in shards[name]
   ]
-  for _ in engine.map(functools.partial(_write_shard, job, length), tasks):
+  for _ in engine.map(functools.partial(_write_shard, blank), tasks):
     pass
+  job, length = blank.job, blank.length
   features = {
     # Encoding.BYTES stores the ids as they are in memory.
     'tokens': tfds.features.Tensor(
@@ -295,7 +317,7 @@ def write(
     features['token_bytes'] = tfds.features.Tensor(
       shape=(length,), dtype=np.uint32, encoding=tfds.features.Encoding.BYTES
     )
-  if job.source.is_pairs:
+  if blank.has_documents:
     features['prompt_length'] = tfds.features.Scalar(np.int32)
   with quiet_tfds():
     tfds.folder_dataset.write_metadata(
@@ -316,13 +338,11 @@ def write(
     )
 
 
-def _write_shard(
-  job: encoder.Job, length: int, task: tuple[np.ndarray, pathlib.Path]
-) -> None:
+def _write_shard(stream: Stream, task: tuple[np.ndarray, pathlib.Path]) -> None:
   """Writes the records that TFDS would write for the same rows, but faster."""
   ranges, path = task
   writer = array_record.ArrayRecordWriter(str(path), 'group_size:1')
-  for row in Stream(job, length, ranges).rows():
+  for row in dataclasses.replace(stream, ranges=ranges).rows():
     example = Example()
     for name, value in row.items():
       feature = example.features.feature[name]

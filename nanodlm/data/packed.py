@@ -87,12 +87,13 @@ class PackedData:
     folders: the folder of each dataset.
     length: L, tokens per row.
     tokenizer: the tokenizer that made the tokens.
-    is_pairs: whether a row is a prompt and its response.
+    is_documents: whether a row is a whole document: a text, or a prompt and
+      its response.
     train, validation: the rows of each split.
     metadata: JSON values: what determines the content, and for each of SPLITS a
       dict with 'num_rows', 'num_tokens' and 'num_bytes' in those rows,
       'num_documents', 'num_dropped_tokens' (at the end, less than a row) and
-      'num_dropped_documents' (pairs longer than a row).
+      'num_dropped_documents' (longer than a row).
     train_borders: the index of the first training row of each dataset, and the
       number of all.
     weights: the share of the examples that comes from each dataset.
@@ -101,7 +102,7 @@ class PackedData:
   folders: tuple[str, ...]
   length: int
   tokenizer: Tokenizer
-  is_pairs: bool
+  is_documents: bool
   train: Rows
   validation: Rows
   metadata: Mapping[str, Any]
@@ -136,7 +137,7 @@ def open_packed(path: pathlib.Path, tokenizer: Tokenizer) -> PackedData:
         folders=(str(path),),
         length=metadata['length'],
         tokenizer=tokenizer,
-        is_pairs='prompt_length' in info.features,
+        is_documents='prompt_length' in info.features,
         train=train,
         validation=rows.get('validation', ()),
         metadata=metadata,

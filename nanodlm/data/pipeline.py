@@ -7,10 +7,10 @@ for step n.
 A position that is not eligible is given: it stays clean and is not scored, as
 the prompt of a pair or, in training, a prefix or the surroundings of a span.
 Nats are divided by the bytes and tokens of the text that is scored. Padding has
-0 bytes, and of the separators after a response only one counts as a token,
-although all that are scored cost nats. The reported value therefore bounds
--log p(response and its end | prompt) per such token; with padding='masked' and
-a network that is not causal, the length is given, too.
+0 bytes, and of the separators after a document or a response only one counts as
+a token, although all that are scored cost nats. The reported value therefore
+bounds -log p(text and its end | prompt) per such token; with padding='masked'
+and a network that is not causal, the length is given, too.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,11 +46,11 @@ def make_train_iterator(
   example is a row; with 'random' it is the L tokens from a random place in the
   row into the next one, so that each epoch cuts texts at other places.
 
-  The prompt of a pair is always given. With padding='eos' the response and all
-  separators after it are noised and scored: the model learns to end, and a
-  sampler need not know the length (LLaDA, arXiv 2502.09992, supervised
-  fine-tuning). With 'masked' the response and one separator are, and attention
-  excludes the rest.
+  A row that is a document or pair is filled up with separators. The prompt of a
+  pair is always given. With padding='eos' the text and all separators after it
+  are noised and scored: the model learns to end, and a sampler need not know
+  the length (LLaDA, arXiv 2502.09992, supervised fine-tuning). With 'masked'
+  the text and one separator are, and attention excludes the rest.
 
   Args:
     packed: the dataset.
@@ -62,10 +62,10 @@ def make_train_iterator(
       None is all of them.
 
   Returns:
-    An iterator of Batches of NumPy arrays, where B is the number of `rows`. For
-    pairs, num_tokens counts the response's tokens and one separator. With
+    An iterator of Batches of NumPy arrays, where B is the number of `rows`. Of
+    a document or response, num_tokens counts the tokens and one separator. With
     data_config.segment_ids, segment_ids counts the documents that ended earlier
-    in the row; for pairs with padding='masked' it is 1 at the padding.
+    in the row; with padding='masked' it is 1 at the padding.
   """
   rows = rows or slice(0, batch_size)
   rates = data_config.clean_prefix_rate, data_config.clean_infill_rate
@@ -88,12 +88,14 @@ def make_train_iterator(
     eligible = batch.eligible & ~np.stack(
       [sample_clean(seed, i, packed.length, *rates) for i in indices]
     )
+    is_counted = np.arange(packed.length) < batch.num_tokens[:, None]
     num_bytes = np.stack(
       [_token_bytes(example, packed) for example in examples]
     )
     return batch._replace(
       eligible=eligible,
-      num_tokens=eligible.sum(axis=1, dtype=np.int32),
+      # Of the separators that fill a row, the first counts.
+      num_tokens=(eligible & is_counted).sum(axis=1, dtype=np.int32),
       num_bytes=num_bytes.sum(axis=1, dtype=np.int32, where=eligible),
     )
 
@@ -209,12 +211,14 @@ def _stack(
   is_separator = tokens == packed.tokenizer.separator_id
   if data_config.segment_ids:
     segment_ids = mark_documents(is_separator)
-  if packed.is_pairs:
+  if packed.is_documents:
     start = np.zeros([size], np.int32)
     start[:num] = [example['prompt_length'] for example in examples]
     position = np.arange(packed.length)
     eligible &= position >= start[:, None]
-    end = np.argmax(is_separator & eligible, axis=1) + 1  # The first one's.
+    is_end = is_separator & eligible
+    end = np.argmax(is_end, axis=1) + 1  # The first one's.
+    end[~is_end.any(axis=1)] = packed.length  # Of a document that was cut.
     is_padding = position >= end[:, None]
     if data_config.padding == 'masked':
       eligible &= ~is_padding

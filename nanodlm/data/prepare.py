@@ -218,6 +218,11 @@ def _prepare_one(
   for key in ('eval_tokens', 'test_tokens'):
     if getattr(data_config, key):
       identity[key] = getattr(data_config, key)
+  if data_config.has_documents:
+    if not source.is_pairs:
+      identity['crop'] = data_config.crop
+    if data_config.long_documents != 'drop':
+      identity['long_documents'] = data_config.long_documents
   if tokenizer and tokenizer.revision:
     identity['tokenizer_revision'] = tokenizer.revision
   if whole:

@@ -51,8 +51,10 @@ def plan(
       f'one document or of rows of tokens; data.source={source.spec!r} has '
       + ('a validation split' if source.has_validation else 'several documents')
     )
-  if is_whole and source.is_pairs:
-    raise source.error('it contains only one pair; give at least two')
+  if is_whole and data_config.has_documents:
+    raise source.error(
+      'it contains only one document; give at least two if each is a row'
+    )
   is_stream = is_whole and (source.is_tokens or data_config.eval_tokens > 0)
   if is_whole and not is_stream:
     return _cut(source, [part for _, part in parts], data_config.eval_fraction)

@@ -104,7 +104,7 @@ def measure_infilling(
       filled, num_calls = fill(lm.params, key, canvas, ~gaps)
       correct, masked = np.sum(gaps & (filled == tokens), 1), gaps.sum(1)
       accuracy, half_width = metrics.ratio_interval(
-        correct, masked, lm.run.settings.data.is_pairs
+        correct, masked, lm.run.settings.data.has_documents
       )
       results.append(
         {

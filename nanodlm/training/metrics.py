@@ -178,7 +178,7 @@ def eval_means(
   rows: dict[str, np.ndarray],
   sums: dict[str, np.ndarray],
   split: str = 'eval',
-  independent: bool = False,
+  has_documents: bool = False,
 ) -> dict[str, float]:
   """Returns the held-out bound (or exact value) and its interval.
 
@@ -189,19 +189,21 @@ def eval_means(
     rows: [N] each, in the order of the text, from `steps.make_eval_step`.
     sums: of the same steps.
     split: the metrics' prefix.
-    independent: whether each row is a text of its own, as pairs are.
+    has_documents: whether a row is a whole document. Rows are then independent.
 
   Returns:
     nll and nll_ci95 (half width) in nats per token; ppl; bits_per_token;
     bits_per_byte and bits_per_byte_ci95; accuracy and `level_means` of all
     scored tokens, padding included if it is scored; num_examples; num_blocks,
-    of which the intervals are formed.
+    of which the intervals are formed. With has_documents, nats_per_document and
+    nats_per_document_ci95, too.
   """
-  nll, half_width = ratio_interval(rows['nll'], rows['weight'], independent)
+  nats, weight = rows['nll'], rows['weight']
+  nll, half_width = ratio_interval(nats, weight, has_documents)
   per_byte, byte_half_width = ratio_interval(
-    rows['nll'], rows['num_bytes'], independent
+    nats, rows['num_bytes'], has_documents
   )
-  num = int(np.sum(rows['weight'] > 0))
+  num = int(np.sum(weight > 0))
   means = {
     'nll': nll,
     'nll_ci95': half_width,
@@ -211,8 +213,12 @@ def eval_means(
     'bits_per_byte_ci95': byte_half_width / math.log(2),
     'accuracy': _ratio(np.sum(rows['correct']), np.sum(rows['scored'])),
     'num_examples': float(num),
-    'num_blocks': float(num_blocks(num, independent)),
+    'num_blocks': float(num_blocks(num, has_documents)),
   }
+  if has_documents:
+    means['nats_per_document'], means['nats_per_document_ci95'] = (
+      ratio_interval(nats, weight > 0)
+    )
   return {
     **{f'{split}/{key}': value for key, value in means.items()},
     **level_means(sums, split),

@@ -10,7 +10,7 @@ from tests import workdirs
 
 
 def make(**changes):
-  values = dict(source='embedded', num_threads=1, **changes)
+  values = {'source': 'embedded', 'num_threads': 1, **changes}
   return DataConfig(**dataclasses.asdict(workdirs.DataConfig(**values)))
 
 
@@ -18,6 +18,10 @@ class ConfigTest(parameterized.TestCase):
   @parameterized.parameters(
     (dict(length=1), 'data.length=1 must be >= 2'),
     (dict(crop='chunks'), r"data\.crop='chunks'.*'random'"),
+    (dict(crop='document', segment_ids=True), 'data.segment_ids=True is not'),
+    (dict(crop='document', source='tokens:x'), "'tokens:x'"),
+    (dict(long_documents='cut'), "data.long_documents='cut' has no effect"),
+    (dict(padding='masked'), "data.padding='masked' has no effect"),
     (dict(padding='no'), r"data\.padding='no'.*'masked'"),
     (dict(eval_tokens=5), r'data.eval_tokens=5 .*eval_fraction=0\.1 both'),
     (dict(eval_tokens=-1), 'data.eval_tokens=-1 must be >= 0'),

@@ -46,6 +46,7 @@ if __name__ == '__main__':
   data = config.DataConfig(
       source={source!r}, eval_source='', length=16, eval_fraction=0.1,
       eval_tokens=0, test_tokens=0, data_dir={data_dir!r}, crop='chunk',
+      long_documents='drop',
       segment_ids=False,
       padding='eos', clean_prefix_rate=0.0, clean_infill_rate=0.0,
       num_threads=1, prefetch_batches=1)

@@ -1,12 +1,13 @@
 """Tests of nanodlm.data.pack: the rows of pairs."""
 
+import json
 import logging
 from unittest import mock
 
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 import numpy as np
 
-from nanodlm.data import encoder, pack
+from nanodlm.data import encoder, pack, pipeline, prepare
 from nanodlm.data.packed import SPLITS
 from nanodlm.types import InputError
 from tests.data import cases
@@ -22,7 +23,7 @@ class PairsTest(DataTest):
       mock.patch.object(pack, 'SHARD_ROWS', 20),
     ):
       packed = self.prepare(self.write_pairs(pairs))
-    self.assertTrue(packed.is_pairs)
+    self.assertTrue(packed.is_documents)
     seen = []
     for split in SPLITS:
       rows, counts = getattr(packed, split), packed.metadata[split]
@@ -65,7 +66,9 @@ class PairsTest(DataTest):
     counts = [packed.metadata[split] for split in SPLITS]
     self.assertEqual(sum(c['num_rows'] for c in counts), 20)
     self.assertEqual(sum(c['num_dropped_documents'] for c in counts), 20)
-    self.assertRegex(logs.output[0], r'left out \d+ of \d+ pairs of train.*17')
+    self.assertRegex(
+      logs.output[0], r'documents of train, \d+ are longer \(up to 17 tokens\)'
+    )
     for rows in (packed.train, packed.validation):
       for i in range(len(rows)):
         np.testing.assert_array_equal(rows[i]['tokens'][-2:], [ord('r'), 256])
@@ -74,11 +77,11 @@ class PairsTest(DataTest):
     long = self.write_pairs([(f'{i}', 'r' * (20 + i)) for i in range(9)])
     with self.assertRaisesRegex(
       InputError,
-      'data.length=16 is too short for all .* pairs of .*'
-      r'at least 2\d tokens',
+      'data.length=16 is too short for all .* documents of .*'
+      r'shortest has 2\d tokens',
     ):
       self.prepare(long)
-    with self.assertRaisesRegex(InputError, 'only one pair'):
+    with self.assertRaisesRegex(InputError, 'only one document'):
       self.prepare(self.write_pairs([('p', 'r')]))
     with self.assertRaisesRegex(InputError, 'all the same text'):
       self.prepare(self.write_pairs([('p', 'r')] * 3))
@@ -104,6 +107,77 @@ class PairsTest(DataTest):
       self.assertEqual(
         row['num_bytes'], len(prompt) - len('question') + len('answer') - 1
       )
+
+
+class DocumentsTest(DataTest):
+  def write_lines(self, lengths):
+    lines = [f'{i:02d}'.ljust(n, 'x') for i, n in enumerate(lengths)]
+    text = ''.join(json.dumps({'text': line}) + '\n' for line in lines)
+    return 'jsonl:' + self.write('lines.jsonl', text), lines
+
+  def texts(self, packed):
+    """The text of each row, up to the separators that fill it."""
+    found = []
+    for rows in (packed.train, packed.validation):
+      for i in range(len(rows)):
+        tokens = rows[i]['tokens']
+        is_separator = tokens == packed.tokenizer.separator_id
+        end = len(tokens) - int(is_separator.sum())
+        self.assertFalse(is_separator[:end].any())
+        self.assertEqual(rows[i]['num_bytes'], end)
+        found.append(bytes(tokens[:end].tolist()).decode())
+    return found
+
+  def test_a_document_is_a_row(self):
+    source, lines = self.write_lines([i % 14 + 2 for i in range(60)])
+    packed = self.prepare(source, crop='document')
+    self.assertCountEqual(self.texts(packed), lines)
+    self.assertTrue(packed.is_documents)
+    self.assertEqual(
+      sum(packed.metadata[split]['num_documents'] for split in SPLITS), 60
+    )
+    # The same file in rows of a stream is another dataset.
+    self.assertFalse(self.prepare(source).is_documents)
+
+  @parameterized.parameters(('drop', 30), ('cut', 0))
+  def test_long_documents(self, long_documents, num_dropped):
+    # With its end, a document of 15 bytes fills the row.
+    source, lines = self.write_lines([15, 18] * 30)
+    with self.assertLogs('nanodlm', logging.WARNING) as logs:
+      packed = self.prepare(
+        source, crop='document', long_documents=long_documents
+      )
+    self.assertIn('19 tokens', logs.output[0])
+    kept = lines[::2] if num_dropped else [line[:16] for line in lines]
+    self.assertCountEqual(self.texts(packed), kept)
+    self.assertEqual(
+      sum(packed.metadata[x]['num_dropped_documents'] for x in SPLITS),
+      num_dropped,
+    )
+
+  def test_long_documents_can_be_refused(self):
+    source, _ = self.write_lines([9] * 20 + [30])
+    with self.assertRaisesRegex(InputError, "data.length=16 .* 'cut'"):
+      self.prepare(source, crop='document', long_documents='refuse')
+    self.assertEmpty(self.left_in_data_dir())
+
+  def test_what_is_scored_of_a_document(self):
+    source, _ = self.write_lines([3, 18] * 10)
+    for padding, num_scored in (('eos', 16), ('masked', 4)):
+      config = self.config(
+        source, crop='document', long_documents='cut', padding=padding
+      )
+      packed = prepare.prepare(config, cases.BYTES)
+      batches = pipeline.make_eval_batches(packed, config, batch_size=1)
+      for batch in batches:
+        is_cut = batch.num_bytes[0] == 16
+        self.assertEqual(batch.num_tokens[0], 16 if is_cut else 4)
+        self.assertEqual(batch.eligible.sum(), 16 if is_cut else num_scored)
+
+  def test_a_single_text_cannot_be_divided(self):
+    source = 'text:' + self.write('a.txt', 'x' * 100)
+    with self.assertRaisesRegex(InputError, 'only one document'):
+      self.prepare(source, crop='document')
 
 
 if __name__ == '__main__':

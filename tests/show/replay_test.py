@@ -226,7 +226,7 @@ def test_recording_does_not_change_samples(run, tmp_path, capsys):
 
 def test_samples_in_training_are_written(run):
   lm = run[1]
-  writer, packed = mock.Mock(), mock.Mock(is_pairs=False)
+  writer, packed = mock.Mock(), mock.Mock(is_documents=False)
   draw = sample.make_draw(lm.run, packed, writer)
   draw(3, lm.params)
   (step, images), _ = writer.write_images.call_args

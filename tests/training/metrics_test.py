@@ -60,6 +60,13 @@ def test_interval_of_blocks_by_hand():
   assert few['eval/num_blocks'] == 2
   expected = 12.7062 * math.sqrt(2 * (2**2 + 2**2)) / 20
   assert math.isclose(few['eval/nll_ci95'], expected, rel_tol=1e-5)
+  # Documents of their own.
+  each = means_of(nll, weight, weight)
+  assert each['eval/num_blocks'] == 60 and each['eval/nats_per_document'] == 3
+  # t with 59 degrees of freedom: 2.00100.
+  expected = 2.001 * math.sqrt(60 * (2 * 15 * 4) / 59) / 60
+  width = each['eval/nats_per_document_ci95']
+  assert math.isclose(width, expected, rel_tol=1e-5)
 
 
 def test_interval_of_rows_that_are_alike():

@@ -100,13 +100,13 @@ LARGE = World(
 )
 SMALL = dataclasses.replace(
   LARGE,
-  girls=LARGE.girls[:4],
-  boys=LARGE.boys[:4],
-  things=LARGE.things[:8],
+  girls=LARGE.girls[:3],
+  boys=LARGE.boys[:3],
+  things=LARGE.things[:6],
   colors=LARGE.colors[:4],
-  places=dict(list(LARGE.places.items())[:4]),
+  places=dict(list(LARGE.places.items())[:3]),
   openings=LARGE.openings[:4],
-  max_events=3,
+  max_events=2,
 )
 WORLDS = {'': LARGE, 'small': SMALL}
 
