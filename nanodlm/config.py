@@ -303,7 +303,8 @@ def _prepare_for_another_source(data: Any, changes: Mapping[str, Any]):
     data.eval_source = ''
     if not (data.eval_tokens or 'data.eval_tokens' in changes):
       # It may be 0 with an eval_source.
-      data.eval_fraction = data.eval_fraction or load().data.eval_fraction
+      defaults: Any = load().data
+      data.eval_fraction = data.eval_fraction or defaults.eval_fraction
 
 
 def read(workdir: str) -> config_dict.ConfigDict | None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from nanodlm import workdir as workdirs
 from nanodlm.data.packed import PackedData
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 PASSAGE_BYTES = 64
 MAX_HASHES = 1 << 20
@@ -116,8 +116,8 @@ def load(workdir: str) -> Record:
   """
   path = pathlib.Path(workdir) / workdirs.TRAINED_ON
   if not path.exists():
-    reason = f'{workdir} does not hold a record of it, {path.name}'
-    return Record(0, 0, 1.0, np.zeros([0], np.uint64), reason)
+    unknown = f'{workdir} does not hold a record of it, {path.name}'
+    return Record(0, 0, 1.0, np.zeros([0], np.uint64), unknown)
   try:
     with np.load(path) as saved:
       values: Any = {name: saved[name] for name in saved.files}

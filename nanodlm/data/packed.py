@@ -63,7 +63,7 @@ class PackedRows:
     except (RuntimeError, OSError) as error:
       ends = np.cumsum([num_rows for _, num_rows in self.files])
       path, _ = self.files[int(np.searchsorted(ends, i, 'right'))]
-      raise _damaged(path, error) from error
+      raise _damaged(path, reason(error)) from error
     features = Example.FromString(record).features.feature
     tokens = np.frombuffer(features['tokens'].bytes_list.value[0], self.dtype)
     row: dict[str, Any] = {'tokens': tokens.astype(np.int32)}
@@ -147,7 +147,7 @@ def open_packed(path: pathlib.Path, tokenizer: Tokenizer) -> PackedData:
     raise
   # TFDS raises errors of many classes for files that it did not write.
   except Exception as error:
-    raise _damaged(folder, error) from error
+    raise _damaged(folder, reason(error)) from error
 
 
 def _check_files(split: Any, num_rows: int) -> list[tuple[pathlib.Path, int]]:
@@ -165,12 +165,12 @@ def _check_files(split: Any, num_rows: int) -> list[tuple[pathlib.Path, int]]:
   return list(zip(paths, lengths, strict=True))
 
 
-def _damaged(path: pathlib.Path, error: Exception | str) -> InputError:
+def _damaged(path: pathlib.Path, text: str) -> InputError:
   folder = path
   while folder.name != NAME:
     folder = folder.parent
   return InputError(
-    f'prepared data {path} is damaged ({reason(error)}). Delete '
+    f'prepared data {path} is damaged ({text}). Delete '
     f'{folder.parent}, and the next start prepares it again'
   )
 
