@@ -124,7 +124,8 @@ def get_config() -> config_dict.ConfigDict:
   objective.block_size = 16  # Tokens per block of 'block'; divides data.length.
   # How noise levels are drawn: by 'count' (masked, block, sedd), or as
   # 'stratified' or 'uniform' times; 'auto' is the first of these that the
-  # objective supports.
+  # objective supports, and not 'count' if one of the next four keys, which
+  # describe times, is changed.
   objective.noise = 'auto'
   # 'linear' | 'cosine' | 'md4_cosine' | 'sqrt' | 'polynomial'.
   objective.schedule = 'linear'
@@ -230,7 +231,9 @@ def get_config() -> config_dict.ConfigDict:
   train.chunk_size = 1024
   train.log_every_steps = 50
   train.eval_every_steps = 500  # 0: only at the end.
-  train.num_samples = 1  # Samples shown at each evaluation.
+  # Samples at each evaluation. At most four are shown; all are counted if the
+  # law of the text is known.
+  train.num_samples = 1
   # The run ends after this many consecutive steps with a non-finite gradient.
   train.max_skipped_steps = 5
   train.profile_steps = 0  # Steps traced for TensorBoard, from step 10; 0: off.

@@ -13,7 +13,8 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
-# TensorFlow, which CLU's TensorBoard writer imports, would log to the terminal.
+# TensorFlow, which TFDS and TensorBoard import if it is there, would log to the
+# terminal.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
@@ -26,6 +27,8 @@ from nanodlm import config as configs
 from nanodlm import workdir as workdirs
 from nanodlm.devices import multihost
 from nanodlm.types import InputError, reason
+
+log = logging.getLogger('nanodlm')
 
 MODES = {
   'train': 'nanodlm.train',
@@ -47,6 +50,12 @@ UNREAD = {
   'compare': ('config', 'workdir'),
   'report': ('config', 'workdir'),
   'benchmark': ('workdir',),
+}
+# What Python's messages about the value of a flag mean.
+_NOT_A = {
+  'invalid literal for int()': 'not a whole number',
+  'could not convert string to float': 'not a number',
+  'Non-boolean argument': 'neither True nor False',
 }
 # These modes may run as several processes.
 DISTRIBUTED = ('train', 'eval', 'sample', 'serve', 'prepare')
@@ -119,7 +128,11 @@ def parse_flags(argv: list[str]) -> list[str]:
       error = error.args[0]
     # str() of a KeyError quotes its message.
     text = error.args[0] if isinstance(error, KeyError) else str(error)
-    _exit_with(_unknown_key(argv) or ' '.join(str(text).split()))
+    text = ' '.join(str(text).split())
+    for words, meaning in _NOT_A.items():
+      if words in text:
+        text = text.removeprefix('flag ').partition(': ')[0] + f' is {meaning}'
+    _exit_with(_unknown_key(argv) or text)
 
 
 def _join_values(argv: list[str]) -> list[str]:
@@ -203,6 +216,7 @@ def main(argv: list[str]) -> int:
     )
     start.check_ignored(UNREAD.get(mode, ()))
     if mode in DISTRIBUTED:
+      log.info('--mode=%s: starting JAX', mode)
       multihost.init_distributed()
     if mode != 'compile':
       _set_up_compilation_cache()
@@ -249,11 +263,18 @@ def _exit_on_signals():
     signal.signal(signal.SIGTERM, leave)
 
 
+class _Formatter(logging.Formatter):
+  """Plain lines, and 'warning: ' before a warning."""
+
+  def format(self, record):
+    is_warning = record.levelno >= logging.WARNING
+    return 'warning: ' * is_warning + super().format(record)
+
+
 def _set_up_logging():
   """Logs plain lines of our own; what libraries log needs --verbosity."""
   handler = logging.StreamHandler(sys.stdout)
-  handler.setFormatter(logging.Formatter('%(message)s'))
-  log = logging.getLogger('nanodlm')
+  handler.setFormatter(_Formatter())
   log.handlers, log.propagate = [handler], False
   log.setLevel(logging.INFO)
   if not flags.FLAGS['verbosity'].present:

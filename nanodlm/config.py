@@ -324,7 +324,7 @@ def read(workdir: str) -> config_dict.ConfigDict | None:
   return None
 
 
-def read_run(workdir: str, key: str = '--workdir') -> config_dict.ConfigDict:
+def read_run(workdir: str, key: str = 'workdir') -> config_dict.ConfigDict:
   """Returns the config of the run in `workdir`; InputError if there is none."""
   config = read(workdir)
   if config is None:

@@ -4,23 +4,32 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import logging
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from nanodlm import config as configs
+from nanodlm import laws
 from nanodlm import lm as lms
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings
-from nanodlm.data import overlap, pipeline, prepare, sources, tokenizers
+from nanodlm.data import (
+  guesses,
+  overlap,
+  pipeline,
+  prepare,
+  sources,
+  tokenizers,
+)
 from nanodlm.data.config import TokenizerConfig
 from nanodlm.devices import mesh as meshes
 from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
 from nanodlm.steps import evaluate as evaluate_steps
 from nanodlm.steps.network import check_batch_size
-from nanodlm.training import checkpoint, metrics
+from nanodlm.training import checkpoint, metrics, progress
 from nanodlm.types import Batch, InputError
 
 log = logging.getLogger('nanodlm')
@@ -32,14 +41,24 @@ FEW_NOISE_ROWS = 32
 
 
 def make_evaluate(
-  run: Run, packed: prepare.PackedData
+  run: Run, packed: prepare.PackedData, source: str = ''
 ) -> Callable[..., dict[str, float] | None]:
   """Builds evaluate(params, max_examples=0, should_stop=never) -> means.
 
   The means are those of `metrics.eval_means` over the validation rows of
-  `packed`, or None if `should_stop()` returned True in between.
+  `packed`, or None if `should_stop()` returned True in between. If each row is
+  a document whose law is known, the bound is compared to the law: it includes
+  the end of the text and, with data.padding='eos', all separators after it,
+  which follow from the text with certainty.
+
+  Args:
+    run: the run.
+    packed: the text.
+    source: where its validation rows come from; by default as the run's.
   """
-  settings = run.settings.eval
+  settings, data = run.settings.eval, run.settings.data
+  source = source or data.eval_source or data.source
+  held_out = _make_held_out(run, packed, source)
   batch_size = settings.batch_size
   check_batch_size(batch_size, run.mesh, key='eval.batch_size')
   eval_step = evaluate_steps.make_eval_step(
@@ -60,12 +79,20 @@ def make_evaluate(
       max_examples=max_examples,
     )
     results = []
+    num = min(len(packed.validation), max_examples or sys.maxsize)
+    countdown = progress.Countdown('evaluating', -(-num // batch_size))
     for batch in batches:
       if should_stop():
         return None
+      if held_out is not None:
+        nats = np.full(len(batch.index), np.nan, np.float32)
+        is_row = batch.num_tokens > 0  # The last batch is filled up.
+        nats[is_row] = held_out.nats(batch.tokens[is_row], batch.index[is_row])
+        batch = batch._replace(law_nats=nats)
       results.append(eval_step(params, meshes.shard_batch(run.mesh, batch)))
       if len(results) > 1:  # At most one step in flight, to stop promptly.
         jax.block_until_ready(results[-2])
+      countdown.count()
     values, sums = zip(*jax.device_get(results), strict=True)
     split = 'eval_subset' if max_examples else 'eval'
     return metrics.eval_means(
@@ -73,6 +100,30 @@ def make_evaluate(
     )
 
   return evaluate
+
+
+def _make_held_out(
+  run: Run, packed: prepare.PackedData, source: str
+) -> laws.HeldOut | None:
+  """Returns what compares the rows of a source to its law, if it is known."""
+  data = run.settings.data
+  if (law := laws.law_of_rows(data, source)) is None:
+    return None
+  if data.padding == 'masked' and not run.objective.causal:
+    log.info(
+      "the bound is not compared to the law of the text: data.padding='masked' "
+      'gives the network the length of each document'
+    )
+    return None
+  counts = packed.metadata['validation']
+  if num_dropped := counts['num_dropped_documents']:
+    share = num_dropped / (num_dropped + counts['num_documents'])
+    log.warning(
+      f'data.length={packed.length}: {share:.1%} of the documents are longer '
+      'and left out. The law includes them, so the excess of the bound over it '
+      f'is about {-math.log1p(-share):.2f} nats/document too low'
+    )
+  return laws.HeldOut(law, run.tokenizer)
 
 
 def validation_rows(
@@ -168,17 +219,24 @@ def describe(
   is_one_each = num_blocks == value['num_examples']
   blocks = '' if is_one_each else f' in {num_blocks:.0f} blocks'
 
-  def interval(key):
+  def interval(key, spec='.4f'):
     width = value[f'{key}_ci95']
     # A single example does not have an interval.
-    return f'{value[key]:.4f}' + (
-      '' if math.isnan(width) else f' ± {width:.4f}'
+    return f'{value[key]:{spec}}' + (
+      '' if math.isnan(width) else f' ± {width:{spec}}'
     )
 
+  excess = ''
+  if 'excess_nats' in value:
+    excess = (
+      f'; {interval("excess_nats", ".2f")} nats/document above the truth '
+      f'({value["law_nats"]:.1f})'
+    )
   return (
     f'{kind}{subset}: {interval("nll")} nats/token, perplexity '
     f'{value["ppl"]:.2f}, {interval("bits_per_byte")} bits/byte (95% '
     f'interval, {value["num_examples"]:.0f} examples{blocks})'
+    + excess
     + (text.describe() if text else '')
   )
 
@@ -275,6 +333,7 @@ def open_text(lm: LanguageModel) -> Text:
       f'data.source={source!r} has changed since the run in {lm.workdir!r} was '
       'trained, and its tokenizer now gives other ids'
     )
+  laws.warn_of_other_law(trained.source, source)
   record = overlap.load(lm.workdir)
   is_older = not (record.hashes.size or config.checkpoint.init_from)
   if is_older and fingerprint is not None:
@@ -347,10 +406,14 @@ def evaluate_text(
   noise = {}
   if noise_examples:
     noise = measure_noise(lm.run, text.packed, lm.params, noise_examples)
-  means = make_evaluate(lm.run, text.packed)(lm.params) or {}
+  evaluate = make_evaluate(lm.run, text.packed, text.source)
+  means = evaluate(lm.params) or {}
   log.info(
     'step %d, %s', lm.step, describe(means, lm.run.objective.exact, text)
   )
+  if not text.packed.is_documents:
+    guessed = guesses.measure(text.packed, lm.run.settings.data)
+    log.info(guesses.describe(guessed))
   means |= {f'eval/{key}': value for key, value in noise.items()}
   append_result(lm, text, metrics.finite_or_none(means))
   return means

@@ -24,6 +24,7 @@ from nanodlm.run import Run
 from nanodlm.show import watch
 from nanodlm.steps import evaluate as evaluate_steps
 from nanodlm.steps import sample as sample_steps
+from nanodlm.training import progress
 from nanodlm.types import Batch, Canvas, check_seed, InputError, Objective
 
 # Number of independent evaluations for the interval of a bound.
@@ -134,6 +135,8 @@ class LanguageModel:
       InputError: the prompt does not fit the canvas, or a setting is invalid.
     """
     check_seed(seed, 'seed')
+    if num_samples < 1:
+      raise InputError(f'num_samples={num_samples!r} must be >= 1')
     chosen = {'name': sampler, 'num_steps': num_steps}
     chosen |= {'temperature': temperature, **settings}
     changes = {key: x for key, x in chosen.items() if x is not None}
@@ -187,6 +190,8 @@ class LanguageModel:
     for text in texts:
       if not isinstance(text, str) or not text:
         raise InputError(f'texts must be non-empty strings, not {text!r}')
+    if not texts:
+      return []
     run = self.run
     rows = run.tokenizer.encode_to_score(texts)
     for text, row in zip(texts, rows):
@@ -408,6 +413,7 @@ def make_fill(
   ) -> tuple[np.ndarray, float]:
     size = -(-(batch_size or len(tokens)) // shards) * shards
     filled, calls = [], []
+    countdown = progress.Countdown('sampling', -(-len(tokens) // size))
     for i, first in enumerate(range(0, len(tokens), size)):
       rows = pad_rows(tokens[first : first + size], size)
       # Padding rows have no free positions.
@@ -416,6 +422,7 @@ def make_fill(
       samples = sample_step(params, jax.random.fold_in(key, i), canvas)
       filled.append(jax.device_get(gather(samples.tokens)))
       calls.append(int(samples.num_calls))
+      countdown.count()
     return np.concatenate(filled)[: len(tokens)], float(np.mean(calls))
 
   return fill
@@ -450,11 +457,13 @@ def make_score(
 
   def score(params: Any, key: jax.Array, batch: Batch) -> dict[str, np.ndarray]:
     num, parts = len(batch.tokens), []
+    countdown = progress.Countdown('scoring', -(-num // batch_size))
     for first in range(0, num, batch_size):
       cut = lambda x: pad_rows(x[first : first + batch_size], batch_size)
       part = meshes.shard_whole_batch(run.mesh, jax.tree.map(cut, batch))
       values = score_step(params, jax.random.clone(key), part)
       parts.append(jax.device_get(values))
+      countdown.count()
     return {
       name: np.concatenate([part[name] for part in parts])[:num]
       for name in parts[0]

@@ -47,7 +47,7 @@ def parse_prompt(prompt: str) -> list[str | Gap]:
     size = int(match.group(1)[:18]) if match.group(1) else None
     if size == 0:
       raise InputError(
-        f'--prompt={prompt!r} has a gap of 0 tokens; use at least 1, '
+        f'prompt={prompt!r} has a gap of 0 tokens; use at least 1, '
         'or {} for a share of the canvas'
       )
     parts.append(Gap(size))
@@ -64,6 +64,18 @@ def literal_braces(prompt: str) -> list[str]:
   """Returns texts that resemble gaps: '{x}', or a single brace."""
   rest = _PARTS.sub('\0', prompt)
   return list(dict.fromkeys(re.findall(r'\{[^{}\0]*\}|[{}]', rest)))
+
+
+def automatic_size(prompt: str, num_free: int) -> int:
+  """Returns how many tokens each '{}' of a prompt has; 0 without one.
+
+  `num_free` is the number of tokens of all gaps together. Some of several gaps
+  may have one token more.
+  """
+  sizes = [m.group(1) for m in _PARTS.finditer(prompt)]
+  num_automatic = sizes.count('')
+  num_free -= sum(int(size) for size in sizes if size)
+  return num_free // max(num_automatic, 1) if num_automatic else 0
 
 
 def make_canvas(
@@ -88,7 +100,7 @@ def make_canvas(
   parts = parse_prompt(prompt)
   if not sees_right and any(isinstance(part, Gap) for part in parts[:-1]):
     raise InputError(
-      f'--prompt={prompt!r}: a model that reads from left to right (by tokens '
+      f'prompt={prompt!r}: a model that reads from left to right (by tokens '
       'or blocks) only fills a gap at the end; text after a gap needs '
       'objective.name=masked'
     )
@@ -104,7 +116,7 @@ def make_canvas(
     # Only control tokens and the unknown token have no bytes.
     if np.any(tokenizer.num_bytes[tokens] == 0):
       raise InputError(
-        f'--prompt={prompt!r}: {part!r} contains characters that the '
+        f'prompt={prompt!r}: {part!r} contains characters that the '
         f'{tokenizer.name} tokenizer does not support'
       )
     rows.append(tokens)
@@ -115,9 +127,9 @@ def make_canvas(
   if used + automatic > length:
     shown = prompt if len(prompt) < 60 else prompt[:60] + '...'
     raise InputError(
-      f'--prompt={shown!r} needs {used} tokens and has {automatic} '
-      f'gap(s) of automatic size, but the canvas has {length} tokens '
-      '(sampler.length, by default data.length)'
+      f'prompt={shown!r} and its gaps need at least {used + automatic} tokens, '
+      f'but the canvas has {length} tokens (sampler.length, by default '
+      'data.length)'
     )
   # With cumulative rounding, shares differ by at most one token.
   borders = (length - used) * np.arange(automatic + 1) // max(automatic, 1)

@@ -198,7 +198,7 @@ def make_objective(settings: Settings) -> Objective:
     'schedule': schedules.make_schedule(section['schedule'], section['power']),
   }
   if section['noise'] == 'auto' and cls.noises:
-    given['noise'] = cls.noises[0]
+    given['noise'] = cls.auto_noise({**section, **given})
   return _build(cls, section, given)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from nanodlm import laws
 from nanodlm import lm as lms
 from nanodlm import prompts as prompting
 from nanodlm import workdir as workdirs
@@ -21,6 +22,9 @@ from nanodlm.show import watch
 from nanodlm.types import InputError
 
 log = logging.getLogger('nanodlm')
+
+# Samples that are logged at an evaluation; all of them are counted.
+MAX_LOGGED = 4
 
 
 def parse_sampler(text: str) -> dict[str, Any]:
@@ -110,7 +114,10 @@ def sample_prompts(
   if display or page:
     num_top = lms.NUM_RECORDED if page else 0
     view = watch.View(watchers, run.tokenizer.mask_id, num_top)
+  law = laws.law_of_rows(run.settings.data)
   fills = [lms.make_fill(model.run, view=view) for _, model in models]
+  if not display:
+    log.info('compiling the sampler, then sampling')
   for i, prompt in enumerate(prompts or ['']):
     tokens, fixed = (
       np.tile(x, (sample.num_samples, 1))
@@ -143,7 +150,8 @@ def sample_prompts(
         )
       if not jax.process_index():
         title = f', {label}' if len(models) > 1 else ''
-        _report(model, prompt, samples, fixed[0], int(num_calls), title, secs)
+        calls = int(num_calls)
+        _report(model, law, prompt, samples, fixed[0], calls, title, secs)
   if page:
     settings = run.settings
     size = page.write(
@@ -162,6 +170,7 @@ def make_draw(
   settings, tokenizer = run.settings, run.tokenizer
   watchers = Watchers()
   fill = lms.make_fill(run, view=watch.View(watchers, tokenizer.mask_id))
+  law = laws.law_of_rows(settings.data)
   row, fixed = _first_prompt(run, packed)
   tokens, is_fixed = (
     np.tile(x, (settings.train.num_samples, 1)) for x in (row, fixed)
@@ -182,9 +191,16 @@ def make_draw(
     ]
     blocks = {f'samples/{i}': f'```\n{x}\n```' for i, x in enumerate(texts)}
     writer.write_texts(step, blocks)
-    for text in texts:
+    for text, row in zip(texts[:MAX_LOGGED], filled):
       lines = ''.join(f'    {line}\n' for line in text.splitlines())
+      if law and (reason := law.explain(laws.read_text(tokenizer, row)[0])):
+        lines += f'  is impossible: {reason}\n'
       log.info('sample:\n%s', lines)
+    if law:
+      means = laws.sample_means(law, laws.read_texts(tokenizer, filled))
+      scalars = {f'samples/{key}': value for key, value in means.items()}
+      writer.write_scalars(step, scalars)
+      log.info('step %d, %s', step, laws.describe_samples(means, len(filled)))
 
   return draw
 
@@ -206,8 +222,11 @@ def _first_prompt(run: Run, packed: PackedData):
     return lms.lay_out(run, '', length)
 
 
-def _report(lm, prompt, tokens, fixed, num_calls, label, secs):
-  """Prints the samples [N, n] of a prompt and appends them to samples.jsonl."""
+def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs):
+  """Prints the samples [N, n] of a prompt and appends them to samples.jsonl.
+
+  With a law, it also says which of them are possible, and why others are not.
+  """
   tokenizer, lines = lm.tokenizer, []
   for j, row in enumerate(tokens):
     ids = lms.shown_tokens(lm.run, row, fixed)
@@ -220,6 +239,13 @@ def _report(lm, prompt, tokens, fixed, num_calls, label, secs):
     if num_more:
       title += f', {num_more} tokens of text after its end'
     print(f'{title}\n{shown}')
+    verdict = {}
+    if law:
+      text, _ = laws.read_text(tokenizer, row)
+      log_prob, reason = law.log_prob(text), law.explain(text)
+      verdict = {'law_nats': None if reason else -log_prob, 'problem': reason}
+      if reason:
+        print(f'--- is impossible: {reason}')
     lines.append(
       {
         'prompt': prompt,
@@ -229,6 +255,7 @@ def _report(lm, prompt, tokens, fixed, num_calls, label, secs):
         'step': lm.step,
         'num_calls': num_calls,
         'sampler': lm.run.describe_sampler(),
+        **verdict,
       }
     )
   num_filled = len(tokens) * int(np.sum(~fixed))
@@ -237,21 +264,27 @@ def _report(lm, prompt, tokens, fixed, num_calls, label, secs):
     f'calls, {secs:.1f} s with compilation',
     flush=True,
   )
+  if law:
+    means = laws.sample_means(law, laws.read_texts(tokenizer, tokens))
+    print(f'--- {laws.describe_samples(means, len(tokens))}', flush=True)
   workdirs.append(lm.workdir, workdirs.SAMPLES, *lines)
 
 
-def check_prompts(lm: LanguageModel, prompts: Sequence[str]) -> list[str]:
-  """Checks that prompts fit the canvas; returns warnings.
+def check_prompts(lm: LanguageModel, prompts: Sequence[str]):
+  """Checks that prompts fit the canvas; logs what its gaps are.
 
   Raises:
     InputError: a prompt does not fit.
   """
-  warnings = []
+  told = set()
   for prompt in prompts:
-    lms.lay_out(lm.run, prompt, lm.run.settings.sample_length)
+    _, fixed = lms.lay_out(lm.run, prompt, lm.run.settings.sample_length)
     if literal := prompting.literal_braces(prompt):
-      warnings.append(
-        f'--prompt={prompt!r}: {", ".join(map(repr, literal))} is text; a gap '
+      log.warning(
+        f'prompt={prompt!r}: {", ".join(map(repr, literal))} is text; a gap '
         'is written {} or {12}, a literal brace is doubled'
       )
-  return warnings
+    size = prompting.automatic_size(prompt, int(np.sum(~fixed)))
+    if size and size not in told:
+      told.add(size)
+      log.info(f'each {{}} is {size} tokens here; {{5}} would be 5')

@@ -35,9 +35,11 @@ killed).
 from collections.abc import Callable, Iterator
 import contextlib
 import functools
+import importlib.util
 import logging
 import math
 import pathlib
+import shlex
 import shutil
 import sys
 import time
@@ -46,11 +48,11 @@ from typing import Any
 import jax
 
 from nanodlm import config as configs
-from nanodlm import evaluate, sample
+from nanodlm import evaluate, laws, sample
 from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
-from nanodlm.data import overlap, pipeline, prepare
+from nanodlm.data import guesses, overlap, pipeline, prepare
 from nanodlm.data.packed import PackedData
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.devices import hugepages, lock, multihost
@@ -177,6 +179,9 @@ def train(
       )
       log.info('resuming %s at step %d', workdir, step)
     step = int(state.step)
+    is_shown = saved == settings.to_dict() and bool(
+      multihost.on_process_0(lambda: _was_evaluated(workdir, step))
+    )
     evaluated = None
 
     def write() -> int:
@@ -185,6 +190,7 @@ def train(
       share = overlap.remember(workdir, packed, settings.checkpoint.init_from)
       if source := settings.data.eval_source:
         evaluated = evaluate.Text(packed, source, False, share)
+        laws.warn_of_other_law(settings.data.source, source)
       if is_new:
         save_tokenizer(run.tokenizer, workdir)
       return 0
@@ -219,6 +225,7 @@ def train(
           trace=_make_trace(settings, workdir, step),
           caught=caught,
           began=began,
+          is_shown=is_shown,
         )
       except TrainingDiverged as error:
         # A single failure may be the fault of its batch.
@@ -233,7 +240,27 @@ def train(
         log.info('nothing was saved; the same command starts again')
       else:
         log.info(f'saved step {last}; the same command resumes')
+    elif not jax.process_index():
+      log.info('%s', _what_next(workdir))
   return caught.number
+
+
+def _what_next(workdir: str) -> str:
+  """Returns the commands that show what a finished run has learnt."""
+  is_script = pathlib.Path(sys.argv[0]).name == 'launch.py'
+  program = f'python {sys.argv[0]}' if is_script else 'python -m nanodlm'
+  run = shlex.quote(workdir)
+  commands = (
+    (f'sample --workdir={run}', 'jax', ''),
+    (f'serve --workdir={run}', 'fastapi', 'serve'),
+    (f'report --workdirs={run} --output=report.html', 'matplotlib', 'plots'),
+  )
+  lines = ['next:']
+  for command, package, extra in commands:
+    is_missing = importlib.util.find_spec(package) is None
+    needs = f"  # pip install -e '.[{extra}]'" * is_missing
+    lines.append(f'  {program} --mode={command}{needs}')
+  return '\n'.join(lines)
 
 
 def _open_own_text(settings: Settings, workdir: str) -> PackedData:
@@ -296,6 +323,13 @@ def _warn(settings: Settings, before: Any, step: int):
     log.warning(text)
 
 
+def _was_evaluated(workdir: str, step: int) -> bool:
+  """Returns whether metrics.jsonl has the held-out bound of a step."""
+  path = pathlib.Path(workdir) / workdirs.METRICS
+  lines = path.read_text().splitlines() if path.exists() else []
+  return any(f'"step": {step},' in x and '"eval/nll"' in x for x in lines)
+
+
 def _initial_state(
   run: Run, training: runs.Training, init_from: str
 ) -> TrainState:
@@ -346,6 +380,8 @@ def _describe(run: Run, packed: PackedData):
     f'{packed.length} tokens/example, tokenizer {tokenizer.name} with '
     f'{tokenizer.vocab_size} ids'
   )
+  if not packed.is_documents and not jax.process_index():
+    log.info(guesses.describe(guesses.measure(packed, settings.data)))
   mesh = ', '.join(f'{axis} {size}' for axis, size in run.mesh.shape.items())
   log.info(
     f'model: {run.num_params():,} parameters, {settings.objective["name"]} '
@@ -410,11 +446,14 @@ def _loop(
   trace: Callable[[int], None],
   caught: signals.Caught,
   began: float,
+  is_shown: bool,
 ):
   """Trains `state` to the last step, or until a signal.
 
   After a skipped step nothing is saved until one is taken, since the parameters
   may be what made it fail; at the end of the run, unless they can be evaluated.
+
+  `is_shown` says whether the last step was evaluated by an earlier start.
 
   Raises:
     TrainingDiverged: too many steps in a row were skipped.
@@ -422,7 +461,8 @@ def _loop(
   settings, train = run.settings, run.settings.train
   first_step = saved_step = step = int(state.step)
   is_last = is_sound = is_due = False
-  log.info('compiling; the first step takes longest')
+  if step < train.num_steps:
+    log.info('compiling; the first step takes longest')
   while step < train.num_steps and not caught.should_stop(step):
     with progress.timing('wait'):
       batch = batches(state, step)
@@ -460,8 +500,12 @@ def _loop(
   elif step > saved_step:
     save(state)
   if first_step >= train.num_steps and not caught.number:
-    log.info(f'{step} of train.num_steps={train.num_steps} steps were taken')
-    show(step, state.eval_params)
+    log.info(
+      f'{step} of train.num_steps={train.num_steps} steps were taken; raise it '
+      'to train on'
+    )
+    if not is_shown:
+      show(step, state.eval_params)
 
 
 def _after_divergence(manager: Any, failed: int, can_delete: bool) -> str:

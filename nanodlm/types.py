@@ -64,6 +64,8 @@ class Batch(NamedTuple):
     segment_ids: [B, L] int32 or None; attention is limited to a segment.
     index: [B] int32 or None, position of each example in its split, from which
       evaluation derives the noise. Training uses the row in the global batch.
+    law_nats: [B] float32 or None, -log p of each document under the law of its
+      source, to which evaluation compares; NaN leaves a document out.
   """
 
   tokens: Any
@@ -73,6 +75,7 @@ class Batch(NamedTuple):
   num_bytes: Any
   segment_ids: Any = None
   index: Any = None
+  law_nats: Any = None
 
 
 class Noised(NamedTuple):
@@ -187,7 +190,7 @@ class Objective(abc.ABC):
     needs_time: whether the network must be time-conditioned.
     can_correct: whether the network also predicts tokens that are not masked,
       so that it can correct a finished text.
-    noises: allowed values of objective.noise; 'auto' is the first.
+    noises: allowed values of objective.noise; see `auto_noise`.
   """
 
   mask_id: int
@@ -200,6 +203,11 @@ class Objective(abc.ABC):
   needs_time: bool = False
   can_correct: bool = False
   noises: tuple[str, ...] = ()
+
+  @classmethod
+  def auto_noise(cls, settings: Mapping[str, Any]) -> str:
+    """Returns what objective.noise='auto' is, given the values of fields."""
+    return cls.noises[0]
 
   def loss(
     self, batch: Batch, levels: Array, keys: Array, score: Score
@@ -602,7 +610,13 @@ class Posterior:
 
 
 class Law(abc.ABC):
-  """The distribution of a source's documents, if it is known exactly."""
+  """The distribution of a source's documents, if it is known exactly.
+
+  Attributes:
+    gap: stands for one unknown word in a text given to `posterior`.
+  """
+
+  gap: str = '{}'
 
   @abc.abstractmethod
   def sample(self, seed: int, i: int) -> str:
@@ -624,8 +638,22 @@ class Law(abc.ABC):
     """Returns the entropy, nats per document, and half its 95% interval."""
 
   @abc.abstractmethod
+  def features(self, text: str) -> frozenset[str]:
+    """Returns the features that a text has, by which samples are compared.
+
+    Any text has features, also one that is impossible.
+    """
+
+  @abc.abstractmethod
+  def words(self, text: str) -> list[tuple[int, int]]:
+    """Returns where the words of a document are that can become gaps.
+
+    Each is [start, stop) in characters.
+    """
+
+  @abc.abstractmethod
   def posterior(self, text: str) -> Posterior:
-    """Returns the law of the words in the gaps ('{}', a word each) of a text.
+    """Returns the law of the words in the gaps (a word each) of a text.
 
     Raises:
       InputError: no document agrees with the text, or too many do.

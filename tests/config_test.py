@@ -269,7 +269,10 @@ class ValidateTest(parameterized.TestCase):
       {'objective__power': -1.0, 'objective__schedule': 'polynomial'},
       'objective.power',
     ),
-    ({'objective__num_timesteps': 10}, "objective.noise='count'"),
+    (
+      {'objective__num_timesteps': 10, 'objective__noise': 'count'},
+      "objective.noise='count'",
+    ),
     ({'sampler__name': 'ancestral', 'sampler__grid': 'log'}, 'sampler.grid'),
     (
       {'sampler__name': 'posterior', 'sampler__grid': '1,0.2,0.4,0'},
@@ -333,7 +336,10 @@ class ValidateTest(parameterized.TestCase):
     ({'sampler__schedule': 'cosine'}, 'sampler.schedule'),
     ({'sampler__threshold': 0.9}, 'sampler.threshold'),
     ({'sampler__eta': 0.5}, 'sampler.eta'),
-    ({'objective__schedule': 'cosine'}, 'objective.schedule'),
+    (
+      {'objective__noise': 'count', 'objective__schedule': 'cosine'},
+      'objective.schedule',
+    ),
     (
       {'objective__noise': 'uniform', 'objective__power': 3.0},
       'objective.power',
@@ -384,6 +390,19 @@ class ValidateTest(parameterized.TestCase):
     self.assertEqual(make_run(**changes).objective.noise, noise)
     changes['objective__noise'] = 'uniform'
     self.assertEqual(make_run(**changes).objective.noise, 'uniform')
+
+  @parameterized.product(
+    name=('masked', 'block', 'sedd', 'd3pm'),
+    change=(
+      {'objective__schedule': 'cosine'},
+      {'objective__schedule': 'polynomial', 'objective__power': 3.0},
+      {'objective__num_timesteps': 10},
+      {'objective__min_time': 0.1},
+    ),
+  )
+  def test_auto_noise_draws_the_times_that_are_described(self, name, change):
+    objective = make_run(objective__name=name, **change).objective
+    self.assertEqual(objective.noise, 'stratified')
 
   @parameterized.parameters('d3pm', 'hybrid')
   def test_noise_by_count_is_not_everyones(self, name):

@@ -124,6 +124,16 @@ def test_train_leaves_what_people_look_for(finished):
   assert meta['config'] == config
 
 
+def test_a_finished_run_is_not_evaluated_again(finished):
+  workdir, _ = finished
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  status, output = launch(f'--workdir={workdir}')
+  assert status == 0, output
+  assert '240 of train.num_steps=240' in output
+  assert f'--mode=sample --workdir={workdir}' in output
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
 @pytest.mark.parametrize(
   'number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 )
@@ -386,6 +396,14 @@ def test_misused_modes(finished, tmp_path):
   for args, words in (
     (('--mode=sample', f'--workdir={tmp_path}'), 'is not the folder of a run'),
     (('--mode=train', TINY), 'needs --workdir'),
+    (
+      (TINY, f'--workdir={tmp_path}/x', '--config.train.num_steps=1e3'),
+      '--config.train.num_steps=1e3 is not a whole number',
+    ),
+    (
+      (TINY, f'--workdir={tmp_path}/x', '--config.data.source=README.md'),
+      'did you mean text:README.md?',
+    ),
     # absl takes values after a space as well.
     (('--mode', 'sample', f'--workdir={tmp_path}'), 'is not the folder of a'),
     (('--config', 'missing.py', '--workdir=x'), "'missing.py' is not a file"),
@@ -405,7 +423,7 @@ def test_misused_modes(finished, tmp_path):
     ),
     (
       ('--mode=sample', f'--workdir={workdir}', '--prompt=' + 'x' * 65),
-      'needs 65 tokens',
+      'at least 66 tokens',
     ),
     (
       ('--mode=sample', f'--workdir={workdir}', '--config.sampler.name=ar'),

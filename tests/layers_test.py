@@ -9,7 +9,17 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'nanodlm'
 GROUND = ('types', 'noise', 'devices')
 PARTS = ('objectives', 'samplers', 'model', 'data', 'training', 'steps')
 STORIES = ('train', 'evaluate', 'sample')
-CORE = (*GROUND, *PARTS, 'workdir', 'config', 'prompts', 'run', 'lm', *STORIES)
+CORE = (
+  *GROUND,
+  *PARTS,
+  'workdir',
+  'config',
+  'prompts',
+  'laws',
+  'run',
+  'lm',
+  *STORIES,
+)
 # The folders and modules of nanodlm that each folder or module may import.
 MAY_IMPORT = {
   'types': (),
@@ -21,6 +31,7 @@ MAY_IMPORT = {
   'model': GROUND,
   'data': ('types', 'workdir'),
   'prompts': ('types', 'data'),
+  'laws': ('types', 'data', 'training', 'prompts'),
   'training': (*GROUND, 'model', 'workdir'),
   'config': ('types', 'workdir', 'devices', 'data', 'training'),
   'steps': (*GROUND, 'model', 'training', 'show.watch'),

@@ -124,7 +124,8 @@ def test_probabilities_are_those_of_the_call_that_revealed_a_token(ar):
     ({'sampler': 'first_hitting', 'num_steps': 3}, 'num_steps=3 is ignored'),
     ({'temperature': -1.0}, 'sampler.temperature=-1.0'),
     ({'top_q': 1.0}, 'sampler.top_q'),
-    ({'prompt': 'x' * 17}, 'needs 17 tokens'),
+    ({'prompt': 'x' * 17}, 'at least 18 tokens'),
+    ({'num_samples': 0}, 'num_samples=0'),
   ],
 )
 def test_wrong_settings(masked, options, message):
@@ -178,6 +179,7 @@ def test_bounds_have_an_interval(masked):
   )
   with pytest.raises(InputError, match="''"):
     masked.bound(['a', ''])
+  assert masked.bound([]) == []
 
 
 def test_logits(masked, ar):

@@ -69,6 +69,16 @@ def test_make_canvas(prompt, length, text):
   assert canvas(prompt, length) == text
 
 
+@pytest.mark.parametrize(
+  'prompt, length, size',
+  [('', 4, 0), ('ab', 4, 0), ('{{}}a{2}', 9, 0), ('a{}b', 6, 4)]
+  + [('a{}b{3}c{}', 11, 2), ('{}{}{}', 11, 3)],
+)
+def test_automatic_size(prompt, length, size):
+  num_free = canvas(prompt, length).count('_')
+  assert prompts.automatic_size(prompt, num_free) == size
+
+
 @pytest.mark.parametrize('prompt', ['abcde', 'abc{}d{}', 'a{9}'])
 def test_prompt_that_does_not_fit(prompt):
   with pytest.raises(InputError, match=r'a.* \d tokens'):

@@ -1,10 +1,11 @@
 """What a run was trained on, as hashes: how much of a text is in it verbatim.
 
 A passage is the tokens that make up about 64 bytes, or a whole document that is
-shorter. Of all passages of the training text, those with the smallest hashes
-are kept, at most a million. The same choice among the passages of another text
-gives an unbiased estimate of the share that was trained on, in any order and
-from any file. It includes what texts have in common by chance.
+shorter; if rows are documents, it is a whole document. Of all passages of the
+training text, those with the smallest hashes are kept, at most a million. The
+same choice among the passages of another text gives an unbiased estimate of the
+share that was trained on, in any order and from any file. It includes what
+texts have in common by chance.
 
 Source: FracMinHash, Hera et al., Genome Research 33 (2023) 1061.
 """
@@ -93,6 +94,7 @@ def remember(
   """
   path = pathlib.Path(workdir) / workdirs.TRAINED_ON
   if not path.exists():
+    _log.info('looking for the held-out text in the training text')
     record = make_record(packed, load(init_from) if init_from else None)
     partial = path.with_name(f'.{path.name}.tmp')
     with open(partial, 'wb') as file:
@@ -138,7 +140,9 @@ def make_record(packed: PackedData, earlier: Record | None = None) -> Record:
   """
   counts = packed.metadata['train']
   per_token = max(counts['num_bytes'] / counts['num_tokens'], 1)
-  window = min(max(round(PASSAGE_BYTES / per_token), 2), packed.length)
+  window = packed.length
+  if not packed.is_documents:
+    window = min(max(round(PASSAGE_BYTES / per_token), 2), window)
   num_bits, coverage, unknown = 0, 1.0, ''
   hashes = np.zeros([0], np.uint64)
   if earlier:

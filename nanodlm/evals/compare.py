@@ -3,11 +3,13 @@ r"""--mode=compare: bounds of runs, and sample quality against network calls.
     python launch.py --mode=compare --workdirs=RUN1,RUN2 --output=cmp \
         --judge=AR_RUN --num_steps=16,64,256 --samplers=fixed_count,ancestral
 
-Writes comparison.json, comparison.txt and, if there are samples, curves.png
-into a new folder. Apart from times, the same command gives the same numbers.
+--judge=law compares the samples to the law of the text, if that is known, as of
+data.source='stories'. Writes comparison.json, comparison.txt and, if there are
+samples, curves.png into a new folder. Apart from times, the same command gives
+the same numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import math
@@ -55,7 +57,8 @@ def define_flags():
   flags.DEFINE_string(
     'judge',
     '',
-    'Model for generative perplexity: the workdir of an autoregressive run, or '
+    "What measures samples: 'law', the known law of the text; or a model for "
+    'generative perplexity, the workdir of an autoregressive run or '
     "'hf:NAME_OR_PATH'.",
   )
   flags.DEFINE_list(
@@ -159,7 +162,9 @@ def sample_point(
     'num_samples': request.num_samples,
     'length': length,
     'tokens_per_sec': tokens.size / secs,
-    **judges.measure_quality(judge, tokens, lm.tokenizer),
+    **judges.measure_quality(
+      judge, tokens, lm.tokenizer, lm.run.settings.data.source
+    ),
   }
 
 
@@ -178,7 +183,8 @@ def compare_run(
   lm = lms.load(workdir, settings=settings)
   text, run = evaluate.open_text(lm), lm.run
   packed = text.packed
-  means = evaluate.make_evaluate(run, packed)(lm.params, max_examples) or {}
+  make = evaluate.make_evaluate(run, packed, text.source)
+  means = make(lm.params, max_examples) or {}
   result = {
     'workdir': workdir,
     'step': lm.step,
@@ -200,12 +206,14 @@ def compare_run(
     name = 'held-out text' if text.is_held_out else 'the text'
     point = {
       'sampler': {'name': name},
-      'num_calls': 0,
+      'num_calls': None,
       'num_samples': len(real),
       'length': min(length, packed.length),
       'tokens_per_sec': None,
       'judge_trained_share': judge and judge.trained_share(real, lm.tokenizer),
-      **judges.measure_quality(judge, real[:, :length], lm.tokenizer),
+      **judges.measure_quality(
+        judge, real[:, :length], lm.tokenizer, text.source
+      ),
     }
     result['points'].append(point)
   for changes in planned:
@@ -231,13 +239,18 @@ _RUN_COLUMNS = (
   ('bits/byte', 'bits_per_byte', '.4f'),
   ('trained on', 'shown_share', ''),
 )
+# Shown if a run has them.
+_DOCUMENT_COLUMNS = (
+  ('nats/document', 'nats_per_document', '.2f'),
+  ('above the law', 'excess_nats', '.2f'),
+)
 _POINT_COLUMNS = (
   ('samples of', 'workdir', ''),
   ('sampler', 'name', ''),
   ('calls', 'num_calls', '.0f'),
   ('tokens/s', 'tokens_per_sec', ',.0f'),
-  ('gen ppl', 'gen_ppl', '.2f'),
-  ('gen bits/byte', 'gen_bits_per_byte', '.4f'),
+)
+_TEXT_COLUMNS = (
   ('entropy, all', 'unigram_entropy', '.3f'),
   ('entropy, each', 'sample_entropy', '.3f'),
   ('dist-1', 'distinct_1', '.4f'),
@@ -246,7 +259,9 @@ _POINT_COLUMNS = (
 )
 
 
-def format_table(results: Sequence[dict[str, Any]], judge_name: str) -> str:
+def format_table(
+  results: Sequence[dict[str, Any]], judge: judges.Judge | None
+) -> str:
   """Formats the results as tables with remarks."""
   rows = [
     {
@@ -256,7 +271,8 @@ def format_table(results: Sequence[dict[str, Any]], judge_name: str) -> str:
     }
     for run in results
   ]
-  lines = metrics.format_table(_RUN_COLUMNS, rows)
+  columns = [c for c in _DOCUMENT_COLUMNS if any(c[1] in row for row in rows)]
+  lines = metrics.format_table((*_RUN_COLUMNS, *columns), rows)
   points = [
     {**point, 'workdir': run['workdir'], 'name': point['sampler']['name']}
     for run in results
@@ -268,38 +284,32 @@ def format_table(results: Sequence[dict[str, Any]], judge_name: str) -> str:
   draw = {key: last['sampler'][key] for key in DRAW_FLAGS}
   lines += [
     '',
-    *metrics.format_table(_POINT_COLUMNS, points),
+    *metrics.format_table(
+      (*_POINT_COLUMNS, *(judge.columns if judge else ()), *_TEXT_COLUMNS),
+      points,
+    ),
     '',
     f'{last["num_samples"]} samples of {points[0]["length"]} tokens per line, '
     f'{_describe(draw)}. entropy: nats/token, of all samples and of single '
     'texts.',
   ]
-  if judge_name:
-    is_text = 'text' in {point['judge_tokens'] for point in points}
-    remark = ', which re-encoded other tokenizers: compare bits/byte' * is_text
-    lines.append(
-      f'Judge: {judge_name}; gen ppl is per token of the judge{remark}. A low '
-      'value with a low entropy means repetition.'
-    )
-    shares = {
-      evaluate.shown_share({'trained_share': point['judge_trained_share']})
-      for point in points
-      if 'judge_trained_share' in point
-    }
-    lines.append(
-      f'Share of the texts of the runs that the judge was trained on: '
-      f'{", ".join(sorted(shares))}.'
-    )
+  if judge:
+    lines += judge.remarks(points)
   return '\n'.join(lines)
 
 
+def make_panels(judge: judges.Judge | None) -> dict[str, str]:
+  """Returns what is plotted of the points, {key: label}."""
+  own = judge.panels if judge else {}
+  return {**own, 'sample_entropy': 'entropy of a sample, nats/token'}
+
+
 def plot_curves(
-  results: Sequence[dict[str, Any]], judge_name: str, path: pathlib.Path
+  results: Sequence[dict[str, Any]],
+  labels: Mapping[str, str],
+  path: pathlib.Path,
 ):
-  """Draws quality and entropy against network calls, a line per sampler."""
-  labels = {'sample_entropy': 'entropy of a sample, nats/token'}
-  if judge_name:
-    labels['gen_bits_per_byte'] = f'bits/byte under {judge_name}'
+  """Draws `labels`, {key: label}, against network calls, a line per sampler."""
   curves = {}
   for result in results:
     for point in result['points']:
@@ -307,21 +317,22 @@ def plot_curves(
       curves.setdefault(name, []).append(point)
   from matplotlib import figure
 
-  fig = figure.Figure(figsize=(11, 4.5), layout='constrained')
+  size = (5.5 * len(labels), 4.5)
+  fig = figure.Figure(figsize=size, layout='constrained')
   panels = fig.subplots(1, len(labels), squeeze=False)[0]
   for axes, (key, label) in zip(panels, labels.items()):
     for i, (name, points) in enumerate(curves.items()):
       style = {'color': f'C{i}', 'label': name}
       x = [point['num_calls'] for point in points]
       y = [point.get(key, math.nan) for point in points]
-      if x[0]:
+      if x[0] is not None:
         widths = [point.get(f'{key}_ci95', 0.0) for point in points]
         axes.errorbar(x, y, yerr=widths, marker='o', capsize=3, **style)
       else:  # Held-out text.
         axes.axhline(y[0], linestyle=':', **style)
     axes.set(xscale='log', xlabel='network calls', ylabel=label)
     calls = {point['num_calls'] for one in curves.values() for point in one}
-    calls = sorted(calls - {0})
+    calls = sorted(calls - {None})
     axes.set_xticks(calls, [f'{x:.0f}' for x in calls])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -373,11 +384,16 @@ def _open_settings(
       )
   if not source:
     return settings
-  # The cropping and padding of the training text do not apply to another one.
-  change = {'source': source, 'eval_source': '', 'crop': 'chunk'}
-  change['padding'] = 'eos'
+  change = {'source': source, 'eval_source': '', 'long_documents': 'cut'}
+  # The other crops, and the padding of pairs, do not apply to another text.
+  cut = {**change, 'crop': 'chunk', 'padding': 'eos', 'long_documents': 'drop'}
   return [
-    dataclasses.replace(one, data=dataclasses.replace(one.data, **change))
+    dataclasses.replace(
+      one,
+      data=dataclasses.replace(
+        one.data, **(change if one.data.crop == 'document' else cut)
+      ),
+    )
     for one in settings
   ]
 
@@ -389,7 +405,7 @@ def main(start: Start) -> int:
   request = _parse_request(options)
   for name in ('workdirs', 'output'):
     if not options[name].value:
-      raise InputError(f'--{name} is needed; see --help')
+      raise InputError(f'--mode=compare needs --{name}')
   workdirs.check_writable(options.output, '--output')
   output = pathlib.Path(options.output)
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -398,16 +414,22 @@ def main(start: Start) -> int:
     )
   settings = _open_settings(options.workdirs, request, options.source)
   judge = judges.make_judge(options.judge) if options.judge else None
+  if judge:
+    for one in settings:
+      judge.check(one.data)
   results = [
     compare_run(workdir, one, request, judge, options.max_examples)
     for workdir, one in zip(options.workdirs, settings)
   ]
-  table = format_table(results, options.judge)
+  table = format_table(results, judge)
   print(table)
   output.mkdir(parents=True, exist_ok=True)
   (output / 'comparison.txt').write_text(table + '\n')
+  points = [point for result in results for point in result['points']]
   value = {
     'judge': options.judge,
+    'panels': make_panels(judge),
+    'remarks': judge.remarks(points) if judge and points else [],
     'request': request._asdict(),
     'runs': results,
   }
@@ -417,7 +439,7 @@ def main(start: Start) -> int:
   (output / 'comparison.json').write_text(text)
   if options.plot and request.samplers:
     try:
-      plot_curves(results, options.judge, output / 'curves.png')
+      plot_curves(results, make_panels(judge), output / 'curves.png')
     except ModuleNotFoundError as error:
       print(f"curves.png is left out ({error}): pip install -e '.[plots]'")
   return 0

@@ -1,18 +1,25 @@
-"""Infilling accuracy: the run's sampler fills gaps in held-out text."""
+"""Infilling accuracy: the run's sampler fills gaps in held-out text.
 
-from collections.abc import Sequence
+If the law of the text is known, whole words are masked, and the accuracy is
+compared to the best one that is possible: that of the law's exact posterior,
+given all that the network is given.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 import logging
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from nanodlm import evaluate
+from nanodlm import evaluate, laws
 from nanodlm import lm as lms
+from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
 from nanodlm.training import metrics
-from nanodlm.types import Batch, InputError
+from nanodlm.types import Batch, InputError, Law, Posterior
 
 log = logging.getLogger('nanodlm')
 
@@ -78,15 +85,16 @@ def check_run(run: Run):
 
 def measure_infilling(
   lm: LanguageModel, rows: Batch, ratios: Sequence[float]
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
   """Measures the share of masked tokens that the sampler restores exactly.
 
   Only eligible tokens of `rows` are masked, the given `ratios` of each row's.
 
-  Returns:
-    For each pattern and ratio a dict: pattern; ratio; accuracy, of the masked
-    tokens, and accuracy_ci95 (see `metrics.ratio_interval`); exact_match, the
-    share of rows without an error; num_examples; num_tokens; num_calls.
+  Yields:
+    For each pattern and ratio a dict: pattern; ratio; unit='token'; accuracy,
+    of the masked tokens, and accuracy_ci95 (see `metrics.ratio_interval`);
+    exact_match, the share of rows without an error; num_examples; num_tokens;
+    num_calls.
   """
   check_run(lm.run)
   settings = lm.run.settings.eval
@@ -94,31 +102,216 @@ def measure_infilling(
   tokens, eligible = rows.tokens, rows.eligible
   # The padding of a pair stays as it is.
   eligible = eligible & (np.cumsum(eligible, 1) <= rows.num_tokens[:, None])
-  results = []
   for pattern in PATTERNS:
     for i, ratio in enumerate(ratios):
       seed = (settings.seed, PATTERNS.index(pattern), i)
       gaps = sample_gaps(np.random.default_rng(seed), eligible, ratio, pattern)
       canvas = np.where(gaps, lm.tokenizer.mask_id, tokens).astype(np.int32)
-      key = jax.random.fold_in(jax.random.key(settings.seed), len(results))
+      number = PATTERNS.index(pattern) * len(ratios) + i
+      key = jax.random.fold_in(jax.random.key(settings.seed), number)
       filled, num_calls = fill(lm.params, key, canvas, ~gaps)
       correct, masked = np.sum(gaps & (filled == tokens), 1), gaps.sum(1)
       accuracy, half_width = metrics.ratio_interval(
         correct, masked, lm.run.settings.data.has_documents
       )
-      results.append(
-        {
-          'pattern': pattern,
-          'ratio': ratio,
-          'accuracy': accuracy,
-          'accuracy_ci95': half_width,
-          'exact_match': float(np.mean((correct == masked)[masked > 0])),
-          'num_examples': int(np.sum(masked > 0)),
-          'num_tokens': int(masked.sum()),
-          'num_calls': num_calls,
-        }
+      yield {
+        'pattern': pattern,
+        'ratio': ratio,
+        'unit': 'token',
+        'accuracy': accuracy,
+        'accuracy_ci95': half_width,
+        'exact_match': float(np.mean((correct == masked)[masked > 0])),
+        'num_examples': int(np.sum(masked > 0)),
+        'num_tokens': int(masked.sum()),
+        'num_calls': num_calls,
+      }
+
+
+class WordGaps(NamedTuple):
+  """Words of a row to be filled in, and what is known of them.
+
+  Attributes:
+    places: the token positions of each word.
+    words: the words.
+    posterior: their law, given all other tokens of the row.
+  """
+
+  places: list[np.ndarray]
+  words: tuple[str, ...]
+  posterior: Posterior
+
+
+def find_words(
+  law: Law, tokenizer: Tokenizer, row: np.ndarray
+) -> list[tuple[int, int, np.ndarray]]:
+  """Returns the words of a row [L] whose tokens spell nothing else but spaces.
+
+  Each is (start, stop, token positions), the first two in characters.
+  """
+  text, _ = laws.read_text(tokenizer, row)
+  pieces = tokenizer.spell(row)
+  stops = np.cumsum([len(piece) for piece in pieces])
+  starts = np.append(0, stops[:-1])
+  words = []
+  for start, stop in law.words(text):
+    places = np.flatnonzero((starts < stop) & (stops > start))
+    spelled = ''.join(pieces[i] for i in places)
+    if spelled.strip() == text[start:stop]:
+      words.append((start, stop, places))
+  return words
+
+
+def make_word_gaps(
+  law: Law,
+  tokenizer: Tokenizer,
+  row: np.ndarray,
+  words: Sequence[tuple[int, int, np.ndarray]],
+) -> WordGaps:
+  """Makes gaps of some `words` of a row [L] from `find_words`.
+
+  The network also sees how many tokens are masked, and where. The posterior is
+  therefore that of fillings whose tokens agree with all others of the row.
+
+  Raises:
+    InputError: too many fillings are possible, or the row is not the encoding
+      of its text.
+  """
+  text, _ = laws.read_text(tokenizer, row)
+  parts, last = [], 0
+  for start, stop, _ in words:
+    parts.append(text[last:start])
+    last = stop
+  rest = text[last:]
+  join = lambda fill: ''.join(map(''.join, zip(parts, fill))) + rest
+  posterior = law.posterior(join([law.gap] * len(words)))
+  is_gap = np.zeros(len(row), bool)
+  for _, _, places in words:
+    is_gap[places] = True
+  size = int(np.argmax(np.isin(row, tokenizer.eos_ids)))
+
+  def agrees(fill) -> bool:
+    ids = tokenizer.encode(join(fill))
+    return len(ids) == size and bool(
+      np.all((ids == row[:size]) | is_gap[:size])
+    )
+
+  fills = {fill: p for fill, p in posterior.fills.items() if agrees(fill)}
+  total = sum(fills.values())
+  if not total:
+    raise InputError(
+      f'tokenizer.name={tokenizer.name!r} encodes {text!r} in another way than '
+      'its row'
+    )
+  return WordGaps(
+    [places for *_, places in words],
+    tuple(text[start:stop] for start, stop, _ in words),
+    Posterior(
+      posterior.log_prob + math.log(total),
+      {fill: p / total for fill, p in fills.items()},
+    ),
+  )
+
+
+def measure_words(
+  lm: LanguageModel, law: Law, rows: Batch, ratios: Sequence[float]
+) -> Iterator[dict[str, Any]]:
+  """Measures the share of masked words that the sampler restores.
+
+  Documents that were cut, or with more completions than the law can enumerate,
+  are left out.
+
+  Yields:
+    For each pattern and ratio (of a document's words) a dict with unit='word'
+    and the keys of `measure_infilling`, except that num_words is the number of
+    gaps. Besides, of the same gaps: bayes_accuracy and bayes_accuracy_ci95, the
+    expected accuracy of the likeliest words, which is the best possible one;
+    exact_accuracy, that of words drawn from the posterior, as by a perfect
+    sampler at temperature 1; num_left_out, documents.
+
+  Raises:
+    InputError: no document can be enumerated.
+  """
+  check_run(lm.run)
+  settings, tokenizer = lm.run.settings.eval, lm.tokenizer
+  fill = lms.make_fill(lm.run, settings.batch_size)
+  whole = [laws.read_text(tokenizer, row)[1] for row in rows.tokens]
+  tokens = rows.tokens[np.array(whole, bool)]
+  words = [find_words(law, tokenizer, row) for row in tokens]
+  for pattern in PATTERNS:
+    for i, ratio in enumerate(ratios):
+      generator = np.random.default_rng(
+        (settings.seed, PATTERNS.index(pattern), i)
       )
-  return results
+      found, kept, problem = [], [], 'no document has its end in its row'
+      for j, row in enumerate(tokens):
+        ones = np.ones((1, len(words[j])), bool)
+        (chosen,) = sample_gaps(generator, ones, ratio, pattern)
+        chosen = [words[j][k] for k in np.flatnonzero(chosen)]
+        try:
+          found.append(make_word_gaps(law, tokenizer, row, chosen))
+          kept.append(j)
+        except InputError as error:
+          problem = str(error)
+      if not kept:
+        raise InputError(
+          f'--infill={ratio:g}: the exact posterior is not known for any of '
+          f'{len(rows.tokens)} documents: {problem}'
+        )
+      fixed = np.ones((len(kept), tokens.shape[1]), bool)
+      for row, gaps in zip(fixed, found):
+        row[np.concatenate(gaps.places)] = False
+      canvas = np.where(fixed, tokens[kept], tokenizer.mask_id)
+      number = PATTERNS.index(pattern) * len(ratios) + i
+      key = jax.random.fold_in(jax.random.key(settings.seed), number)
+      filled, num_calls = fill(lm.params, key, canvas.astype(np.int32), fixed)
+      correct, best, exact = np.zeros((3, len(kept)))
+      for n, (row, gaps) in enumerate(zip(filled, found)):
+        pieces = tokenizer.spell(row)
+        for places, word, law_of_word in zip(
+          gaps.places, gaps.words, gaps.posterior.marginals()
+        ):
+          correct[n] += ''.join(pieces[p] for p in places).strip() == word
+          best[n] += max(law_of_word.values())
+          exact[n] += sum(p * p for p in law_of_word.values())
+      num = np.array([len(gaps.words) for gaps in found])
+      accuracy, half_width = metrics.ratio_interval(correct, num)
+      bayes, bayes_half_width = metrics.ratio_interval(best, num)
+      yield {
+        'pattern': pattern,
+        'ratio': ratio,
+        'unit': 'word',
+        'accuracy': accuracy,
+        'accuracy_ci95': half_width,
+        'bayes_accuracy': bayes,
+        'bayes_accuracy_ci95': bayes_half_width,
+        'exact_accuracy': float(exact.sum() / num.sum()),
+        'exact_match': float(np.mean(correct == num)),
+        'num_examples': len(kept),
+        'num_left_out': len(rows.tokens) - len(kept),
+        'num_words': int(num.sum()),
+        'num_calls': num_calls,
+      }
+
+
+def describe(result: Mapping[str, Any]) -> str:
+  """Describes a result of `measure_infilling` or `measure_words` in a line."""
+  unit = result['unit']
+  text = (
+    f'{result["ratio"]:.0%} of the {unit}s masked, {result["pattern"]:7}  '
+    f'accuracy {result["accuracy"]:.4f} ± {result["accuracy_ci95"]:.4f}'
+  )
+  if 'bayes_accuracy' in result:
+    text += (
+      f' of at most {result["bayes_accuracy"]:.4f} (by draws from the exact '
+      f'posterior {result["exact_accuracy"]:.4f})'
+    )
+  left_out = result.get('num_left_out')
+  return (
+    f'{text}, rows without error {result["exact_match"]:.4f} '
+    f'({result[f"num_{unit}s"]} {unit}s of {result["num_examples"]} examples, '
+    + f'{left_out} with too many completions left out, ' * bool(left_out)
+    + f'{result["num_calls"]:.0f} network calls)'
+  )
 
 
 def infill_text(
@@ -140,15 +333,14 @@ def infill_text(
     len(ratios),
     text.describe(),
   )
-  results = measure_infilling(lm, rows, ratios)
   sampler = lm.run.describe_sampler()
   log.info('infilling with %(name)s, temperature %(temperature)g:', sampler)
-  for row in results:
-    log.info(
-      '  %(ratio).0f%% masked, %(pattern)-7s  accuracy %(accuracy).4f ± '
-      '%(accuracy_ci95).4f, rows without error %(exact_match).4f '
-      '(%(num_tokens)d tokens of %(num_examples)d examples, %(num_calls).0f '
-      'network calls)',
-      row | {'ratio': 100 * row['ratio']},
-    )
+  if law := laws.law_of_rows(lm.run.settings.data, text.source):
+    measured = measure_words(lm, law, rows, ratios)
+  else:
+    measured = measure_infilling(lm, rows, ratios)
+  results = []
+  for result in measured:
+    log.info('  %s', describe(result))
+    results.append(result)
   evaluate.append_result(lm, text, {'sampler': sampler, 'infill': results})

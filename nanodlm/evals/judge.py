@@ -1,25 +1,34 @@
-"""Generative perplexity: how probable another model finds sampled text.
+"""Judges of sampled text: a language model, or the law of the text.
 
-A judge is an autoregressive run of nanodlm, or a causal language model of
-Hugging Face (with `transformers` and PyTorch installed). A low perplexity alone
-means little because repetition is probable (Zheng et al., arXiv 2409.02908);
+A model is an autoregressive run of nanodlm, or a causal language model of
+Hugging Face (with `transformers` and PyTorch installed), and gives generative
+perplexity: how probable it finds the text. A low perplexity alone means little
+because repetition is probable (Zheng et al., arXiv 2409.02908);
 `measure_quality` never returns it without the entropies and distinct-n.
+
+The law, if it is known, says which samples are possible, and how much their
+distribution differs from that of the text.
 """
 
 import abc
+from collections.abc import Mapping, Sequence
 import math
+import types
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from nanodlm import evaluate, laws
 from nanodlm import lm as lms
-from nanodlm.data import overlap, pipeline
+from nanodlm.data import overlap, pipeline, sources
+from nanodlm.data.config import DataConfig
 from nanodlm.data.tokenizers.base import count_lost, Tokenizer, warn_of_loss
 from nanodlm.training import metrics
 from nanodlm.types import InputError, reason
 
 HUGGING_FACE = 'hf:'
+LAW = 'law'
 
 
 class Judged(NamedTuple):
@@ -34,13 +43,109 @@ class Judged(NamedTuple):
 
 
 class Judge(abc.ABC):
+  """What measures samples.
+
+  Attributes:
+    name: --judge.
+    columns: of `metrics.format_table`, for what it measures.
+    panels: what is plotted of that, {key: label}.
+  """
+
+  name: str
+  columns: tuple[tuple[str, str, str], ...]
+  panels: Mapping[str, str]
+
+  def check(self, data: DataConfig):
+    """Raises InputError if it cannot judge texts like those of a run."""
+    del data  # By default, it judges any text.
+
+  @abc.abstractmethod
+  def measure(
+    self, tokens: np.ndarray, tokenizer: Tokenizer, source: str
+  ) -> dict[str, Any]:
+    """Measures texts, ids [N, L] of a tokenizer, of a run on a source."""
+
+  @abc.abstractmethod
+  def remarks(self, points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Explains the columns of points, in lines below the table."""
+
+  def trained_share(
+    self, tokens: np.ndarray, tokenizer: Tokenizer
+  ) -> float | None:
+    """Returns the share of texts [N, L] that it was trained on, if known."""
+    del tokens, tokenizer
+
+
+class LawJudge(Judge):
+  """The exact law of the text that a run was trained on."""
+
+  columns = (
+    ('possible', 'valid_share', '.4f'),
+    ('law nats', 'law_nats', '.2f'),
+    ('distinct', 'distinct_share', '.4f'),
+    ('divergence', 'divergence', '.5f'),
+    ('of the law', 'own_divergence', '.5f'),
+  )
+  panels = types.MappingProxyType(
+    {
+      'valid_share': 'share of possible samples',
+      'law_nats': 'nats of a possible sample',
+      'divergence': 'divergence of features, nats',
+    }
+  )
+
+  def __init__(self):
+    self.name = LAW
+    self._features = {}
+
+  def check(self, data: DataConfig):
+    try:
+      laws.require_law(data)
+    except InputError as error:
+      raise InputError(f'--judge={LAW}: {error}') from error
+
+  def measure(
+    self, tokens: np.ndarray, tokenizer: Tokenizer, source: str
+  ) -> dict[str, Any]:
+    if source not in self._features:
+      law = sources.law_of(source)
+      assert law is not None  # See `check`.
+      self._features[source] = laws.Features(law)
+    features = self._features[source]
+    texts = laws.read_texts(tokenizer, tokens)
+    return {
+      **laws.sample_means(features.law, texts),
+      'divergence': features.divergence(texts),
+      'own_divergence': features.own_divergence(len(texts)),
+      'num_features': len(features.frequencies),
+    }
+
+  def remarks(self, points: Sequence[Mapping[str, Any]]) -> list[str]:
+    nums = sorted({point['num_features'] for point in points})
+    return [
+      'possible: share of the samples that the law of the text allows; law '
+      'nats: mean -log p of those. divergence: Jensen-Shannon, in nats, from '
+      f'the law, averaged over {" or ".join(map(str, nums))} features; of the '
+      'law: its value for the same number of samples of the law itself.'
+    ]
+
+
+class ModelJudge(Judge):
   """An autoregressive model that scores texts.
 
   Texts longer than `window` tokens are cut, and each part is scored without the
   ones before it.
   """
 
+  columns = (
+    ('gen ppl', 'gen_ppl', '.2f'),
+    ('gen bits/byte', 'gen_bits_per_byte', '.4f'),
+  )
   window: int
+
+  def __init__(self, name: str):
+    self.name = name
+    self.panels = {'gen_bits_per_byte': f'bits/byte under {name}'}
 
   @abc.abstractmethod
   def reads_ids_of(self, tokenizer: Tokenizer) -> bool:
@@ -56,11 +161,39 @@ class Judge(abc.ABC):
   ) -> np.ndarray:
     """Returns the nats [M] of the text in windows of `cut_windows`, M >= 1."""
 
-  def trained_share(
-    self, tokens: np.ndarray, tokenizer: Tokenizer
-  ) -> float | None:
-    """Returns the share of texts [N, L] that it was trained on, if known."""
-    del tokens, tokenizer
+  def measure(
+    self, tokens: np.ndarray, tokenizer: Tokenizer, source: str
+  ) -> dict[str, Any]:
+    del source
+    judged = self.score(tokens, tokenizer)
+    nll, _ = metrics.ratio_interval(judged.nll, judged.num_tokens)
+    per_byte, half_width = metrics.ratio_interval(judged.nll, judged.num_bytes)
+    values = {
+      'gen_nll': nll,
+      'gen_ppl': math.exp(min(nll, 700.0)),
+      'gen_bits_per_byte': per_byte / math.log(2),
+      'gen_bits_per_byte_ci95': half_width / math.log(2),
+    }
+    return {
+      **{key: value for key, value in values.items() if math.isfinite(value)},
+      'judge_tokens': 'own' if self.reads_ids_of(tokenizer) else 'text',
+      'num_empty': int(np.sum(judged.num_bytes == 0)),
+    }
+
+  def remarks(self, points: Sequence[Mapping[str, Any]]) -> list[str]:
+    is_text = 'text' in {point['judge_tokens'] for point in points}
+    shares = {
+      evaluate.shown_share({'trained_share': point['judge_trained_share']})
+      for point in points
+      if 'judge_trained_share' in point
+    }
+    remark = ', which re-encoded other tokenizers: compare bits/byte' * is_text
+    return [
+      f'Judge: {self.name}; gen ppl is per token of the judge{remark}. A low '
+      'value with a low entropy means repetition.',
+      f'Share of the texts of the runs that the judge was trained on: '
+      f'{", ".join(sorted(shares))}.',
+    ]
 
   def score(self, tokens: np.ndarray, tokenizer: Tokenizer) -> Judged:
     """Scores texts given as ids [N, L] of `tokenizer`.
@@ -84,10 +217,11 @@ class Judge(abc.ABC):
     )
 
 
-class NanodlmJudge(Judge):
+class NanodlmJudge(ModelJudge):
   """An autoregressive run. Texts of another tokenizer are re-encoded."""
 
   def __init__(self, spec: str, batch_size: int):
+    super().__init__(spec)
     self.lm = lms.load(spec)
     settings = self.lm.run.settings
     if not self.lm.run.objective.exact:
@@ -127,7 +261,7 @@ class NanodlmJudge(Judge):
     return self._score(self.lm.params, jax.random.key(0), batch)['nll']
 
 
-class HuggingFaceJudge(Judge):
+class HuggingFaceJudge(ModelJudge):
   """A causal language model of `transformers`, in float32. It reads text."""
 
   def __init__(self, spec: str, batch_size: int):
@@ -139,8 +273,8 @@ class HuggingFaceJudge(Judge):
         f"--judge={spec!r} needs {error.name}: pip install -e '.[judge]', or "
         'give the workdir of an autoregressive run'
       ) from error
-    name = spec.removeprefix(HUGGING_FACE)
-    self.spec, self.batch_size = spec, batch_size
+    super().__init__(spec)
+    name, self.batch_size = spec.removeprefix(HUGGING_FACE), batch_size
     try:
       self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
       model = transformers.AutoModelForCausalLM.from_pretrained(name)
@@ -172,7 +306,7 @@ class HuggingFaceJudge(Judge):
     )
     num_lost = sum(map(count_lost, texts, decoded))
     num_bytes = sum(len(text.encode()) for text in texts)
-    warn_of_loss(f'--judge={self.spec!r}', num_lost, num_bytes)
+    warn_of_loss(f'--judge={self.name!r}', num_lost, num_bytes)
     return [np.asarray(row, np.int64) for row in rows]
 
   def score_windows(
@@ -198,49 +332,42 @@ class HuggingFaceJudge(Judge):
 
 
 def make_judge(spec: str, batch_size: int = 32) -> Judge:
-  """Loads a judge: the workdir of an autoregressive run, or 'hf:NAME_OR_PATH'.
+  """Makes a judge: 'law', a workdir of an 'ar' run, or 'hf:NAME_OR_PATH'.
 
   `batch_size` windows are scored at once. Raises InputError if the model cannot
   be loaded or is not autoregressive.
   """
+  if spec == LAW:
+    return LawJudge()
   cls = HuggingFaceJudge if spec.startswith(HUGGING_FACE) else NanodlmJudge
   return cls(spec, batch_size)
 
 
 def measure_quality(
-  judge: Judge | None, tokens: np.ndarray, tokenizer: Tokenizer
+  judge: Judge | None,
+  tokens: np.ndarray,
+  tokenizer: Tokenizer,
+  source: str = '',
 ) -> dict[str, Any]:
   """Measures the quality of sampled texts.
 
   Args:
-    judge: for the perplexity; None leaves it out.
+    judge: what measures more than the statistics; None is nothing.
     tokens: [N, L] ids of `tokenizer`, the sampling model's.
     tokenizer: their tokenizer.
+    source: data.source of the model; read by the law alone.
 
   Returns:
     The values of `metrics.text_statistics`, in tokens of `tokenizer`. With a
-    judge also gen_nll and gen_ppl, nats and perplexity per token of the judge;
-    gen_bits_per_byte, which compares across tokenizers and judges, and its
-    interval over texts, gen_bits_per_byte_ci95; judge_tokens, 'own' if the
-    judge scored the ids themselves, 'text' if it encoded their text; num_empty,
-    the number of samples without text. What is undefined for lack of texts is
-    left out.
+    model as the judge also gen_nll and gen_ppl, nats and perplexity per token
+    of the judge; gen_bits_per_byte, which compares across tokenizers and
+    judges, and its interval over texts, gen_bits_per_byte_ci95; judge_tokens,
+    'own' if the judge scored the ids themselves, 'text' if it encoded their
+    text; num_empty, the number of samples without text. With the law those of
+    `laws.sample_means`; divergence, own_divergence and num_features, see
+    `laws.Features`. What is undefined for lack of texts is left out.
   """
   quality = metrics.text_statistics(tokens)
-  if judge is None:
-    return quality
-  judged = judge.score(tokens, tokenizer)
-  nll, _ = metrics.ratio_interval(judged.nll, judged.num_tokens)
-  per_byte, half_width = metrics.ratio_interval(judged.nll, judged.num_bytes)
-  values = {
-    'gen_nll': nll,
-    'gen_ppl': math.exp(min(nll, 700.0)),
-    'gen_bits_per_byte': per_byte / math.log(2),
-    'gen_bits_per_byte_ci95': half_width / math.log(2),
-  }
-  return {
-    **{key: value for key, value in values.items() if math.isfinite(value)},
-    'judge_tokens': 'own' if judge.reads_ids_of(tokenizer) else 'text',
-    'num_empty': int(np.sum(judged.num_bytes == 0)),
-    **quality,
-  }
+  if judge is not None:
+    quality |= judge.measure(tokens, tokenizer, source)
+  return quality

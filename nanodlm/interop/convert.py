@@ -136,7 +136,8 @@ def import_checkpoint(
   """Writes a workdir with the weights of a published checkpoint.
 
   Args:
-    source: a folder, a file of weights, or 'ORGANISATION/NAME' on the hub.
+    source: a folder, a file of weights, or a name on the hub, as 'gpt2' or
+      'ORGANISATION/NAME'.
     workdir: a folder that is new or empty.
     family: one of FAMILIES; '' detects it.
     allow_pickle: see `tensors.open_tensors`.
@@ -309,10 +310,10 @@ def find_source(source: str, allow_pickle: bool) -> pathlib.Path:
   path = pathlib.Path(source)
   if path.exists():
     return path
-  if not re.fullmatch(r'[\w.-]+/[\w.-]+', source):
+  if not re.fullmatch(r'([\w.-]+/)?[\w.-]+', source):
     raise InputError(
       f'--from={source!r} is neither a folder or file here nor a name on the '
-      "Hugging Face hub, 'ORGANISATION/NAME'"
+      "Hugging Face hub, 'NAME' or 'ORGANISATION/NAME'"
     )
   tensor_files.require('huggingface_hub')
   from huggingface_hub import constants, snapshot_download

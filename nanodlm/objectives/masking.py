@@ -43,6 +43,14 @@ class MaskedNoise(diffusion.Diffusion):
   predicts_masked = True
   noises = ('count', 'stratified', 'uniform')
 
+  @classmethod
+  def auto_noise(cls, settings):
+    """Returns the first of `noises`; not 'count' if times are described."""
+    fields = {field.name: field.default for field in dataclasses.fields(cls)}
+    of_times = 'schedule', 'num_timesteps', 'min_time'
+    has_times = any(settings[key] != fields[key] for key in of_times)
+    return next(x for x in cls.noises if x != 'count' or not has_times)
+
   def __post_init__(self):
     super().__post_init__()
     if self.num_timesteps < 0:

@@ -297,6 +297,9 @@ def compile_run(run: Run, topology: str = '') -> dict[str, Any]:
     capacity = chip.memory_bytes
   elif not topology:
     capacity = (device.memory_stats() or {}).get('bytes_limit')
+    if device.platform == 'cpu' and 'SC_PHYS_PAGES' in os.sysconf_names:
+      pages = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+      capacity = pages / num_devices
   length = settings.data.length
   tokens = settings.train.batch_size * length
   parts = dict(
@@ -420,6 +423,11 @@ def main(start: Start) -> int:
   run = runs.make_run(settings, devices=devices, platform=devices[0].platform)
   report = compile_run(run.with_vocabulary(vocab_size), topology)
   print(format_report(report), flush=True)
+  if not topology:
+    log.info(
+      'for this machine; --topology=v5e:4x4 or another one asks for a pod '
+      "(pip install -e '.[tpu]')"
+    )
   if start.workdir:
     workdirs.make(start.workdir)
     path = pathlib.Path(start.workdir) / REPORT_FILE

@@ -71,6 +71,8 @@ loopback address, anyone who reaches the port can use the model. On a loopback
 address, only programs of this machine can, and no page of another site.
 """
 
+from __future__ import annotations
+
 from concurrent import futures
 import logging
 import pathlib
@@ -92,14 +94,14 @@ try:
   from fastapi import exceptions, responses
   import starlette.exceptions
   import uvicorn
-except ImportError as error:
-  raise InputError(
-    f"--mode=serve requires pip install -e '.[serve]' ({error})"
-  ) from error
 
-from nanodlm.serving import guard, openai, schemas
-from nanodlm.serving.engine import Engine
-from nanodlm.serving.service import ApiError, EventStream, Service
+  from nanodlm.serving import guard, openai, schemas
+  from nanodlm.serving.engine import Engine
+  from nanodlm.serving.service import ApiError, EventStream, Service
+except ImportError as error:  # Raised by main(), so that --help needs nothing.
+  _missing = error
+else:
+  _missing = None
 
 log = logging.getLogger('nanodlm')
 
@@ -167,10 +169,10 @@ def make_app(model: Service, host: str = '') -> guard.Guard:
 
 async def _respond_to_error(request: fastapi.Request, error: Exception):
   match error:
-    case ApiError():
+    case ApiError():  # pyright: ignore[reportGeneralTypeIssues]
       pass
     case InputError():  # It may name a flag of the command line.
-      message = str(error).replace('--prompt=', 'prompt=')
+      message = str(error)
       error = ApiError(400, message, 'invalid_value')
     case exceptions.RequestValidationError():
       # The error that is deepest in the body says most.
@@ -354,6 +356,10 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 def main(start: Start) -> int:
   """--mode=serve: serves the last checkpoint of a run until a signal."""
+  if _missing:
+    raise InputError(
+      f"--mode=serve requires pip install -e '.[serve]' ({_missing})"
+    ) from _missing
   host, port = flags.FLAGS.host, flags.FLAGS.port
   settings = start.resolve_reading(READS, UNREAD)
   if jax.process_count() > 1:

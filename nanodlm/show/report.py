@@ -150,6 +150,26 @@ def draw_losses(runs: Sequence[Run]) -> Iterator[Part]:
     yield Plot(name, title, unit, 'nats/token', whole | subset)
 
 
+def draw_law(runs: Sequence[Run]) -> Iterator[Part]:
+  """How far models and samples are from the law of the text, if it is known."""
+  keys = 'eval/excess_nats', 'eval_subset/excess_nats', 'samples/valid_share'
+  if not any(run.last_line(*keys) for run in runs):
+    return
+  yield (
+    'The law of the text is known. Excess: the bound of held-out documents '
+    'less their exact -log p, with the 95% interval of the differences; 0 is a '
+    'perfect model. Possible: the share of the samples that the law allows.'
+  )
+  whole, subset, possible = keys
+  excess = {run.name: run.curve(whole) for run in runs}
+  excess |= {f'{run.name}, subset': run.curve(subset) for run in runs}
+  title = 'Excess over the law by steps'
+  yield Plot('excess', title, 'steps', 'nats/document', excess)
+  shares = {run.name: run.curve(possible) for run in runs}
+  title = 'Possible samples by steps'
+  yield Plot('possible', title, 'steps', 'share of samples', shares)
+
+
 def draw_levels(runs: Sequence[Run]) -> Iterator[Part]:
   """Cross entropy of a scored token by noise level."""
   yield (
@@ -176,16 +196,11 @@ def draw_levels(runs: Sequence[Run]) -> Iterator[Part]:
 
 def draw_comparison(comparison: Line, number: int) -> Iterator[Part]:
   """Quality against network calls for each run's samplers, and the bounds."""
-  yield (
-    'Lower bits per byte under the judge mean more likely text; with a low '
-    "entropy of the histogram of a sample's tokens, repetitive text."
-  )
+  yield from comparison['remarks']
   runs = comparison['runs']
   names = reading.short_names([run['workdir'] for run in runs])
-  for key, title, label in (
-    ('gen_bits_per_byte', f'Judged by {comparison["judge"]}', 'bits/byte'),
-    ('sample_entropy', 'Entropy of a sample', 'nats/token'),
-  ):
+  for key, label in comparison['panels'].items():
+    title = label[:1].upper() + label[1:]
     curves, real = {}, {}
     for run, name in zip(runs, names):
       for point in run['points']:
@@ -220,6 +235,7 @@ def draw_comparison(comparison: Line, number: int) -> Iterator[Part]:
 def draw_evals(runs: Sequence[Run]) -> Iterator[Part]:
   """Accuracy of filled gaps against network calls, and all evaluations."""
   curves, rows = {}, []
+  has_law = any('eval/law_nats' in line for run in runs for line in run.evals)
   for run in runs:
     for line in run.evals:
       if is_number(line.get('eval/nll')):
@@ -228,22 +244,31 @@ def draw_evals(runs: Sequence[Run]) -> Iterator[Part]:
         row['nats/token'] = _interval(line, 'eval/nll')
         row['bits/byte'] = _interval(line, 'eval/bits_per_byte')
         ratio = _show(line.get('eval/calls_ratio'), '.1f')
-        rows.append(row | {'calls at independent times': ratio})
+        row['calls at independent times'] = ratio
+        if has_law:
+          row['law, nats/document'] = _show(line.get('eval/law_nats'), '.2f')
+          row['above the law'] = _interval(line, 'eval/excess_nats')
+        rows.append(row)
       gaps = line.get('infill')
       for gap in gaps if isinstance(gaps, list) else ():
         gap = gap if isinstance(gap, dict) else {}
         calls, y, ratio = map(gap.get, ('num_calls', 'accuracy', 'ratio'))
         if calls and is_number(calls) and is_number(y) and is_number(ratio):
           name = f'{run.name}, {ratio:.0%} masked, {gap.get("pattern")}'
+          name += ' words' * (gap.get('unit') == 'word')
           if not line.get('is_held_out', True):
             name += f' ({evaluate.shown_share(line)} trained on)'
           # A later measurement with the same number of calls replaces it.
           curve = curves.setdefault(name, {})
           curve[calls] = (calls, y, half_interval(gap, 'accuracy'))
+          if is_number(best := gap.get('bayes_accuracy')):
+            curve = curves.setdefault(f'{name}, at most', {})
+            curve[calls] = (calls, best, half_interval(gap, 'bayes_accuracy'))
   if curves:
     yield (
-      'Filled gaps: the share of masked tokens of the text restored '
-      'exactly (--mode=eval --infill), with its 95% interval.'
+      'Filled gaps: the share of masked tokens of the text restored exactly '
+      '(--mode=eval --infill), with its 95% interval. Of a text whose law is '
+      'known, words are masked, and "at most" is the best possible accuracy.'
     )
     sets = {name: sorted(curve.values()) for name, curve in curves.items()}
     title = 'Accuracy of filled gaps'
@@ -457,6 +482,7 @@ def main(start: Any = None) -> int:
     'Runs': list(describe_runs(runs)),
     'Loss': list(draw_losses(runs)),
     'Loss by noise level': list(draw_levels(runs)),
+    **({'The law of the text': law} if (law := list(draw_law(runs))) else {}),
     'Quality against network calls': quality or [NO_QUALITY],
     'Throughput': list(draw_speed(runs)),
     'Samples': samples or [NO_SAMPLES],

@@ -229,8 +229,19 @@ def read_comparison(path: pathlib.Path) -> dict[str, Any]:
       _ = pathlib.Path(run['workdir']), run['nll'], value['judge']
       for point in run['points']:
         _ = point['sampler']['name'], (point['num_calls'] or 0) + 0
-    return value | {'path': str(file)}
-  except (OSError, ValueError, KeyError, TypeError) as error:
+    # Older versions always had these panels.
+    panels = {
+      'gen_bits_per_byte': f'bits/byte under {value["judge"]}',
+      'sample_entropy': 'entropy of a sample, nats/token',
+    }
+    value = {'panels': panels, 'remarks': [], **value, 'path': str(file)}
+    panels, texts = value['panels'], [*value['remarks']]
+    # Keys become a part of the names of files.
+    if not all(key.isidentifier() for key in panels):
+      raise ValueError(f'panels={panels!r}')
+    _ = [text + '' for text in [*panels.values(), *texts]]
+    return value
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise InputError(
       f'--compare={str(path)!r} is not a {COMPARISON_FILE} of '
       f'nanodlm.evals.compare: {error!r}'

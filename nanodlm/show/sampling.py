@@ -14,8 +14,6 @@ masked again. Settings that --samplers leaves out are the run's for its own
 sampler, and the defaults of configs/base.py for others.
 """
 
-import logging
-
 from absl import flags
 import jax
 import rich.console
@@ -26,8 +24,6 @@ from nanodlm import workdir as workdirs
 from nanodlm.config import Start
 from nanodlm.show import live, replay
 from nanodlm.types import InputError
-
-log = logging.getLogger('nanodlm')
 
 # The sections that --mode=sample reads.
 READS = ('sampler.', 'mesh.', 'model.', 'objective.')
@@ -84,8 +80,7 @@ def main(start: Start) -> int:
   display = _make_display(options.live)
   page = _make_page(options.html, options['alternatives'])
   lm = lms.load(start.workdir, settings=settings)
-  for warning in sample.check_prompts(lm, texts):
-    log.warning('%s', warning)
+  sample.check_prompts(lm, texts)
   sample.sample_prompts(lm, texts, samplers, display, page)
   return 0
 

@@ -27,8 +27,8 @@ def make_eval_step(
 
   Returns:
     A function that returns values of each row, [B]: those of `make_score_step`,
-    weight (the denominator of nats per token) and num_bytes; and sums over all
-    rows: bin_cross_entropy, bin_scored.
+    weight (the denominator of nats per token), num_bytes and, if the batch has
+    them, law_nats; and sums over all rows: bin_cross_entropy, bin_scored.
   """
   scorer = dataclasses.replace(scorer, objective=scorer.objective.evaluation())
   num_draws = _check_draws(scorer.objective, num_draws)
@@ -37,6 +37,8 @@ def make_eval_step(
     key = jax.random.key(seed)
     rows, level_sums = _score_rows(scorer, num_draws, params, key, batch)
     rows |= {'weight': batch.num_tokens, 'num_bytes': batch.num_bytes}
+    if batch.law_nats is not None:
+      rows['law_nats'] = batch.law_nats
     return rows, jax.lax.psum(level_sums, meshes.BATCH_AXES)
 
   rows = P(meshes.BATCH_AXES)

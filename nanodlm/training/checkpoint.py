@@ -15,6 +15,7 @@ import logging
 import pathlib
 from typing import Any
 
+from absl import logging as absl_logging
 import jax
 import orbax.checkpoint as ocp
 
@@ -71,24 +72,30 @@ def open_manager(
     post_finalization_callback=write_checksums,
   )
   arrays = ocp.StandardCheckpointHandler
-  return ocp.CheckpointManager(
-    directory,
-    item_handlers={
-      'params': arrays(save_concurrent_gb=concurrent_gb),
-      'ema_params': arrays(),
-      'rest': arrays(),
-      'meta': ocp.JsonCheckpointHandler(),
-    },
-    options=ocp.CheckpointManagerOptions(
-      max_to_keep=max_to_keep,
-      keep_period=keep_period or None,
-      create=not read_only,
-      read_only=read_only,
-      cleanup_tmp_directories=not read_only,
-      enable_async_checkpointing=not read_only,
-      async_options=None if read_only else async_options,
-    ),
-  )
+  verbosity = absl_logging.get_verbosity()
+  if read_only:  # Orbax warns of it.
+    absl_logging.set_verbosity(min(verbosity, absl_logging.ERROR))
+  try:
+    return ocp.CheckpointManager(
+      directory,
+      item_handlers={
+        'params': arrays(save_concurrent_gb=concurrent_gb),
+        'ema_params': arrays(),
+        'rest': arrays(),
+        'meta': ocp.JsonCheckpointHandler(),
+      },
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep,
+        keep_period=keep_period or None,
+        create=not read_only,
+        read_only=read_only,
+        cleanup_tmp_directories=not read_only,
+        enable_async_checkpointing=not read_only,
+        async_options=None if read_only else async_options,
+      ),
+    )
+  finally:
+    absl_logging.set_verbosity(verbosity)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:

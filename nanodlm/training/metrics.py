@@ -102,6 +102,18 @@ def num_blocks(num_rows: int, independent: bool) -> int:
   return num_rows if independent else min(num_rows, NUM_BLOCKS)
 
 
+def share_interval(num: int, total: int) -> tuple[float, float]:
+  """Returns the ends of the 95% interval of a share, num of total > 0.
+
+  Source: Wilson, 1927, Probable inference, the law of succession, and
+  statistical inference.
+  """
+  share, z2 = num / total, 1.96**2 / total
+  center = (share + z2 / 2) / (1 + z2)
+  half_width = math.sqrt(z2 * share * (1 - share) + z2 * z2 / 4) / (1 + z2)
+  return max(center - half_width, 0.0), min(center + half_width, 1.0)
+
+
 def ratio_interval(
   total: Any, count: Any, independent: bool = True
 ) -> tuple[float, float]:
@@ -196,7 +208,9 @@ def eval_means(
     bits_per_byte and bits_per_byte_ci95; accuracy and `level_means` of all
     scored tokens, padding included if it is scored; num_examples; num_blocks,
     of which the intervals are formed. With has_documents, nats_per_document and
-    nats_per_document_ci95, too.
+    nats_per_document_ci95, too. If rows have the finite nats of a law: their
+    mean law_nats, in nats per document; excess_nats and excess_nats_ci95, by
+    how much the bound exceeds it, from the difference of each document.
   """
   nats, weight = rows['nll'], rows['weight']
   nll, half_width = ratio_interval(nats, weight, has_documents)
@@ -218,6 +232,13 @@ def eval_means(
   if has_documents:
     means['nats_per_document'], means['nats_per_document_ci95'] = (
       ratio_interval(nats, weight > 0)
+    )
+  law_nats = rows.get('law_nats', np.full(len(nats), np.nan))
+  has_law = np.isfinite(law_nats) & (weight > 0)
+  if has_law.any():
+    means['law_nats'] = float(np.mean(law_nats[has_law]))
+    means['excess_nats'], means['excess_nats_ci95'] = ratio_interval(
+      nats - law_nats, has_law
     )
   return {
     **{f'{split}/{key}': value for key, value in means.items()},

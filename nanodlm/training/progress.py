@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import contextlib
 import datetime
 import logging
+import math
 import time
 from typing import Any
 
@@ -25,6 +26,41 @@ class TrainingDiverged(RuntimeError):
   def __init__(self, message: str, step: int):
     super().__init__(message)
     self.step = step
+
+
+# Seconds between two lines of `Countdown`.
+EVERY_SECS = 10.0
+
+
+class Countdown:
+  """Logs how far a long loop is, every EVERY_SECS.
+
+  Args:
+    what: what the loop does, as 'evaluating'.
+    total: number of its rounds.
+  """
+
+  def __init__(self, what: str, total: int):
+    self._what, self._total, self._done = what, total, 0
+    self._start = self._last = time.monotonic()
+
+  def count(self):
+    """Is called after each round."""
+    self._done += 1
+    now = time.monotonic()
+    if now - self._last >= EVERY_SECS and self._done < self._total:
+      self._last = now
+      left = (now - self._start) / self._done * (self._total - self._done)
+      log.info(
+        f'{self._what}: {self._done} of {self._total} batches, '
+        f'{describe_secs(left)} left'
+      )
+
+
+def describe_secs(secs: float) -> str:
+  """Formats a time, rounded up to seconds: '1 s', '0:01:00'."""
+  secs = max(math.ceil(secs), 1)
+  return f'{secs} s' if secs < 60 else str(datetime.timedelta(seconds=secs))
 
 
 class Progress:
@@ -125,14 +161,12 @@ class Progress:
     self._writer.flush()
     if means:
       num_steps = self._train.num_steps
-      left = datetime.timedelta(
-        seconds=round((num_steps - step) * secs_per_step)
-      )
+      left = describe_secs((num_steps - step) * secs_per_step)
       log.info(
         f'step {step:{len(str(num_steps))}}/{num_steps}  '
         f'loss {means["train/loss"]:.4f} nats/token  '
         f'{means["train/bits_per_byte"]:.4f} bits/byte  '
-        f'{rate:,.0f} tokens/s  {left} left'
+        f'{rate:,.0f} tokens/s' + f'  {left} left' * (step < num_steps)
       )
     self._sums = []
     self.restart_clock()

@@ -2,8 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import io
 import json
 import pathlib
+import sys
+import time
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -14,6 +18,16 @@ from nanodlm.training import checkpoint, metrics
 
 # Values of each parameter in its histogram, evenly spaced.
 HISTOGRAM_VALUES = 20_000
+
+
+def _import_metric_writers() -> ModuleType:
+  """Imports CLU's metric writers but the one that needs TensorFlow, 1.3 GB."""
+  absent = ModuleType('clu.metric_writers.summary_writer')
+  absent.SummaryWriter = None  # pyright: ignore[reportAttributeAccessIssue]
+  sys.modules.setdefault(absent.__name__, absent)
+  from clu import metric_writers
+
+  return metric_writers
 
 
 @contextlib.contextmanager
@@ -30,11 +44,33 @@ def open_writers(
   Raises:
     SaveError: the workdir could not be written, most likely a full disk.
   """
-  # Imported here because they import TensorFlow, which takes seconds.
-  from clu import metric_writers
+  metric_writers = _import_metric_writers()
+  # Imported here since they take a second.
+  import PIL.Image
+  from tensorboard.compat.proto import event_pb2, summary_pb2
+  from tensorboard.plugins.histogram import summary_v2 as histograms
+  from tensorboard.plugins.hparams import summary_v2 as hparams_api
+  from tensorboard.plugins.image import metadata as image_metadata
+  from tensorboard.plugins.scalar import summary_v2 as scalars_api
+  from tensorboard.plugins.text import summary_v2 as texts_api
+  from tensorboard.summary.writer import event_file_writer
+  from tensorboard.util import tensor_util
 
-  class JsonLines(metric_writers.MetricWriter):
-    """Scalars as one JSON object per line; everything else is ignored."""
+  protos: Any = event_pb2, summary_pb2  # Their classes are made at import.
+  Event, Summary = protos[0].Event, protos[1].Summary
+
+  class Writer(metric_writers.MetricWriter):
+    """Ignores what it is not made for."""
+
+    def _ignore(self, *args, **kwargs):
+      pass
+
+    write_scalars = write_summaries = write_images = write_videos = _ignore
+    write_audios = write_texts = write_histograms = write_hparams = _ignore
+    write_pointcloud = _ignore
+
+  class JsonLines(Writer):
+    """Scalars as one JSON object per line."""
 
     def __init__(self):
       self._file = open(pathlib.Path(workdir) / workdirs.METRICS, 'a')
@@ -49,11 +85,56 @@ def open_writers(
     def close(self):
       self._file.close()
 
-    def _ignore(self, *args, **kwargs):
-      pass
+  class TensorBoard(Writer):
+    """The events that CLU's SummaryWriter writes, without TensorFlow."""
 
-    write_summaries = write_images = write_videos = write_audios = _ignore
-    write_texts = write_histograms = write_hparams = write_pointcloud = _ignore
+    def __init__(self):
+      # Weights & Biases replaces this attribute of the module.
+      self._events = event_file_writer.EventFileWriter(workdir)
+
+    def _add(self, step, summary):
+      self._events.add_event(
+        Event(wall_time=time.time(), step=step, summary=summary)
+      )
+
+    def write_scalars(self, step, scalars):
+      for tag, value in scalars.items():
+        self._add(step, scalars_api.scalar_pb(tag, np.asarray(value)))
+
+    def write_texts(self, step, texts):
+      for tag, value in texts.items():
+        self._add(step, texts_api.text_pb(tag, value))
+
+    def write_histograms(self, step, arrays, num_buckets=None):
+      for tag, value in arrays.items():
+        buckets = (num_buckets or {}).get(tag)
+        self._add(step, histograms.histogram_pb(tag, value, buckets))
+
+    def write_hparams(self, hparams):
+      self._add(0, hparams_api.hparams_pb(dict(hparams)))
+
+    def write_images(self, step, images):
+      # TensorBoard has a function for this, but it needs TensorFlow.
+      metadata = image_metadata.create_summary_metadata(None, None)
+      for tag, batch in images.items():
+        height, width = batch.shape[1:3]
+        parts = [str(width).encode(), str(height).encode()]
+        for image in batch:
+          PIL.Image.fromarray(image).save(png := io.BytesIO(), 'PNG')
+          parts.append(png.getvalue())
+        summary = Summary()
+        summary.value.add(
+          tag=tag,
+          metadata=metadata,
+          tensor=tensor_util.make_tensor_proto(parts),
+        )
+        self._add(step, summary)
+
+    def flush(self):
+      self._events.flush()
+
+    def close(self):
+      self._events.close()
 
   if jax.process_index():
     yield metric_writers.MultiWriter([])
@@ -68,11 +149,7 @@ def open_writers(
       sync_tensorboard=True,
     )
   writer = metric_writers.MultiWriter(
-    [
-      metric_writers.SummaryWriter(workdir),
-      metric_writers.LoggingWriter(),
-      JsonLines(),
-    ]
+    [TensorBoard(), metric_writers.LoggingWriter(), JsonLines()]
   )
   try:
     try:

@@ -20,8 +20,8 @@ class Packed:
   weights = (1.0,)
   tokenizer = BytesTokenizer.make('bytes', '')
 
-  def __init__(self, train, validation=(), length=64):
-    self.length = length
+  def __init__(self, train, validation=(), length=64, is_documents=False):
+    self.length, self.is_documents = length, is_documents
     cut = lambda ids: [
       {'tokens': ids[i : i + length]}
       for i in range(0, len(ids) - length + 1, length)
@@ -69,6 +69,20 @@ class OverlapTest(cases.DataTest):
     both = [*itertools.chain(*zip(chosen, others))]
     sizes = [sum(map(len, texts)) for texts in (chosen, both)]
     self.assertAlmostEqual(share(both), sizes[0] / sizes[1], delta=0.1)
+
+  def test_rows_that_are_documents_are_compared_as_a_whole(self):
+    documents = np.full([60, 128], SEPARATOR)
+    documents[:, :100] = self.draw(100)  # All begin with the same 80 bytes.
+    documents[:, 80:100] = self.draw((60, 20))
+    seen, unseen = documents[:40].ravel(), documents[40:].ravel()
+    share = lambda texts, has_documents: self.share(
+      seen, texts, length=128, is_documents=has_documents
+    )
+    self.assertEqual(share(unseen, True), 0)
+    self.assertGreater(share(unseen, False), 0.2)
+    # The beginning of the first one is not known.
+    half = share(documents[30:50].ravel(), True)
+    self.assertAlmostEqual(half, 9 / 19)
 
   def test_few_hashes_and_few_rows_give_an_estimate(self):
     half = np.concatenate([self.text[:20_000], self.draw(20_000)])

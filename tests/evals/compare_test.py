@@ -101,8 +101,9 @@ def test_two_runs(runs, tmp_path, capsys):
   names = [point['sampler']['name'] for point in masked['points']]
   assert names == ['held-out text', 'fixed_count', 'fixed_count']
   calls = [point['num_calls'] for point in masked['points']]
-  assert calls == [0, 2, 4]
-  assert [point['num_calls'] for point in ar['points']] == [0, workdirs.LENGTH]
+  assert calls == [None, 2, 4]
+  calls = [point['num_calls'] for point in ar['points']]
+  assert calls == [None, workdirs.LENGTH]
   for point in masked['points'] + ar['points']:
     assert QUALITY <= set(point)
   # Both runs hold out the same text, which repeats itself.
@@ -166,7 +167,7 @@ def test_common_source(runs, tmp_path):
     (['--num_steps=0'], '--num_steps=0'),
     (['--num_steps=x,4'], '--num_steps=x,4'),
     (['--judge=MASKED'], 'must be autoregressive'),
-    (['--output='], '--output is needed'),
+    (['--output='], 'needs --output'),
     (['--judge=MASKED', '--seed=4294967296'], '--seed=4294967296'),
   ],
 )
@@ -190,9 +191,11 @@ def test_plot(tmp_path):
     'gen_bits_per_byte_ci95': 0.1,
     'sample_entropy': 3.0,
   }
-  real = {**point, 'sampler': {'name': 'held-out text'}, 'num_calls': 0}
+  real = {**point, 'sampler': {'name': 'held-out text'}, 'num_calls': None}
   path = tmp_path / 'curves.png'
   compare.plot_curves(
-    [{'workdir': 'x/run', 'points': [real, point]}], 'judge', path
+    [{'workdir': 'x/run', 'points': [real, point]}],
+    {'gen_bits_per_byte': 'bits/byte', 'sample_entropy': 'entropy'},
+    path,
   )
   assert path.read_bytes()[:4] == b'\x89PNG'

@@ -36,7 +36,7 @@ def test_accuracy(tmp_path):
   eligible = np.ones(tokens.shape, bool)
   eligible[:5, 0] = False
   rows = lms.make_batch(tokens, eligible)
-  results = infill.measure_infilling(lm, rows, [0.25, 1.0])
+  results = list(infill.measure_infilling(lm, rows, [0.25, 1.0]))
   assert [(r['pattern'], r['ratio']) for r in results] == [
     ('uniform', 0.25),
     ('uniform', 1.0),

@@ -500,7 +500,16 @@ class ImportTest(FolderTest):
   def test_sources(self):
     folder = self.folder()
     with self.assertRaisesRegex(InputError, 'neither a folder or file'):
-      convert.find_source('nowhere', False)
+      convert.find_source('no/where/here', False)
+    (folder / 'model.safetensors').touch()
+    with (
+      mock.patch.object(network, 'is_reachable', return_value=True),
+      mock.patch('huggingface_hub.snapshot_download') as download,
+    ):
+      download.return_value = str(folder)
+      self.assertEqual(convert.find_source('gpt2', False), folder)
+    self.assertEqual(download.call_args.args, ('gpt2',))
+    (folder / 'model.safetensors').unlink()
     with self.assertRaisesRegex(InputError, 'does not hold weights'):
       convert.import_checkpoint(str(folder), str(folder / 'ours'))
     (folder / 'model.safetensors').write_bytes(b'\x10' + bytes(40))

@@ -9,6 +9,7 @@ import sys
 
 from absl.testing import parameterized
 import jax
+import psutil
 import pytest
 
 from configs import tiny
@@ -57,8 +58,12 @@ class ReportTest(parameterized.TestCase):
       0.1 * train['flops'],
       100 * train['flops'],
     )
-    # A CPU reports neither its memory nor the cycles of programs.
-    self.assertIsNone(train['fits'])
+    # The devices of a CPU share the machine's memory.
+    total = psutil.virtual_memory().total
+    self.assertAlmostEqual(
+      train['capacity_bytes'], total / report['num_devices']
+    )
+    self.assertTrue(train['fits'])
     self.assertNotIn('estimated_cycles', train)
     self.assertIn('123,456 parameters', ahead.format_report(report))
 

@@ -185,15 +185,15 @@ def test_comparison_is_found_next_to_its_runs(tmp_path):
   ):
     assert run_main(paths, *given, output=output) == 0
     text = output.read_text()
-    assert text.count('Judged by runs/ar</h3>') == 1, paths
+    assert text.count('Bits/byte under runs/ar</h3>') == 1, paths
     for words in ('a, held-out text', '≤ 1.5000 ± 0.1000', '4,321'):
       assert words in text, words
   # A comparison of other runs is shown only if it is given.
   file.write_text(json.dumps(comparison_of('runs/other')))
   assert run_main([a], output=output) == 0
-  assert 'Judged by' not in output.read_text()
+  assert 'under runs/ar' not in output.read_text()
   assert run_main([a], f'--compare={folder}', output=output) == 0
-  assert 'Judged by' in output.read_text()
+  assert 'under runs/ar' in output.read_text()
 
 
 def test_missing_files_are_reported(tmp_path, capsys):
@@ -288,3 +288,43 @@ def test_command(tmp_path):
     '--mode=report', f'--workdirs={tmp_path / "a"}', output
   )
   assert status == 0 and 'page.html: 1 run' in text, text
+
+
+def test_law_of_the_text(tmp_path):
+  a = write_run(tmp_path / 'a')
+  line = {'step': 10, 'eval_subset/excess_nats': 1.5}
+  line |= {'eval_subset/excess_nats_ci95': 0.25, 'samples/valid_share': 0.75}
+  with open(a / 'metrics.jsonl', 'a') as file:
+    file.write(json.dumps({**line, 'step': 30}) + '\n')
+  gap = {'pattern': 'span', 'ratio': 0.5, 'unit': 'word', 'num_calls': 16}
+  gap |= {'accuracy': 0.25, 'bayes_accuracy': 0.875}
+  law = {'eval/nll': 2.0, 'eval/law_nats': 31.25, 'eval/excess_nats': 0.8}
+  write_lines(a / 'eval.jsonl', [{'step': 30, **law, 'infill': [gap]}])
+  compared = comparison_of('runs/a')
+  for point in compared['runs'][0]['points']:
+    point['valid_share'] = 0.9
+  compared |= {
+    'judge': 'law',
+    'panels': {'valid_share': 'share of possible samples'},
+    'remarks': ['As the law says.'],
+  }
+  (tmp_path / 'comparison.json').write_text(json.dumps(compared))
+  output = tmp_path / 'page.html'
+  assert run_main([a], output=output) == 0
+  text = output.read_text()
+  for words in (
+    'The law of the text',
+    'Excess over the law by steps',
+    'a, subset: 1 point',
+    'Possible samples by steps',
+    '31.25',
+    '0.8000',
+    'a, 50% masked, span words, at most',
+    'Share of possible samples',
+    'As the law says.',
+  ):
+    assert words in text, words
+  # Keys are a part of the names of files.
+  compared['panels'] = {'../x': 'y'}
+  (tmp_path / 'comparison.json').write_text(json.dumps(compared))
+  assert run_main([a], f'--compare={tmp_path}', output=output) == 2

@@ -50,10 +50,11 @@ data.source scores all of it, and says how much of it was trained on.
 """
 
 import math
+import pathlib
 import re
 
 from nanodlm.data.sources import arrow, base, embedded, files, stories, tfds
-from nanodlm.types import InputError
+from nanodlm.types import InputError, Law
 
 # The class of each kind; a kind is followed by a colon.
 SOURCES: dict[str, type[base.Source]] = {
@@ -92,9 +93,24 @@ def make_source(spec: str, data_dir: str = '') -> base.Source:
     forms = [form for known in SOURCES.values() for form in known.forms]
     raise InputError(
       f'data.source={spec!r} is not one of {forms}, nor a mixture, '
-      "'mix:0.7*SOURCE+0.3*SOURCE'"
+      f"'mix:0.7*SOURCE+0.3*SOURCE'{_hint(spec)}"
     )
   return cls.make(spec, name, data_dir)
+
+
+def law_of(spec: str) -> Law | None:
+  """Returns the law of the documents of a source; None if it is not known."""
+  cls = find_class(spec)
+  return make_source(spec).law if cls is not None and cls.has_law else None
+
+
+def _hint(spec: str) -> str:
+  """Returns how to write a source that is the path of a file, or ''."""
+  path = pathlib.Path(spec)
+  if not path.is_file():
+    return ''
+  kind = path.suffix[1:]
+  return f'; did you mean {kind if kind in SOURCES else "text"}:{spec}?'
 
 
 def parse_mixture(

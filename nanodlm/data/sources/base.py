@@ -85,12 +85,14 @@ class Source(abc.ABC):
     is_tokens: whether `read` yields TokenRows instead of documents.
     is_pairs: whether a document is a pair: exactly two pieces, the prompt and
       the response.
+    has_law: whether `law` is known.
     spec: the config.data.source it was made from.
   """
 
   forms: ClassVar[tuple[str, ...]]
   is_tokens: ClassVar[bool] = False
   is_pairs: ClassVar[bool] = False
+  has_law: ClassVar[bool] = False
 
   spec: str
 

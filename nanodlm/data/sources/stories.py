@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import re
 
@@ -32,8 +33,9 @@ from nanodlm.types import InputError, Law, Posterior
 NUM_STORIES = 100_000
 # A posterior visits at most this number of partial stories.
 MAX_VISITED = 20_000
-# In a text given to `Law.posterior`, one unknown word.
-GAP = '{}'
+GAP = Law.gap
+# Words that are named instead of one that is impossible.
+MAX_EXPECTED = 6
 _WORD = re.compile(r'\{\}|\w+|[^\w\s]')
 
 
@@ -328,6 +330,32 @@ class StoriesLaw(Law):
       return -math.inf, f'it is not spaced as in {_join(words)!r}'
     return log_prob, None
 
+  def words(self, text: str) -> list[tuple[int, int]]:
+    return [
+      match.span() for match in _WORD.finditer(text) if match.group().isalnum()
+    ]
+
+  def features(self, text: str) -> frozenset[str]:
+    words = _words(text)
+    opening, _, rest = text.partition(', ')
+    sentences = [sentence.split() for sentence in text.split('. ')]
+    # The words after the actors: the verbs of the events.
+    verbs = [sentence[1] for sentence in sentences[2:-2] if len(sentence) > 1]
+    return frozenset(
+      [
+        *words,
+        f'begins: {opening}',
+        f'first: {rest.partition(" ")[0]}',
+        f'sentences: {len(sentences)}',
+        f'nothing: {words.count("nothing")}',
+        f'still: {words.count("still")}',
+        f'back: {words.count("back")}',
+        f'ends: {" ".join(words[-3:-1])}',
+        *(f'event {i}: {verb}' for i, verb in enumerate(verbs)),
+        *map(' then '.join, itertools.pairwise(verbs)),
+      ]
+    )
+
   def posterior(self, text: str) -> Posterior:
     pattern = _words(text)
     gaps = [i for i, word in enumerate(pattern) if word == GAP]
@@ -404,7 +432,10 @@ def _mismatch(
   k = max(agreeing.values())
   expected = sorted({_words(p)[k] for p in options if agreeing[p] == k})
   word = repr(words[k]) if k < len(words) else 'the end'
-  return f'word {position + k + 1} is {word}; expected {" or ".join(expected)}'
+  shown = expected[:MAX_EXPECTED]
+  if num_more := len(expected) - len(shown):
+    shown.append(f'one of {num_more} others')
+  return f'word {position + k + 1} is {word}; expected {" or ".join(shown)}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -412,6 +443,7 @@ class StoriesSource(base.Source):
   """The first `NUM_STORIES` stories of a world, one document each."""
 
   forms = ('stories', 'stories:small')
+  has_law = True
 
   world: str
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import io
 import os
 import sys
@@ -58,7 +59,7 @@ class TfdsSource(base.SplitSource):
       close = difflib.get_close_matches(name.partition('/')[0], known)
       raise InputError(
         f'data.source={spec!r}: TFDS lacks the dataset {name!r}, and it is not '
-        f'in {" or ".join(roots)}; close names: {close}'
+        f'in {" or ".join(roots)}; close names: {close}{_hint()}'
       )
     ready = [*filter(_is_prepared, builders), *filter(_has_downloads, builders)]
     builder = [*ready, builders[-1]][0]
@@ -100,7 +101,7 @@ class TfdsSource(base.SplitSource):
     except Exception as error:
       raise self.error(
         f'row {row} of split {own!r} in {self.builder.data_dir} cannot be '
-        f'read: {reason(error)}'
+        f'read: {reason(error)}{_hint()}'
       ) from error
 
   def _prepare(self) -> None:
@@ -120,8 +121,18 @@ class TfdsSource(base.SplitSource):
         self.builder.download_and_prepare(file_format='array_record')
     except (ImportError, OSError, RuntimeError) as error:
       raise self.error(
-        f'TFDS could not prepare {name}: {reason(error)}'
+        f'TFDS could not prepare {name}: {reason(error)}{_hint()}'
       ) from error
+
+
+def _hint() -> str:
+  """Returns what may be missing if TensorFlow is not installed, else ''."""
+  if importlib.util.find_spec('tensorflow'):
+    return ''
+  return (
+    '. TFDS needs TensorFlow for TFRecord files and for almost half of its '
+    "datasets: pip install -e '.[tfds]'"
+  )
 
 
 def _is_prepared(builder: Any) -> bool:

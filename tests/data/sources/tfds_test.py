@@ -44,8 +44,15 @@ class TfdsTest(absltest.TestCase):
     with self.assertRaisesRegex(InputError, 'nosuch'):
       sources.make_source('tfds:wikipedia/nosuch')
 
+  def test_says_if_tensorflow_may_be_what_is_missing(self):
+    with mock.patch.object(importlib.util, 'find_spec', return_value=None):
+      with self.assertRaisesRegex(InputError, r"'\.\[tfds\]'"):
+        sources.make_source('tfds:c5')
+
   def test_features(self):
     self.assertEqual(sources.make_source('tfds:pg19').feature, 'book_text')
+    if not importlib.util.find_spec('tensorflow'):
+      self.skipTest('TFDS lists these datasets only with TensorFlow')
     self.assertEqual(sources.make_source('tfds:c4:url').feature, 'url')
     with self.assertRaisesRegex(InputError, r"one of \['text', 'title'\]"):
       sources.make_source('tfds:wikipedia/20230601.en:body')
@@ -93,8 +100,6 @@ class TfdsTest(absltest.TestCase):
   def test_tiny_shakespeare_from_a_copied_file(self):
     if not os.path.isdir(SHARED):
       self.skipTest('no shared data')
-    if not importlib.util.find_spec('tensorflow'):
-      self.skipTest('TFDS prepares this dataset with tensorflow')
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import resource
 

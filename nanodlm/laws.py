@@ -1,0 +1,242 @@
+"""Texts against the exact law of their source: what they cost, what is wrong.
+
+A law is that of whole documents, so each row of the run must hold one:
+data.crop='document'. The law's texts end with certainty where they end; what a
+model pays for the end of a text and for the padding after it is therefore part
+of what it pays in excess of the law.
+"""
+
+from collections.abc import Mapping, Sequence
+import functools
+import logging
+import math
+
+import numpy as np
+
+from nanodlm import prompts
+from nanodlm.data import sources
+from nanodlm.data.config import DataConfig
+from nanodlm.data.tokenizers.base import Tokenizer
+from nanodlm.training import metrics
+from nanodlm.types import InputError, Law
+
+log = logging.getLogger('nanodlm')
+
+# Samples of a law that give the frequencies of its features.
+NUM_REFERENCES = 10_000
+# Features of a smaller share of the law's texts are not compared.
+MIN_FREQUENCY = 0.005
+# Batches of the law's own samples, to which the samples of a model compare.
+NUM_BATCHES = 8
+# Seeds of `Law.sample`; sources use 0.
+_REFERENCE_SEED, _OWN_SEED = 1, 2
+
+
+def law_of_rows(data: DataConfig, source: str = '') -> Law | None:
+  """Returns the law of rows; None, with the reason logged, if it is not known.
+
+  Args:
+    data: `config.data`.
+    source: where the text comes from; by default data.source.
+  """
+  try:
+    return require_law(data, source)
+  except InputError as error:
+    if sources.law_of(source or data.source):
+      _log_once(f'nothing is compared to the law of the text: {error}')
+    return None
+
+
+def require_law(data: DataConfig, source: str = '') -> Law:
+  """Returns the law of rows; see `law_of_rows`.
+
+  Raises:
+    InputError: it is not known, or rows are not whole documents.
+  """
+  source = source or data.source
+  law = sources.law_of(source)
+  if law is None:
+    known = [
+      form
+      for cls in sources.SOURCES.values()
+      for form in cls.forms
+      if cls.has_law
+    ]
+    raise InputError(
+      f'the law of data.source={source!r} is unknown; that of {known} is known'
+    )
+  if data.crop != 'document':
+    raise InputError(
+      f'data.crop={data.crop!r} cuts the documents of data.source={source!r}; '
+      "a law is that of whole ones: train with data.crop='document'"
+    )
+  return law
+
+
+@functools.cache
+def _log_once(text: str):
+  log.info(text)
+
+
+def read_text(tokenizer: Tokenizer, row: np.ndarray) -> tuple[str, bool]:
+  """Returns the document in a row of ids, and whether its end is there."""
+  size = prompts.find_end(row, tokenizer.eos_ids)
+  return tokenizer.decode(row[:size]), size < len(row)
+
+
+def read_texts(tokenizer: Tokenizer, rows: np.ndarray) -> list[str]:
+  """Returns the documents in rows of ids."""
+  return [read_text(tokenizer, row)[0] for row in rows]
+
+
+class HeldOut:
+  """The nats of held-out documents under their law, each computed once.
+
+  A document that was cut is not compared. It warns of documents that are
+  impossible as the tokenizer decodes them, which are not compared either.
+  """
+
+  def __init__(self, law: Law, tokenizer: Tokenizer):
+    self._law, self._tokenizer = law, tokenizer
+    self._known: dict[int, float] = {}
+    self._warned: set[bool] = set()
+
+  def nats(self, tokens: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Returns -log p of rows [B, L] with an index [B], [B] float32; or NaN."""
+    for i, row in zip(index.tolist(), tokens):
+      if i not in self._known:
+        self._known[i] = self._nats_of(row)
+    return np.array([self._known[i] for i in index.tolist()], np.float32)
+
+  def _nats_of(self, row: np.ndarray) -> float:
+    text, is_whole = read_text(self._tokenizer, row)
+    nats = -self._law.log_prob(text) if is_whole else math.nan
+    if math.isfinite(nats):
+      return nats
+    if text and is_whole not in self._warned:
+      self._warned.add(is_whole)
+      log.warning(
+        'some held-out documents are not compared to the law, such as %r: %s',
+        text,
+        f'as tokenizer.name={self._tokenizer.name!r} decodes it, '
+        f'{self._law.explain(text)}'
+        if is_whole
+        else 'it is longer than data.length. The law includes it, so the '
+        'excess of the bound over it is too low',
+      )
+    return math.nan
+
+
+def warn_of_other_law(trained: str, source: str):
+  """Warns if documents of a source are impossible in that of the training."""
+  own, law = sources.law_of(trained), sources.law_of(source)
+  if own is None or law is None or trained == source:
+    return
+  texts = [law.sample(_OWN_SEED, i) for i in range(100)]
+  reasons = [own.explain(text) for text in texts]
+  if any(reasons):
+    num = len(texts) - reasons.count(None)
+    log.warning(
+      f'the run was trained on {trained!r}, in which {num} of {len(texts)} '
+      f'documents of {source!r} are impossible (in one of them '
+      f'{next(filter(None, reasons))}): it cannot have learned the law of '
+      f'{source!r}, to which it is compared'
+    )
+
+
+def sample_means(law: Law, texts: Sequence[str]) -> dict[str, float]:
+  """Measures N >= 1 sampled documents.
+
+  Returns:
+    valid_share, of the texts that are possible, and valid_share_ci95, half the
+    width of its Wilson interval; law_nats, the mean -log p of the possible
+    ones, and law_nats_ci95, omitted if there are none; distinct_share, of
+    different texts.
+  """
+  nats = -np.array([law.log_prob(text) for text in texts])
+  valid = nats[np.isfinite(nats)]
+  low, high = metrics.share_interval(len(valid), len(texts))
+  means = {
+    'valid_share': len(valid) / len(texts),
+    'valid_share_ci95': (high - low) / 2,
+    'distinct_share': len(set(texts)) / len(texts),
+  }
+  if len(valid):
+    mean, half_width = metrics.ratio_interval(valid, np.ones(len(valid)))
+    means |= {'law_nats': mean, 'law_nats_ci95': half_width}
+  return {key: x for key, x in means.items() if math.isfinite(x)}
+
+
+def describe_samples(means: Mapping[str, float], num: int) -> str:
+  """Describes the means of `num` samples in one line."""
+  num_valid = round(means['valid_share'] * num)
+  low, high = metrics.share_interval(num_valid, num)
+  text = (
+    f'{num_valid} of {num} samples are possible ({num_valid / num:.1%}, 95% '
+    f'interval {low:.1%} to {high:.1%}), {means["distinct_share"]:.1%} distinct'
+  )
+  if 'law_nats' in means:
+    text += f', {means["law_nats"]:.1f} nats each under the law'
+  return text
+
+
+class Features:
+  """How often the features of a law occur in its documents.
+
+  Attributes:
+    law: the law.
+    frequencies: {feature: share of the documents}.
+  """
+
+  def __init__(self, law: Law):
+    self.law = law
+    counts = self._count(
+      [law.sample(_REFERENCE_SEED, i) for i in range(NUM_REFERENCES)]
+    )
+    least = MIN_FREQUENCY * NUM_REFERENCES
+    self.frequencies = {
+      name: num / NUM_REFERENCES
+      for name, num in sorted(counts.items())
+      if num >= least
+    }
+
+  def _count(self, texts: Sequence[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for text in texts:
+      for name in self.law.features(text):
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+  def divergence(self, texts: Sequence[str]) -> float:
+    """Returns the divergence of texts, possible or not, from the law.
+
+    It is the Jensen-Shannon divergence between the Bernoulli distributions of a
+    feature, in nats, averaged over the features: 0 to log(2).
+    """
+    counts = self._count(texts)
+    frequencies = np.array([counts.get(name, 0) for name in self.frequencies])
+    return divergence(
+      frequencies / len(texts), np.array([*self.frequencies.values()])
+    )
+
+  def own_divergence(self, num_samples: int) -> float:
+    """Returns the mean divergence of `num_samples` samples of the law."""
+    law, batches = self.law, range(NUM_BATCHES)
+    texts = [law.sample(_OWN_SEED, i) for i in range(NUM_BATCHES * num_samples)]
+    return float(
+      np.mean([self.divergence(texts[i::NUM_BATCHES]) for i in batches])
+    )
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> float:
+  """Returns the mean Jensen-Shannon divergence of Bernoulli variables, nats.
+
+  `p` and `q` [n] are their probabilities.
+  """
+
+  def entropy(p):
+    x = np.stack([p, 1 - p])
+    return -np.sum(x * np.log(np.where(x > 0, x, 1.0)), axis=0)
+
+  mixed = entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+  return float(np.mean(np.maximum(mixed, 0.0)))

@@ -1,0 +1,343 @@
+"""Models, samples and filled gaps against the known law of their text."""
+
+import dataclasses
+import json
+import logging
+import math
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from nanodlm import config as configs
+from nanodlm import evaluate, laws, sample, train
+from nanodlm import lm as lms
+from nanodlm.data.sources import stories
+from nanodlm.data.tokenizers.bytes import BytesTokenizer
+from nanodlm.evals import compare, infill
+from nanodlm.evals import judge as judges
+from nanodlm.steps import evaluate as evaluate_steps
+from nanodlm.training import metrics
+from nanodlm.types import InputError
+from tests import launches, workdirs
+from tests.data.stories_test import enumerate_stories, TINY
+from tests.seams_test import start_of
+
+LAW = stories.StoriesLaw(TINY)
+LENGTH = 420
+NUM_STORIES = 200
+BYTES = BytesTokenizer()
+DOCUMENTS = {
+  'data__source': 'stories:small',
+  'data__crop': 'document',
+  'data__length': LENGTH,
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def tiny_world():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(stories, 'NUM_STORIES', NUM_STORIES)
+    patch.setattr(stories, 'WORLDS', {'small': TINY, '': stories.SMALL})
+    yield
+
+
+@pytest.fixture(scope='module')
+def flat(tmp_path_factory):
+  """A run in which all bytes are equally probable, and at temperature 0: 0."""
+  folder = tmp_path_factory.mktemp('flat')
+  changes = {**DOCUMENTS, 'sampler__temperature': 0.0}
+  return workdirs.make_workdir(folder, scale=0.0, **changes)
+
+
+@pytest.fixture(scope='module')
+def everything():
+  return enumerate_stories(TINY)
+
+
+@pytest.fixture(scope='module')
+def autoregressive(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('ar')
+  return workdirs.make_workdir(folder, objective__name='ar', **DOCUMENTS)
+
+
+def row_of(text):
+  row = np.full(LENGTH, BYTES.separator_id, np.int32)
+  ids = BYTES.encode(text)[:LENGTH]
+  row[: len(ids)] = ids
+  return row
+
+
+def test_nats_of_held_out_documents(flat, caplog):
+  lm = lms.load(flat)
+  text = evaluate.open_text(lm)
+  means = evaluate.evaluate_text(lm, text)
+  assert 'not compared' not in caplog.text
+  # Independently: the stories of the source that are held out.
+  source = {LAW.sample(0, i) for i in range(NUM_STORIES)}
+  rows = evaluate.validation_rows(lm.run, text.packed, 0).tokens
+  texts = [bytes(row[row < 256].tolist()).decode() for row in rows]
+  assert set(texts) <= source and 30 < len(texts) < 100
+  nats = -np.array([LAW.log_prob(text) for text in texts])
+  assert means['eval/law_nats'] == pytest.approx(nats.mean(), rel=1e-5)
+  # All positions, with those after the end, cost the same.
+  excess = LENGTH * math.log(lm.tokenizer.mask_id) - nats
+  assert means['eval/excess_nats'] == pytest.approx(excess.mean(), rel=1e-5)
+  quantile = stats.t.ppf(0.975, len(texts) - 1)
+  half_width = quantile * excess.std(ddof=1) / len(texts) ** 0.5
+  assert means['eval/excess_nats_ci95'] == pytest.approx(half_width, rel=1e-3)
+  assert means['eval/nats_per_document'] == pytest.approx(
+    means['eval/law_nats'] + means['eval/excess_nats'], rel=1e-6
+  )
+  assert f'truth ({nats.mean():.1f})' in evaluate.describe(means, False, text)
+
+
+def test_a_model_that_is_the_law_has_no_excess(autoregressive):
+  lm = lms.load(autoregressive)
+  packed = evaluate.open_text(lm).packed
+  batch = evaluate.validation_rows(lm.run, packed, 32)
+  score = lms.make_score(lm.run, num_draws=1, batch_size=32)
+  nats = score(lm.params, jax.random.key(0), batch)['nll']
+  step = evaluate_steps.make_eval_step(
+    lm.run.scorer, lm.run.mesh, num_draws=1, seed=0
+  )
+
+  def excess(law_nats):
+    rows, sums = step(lm.params, batch._replace(law_nats=law_nats))
+    return metrics.eval_means(metrics.join([rows]), sums, 'eval', True)
+
+  means = excess(nats)
+  assert means['eval/excess_nats'] == pytest.approx(0, abs=1e-3)
+  assert means['eval/excess_nats_ci95'] == pytest.approx(0, abs=1e-3)
+  assert means['eval/law_nats'] == pytest.approx(
+    means['eval/nats_per_document'], rel=1e-5
+  )
+  # A document without a value is left out of both.
+  some = np.where(np.arange(32) < 20, nats - 2, np.nan).astype(np.float32)
+  means = excess(some)
+  assert means['eval/excess_nats'] == pytest.approx(2, abs=1e-3)
+  assert means['eval/law_nats'] == pytest.approx(nats[:20].mean() - 2, rel=1e-5)
+  assert 'eval/law_nats' not in excess(np.full(32, np.nan, np.float32))
+
+
+def test_when_nothing_is_compared(flat, caplog):
+  lm = lms.load(flat)
+  packed = evaluate.open_text(lm).packed
+
+  def make(**changes):
+    laws._log_once.cache_clear()
+    caplog.clear()
+    config = configs.read_run(flat)
+    for key, value in changes.items():
+      section, _, leaf = key.partition('__')
+      config[section][leaf] = value
+    run = lms.load(flat, settings=configs.make_settings(config)).run
+    with caplog.at_level(logging.INFO, 'nanodlm'):
+      found = evaluate._make_held_out(run, packed, run.settings.data.source)
+    return found, ''.join(
+      record.message for record in caplog.records if record.name == 'nanodlm'
+    )
+
+  held_out, messages = make()
+  assert held_out is not None and not messages
+  found, messages = make(data__crop='chunk')
+  assert found is None and "data.crop='chunk'" in messages
+  # The network would be given what the law has to predict.
+  found, messages = make(data__padding='masked')
+  assert found is None and "data.padding='masked'" in messages
+  assert make(data__source='embedded') == (None, '')
+  # A document that was cut, and one that the tokenizer changes.
+  text = LAW.sample(0, 0)
+  rows = [row_of(text), row_of(text * 3), row_of(text.upper())]
+  nats = held_out.nats(np.stack(rows), np.arange(3))
+  assert nats[0] == pytest.approx(-LAW.log_prob(text))
+  assert np.isnan(nats[1:]).all()
+
+
+def test_documents_that_are_left_out_are_counted(flat, caplog):
+  lm = lms.load(flat)
+  text = evaluate.open_text(lm)
+  counts = {'num_dropped_documents': 20, 'num_documents': 60}
+  packed = dataclasses.replace(text.packed, metadata={'validation': counts})
+  evaluate.make_evaluate(lm.run, packed, text.source)
+  assert '25.0% of the documents' in caplog.text
+  assert f'{-math.log(0.75):.2f} nats' in caplog.text
+
+
+def test_another_world_than_that_of_training(flat, caplog):
+  config = configs.read_run(flat)
+  config.data.source = 'stories'
+  settings = configs.make_settings(config, ['data.source'])
+  evaluate.open_text(lms.load(flat, settings=settings))
+  assert "'stories:small', in which 100 of 100" in caplog.text
+
+
+def test_samples():
+  possible = [LAW.sample(5, i) for i in range(3)]
+  impossible = possible[0].replace('had', 'has', 1)
+  means = laws.sample_means(LAW, [*possible, impossible, possible[2]])
+  nats = [-LAW.log_prob(text) for text in (*possible, possible[2])]
+  assert means['valid_share'] == 0.8 and means['distinct_share'] == 0.8
+  assert means['law_nats'] == pytest.approx(np.mean(nats))
+  half_width = stats.t.ppf(0.975, 3) * np.std(nats, ddof=1) / 2
+  assert means['law_nats_ci95'] == pytest.approx(half_width)
+  # Wilson's interval of 4 out of 5.
+  assert metrics.share_interval(4, 5) == pytest.approx(
+    (0.37553, 0.96377), abs=1e-4
+  )
+  assert means['valid_share_ci95'] == pytest.approx(
+    (0.96377 - 0.37553) / 2, abs=1e-4
+  )
+  assert '37.6% to 96.4%' in laws.describe_samples(means, 5)
+  assert 'law_nats' not in laws.sample_means(LAW, [impossible])
+  assert metrics.share_interval(0, 16) == pytest.approx((0, 0.19361), abs=1e-4)
+
+
+def test_divergence():
+  p = np.array([0.25, 0.5, 0.0, 1.0])
+  assert laws.divergence(p, p) == 0
+  assert laws.divergence(p[2:], 1 - p[2:]) == pytest.approx(math.log(2))
+  # H(1/2) - (H(1/4) + H(3/4)) / 2.
+  h = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+  found = laws.divergence(np.array([0.25]), np.array([0.75]))
+  assert found == pytest.approx(math.log(2) - h)
+
+
+def test_features(everything):
+  features = laws.Features(LAW)
+  exact = dict.fromkeys(features.frequencies, 0.0)
+  for text, probability in everything.items():
+    for name in LAW.features(text) & exact.keys():
+      exact[name] += probability
+  p, q = np.array([*exact.values()]), np.array([*features.frequencies.values()])
+  error = np.sqrt(np.clip(p * (1 - p), 0, 1) / laws.NUM_REFERENCES)
+  assert np.all(np.abs(p - q) < 5 * error + 1e-9) and len(p) > 40
+  texts = [LAW.sample(9, i) for i in range(400)]
+  own = features.own_divergence(400)
+  assert 0 < features.divergence(texts) < 1.5 * own
+  same = [text for text in texts if text.split()[2] == 'Ada']
+  assert features.divergence(same) > 3 * own
+  assert features.divergence(['']) > 0.05  # Any text has features.
+
+
+@pytest.mark.parametrize('num_gaps', [1, 3, 8])
+def test_gaps_of_words(everything, num_gaps):
+  others = [(row_of(text), p) for text, p in everything.items()]
+  rng = np.random.default_rng(num_gaps)
+  for i in range(4):
+    text = LAW.sample(11, i)
+    row = row_of(text)
+    words = infill.find_words(LAW, BYTES, row)
+    assert [text[a:b] for a, b, _ in words] == stories._words(
+      text.replace('.', '').replace(',', '')
+    ) or len(words) > 20
+    chosen = sorted(rng.choice(len(words), num_gaps, replace=False))
+    gaps = infill.make_word_gaps(LAW, BYTES, row, [words[k] for k in chosen])
+    is_gap = np.zeros(LENGTH, bool)
+    is_gap[np.concatenate(gaps.places)] = True
+    # By enumeration of all that agrees with what the network is given.
+    total, marginals = 0.0, [{} for _ in chosen]
+    for other, p in others:
+      if np.all((other == row) | is_gap):
+        total += p
+        for marginal, places in zip(marginals, gaps.places):
+          word = bytes(other[places].tolist()).decode()
+          marginal[word] = marginal.get(word, 0.0) + p
+    assert gaps.posterior.log_prob == pytest.approx(math.log(total))
+    for found, expected in zip(gaps.posterior.marginals(), marginals):
+      expected = {word: p / total for word, p in expected.items()}
+      assert found == pytest.approx(expected)
+
+
+def test_infilling(flat, monkeypatch):
+  lm = lms.load(flat)
+  text = evaluate.open_text(lm)
+  rows = evaluate.validation_rows(lm.run, text.packed, 8)
+  cut = row_of(LAW.sample(0, 0) * 3)
+  rows = rows._replace(tokens=np.concatenate([rows.tokens, [cut]]))
+  (wrong, _) = infill.measure_words(lm, LAW, rows, [0.5])
+  # It writes bytes that do not form words.
+  assert wrong['accuracy'] == wrong['exact_match'] == 0
+  assert (wrong['num_examples'], wrong['num_left_out']) == (8, 1)
+  assert 0.5 < wrong['exact_accuracy'] <= wrong['bayes_accuracy'] < 1
+  # The truth.
+  given = rows.tokens[:8]
+  monkeypatch.setattr(
+    lms, 'make_fill', lambda *args: lambda *canvas: (given, 4.0)
+  )
+  (right, span) = infill.measure_words(lm, LAW, rows, [0.5])
+  assert right['accuracy'] == right['exact_match'] == 1
+  for key in ('bayes_accuracy', 'num_words'):
+    assert right[key] == wrong[key]
+  assert span['pattern'] == 'span' and 'at most' in infill.describe(span)
+  monkeypatch.setattr(stories, 'MAX_VISITED', 3)
+  with pytest.raises(InputError, match='--infill=0.9.*over 3 beginnings'):
+    next(infill.measure_words(lm, LAW, rows, [0.9]))
+
+
+def test_samples_of_a_run(flat, capsys):
+  lm = lms.load(flat).with_sampler({'num_samples': 1})
+  sample.sample_prompts(lm, [])
+  output = capsys.readouterr().out
+  assert 'word 1 is' in output and '0 of 1 samples are possible' in output
+  with open(f'{flat}/samples.jsonl') as file:
+    line = json.loads(file.readline())
+  assert line['law_nats'] is None and 'word 1' in line['problem']
+
+
+def test_compare(flat, tmp_path, capsys):
+  output = tmp_path / 'compared'
+  args = ['--judge=law', '--num_steps=2', '--num_samples=16', '--noplot']
+  run_main = lambda workdir, output, *args: launches.run_mode(
+    compare, f'--workdirs={workdir}', f'--output={output}', *args
+  )
+  assert run_main(flat, output, *args) == 0
+  results = json.loads((output / 'comparison.json').read_text())
+  real, drawn = results['runs'][0]['points']
+  assert real['valid_share'] == 1 and drawn['valid_share'] == 0
+  assert real['divergence'] < 2 * real['own_divergence']
+  assert drawn['divergence'] > 5 * drawn['own_divergence']
+  assert real['law_nats'] > 0 and 'law_nats' not in drawn
+  assert results['runs'][0]['excess_nats'] > 0
+  assert {'valid_share', 'divergence'} <= set(results['panels'])
+  table = capsys.readouterr().out
+  assert 'possible' in table and 'above the law' in table
+  # Another text is laid out as in training: each document is a row.
+  (tmp_path / 'a.jsonl').write_text('{"text": "One day."}\n' * 8)
+  other = f'--source=jsonl:{tmp_path}/a.jsonl'
+  assert run_main(flat, tmp_path / 'other', other) == 0
+  results = json.loads((tmp_path / 'other/comparison.json').read_text())
+  (result,) = results['runs']
+  assert result['num_examples'] == 8 and 'law_nats' not in result
+  assert result['nats_per_document'] == pytest.approx(
+    LENGTH * math.log(BYTES.mask_id), rel=1e-5
+  )
+  # A source without a law, and rows that are not documents.
+  assert run_main(flat, tmp_path / 'new', '--source=embedded', *args) == 2
+  error = capsys.readouterr().err
+  assert '--judge=law' in error and "data.source='embedded'" in error
+  assert not (tmp_path / 'new').exists()
+  data = dataclasses.replace(lms.load(flat).run.settings.data, crop='chunk')
+  with pytest.raises(InputError, match="--judge=law: data.crop='chunk'"):
+    judges.make_judge('law').check(data)
+
+
+def test_training(tmp_path, caplog):
+  start = start_of(
+    tmp_path,
+    **DOCUMENTS,
+    train__num_steps=2,
+    train__num_samples=6,
+    checkpoint__every_steps=2,
+  )
+  with caplog.at_level(logging.INFO, 'nanodlm'):
+    assert train.main(start) == 0
+  with open(f'{start.workdir}/metrics.jsonl') as file:
+    lines = [json.loads(line) for line in file]
+  line = {key: value for line in lines for key, value in line.items()}
+  assert line['samples/valid_share'] == 0
+  assert line['samples/distinct_share'] == 1
+  assert 8 < line['eval/law_nats'] < 12 < line['eval/excess_nats']
+  assert caplog.text.count('is impossible: word') == sample.MAX_LOGGED
+  assert '0 of 6 samples' in caplog.text
