@@ -97,6 +97,9 @@ def get_config() -> config_dict.ConfigDict:
   model.output_bias = False
   # Width of the embedding, which a dense layer then widens; 0: embed_dim.
   model.embedding_dim = 0
+  # Standard deviation of the initial embedding, > 0. In narrow networks a
+  # larger one, such as 1 / sqrt(embed_dim), keeps words of one kind apart.
+  model.embedding_std = 0.02
   model.rope_theta = 10_000.0
   # Number of learned positions, at least the length of the longest row; 0:
   # rotary positions.

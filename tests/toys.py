@@ -215,6 +215,7 @@ def model_config(**changes):
     time_dim=0,
     output_bias=False,
     embedding_dim=0,
+    embedding_std=0.02,
     causal=False,
     block_size=0,
     rope_theta=1e4,

@@ -135,6 +135,7 @@ class ModelConfig:
   time_dim: int
   output_bias: bool
   embedding_dim: int
+  embedding_std: float
   causal: bool
   block_size: int
   rope_theta: float
@@ -192,7 +193,7 @@ class ModelConfig:
     ):
       rule = f'is not one of {sorted(allowed)}'
       require(getattr(self, key) in allowed, key, rule)
-    for key in ('rope_theta', 'norm_eps'):
+    for key in ('rope_theta', 'norm_eps', 'embedding_std'):
       require(getattr(self, key) > 0, key, 'must be > 0')
     require(0 <= self.dropout < 1, 'dropout', 'must be in [0, 1)')
     require(self.time_dim % 2 == 0, 'time_dim', 'must be even')

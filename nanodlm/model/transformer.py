@@ -222,7 +222,9 @@ class Transformer(nn.Module):
     num_ids = sharding.padded(cfg.vocab_size, self.shards) // self.shards.tensor
     normal = nn.initializers.normal(INIT_STD)
     self.embedding = self.param(
-      'embedding', normal, (num_ids, cfg.embedding_dim or cfg.embed_dim)
+      'embedding',
+      nn.initializers.normal(cfg.embedding_std),
+      (num_ids, cfg.embedding_dim or cfg.embed_dim),
     )
     if cfg.embedding_dim:
       self.embedding_in = nn.Dense(
