@@ -27,7 +27,7 @@ from ml_collections import config_flags
 from nanodlm import config as configs
 from nanodlm import workdir as workdirs
 from nanodlm.devices import multihost
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 log = logging.getLogger('nanodlm')
 
@@ -77,7 +77,10 @@ _MODE = flags.DEFINE_enum('mode', 'train', sorted(MODES), 'What to do.')
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the command line; a mistake in it is one line and exit status 2."""
+  """Parses the command line; a mistake in it is one line and exit status 2.
+
+  Returns the command line as it was understood, with '--name=value' throughout.
+  """
   argv = _join_values(argv)
   mode = _find(argv, 'mode') or 'train'
   try:
@@ -109,7 +112,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     _ = _CONFIG.value.seed  # Parses the file and its overrides.
     if rest[1:]:
       _exit_with(f'unexpected arguments: {rest[1:]}; every setting is a flag')
-    return rest
+    return argv
   except BrokenPipeError:
     _leave_closed_pipe()
   except flags.UnrecognizedFlagError as error:
@@ -198,8 +201,7 @@ def _leave_closed_pipe() -> NoReturn:
 
 
 def main(argv: list[str]) -> int:
-  """Runs the mode; returns the exit status."""
-  del argv
+  """Runs the mode of a command line of `parse_flags`; returns the status."""
   _set_up_logging()
   try:
     mode, workdir = _MODE.value, _WORKDIR.value
@@ -210,7 +212,7 @@ def main(argv: list[str]) -> int:
       mode,
       workdir,
       _CONFIG.value,
-      bool(_find(_join_values(sys.argv), 'config')),
+      bool(_find(argv, 'config')),
       config_flags.get_override_values(flag),
     )
     start.check_ignored(UNREAD.get(mode, ()))
@@ -239,7 +241,7 @@ def main(argv: list[str]) -> int:
   except OSError as error:
     if error.errno not in workdirs.FULL:
       raise
-    print(f'error: the disk is full: {error}', file=sys.stderr)
+    print(f'error: the disk is full: {reason(error)}', file=sys.stderr)
   except KeyboardInterrupt:  # Before training handles signals.
     print('interrupted', file=sys.stderr)
     return 130

@@ -18,20 +18,14 @@ from flax import traverse_util
 from ml_collections import config_dict
 
 from nanodlm import workdir as workdirs
+from nanodlm.data import sources
 from nanodlm.data.config import DataConfig, TokenizerConfig
 from nanodlm.devices.mesh import MeshConfig
 from nanodlm.training.optim import OptimConfig
-from nanodlm.types import check_seed, InputError
+from nanodlm.types import check_at_least, check_seed, InputError, reason
 
 # The keys of a section whose readers are classes chosen by its `name`.
 Section = Mapping[str, Any]
-
-
-def _check_at_least(bound: int, section: Any, name: str, *keys: str):
-  for key in keys:
-    value = getattr(section, key)
-    if value < bound:
-      raise InputError(f'{name}.{key}={value!r} must be >= {bound}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +47,10 @@ class TrainConfig:
 
   def __post_init__(self):
     sizes = 'batch_size', 'num_steps', 'num_microbatches', 'chunk_size'
-    _check_at_least(1, self, 'train', *sizes)
-    _check_at_least(1, self, 'train', 'log_every_steps', 'max_skipped_steps')
+    check_at_least(1, self, 'train', *sizes)
+    check_at_least(1, self, 'train', 'log_every_steps', 'max_skipped_steps')
     counts = 'anneal_steps', 'eval_every_steps', 'num_samples', 'profile_steps'
-    _check_at_least(0, self, 'train', *counts)
+    check_at_least(0, self, 'train', *counts)
     if self.wandb_project and importlib.util.find_spec('wandb') is None:
       raise InputError(
         f'train.wandb_project={self.wandb_project!r} needs the wandb package: '
@@ -74,8 +68,8 @@ class EvalConfig:
   seed: int
 
   def __post_init__(self):
-    _check_at_least(1, self, 'eval', 'batch_size', 'num_draws')
-    _check_at_least(0, self, 'eval', 'max_examples')
+    check_at_least(1, self, 'eval', 'batch_size', 'num_draws')
+    check_at_least(0, self, 'eval', 'max_examples')
     check_seed(self.seed, 'eval.seed')
 
 
@@ -90,8 +84,8 @@ class CheckpointConfig:
   init_step: int
 
   def __post_init__(self):
-    _check_at_least(1, self, 'checkpoint', 'every_steps', 'max_to_keep')
-    _check_at_least(0, self, 'checkpoint', 'keep_period', 'init_step')
+    check_at_least(1, self, 'checkpoint', 'every_steps', 'max_to_keep')
+    check_at_least(0, self, 'checkpoint', 'keep_period', 'init_step')
     if self.init_step and not self.init_from:
       raise InputError(
         f'checkpoint.init_step={self.init_step!r} is ignored with '
@@ -108,8 +102,8 @@ class SampleConfig:
   seed: int
 
   def __post_init__(self):
-    _check_at_least(1, self, 'sampler', 'num_samples')
-    _check_at_least(0, self, 'sampler', 'length')
+    check_at_least(1, self, 'sampler', 'num_samples')
+    check_at_least(0, self, 'sampler', 'length')
     check_seed(self.seed, 'sampler.seed')
 
 
@@ -273,6 +267,8 @@ class Start:
         'out (--config.SECTION.KEY=VALUE is fine)'
       )
     config = read_run(self.workdir)
+    if 'data.source' in self.changes:
+      _prepare_for_another_source(config.data, self.changes)
     for key, value in sorted(self.changes.items()):
       if key in unread or not key.startswith((*reads, 'train.chunk_size')):
         raise InputError(
@@ -290,6 +286,25 @@ class Start:
     for key, value in self.changes.items():
       set_value(config, key, value)
     return make_settings(config, self.changes)
+
+
+def _prepare_for_another_source(data: Any, changes: Mapping[str, Any]):
+  """Resets what a run's source needs and one to be evaluated may not allow.
+
+  No mode but training reads random crops and the shares that are given.
+  """
+  if data.crop == 'random':
+    data.crop = 'chunk'
+  data.update(clean_prefix_rate=0.0, clean_infill_rate=0.0)
+  cls = sources.find_class(changes['data.source'])
+  if data.crop != 'document' and not (cls and cls.is_pairs):
+    data.update(padding='eos', long_documents='drop')
+  if data.eval_source and 'data.eval_source' not in changes:
+    data.eval_source = ''
+    if not (data.eval_tokens or 'data.eval_tokens' in changes):
+      # It may be 0 with an eval_source.
+      defaults: Any = load().data
+      data.eval_fraction = data.eval_fraction or defaults.eval_fraction
 
 
 def read(workdir: str) -> config_dict.ConfigDict | None:
@@ -405,7 +420,7 @@ def from_json(text: str | bytes, where: str) -> config_dict.ConfigDict:
     saved = json.loads(text)
   # Bytes that are not UTF-8, not JSON, or thousands of brackets.
   except (ValueError, RecursionError) as error:
-    raise InputError(f'{where} is not JSON: {error}') from error
+    raise InputError(f'{where} is not JSON: {reason(error)}') from error
   if not isinstance(saved, dict):
     raise InputError(f'{where} is not a config but {type(saved).__name__}')
   config = load()

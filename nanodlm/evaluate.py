@@ -78,7 +78,7 @@ def make_evaluate(
       rows=rows,
       max_examples=max_examples,
     )
-    sums = []
+    results = []
     num = min(len(packed.validation), max_examples or sys.maxsize)
     countdown = progress.Countdown('evaluating', -(-num // batch_size))
     for batch in batches:
@@ -86,13 +86,14 @@ def make_evaluate(
         return None
       if held_out is not None:
         batch = batch._replace(law_nats=held_out.nats(batch))
-      sums.append(eval_step(params, meshes.shard_batch(run.mesh, batch)))
-      if len(sums) > 1:  # At most one step in flight, to stop promptly.
-        jax.block_until_ready(sums[-2])
+      results.append(eval_step(params, meshes.shard_batch(run.mesh, batch)))
+      if len(results) > 1:  # At most one step in flight, to stop promptly.
+        jax.block_until_ready(results[-2])
       countdown.count()
+    values, sums = zip(*jax.device_get(results), strict=True)
     split = 'eval_subset' if max_examples else 'eval'
     return metrics.eval_means(
-      metrics.add(jax.device_get(sums)), split, packed.is_documents
+      metrics.join(values), metrics.add(sums), split, packed.is_documents
     )
 
   return evaluate
@@ -211,6 +212,9 @@ def describe(
     kind = f'held-out {kind}'
   value = {key.partition('/')[2]: mean for key, mean in means.items()}
   subset = ' of a subset' if 'eval_subset/nll' in means else ''
+  num_blocks = value['num_blocks']
+  is_one_each = num_blocks == value['num_examples']
+  blocks = '' if is_one_each else f' in {num_blocks:.0f} blocks'
 
   def interval(key, spec='.4f'):
     width = value[f'{key}_ci95']
@@ -228,7 +232,7 @@ def describe(
   return (
     f'{kind}{subset}: {interval("nll")} nats/token, perplexity '
     f'{value["ppl"]:.2f}, {interval("bits_per_byte")} bits/byte (95% '
-    f'interval of independent rows, {value["num_examples"]:.0f} examples)'
+    f'interval, {value["num_examples"]:.0f} examples{blocks})'
     + excess
     + (text.describe() if text else '')
   )
@@ -304,7 +308,10 @@ def open_text(lm: LanguageModel) -> Text:
   is_same = not (data.eval_source or trained.eval_source)
   if is_same and source in (trained.source, *mixture):
     data = dataclasses.replace(data, source=trained.source)
-    keys = 'eval_fraction', 'eval_tokens', 'test_tokens'
+    keys = ['eval_fraction', 'eval_tokens', 'test_tokens']
+    classes = map(sources.find_class, mixture)
+    if any(cls and cls.is_tokens for cls in classes):
+      keys.append('length')  # Token ids are divided between two rows.
     is_split = all(getattr(data, key) == getattr(trained, key) for key in keys)
     # A tokenizer trained on another part of the text would be another one.
     wanted = own_tokenizer(config, lm.workdir) if is_split else lm.tokenizer
@@ -315,8 +322,9 @@ def open_text(lm: LanguageModel) -> Text:
   elif settings.given & {'data.eval_fraction', 'data.eval_tokens'}:
     packed = prepare.prepare(data, lm.tokenizer)
   else:
+    key = 'data.eval_source' if data.eval_source else 'data.source'
     data = dataclasses.replace(data, eval_source=source)
-    packed = prepare.prepare_whole(data, lm.tokenizer)
+    packed = prepare.prepare_whole(data, lm.tokenizer, key=key)
   if packed.tokenizer.fingerprint != lm.tokenizer.fingerprint:
     raise InputError(
       f'data.source={source!r} has changed since the run in {lm.workdir!r} was '

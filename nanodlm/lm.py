@@ -234,24 +234,16 @@ class LanguageModel:
     longest, separator = data.length, self.tokenizer.separator_id
     if data.has_documents:
       rows = [np.append(row, separator) for row in rows]
-    parts = [
-      (i, row[first : first + longest])
-      for i, row in enumerate(rows)
-      for first in range(0, len(row), longest)
-    ]
-    size = max(len(part) for _, part in parts)
     step = np.lcm(LENGTH_STEP, self.run.objective.block_size or 1)
-    size = min(-(-size // step) * step, longest)
+    size = min(-(-max(map(len, rows)) // step) * step, longest)
     fills = data.has_documents and data.padding == 'eos'
     size = longest if fills else size
-    tokens = np.full([len(parts), size], separator, np.int32)
-    for i, (_, part) in enumerate(parts):
-      tokens[i, : len(part)] = part
-    is_text = np.arange(size) < np.array([[len(part)] for _, part in parts])
+    tokens, is_text, owner = cut_windows(rows, size)
+    tokens = np.where(is_text, tokens, np.int32(separator))
     is_text |= fills
     # The padding is a separate segment, so that texts do not attend to it.
     batch = make_batch(tokens, is_text, (~is_text).astype(np.int32))
-    return batch, np.array([owner for owner, _ in parts])
+    return batch, owner
 
   def logits(self, tokens: Any, level: float | None = None) -> np.ndarray:
     """Returns the logits of the clean tokens, [B, L, V] or [L, V] float32.
@@ -338,6 +330,32 @@ def shown_tokens(run: Run, tokens: np.ndarray, fixed: np.ndarray) -> np.ndarray:
   first = int(np.max(np.flatnonzero(fixed), initial=-1)) + 1
   size = prompts.find_end(tokens[first:], run.eos_ids, is_blank=not first)
   return tokens[: first + size]
+
+
+def cut_windows(
+  rows: Sequence[np.ndarray], size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Cuts rows of any length into windows of `size` tokens.
+
+  Returns:
+    tokens and is_text [M, size] of `pad`, and the row of each window, [M].
+  """
+  parts = [
+    (i, row[first : first + size])
+    for i, row in enumerate(rows)
+    for first in range(0, len(row), size)
+  ]
+  owner = np.array([i for i, _ in parts], np.int64)
+  return *pad([part for _, part in parts], size), owner
+
+
+def pad(rows: Sequence[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Pads ids with zeros, [N, size] int32; also returns which are ids, bool."""
+  tokens = np.zeros((len(rows), size), np.int32)
+  for padded, row in zip(tokens, rows):
+    padded[: len(row)] = row
+  ends = np.array([len(row) for row in rows], np.int32)
+  return tokens, np.arange(size) < ends[:, None]
 
 
 def make_batch(

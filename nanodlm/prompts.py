@@ -13,7 +13,7 @@ import re
 import numpy as np
 
 from nanodlm.data.tokenizers.base import Tokenizer
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 # Doubled braces are literal; {} is a gap with an equal share of the remaining
 # tokens, {12} a gap of 12 tokens.
@@ -167,7 +167,7 @@ def read_prompts(path: str) -> list[str]:
     lines = pathlib.Path(path).read_text(encoding='utf-8-sig').split('\n')
   except (OSError, UnicodeDecodeError) as error:
     raise InputError(
-      f'--prompt_file={path!r} cannot be read: {error}'
+      f'--prompt_file={path!r} cannot be read: {reason(error)}'
     ) from error
   for number, line in enumerate(lines, start=1):
     if not line.strip():

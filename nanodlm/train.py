@@ -183,7 +183,9 @@ def train(
       multihost.on_process_0(lambda: _was_evaluated(workdir, step))
     )
     evaluated = None
-    if not jax.process_index():
+
+    def write() -> int:
+      nonlocal evaluated
       _write_config(workdir, settings, saved, step)
       share = overlap.remember(workdir, packed, settings.checkpoint.init_from)
       if source := settings.data.eval_source:
@@ -191,8 +193,11 @@ def train(
         laws.warn_of_other_law(settings.data.source, source)
       if is_new:
         save_tokenizer(run.tokenizer, workdir)
+      return 0
+
+    multihost.on_process_0(write)
     _describe(run, packed)
-    _check_rates(settings, before['config'] if before else None, step)
+    _warn(settings, before['config'] if before else None, step)
     config = settings.to_dict()
     with (
       signals.catch() as caught,
@@ -280,8 +285,8 @@ def _check_same_text(packed: PackedData, position: Any, workdir: str):
     )
 
 
-def _check_rates(settings: Settings, before: Any, step: int):
-  """Warns of schedules that do not end, or do not continue.
+def _warn(settings: Settings, before: Any, step: int):
+  """Warns of schedules that do not end or continue, and of unmet periods.
 
   Args:
     settings: of the run.
@@ -305,6 +310,15 @@ def _check_rates(settings: Settings, before: Any, step: int):
       f'{num_steps}: the run ends before its attention is full, as it is in '
       'evaluation and sampling'
     )
+  saved = settings.checkpoint
+  if kept := saved.keep_period:
+    first = math.lcm(kept, saved.every_steps)
+    if first > num_steps and num_steps % kept:
+      warnings.append(
+        f'checkpoint.keep_period={kept} keeps no checkpoint of this run: with '
+        f'checkpoint.every_steps={saved.every_steps}, the first would be step '
+        f'{first}, after train.num_steps={num_steps}'
+      )
   for text in filter(None, warnings):
     log.warning(text)
 

@@ -24,6 +24,22 @@ class InputError(ValueError):
   """
 
 
+def reason(error: BaseException) -> str:
+  """Returns what an error says, which is never empty."""
+  return getattr(error, 'strerror', '') or str(error) or type(error).__name__
+
+
+def check_at_least(bound: int, section: Any, name: str, *keys: str):
+  """Raises InputError if an attribute among `keys` is less than the bound.
+
+  `name` is that of the config's section.
+  """
+  for key in keys:
+    value = getattr(section, key)
+    if value < bound:
+      raise InputError(f'{name}.{key}={value!r} must be >= {bound}')
+
+
 def check_seed(seed: Any, name: str):
   """Raises InputError unless JAX can use all bits of a seed.
 

@@ -17,7 +17,7 @@ import os
 import pathlib
 from typing import Any
 
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
@@ -57,7 +57,7 @@ def make(workdir: str):
     os.makedirs(workdir, exist_ok=True)
   except OSError as error:
     raise InputError(
-      f'--workdir={workdir!r} cannot be written: {error}'
+      f'--workdir={workdir!r} cannot be written: {reason(error)}'
     ) from error
 
 
@@ -87,7 +87,7 @@ def append(workdir: str, name: str, *lines: dict[str, Any]):
         file.truncate(size)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   except OSError as error:
-    raise InputError(f'{path} cannot be written: {error.strerror}') from error
+    raise InputError(f'{path} cannot be written: {reason(error)}') from error
 
 
 def has_tokenizer(workdir: str) -> bool:

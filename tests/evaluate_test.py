@@ -1,5 +1,6 @@
 """Evaluation of a workdir: other texts, and the noise of the estimator."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -296,9 +297,84 @@ def test_the_training_text_named_by_hand_is_not_the_eval_source(tmp_path):
   assert open_text(workdir, source=source).trained_share == 1
 
 
+def test_rows_of_ids_at_another_length(tmp_path):
+  parquet = pytest.importorskip('pyarrow.parquet')
+  arrow = pytest.importorskip('pyarrow')
+  ids = np.random.default_rng(0).integers(256, size=(20, 16)).tolist()
+  parquet.write_table(arrow.table({'tokens': ids}), tmp_path / 'a.parquet')
+  source = f'tokens:{tmp_path}/a.parquet'
+  workdir = workdirs.make_workdir(tmp_path / 'made', data__source=source)
+  assert open_text(workdir).is_own_split
+  # The last 96 of 320 ids are held out. In rows of 48, 96 of 288 are: of their
+  # 81 passages of 16 ids, 17 are among the first 224.
+  text = open_text(workdir, length=48)
+  assert len(text.packed.validation) == 2
+  assert not text.is_own_split and not text.is_held_out
+  assert text.trained_share == pytest.approx(17 / 81)
+
+
+def test_other_sources_of_a_run_with_an_eval_source(tmp_path):
+  other, pairs = tmp_path / 'other.txt', tmp_path / 'pairs.jsonl'
+  other.write_text(letters(1))
+  line = json.dumps({'prompt': 'abc', 'response': 'defg'})
+  pairs.write_text(f'{line}\n' * 4)
+  workdir = workdirs.make_workdir(
+    tmp_path / 'made',
+    text=letters(0),
+    data__eval_source=f'text:{other}',
+    data__eval_fraction=0.0,
+    data__crop='random',
+    data__clean_prefix_rate=0.5,
+  )
+
+  def open_as(**changes):
+    changes = {f'data.{key}': value for key, value in changes.items()}
+    start = configs.Start('eval', workdir, configs.load(), False, changes)
+    settings = start.resolve_reading(('data.',))
+    return evaluate.open_text(lms.load(workdir, settings=settings))
+
+  num_rows = lambda **changes: len(open_as(**changes).packed.validation)
+  assert num_rows() == num_rows(source=f'text:{other}') == 3001 // 16
+  assert num_rows(source=f'text:{other}', eval_fraction=0.5) == 1501 // 16
+  assert num_rows(source=f'text:{other}', eval_tokens=160) == 10
+  assert open_as(source=f'pairs:{pairs}').packed.is_documents
+  for key, source in (('source', 'text:/a/b'), ('eval_source', 'text:/a/b')):
+    with pytest.raises(InputError, match=f"^data.{key}='{source}'"):
+      open_as(**{key: source})
+  with pytest.raises(InputError, match='^data.eval_fraction=0.5'):
+    open_as(eval_fraction=0.5)
+
+
 def test_how_much_of_a_held_out_text_is_also_in_training():
   show = lambda **line: evaluate.shown_share(line)
   assert show(is_held_out=True, trained_share=0.0004) == 'held out'
   assert '41.2%' in show(is_held_out=True, trained_share=0.412)
   assert show(is_held_out=False, trained_share=0.412) == '41.2%'
   assert show(is_held_out=False) == 'unknown'
+
+
+def test_a_whole_split_has_the_same_interval_in_any_batches(tmp_path):
+  workdir = workdirs.make_workdir(tmp_path)
+  lm = lms.load(workdir)
+  packed = evaluate.open_text(lm).packed
+  found = []
+  for batch_size in (8, 24):
+    options = dataclasses.replace(lm.run.settings.eval, batch_size=batch_size)
+    settings = dataclasses.replace(lm.run.settings, eval=options)
+    run = dataclasses.replace(lm.run, settings=settings)
+    found.append(evaluate.make_evaluate(run, packed)(lm.params))
+  assert found[0] == pytest.approx(found[1], rel=1e-5)
+  # The same from the values of single rows.
+  rows = evaluate.validation_rows(lm.run, packed, 0)
+  score = lms.make_score(lm.run, num_draws=2, batch_size=8)
+  key = jax.random.key(lm.run.settings.eval.seed)
+  nll = np.asarray(score(lm.params, key, rows)['nll'], np.float64)
+  num = len(nll)
+  assert found[0]['eval/num_examples'] == num > 30
+  mean = nll.sum() / rows.num_tokens.sum()
+  parts = [nll[i * num // 30 : (i + 1) * num // 30] for i in range(30)]
+  errors = [np.sum(part - mean * workdirs.LENGTH) for part in parts]
+  expected = 2.04523 * math.sqrt(np.square(errors).sum() * 30 / 29)
+  expected /= rows.num_tokens.sum()
+  assert found[0]['eval/nll'] == pytest.approx(mean, rel=1e-5)
+  assert found[0]['eval/nll_ci95'] == pytest.approx(expected, rel=1e-4)

@@ -8,6 +8,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from scipy import stats
 
 from nanodlm import config as configs
 from nanodlm import evaluate, laws, sample, train
@@ -68,10 +69,11 @@ def row_of(text):
   return row
 
 
-def test_nats_of_held_out_documents(flat):
+def test_nats_of_held_out_documents(flat, caplog):
   lm = lms.load(flat)
   text = evaluate.open_text(lm)
   means = evaluate.evaluate_text(lm, text)
+  assert 'not compared' not in caplog.text
   # Independently: the stories of the source that are held out.
   source = {LAW.sample(0, i) for i in range(NUM_STORIES)}
   rows = evaluate.validation_rows(lm.run, text.packed, 0).tokens
@@ -82,8 +84,9 @@ def test_nats_of_held_out_documents(flat):
   # All positions, with those after the end, cost the same.
   excess = LENGTH * math.log(lm.tokenizer.mask_id) - nats
   assert means['eval/excess_nats'] == pytest.approx(excess.mean(), rel=1e-5)
-  half_width = 1.96 * excess.std(ddof=1) / len(texts) ** 0.5
-  assert means['eval/excess_nats_ci95'] == pytest.approx(half_width, rel=0.01)
+  quantile = stats.t.ppf(0.975, len(texts) - 1)
+  half_width = quantile * excess.std(ddof=1) / len(texts) ** 0.5
+  assert means['eval/excess_nats_ci95'] == pytest.approx(half_width, rel=1e-3)
   assert means['eval/nats_per_document'] == pytest.approx(
     means['eval/law_nats'] + means['eval/excess_nats'], rel=1e-6
   )
@@ -101,8 +104,8 @@ def test_a_model_that_is_the_law_has_no_excess(autoregressive):
   )
 
   def excess(law_nats):
-    sums = step(lm.params, batch._replace(law_nats=law_nats))
-    return metrics.eval_means(metrics.add([sums]), 'eval', True)
+    rows, sums = step(lm.params, batch._replace(law_nats=law_nats))
+    return metrics.eval_means(metrics.join([rows]), sums, 'eval', True)
 
   means = excess(nats)
   assert means['eval/excess_nats'] == pytest.approx(0, abs=1e-3)
@@ -183,7 +186,7 @@ def test_samples():
   nats = [-LAW.log_prob(text) for text in (*possible, possible[2])]
   assert means['valid_share'] == 0.8 and means['distinct_share'] == 0.8
   assert means['law_nats'] == pytest.approx(np.mean(nats))
-  half_width = 1.96 * np.std(nats, ddof=1) / 2
+  half_width = stats.t.ppf(0.975, 3) * np.std(nats, ddof=1) / 2
   assert means['law_nats_ci95'] == pytest.approx(half_width)
   # Wilson's interval of 4 out of 5.
   assert metrics.share_interval(4, 5) == pytest.approx(

@@ -104,6 +104,7 @@ def test_a_checkpoint_waits_for_a_step_that_is_taken(spoilt):
 def test_a_longer_run_says_how_its_rate_changes(spoilt, caplog):
   start, _ = spoilt
   start.config.train.num_steps = 15
+  start.config.checkpoint.keep_period = 7
   assert train.main(start) == 0
   (text,) = [x for x in caplog.messages if 'learning rate was' in x]
   values = [float(x) for x in re.findall(r'(\S+) in step', text)]
@@ -111,11 +112,14 @@ def test_a_longer_run_says_how_its_rate_changes(spoilt, caplog):
   assert 'optim.decay_from_step=10' in text
   np.testing.assert_allclose(rates(start)[11], cosine(10 / 15), rtol=1e-5)
   # As it advises: a new decay, from half of the rate.
+  assert 'checkpoint.keep_period=7' in caplog.text
   caplog.clear()
   start.config.train.num_steps = 20
+  start.config.checkpoint.keep_period = 10
   start.config.optim.update(decay_from_step=15, learning_rate=PEAK / 2)
   assert train.main(start) == 0
   assert 'is 0.0005 in step 16' in caplog.text
+  assert 'keep_period' not in caplog.text
   expected = {16 + i: cosine(i / 5) / 2 for i in range(5)}
   found = {step: rate for step, rate in rates(start).items() if step > 15}
   assert found == pytest.approx(expected, rel=1e-5)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from nanodlm.data import sources, tokenizers
-from nanodlm.types import InputError
+from nanodlm.types import check_at_least, InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,9 @@ class DataConfig:
     return self.is_pairs or self.crop == 'document'
 
   def __post_init__(self):
-    lowest = dict(
-      length=2, prefetch_batches=1, num_threads=1, eval_tokens=0, test_tokens=0
-    )
-    for key, bound in lowest.items():
-      self._check(key, getattr(self, key) >= bound, f'must be >= {bound}')
+    check_at_least(2, self, 'data', 'length')
+    check_at_least(1, self, 'data', 'prefetch_batches', 'num_threads')
+    check_at_least(0, self, 'data', 'eval_tokens', 'test_tokens')
     for key, *allowed in (
       ('crop', 'chunk', 'random', 'document'),
       ('long_documents', 'drop', 'cut', 'refuse'),

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 
 from nanodlm.data.folder import Interrupted
-from nanodlm.data.sources.base import Part, reason, Source
+from nanodlm.data.sources.base import Part, Source
 from nanodlm.data.tokenizers.base import Tokenizer
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 # Texts are passed to the tokenizer's threads in groups of about this size; a
 # single thread gains nothing from large groups.

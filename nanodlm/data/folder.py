@@ -19,8 +19,7 @@ import time
 import filelock
 
 from nanodlm import workdir as workdirs
-from nanodlm.data.sources.base import reason
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 _INCOMPLETE = '.incomplete-'
 # Work in progress that nothing has touched for this long was abandoned.

@@ -21,7 +21,7 @@ import numpy as np
 
 from nanodlm import workdir as workdirs
 from nanodlm.data.packed import PackedData
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 PASSAGE_BYTES = 64
 MAX_HASHES = 1 << 20
@@ -118,8 +118,8 @@ def load(workdir: str) -> Record:
   """
   path = pathlib.Path(workdir) / workdirs.TRAINED_ON
   if not path.exists():
-    reason = f'{workdir} does not hold a record of it, {path.name}'
-    return Record(0, 0, 1.0, np.zeros([0], np.uint64), reason)
+    unknown = f'{workdir} does not hold a record of it, {path.name}'
+    return Record(0, 0, 1.0, np.zeros([0], np.uint64), unknown)
   try:
     with np.load(path) as saved:
       values: Any = {name: saved[name] for name in saved.files}
@@ -128,8 +128,8 @@ def load(workdir: str) -> Record:
   # NumPy raises errors of many classes for a damaged file.
   except Exception as error:
     raise InputError(
-      f'{path}, the record of the training text, is damaged ({error}); without '
-      'the file it is unknown what was trained on'
+      f'{path}, the record of the training text, is damaged ({reason(error)}); '
+      'without the file it is unknown what was trained on'
     ) from error
 
 

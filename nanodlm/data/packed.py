@@ -16,7 +16,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from nanodlm.data import sources
 from nanodlm.data.sources.tfds import quiet_tfds
 from nanodlm.data.tokenizers.base import Tokenizer
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 SPLITS = ('train', 'validation')
 # The hashes of the documents of each split, in a prepared dataset's folder.
@@ -63,7 +63,7 @@ class PackedRows:
     except (RuntimeError, OSError) as error:
       ends = np.cumsum([num_rows for _, num_rows in self.files])
       path, _ = self.files[int(np.searchsorted(ends, i, 'right'))]
-      raise _damaged(path, error) from error
+      raise _damaged(path, reason(error)) from error
     features = Example.FromString(record).features.feature
     tokens = np.frombuffer(features['tokens'].bytes_list.value[0], self.dtype)
     row: dict[str, Any] = {'tokens': tokens.astype(np.int32)}
@@ -147,7 +147,7 @@ def open_packed(path: pathlib.Path, tokenizer: Tokenizer) -> PackedData:
     raise
   # TFDS raises errors of many classes for files that it did not write.
   except Exception as error:
-    raise _damaged(folder, error) from error
+    raise _damaged(folder, reason(error)) from error
 
 
 def _check_files(split: Any, num_rows: int) -> list[tuple[pathlib.Path, int]]:
@@ -165,13 +165,13 @@ def _check_files(split: Any, num_rows: int) -> list[tuple[pathlib.Path, int]]:
   return list(zip(paths, lengths, strict=True))
 
 
-def _damaged(path: pathlib.Path, error: Exception | str) -> InputError:
+def _damaged(path: pathlib.Path, text: str) -> InputError:
   folder = path
   while folder.name != NAME:
     folder = folder.parent
   return InputError(
-    f'prepared data {path} is damaged ({error}). Delete {folder.parent}, and '
-    'the next start prepares it again'
+    f'prepared data {path} is damaged ({text}). Delete '
+    f'{folder.parent}, and the next start prepares it again'
   )
 
 
@@ -200,9 +200,9 @@ def _hashes(packed: PackedData, split: str) -> np.ndarray:
   # NumPy raises errors of many classes for a damaged file.
   except Exception as error:
     raise InputError(
-      f'prepared data {path} cannot be read ({error}): it is damaged, or of an '
-      f'older version. Delete {path.parent}, and the next start prepares it '
-      'again'
+      f'prepared data {path} cannot be read ({reason(error)}): it is damaged, '
+      f'or of an older version. Delete {path.parent}, and the next start '
+      'prepares it again'
     ) from error
 
 

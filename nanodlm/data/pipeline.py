@@ -94,7 +94,7 @@ def make_train_iterator(
     )
     return batch._replace(
       eligible=eligible,
-      # Of the separators that fill a row, the first counts.
+      # The first of the separators that fill a row counts.
       num_tokens=(eligible & is_counted).sum(axis=1, dtype=np.int32),
       num_bytes=num_bytes.sum(axis=1, dtype=np.int32, where=eligible),
     )

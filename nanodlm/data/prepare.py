@@ -63,7 +63,7 @@ from nanodlm.data import packed as packed_data
 from nanodlm.data.config import DataConfig, TokenizerConfig
 from nanodlm.data.packed import PackedData
 from nanodlm.data.sources import base
-from nanodlm.data.tokenizers.base import Tokenizer
+from nanodlm.data.tokenizers.base import Tokenizer, warn_of_loss
 from nanodlm.types import InputError
 
 # Part of the folder's name: increase it when the content of the rows changes.
@@ -99,11 +99,7 @@ def prepare(
   if not data_config.eval_source:
     return _prepare(data_config, tokenizer_config, engine)
   train = _prepare(data_config, tokenizer_config, engine, 'train')
-  try:
-    held_out = prepare_whole(data_config, train.tokenizer, engine)
-  except InputError as error:
-    text = str(error).replace('data.source=', 'data.eval_source=')
-    raise InputError(text) from error
+  held_out = prepare_whole(data_config, train.tokenizer, engine)
   metadata = {
     **train.metadata,
     'validation': held_out.metadata['validation'],
@@ -130,16 +126,20 @@ def prepare_whole(
   data_config: DataConfig,
   tokenizer: Tokenizer,
   engine: encoder.Engine | None = None,
+  key: str = 'data.eval_source',
 ) -> PackedData:
   """Prepares data.eval_source to be evaluated, all of it.
 
-  Of a dataset with a validation split of its own, it is that split.
+  Of a dataset with a validation split of its own, it is that split. Errors name
+  the `key` that the source was given with.
   """
-  config = dataclasses.replace(
-    data_config, source=data_config.eval_source, eval_source=''
-  )
+  config = dataclasses.replace(data_config, source=data_config.eval_source)
   engine = engine or encoder.ThisProcess()
-  return _prepare(config, tokenizer, engine, 'validation')
+  try:
+    return _prepare(config, tokenizer, engine, 'validation')
+  except InputError as error:
+    text = str(error).replace('data.source=', f'{key}=')
+    raise InputError(text) from error
 
 
 def prepare_parts(
@@ -309,7 +309,8 @@ def _build(
   work = job.folder
   tables = encoder.encode(job, tasks, engine)
   totals = _totals(tables)
-  job.tokenizer.warn_of_loss(totals['num_lost_bytes'], totals['num_bytes'])
+  name = f'tokenizer.name={job.tokenizer.name!r}'
+  warn_of_loss(name, totals['num_lost_bytes'], totals['num_bytes'])
   sides = split.assign(job.source, tasks, tables, data_config, elsewhere)
   if whole := metadata.get('whole'):
     sides = {whole: sides[whole]}

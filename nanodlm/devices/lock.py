@@ -15,7 +15,7 @@ import socket
 import filelock
 
 from nanodlm import workdir as workdirs
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 log = logging.getLogger('nanodlm')
 
@@ -73,7 +73,7 @@ def hold(workdir: str) -> Iterator[None]:
       if error.errno not in _NO_LOCKS:
         raise
       log.warning(
-        f'{path} cannot be locked ({error.strerror}): nothing prevents a '
+        f'{path} cannot be locked ({reason(error)}): nothing prevents a '
         'second run from writing to the same workdir'
       )
     path.write_text(f'process {os.getpid()} on {socket.gethostname()}\n')

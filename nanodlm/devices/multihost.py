@@ -10,7 +10,7 @@ from absl import flags
 import jax
 import numpy as np
 
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 # A process without a heartbeat for this long counts as lost, and the others are
 # ended. JAX's default is 100 s, during which costly machines would be idle.
@@ -114,7 +114,9 @@ def init_distributed():
         shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_SECS,
       )
   except (ValueError, RuntimeError) as error:
-    raise InputError(f'jax.distributed cannot start: {error}') from error
+    raise InputError(
+      f'jax.distributed cannot start: {reason(error)}'
+    ) from error
   try:
     index = jax.process_index()
   except (AssertionError, RuntimeError) as error:

@@ -92,7 +92,7 @@ def measure_infilling(
 
   Yields:
     For each pattern and ratio a dict: pattern; ratio; unit='token'; accuracy,
-    of the masked tokens, and accuracy_ci95, from the spread between rows;
+    of the masked tokens, and accuracy_ci95 (see `metrics.ratio_interval`);
     exact_match, the share of rows without an error; num_examples; num_tokens;
     num_calls.
   """
@@ -111,7 +111,9 @@ def measure_infilling(
       key = jax.random.fold_in(jax.random.key(settings.seed), number)
       filled, num_calls = fill(lm.params, key, canvas, ~gaps)
       correct, masked = np.sum(gaps & (filled == tokens), 1), gaps.sum(1)
-      accuracy, half_width = metrics.ratio_interval(correct, masked)
+      accuracy, half_width = metrics.ratio_interval(
+        correct, masked, lm.run.settings.data.has_documents
+      )
       yield {
         'pattern': pattern,
         'ratio': ratio,

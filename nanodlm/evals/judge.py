@@ -23,9 +23,9 @@ from nanodlm import evaluate, laws
 from nanodlm import lm as lms
 from nanodlm.data import overlap, pipeline, sources
 from nanodlm.data.config import DataConfig
-from nanodlm.data.tokenizers.base import Tokenizer
+from nanodlm.data.tokenizers.base import count_lost, Tokenizer, warn_of_loss
 from nanodlm.training import metrics
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 HUGGING_FACE = 'hf:'
 LAW = 'law'
@@ -208,39 +208,13 @@ class ModelJudge(Judge):
     else:
       texts = [tokenizer.decode(row) for row in tokens]
       rows, num_bytes = self.encode(texts), [len(x.encode()) for x in texts]
-    windows, is_text, owner = cut_windows(rows, self.window)
+    windows, is_text, owner = lms.cut_windows(rows, self.window)
     nll = self.score_windows(windows, is_text) if len(windows) else []
     return Judged(
       np.bincount(owner, weights=nll, minlength=len(rows)),
       np.array([len(row) for row in rows]),
       np.array(num_bytes),
     )
-
-
-def cut_windows(
-  rows: list[np.ndarray], size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Cuts rows of any length into windows of `size` tokens.
-
-  Returns:
-    tokens and is_text [M, size] of `pad`, and the row of each window, [M].
-  """
-  parts = [
-    (i, row[first : first + size])
-    for i, row in enumerate(rows)
-    for first in range(0, len(row), size)
-  ]
-  owner = np.array([i for i, _ in parts], np.int64)
-  return *pad([part for _, part in parts], size), owner
-
-
-def pad(rows: list[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Pads ids with zeros, [N, size] int32; also returns which are ids, bool."""
-  tokens = np.zeros((len(rows), size), np.int32)
-  for padded, row in zip(tokens, rows):
-    padded[: len(row)] = row
-  ends = np.array([len(row) for row in rows], np.int32)
-  return tokens, np.arange(size) < ends[:, None]
 
 
 class NanodlmJudge(ModelJudge):
@@ -305,7 +279,9 @@ class HuggingFaceJudge(ModelJudge):
       self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
       model = transformers.AutoModelForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:
-      raise InputError(f'--judge={spec!r} cannot be loaded: {error}') from error
+      raise InputError(
+        f'--judge={spec!r} cannot be loaded: {reason(error)}'
+      ) from error
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     self.model = model.float().eval().to(device)
     # The start symbol takes one position.
@@ -324,7 +300,14 @@ class HuggingFaceJudge(ModelJudge):
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)
-    return [np.asarray(row, np.int64) for row in ids['input_ids']]
+    rows = ids['input_ids']
+    decoded = self.tokenizer.batch_decode(
+      rows, clean_up_tokenization_spaces=False
+    )
+    num_lost = sum(map(count_lost, texts, decoded))
+    num_bytes = sum(len(text.encode()) for text in texts)
+    warn_of_loss(f'--judge={self.name!r}', num_lost, num_bytes)
+    return [np.asarray(row, np.int64) for row in rows]
 
   def score_windows(
     self, tokens: np.ndarray, is_text: np.ndarray

@@ -22,7 +22,6 @@ import numpy as np
 
 from nanodlm import lm as lms
 from nanodlm import prompts as prompting
-from nanodlm.evals import judge
 from nanodlm.lm import LanguageModel
 from nanodlm.samplers import SAMPLERS
 from nanodlm.types import Batch, check_seed, InputError
@@ -117,7 +116,7 @@ class TextModel:
     for length in np.unique(lengths):
       (members,) = np.nonzero(lengths == length)
       rows = [np.concatenate(encoded[i]) for i in members]
-      tokens, is_text = judge.pad(rows, length)
+      tokens, is_text = lms.pad(rows, length)
       scored = is_text & (np.arange(length) >= starts[members, None])
       batch = self._batch(tokens, scored, is_text, index[members])
       values = self.score(batch)
@@ -152,7 +151,7 @@ class TextModel:
     without the ones before it; the harness's own models slide a window instead.
     """
     rows = self.lm.tokenizer.encode_to_score(texts)
-    tokens, is_text, owner = judge.cut_windows(rows, self.length)
+    tokens, is_text, owner = lms.cut_windows(rows, self.length)
     if not len(tokens):
       return [0.0] * len(texts)
     nll = self.score(self._batch(tokens, is_text, is_text))['nll']
@@ -185,7 +184,7 @@ class TextModel:
     for number, first in enumerate(range(0, len(order), self.batch_size)):
       members = order[first : first + self.batch_size]
       length = self._padded(max(totals[i] for i in members))
-      tokens, fixed = judge.pad([heads[i] for i in members], length)
+      tokens, fixed = lms.pad([heads[i] for i in members], length)
       # Padding is filled as well, then cut off.
       tokens = np.where(fixed, tokens, np.int32(tokenizer.mask_id))
       key = jax.random.fold_in(self.key, number)

@@ -69,7 +69,7 @@ from nanodlm.interop.families import layout as layouts
 from nanodlm.model.config import ModelConfig
 from nanodlm.model.network import TransformerNetwork
 from nanodlm.training import checkpoint
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 log = logging.getLogger('nanodlm')
 
@@ -392,7 +392,7 @@ def find_tokenizer(
       content = FAMILIES[family].tokenizer_json(folder)
     except Exception as error:  # The library raises nothing narrower.
       raise InputError(
-        f'the tokenizer in {folder} cannot be read: {error}'
+        f'the tokenizer in {folder} cannot be read: {reason(error)}'
       ) from error
     if content is not None:
       path = scratch / HF_TOKENIZER

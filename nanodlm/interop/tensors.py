@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from nanodlm import workdir as workdirs
 from nanodlm.training import checkpoint
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 log = logging.getLogger('nanodlm')
 
@@ -105,7 +105,7 @@ class SafeTensors(Tensors):
         if path.stat().st_size < 1000 and b'git-lfs' in path.read_bytes():
           hint = '. It is a pointer of Git LFS: run `git lfs pull` there'
         raise InputError(
-          f'{path} is not a whole safetensors file: {error}{hint}'
+          f'{path} is not a whole safetensors file: {reason(error)}{hint}'
         ) from error
       if twice := sorted(set(slices) & set(self.shapes)):
         raise InputError(f'{where} holds {twice} in more than one file')
@@ -234,7 +234,9 @@ class OrbaxTensors(Tensors):
         return call(reader)
       # Orbax raises nothing narrower for data that cannot be read.
       except Exception as error:
-        raise InputError(f'{self.where} cannot be read: {error}') from error
+        raise InputError(
+          f'{self.where} cannot be read: {reason(error)}'
+        ) from error
 
   def read(self, name: str) -> np.ndarray:
     return self._arrays[name]
@@ -271,7 +273,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     value = json.loads(path.read_text())
   # Thousands of brackets raise a RecursionError.
   except (OSError, ValueError, RecursionError) as error:
-    raise InputError(f'{path} cannot be read: {error}') from error
+    raise InputError(f'{path} cannot be read: {reason(error)}') from error
   if not isinstance(value, dict):
     raise InputError(f'{path} is not an object but {type(value).__name__}')
   return value

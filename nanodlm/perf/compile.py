@@ -182,7 +182,7 @@ def blank_canvas(run: Run, num_samples: int) -> Canvas:
 
 
 def make_eval_step(run: Run) -> Any:
-  """Builds the evaluation step, (params, batch with index) -> sums."""
+  """Builds the evaluation step, (params, batch with index) -> values."""
   options = run.settings.eval
   return evaluate_steps.make_eval_step(
     run.scorer, run.mesh, num_draws=options.num_draws, seed=options.seed

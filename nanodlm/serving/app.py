@@ -87,7 +87,7 @@ from nanodlm import lm as lms
 from nanodlm.config import Start
 from nanodlm.devices import multihost
 from nanodlm.show import pages
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 try:
   import fastapi
@@ -347,7 +347,7 @@ def open_socket(host: str, port: int) -> socket.socket:
     opened = socket.create_server(address, family=family, dualstack_ipv6=dual)
   except OSError as error:
     raise InputError(
-      f'--host={host!r} --port={port!r}: cannot listen ({error.strerror}); '
+      f'--host={host!r} --port={port!r}: cannot listen ({reason(error)}); '
       '--host must be an address of this machine and --port a free port'
     ) from error
   if hasattr(socket, 'TCP_USER_TIMEOUT'):  # Connections inherit it.

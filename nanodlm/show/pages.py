@@ -8,7 +8,7 @@ import pathlib
 import re
 
 from nanodlm import workdir as workdirs
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 _SHARED = re.compile(r'/\*(\w+\.(?:css|js))\*/\n')
 # Characters that XML and HTML do not allow, and unpaired surrogates.
@@ -76,5 +76,5 @@ def write(flag: str, path: pathlib.Path, text: str):
     workdirs.write(path, text)
   except OSError as error:
     raise InputError(
-      f'{flag}={str(path)!r} cannot be written: {error}'
+      f'{flag}={str(path)!r} cannot be written: {reason(error)}'
     ) from error

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from nanodlm import workdir as workdir_files
 from nanodlm.devices import lock
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 COMPARISON_FILE = 'comparison.json'
 
@@ -91,7 +91,7 @@ def _read(path: pathlib.Path, problems: list[str]) -> bytes:
     if path.name in (workdir_files.CONFIG, workdir_files.METRICS):
       problems.append(f'no {path.name}')
   except OSError as error:
-    problems.append(f'{path.name} cannot be read ({error.strerror})')
+    problems.append(f'{path.name} cannot be read ({reason(error)})')
   return b''
 
 
@@ -120,7 +120,7 @@ def _read_config(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:
       flat |= {f'{name}.{key}': each for key, each in section.items()}
       flat |= {} if section else {name: value}
   except (ValueError, AttributeError) as error:
-    problems.append(f'{path.name} is not a JSON object ({error})')
+    problems.append(f'{path.name} is not a JSON object ({reason(error)})')
   for key in ('train.num_steps', 'train.batch_size', 'data.length'):
     if key in flat and not is_number(flat[key]):
       problems.append(f'{key}={flat.pop(key)!r} is not a number')

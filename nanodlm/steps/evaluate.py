@@ -15,8 +15,8 @@ from nanodlm.types import Batch, InputError, Objective
 
 def make_eval_step(
   scorer: Scorer, mesh: jax.sharding.Mesh, *, num_draws: int, seed: int
-) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-  """Builds the jitted evaluation step, (params, batch) -> sums.
+) -> Callable[[Any, Batch], tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+  """Builds the jitted evaluation step, (params, batch) -> (rows, sums).
 
   Each example is scored `num_draws` times (once if the objective is exact), at
   noise levels stratified within the example. Keys depend on `seed` and the
@@ -26,12 +26,9 @@ def make_eval_step(
   `num_draws` is a multiple of the objective's group size. A batch has an index.
 
   Returns:
-    A function that returns sums over rows: nll, weight (the denominator of nats
-    per token), num_bytes; for intervals of ratios, the squares nll2, weight2,
-    num_bytes2 and the products nll_weight, nll_num_bytes; and num_examples,
-    correct, scored, bin_cross_entropy, bin_scored. If the batch has law_nats,
-    also law_nats, excess (nll without them), its square excess2, and
-    num_with_law, the rows that are compared.
+    A function that returns values of each row, [B]: those of `make_score_step`,
+    weight (the denominator of nats per token), num_bytes and, if the batch has
+    them, law_nats; and sums over all rows: bin_cross_entropy, bin_scored.
   """
   scorer = dataclasses.replace(scorer, objective=scorer.objective.evaluation())
   num_draws = _check_draws(scorer.objective, num_draws)
@@ -39,38 +36,16 @@ def make_eval_step(
   def step(params, batch):
     key = jax.random.key(seed)
     rows, level_sums = _score_rows(scorer, num_draws, params, key, batch)
-    nll = rows['nll']
-    weight = batch.num_tokens.astype(jnp.float32)
-    num_bytes = batch.num_bytes.astype(jnp.float32)
-    sums = {
-      'nll': nll,
-      'weight': weight,
-      'num_bytes': num_bytes,
-      'nll2': nll * nll,
-      'nll_weight': nll * weight,
-      'weight2': weight * weight,
-      'nll_num_bytes': nll * num_bytes,
-      'num_bytes2': num_bytes * num_bytes,
-      'num_examples': (weight > 0).astype(jnp.float32),
-      'correct': rows['correct'],
-      'scored': rows['scored'],
-    }
+    rows |= {'weight': batch.num_tokens, 'num_bytes': batch.num_bytes}
     if batch.law_nats is not None:
-      has_law = jnp.isfinite(batch.law_nats) & (weight > 0)
-      excess = jnp.where(has_law, nll - batch.law_nats, 0.0)
-      sums |= {
-        'law_nats': jnp.where(has_law, batch.law_nats, 0.0),
-        'excess': excess,
-        'excess2': excess * excess,
-        'num_with_law': has_law.astype(jnp.float32),
-      }
-    sums = {**jax.tree.map(jnp.sum, sums), **level_sums}
-    return jax.lax.psum(sums, meshes.BATCH_AXES)
+      rows['law_nats'] = batch.law_nats
+    return rows, jax.lax.psum(level_sums, meshes.BATCH_AXES)
 
-  in_specs = scorer.specs(), P(meshes.BATCH_AXES)
-  return jax.jit(
-    jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=P())
+  rows = P(meshes.BATCH_AXES)
+  sharded = jax.shard_map(
+    step, mesh=mesh, in_specs=(scorer.specs(), rows), out_specs=(rows, P())
   )
+  return jax.jit(sharded, out_shardings=meshes.replicated(mesh))
 
 
 def make_score_step(

@@ -24,7 +24,7 @@ from nanodlm.devices import sharding
 from nanodlm.training import checksums
 from nanodlm.training.checksums import CHECKSUMS, complete_steps, find_damage
 from nanodlm.training.state import TrainState
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 log = logging.getLogger('nanodlm')
 
@@ -192,7 +192,7 @@ def _explaining(manager: ocp.CheckpointManager):
   except (OSError, ValueError, RuntimeError) as error:
     directory = pathlib.Path(manager.directory)
     raise SaveError(
-      f'a checkpoint in {directory} could not be written: {error}. '
+      f'a checkpoint in {directory} could not be written: {reason(error)}. '
       f'The complete ones there: {complete_steps(directory)}'
     ) from error
 
@@ -266,7 +266,8 @@ def _restore(manager, step, items):
         'to use the one before'
       )
     raise InputError(
-      f'checkpoint {folder} cannot be read into this model: {error}{hint}'
+      f'checkpoint {folder} cannot be read into this model: '
+      f'{reason(error)}{hint}'
     ) from error
 
 

@@ -5,7 +5,10 @@ import math
 from typing import Any
 
 import numpy as np
+from scipy import special
 
+# Number of blocks for the interval of rows that are not independent.
+NUM_BLOCKS = 30
 # Matrix products of one device in its 16-bit format, dense, in FLOP/s, from the
 # makers' data sheets. Keys are prefixes of JAX's device_kind.
 PEAK_FLOPS = {
@@ -35,6 +38,14 @@ def add(sums: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
   return {
     key: np.sum([np.asarray(s[key], np.float64) for s in sums], axis=0)
     for key in sums[0]
+  }
+
+
+def join(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+  """Concatenates dicts of arrays [B], key by key, in float64."""
+  return {
+    key: np.concatenate([np.asarray(row[key], np.float64) for row in rows])
+    for key in rows[0]
   }
 
 
@@ -81,27 +92,14 @@ def train_means(sums: dict[str, np.ndarray]) -> dict[str, float]:
   }
 
 
-def _half_width(sums: dict[str, np.ndarray], per: str) -> float:
-  """Returns 1.96 standard errors of sum(nll) / sum(per) over examples."""
-  num = sums['num_examples']
-  if num < 2:
-    return math.nan
-  ratio = _ratio(sums['nll'], sums[per])
-  # sum_i (nll_i - ratio * per_i)^2, the residuals of the ratio estimator.
-  residual = (
-    sums['nll2']
-    - 2 * ratio * sums[f'nll_{per}']
-    + ratio * ratio * sums[f'{per}2']
-  )
-  spread = math.sqrt(max(residual, 0.0) * num / (num - 1))
-  return float(1.96 * spread / sums[per])
+def num_blocks(num_rows: int, independent: bool) -> int:
+  """Returns how many blocks of rows an interval is formed from.
 
-
-def _mean_interval(total: Any, squares: Any, num: Any) -> tuple[float, float]:
-  """Returns the mean of values, and 1.96 standard errors, from their sums."""
-  sums = {'nll': total, 'nll2': squares, 'nll_one': total}
-  sums |= {'one': num, 'one2': num, 'num_examples': num}
-  return _ratio(total, num), _half_width(sums, 'one')
+  Neighbouring rows of packed text are often of one document, or of one stretch
+  of it, and their errors are alike. At most NUM_BLOCKS blocks are long enough
+  to be nearly independent. With `independent`, every row is a block.
+  """
+  return num_rows if independent else min(num_rows, NUM_BLOCKS)
 
 
 def share_interval(num: int, total: int) -> tuple[float, float]:
@@ -116,29 +114,36 @@ def share_interval(num: int, total: int) -> tuple[float, float]:
   return max(center - half_width, 0.0), min(center + half_width, 1.0)
 
 
-def ratio_interval(total: np.ndarray, count: np.ndarray) -> tuple[float, float]:
+def ratio_interval(
+  total: Any, count: Any, independent: bool = True
+) -> tuple[float, float]:
   """Returns sum(total) / sum(count) and the half width of its 95% interval.
 
+  The interval is that of a ratio estimator over blocks of consecutive rows, by
+  Student's t. It does not depend on how rows were batched.
+
+  Source: Cochran, Sampling Techniques, 3rd edition, section 6.3.
+
   Args:
-    total: [N], per row: correct tokens, or nats.
+    total: [N], per row, in the order of the text: correct tokens, or nats.
     count: [N], per row: tokens, or bytes; rows with count 0 are omitted.
+    independent: whether the rows are; see `num_blocks`.
 
   Returns:
-    The ratio and 1.96 standard errors, from the spread between rows; the latter
-    is NaN for fewer than two rows.
+    The ratio and the half width, which is NaN for fewer than two rows.
   """
   total, count = (
     np.asarray(x, np.float64)[np.asarray(count) > 0] for x in (total, count)
   )
-  sums = {
-    'nll': total.sum(),
-    'nll2': (total * total).sum(),
-    'nll_count': (total * count).sum(),
-    'count': count.sum(),
-    'count2': (count * count).sum(),
-    'num_examples': len(count),
-  }
-  return _ratio(sums['nll'], sums['count']), _half_width(sums, 'count')
+  ratio = _ratio(total.sum(), count.sum())
+  num = num_blocks(len(count), independent)
+  if num < 2:
+    return ratio, math.nan
+  starts = np.arange(num) * len(count) // num
+  residuals = np.add.reduceat(total - ratio * count, starts)
+  spread = math.sqrt(np.sum(residuals**2) * num / (num - 1))
+  quantile = special.stdtrit(num - 1, 0.975)
+  return ratio, float(quantile * spread / count.sum())
 
 
 # The values of n in distinct_n.
@@ -182,49 +187,59 @@ def _entropy(tokens: np.ndarray) -> float:
 
 
 def eval_means(
-  sums: dict[str, np.ndarray], split: str = 'eval', has_documents: bool = False
+  rows: dict[str, np.ndarray],
+  sums: dict[str, np.ndarray],
+  split: str = 'eval',
+  has_documents: bool = False,
 ) -> dict[str, float]:
   """Returns the held-out bound (or exact value) and its interval.
 
-  Intervals are 1.96 standard errors of a ratio of sums over examples, each the
-  mean of its noise draws: they contain the spread of the text and of the noise.
+  An interval contains the spread of the text and of the noise: a row's value is
+  the mean of its noise draws; see `ratio_interval`.
 
   Args:
-    sums: from `steps.make_eval_step`.
+    rows: [N] each, in the order of the text, from `steps.make_eval_step`.
+    sums: of the same steps.
     split: the metrics' prefix.
-    has_documents: whether an example is a whole document.
+    has_documents: whether a row is a whole document. Rows are then independent.
 
   Returns:
     nll and nll_ci95 (half width) in nats per token; ppl; bits_per_token;
     bits_per_byte and bits_per_byte_ci95; accuracy and `level_means` of all
-    scored tokens, padding included if it is scored; num_examples. With
-    has_documents, nats_per_document and nats_per_document_ci95, too. If the
-    sums hold the nats of a law: law_nats, its cross entropy in nats per
-    document; excess_nats and excess_nats_ci95, by how much the bound exceeds
-    it, from the difference of each document.
+    scored tokens, padding included if it is scored; num_examples; num_blocks,
+    of which the intervals are formed. With has_documents, nats_per_document and
+    nats_per_document_ci95, too. If rows have the finite nats of a law: their
+    mean law_nats, in nats per document; excess_nats and excess_nats_ci95, by
+    how much the bound exceeds it, from the difference of each document.
   """
-  nll = _ratio(sums['nll'], sums['weight'])
+  nats, weight = rows['nll'], rows['weight']
+  nll, half_width = ratio_interval(nats, weight, has_documents)
+  per_byte, byte_half_width = ratio_interval(
+    nats, rows['num_bytes'], has_documents
+  )
+  num = int(np.sum(weight > 0))
   means = {
     'nll': nll,
-    'nll_ci95': _half_width(sums, 'weight'),
+    'nll_ci95': half_width,
     'ppl': math.exp(min(nll, 700.0)),
     'bits_per_token': nll / math.log(2),
-    'bits_per_byte': _ratio(sums['nll'], sums['num_bytes']) / math.log(2),
-    'bits_per_byte_ci95': _half_width(sums, 'num_bytes') / math.log(2),
-    'accuracy': _ratio(sums['correct'], sums['scored']),
-    'num_examples': float(sums['num_examples']),
+    'bits_per_byte': per_byte / math.log(2),
+    'bits_per_byte_ci95': byte_half_width / math.log(2),
+    'accuracy': _ratio(np.sum(rows['correct']), np.sum(rows['scored'])),
+    'num_examples': float(num),
+    'num_blocks': float(num_blocks(num, has_documents)),
   }
   if has_documents:
-    mean, half_width = _mean_interval(
-      sums['nll'], sums['nll2'], sums['num_examples']
+    means['nats_per_document'], means['nats_per_document_ci95'] = (
+      ratio_interval(nats, weight > 0)
     )
-    means['nats_per_document'] = mean
-    means['nats_per_document_ci95'] = half_width
-  if num := sums.get('num_with_law', 0):
-    mean, half_width = _mean_interval(sums['excess'], sums['excess2'], num)
-    means['law_nats'] = _ratio(sums['law_nats'], num)
-    means['excess_nats'] = mean
-    means['excess_nats_ci95'] = half_width
+  law_nats = rows.get('law_nats', np.full(len(nats), np.nan))
+  has_law = np.isfinite(law_nats) & (weight > 0)
+  if has_law.any():
+    means['law_nats'] = float(np.mean(law_nats[has_law]))
+    means['excess_nats'], means['excess_nats_ci95'] = ratio_interval(
+      nats - law_nats, has_law
+    )
   return {
     **{f'{split}/{key}': value for key, value in means.items()},
     **level_means(sums, split),

@@ -42,8 +42,9 @@ encoder.PROGRESS_SECS = 0
 data = config.DataConfig(
     source={source!r}, eval_source='', length=16, eval_fraction=0.1,
     eval_tokens=0, test_tokens=0, data_dir={data_dir!r},
-    crop='random', segment_ids=True, padding='eos', clean_prefix_rate=0.0,
-    clean_infill_rate=0.0, num_threads=1, prefetch_batches=1)
+    crop='random', long_documents='drop', segment_ids=True, padding='eos',
+    clean_prefix_rate=0.0, clean_infill_rate=0.0, num_threads=1,
+    prefetch_batches=1)
 tokenizer = config.TokenizerConfig(name='bytes', path='', vocab_size=0)
 packed = prepare.prepare(data, tokenizer)
 batch = next(pipeline.make_train_iterator(packed, data, seed=0, batch_size=2))

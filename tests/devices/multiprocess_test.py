@@ -102,6 +102,17 @@ def test_process_0_alone_writes_and_speaks(runs):
     assert 'nats/token' not in output
 
 
+def test_a_file_that_only_process_0_reads_ends_all(runs):
+  several = runs[1]
+  record = several / 'trained_on.npz'
+  saved = record.read_bytes()
+  record.write_bytes(saved[:100])
+  ended = [launches.finish(process) for process in start(several)]
+  record.write_bytes(saved)
+  assert [status for status, _ in ended] == [2] * NUM_PROCESSES, ended
+  assert 'trained_on.npz' in ended[0][1]
+
+
 def test_a_lost_process_ends_the_others_and_one_process_goes_on(runs):
   one, several, _ = runs
   first = steps_of(several)[-1]

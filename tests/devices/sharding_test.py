@@ -247,7 +247,7 @@ class EvalAndSampleTest(parameterized.TestCase):
     name=('masked', 'hybrid', 'block', 'ar'), shape=((1, 8, 1), (2, 2, 2))
   )
   def test_evaluation_is_the_same(self, name, shape):
-    def sums(shape):
+    def values(shape):
       mesh, network = make_mesh(shape), make_network(name, shape)
       run = evaluate_steps.make_eval_step(
         make_scorer(name, network), mesh, num_draws=2, seed=3
@@ -261,7 +261,7 @@ class EvalAndSampleTest(parameterized.TestCase):
         )
       )
 
-    jax.tree.map(assert_close, sums((1, 1, 1)), sums(shape))
+    jax.tree.map(assert_close, values((1, 1, 1)), values(shape))
 
   @parameterized.product(
     name=(

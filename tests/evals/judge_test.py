@@ -175,7 +175,7 @@ def test_hugging_face_is_optional(monkeypatch):
     judges.make_judge('hf:gpt2')
 
 
-def test_hugging_face(tmp_path):
+def test_hugging_face(tmp_path, caplog):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
   import tokenizers as hf_tokenizers
@@ -212,5 +212,11 @@ def test_hugging_face(tmp_path):
       log_p = judge.model(torch.tensor([ids])).logits[0].log_softmax(-1)
     expected -= sum(float(log_p[i, ids[i + 1]]) for i in range(len(ids) - 1))
   np.testing.assert_allclose(judged.nll[0], expected, rtol=1e-5)
+  assert 'loses' not in caplog.text
+  judge.tokenizer.backend_tokenizer.normalizer = (
+    hf_tokenizers.normalizers.Lowercase()
+  )
+  judge.encode(['ABc', 'd'])
+  assert '2 of 4 bytes' in caplog.text
   with pytest.raises(InputError, match='cannot be loaded'):
     judges.make_judge(f'hf:{tmp_path}/gone')

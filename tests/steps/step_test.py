@@ -406,7 +406,8 @@ def evaluator(name, num_devices):
 def evaluate(name, num_devices, batch, params=None):
   run, mesh = evaluator(name, num_devices)
   params = jax.device_put(params or initial_params(), meshes.replicated(mesh))
-  return host(run(params, meshes.shard_batch(mesh, batch)))
+  rows, sums = host(run(params, meshes.shard_batch(mesh, batch)))
+  return jax.tree.map(np.sum, rows) | sums
 
 
 def eval_batch():
@@ -434,7 +435,6 @@ class EvalStepTest(parameterized.TestCase):
         ours[: rows.stop - rows.start] = theirs[rows]
       parts.append(evaluate('count', 1, part))
     assert_close(jax.tree.map(np.add, *parts), sums, rtol=1e-5)
-    self.assertEqual(sums['num_examples'], BATCH - 1)
     self.assertEqual(sums['weight'], batch.eligible.sum())
 
   def test_noise_is_the_examples_own(self):
@@ -474,12 +474,6 @@ class EvalStepTest(parameterized.TestCase):
     np.testing.assert_allclose(
       sums['nll'] / sums['weight'], np.log(MASK), rtol=1e-5
     )
-    np.testing.assert_allclose(
-      sums['nll2'], sums['weight2'] * np.log(MASK) ** 2, rtol=1e-5
-    )
-    np.testing.assert_allclose(
-      sums['nll_weight'], sums['weight2'] * np.log(MASK), rtol=1e-5
-    )
 
   @parameterized.parameters('count', 'ar')
   def test_tokens_that_nats_are_reported_per(self, name):
@@ -494,8 +488,6 @@ class EvalStepTest(parameterized.TestCase):
     np.testing.assert_allclose(
       sums['nll'] / sums['weight'], LENGTH / 2 * np.log(MASK), rtol=1e-5
     )
-    np.testing.assert_allclose(sums['nll_weight'], 2 * sums['nll'], rtol=1e-5)
-    self.assertEqual(sums['weight2'], 4 * BATCH)
 
   def test_autoregressive_is_exact(self):
     batch, config = eval_batch(), network('ar').config
@@ -537,9 +529,6 @@ class ScoreStepTest(parameterized.TestCase):
     for key in ('nll', 'correct', 'scored'):
       self.assertEqual(values[0][key].shape, (BATCH,))
       np.testing.assert_allclose(values[0][key].sum(), sums[key], rtol=1e-5)
-    np.testing.assert_allclose(
-      np.sum(np.float64(values[0]['nll']) ** 2), sums['nll2'], rtol=1e-5
-    )
 
   def test_uses_the_form_it_is_given(self):
     mesh = make_mesh(1)

@@ -6,30 +6,20 @@ import numpy as np
 
 from nanodlm.training import metrics
 
+SUMS = {
+  'bin_cross_entropy': np.array([2.0, 0.0]),
+  'bin_scored': np.array([4.0, 0.0]),
+}
 
-def sums_of(nll, weight, num_bytes):
-  nll, weight, num_bytes = (
-    np.asarray(x, float) for x in (nll, weight, num_bytes)
-  )
-  return {
-    'nll': nll.sum(),
-    'weight': weight.sum(),
-    'nll2': (nll**2).sum(),
-    'nll_weight': (nll * weight).sum(),
-    'weight2': (weight**2).sum(),
-    'num_examples': float(np.sum(weight > 0)),
-    'num_bytes': num_bytes.sum(),
-    'nll_num_bytes': (nll * num_bytes).sum(),
-    'num_bytes2': (num_bytes**2).sum(),
-    'correct': 3.0,
-    'scored': 4.0,
-    'bin_cross_entropy': np.array([2.0, 0.0]),
-    'bin_scored': np.array([4.0, 0.0]),
-  }
+
+def means_of(nll, weight, num_bytes, independent=True):
+  rows = {'nll': nll, 'weight': weight, 'num_bytes': num_bytes}
+  rows |= {'correct': [3.0], 'scored': [4.0]}
+  return metrics.eval_means(metrics.join([rows]), SUMS, 'eval', independent)
 
 
 def test_units():
-  means = metrics.eval_means(sums_of([8.0, 12.0], [10, 10], [20, 20]))
+  means = means_of([8.0, 12.0], [10, 10], [20, 20])
   assert means['eval/nll'] == 1.0
   assert math.isclose(means['eval/ppl'], math.e)
   assert math.isclose(means['eval/bits_per_token'], 1 / math.log(2))
@@ -46,7 +36,7 @@ def test_interval_covers_the_mean_about_19_times_in_20():
     weight = np.full(60, 16.0)
     num_bytes = generator.integers(20, 60, 60)  # Mean 39.5 per row.
     nll = generator.gamma(4.0, 4.0, 60)  # Mean 16: 1 nat per token.
-    means = metrics.eval_means(sums_of(nll, weight, num_bytes))
+    means = means_of(nll, weight, num_bytes)
     hits += abs(means['eval/nll'] - 1.0) < means['eval/nll_ci95']
     byte_hits += (
       abs(means['eval/bits_per_byte'] - 16 / 39.5 / math.log(2))
@@ -56,18 +46,59 @@ def test_interval_covers_the_mean_about_19_times_in_20():
   assert 0.92 < byte_hits / 2000 < 0.97
 
 
+def test_interval_of_blocks_by_hand():
+  # 60 rows: 30 blocks of two, which cost 1 + 3 and 3 + 5 nats in turn.
+  nll, weight = np.tile([1.0, 3.0, 3.0, 5.0], 15), np.full(60, 3.0)
+  means = means_of(nll, weight, weight, independent=False)
+  assert means['eval/nll'] == 1.0 and means['eval/num_blocks'] == 30
+  # Each is 2 nats from the 6 of its tokens, so that the standard deviation of
+  # the sum is sqrt(30 * 30 * 2^2 / 29); t with 29 degrees of freedom: 2.04523.
+  expected = 2.04523 * math.sqrt(30 * 30 * 4 / 29) / 180
+  assert math.isclose(means['eval/nll_ci95'], expected, rel_tol=1e-5)
+  # Fewer rows than blocks: t with one degree of freedom, 12.7062.
+  few = means_of([8.0, 12.0], [10, 10], [20, 20], independent=False)
+  assert few['eval/num_blocks'] == 2
+  expected = 12.7062 * math.sqrt(2 * (2**2 + 2**2)) / 20
+  assert math.isclose(few['eval/nll_ci95'], expected, rel_tol=1e-5)
+  # Documents of their own.
+  each = means_of(nll, weight, weight)
+  assert each['eval/num_blocks'] == 60 and each['eval/nats_per_document'] == 3
+  # t with 59 degrees of freedom: 2.00100.
+  expected = 2.001 * math.sqrt(60 * (2 * 15 * 4) / 59) / 60
+  width = each['eval/nats_per_document_ci95']
+  assert math.isclose(width, expected, rel_tol=1e-5)
+
+
+def test_interval_of_rows_that_are_alike():
+  # Documents of 16 rows, each with a mean of its own.
+  generator = np.random.default_rng(0)
+  hits = {True: 0, False: 0}
+  for _ in range(1000):
+    documents = np.repeat(generator.normal(16.0, 2.0, 100), 16)[5:-3]
+    nll = documents + generator.normal(0.0, 2.0, documents.size)
+    weight = np.full(documents.size, 16.0)
+    for independent in hits:
+      means = means_of(nll, weight, weight, independent)
+      hits[independent] += abs(means['eval/nll'] - 1) < means['eval/nll_ci95']
+  assert 0.92 < hits[False] / 1000 < 0.97
+  assert hits[True] / 1000 < 0.6
+
+
 def test_interval_per_byte_holds_the_spread_of_bytes_alone():
-  means = metrics.eval_means(sums_of([8, 8, 8], [8, 8, 8], [10, 20, 30]))
+  means = means_of([8, 8, 8], [8, 8, 8], [10, 20, 30])
   assert means['eval/nll_ci95'] == 0
   assert means['eval/bits_per_byte_ci95'] > 0
 
 
 def test_empty_rows_change_nothing():
-  full = metrics.eval_means(sums_of([8.0, 12.0], [10, 10], [20, 20]))
-  padded = metrics.eval_means(
-    sums_of([8.0, 12.0, 0.0], [10, 10, 0], [20, 20, 0])
-  )
+  full = means_of([8.0, 12.0], [10, 10], [20, 20])
+  padded = means_of([8.0, 12.0, 0.0], [10, 10, 0], [20, 20, 0])
   assert full == padded
+
+
+def test_join():
+  rows = metrics.join([{'a': np.ones(2)}, {'a': np.zeros(1)}])
+  np.testing.assert_array_equal(rows['a'], [1.0, 1.0, 0.0])
 
 
 def test_add():
@@ -83,7 +114,7 @@ def test_peak_flops():
 
 def test_ratio_interval_is_that_of_the_evaluation():
   nll, num_bytes = np.array([8.0, 12.0, 5.0]), np.array([20, 20, 7])
-  means = metrics.eval_means(sums_of(nll, [10, 10, 4], num_bytes))
+  means = means_of(nll, [10, 10, 4], num_bytes)
   ratio, half_width = metrics.ratio_interval(
     np.append(nll, 3.0), np.append(num_bytes, 0)
   )

@@ -14,7 +14,7 @@ import numpy as np
 
 from nanodlm.data.network import is_reachable
 from nanodlm.data.sources import base, files
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ArrowSource(base.Source):
           raise self.error(
             f'a row of {name} from {first_row} to '
             f'{first_row + len(column) - 1} is not UTF-8 text in field '
-            f'{field!r}: {base.reason(error)}'
+            f'{field!r}: {reason(error)}'
           ) from error
         yield from map(base.document_of, texts)
         continue
@@ -119,7 +119,7 @@ class ParquetSource(ArrowSource, files.FileSource):
         yield file
     except (pa.ArrowException, OSError) as error:
       raise self.error(
-        f'{path} cannot be read as Parquet: {base.reason(error)}'
+        f'{path} cannot be read as Parquet: {reason(error)}'
       ) from error
 
 

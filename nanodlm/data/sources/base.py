@@ -194,8 +194,3 @@ def find_cut(text: str) -> int:
   """Returns how many characters of a text are before the best place to cut."""
   cuts = (cut.end() for place in _CUTS if (cut := place.match(text)))
   return next(cuts, len(text))
-
-
-def reason(error: BaseException) -> str:
-  """Returns what an error says, which is never empty."""
-  return getattr(error, 'strerror', '') or str(error) or type(error).__name__

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, ClassVar, Self
 import zlib
 
 from nanodlm.data.sources import base
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 _log = logging.getLogger('nanodlm')
 # Files are fingerprinted by content up to this many bytes in all (read in less
@@ -132,9 +132,7 @@ class FileSource(base.Source):
         'decompress the file'
       ) from error
     except (OSError, EOFError) as error:
-      raise self.error(
-        f'{path} cannot be read: {base.reason(error)}'
-      ) from error
+      raise self.error(f'{path} cannot be read: {reason(error)}') from error
 
   def _slices(
     self, path: str, next_border: Callable[[BinaryIO], int]
@@ -225,7 +223,7 @@ class _Streams(io.RawIOBase):
           data = stream.decompress(block)
         # Each library has errors of its own.
         except Exception as error:
-          raise OSError(f'it is damaged ({base.reason(error)})') from error
+          raise OSError(f'it is damaged ({reason(error)})') from error
         yield data
         is_complete = stream.eof
         block = stream.unused_data if is_complete else b''
@@ -279,7 +277,7 @@ def _folders(root: str, seen: set[str]) -> Iterator[str]:
     try:
       names = sorted(os.listdir(folder or '.'))
     except OSError as error:
-      _log.warning('%s is left out: %s', folder, base.reason(error))
+      _log.warning('%s is left out: %s', folder, reason(error))
       continue
     for path in (os.path.join(folder, n) for n in names if n[0] != '.'):
       if os.path.isdir(path) and not os.path.islink(path):

@@ -17,7 +17,7 @@ from absl import logging
 
 from nanodlm.data.network import is_reachable
 from nanodlm.data.sources import base
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,8 @@ class TfdsSource(base.SplitSource):
       except tfds.core.DatasetNotFoundError:
         pass  # A dataset that TFDS does not know may be in another folder.
       except ValueError as error:  # For example an unknown config or version.
-        reason = base.reason(error).strip()
-        raise InputError(f'data.source={spec!r}: {reason}') from error
+        text = reason(error).strip()
+        raise InputError(f'data.source={spec!r}: {text}') from error
     if not builders:
       known = tfds.list_builders(with_community_datasets=False)
       close = difflib.get_close_matches(name.partition('/')[0], known)
@@ -101,7 +101,7 @@ class TfdsSource(base.SplitSource):
     except Exception as error:
       raise self.error(
         f'row {row} of split {own!r} in {self.builder.data_dir} cannot be '
-        f'read: {base.reason(error)}{_hint()}'
+        f'read: {reason(error)}{_hint()}'
       ) from error
 
   def _prepare(self) -> None:
@@ -121,7 +121,7 @@ class TfdsSource(base.SplitSource):
         self.builder.download_and_prepare(file_format='array_record')
     except (ImportError, OSError, RuntimeError) as error:
       raise self.error(
-        f'TFDS could not prepare {name}: {base.reason(error)}{_hint()}'
+        f'TFDS could not prepare {name}: {reason(error)}{_hint()}'
       ) from error
 
 

@@ -22,6 +22,25 @@ _CONTROLS = re.compile('[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
 Ids = Sequence[int] | np.ndarray
 
 
+def count_lost(text: str, decoded: str) -> int:
+  """Counts the UTF-8 bytes of the characters that a decoded text lacks."""
+  lost = collections.Counter(text) - collections.Counter(decoded)
+  return len(''.join(lost.elements()).encode())
+
+
+def warn_of_loss(name: str, num_lost: int, num_bytes: int) -> None:
+  """Logs that num_lost of num_bytes of text are lost, if any are.
+
+  `name` is the setting that names the tokenizer, with its value.
+  """
+  if num_lost:
+    _log.warning(
+      f'{name} loses {num_lost / num_bytes:.2%} of the text, {num_lost:,} of '
+      f'{num_bytes:,} bytes: it replaces or drops characters. Bits per byte '
+      'are those of what it keeps, divided by the bytes of the whole text'
+    )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer(abc.ABC):
   """Text to ids and back. Instances can be pickled.
@@ -124,18 +143,9 @@ class Tokenizer(abc.ABC):
     """Returns encode() of texts, and warns if it loses some of their bytes."""
     rows = self.encode_batch(texts)
     num_lost = sum(map(self.lost_bytes, texts, rows))
-    self.warn_of_loss(num_lost, sum(len(text.encode()) for text in texts))
+    num_bytes = sum(len(text.encode()) for text in texts)
+    warn_of_loss(f'tokenizer.name={self.name!r}', num_lost, num_bytes)
     return rows
-
-  def warn_of_loss(self, num_lost: int, num_bytes: int) -> None:
-    """Logs that `num_lost` of num_bytes of text are lost, if any are."""
-    if num_lost:
-      _log.warning(
-        f'tokenizer.name={self.name!r} loses {num_lost / num_bytes:.2%} of the '
-        f'text, {num_lost:,} of {num_bytes:,} bytes: it replaces or drops '
-        'characters. Bits per byte are those of what it keeps, divided by the '
-        'bytes of the whole text'
-      )
 
   def encode_rest(self, text: str) -> np.ndarray:
     """Returns the ids of a text that continues another one, [n] int32.
@@ -168,9 +178,7 @@ class Tokenizer(abc.ABC):
     """
     if self.is_lossless:
       return 0
-    kept = collections.Counter(self.decode(ids, is_start=is_start))
-    lost = collections.Counter(text) - kept
-    return len(''.join(lost.elements()).encode())
+    return count_lost(text, self.decode(ids, is_start=is_start))
 
   def decode(
     self, tokens: Ids, mask_text: str = '_', is_start: bool = True

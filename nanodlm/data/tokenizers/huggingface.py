@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nanodlm.data.tokenizers.normalizing import NormalizingTokenizer, SPACE_MARK
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 NAME = 'huggingface'
 
@@ -98,9 +98,11 @@ def load_hugging_face(
     content = pathlib.Path(path).read_bytes()
     processor = tokenizers.Tokenizer.from_buffer(content)
   except OSError as error:
-    raise InputError(f'{path} cannot be read ({error.strerror})') from error
+    raise InputError(f'{path} cannot be read ({reason(error)})') from error
   except Exception as error:  # The library raises no narrower class.
-    raise InputError(f'{path} is not a tokenizer.json: {error}') from error
+    raise InputError(
+      f'{path} is not a tokenizer.json: {reason(error)}'
+    ) from error
   processor.no_truncation()
   processor.no_padding()
   known = processor.get_vocab(with_added_tokens=True)

@@ -8,6 +8,7 @@ import functools
 import numpy as np
 
 from nanodlm.data.tokenizers import base
+from nanodlm.types import InputError
 
 # SentencePiece, and what imitates it, writes a space as this character.
 SPACE_MARK = '\u2581'
@@ -137,7 +138,15 @@ class NormalizingTokenizer(base.Tokenizer):
     self, text: str, ids: np.ndarray, is_start: bool = True
   ) -> np.ndarray:
     sizes, num = self.num_bytes[ids], len(text.encode())
-    if sizes.sum() == num or not ids.size:
+    if sizes.sum() == num:
+      return sizes
+    if self.is_lossless:
+      raise InputError(
+        f'tokenizer.name={self.name!r} gives back common texts, but makes '
+        f'{sizes.sum():,} bytes of {num:,} of this one, {text[:40]!r}...; use '
+        'another tokenizer'
+      )
+    if not ids.size:
       return sizes
     before = '' if is_start else self._context
     ends = self._ends(before + text)[-len(ids) :] - len(before.encode())

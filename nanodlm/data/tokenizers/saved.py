@@ -9,7 +9,7 @@ import shutil
 from nanodlm import workdir as workdirs
 from nanodlm.data import tokenizers
 from nanodlm.data.tokenizers import base
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 
 def save_tokenizer(
@@ -37,7 +37,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> base.Tokenizer:
   try:
     described = json.loads(path.read_bytes())
   except (OSError, ValueError, RecursionError) as error:
-    raise InputError(f'{path} cannot be read: {error}') from error
+    raise InputError(f'{path} cannot be read: {reason(error)}') from error
   try:
     cls = tokenizers.find_class(described['name'])
     model_path = path.with_name(workdirs.TOKENIZER_MODEL)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nanodlm.data.tokenizers.normalizing import NormalizingTokenizer, SPACE_MARK
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 # SentencePiece silently skips longer training sentences, so the text is cut.
 _MAX_SENTENCE_BYTES = 4096
@@ -55,7 +55,7 @@ class SentencePieceTokenizer(NormalizingTokenizer):
     except (OSError, RuntimeError) as error:
       raise InputError(
         f'tokenizer.path={path!r} is not a trained SentencePiece model '
-        f'({error}); give the .model file that SentencePiece wrote'
+        f'({reason(error)}); give the .model file that SentencePiece wrote'
       ) from error
 
     def piece_bytes(i: int) -> bytes:

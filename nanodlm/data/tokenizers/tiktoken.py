@@ -14,7 +14,7 @@ import numpy as np
 
 from nanodlm.data.network import is_reachable
 from nanodlm.data.tokenizers import base
-from nanodlm.types import InputError
+from nanodlm.types import InputError, reason
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ def _get_encoding(name: str) -> Any:
     folder = os.environ.get('TIKTOKEN_CACHE_DIR', default)
     raise InputError(
       f"tokenizer.name={name!r} needs files that are not in tiktoken's cache "
-      f'({folder}) and could not be downloaded ({error}); set the environment '
-      'variable TIKTOKEN_CACHE_DIR to a folder that has them, or use '
-      "tokenizer.name='bytes'"
+      f'({folder}) and could not be downloaded ({reason(error)}); set the '
+      'environment variable TIKTOKEN_CACHE_DIR to a folder that has them, or '
+      "use tokenizer.name='bytes'"
     ) from error

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from nanodlm import prompts
+from nanodlm.data import prepare
+from nanodlm.data.tokenizers import normalizing
+from nanodlm.types import InputError
 from tests import foreign_tokenizers as foreign
+from tests import workdirs
 
 TEXTS = (
   'Hello',
@@ -168,3 +172,16 @@ def test_what_is_lost_is_said_before_it_is_scored(kinds, caplog):
   caplog.clear()
   kinds['llama'].encode_to_score(texts)
   assert not caplog.text
+
+
+def test_a_text_that_the_probes_did_not_foresee(tmp_path, monkeypatch):
+  tokenizer = foreign.make_default(tmp_path)
+  monkeypatch.setattr(normalizing, '_PROBES', ())
+  assert tokenizer.is_lossless
+  path = tmp_path / 'text.txt'
+  path.write_text('the  fox\n' * 99)
+  settings = workdirs.DataConfig(
+    source=f'text:{path}', data_dir=str(tmp_path / 'data')
+  )
+  with pytest.raises(InputError, match="tokenizer.name='sentencepiece'"):
+    prepare.prepare(settings, tokenizer)
