@@ -119,7 +119,7 @@ class Run:
     Raises:
       InputError: it does not fit the objective, or a value is not allowed.
     """
-    defaults = configs.load().sampler
+    defaults: Any = configs.load().sampler
     section = defaults.copy_and_resolve_references()
     if changes.get('name', self.sampler_name) == self.sampler_name:
       section.update(self.settings.sampler)
