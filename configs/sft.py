@@ -1,4 +1,4 @@
-r"""Fine-tunes the quickstart model on prompts with responses, on a laptop.
+r"""Fine-tunes the model of configs/docs.py on prompts with responses, on a laptop.
 
     python - > pairs.jsonl <<'END'
     import json, random
@@ -22,7 +22,7 @@ response and the separators after it are noised and scored. A row has
 data.length tokens: the closer that is to the longest pair, the less work is
 spent on padding. Pairs that do not fit are left out.
 
-Training starts from runs/quickstart, with its tokenizer and network. Use
+Training starts from runs/docs, with its tokenizer and network. Use
 --config.checkpoint.init_from=OTHER for another run with a SentencePiece
 tokenizer; for a run with another tokenizer leave --config out, and its settings
 are taken over.
@@ -30,7 +30,7 @@ are taken over.
 Source: supervised fine-tuning of LLaDA, arXiv 2502.09992.
 
 Measured on two cores of an AMD EPYC, one run each. The commands above took 2
-min 4 s of processor time, without the quickstart. Held-out pairs cost 0.110 +-
+min 4 s of processor time, without the first training. Held-out pairs cost 0.110 +-
 0.019 nats/token; the answers, to prompts that are not in the file, were "blue
 red g gold", half right, and "black silver brown pink". On 4596 questions about
 Python's standard library (data.length=64, 300 steps, mlp=relu2) the bound on
@@ -44,10 +44,10 @@ from nanodlm import config as configs
 
 
 def get_config():
-  config = configs.load('quickstart')
+  config = configs.load('docs')
   # A reference, so that --config.checkpoint.init_from=OTHER also changes the
   # tokenizer.
-  start = config_dict.FieldReference('runs/quickstart')
+  start = config_dict.FieldReference('runs/docs')
   config.data.source = 'pairs:pairs.jsonl'
   config.data.crop = 'chunk'
   config.data.eval_fraction = 0.1

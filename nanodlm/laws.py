@@ -28,6 +28,8 @@ NUM_REFERENCES = 10_000
 MIN_FREQUENCY = 0.005
 # Batches of the law's own samples, to which the samples of a model compare.
 NUM_BATCHES = 8
+# Gaps of a prompt whose law is printed.
+MAX_SHOWN_GAPS = 12
 # Seeds of `Law.sample`; sources use 0.
 _REFERENCE_SEED, _OWN_SEED = 1, 2
 
@@ -131,6 +133,38 @@ class HeldOut:
         'excess of the bound over it is too low',
       )
     return math.nan
+
+
+def describe_gaps(law: Law, tokenizer: Tokenizer, prompt: str) -> str:
+  """Describes the exact law of the words in the gaps of a prompt.
+
+  '' if the prompt has no gaps of a given size, or tokens are not words.
+  """
+  parts = prompts.parse_prompt(prompt)
+  gaps = [part.size for part in parts if isinstance(part, prompts.Gap)]
+  if not all(gaps):
+    return ''
+  text = ''.join(
+    part if isinstance(part, str) else ' '.join([law.gap] * (part.size or 0))
+    for part in parts
+  )
+  example = law.sample(_OWN_SEED, 0)
+  if len(tokenizer.encode(example)) != law.num_words(example):
+    return ''
+  try:
+    marginals = law.posterior(text).marginals()
+  except InputError as error:
+    return f'the exact law of the gaps is not known: {error}'
+  shown = [
+    ', '.join(f'{word} {share:.0%}' for word, share in list(gap.items())[:3])
+    for gap in marginals[:MAX_SHOWN_GAPS]
+  ]
+  more = len(marginals) - len(shown)
+  return (
+    'the exact law of the gaps: '
+    + ' | '.join(shown)
+    + (f' | and of {more} more' if more else '')
+  )
 
 
 def warn_of_other_law(trained: str, source: str):

@@ -316,18 +316,31 @@ def _probabilities(trajectory: watch.Trajectory) -> np.ndarray:
 def lay_out(
   run: Run, prompt: str, length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Makes the canvas of a prompt; see `prompts.make_canvas`."""
-  return prompts.make_canvas(
+  """Makes the canvas of a prompt; see `prompts.make_canvas`.
+
+  If the rows of training are documents, a prompt with a gap that ends with text
+  is a whole one: the separators that filled its row in training follow, if they
+  did.
+  """
+  tokens, fixed = prompts.make_canvas(
     prompt, run.tokenizer, length, run.objective.sees_right(length)
   )
+  data = run.settings.data
+  if data.has_documents and data.padding == 'eos' and fixed[-1]:
+    padding = (0, max(min(data.length, length) - len(tokens), 0))
+    separator_id = run.tokenizer.separator_id
+    tokens = np.pad(tokens, padding, constant_values=separator_id)
+    fixed = np.pad(fixed, padding, constant_values=True)
+  return tokens, fixed
 
 
 def shown_tokens(run: Run, tokens: np.ndarray, fixed: np.ndarray) -> np.ndarray:
   """Returns the part of a sample [n] to show: up to the end of the text.
 
-  The text does not end before the last of the `fixed` tokens [n].
+  The text does not end before the last of the `fixed` tokens [n] of its prompt.
   """
-  first = int(np.max(np.flatnonzero(fixed), initial=-1)) + 1
+  is_prompt = fixed & ~np.isin(tokens, run.eos_ids)
+  first = int(np.max(np.flatnonzero(is_prompt), initial=-1)) + 1
   size = prompts.find_end(tokens[first:], run.eos_ids, is_blank=not first)
   return tokens[: first + size]
 

@@ -290,6 +290,8 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs):
     flush=True,
   )
   if law:
+    if described := laws.describe_gaps(law, tokenizer, prompt):
+      print(f'--- {described}')
     means = laws.sample_means(law, laws.read_texts(tokenizer, tokens))
     print(f'--- {laws.describe_samples(means, len(tokens))}', flush=True)
   workdirs.append(lm.workdir, workdirs.SAMPLES, *lines)

@@ -645,6 +645,10 @@ class Law(abc.ABC):
     """
 
   @abc.abstractmethod
+  def num_words(self, text: str) -> int:
+    """Returns how many gaps would hide a document, with its stops."""
+
+  @abc.abstractmethod
   def words(self, text: str) -> list[tuple[int, int]]:
     """Returns where the words of a document are that can become gaps.
 

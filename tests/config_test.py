@@ -604,7 +604,7 @@ class ResumableTest(parameterized.TestCase):
 
   def test_fine_tuning_takes_the_tokenizer_of_where_it_starts(self):
     config = sft.get_config()
-    self.assertEqual(config.tokenizer.path, 'runs/quickstart/tokenizer.model')
+    self.assertEqual(config.tokenizer.path, 'runs/docs/tokenizer.model')
     config.checkpoint.init_from = 'elsewhere'
     self.assertEqual(config.tokenizer.path, 'elsewhere/tokenizer.model')
 

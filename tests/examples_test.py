@@ -40,7 +40,7 @@ def command_of_config(name):
   return re.search(r'((?:    .*\n)+)', doc)[1].replace('\n    ', '\n')[4:]
 
 
-# Fine-tuning starts from the quickstart's run, as the Python example does.
+# The Python example uses the quickstart's run, and fine-tuning that of docs.py.
 QUICKSTART = re.search(
   r'\n(python launch\.py --config=configs/quickstart\.py --workdir=\S+)\n',
   README,
@@ -84,8 +84,8 @@ def examples(tmp_path_factory):
   scripts = [
     code_of('Your own text'),
     code_of('Evaluate'),
-    f'{QUICKSTART}\n{command_of_config("sft")}\n'
-    f"python - <<'END'\n{PYTHON_CODE}END",
+    f'{command_of_config("docs")}\n{command_of_config("sft")}',
+    f"{QUICKSTART}\npython - <<'END'\n{PYTHON_CODE}END",
   ]
   for i, script in enumerate(scripts):
     folder = tmp_path_factory.mktemp(f'example{i}')
@@ -124,16 +124,13 @@ def samples_of(workdir):
 
 def test_train_and_infill(examples):
   folder, output = examples[0]
-  assert (folder / 'capitals.txt').read_text().count('\n') == 8000
-  samples = samples_of(folder / 'runs' / 'capitals')
+  assert (folder / 'topics.txt').read_text().count('\n') > 1000
+  samples = samples_of(folder / 'runs' / 'topics')
   assert len(samples) == 4
-  for sample in samples[:2]:
+  for sample in samples:
     assert base.escape_controls(sample['shown']) in output
-    assert bytes(sample['tokens'][5:]) == b' is the capital of France.'
-  for sample in samples[2:]:
     text = bytes(sample['tokens'])
-    assert text[:15] == b'The capital of ' and text[-1:] == b'.'
-    assert text[20:-7] == b' is Rome. The capital of Spain is '
+    assert text[:4] == b'The ' and text[13:] == b' statement'
 
 
 def test_evaluate_compare_and_report(examples):
@@ -166,7 +163,7 @@ def test_fine_tune_and_answer(examples):
   assert len(pairs) == 3000
   words = pairs[0]['prompt'].removeprefix('Reverse: ').split()
   assert pairs[0]['response'].split() == words[::-1]
-  assert 'starting from the weights of runs/quickstart, step 4' in output
+  assert 'starting from the weights of runs/docs, step 4' in output
   samples = samples_of(folder / 'runs' / 'sft')
   assert [sample['shown'].split('\n')[0] for sample in samples] == [
     'Reverse: white gold red blue',
@@ -178,11 +175,11 @@ def test_fine_tune_and_answer(examples):
 
 
 def test_python(examples):
-  _, output = examples[2]
+  _, output = examples[3]
   texts, bits_per_byte, shape = output.splitlines()[-3:]
   assert len(eval(texts)) == 2
   assert float(bits_per_byte) > 0
-  assert re.fullmatch(r'\(\d+, 2050\)', shape)
+  assert re.fullmatch(r'\(\d+, 514\)', shape)
 
 
 def rows_of(header):

@@ -155,7 +155,10 @@ class Completions:
     return self._model.tokenizer.decode(np.array(prompt, np.int32))
 
   def _usage(self, rows: Sequence[Row]) -> dict[str, int]:
-    prompt = sum(int(row.fixed.sum()) for row in rows[:: self._num])
+    separator_id = self._model.tokenizer.separator_id
+    # Separators after a suffix only fill the canvas.
+    given = (row.tokens[row.fixed] for row in rows[:: self._num])
+    prompt = sum(len(np.trim_zeros(ids - separator_id, 'b')) for ids in given)
     completion = sum(self._complete(i, row)[2] for i, row in enumerate(rows))
     return {
       'prompt_tokens': prompt,

@@ -30,7 +30,7 @@ from nanodlm.data.sources import base
 from nanodlm.types import InputError, Law, Posterior
 
 # Stories of a source; the law itself has any number.
-NUM_STORIES = 100_000
+NUM_STORIES = 50_000
 # A posterior visits at most this number of partial stories.
 MAX_VISITED = 20_000
 GAP = Law.gap
@@ -102,10 +102,10 @@ LARGE = World(
 )
 SMALL = dataclasses.replace(
   LARGE,
-  girls=LARGE.girls[:3],
-  boys=LARGE.boys[:3],
-  things=LARGE.things[:6],
-  colors=LARGE.colors[:4],
+  girls=LARGE.girls[:2],
+  boys=LARGE.boys[:2],
+  things=LARGE.things[:4],
+  colors=LARGE.colors[:3],
   places=dict(list(LARGE.places.items())[:3]),
   openings=LARGE.openings[:4],
   max_events=2,
@@ -329,6 +329,9 @@ class StoriesLaw(Law):
     if _join(words) != text:
       return -math.inf, f'it is not spaced as in {_join(words)!r}'
     return log_prob, None
+
+  def num_words(self, text: str) -> int:
+    return len(_words(text))
 
   def words(self, text: str) -> list[tuple[int, int]]:
     return [
