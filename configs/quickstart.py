@@ -1,6 +1,6 @@
 """A masked diffusion model of little stories, on a laptop, in two minutes.
 
-    python launch.py --config=configs/quickstart.py --workdir=runs/quickstart
+python launch.py --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
 from nanodlm import config as configs

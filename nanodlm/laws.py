@@ -29,7 +29,7 @@ MIN_FREQUENCY = 0.005
 # Batches of the law's own samples, to which the samples of a model compare.
 NUM_BATCHES = 8
 # Gaps of a prompt whose law is printed.
-MAX_SHOWN_GAPS = 12
+MAX_SHOWN_GAPS = 16
 # Seeds of `Law.sample`; sources use 0.
 _REFERENCE_SEED, _OWN_SEED = 1, 2
 

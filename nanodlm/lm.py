@@ -339,8 +339,10 @@ def shown_tokens(run: Run, tokens: np.ndarray, fixed: np.ndarray) -> np.ndarray:
 
   The text does not end before the last of the `fixed` tokens [n] of its prompt.
   """
-  is_prompt = fixed & ~np.isin(tokens, run.eos_ids)
-  first = int(np.max(np.flatnonzero(is_prompt), initial=-1)) + 1
+  if fixed[-1]:  # Separators at the end only fill the canvas; see `lay_out`.
+    is_other = tokens != run.tokenizer.separator_id
+    fixed = fixed & (np.arange(len(tokens)) <= np.argmax(is_other.cumsum()))
+  first = int(np.max(np.flatnonzero(fixed), initial=-1)) + 1
   size = prompts.find_end(tokens[first:], run.eos_ids, is_blank=not first)
   return tokens[: first + size]
 
