@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+from unittest import mock
 
 import jax
 import numpy as np
@@ -254,6 +255,39 @@ def test_gaps_of_words(everything, num_gaps):
     for found, expected in zip(gaps.posterior.marginals(), marginals):
       expected = {word: p / total for word, p in expected.items()}
       assert found == pytest.approx(expected)
+
+
+def test_gaps_of_a_prompt():
+  words = mock.Mock(encode=lambda text: np.zeros(LAW.num_words(text)))
+  text = LAW.sample(0, 3)
+  # The second name is the first of the two words.
+  spans = [span for span in LAW.words(text) if text[slice(*span)].istitle()]
+  (start, stop), (again, end) = spans[2], spans[3]
+  prompt = f'{text[:start]}{{1}}{text[stop:again]}{{1}}{text[end:]}'
+  gaps = LAW.posterior(prompt.replace('{1}', LAW.gap)).marginals()
+  described = laws.describe_gaps(LAW, words, prompt)
+  shares = [
+    f'{word} {share:.0%}' for gap in gaps for word, share in [*gap.items()][:1]
+  ]
+  assert described.count(' | ') == 1
+  assert all(share in described for share in shares)
+  assert 'not known' in laws.describe_gaps(LAW, words, 'Once {1}.')
+  assert laws.describe_gaps(LAW, words, 'One {}.') == ''
+  # A gap of a byte is not a gap of a word.
+  assert laws.describe_gaps(LAW, BYTES, prompt) == ''
+
+
+def test_a_prompt_that_is_a_whole_document(flat):
+  run = lms.load(flat).run
+  tokens, fixed = lms.lay_out(run, 'One {3} day.', LENGTH)
+  np.testing.assert_array_equal(tokens[:4], BYTES.encode('One '))
+  assert fixed.sum() == LENGTH - 3 and not fixed[4:7].any()
+  np.testing.assert_array_equal(tokens[12:], BYTES.separator_id)
+  tokens[4:7] = BYTES.encode('hot')
+  assert BYTES.decode(lms.shown_tokens(run, tokens, fixed)) == 'One hot day.'
+  # A text that goes on is not filled up, nor is a shorter canvas.
+  assert len(lms.lay_out(run, 'One {3}', LENGTH)[0]) == 7
+  assert len(lms.lay_out(run, 'One {3} day.', 20)[0]) == 20
 
 
 def test_infilling(flat, monkeypatch):
