@@ -67,7 +67,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config',
   None,
   'The settings, a Python file; also the name of a config that comes with the '
-  'project, as quickstart. By default those saved in --workdir. '
+  'project, such as quickstart. By default those saved in --workdir. '
   '--config.SECTION.KEY=VALUE changes one.',
 )
 _WORKDIR = flags.DEFINE_string(

@@ -328,7 +328,7 @@ def open_text(lm: LanguageModel) -> Text:
   if packed.tokenizer.fingerprint != lm.tokenizer.fingerprint:
     raise InputError(
       f'data.source={source!r} has changed since the run in {lm.workdir!r} was '
-      'trained, and its tokenizer now gives other ids'
+      'trained, and its tokenizer now makes different ids'
     )
   laws.warn_of_other_law(trained.source, source)
   record = overlap.load(lm.workdir)

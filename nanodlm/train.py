@@ -90,7 +90,7 @@ def main(start: Start) -> int:
     if saved is None and not (start.is_given or start.changes):
       raise InputError(
         f'--workdir={start.workdir!r} does not hold a run to resume; a new one '
-        'needs a --config, as configs/quickstart.py'
+        'needs a --config, such as configs/quickstart.py'
       )
     try:
       number = train(settings, start.workdir, saved, began)
@@ -269,8 +269,8 @@ def _open_own_text(settings: Settings, workdir: str) -> PackedData:
   packed = prepare.prepare(settings.data, tokenizer)
   if load_tokenizer(workdir).fingerprint != packed.tokenizer.fingerprint:
     raise InputError(
-      f'workdir={workdir!r} holds a run whose tokenizer made other ids; the '
-      'text it was trained on has changed. Give another workdir'
+      f'workdir={workdir!r} holds a run whose tokenizer made different ids; '
+      'the text it was trained on has changed. Give another workdir'
     )
   return packed
 
@@ -339,8 +339,8 @@ def _initial_state(
     other = load_tokenizer(init_from)
     if other.fingerprint != run.tokenizer.fingerprint:
       raise InputError(
-        f'checkpoint.init_from={init_from!r} has another tokenizer than this '
-        'run'
+        f'checkpoint.init_from={init_from!r} has a different tokenizer from '
+        'this run'
       )
     initial, step = runs.load_params(
       run, init_from, run.settings.checkpoint.init_step

@@ -257,8 +257,8 @@ def _prepare_one(
   packed = packed_data.open_packed(path, tokenizer)
   if packed.metadata.get('tokenizer_revision', 0) != tokenizer.revision:
     raise InputError(
-      f'prepared data {path} is of an earlier version, which spelled spaces as '
-      'three bytes. Delete it, and the next start prepares it again'
+      f'prepared data {path} was written by an older version, which spelled a '
+      'space as three bytes. Delete it, and the next start prepares it again'
     )
   return packed
 
@@ -268,8 +268,8 @@ def _check_trainable(source: base.Source, data_config: DataConfig) -> None:
   if data_config.eval_tokens:
     raise InputError(
       f'data.eval_tokens={data_config.eval_tokens!r} cannot be counted before '
-      'the tokenizer is trained on the rest; use data.eval_fraction, or name a '
-      'model in tokenizer.path'
+      'the tokenizer is trained, on the text that they leave; use '
+      'data.eval_fraction, or name a model in tokenizer.path'
     )
   if source.is_tokens:
     raise source.error(
@@ -383,7 +383,7 @@ def define_flags():
   flags.DEFINE_list(
     'beam_options',
     [],
-    'With --prepare_engine=beam: options of the pipeline, as '
+    'With --prepare_engine=beam: options of the pipeline, such as '
     "runner=FlinkRunner,flink_master=HOST:8081; by default Beam's local "
     'runner.',
   )

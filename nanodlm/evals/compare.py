@@ -222,7 +222,7 @@ def compare_run(
     result['points'].append(point)
     print(
       f'{workdir}: {changes["name"]}, {point["num_calls"]:.0f} network calls, '
-      f'{len(result["points"]) - 1} of {len(planned)}',
+      f'setting {len(result["points"]) - 1} of {len(planned)}',
       file=sys.stderr,
     )
   return result
@@ -358,7 +358,7 @@ def _parse_request(options: flags.FlagValues) -> Request:
   for name in () if names else SAMPLE_FLAGS:
     if options[name].present:
       raise InputError(
-        f'--{name}={options[name].value!r} has no effect without --samplers or '
+        f'--{name}={options[name].value!r} is ignored without --samplers or '
         '--judge, because nothing is sampled'
       )
   draw = {key: getattr(options, key) for key in DRAW_FLAGS}

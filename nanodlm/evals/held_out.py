@@ -27,7 +27,7 @@ def define_flags():
     'infill',
     [],
     'Shares of the tokens of held-out rows to mask and fill in with '
-    'config.sampler, as 0.1,0.3,0.5.',
+    'config.sampler, such as 0.1,0.3,0.5.',
   )
   flags.DEFINE_integer(
     'infill_examples', 256, 'Held-out rows for --infill; 0: all.', lower_bound=0

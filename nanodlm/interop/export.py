@@ -208,14 +208,14 @@ def write_json(path: pathlib.Path, value: Any):
 def write_tokenizer(
   folder: pathlib.Path, run: Run, described: layouts.Description
 ) -> bool:
-  """Writes tokenizer.json and its config; False if it would make other ids."""
+  """Writes tokenizer.json and its config; False if its ids would differ."""
   tokenizer = run.tokenizer
   if isinstance(tokenizer, HuggingFaceTokenizer):
     content = json.loads(pathlib.Path(tokenizer.path).read_bytes())
     if (text := find_difference(content, tokenizer)) is not None:
       log.warning(
-        'tokenizer.json is the imported one, which encodes %.40r as other ids '
-        'than nanodlm does',
+        'tokenizer.json is the imported one, which encodes %.40r to ids '
+        'that differ from those of nanodlm',
         text,
       )
   elif isinstance(tokenizer, BytesTokenizer):

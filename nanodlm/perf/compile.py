@@ -95,7 +95,7 @@ def use_topology(topology: str):
       f'{name}: {", ".join(chip.shapes)}' for name, chip in CHIPS.items()
     )
     raise InputError(
-      f'--topology={topology!r} is unknown; allowed are, in the form v5e:4x4, '
+      f'--topology={topology!r} is not one of these, written as v5e:4x4: '
       + known
     )
   if importlib.util.find_spec('libtpu') is None:

@@ -204,7 +204,7 @@ def _describe_routes(request: fastapi.Request) -> str:
     for path, verbs in request.app.openapi()['paths'].items()
     for method in verbs
   ]
-  return f'{message}. There are: {", ".join(known)}'
+  return f'{message}. The routes are: {", ".join(known)}'
 
 
 def _invalid_body(first) -> ApiError:

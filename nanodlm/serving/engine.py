@@ -267,7 +267,8 @@ class Engine:
       num_own = sum(not row.is_cancelled for row in queue)
       if num_own + len(rows) > MAX_CLIENT_ROWS:
         raise FullError(
-          f'{num_own} of your texts are waiting; at most {MAX_CLIENT_ROWS} may'
+          f'{num_own} of your texts are queued; at most {MAX_CLIENT_ROWS} are '
+          'allowed, so wait until some of them are done'
         )
       if self.num_waiting() + len(rows) > MAX_ROWS:
         raise FullError(f'the queue of {MAX_ROWS} waiting texts is full')

@@ -212,7 +212,7 @@ def restore_state(
       differ.
 
   Raises:
-    InputError: the checkpoint has other shapes.
+    InputError: shapes in the checkpoint differ.
   """
   strict = check_shapes(manager, step, 'params', state.params, vocab_size)
   abstract = lambda tree: ocp.args.StandardRestore(
@@ -281,7 +281,7 @@ def check_shapes(
   """Returns whether all shapes agree; False if only the padding differs.
 
   Raises:
-    InputError: other shapes differ; it names the parameters.
+    InputError: any other shapes differ; the message names the parameters.
   """
   there, here = _shapes(manager.item_metadata(step)[item]), _shapes(params)
 
@@ -295,14 +295,14 @@ def check_shapes(
 
   saved, wanted = unpadded(there), unpadded(here)
   lines = [
-    f'  {name}: {saved.get(name, "absent")} there, '
-    f'{wanted.get(name, "absent")} here'
+    f'  {name}: {saved.get(name, "absent")} saved, '
+    f'{wanted.get(name, "absent")} in this model'
     for name in sorted(saved | wanted)
     if saved.get(name) != wanted.get(name)
   ]
   if lines:
     raise InputError(
-      f'checkpoint {manager.directory / str(step)} has other shapes:\n'
+      f'checkpoint {manager.directory / str(step)} does not fit this model:\n'
       + '\n'.join(lines)
     )
   return there == here

@@ -36,7 +36,7 @@ class Countdown:
   """Logs how far a long loop is, every EVERY_SECS.
 
   Args:
-    what: what the loop does, as 'evaluating'.
+    what: what the loop does, such as 'evaluating'.
     total: number of its rounds.
   """
 

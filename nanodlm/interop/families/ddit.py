@@ -90,7 +90,7 @@ class DDiT(Family):
 
   def settings(self, config, shapes):
     if not is_like(shapes):
-      raise InputError('the tensors are not those of the transformer of SEDD')
+      raise InputError("the tensors are not those of SEDD's transformer")
     blocks = {
       name.split('.')[1] for name in shapes if name.startswith('blocks.')
     }

@@ -96,8 +96,8 @@ class Llama(Family):
     for key, value in rope.items():
       if value not in ROPE.get(key, (None,)):
         raise InputError(
-          f'config.json: {name}={rope!r} is not supported: {key} may only be '
-          f'{ROPE.get(key)}, which changes no angle'
+          f'config.json: {name}={rope!r} is not supported: {key} must be one '
+          f'of {ROPE.get(key, (None,))}'
         )
     return {'model.rope_theta': float(theta)} if theta else {}
 
