@@ -201,11 +201,11 @@ class Start:
   """What a command line asks for; parsed, not yet checked.
 
   Attributes:
-    mode: of --mode.
-    workdir: of --workdir; '' if it is absent.
-    config: of --config, or the defaults, with `changes` applied.
+    mode: value of --mode.
+    workdir: value of --workdir; '' if it is absent.
+    config: config in --config, or the defaults, with `changes` applied.
     is_given: whether --config names a file.
-    changes: {'section.key': value} of --config.SECTION.KEY=VALUE.
+    changes: {'section.key': value} from --config.SECTION.KEY=VALUE.
   """
 
   mode: str
@@ -289,9 +289,10 @@ class Start:
 
 
 def _prepare_for_another_source(data: Any, changes: Mapping[str, Any]):
-  """Resets what a run's source needs and one to be evaluated may not allow.
+  """Resets settings of the run's source that another source may not allow.
 
-  No mode but training reads random crops and the shares that are given.
+  Random crops, data.clean_prefix_rate and data.clean_infill_rate are reset too,
+  since only training reads them.
   """
   if data.crop == 'random':
     data.crop = 'chunk'

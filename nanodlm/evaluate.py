@@ -362,7 +362,7 @@ def _record_of(
 
 
 def _fingerprint(lm: LanguageModel) -> str | None:
-  """Returns that of the training text; None if the weights were imported."""
+  """Returns the training text's fingerprint; None if weights were imported."""
   with checkpoint.open_manager(lm.workdir, read_only=True) as manager:
     meta = checkpoint.restore_meta(manager, lm.step)
   return meta['data'].get('fingerprint')

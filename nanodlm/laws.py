@@ -138,7 +138,7 @@ class HeldOut:
 def describe_gaps(law: Law, tokenizer: Tokenizer, prompt: str) -> str:
   """Describes the exact law of the words in the gaps of a prompt.
 
-  '' if the prompt has no gaps of a given size, or tokens are not words.
+  '' if no gap of the prompt has a given size, or tokens are not words.
   """
   parts = prompts.parse_prompt(prompt)
   gaps = [part.size for part in parts if isinstance(part, prompts.Gap)]

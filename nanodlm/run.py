@@ -163,7 +163,7 @@ def make_run(
 
   Args:
     settings: the checked config.
-    devices: for the mesh; all of them by default.
+    devices: devices of the mesh; all by default.
     platform: what programs are compiled for, if not this machine's devices.
     refit: use all devices along `data` if the configured mesh does not fit
       them and was not chosen by hand. A run may be evaluated on other devices
@@ -475,10 +475,10 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   """Returns the averaged parameters of a workdir's checkpoint, and its step.
 
   Args:
-    run: what they must fit.
-    workdir: of the run that saved them.
-    step: of the checkpoint. 0 is the last one or, if that is damaged, the one
-      before, with a warning.
+    run: the run that they must fit.
+    workdir: workdir of the run that saved them.
+    step: step of the checkpoint. 0 is the last one or, if that is damaged, the
+      one before, with a warning.
 
   Raises:
     InputError: there is no such checkpoint, it is damaged or of another shape.

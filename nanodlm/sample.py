@@ -67,7 +67,7 @@ def with_samplers(
 
   Raises:
     InputError: a sampler does not fit the model, or a setting is not allowed or
-      has no effect.
+      is ignored.
   """
   models = []
   for text in texts:

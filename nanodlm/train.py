@@ -74,7 +74,7 @@ def define_flags():
 
 
 def main(start: Start) -> int:
-  """--mode=train: trains to train.num_steps, from where the run stopped.
+  """Runs --mode=train: trains to train.num_steps, from where the run stopped.
 
   Returns:
     0; 128 + the number of the signal that ended the run after a checkpoint; or
@@ -289,9 +289,9 @@ def _warn(settings: Settings, before: Any, step: int):
   """Warns of schedules that do not end or continue, and of unmet periods.
 
   Args:
-    settings: of the run.
+    settings: the run's settings.
     before: the config that its checkpoint was trained with, or None.
-    step: of the checkpoint.
+    step: the checkpoint's step.
   """
   num_steps, anneal_steps = (
     settings.train.num_steps,
@@ -401,8 +401,8 @@ class TextBatches:
 
   Args:
     run: the run.
-    packed: its text.
-    start_step: the step that is asked for first.
+    packed: its training text.
+    start_step: the first step to read.
   """
 
   def __init__(self, run: Run, packed: PackedData, start_step: int):
@@ -512,7 +512,7 @@ def _after_divergence(manager: Any, failed: int, can_delete: bool) -> str:
   """Says what the next start resumes from, after deleting what it must not.
 
   Args:
-    manager: of the run's checkpoints.
+    manager: manager of the run's checkpoints.
     failed: the step whose parameters no later step could train.
     can_delete: whether to delete its checkpoint, if there is an earlier one.
   """

@@ -114,7 +114,7 @@ def prepare(
 
 
 class Prepared(encoder.Engine):
-  """Opens what is prepared, and raises InputError for anything else."""
+  """Only opens prepared data; InputError if a part must be encoded."""
 
   num_threads = 1
 
@@ -390,7 +390,7 @@ def define_flags():
 
 
 def main(start: Any) -> int:
-  """--mode=prepare: packs the text of a `config.Start` before training."""
+  """Runs --mode=prepare, which packs the text of a config before training."""
   settings, _ = start.resolve()
   packed = prepare(settings.data, settings.tokenizer, engine=_make_engine())
   _log.info(f'prepared: {", ".join(packed.folders)}')

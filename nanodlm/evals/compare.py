@@ -92,7 +92,7 @@ class Request(NamedTuple):
     num_samples: texts per point of a curve.
     length: tokens per text; 0 for the run's own length.
     draw: temperature, top_k and top_p.
-    seed: of the samples.
+    seed: seed of the samples.
   """
 
   samplers: tuple[str, ...]
@@ -400,7 +400,7 @@ def _open_settings(
 
 
 def main(start: Start) -> int:
-  """--mode=compare: compares --workdirs, writes the results to --output."""
+  """Runs --mode=compare: writes a comparison of --workdirs to --output."""
   del start
   options = flags.FLAGS
   request = _parse_request(options)

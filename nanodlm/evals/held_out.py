@@ -1,4 +1,4 @@
-"""--mode=eval: the bound on held-out text, and gaps in it filled in."""
+"""--mode=eval: the bound on held-out text, and the accuracy of infilling it."""
 
 from absl import flags
 
@@ -35,7 +35,7 @@ def define_flags():
 
 
 def main(start: Start) -> int:
-  """--mode=eval: the whole validation split with the averaged weights."""
+  """Runs --mode=eval on the whole validation split with averaged weights."""
   options = flags.FLAGS
   ratios = infill.parse_ratios(options.infill)
   num_rows = options.infill_examples

@@ -41,7 +41,7 @@ class TextModel:
     lm: the model and its sampler.
     num_draws: noise draws per log-likelihood; an exact objective needs one.
     batch_size: rows per network call.
-    seed: of the noise and the samples.
+    seed: seed of the noise and the samples.
     is_greedy: whether to determine if a continuation is the greedy one.
   """
 

@@ -104,7 +104,7 @@ def define_flags():
 
 
 def main(start: configs.Start) -> int:
-  """--mode=import: see `import_checkpoint`."""
+  """Runs --mode=import; see `import_checkpoint`."""
   if start.is_given:
     raise InputError('--mode=import makes its config; leave --config out')
   source = flags.FLAGS['from'].value

@@ -68,7 +68,7 @@ def define_flags():
 
 
 def main(start: Start) -> int:
-  """--mode=export: see `export_checkpoint`."""
+  """Runs --mode=export; see `export_checkpoint`."""
   if start.is_given:
     raise InputError(
       '--mode=export reads its config from --workdir; leave --config out'
@@ -188,7 +188,7 @@ def _tensor(
   parts: list[layouts.Part],
   described: layouts.Description,
 ) -> np.ndarray:
-  """Returns their tensor, made of these parameters of ours, {path: array}."""
+  """Returns the exported tensor made of these parameters, {path: array}."""
   arrays = []
   for part in parts:
     array = part.of(params)

@@ -62,7 +62,7 @@ def define_flags():
 
 
 def main(start: Start) -> int:
-  """--mode=benchmark: prints a table, or a JSON object."""
+  """Runs --mode=benchmark, which prints a table, or a JSON object."""
   options = flags.FLAGS
   if not start.is_given:
     raise InputError('--mode=benchmark needs --config')

@@ -61,10 +61,10 @@ class Chip:
 
   Attributes:
     kind: prefix of JAX's device_kind.
-    shapes: of the pods on offer, in chips.
-    memory_bytes: per chip, available to programs.
-    memory_rate: bytes/s from and to that memory.
-    hertz: cycles per second, the peak rate over the matrix units' size.
+    shapes: topologies that are offered, in chips, such as '4x4'.
+    memory_bytes: memory per chip that programs can use.
+    memory_rate: bandwidth of that memory, bytes/s.
+    hertz: clock rate, derived from the peak FLOP/s and the matrix units' size.
   """
 
   kind: str
@@ -410,7 +410,7 @@ def define_flags():
 
 
 def main(start: Start) -> int:
-  """--mode=compile: prints the report; with --workdir writes it there."""
+  """Runs --mode=compile: prints the report, and writes it to --workdir."""
   options = flags.FLAGS
   topology = options.topology
   if start.workdir:

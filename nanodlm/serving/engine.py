@@ -77,7 +77,7 @@ class Row:
     fixed: [n] bool, positions that the sampler may not change.
     choice: the sampler, from `Engine.choose`.
     draw: temperature, top-k and top-p.
-    seed: in [0, 2^64).
+    seed: seed in [0, 2^64).
     index: number among the samples of this seed. Seed and index give the same
       tokens as in `--mode=sample`.
     num_asked: network calls that have begun.
@@ -467,7 +467,7 @@ def _best_size(sizes: Sequence[int], num_rows: int) -> int:
 
 @jax.jit
 def _row_key_data(seeds: jax.Array, index: jax.Array) -> jax.Array:
-  """[B, 2] uint32; the keys that `sample_prompts` gives the first prompt."""
+  """Returns [B, 2] uint32, the keys of the first prompt in `sample_prompts`."""
 
   def key_data(seed, i):
     key = jax.random.fold_in(jax.random.fold_in(seed, 0), 0)

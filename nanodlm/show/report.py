@@ -442,7 +442,7 @@ _NO_RUN = (
 
 
 def main(start: Any = None) -> int:
-  """--mode=report: writes the page.
+  """Runs --mode=report, which writes the page.
 
   Args:
     start: not used; the runs are given by flags.

@@ -118,11 +118,11 @@ def save(
   before them has found them damaged.
 
   Args:
-    manager: from `open_manager`.
+    manager: the result of `open_manager`.
     state: saved as step state.step.
-    config: of the run.
-    position: of the data: {'step': n, 'example': n * batch_size, 'fingerprint':
-      of the text}.
+    config: the run's config.
+    position: place in the data: {'step': n, 'example': n * batch_size,
+      'fingerprint': that of the text}.
 
   Raises:
     SaveError: this save or an EARLIER one failed, on a full disk for example.
@@ -205,9 +205,9 @@ def restore_state(
   It may have been saved on any number of devices and processes.
 
   Args:
-    manager: from `open_manager`.
+    manager: the result of `open_manager`.
     state: what to restore, with the shapes and shardings wanted.
-    step: of the checkpoint.
+    step: the checkpoint's step.
     vocab_size: embedding rows from here on are padding, whose number may
       differ.
 
@@ -319,9 +319,9 @@ def find_step(
   """Returns `step`, or for 0 the last step whose `items` are intact.
 
   Args:
-    manager: from `open_manager`.
-    step: of the checkpoint wanted.
-    items: those that will be read.
+    manager: the result of `open_manager`.
+    step: step of the checkpoint; 0 for the last intact one.
+    items: the items that will be read.
 
   Raises:
     InputError: there is no such checkpoint, or it is damaged.

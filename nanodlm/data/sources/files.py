@@ -409,7 +409,7 @@ class JsonlSource(FileSource):
         if field in record:
           holds = f', which holds {json.dumps(text)[:40]}'
         raise InputError(
-          f'has no text in field {field!r}{holds}; its fields are '
+          f'must have a text in field {field!r}{holds}; its fields are '
           f'{sorted(record)}. Name the fields as in {self.forms[-1]!r}'
         )
       if not text and self.is_pairs:

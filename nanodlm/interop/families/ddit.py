@@ -35,7 +35,7 @@ BERT_SIZE, BERT_MASK, BERT_END = 30_522, 103, 102
 
 
 class DDiT(Family):
-  """The shared transformer, with the sizes of the tensors."""
+  """The transformer of these families; its sizes come from the tensors."""
 
   keys = {
     'hidden_dim': Key('embed_dim', 0),
