@@ -378,7 +378,7 @@ def define_flags():
     'prepare_engine',
     'local',
     ['local', 'beam'],
-    'Prepare with this machine or with Apache Beam.',
+    'Prepare on this machine or with Apache Beam.',
   )
   flags.DEFINE_list(
     'beam_options',

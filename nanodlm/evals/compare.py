@@ -49,7 +49,7 @@ def define_flags():
     'source',
     '',
     'Held-out text for all runs, in the form of data.source; by default the '
-    'own text of each run.',
+    'text of each run.',
   )
   flags.DEFINE_integer(
     'max_examples', 0, 'Held-out rows per run; 0 for all.', lower_bound=0

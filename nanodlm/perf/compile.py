@@ -95,7 +95,7 @@ def use_topology(topology: str):
       f'{name}: {", ".join(chip.shapes)}' for name, chip in CHIPS.items()
     )
     raise InputError(
-      f'--topology={topology!r} is not one of these, written as v5e:4x4: '
+      f'--topology={topology!r} is unknown; allowed are, written as v5e:4x4, '
       + known
     )
   if importlib.util.find_spec('libtpu') is None:
@@ -399,7 +399,7 @@ def define_flags():
   flags.DEFINE_string(
     'topology',
     '',
-    "The pod to compile for, as v5e:4x4; by default this machine's devices.",
+    "The pod to compile for, e.g. v5e:4x4; by default this machine's devices.",
   )
   flags.DEFINE_integer(
     'vocab_size',
