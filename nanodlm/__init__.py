@@ -29,8 +29,8 @@ def load(workdir: str, *, step: int = 0) -> Any:
   """Loads a trained run; see `nanodlm.lm.LanguageModel`.
 
   Args:
-    workdir: of the run, as given to --workdir.
-    step: of the checkpoint; 0 is the last one.
+    workdir: the run's workdir, as given to --workdir.
+    step: step of the checkpoint; 0 is the last one.
 
   Raises:
     InputError: there is no such run or checkpoint, or it is damaged.

@@ -67,7 +67,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   'config',
   None,
   'The settings, a Python file; also the name of a config that comes with the '
-  'project, as quickstart. By default those saved in --workdir. '
+  'project, such as quickstart. By default those saved in --workdir. '
   '--config.SECTION.KEY=VALUE changes one.',
 )
 _WORKDIR = flags.DEFINE_string(
@@ -77,9 +77,9 @@ _MODE = flags.DEFINE_enum('mode', 'train', sorted(MODES), 'What to do.')
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the command line; a mistake in it is one line and exit status 2.
+  """Parses the command line; mistakes print one line and exit with status 2.
 
-  Returns the command line as it was understood, with '--name=value' throughout.
+  Returns the command line with all flags in the form '--name=value'.
   """
   argv = _join_values(argv)
   mode = _find(argv, 'mode') or 'train'

@@ -201,11 +201,11 @@ class Start:
   """What a command line asks for; parsed, not yet checked.
 
   Attributes:
-    mode: of --mode.
-    workdir: of --workdir; '' if it is absent.
-    config: of --config, or the defaults, with `changes` applied.
+    mode: value of --mode.
+    workdir: value of --workdir; '' if it is absent.
+    config: config in --config, or the defaults, with `changes` applied.
     is_given: whether --config names a file.
-    changes: {'section.key': value} of --config.SECTION.KEY=VALUE.
+    changes: {'section.key': value} from --config.SECTION.KEY=VALUE.
   """
 
   mode: str
@@ -254,8 +254,8 @@ class Start:
     """Returns the settings of the run in the workdir, for a mode that reads it.
 
     Args:
-      reads: sections that the mode reads, as 'sampler.': only their keys may be
-        changed, and none that the trained network depends on.
+      reads: sections that the mode reads, such as 'sampler.': only their keys
+        may be changed, and none that the trained network depends on.
       unread: keys of these sections that the mode does not read.
 
     Raises:
@@ -289,9 +289,10 @@ class Start:
 
 
 def _prepare_for_another_source(data: Any, changes: Mapping[str, Any]):
-  """Resets what a run's source needs and one to be evaluated may not allow.
+  """Resets settings of the run's source that another source may not allow.
 
-  No mode but training reads random crops and the shares that are given.
+  Random crops, data.clean_prefix_rate and data.clean_infill_rate are reset too,
+  since only training reads them.
   """
   if data.crop == 'random':
     data.crop = 'chunk'
@@ -383,20 +384,20 @@ def is_bound(key: str) -> bool:
 def check_resumable(saved: Mapping[str, Any], settings: Settings, workdir: str):
   """Raises InputError if `settings` cannot resume the run in `workdir`."""
   lines = [
-    f'  {key}: {old!r} there, {new!r} here'
+    f'  {key}: {old!r} saved, {new!r} now'
     for key, (old, new) in differing_keys(saved, settings.to_dict()).items()
     if is_bound(key) or key in BOUND_SWITCHES and bool(old) != bool(new)
   ]
   if lines:
     raise InputError(
-      f'workdir={workdir!r} holds a run with other settings:\n'
+      f'workdir={workdir!r} holds a run with different settings:\n'
       + '\n'.join(lines)
       + '\nUse the same settings to resume it, or another workdir'
     )
 
 
 def find_file(name: str) -> pathlib.Path:
-  """Returns the path of a config that comes with the project, as 'tiny'."""
+  """Returns the path of a config that comes with the project, e.g. 'tiny'."""
   package = pathlib.Path(__file__).parent
   folder = package / 'configs'  # In an installed wheel.
   if not folder.is_dir():
@@ -414,7 +415,7 @@ def from_json(text: str | bytes, where: str) -> config_dict.ConfigDict:
 
   Raises:
     InputError: not a config, a key that this version does not know, or a value
-      of another type than its default.
+      of a type that differs from its default's.
   """
   try:
     saved = json.loads(text)
@@ -422,7 +423,7 @@ def from_json(text: str | bytes, where: str) -> config_dict.ConfigDict:
   except (ValueError, RecursionError) as error:
     raise InputError(f'{where} is not JSON: {reason(error)}') from error
   if not isinstance(saved, dict):
-    raise InputError(f'{where} is not a config but {type(saved).__name__}')
+    raise InputError(f'{where} is not a JSON object but {type(saved).__name__}')
   config = load()
   for section, value in saved.items():
     leaves = {section: value}

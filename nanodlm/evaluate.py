@@ -328,7 +328,7 @@ def open_text(lm: LanguageModel) -> Text:
   if packed.tokenizer.fingerprint != lm.tokenizer.fingerprint:
     raise InputError(
       f'data.source={source!r} has changed since the run in {lm.workdir!r} was '
-      'trained, and its tokenizer now gives other ids'
+      'trained, and its tokenizer now makes different ids'
     )
   laws.warn_of_other_law(trained.source, source)
   record = overlap.load(lm.workdir)
@@ -362,7 +362,7 @@ def _record_of(
 
 
 def _fingerprint(lm: LanguageModel) -> str | None:
-  """Returns that of the training text; None if the weights were imported."""
+  """Returns the training text's fingerprint; None if weights were imported."""
   with checkpoint.open_manager(lm.workdir, read_only=True) as manager:
     meta = checkpoint.restore_meta(manager, lm.step)
   return meta['data'].get('fingerprint')

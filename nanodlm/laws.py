@@ -65,12 +65,12 @@ def require_law(data: DataConfig, source: str = '') -> Law:
       if cls.has_law
     ]
     raise InputError(
-      f'the law of data.source={source!r} is unknown; that of {known} is known'
+      f'the law of data.source={source!r} is unknown; it is known for {known}'
     )
   if data.crop != 'document':
     raise InputError(
       f'data.crop={data.crop!r} cuts the documents of data.source={source!r}; '
-      "a law is that of whole ones: train with data.crop='document'"
+      "a law applies to whole documents: train with data.crop='document'"
     )
   return law
 
@@ -138,7 +138,7 @@ class HeldOut:
 def describe_gaps(law: Law, tokenizer: Tokenizer, prompt: str) -> str:
   """Describes the exact law of the words in the gaps of a prompt.
 
-  '' if the prompt has no gaps of a given size, or tokens are not words.
+  '' if no gap of the prompt has a given size, or tokens are not words.
   """
   parts = prompts.parse_prompt(prompt)
   gaps = [part.size for part in parts if isinstance(part, prompts.Gap)]

@@ -163,7 +163,7 @@ def make_run(
 
   Args:
     settings: the checked config.
-    devices: for the mesh; all of them by default.
+    devices: devices of the mesh; all by default.
     platform: what programs are compiled for, if not this machine's devices.
     refit: use all devices along `data` if the configured mesh does not fit
       them and was not chosen by hand. A run may be evaluated on other devices
@@ -244,7 +244,7 @@ def make_sampler(
   if not cls.fits(objective):
     raise InputError(
       f'sampler.name={name!r} does not fit objective.name='
-      f'{settings.objective["name"]!r}; these do: '
+      f'{settings.objective["name"]!r}; allowed are '
       f'{fitting_samplers(objective)}'
     )
   given: dict[str, Any] = {
@@ -276,8 +276,8 @@ def make_sampler(
     )
     raise InputError(
       f'sampler.guidance={strength!r} does not fit sampler.name={name!r}: '
-      'guidance puts masks in place of the prompt, which it cannot use; these '
-      f'samplers can be guided: {able}'
+      'guidance replaces the prompt by masks, which this sampler does not '
+      f'support; samplers that support it are {able}'
     )
   return guidance.Guided(sampler, strength, objective.mask_id)
 
@@ -311,9 +311,9 @@ def _check_network(run: Run):
   data = settings.data
   if data.clean_infill_rate and not objective.sees_right(data.length):
     raise InputError(
-      f'data.clean_infill_rate={data.clean_infill_rate!r} is not for '
-      f'objective.name={name!r}, which sees nothing to the right of a gap; '
-      'data.clean_prefix_rate is'
+      f'data.clean_infill_rate={data.clean_infill_rate!r} is not '
+      f'supported by objective.name={name!r}, which sees nothing to the right '
+      'of a gap; set it to 0 or use data.clean_prefix_rate'
     )
   for key, length in (
     ('data', data.length),
@@ -334,20 +334,20 @@ def _check_network(run: Run):
     )
   if steps and settings.model['attention'] not in ('auto', 'xla'):
     raise InputError(
-      f'model.attention={settings.model["attention"]!r} does not know the '
-      f"pattern of train.anneal_steps={steps!r}; 'auto' and 'xla' do"
+      f'model.attention={settings.model["attention"]!r} does not support '
+      f"train.anneal_steps={steps!r}; use 'auto' or 'xla'"
     )
   if run.sampler.needs_cache and not network.has_cache:
     raise InputError(
       f'sampler.name={run.sampler_name!r} does not fit model.shift_outputs='
       f'{settings.model["shift_outputs"]!r} and model.name='
-      f'{settings.model["name"]!r}: it keeps keys and values of finished '
-      'tokens, which this network cannot'
+      f'{settings.model["name"]!r}: it caches keys and values of finished '
+      'tokens, which this network does not support'
     )
   if objective.needs_time and not network.knows_time:
     is_on = settings.model['time_conditioning']
     key = 'time_form' if is_on else 'time_conditioning'
-    wanted = "another than 'constant'" if is_on else 'True'
+    wanted = "other than 'constant'" if is_on else 'True'
     raise InputError(
       f'model.{key}={settings.model[key]!r} must be {wanted} with '
       f'objective.name={name!r}: its noisy text does not show how noisy it is'
@@ -405,7 +405,7 @@ def reads_steps(sampler: Sampler) -> bool:
 
 
 def _check_effects(run: Run, given: Collection[str]):
-  """Raises InputError if a key set by hand has no effect."""
+  """Raises InputError if a key set by hand is ignored."""
   settings, objective, sampler = run.settings, run.objective, run.sampler
   sampled = _keys_of(sampler, sampler.unread_keys())
   if objective.block_size:  # It is the objective's.
@@ -475,10 +475,10 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   """Returns the averaged parameters of a workdir's checkpoint, and its step.
 
   Args:
-    run: what they must fit.
-    workdir: of the run that saved them.
-    step: of the checkpoint. 0 is the last one or, if that is damaged, the one
-      before, with a warning.
+    run: the run that they must fit.
+    workdir: workdir of the run that saved them.
+    step: step of the checkpoint. 0 is the last one or, if that is damaged, the
+      one before, with a warning.
 
   Raises:
     InputError: there is no such checkpoint, it is damaged or of another shape.

@@ -67,7 +67,7 @@ def with_samplers(
 
   Raises:
     InputError: a sampler does not fit the model, or a setting is not allowed or
-      has no effect.
+      is ignored.
   """
   models = []
   for text in texts:
@@ -200,7 +200,7 @@ def make_draw(
     for line in lines[:MAX_LOGGED]:
       shown = base.escape_controls(line['shown']).splitlines()
       if problem := line.get('problem'):
-        shown.append(f'  is impossible: {problem}')
+        shown.append(f'  this text is impossible: {problem}')
       log.info('sample:\n%s', ''.join(f'    {x}\n' for x in shown))
     if law:
       means = laws.sample_means(law, laws.read_texts(tokenizer, filled))
@@ -278,10 +278,10 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs):
     if len(ids) < len(row):
       title += f', ends after {len(ids)} of {len(row)} tokens'
     if num_more:
-      title += f', {num_more} tokens of text after its end'
+      title += f', {num_more} tokens of text after the end'
     print(f'{title}\n{base.escape_controls(line["shown"])}')
     if problem := line.get('problem'):
-      print(f'--- is impossible: {problem}')
+      print(f'--- the text is impossible: {problem}')
     lines.append(line)
   num_filled = len(tokens) * int(np.sum(~fixed))
   print(

@@ -74,7 +74,7 @@ def define_flags():
 
 
 def main(start: Start) -> int:
-  """--mode=train: trains to train.num_steps, from where the run stopped.
+  """Runs --mode=train: trains to train.num_steps, from where the run stopped.
 
   Returns:
     0; 128 + the number of the signal that ended the run after a checkpoint; or
@@ -90,7 +90,7 @@ def main(start: Start) -> int:
     if saved is None and not (start.is_given or start.changes):
       raise InputError(
         f'--workdir={start.workdir!r} does not hold a run to resume; a new one '
-        'needs a --config, as configs/quickstart.py'
+        'needs a --config, such as configs/quickstart.py'
       )
     try:
       number = train(settings, start.workdir, saved, began)
@@ -269,8 +269,8 @@ def _open_own_text(settings: Settings, workdir: str) -> PackedData:
   packed = prepare.prepare(settings.data, tokenizer)
   if load_tokenizer(workdir).fingerprint != packed.tokenizer.fingerprint:
     raise InputError(
-      f'workdir={workdir!r} holds a run whose tokenizer made other ids; the '
-      'text it was trained on has changed. Give another workdir'
+      f'workdir={workdir!r} holds a run whose tokenizer made different ids; '
+      'the text it was trained on has changed. Give another workdir'
     )
   return packed
 
@@ -289,9 +289,9 @@ def _warn(settings: Settings, before: Any, step: int):
   """Warns of schedules that do not end or continue, and of unmet periods.
 
   Args:
-    settings: of the run.
+    settings: the run's settings.
     before: the config that its checkpoint was trained with, or None.
-    step: of the checkpoint.
+    step: the checkpoint's step.
   """
   num_steps, anneal_steps = (
     settings.train.num_steps,
@@ -339,8 +339,8 @@ def _initial_state(
     other = load_tokenizer(init_from)
     if other.fingerprint != run.tokenizer.fingerprint:
       raise InputError(
-        f'checkpoint.init_from={init_from!r} has another tokenizer than this '
-        'run'
+        f'checkpoint.init_from={init_from!r} has a different tokenizer from '
+        'this run'
       )
     initial, step = runs.load_params(
       run, init_from, run.settings.checkpoint.init_step
@@ -401,8 +401,8 @@ class TextBatches:
 
   Args:
     run: the run.
-    packed: its text.
-    start_step: the step that is asked for first.
+    packed: its training text.
+    start_step: the first step to read.
   """
 
   def __init__(self, run: Run, packed: PackedData, start_step: int):
@@ -512,7 +512,7 @@ def _after_divergence(manager: Any, failed: int, can_delete: bool) -> str:
   """Says what the next start resumes from, after deleting what it must not.
 
   Args:
-    manager: of the run's checkpoints.
+    manager: manager of the run's checkpoints.
     failed: the step whose parameters no later step could train.
     can_delete: whether to delete its checkpoint, if there is an earlier one.
   """

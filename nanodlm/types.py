@@ -270,7 +270,7 @@ class Objective(abc.ABC):
     return level
 
   def unread_keys(self, uses_time: bool) -> frozenset[str]:
-    """Returns the fields that have no effect, given the others.
+    """Returns the names of fields that are ignored, given the others.
 
     `uses_time` is whether the network or the sampler depends on the time.
     """
@@ -563,7 +563,7 @@ class Sampler(abc.ABC):
     return dataclasses.replace(self, draw=draw)  # pyright: ignore
 
   def unread_keys(self) -> frozenset[str]:
-    """Returns the fields that have no effect, given the others."""
+    """Returns the names of fields that are ignored, given the others."""
     return frozenset()
 
   @abc.abstractmethod

@@ -84,7 +84,7 @@ class ValidateTest(parameterized.TestCase):
     make_run(platform='gpu', **changes)
     changes['train__anneal_steps'] = 5
     with self.assertRaisesRegex(
-      InputError, "'cudnn' does not know the pattern of train.anneal_steps=5"
+      InputError, "'cudnn' does not support train.anneal_steps=5"
     ):
       make_run(platform='gpu', **changes)
 
@@ -246,7 +246,7 @@ class ValidateTest(parameterized.TestCase):
       'train.anneal_steps=5',
     ),
     ({'tokenizer__name': 'run'}, "tokenizer.path='' must be the workdir"),
-    ({'tokenizer__path': 'runs/x'}, "tokenizer.path='runs/x' has no effect"),
+    ({'tokenizer__path': 'runs/x'}, "tokenizer.path='runs/x' is ignored"),
   )
   def test_options_of_published_networks(self, changes, message):
     with self.assertRaisesRegex(InputError, f'^{re.escape(message)}'):
@@ -569,7 +569,7 @@ class ResumableTest(parameterized.TestCase):
   def test_what_makes_it_another_run(self, key, value):
     name = key.replace('__', '.')
     with self.assertRaisesRegex(
-      InputError, f"'w'.*\n  {name}: .* {value!r} here"
+      InputError, f"'w'.*\n  {name}: .* {value!r} now"
     ):
       self.check(**{key: value})
 

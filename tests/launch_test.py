@@ -377,7 +377,7 @@ def test_other_settings_on_one_workdir_are_refused(finished):
     '--config.seed=1',
   )
   assert status == 2, output
-  assert 'model.num_layers: 2 there, 3 here' in output and 'seed: 0' in output
+  assert 'model.num_layers: 2 saved, 3 now' in output and 'seed: 0' in output
   assert (workdir / 'config.json').read_text() == before
 
 

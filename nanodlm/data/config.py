@@ -92,7 +92,7 @@ class DataConfig:
     )
     where = f'with data.source={self.source!r}'
     if not self.has_documents:
-      text = f"has no effect {where}, only with pairs or data.crop='document'"
+      text = f"is ignored {where}, except with data.crop='document'"
       self._check('padding', self.padding == 'eos', text)
       self._check('long_documents', self.long_documents == 'drop', text)
       return
@@ -138,14 +138,14 @@ class TokenizerConfig:
     vocab_size = f'tokenizer.vocab_size={self.vocab_size!r}'
     if self.path and not cls.reads_path:
       readers = [k for k, c in tokenizers.TOKENIZERS.items() if c.reads_path]
-      raise InputError(f'{path} has no effect with {name}, only with {readers}')
+      raise InputError(f'{path} is ignored by {name}; it is read by {readers}')
     if cls.reads_path and not self.path and not self.is_trained:
       raise InputError(
         f'{path} must be the workdir (or the file) that {name} reads'
       )
     if self.vocab_size and not self.is_trained:
       raise InputError(
-        f'{vocab_size} has no effect with {name}, {path}: it is the size of a '
+        f'{vocab_size} is ignored with {name}, {path}: it is the size of a '
         'model that is trained on the source; leave it at 0'
       )
     if self.is_trained and self.vocab_size < cls.min_trained_size:

@@ -81,7 +81,7 @@ class Job:
 
   @property
   def record(self) -> np.dtype:
-    """The type of what is stored of a token.
+    """The dtype of a stored token.
 
     'token' is its id. If the tokenizer may change the text, 'num_bytes' are the
     bytes of the text that it stands for, which its piece does not show.

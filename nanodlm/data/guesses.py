@@ -1,4 +1,4 @@
-"""What guesses without a network cost, to compare a bound with."""
+"""The cost of guesses without a network, as a baseline for a bound."""
 
 import dataclasses
 import math

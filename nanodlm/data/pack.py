@@ -249,8 +249,9 @@ def _fit(name: str, stream: Stream, long_documents: str) -> Stream:
   if num_long and long_documents == 'refuse':
     raise InputError(
       f'{setting} is too short for {num_long} of {num} documents of {name}, of '
-      f'up to {max(sizes)} tokens with their end, and data.long_documents='
-      "'refuse'. Use a larger data.length, or 'drop' or 'cut'"
+      f'up to {max(sizes)} tokens including the separator, and '
+      "data.long_documents='refuse'. Use a larger data.length, or 'drop' or "
+      "'cut'"
     )
   is_kept = sizes <= length
   if long_documents == 'cut':
@@ -260,8 +261,8 @@ def _fit(name: str, stream: Stream, long_documents: str) -> Stream:
   if num_dropped == num:
     raise InputError(
       f'{setting} is too short for all {num} documents of {name}: the shortest '
-      f'has {min(sizes)} tokens with its end. Use a larger data.length, '
-      "shorter documents, or data.long_documents='cut'"
+      f'has {min(sizes)} tokens including the separator. Use a larger '
+      "data.length, shorter documents, or data.long_documents='cut'"
     )
   if num_long:
     _log.warning(

@@ -201,8 +201,8 @@ def _hashes(packed: PackedData, split: str) -> np.ndarray:
   except Exception as error:
     raise InputError(
       f'prepared data {path} cannot be read ({reason(error)}): it is damaged, '
-      f'or of an older version. Delete {path.parent}, and the next start '
-      'prepares it again'
+      f'or written by an older version. Delete {path.parent}, and the next '
+      'start prepares it again'
     ) from error
 
 

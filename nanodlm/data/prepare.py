@@ -114,7 +114,7 @@ def prepare(
 
 
 class Prepared(encoder.Engine):
-  """Opens what is prepared, and raises InputError for anything else."""
+  """Only opens prepared data; InputError if a part must be encoded."""
 
   num_threads = 1
 
@@ -257,8 +257,8 @@ def _prepare_one(
   packed = packed_data.open_packed(path, tokenizer)
   if packed.metadata.get('tokenizer_revision', 0) != tokenizer.revision:
     raise InputError(
-      f'prepared data {path} is of an earlier version, which spelled spaces as '
-      'three bytes. Delete it, and the next start prepares it again'
+      f'prepared data {path} was written by an older version, which spelled a '
+      'space as three bytes. Delete it, and the next start prepares it again'
     )
   return packed
 
@@ -268,8 +268,8 @@ def _check_trainable(source: base.Source, data_config: DataConfig) -> None:
   if data_config.eval_tokens:
     raise InputError(
       f'data.eval_tokens={data_config.eval_tokens!r} cannot be counted before '
-      'the tokenizer is trained on the rest; use data.eval_fraction, or name a '
-      'model in tokenizer.path'
+      'the tokenizer is trained, on the text that they leave; use '
+      'data.eval_fraction, or name a model in tokenizer.path'
     )
   if source.is_tokens:
     raise source.error(
@@ -378,19 +378,19 @@ def define_flags():
     'prepare_engine',
     'local',
     ['local', 'beam'],
-    'Prepare with this machine or with Apache Beam.',
+    'Prepare on this machine or with Apache Beam.',
   )
   flags.DEFINE_list(
     'beam_options',
     [],
-    'With --prepare_engine=beam: options of the pipeline, as '
+    'With --prepare_engine=beam: options of the pipeline, such as '
     "runner=FlinkRunner,flink_master=HOST:8081; by default Beam's local "
     'runner.',
   )
 
 
 def main(start: Any) -> int:
-  """--mode=prepare: packs the text of a `config.Start` before training."""
+  """Runs --mode=prepare, which packs the text of a config before training."""
   settings, _ = start.resolve()
   packed = prepare(settings.data, settings.tokenizer, engine=_make_engine())
   _log.info(f'prepared: {", ".join(packed.folders)}')

@@ -29,7 +29,7 @@ def plan(
   split, or what the source itself has for it.
 
   Raises:
-    InputError: the source is empty, or data.test_tokens has no effect.
+    InputError: the source is empty, or data.test_tokens is ignored.
   """
   splits = [whole] if whole else SPLITS
   if not source.has_validation:

@@ -151,7 +151,7 @@ def local_rows(mesh: jax.sharding.Mesh, batch_size: int) -> slice:
 
 
 def shard_batch(mesh: jax.sharding.Mesh, batch):
-  """Puts this process's rows (NumPy, of `local_rows`) on its devices."""
+  """Makes a sharded batch; each process has its `local_rows` in NumPy."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, x), batch
@@ -159,7 +159,7 @@ def shard_batch(mesh: jax.sharding.Mesh, batch):
 
 
 def shard_whole_batch(mesh: jax.sharding.Mesh, batch):
-  """Puts this process's rows of a batch that all processes have."""
+  """Makes a sharded batch of a NumPy batch that every process holds whole."""
   return shard_batch(
     mesh, jax.tree.map(lambda x: x[local_rows(mesh, x.shape[0])], batch)
   )

@@ -69,10 +69,10 @@ def define_flags():
     'needs --num_processes and --process_id.',
   )
   flags.DEFINE_integer(
-    'num_processes', None, 'Processes of the run.', lower_bound=1
+    'num_processes', None, 'Number of processes of the run.', lower_bound=1
   )
   flags.DEFINE_integer(
-    'process_id', None, 'This process, from 0.', lower_bound=0
+    'process_id', None, 'Number of this process, from 0.', lower_bound=0
   )
   flags.DEFINE_integer(
     'heartbeat_timeout_secs',

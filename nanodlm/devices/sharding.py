@@ -67,7 +67,7 @@ def spec(path: Any, ndim: int, shards: Shards) -> P:
   """Returns the partition of one leaf: a parameter, its average or its moment.
 
   Args:
-    path: from jax.tree_util, in a tree of parameters or one that contains such.
+    path: path of jax.tree_util, in a tree that is or contains parameters.
     ndim: number of dimensions of the leaf; scalars are replicated.
     shards: axes of one device are left out of the result.
   """

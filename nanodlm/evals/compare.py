@@ -49,7 +49,7 @@ def define_flags():
     'source',
     '',
     'Held-out text for all runs, in the form of data.source; by default the '
-    'own text of each run.',
+    'text of each run.',
   )
   flags.DEFINE_integer(
     'max_examples', 0, 'Held-out rows per run; 0 for all.', lower_bound=0
@@ -92,7 +92,7 @@ class Request(NamedTuple):
     num_samples: texts per point of a curve.
     length: tokens per text; 0 for the run's own length.
     draw: temperature, top_k and top_p.
-    seed: of the samples.
+    seed: seed of the samples.
   """
 
   samplers: tuple[str, ...]
@@ -222,7 +222,7 @@ def compare_run(
     result['points'].append(point)
     print(
       f'{workdir}: {changes["name"]}, {point["num_calls"]:.0f} network calls, '
-      f'{len(result["points"]) - 1} of {len(planned)}',
+      f'setting {len(result["points"]) - 1} of {len(planned)}',
       file=sys.stderr,
     )
   return result
@@ -358,7 +358,7 @@ def _parse_request(options: flags.FlagValues) -> Request:
   for name in () if names else SAMPLE_FLAGS:
     if options[name].present:
       raise InputError(
-        f'--{name}={options[name].value!r} has no effect without --samplers or '
+        f'--{name}={options[name].value!r} is ignored without --samplers or '
         '--judge, because nothing is sampled'
       )
   draw = {key: getattr(options, key) for key in DRAW_FLAGS}
@@ -400,7 +400,7 @@ def _open_settings(
 
 
 def main(start: Start) -> int:
-  """--mode=compare: compares --workdirs, writes the results to --output."""
+  """Runs --mode=compare: writes a comparison of --workdirs to --output."""
   del start
   options = flags.FLAGS
   request = _parse_request(options)

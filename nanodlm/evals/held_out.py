@@ -1,4 +1,4 @@
-"""--mode=eval: the bound on held-out text, and gaps in it filled in."""
+"""--mode=eval: the bound on held-out text, and the accuracy of infilling it."""
 
 from absl import flags
 
@@ -27,7 +27,7 @@ def define_flags():
     'infill',
     [],
     'Shares of the tokens of held-out rows to mask and fill in with '
-    'config.sampler, as 0.1,0.3,0.5.',
+    'config.sampler, such as 0.1,0.3,0.5.',
   )
   flags.DEFINE_integer(
     'infill_examples', 256, 'Held-out rows for --infill; 0: all.', lower_bound=0
@@ -35,7 +35,7 @@ def define_flags():
 
 
 def main(start: Start) -> int:
-  """--mode=eval: the whole validation split with the averaged weights."""
+  """Runs --mode=eval on the whole validation split with averaged weights."""
   options = flags.FLAGS
   ratios = infill.parse_ratios(options.infill)
   num_rows = options.infill_examples

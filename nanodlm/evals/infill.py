@@ -199,7 +199,7 @@ def make_word_gaps(
   total = sum(fills.values())
   if not total:
     raise InputError(
-      f'tokenizer.name={tokenizer.name!r} encodes {text!r} in another way than '
+      f'tokenizer.name={tokenizer.name!r} encodes {text!r} differently from '
       'its row'
     )
   return WordGaps(
@@ -242,7 +242,7 @@ def measure_words(
       generator = np.random.default_rng(
         (settings.seed, PATTERNS.index(pattern), i)
       )
-      found, kept, problem = [], [], 'no document has its end in its row'
+      found, kept, problem = [], [], 'every document was cut'
       for j, row in enumerate(tokens):
         ones = np.ones((1, len(words[j])), bool)
         (chosen,) = sample_gaps(generator, ones, ratio, pattern)

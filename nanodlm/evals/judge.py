@@ -46,9 +46,9 @@ class Judge(abc.ABC):
   """What measures samples.
 
   Attributes:
-    name: --judge.
-    columns: of `metrics.format_table`, for what it measures.
-    panels: what is plotted of that, {key: label}.
+    name: value of --judge.
+    columns: columns of what it measures, for `metrics.format_table`.
+    panels: which of them are plotted, {key: label}.
   """
 
   name: str

@@ -41,7 +41,7 @@ class TextModel:
     lm: the model and its sampler.
     num_draws: noise draws per log-likelihood; an exact objective needs one.
     batch_size: rows per network call.
-    seed: of the noise and the samples.
+    seed: seed of the noise and the samples.
     is_greedy: whether to determine if a continuation is the greedy one.
   """
 
@@ -263,9 +263,9 @@ def _generation_options(
 def define_flags():
   """Defines the flags that `run_tasks` reads."""
   flags.DEFINE_string('workdir', None, 'Folder of the run.')
-  flags.DEFINE_list('tasks', [], 'Tasks of the harness.')
+  flags.DEFINE_list('tasks', [], 'Names of tasks of the harness.')
   flags.DEFINE_string('include_path', None, 'A folder with your own tasks.')
-  flags.DEFINE_integer('num_fewshot', None, 'Examples in the context.')
+  flags.DEFINE_integer('num_fewshot', None, 'Examples in each context.')
   flags.DEFINE_float('limit', None, 'Documents per task.')
   flags.DEFINE_integer('num_draws', 32, 'Noise draws per log-likelihood.')
   flags.DEFINE_integer('batch_size', 32, 'Rows per network call.')
@@ -277,10 +277,12 @@ def define_flags():
     'accuracy of LAMBADA needs; costs samples.',
   )
   flags.DEFINE_string(
-    'sampler', '', "By default block or confidence, else the run's own."
+    'sampler',
+    '',
+    "The sampler; by default block or confidence, else the run's.",
   )
   flags.DEFINE_integer(
-    'num_steps', 0, "Steps of the sampler; 0: the run's, or base.py's."
+    'num_steps', 0, "Steps of the sampler; 0: the run's or the default."
   )
   flags.DEFINE_string('output', None, 'A new JSON file for the results.')
 

@@ -104,7 +104,7 @@ def define_flags():
 
 
 def main(start: configs.Start) -> int:
-  """--mode=import: see `import_checkpoint`."""
+  """Runs --mode=import; see `import_checkpoint`."""
   if start.is_given:
     raise InputError('--mode=import makes its config; leave --config out')
   source = flags.FLAGS['from'].value
@@ -136,7 +136,7 @@ def import_checkpoint(
   """Writes a workdir with the weights of a published checkpoint.
 
   Args:
-    source: a folder, a file of weights, or a name on the hub, as 'gpt2' or
+    source: a folder, a file of weights, or a name on the hub, such as 'gpt2' or
       'ORGANISATION/NAME'.
     workdir: a folder that is new or empty.
     family: one of FAMILIES; '' detects it.
@@ -182,7 +182,7 @@ def import_checkpoint(
       if tokenizer.vocab_size != len(described.rows):
         raise InputError(
           f'tokenizer.name={tokenizer.name!r} has {tokenizer.vocab_size} ids '
-          'with the mask; the checkpoint is of another vocabulary, '
+          'with the mask, but the checkpoint has '
           f'{len(described.rows)}'
         )
     config.tokenizer.update(
@@ -220,7 +220,7 @@ def network_of(run: runs.Run) -> ModelConfig:
   if not isinstance(run.network, TransformerNetwork):
     raise InputError(
       f'model.name={run.settings.model["name"]!r} cannot be imported or '
-      "exported; 'transformer' can"
+      "exported; only 'transformer' can"
     )
   return run.network.config
 
@@ -355,8 +355,8 @@ def detect(foreign: dict[str, Any], tensors: tensor_files.Tensors) -> str:
   if not kind:
     hint = '. Name one with --family, and write a config.json if it is missing'
   raise InputError(
-    f'--from={tensors.where!r} is of no known family: model_type={kind!r} in '
-    f'its config.json; known: {sorted(FAMILIES)}{hint}'
+    f'--from={tensors.where!r} belongs to no known family: model_type='
+    f'{kind!r} in its config.json; known are {sorted(FAMILIES)}{hint}'
   )
 
 

@@ -68,7 +68,7 @@ def define_flags():
 
 
 def main(start: Start) -> int:
-  """--mode=export: see `export_checkpoint`."""
+  """Runs --mode=export; see `export_checkpoint`."""
   if start.is_given:
     raise InputError(
       '--mode=export reads its config from --workdir; leave --config out'
@@ -188,7 +188,7 @@ def _tensor(
   parts: list[layouts.Part],
   described: layouts.Description,
 ) -> np.ndarray:
-  """Returns their tensor, made of these parameters of ours, {path: array}."""
+  """Returns the exported tensor made of these parameters, {path: array}."""
   arrays = []
   for part in parts:
     array = part.of(params)
@@ -208,14 +208,14 @@ def write_json(path: pathlib.Path, value: Any):
 def write_tokenizer(
   folder: pathlib.Path, run: Run, described: layouts.Description
 ) -> bool:
-  """Writes tokenizer.json and its config; False if it would make other ids."""
+  """Writes tokenizer.json and its config; False if its ids would differ."""
   tokenizer = run.tokenizer
   if isinstance(tokenizer, HuggingFaceTokenizer):
     content = json.loads(pathlib.Path(tokenizer.path).read_bytes())
     if (text := find_difference(content, tokenizer)) is not None:
       log.warning(
-        'tokenizer.json is the imported one, which encodes %.40r as other ids '
-        'than nanodlm does',
+        'tokenizer.json is the imported one, which encodes %.40r to ids '
+        'that differ from those of nanodlm',
         text,
       )
   elif isinstance(tokenizer, BytesTokenizer):

@@ -212,7 +212,7 @@ class OrbaxTensors(Tensors):
     tree = found.item_metadata.tree
     items = [name for name in ('ema_params', 'params') if tree.get(name)]
     if not items:
-      raise InputError(f'{folder} holds {sorted(tree)}, but not params')
+      raise InputError(f'{folder} holds {sorted(tree)}, but no params')
     self._tree = {items[0]: tree[items[0]]}
     leaves = checkpoint.flatten(tree[items[0]])
     self.shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}

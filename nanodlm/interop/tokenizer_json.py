@@ -78,7 +78,7 @@ def begin_with(content: dict[str, Any], i: Any, text: str) -> None:
 def find_difference(
   content: dict[str, Any], tokenizer: Tokenizer
 ) -> str | None:
-  """Returns a text that a tokenizer.json encodes as other ids, or None.
+  """Returns a text that a tokenizer.json encodes differently, or None.
 
   Tries English text and what tokenizers treat differently.
   """
@@ -133,7 +133,7 @@ def _halves(ranks: dict[bytes, int], piece: bytes, rank: int) -> list[bytes]:
 def sentencepiece_tokenizer(processor: Any) -> dict[str, Any]:
   """Returns the content for a SentencePiece BPE model as it is trained here.
 
-  A model that normalises its text, or is not a BPE, gets other ids from it.
+  A model that normalises its text, or is not a BPE, gets different ids from it.
   Its pieces are spelled with spaces, so that U+2581 is a character like others.
   """
   require('tokenizers')

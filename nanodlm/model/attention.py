@@ -280,12 +280,12 @@ def _heads_first(q, k, v):
 
 
 def _same(rows, columns):
-  """[B, 1, Lq, Lk] bool, whether the ids of two [B, L] are the same."""
+  """Returns where ids [B, Lq] equal ids [B, Lk], [B, 1, Lq, Lk] bool."""
   return (rows[:, :, None] == columns[:, None, :])[:, None]
 
 
 def _scores(q, k, seen):
-  """q [..., Lq, Dh] on k [..., Lk, Dh] -> [..., Lq, Lk] float32."""
+  """Returns the scores [..., Lq, Lk] of q [..., Lq, Dh] and k [..., Lk, Dh]."""
   scores = jnp.einsum(
     '...qd,...kd->...qk', q, k, preferred_element_type=jnp.float32
   )

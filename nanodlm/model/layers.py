@@ -78,7 +78,7 @@ class Linear(nn.Module):
 
   Attributes:
     features: size of the output.
-    dtype: of the product.
+    dtype: dtype of the product.
     use_bias: whether there is a bias, initially zero.
     std: standard deviation of the initial kernel.
     join: tensor groups over which products are summed before the bias is added,

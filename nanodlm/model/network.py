@@ -39,8 +39,8 @@ class TransformerNetwork(Network):
       if value % size:
         chosen = '' if getattr(self.config, key) else ' (chosen for 0)'
         raise InputError(
-          f'mesh.{axis}={size!r} does not divide model.{key}={value!r}{chosen},'
-          ' and must: its parts are on that many devices'
+          f'mesh.{axis}={size!r} must divide model.{key}={value!r}{chosen}, '
+          'which is split over that many devices'
         )
 
   @classmethod

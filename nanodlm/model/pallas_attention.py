@@ -237,7 +237,7 @@ def _run(kernel, setup, name, grid, inputs, outputs, scratch=(), cost=(0, 0)):
   Args:
     kernel: takes references to its inputs, outputs and scratch memory.
     setup: a _Setup.
-    name: in profiles.
+    name: name in profiles.
     grid: numbers of rows, heads and blocks.
     inputs: pairs (array, BlockSpec).
     outputs: pairs (array of the output's shape and dtype, BlockSpec).
@@ -279,7 +279,7 @@ def _call(kernel, setup, name, num_products, q, k, rest, ids, outs, scratch=()):
   Args:
     kernel: takes `setup`, then references.
     setup: a _Setup.
-    name: in profiles.
+    name: name in profiles.
     num_products: products of [Lq, Lk] per head, to estimate the cost.
     q: [B, Lq, W].
     k: [B, Lk, W].
@@ -356,7 +356,7 @@ def rotate(
     x: [B, L, H, Dh] that `fits`.
     scale: [Dh] float32, or None for no norm.
     table: [2, L, 1, Dh / 2], from `layers.rotary_table`.
-    eps: of the norm.
+    eps: epsilon of the norm.
     interpret: as in `attention`.
 
   Returns:

@@ -57,7 +57,7 @@ class Context(NamedTuple):
 
   Attributes:
     time: [B, time_width], the embedded time.
-    rotary: from `rotary_table`; None if positions are learned.
+    rotary: the result of `rotary_table`; None if positions are learned.
     segment_ids: [B, L] int32; a position attends within its segment.
     dropout_keys: [B], one per example.
     visible: [C] bool, the cached positions that are seen.
@@ -320,7 +320,7 @@ class Transformer(nn.Module):
       tokens: [B, S] int32.
       t: [B] float32; required with time conditioning.
       start: [] int32, the position of the first token.
-      cache: of C positions, with start + S <= C.
+      cache: keys and values of C positions, with start + S <= C.
       visible: [C] bool, the cached positions that the tokens see.
       positions: [N] int32 indices into B * S of the rows wanted; None: all.
 
@@ -382,7 +382,7 @@ class Transformer(nn.Module):
     return x, Cache(own, last)
 
   def _embed(self, tokens, where):
-    """[B, L] at positions [L] -> [B, L, D]."""
+    """Embeds tokens [B, L] at positions [L], [B, L, D]."""
     # Rows are cast after the lookup, so that the gradients of a row, above all
     # of the mask's, are summed in float32.
     dtype = jnp.dtype(self.config.dtype)

@@ -142,7 +142,7 @@ class RowDraw:
   top_p: jax.Array
 
   def log_prob(self, logits: jax.Array) -> jax.Array:
-    """As `Draw.log_prob`, for logits [B, K, V]."""
+    """Returns the log-probabilities of each row's draw, [B, K, V] float32."""
     temperature, top_k, top_p = (
       x[:, None, None] for x in (self.temperature, self.top_k, self.top_p)
     )
@@ -162,7 +162,7 @@ class RowDraw:
     return jnp.where(is_greedy, best, log_p)
 
   def sample(self, keys: jax.Array, logits: jax.Array) -> jax.Array:
-    """As `Draw.sample`."""
+    """Draws tokens from logits [B, K, V]; see `Draw.sample`."""
     return jax.vmap(sample_categorical)(keys, self.log_prob(logits))
 
 

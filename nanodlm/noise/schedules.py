@@ -117,7 +117,7 @@ def make_schedule(
   Args:
     name: a key of SCHEDULES.
     power: exponent of 'polynomial', > 0.
-    section: of the config, for errors.
+    section: section of the config, for error messages.
 
   Raises:
     InputError: the name is unknown or the power is not positive.

@@ -69,7 +69,7 @@ def _parse_times(grid: str) -> np.ndarray:
   if t.size < 2 or t[0] != 1 or t[-1] != 0 or not np.all(np.diff(t) < 0):
     raise InputError(
       f'sampler.grid={grid!r} is not one of {list(GRIDS)}, nor a list of times '
-      'that falls from 1 to 0, each below the one before, as 1,0.5,0.2,0'
+      'that falls from 1 to 0, each below the one before, such as 1,0.5,0.2,0'
     )
   return t
 

@@ -1,4 +1,4 @@
-"""What all diffusion objectives share: levels of noise, and its reversal."""
+"""The base class of diffusion objectives: noise levels, and their reversal."""
 
 import dataclasses
 from typing import Any

@@ -53,7 +53,7 @@ def define_flags():
   integer('num_timed', 10, 'Training steps timed.')
   integer('num_samples', 4, 'Samples drawn at once.')
   flags.DEFINE_list(
-    'samplers', None, 'Samplers timed; by default all that fit the objective.'
+    'samplers', None, 'Samplers to time; by default all that fit the objective.'
   )
   flags.DEFINE_list(
     'scaling', [], 'Numbers of devices, such as 1,2,4,8: counts, not times.'
@@ -62,7 +62,7 @@ def define_flags():
 
 
 def main(start: Start) -> int:
-  """--mode=benchmark: prints a table, or a JSON object."""
+  """Runs --mode=benchmark, which prints a table, or a JSON object."""
   options = flags.FLAGS
   if not start.is_given:
     raise InputError('--mode=benchmark needs --config')

@@ -61,10 +61,10 @@ class Chip:
 
   Attributes:
     kind: prefix of JAX's device_kind.
-    shapes: of the pods on offer, in chips.
-    memory_bytes: per chip, available to programs.
-    memory_rate: bytes/s from and to that memory.
-    hertz: cycles per second, the peak rate over the matrix units' size.
+    shapes: topologies that are offered, in chips, such as '4x4'.
+    memory_bytes: memory per chip that programs can use.
+    memory_rate: bandwidth of that memory, bytes/s.
+    hertz: clock rate, derived from the peak FLOP/s and the matrix units' size.
   """
 
   kind: str
@@ -95,7 +95,7 @@ def use_topology(topology: str):
       f'{name}: {", ".join(chip.shapes)}' for name, chip in CHIPS.items()
     )
     raise InputError(
-      f'--topology={topology!r} is unknown; allowed are, in the form v5e:4x4, '
+      f'--topology={topology!r} is unknown; allowed are, written as v5e:4x4, '
       + known
     )
   if importlib.util.find_spec('libtpu') is None:
@@ -399,7 +399,7 @@ def define_flags():
   flags.DEFINE_string(
     'topology',
     '',
-    "The pod to compile for, as v5e:4x4; by default this machine's devices.",
+    "The pod to compile for, e.g. v5e:4x4; by default this machine's devices.",
   )
   flags.DEFINE_integer(
     'vocab_size',
@@ -410,7 +410,7 @@ def define_flags():
 
 
 def main(start: Start) -> int:
-  """--mode=compile: prints the report; with --workdir writes it there."""
+  """Runs --mode=compile: prints the report, and writes it to --workdir."""
   options = flags.FLAGS
   topology = options.topology
   if start.workdir:

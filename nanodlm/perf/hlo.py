@@ -245,12 +245,12 @@ def _real_places(size, window, out, stride, lhs_dilate, rhs_dilate, pad) -> int:
 
 
 class Kernel(NamedTuple):
-  """A kind of kernel call.
+  """The cost of a call of a custom kernel, by its author's cost estimate.
 
   Attributes:
-    flops: as stated by the kernel's author; 0 if they are not stated.
-    num_bytes: moved from and to memory, as stated by the author, by default the
-      size of all inputs and outputs.
+    flops: FLOPs; 0 without an estimate.
+    num_bytes: bytes read and written; without an estimate, the size of all
+      inputs and outputs.
   """
 
   flops: float
@@ -273,7 +273,7 @@ class Cost:
   """The cost of running a computation once, on one device.
 
   Attributes:
-    flops: of dots, convolutions, and kernels that state theirs.
+    flops: FLOPs of dots, convolutions, and kernels with a cost estimate.
     cycles: the sum of the compiler's estimates.
     kernels: number of calls of each `Kernel`; the compiler does not estimate
       kernels.

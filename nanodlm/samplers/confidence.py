@@ -51,7 +51,7 @@ class Confidence(base.MaskedSampler):
       their size, at least one per block; 0 disables the rule.
     score: the confidence that orders the positions.
     threshold: minimum confidence; 0 disables the rule.
-    entropy_budget: in nats; 0 disables the rule.
+    entropy_budget: budget in nats; 0 disables the rule.
     block_size: free positions per block, or 0 for one block. Blocks are filled
       from left to right (semi-autoregressive, LLaDA), and only the positions of
       one block are projected.

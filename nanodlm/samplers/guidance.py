@@ -28,7 +28,7 @@ class Guided(base.OuterSampler):
 
   Attributes:
     inner: a sampler with `can_be_guided`.
-    guidance: w in [0, MAX_GUIDANCE]; 0 has no effect.
+    guidance: w in [0, MAX_GUIDANCE]; 0 disables guidance.
   """
 
   inner: Sampler

@@ -192,7 +192,7 @@ async def _respond_to_error(request: fastapi.Request, error: Exception):
 
 
 def _describe_routes(request: fastapi.Request) -> str:
-  """Says which routes there are instead of the one that was asked for."""
+  """Says that the requested route does not exist, and which do."""
   message = f'there is no {request.method} {request.url.path[:100]}'
   if request.url.path.startswith('/v1/chat'):
     message += (
@@ -204,7 +204,7 @@ def _describe_routes(request: fastapi.Request) -> str:
     for path, verbs in request.app.openapi()['paths'].items()
     for method in verbs
   ]
-  return f'{message}. There are: {", ".join(known)}'
+  return f'{message}. The routes are: {", ".join(known)}'
 
 
 def _invalid_body(first) -> ApiError:
@@ -357,7 +357,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def main(start: Start) -> int:
-  """--mode=serve: serves the last checkpoint of a run until a signal."""
+  """Runs --mode=serve: serves the last checkpoint of a run until a signal."""
   if _missing:
     raise InputError(
       f"--mode=serve requires pip install -e '.[serve]' ({_missing})"

@@ -77,7 +77,7 @@ class Row:
     fixed: [n] bool, positions that the sampler may not change.
     choice: the sampler, from `Engine.choose`.
     draw: temperature, top-k and top-p.
-    seed: in [0, 2^64).
+    seed: seed in [0, 2^64).
     index: number among the samples of this seed. Seed and index give the same
       tokens as in `--mode=sample`.
     num_asked: network calls that have begun.
@@ -267,7 +267,8 @@ class Engine:
       num_own = sum(not row.is_cancelled for row in queue)
       if num_own + len(rows) > MAX_CLIENT_ROWS:
         raise FullError(
-          f'{num_own} of your texts are waiting; at most {MAX_CLIENT_ROWS} may'
+          f'{num_own} of your texts are queued; at most {MAX_CLIENT_ROWS} are '
+          'allowed, so wait until some of them are done'
         )
       if self.num_waiting() + len(rows) > MAX_ROWS:
         raise FullError(f'the queue of {MAX_ROWS} waiting texts is full')
@@ -466,7 +467,7 @@ def _best_size(sizes: Sequence[int], num_rows: int) -> int:
 
 @jax.jit
 def _row_key_data(seeds: jax.Array, index: jax.Array) -> jax.Array:
-  """[B, 2] uint32; the keys that `sample_prompts` gives the first prompt."""
+  """Returns [B, 2] uint32, the keys of the first prompt in `sample_prompts`."""
 
   def key_data(seed, i):
     key = jax.random.fold_in(jax.random.fold_in(seed, 0), 0)

@@ -114,7 +114,7 @@ class StreamOptions(_Request):
 
 
 def _kind(prompt: Any) -> str:
-  """The kind of a prompt, whose errors are reported."""
+  """Returns the tag of a prompt's type, against which it is validated."""
   if not isinstance(prompt, list):
     return 'text'
   kinds = {str: 'texts', list: 'lists of ids'}

@@ -230,7 +230,7 @@ def _window(lines: list[Text], height: int) -> list[Text]:
 
 @contextlib.contextmanager
 def _restored(display: live.Live):
-  """Restores the cursor before a signal takes its previous effect."""
+  """On SIGINT or SIGTERM, restores the cursor, then calls the old handler."""
   handled = (signal.SIGINT, signal.SIGTERM)
   if threading.current_thread() is not threading.main_thread():
     handled = ()

@@ -412,7 +412,9 @@ def write_markdown(
 
 def define_flags():
   """Defines the flags of --mode=report."""
-  flags.DEFINE_list('workdirs', [], 'Workdirs of the runs, as runs/a,runs/b.')
+  flags.DEFINE_list(
+    'workdirs', [], 'Workdirs of the runs, such as runs/a,runs/b.'
+  )
   flags.DEFINE_string(
     'output', 'report.html', 'The page, an .html or .md file.'
   )
@@ -425,7 +427,7 @@ def define_flags():
   flags.DEFINE_integer(
     'num_samples',
     3,
-    'How many of the last samples of each run to show.',
+    'Number of samples of each run to show, from the last.',
     lower_bound=0,
   )
   flags.DEFINE_bool(
@@ -442,7 +444,7 @@ _NO_RUN = (
 
 
 def main(start: Any = None) -> int:
-  """--mode=report: writes the page.
+  """Runs --mode=report, which writes the page.
 
   Args:
     start: not used; the runs are given by flags.

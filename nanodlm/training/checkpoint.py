@@ -118,11 +118,11 @@ def save(
   before them has found them damaged.
 
   Args:
-    manager: from `open_manager`.
+    manager: the result of `open_manager`.
     state: saved as step state.step.
-    config: of the run.
-    position: of the data: {'step': n, 'example': n * batch_size, 'fingerprint':
-      of the text}.
+    config: the run's config.
+    position: place in the data: {'step': n, 'example': n * batch_size,
+      'fingerprint': that of the text}.
 
   Raises:
     SaveError: this save or an EARLIER one failed, on a full disk for example.
@@ -205,14 +205,14 @@ def restore_state(
   It may have been saved on any number of devices and processes.
 
   Args:
-    manager: from `open_manager`.
+    manager: the result of `open_manager`.
     state: what to restore, with the shapes and shardings wanted.
-    step: of the checkpoint.
+    step: the checkpoint's step.
     vocab_size: embedding rows from here on are padding, whose number may
       differ.
 
   Raises:
-    InputError: the checkpoint has other shapes.
+    InputError: shapes in the checkpoint differ.
   """
   strict = check_shapes(manager, step, 'params', state.params, vocab_size)
   abstract = lambda tree: ocp.args.StandardRestore(
@@ -281,7 +281,7 @@ def check_shapes(
   """Returns whether all shapes agree; False if only the padding differs.
 
   Raises:
-    InputError: other shapes differ; it names the parameters.
+    InputError: any other shapes differ; the message names the parameters.
   """
   there, here = _shapes(manager.item_metadata(step)[item]), _shapes(params)
 
@@ -295,14 +295,14 @@ def check_shapes(
 
   saved, wanted = unpadded(there), unpadded(here)
   lines = [
-    f'  {name}: {saved.get(name, "absent")} there, '
-    f'{wanted.get(name, "absent")} here'
+    f'  {name}: {saved.get(name, "absent")} saved, '
+    f'{wanted.get(name, "absent")} in this model'
     for name in sorted(saved | wanted)
     if saved.get(name) != wanted.get(name)
   ]
   if lines:
     raise InputError(
-      f'checkpoint {manager.directory / str(step)} has other shapes:\n'
+      f'checkpoint {manager.directory / str(step)} does not fit this model:\n'
       + '\n'.join(lines)
     )
   return there == here
@@ -319,9 +319,9 @@ def find_step(
   """Returns `step`, or for 0 the last step whose `items` are intact.
 
   Args:
-    manager: from `open_manager`.
-    step: of the checkpoint wanted.
-    items: those that will be read.
+    manager: the result of `open_manager`.
+    step: step of the checkpoint; 0 for the last intact one.
+    items: the items that will be read.
 
   Raises:
     InputError: there is no such checkpoint, or it is damaged.

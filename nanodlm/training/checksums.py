@@ -52,8 +52,9 @@ def find_damage(folder: pathlib.Path, items: tuple[str, ...] = ()) -> str:
   """Returns what is wrong with the files of a checkpoint, '' if nothing is.
 
   Args:
-    folder: of the checkpoint. One without checksums is of an older version and
-      passes, unless an item is missing or an earlier checkpoint has checksums.
+    folder: the checkpoint's folder. One without checksums was written by an
+      older version and passes, unless an item is missing or an earlier
+      checkpoint has checksums.
     items: the items to check; all by default.
   """
   if not (folder / CHECKSUMS).exists():

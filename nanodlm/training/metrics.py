@@ -199,7 +199,7 @@ def eval_means(
 
   Args:
     rows: [N] each, in the order of the text, from `steps.make_eval_step`.
-    sums: of the same steps.
+    sums: sums from the same steps.
     split: the metrics' prefix.
     has_documents: whether a row is a whole document. Rows are then independent.
 

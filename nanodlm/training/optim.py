@@ -191,9 +191,9 @@ def describe_change(
 
   Args:
     before: the schedule by which `step` >= 1 steps were taken.
-    config: that of the next steps.
-    num_steps: of the run.
-    step: of its checkpoint.
+    config: the config of the next steps.
+    num_steps: number of steps of the run.
+    step: step of its checkpoint.
   """
   schedule: Any = make_schedule(config, num_steps)
   planned, now = float(before(step)), float(schedule(step))

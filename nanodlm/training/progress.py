@@ -36,8 +36,8 @@ class Countdown:
   """Logs how far a long loop is, every EVERY_SECS.
 
   Args:
-    what: what the loop does, as 'evaluating'.
-    total: number of its rounds.
+    what: what the loop does, such as 'evaluating'.
+    total: number of its iterations.
   """
 
   def __init__(self, what: str, total: int):
@@ -45,7 +45,7 @@ class Countdown:
     self._start = self._last = time.monotonic()
 
   def count(self):
-    """Is called after each round."""
+    """Counts an iteration; logs the progress if it is time to."""
     self._done += 1
     now = time.monotonic()
     if now - self._last >= EVERY_SECS and self._done < self._total:
@@ -68,9 +68,9 @@ class Progress:
 
   Args:
     config: `config.train`.
-    length: of a row, in tokens.
-    flops_per_token: of a training step.
-    writer: gets the scalars.
+    length: tokens per row.
+    flops_per_token: FLOPs of a training step per token.
+    writer: receives the scalars.
   """
 
   def __init__(

@@ -38,8 +38,8 @@ def open_writers(
 
   Args:
     workdir: gets metrics.jsonl and TensorBoard's events.
-    config: for Weights & Biases.
-    wandb_project: there; '' is off.
+    config: the config to log to Weights & Biases.
+    wandb_project: project on Weights & Biases; '' is off.
 
   Raises:
     SaveError: the workdir could not be written, most likely a full disk.

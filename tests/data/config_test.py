@@ -20,8 +20,8 @@ class ConfigTest(parameterized.TestCase):
     (dict(crop='chunks'), r"data\.crop='chunks'.*'random'"),
     (dict(crop='document', segment_ids=True), 'data.segment_ids=True is not'),
     (dict(crop='document', source='tokens:x'), "'tokens:x'"),
-    (dict(long_documents='cut'), "data.long_documents='cut' has no effect"),
-    (dict(padding='masked'), "data.padding='masked' has no effect"),
+    (dict(long_documents='cut'), "data.long_documents='cut' is ignored"),
+    (dict(padding='masked'), "data.padding='masked' is ignored"),
     (dict(padding='no'), r"data\.padding='no'.*'masked'"),
     (dict(eval_tokens=5), r'data.eval_tokens=5 .*eval_fraction=0\.1 both'),
     (dict(eval_tokens=-1), 'data.eval_tokens=-1 must be >= 0'),
@@ -39,9 +39,9 @@ class ConfigTest(parameterized.TestCase):
       make(**changes)
 
   @parameterized.parameters(
-    (('bytes', 'x', 0), "tokenizer.path='x' has no effect.*'bytes'"),
+    (('bytes', 'x', 0), "tokenizer.path='x' is ignored.*'bytes'"),
     (('run', '', 0), "tokenizer.path='' must be.*'run'"),
-    (('bytes', '', 9), "tokenizer.vocab_size=9 has no effect.*'bytes'"),
+    (('bytes', '', 9), "tokenizer.vocab_size=9 is ignored.*'bytes'"),
     (('sentencepiece', '', 256), 'tokenizer.vocab_size=256 must be >= 257'),
     (('gtp2', '', 0), "tokenizer.name='gtp2' .*'bytes'.*'gpt2'"),
   )

@@ -216,7 +216,7 @@ class EnginesTest(DataTest):
     (self.folder / 'a.jsonl').write_text(
       '{"text": "a"}\n' * 9 + '{"text": 3}\n'
     )
-    with self.assertRaisesRegex(InputError, r'a\.jsonl:10 lacks a text'):
+    with self.assertRaisesRegex(InputError, r'a\.jsonl:10 must have a text'):
       self.prepare(f'jsonl:{self.folder}/a.jsonl', engine=encoder.Workers(1))
     self.assertEmpty(self.left_in_data_dir())
 
@@ -317,7 +317,7 @@ class PartsTest(DataTest):
     path.write_text('{"text": "long enough"}\n' * 50 + '{"text": 3}\n')
     with (
       mock.patch.object(base, 'PART_BYTES', 100),
-      self.assertRaisesRegex(InputError, r'a\.jsonl:51 lacks a text'),
+      self.assertRaisesRegex(InputError, r'a\.jsonl:51 must have a text'),
     ):
       self.prepare(f'jsonl:{path}')
     path = self.folder / 'a.txt'

@@ -150,7 +150,7 @@ class MixtureTest(DataTest):
 
   @parameterized.parameters(
     ('mix:text:a', "'text:a' is not a positive weight"),
-    ('mix:1*text:a', 'mixes only one source'),
+    ('mix:1*text:a', 'needs at least two sources'),
     ('mix:0*text:a+1*text:b', "'0.text:a' is not a positive weight"),
     ('mix:x*text:a+1*text:b', "'x.text:a' is not a positive weight"),
     ('mix:1*text:a+2*pairs:b', "'pairs:b' cannot be part of a mixture"),

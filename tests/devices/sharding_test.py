@@ -391,9 +391,9 @@ class SpecTest(parameterized.TestCase):
         self.assertIn('tensor', spec, jax.tree_util.keystr(path))
 
   @parameterized.parameters(
-    ((1, 3, 1), r'mesh.fsdp=3 does not divide model.embed_dim=32'),
-    ((1, 1, 3), r'mesh.tensor=3 does not divide model.num_heads=8'),
-    ((1, 1, 4), r'mesh.tensor=4 does not divide model.num_kv_heads=2'),
+    ((1, 3, 1), r'mesh.fsdp=3 must divide model.embed_dim=32'),
+    ((1, 1, 3), r'mesh.tensor=3 must divide model.num_heads=8'),
+    ((1, 1, 4), r'mesh.tensor=4 must divide model.num_kv_heads=2'),
   )
   def test_a_network_that_cannot_be_split(self, shape, message):
     with self.assertRaisesRegex(InputError, message):

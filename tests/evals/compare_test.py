@@ -146,7 +146,7 @@ def test_settings_of_samples_without_samples_are_refused(
   runs, tmp_path, capsys
 ):
   assert run_main(runs, f'--output={tmp_path}/new', '--num_steps=4') == 2
-  assert "--num_steps=['4'] has no effect without" in capsys.readouterr().err
+  assert "--num_steps=['4'] is ignored without" in capsys.readouterr().err
   assert not (tmp_path / 'new').exists()
 
 

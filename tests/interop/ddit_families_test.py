@@ -257,7 +257,7 @@ class SettingsTest(parameterized.TestCase):
         0, vocab_size=VOCAB, width=WIDTH, cond_dim=COND, num_layers=LAYERS
       ),
     )
-    with self.assertRaisesRegex(InputError, 'of another vocabulary, 259'):
+    with self.assertRaisesRegex(InputError, 'the checkpoint has 259'):
       convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
 
   def test_ids_of_a_padding_token_are_kept(self):

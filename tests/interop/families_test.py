@@ -352,7 +352,7 @@ class ImportTest(FolderTest):
       load_tokenizer(again).to_json()['fingerprint'], tokenizer.fingerprint
     )
     with self.assertRaisesRegex(
-      InputError, f'has ids up to {V}, but the network only {V} ids'
+      InputError, f'has ids up to {V}, but the network has only {V}'
     ):
       load_hugging_face(str(path), V, V - 1, 1)
     path.write_text('{}')
@@ -396,7 +396,7 @@ class ImportTest(FolderTest):
     (
       dict(model_type='bert'),
       {},
-      r"no known family: model_type='bert'.*known: "
+      r"no known family: model_type='bert'.*known are "
       r"\[.*'dream', .*'gpt2', .*'llada', 'llama'",
     ),
     (dict(rope_scaling={'rope_type': 'yarn'}), {}, "rope_scaling=.*'yarn'"),
@@ -418,7 +418,7 @@ class ImportTest(FolderTest):
       {},
       r'mlp.*_proj.weight of shape \(24, 16\) does not fit',
     ),
-    (dict(vocab_size=256), {}, 'bytes.* has 258 ids .*another vocabulary, 257'),
+    (dict(vocab_size=256), {}, 'bytes.* has 258 ids .*the checkpoint has 257'),
     (dict(eos_token_id=500), {}, r'separator_id=500, .* in \[0, 257\)'),
     (dict(bos_token_id=500), {}, r'start_id=500, .* in \[0, 257\)'),
     (dict(bos_token_id=-1), {}, r'start_id=-1, .* in \[0, 257\)'),

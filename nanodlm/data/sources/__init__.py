@@ -148,12 +148,13 @@ def parse_mixture(
     cls = find_class(source)
     if cls is None or cls.is_pairs:
       raise error(
-        f'{source!r} cannot be part of a mixture; text and tokens can'
+        f'{source!r} cannot be part of a mixture; only sources of text or '
+        'token ids can'
       )
     if source in parts:
-      raise error(f'it names {source!r} twice; add up its weights')
+      raise error(f'it names {source!r} twice; name it once')
     parts[source] = weight
   if len(parts) < 2:
-    raise error(f'it mixes only one source; {form}')
+    raise error(f'a mixture needs at least two sources; {form}')
   total = sum(parts.values())
   return tuple((weight / total, source) for source, weight in parts.items())

@@ -93,7 +93,7 @@ class ParquetSource(ArrowSource, files.FileSource):
         if self.fields[0] not in names:
           raise self.error(
             f'{path} has the fields {names}, not {self.fields[0]!r}; name one '
-            f'as {self.forms[-1]!r}'
+            f'as in {self.forms[-1]!r}'
           )
         for group in range(file.num_row_groups):
           yield path, group
@@ -161,7 +161,7 @@ class HfSource(ArrowSource, base.SplitSource):
       if field not in data.column_names:
         raise source.error(
           f'split {split!r} has the features {data.column_names}, not '
-          f'{field!r}; name one as {cls.forms[1]!r}'
+          f'{field!r}; name one as in {cls.forms[1]!r}'
         )
     return source
 

@@ -409,8 +409,8 @@ class JsonlSource(FileSource):
         if field in record:
           holds = f', which holds {json.dumps(text)[:40]}'
         raise InputError(
-          f'lacks a text in field {field!r}{holds}; its fields are '
-          f'{sorted(record)}. Name the fields as {self.forms[-1]!r}'
+          f'must have a text in field {field!r}{holds}; its fields are '
+          f'{sorted(record)}. Name the fields as in {self.forms[-1]!r}'
         )
       if not text and self.is_pairs:
         raise InputError(f'has an empty text in field {field!r} of a pair')

@@ -420,7 +420,7 @@ def _agrees(phrase: str, pattern: Sequence[str]) -> bool:
 def _mismatch(
   options: Mapping[str, float], words: Sequence[str], position: int
 ) -> str:
-  """Says which word cannot be, and what could be in its place."""
+  """Says which word is impossible, and which words are possible instead."""
   # The phrases that agree longest say which word is wrong.
   agreeing = {
     phrase: next(

@@ -230,7 +230,7 @@ class Tokenizer(abc.ABC):
     return pieces
 
   def swap_mask(self, ids: np.ndarray) -> np.ndarray:
-    """Returns the published tokenizer's ids of ours, or ours of theirs.
+    """Converts ids to those of the published tokenizer, or back.
 
     They differ if its mask is not the last id: the two are exchanged.
     """

@@ -108,7 +108,7 @@ def load_hugging_face(
   known = processor.get_vocab(with_added_tokens=True)
   if (last := max(known.values(), default=0)) >= vocab_size:
     raise InputError(
-      f'{path} has ids up to {last}, but the network only {vocab_size} ids'
+      f'{path} has ids up to {last}, but the network has only {vocab_size}'
     )
   described = json.loads(content)
   piece_bytes = _piece_reader(described, processor)

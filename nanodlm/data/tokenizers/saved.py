@@ -50,8 +50,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> base.Tokenizer:
     raise InputError(f'{path} is not a saved tokenizer: {error!r}') from error
   if not is_same:
     raise InputError(
-      f'{path}: the {described["name"]} tokenizer found here makes other ids '
-      'than the one that was saved'
+      f'{path}: the {described["name"]} tokenizer found here makes different '
+      'ids from the one that was saved'
     )
   return tokenizer
 

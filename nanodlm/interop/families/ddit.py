@@ -35,7 +35,7 @@ BERT_SIZE, BERT_MASK, BERT_END = 30_522, 103, 102
 
 
 class DDiT(Family):
-  """The shared transformer, with the sizes of the tensors."""
+  """The transformer of these families; its sizes come from the tensors."""
 
   keys = {
     'hidden_dim': Key('embed_dim', 0),
@@ -90,7 +90,7 @@ class DDiT(Family):
 
   def settings(self, config, shapes):
     if not is_like(shapes):
-      raise InputError('the tensors are not those of the transformer of SEDD')
+      raise InputError("the tensors are not those of SEDD's transformer")
     blocks = {
       name.split('.')[1] for name in shapes if name.startswith('blocks.')
     }

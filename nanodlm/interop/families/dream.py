@@ -18,7 +18,7 @@ _SPLIT = (
 
 
 class Dream(llama.Llama):
-  """Dream."""
+  """Dream, arXiv 2508.15487."""
 
   model_types = ('dream',)
   architectures = ('DreamModel',)

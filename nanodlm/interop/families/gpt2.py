@@ -6,7 +6,7 @@ Source: Radford et al., 2019; names and settings as in Hugging Face's
 
 from nanodlm.interop.families.layout import Family, Key
 
-# {activation: ours}.
+# {activation: config.model.mlp}.
 MLPS = {
   'gelu_new': 'gelu_tanh',
   'gelu_pytorch_tanh': 'gelu_tanh',
@@ -15,7 +15,7 @@ MLPS = {
 
 
 class GPT2(Family):
-  """GPT-2."""
+  """GPT-2 in Hugging Face's form."""
 
   model_types = ('gpt2',)
   architectures = ('GPT2LMHeadModel', 'GPT2Model')

@@ -81,14 +81,14 @@ SAME: How = np.asarray
 
 
 class Part(NamedTuple):
-  """A parameter of ours, or a layer of it, in a tensor of theirs.
+  """A parameter of nanodlm, or a layer of it, in a tensor of a checkpoint.
 
   Attributes:
     name: name of the tensor, with LAYER for the number of the block.
-    how: turns the tensor, or the share of it, into ours; in a family that is
-      exportable it is its own inverse.
+    how: turns the tensor, or the share of it, into the parameter; in a family
+      that is exportable it is its own inverse.
     share: (axis, i, n) for part i of n equal parts of that axis.
-    path: path of our parameter; of all layers if there are.
+    path: path of the parameter, which stacks all layers if it is in a block.
     layer: number of the block, if it is in one.
   """
 
@@ -99,7 +99,7 @@ class Part(NamedTuple):
   layer: int | None = None
 
   def of(self, params: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns a view of its numbers in {path: array}, our parameters."""
+    """Returns a view of its numbers in the parameters, {path: array}."""
     if self.layer is None:
       return params[self.path]
     # The stack holds all layers but the last one.
@@ -112,7 +112,7 @@ class Layout(NamedTuple):
   """The mapping of one checkpoint.
 
   Attributes:
-    tensors: {name: our parameters in it, in their order}.
+    tensors: {name: parameters in it, in their order}.
     same: {tensor: another} that must hold the same numbers, such as an output
       projection and the embedding that it is tied to.
   """
@@ -123,19 +123,19 @@ class Layout(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What a checkpoint's config.json, or a run of ours, says about the network.
+  """What a checkpoint's config.json, or a run's config, says about the network.
 
   Attributes:
-    vocab_size: rows of their embedding.
-    mask_id: their id of the mask. If it is None, row `start_id` is copied to
-      the end: an autoregressive network of ours begins a text with the mask.
-    separator_id: their id of the token that ends a document.
-    start_id: their id of the token that begins one; read if mask_id is None.
+    vocab_size: rows of the checkpoint's embedding. All ids here are its ids.
+    mask_id: id of the mask. If it is None, row `start_id` is copied to the end:
+      autoregressive networks of nanodlm begin a text with the mask.
+    separator_id: id of the token that ends a document.
+    start_id: id of the token that begins one; read if mask_id is None.
     max_length: tokens of the longest text that the network is made for.
-    settings: {'section.key': value} for our config, on top of configs/base.py.
+    settings: {'section.key': value}, on top of configs/base.py.
     tokenizer: `tokenizer.name` for a folder without a tokenizer.json, or ''.
     spare_ids: number of ids that are neither that tokenizer's nor the mask.
-    eos_ids: their ids of the tokens that end a text.
+    eos_ids: ids of the tokens that end a text.
   """
 
   vocab_size: int
@@ -167,7 +167,7 @@ class Description:
 
   @property
   def rows(self) -> np.ndarray:
-    """Their row of each of our ids, of which the last is the mask."""
+    """The checkpoint's row of each id of the run, whose last id is the mask."""
     mask = self.mask_id
     rows = np.arange(self.vocab_size + (mask is None))
     if mask is None:
@@ -183,13 +183,13 @@ class Description:
 
 
 class Key(NamedTuple):
-  """The field of `config.model` that a key of their config.json sets.
+  """The field of `config.model` that a key of config.json sets.
 
   Attributes:
     field: its name.
-    default: their value for an absent key or null; None if the key is required.
+    default: the key's value if it is absent or null; None if it is required.
       A bool or float also converts the value.
-    values: {their value: ours}; {} if they are the same.
+    values: {value of the key: value of the field}; {} if they are equal.
   """
 
   field: str
@@ -197,7 +197,7 @@ class Key(NamedTuple):
   values: Mapping[Any, Any] = {}
 
   def read(self, config: Config, name: str) -> Any:
-    """Returns our value for the key `name` of a config.json."""
+    """Returns the field's value from the key `name` of a config.json."""
     value = self.default if config.get(name) is None else config[name]
     if isinstance(self.default, bool | float):
       value = type(self.default)(value)
@@ -207,7 +207,7 @@ class Key(NamedTuple):
     return self.values[value]
 
   def write(self, network: ModelConfig) -> Any:
-    """Returns their value for a network; the inverse of `read`."""
+    """Returns the key's value for a network; the inverse of `read`."""
     value = getattr(network, RESOLVED.get(self.field, self.field))
     return next((k for k, ours in self.values.items() if ours == value), value)
 
@@ -234,10 +234,11 @@ class Family:
     written: {key: value} for an export's config.json.
     length: the key of config.json with the longest text, and its default.
     tokenizer: `Description.tokenizer`.
-    names: {our array or module: theirs}, with {top} for the prefix and {layer}
-      for the block. Modules of the same name are equal parts of a tensor.
+    names: {array or module: name in the checkpoint}, with {top} for the prefix
+      and {layer} for the block. Modules of the same name are equal parts of a
+      tensor.
     prefixes: values of {top}; an export uses the first.
-    is_transposed: whether their kernels are [out, in], as PyTorch's Linear.
+    is_transposed: whether kernels are stored [out, in], as PyTorch's Linear.
     ignored: regular expressions for tensors that are not weights.
   """
 
@@ -421,7 +422,7 @@ class Family:
 
   def to_config(self, network: ModelConfig, described: Description) -> Config:
     """Returns the config.json of an export of a network without a `misfit`."""
-    # An autoregressive network of ours begins a text with the mask.
+    # Autoregressive networks of nanodlm begin a text with the mask.
     mask = 'mask_token_id' if self.has_mask else 'bos_token_id'
     names = list(self.architectures[:1])
     named = {'architectures': names} if names else {}

@@ -23,7 +23,7 @@ OFF = ('bias_for_layer_norm', 'multi_query_attention', 'clip_qkv')
 
 
 class LLaDA(Family):
-  """LLaDA."""
+  """LLaDA, arXiv 2502.09992."""
 
   model_types = ('llada',)
   architectures = ('LLaDAModelLM',)

@@ -7,9 +7,9 @@ and settings as in Hugging Face's `LlamaForCausalLM` and so on.
 from nanodlm.interop.families.layout import Family, Key, refuse
 from nanodlm.types import InputError
 
-# {activation of a gated MLP: ours}.
+# {activation of a gated MLP: config.model.mlp}.
 GATED = {'silu': 'swiglu', 'swish': 'swiglu', 'gelu': 'geglu'}
-# {whether the projections have biases: ours}.
+# {whether the projections have biases: config.model.attention_bias}.
 BIASES = {False: 'none', True: 'all'}
 # The keys that the families after Llama share.
 KEYS = {
@@ -34,7 +34,7 @@ FLOAT32 = {'dtype': 'float32', 'torch_dtype': 'float32'}
 
 
 class Llama(Family):
-  """Llama."""
+  """Llama, arXiv 2302.13971, in Hugging Face's form."""
 
   model_types = ('llama',)
   architectures = ('LlamaForCausalLM', 'LlamaModel', 'LLaMAForCausalLM')
@@ -96,8 +96,8 @@ class Llama(Family):
     for key, value in rope.items():
       if value not in ROPE.get(key, (None,)):
         raise InputError(
-          f'config.json: {name}={rope!r} is not supported: {key} may only be '
-          f'{ROPE.get(key)}, which changes no angle'
+          f'config.json: {name}={rope!r} is not supported: {key} must be one '
+          f'of {ROPE.get(key, (None,))}'
         )
     return {'model.rope_theta': float(theta)} if theta else {}
 

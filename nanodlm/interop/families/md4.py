@@ -5,7 +5,8 @@ it as config.json, which MD4 does not write: json.dump(config.to_dict(), file).
 The averaged weights (ema_params) are used if there are any.
 
 The mask has a row in the embedding but not in the output: one of zeros, which
-no objective reads, is added. Its sinusoids are (sin, cos), ours (cos, sin).
+no objective reads, is added. Its sinusoids are (sin, cos), those of nanodlm
+(cos, sin).
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ _SCHEDULES = {'linear': 'linear', 'cosine': 'md4_cosine'}
 def halves_from_pairs(num_heads: int, head_dim: int) -> layouts.How:
   """Reorders the features of rotary queries or keys, [..., H * Dh].
 
-  Theirs rotate features 2i and 2i + 1 together, ours i and i + Dh / 2.
+  MD4 rotates features 2i and 2i + 1 together, nanodlm i and i + Dh / 2.
   """
   pairs = (num_heads, head_dim // 2, 2)
   return lambda x: (
@@ -35,7 +36,7 @@ def halves_from_pairs(num_heads: int, head_dim: int) -> layouts.How:
 
 
 class MD4(layouts.Family):
-  """MD4."""
+  """MD4, arXiv 2406.04329."""
 
   model_types = ('md4',)
   is_exportable = False

@@ -1,4 +1,4 @@
-"""The form for every run that fits no other: a tensor for each parameter.
+"""The form of runs that fit no other family: a tensor for each parameter.
 
 The tensors of a block are named 'layers.3.query.kernel'; kernels are [in, out].
 Only the folder `nanodlm` of the export says what they mean.
@@ -9,7 +9,7 @@ from nanodlm.types import InputError
 
 
 class Native(Family):
-  """Our own form."""
+  """The form of nanodlm's own."""
 
   model_types = ('nanodlm',)
 

@@ -311,8 +311,8 @@ class FilesTest(parameterized.TestCase):
     ),
     (b'{"text": "ok"}\n' + b'[' * 100_000, r'a\.jsonl:2 is not a JSON object'),
     (b'{"text": "ok"}\n["text"]\n', r'a\.jsonl:2 is not a JSON object.*list'),
-    (b'{"body": "ok"}\n', r"a\.jsonl:1 lacks a text in field 'text'.*body"),
-    (b'{"text": 3}\n', r'a\.jsonl:1 lacks a text'),
+    (b'{"body": "ok"}\n', r"a\.jsonl:1 must have a text in field 'text'.*body"),
+    (b'{"text": 3}\n', r'a\.jsonl:1 must have a text'),
     (b'{"text": "\xff"}\n', r'a\.jsonl:1 is not UTF-8 text at byte 10'),
     (b'{"text": "\\ud800"}\n', r'a\.jsonl:1 holds half of a surrogate'),
   )
@@ -356,15 +356,18 @@ class FilesTest(parameterized.TestCase):
     (b'"prompt"\n', r'a\.jsonl:1 is not a JSON object.*str'),
     (
       b'{"prompt": "p"}\n',
-      r"a\.jsonl:1 lacks a text in field 'response'; its fields are "
-      r"\['prompt'\]\. Name the fields as 'pairs:GLOB:PROMPT_FIELD:RESPONSE_F",
+      r"a\.jsonl:1 must have a text in field 'response'; its fields are "
+      r"\['prompt'\]\. Name the fields as in 'pairs:GLOB:PROMPT_FIELD",
     ),
-    (b'{"response": "r"}\n', r"a\.jsonl:1 lacks a text in field 'prompt'"),
+    (b'{"response": "r"}\n', r"a\.jsonl:1 must have a text in field 'prompt'"),
     (
       b'{"prompt": ["p"], "response": "r"}\n',
-      r"lacks a text in field 'prompt'",
+      r"must have a text in field 'prompt'",
     ),
-    (b'{"prompt": "p", "response": 3}\n', r"lacks a text in field 'response'"),
+    (
+      b'{"prompt": "p", "response": 3}\n',
+      r"must have a text in field 'response'",
+    ),
     (
       b'{"prompt": "", "response": "r"}\n',
       r"a\.jsonl:1 has an empty text in field 'prompt'",

@@ -281,7 +281,7 @@ class TokenizersTest(parameterized.TestCase):
     SentencePieceTokenizer.train(
       iter(['entirely other text\n'] * 50), 270, other
     )
-    with self.assertRaisesRegex(InputError, 'other ids'):
+    with self.assertRaisesRegex(InputError, 'different ids'):
       load_tokenizer(folder)
     with self.assertRaisesRegex(InputError, 'cannot be read'):
       load_tokenizer(self.folder())
