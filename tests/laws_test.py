@@ -285,7 +285,7 @@ def test_a_prompt_that_is_a_whole_document(flat):
   np.testing.assert_array_equal(tokens[12:], BYTES.separator_id)
   tokens[4:7] = BYTES.encode('hot')
   assert BYTES.decode(lms.shown_tokens(run, tokens, fixed)) == 'One hot day.'
-  # A text that goes on is not filled up, nor is a shorter canvas.
+  # A text without an end is not filled up, nor is a shorter canvas.
   assert len(lms.lay_out(run, 'One {3}', LENGTH)[0]) == 7
   assert len(lms.lay_out(run, 'One {3} day.', 20)[0]) == 20
 
