@@ -327,6 +327,14 @@ def test_compare(flat, tmp_path, capsys):
   data = dataclasses.replace(lms.load(flat).run.settings.data, crop='chunk')
   with pytest.raises(InputError, match="--judge=law: data.crop='chunk'"):
     judges.make_judge('law').check(data)
+  # Held-out text without a law, and documents that would be cut.
+  data = dataclasses.replace(data, crop='document', eval_source='embedded')
+  with pytest.raises(InputError, match="law: .*eval_source='embedded'"):
+    judges.make_judge('law').check(data)
+  with pytest.raises(InputError, match='--length=64.*data.length=420'):
+    judges.make_judge('law').check(
+      dataclasses.replace(data, eval_source=''), 64
+    )
 
 
 def test_training(tmp_path, caplog):
