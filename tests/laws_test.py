@@ -280,6 +280,9 @@ def test_infilling(flat, monkeypatch):
   monkeypatch.setattr(stories, 'MAX_VISITED', 3)
   with pytest.raises(InputError, match='--infill=0.9.*over 3 beginnings'):
     next(infill.measure_words(lm, LAW, rows, [0.9]))
+  monkeypatch.setattr(infill, 'find_words', lambda *args: [])
+  with pytest.raises(InputError, match="'bytes' spell several words"):
+    next(infill.measure_words(lm, LAW, rows, [0.5]))
 
 
 def test_samples_of_a_run(flat, capsys):

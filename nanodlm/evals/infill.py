@@ -247,6 +247,9 @@ def measure_words(
         ones = np.ones((1, len(words[j])), bool)
         (chosen,) = sample_gaps(generator, ones, ratio, pattern)
         chosen = [words[j][k] for k in np.flatnonzero(chosen)]
+        if not chosen:
+          problem = f'tokens of {tokenizer.name!r} spell several words each'
+          continue
         try:
           found.append(make_word_gaps(law, tokenizer, row, chosen))
           kept.append(j)
