@@ -1,4 +1,4 @@
-r"""Fine-tunes the model of configs/docs.py on prompts with responses, on a laptop.
+r"""Fine-tunes the model of configs/docs.py on prompts with responses.
 
     python - > pairs.jsonl <<'END'
     import json, random
@@ -30,12 +30,12 @@ are taken over.
 Source: supervised fine-tuning of LLaDA, arXiv 2502.09992.
 
 Measured on two cores of an AMD EPYC, one run each. The commands above took 2
-min 4 s of processor time, without the first training. Held-out pairs cost 0.110 +-
-0.019 nats/token; the answers, to prompts that are not in the file, were "blue
-red g gold", half right, and "black silver brown pink". On 4596 questions about
-Python's standard library (data.length=64, 300 steps, mlp=relu2) the bound on
-held-out answers was 2.01 +- 0.07 bits/byte; they look like docstrings and end
-like them, but make no sense.
+min 4 s of processor time, without the first training. Held-out pairs cost 0.110
++- 0.019 nats/token; the answers, to prompts that are not in the file, were
+"blue red g gold", half right, and "black silver brown pink". On 4596 questions
+about Python's standard library (data.length=64, 300 steps, mlp=relu2) the bound
+on held-out answers was 2.01 +- 0.07 bits/byte; they look like docstrings and
+end like them, but make no sense.
 """
 
 from ml_collections import config_dict

@@ -3,8 +3,8 @@
 The tests in a browser need Chromium and pip install -e '.[browser]'.
 """
 
-import html.parser
 import dataclasses
+import html.parser
 import json
 import re
 from unittest import mock
