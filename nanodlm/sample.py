@@ -25,8 +25,8 @@ from nanodlm.types import InputError, Law
 
 log = logging.getLogger('nanodlm')
 
-# Samples that are logged at an evaluation; all of them are counted.
-MAX_LOGGED = 4
+# Samples that are shown at an evaluation; all of them are counted.
+MAX_SHOWN = 4
 
 
 def parse_sampler(text: str) -> dict[str, Any]:
@@ -189,15 +189,15 @@ def make_draw(
     trajectories = recorder.trajectories(filled)
     # Rows that other processes compute have empty trajectories.
     if trajectories := [one for one in trajectories if one.answers]:
-      image = watch.order_image(trajectories, fixed)[None]
+      image = watch.order_image(trajectories[:MAX_SHOWN], fixed)[None]
       writer.write_images(step, {'samples/reveal_order': image})
     lines = [
       _line(run, law, step, prompt, row, fixed, num_calls) for row in filled
     ]
-    texts = [line['shown'] for line in lines]
+    texts = [line['shown'] for line in lines[:MAX_SHOWN]]
     blocks = {f'samples/{i}': f'```\n{x}\n```' for i, x in enumerate(texts)}
     writer.write_texts(step, blocks)
-    for line in lines[:MAX_LOGGED]:
+    for line in lines[:MAX_SHOWN]:
       shown = base.escape_controls(line['shown']).splitlines()
       if problem := line.get('problem'):
         shown.append(f'  this text is impossible: {problem}')

@@ -147,7 +147,7 @@ def test_evaluate_compare_and_report(examples):
   for words in (
     'masked, fixed_count',
     'ar, ar',
-    'Judge: runs/ar',
+    'Bits/byte under runs/ar',
     'finished',
     'objective.name',
   ):

@@ -10,7 +10,7 @@ texts have in common by chance.
 Source: FracMinHash, Hera et al., Genome Research 33 (2023) 1061.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import logging
 import pathlib
@@ -61,10 +61,10 @@ class Record:
     """
     rows, num = packed.validation, len(packed.validation)
     if not isinstance(rows, grain.MapDataset):
-      texts, _ = _blocks(rows, packed.length)
+      texts, _ = _blocks(packed, rows)
     else:  # The rows of a mixture are interleaved.
       numbers = np.linspace(0, num, min(num, _MAX_MIXED_ROWS), False)
-      texts = (rows[int(i)]['tokens'] for i in numbers)  # pyright: ignore
+      texts = (_ids(packed, rows[int(i)]) for i in numbers)  # pyright: ignore
     return self.share_of(texts, packed.tokenizer.separator_id)
 
   def share_of(
@@ -152,7 +152,7 @@ def make_record(packed: PackedData, earlier: Record | None = None) -> Record:
     elif earlier.hashes.size:
       window, num_bits = earlier.window, earlier.num_bits
       hashes, coverage = earlier.hashes, earlier.coverage
-  blocks, share = _blocks(packed.train, packed.length)
+  blocks, share = _blocks(packed, packed.train)
   for block in blocks:
     more, _ = _passages(block, window, packed.tokenizer.separator_id)
     hashes = np.append(hashes, more[_has_zero_bits(more, num_bits)])
@@ -171,22 +171,38 @@ def _smallest(hashes: np.ndarray, num_bits: int) -> tuple[np.ndarray, int]:
   return hashes, num_bits
 
 
-def _blocks(rows: Any, length: int) -> tuple[Iterator[np.ndarray], float]:
-  """Returns blocks of the text, each with the next row, and their share."""
-  size = max(_BLOCK_TOKENS // length, 1)
-  num = -(-len(rows) // size)
+def _blocks(
+  packed: PackedData, rows: Any
+) -> tuple[Iterator[np.ndarray], float]:
+  """Returns blocks of the text and their share.
+
+  A block of packed text includes the next row, in which passages end.
+  """
+  size = max(_BLOCK_TOKENS // packed.length, 1)
+  num, last = -(-len(rows) // size), size + (not packed.is_documents)
   num_read = min(num, max(_MAX_ROWS // size, 1))
   starts = [i * num // num_read * size for i in range(num_read)]
   blocks = (
     np.concatenate(
       [
-        rows[i]['tokens']
-        for i in range(start, min(start + size + 1, len(rows)))
+        _ids(packed, rows[i])
+        for i in range(start, min(start + last, len(rows)))
       ]
     )
     for start in starts
   )
   return blocks, num_read / num if num else 1.0
+
+
+def _ids(packed: PackedData, row: Mapping[str, Any]) -> np.ndarray:
+  """Returns the ids of a row, after a separator if a document begins there.
+
+  The document in the row before may have been cut, without a separator.
+  """
+  ids = row['tokens']
+  if packed.is_documents:
+    ids = np.append(packed.tokenizer.separator_id, ids)
+  return ids
 
 
 def _has_zero_bits(hashes: np.ndarray, num_bits: int) -> np.ndarray:

@@ -417,7 +417,7 @@ def main(start: Start) -> int:
   judge = judges.make_judge(options.judge) if options.judge else None
   if judge:
     for one in settings:
-      judge.check(one.data)
+      judge.check(one.data, request.length)
   results = [
     compare_run(workdir, one, request, judge, options.max_examples)
     for workdir, one in zip(options.workdirs, settings)

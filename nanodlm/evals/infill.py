@@ -217,8 +217,8 @@ def measure_words(
 ) -> Iterator[dict[str, Any]]:
   """Measures the share of masked words that the sampler restores.
 
-  Documents that were cut, or with more completions than the law can enumerate,
-  are left out.
+  Documents that were cut, with more completions than the law can enumerate, or
+  without a token that spells a word, are left out.
 
   Yields:
     For each pattern and ratio (of a document's words) a dict with unit='word'
@@ -247,6 +247,9 @@ def measure_words(
         ones = np.ones((1, len(words[j])), bool)
         (chosen,) = sample_gaps(generator, ones, ratio, pattern)
         chosen = [words[j][k] for k in np.flatnonzero(chosen)]
+        if not chosen:
+          problem = f'tokens of {tokenizer.name!r} spell several words each'
+          continue
         try:
           found.append(make_word_gaps(law, tokenizer, row, chosen))
           kept.append(j)
@@ -309,7 +312,7 @@ def describe(result: Mapping[str, Any]) -> str:
   return (
     f'{text}, rows without error {result["exact_match"]:.4f} '
     f'({result[f"num_{unit}s"]} {unit}s of {result["num_examples"]} examples, '
-    + f'{left_out} with too many completions left out, ' * bool(left_out)
+    + f'{left_out} left out, ' * bool(left_out)
     + f'{result["num_calls"]:.0f} network calls)'
   )
 

@@ -55,9 +55,12 @@ class Judge(abc.ABC):
   columns: tuple[tuple[str, str, str], ...]
   panels: Mapping[str, str]
 
-  def check(self, data: DataConfig):
-    """Raises InputError if it cannot judge texts like those of a run."""
-    del data  # By default, it judges any text.
+  def check(self, data: DataConfig, length: int = 0):
+    """Raises InputError if it cannot judge texts like those of a run.
+
+    `length` is that of the texts in tokens; 0: data.length.
+    """
+    del data, length  # By default, it judges any text.
 
   @abc.abstractmethod
   def measure(
@@ -98,11 +101,18 @@ class LawJudge(Judge):
     self.name = LAW
     self._features = {}
 
-  def check(self, data: DataConfig):
-    try:
-      laws.require_law(data)
-    except InputError as error:
-      raise InputError(f'--judge={LAW}: {error}') from error
+  def check(self, data: DataConfig, length: int = 0):
+    for key in ('source', 'eval_source'):
+      try:
+        laws.require_law(data, getattr(data, key))
+      except InputError as error:
+        text = str(error).replace('data.source=', f'data.{key}=')
+        raise InputError(f'--judge={LAW}: {text}') from error
+    if 0 < length < data.length:
+      raise InputError(
+        f'--judge={LAW}: --length={length} cuts the documents of a run with '
+        f'data.length={data.length}; a law is that of whole ones'
+      )
 
   def measure(
     self, tokens: np.ndarray, tokenizer: Tokenizer, source: str
@@ -244,8 +254,10 @@ class NanodlmJudge(ModelJudge):
     rows = tokens
     if not self.reads_ids_of(tokenizer):
       rows = self.encode([tokenizer.decode(row) for row in tokens])
-    record = overlap.load(self.lm.workdir)
-    return record.share_of(rows, self.lm.tokenizer.separator_id)
+    separator_id = self.lm.tokenizer.separator_id
+    if self.lm.run.settings.data.has_documents:  # The start of each row is one.
+      rows = [np.append(separator_id, row) for row in rows]
+    return overlap.load(self.lm.workdir).share_of(rows, separator_id)
 
   def encode(self, texts: list[str]) -> list[np.ndarray]:
     return self.lm.tokenizer.encode_to_score(texts)

@@ -4,6 +4,7 @@ import itertools
 from unittest import mock
 
 from absl.testing import absltest
+import grain
 import numpy as np
 
 from nanodlm.data import overlap
@@ -80,9 +81,28 @@ class OverlapTest(cases.DataTest):
     )
     self.assertEqual(share(unseen, True), 0)
     self.assertGreater(share(unseen, False), 0.2)
-    # The beginning of the first one is not known.
     half = share(documents[30:50].ravel(), True)
-    self.assertAlmostEqual(half, 9 / 19)
+    self.assertAlmostEqual(half, 1 / 2)
+
+  def test_documents_that_were_cut(self):
+    # Every other one fills its row, without a separator.
+    documents = np.full([40, 64], SEPARATOR)
+    documents[::2] = self.draw((20, 64))
+    documents[1::2, :40] = self.draw((20, 40))
+    seen, unseen = documents[:30], documents[30:]
+    share = lambda texts: self.share(
+      seen.ravel(), texts.ravel(), is_documents=True
+    )
+    self.assertEqual(share(seen[self.rng.permutation(30)]), 1)
+    self.assertEqual(share(unseen), 0)
+
+  def test_a_mixture_of_documents(self):
+    documents = np.full([20, 64], SEPARATOR)
+    documents[:, :40] = self.draw((20, 40))
+    packed = Packed(documents[:10].ravel(), is_documents=True)
+    rows = [{'tokens': row} for row in documents[5:15]]
+    packed.validation = grain.MapDataset.source(rows)
+    self.assertAlmostEqual(overlap.make_record(packed).share(packed), 1 / 2)
 
   def test_few_hashes_and_few_rows_give_an_estimate(self):
     half = np.concatenate([self.text[:20_000], self.draw(20_000)])

@@ -3,6 +3,7 @@
 The tests in a browser need Chromium and pip install -e '.[browser]'.
 """
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -271,17 +272,22 @@ def test_recording_does_not_change_samples(run, tmp_path, capsys):
 def test_samples_in_training_are_written(run, tmp_path):
   lm = run[1]
   writer, packed = mock.Mock(), mock.Mock(is_documents=False)
-  draw = sample.make_draw(lm.run, packed, writer, str(tmp_path))
+  num, num_samples = sample.MAX_SHOWN, sample.MAX_SHOWN + 1
+  settings = lm.run.settings
+  train = dataclasses.replace(settings.train, num_samples=num_samples)
+  settings = dataclasses.replace(settings, train=train)
+  drawing = dataclasses.replace(lm.run, settings=settings)
+  draw = sample.make_draw(drawing, packed, writer, str(tmp_path))
   draw(3, lm.params)
   (step, images), _ = writer.write_images.call_args
   (image,) = images['samples/reveal_order']
-  num = lm.run.settings.train.num_samples
   assert step == 3 and image.shape == (40 * num + 15, 512, 3)
   texts = writer.write_texts.call_args.args[1]
   assert list(texts) == [f'samples/{i}' for i in range(num)]
   # They are kept for --mode=report, in the form of --mode=sample.
-  (written,) = runs.read_run(tmp_path, '').samples
-  assert texts == {'samples/0': f'```\n{written["shown"]}\n```'}
+  written, *others = runs.read_run(tmp_path, '').samples
+  assert len(others) == num_samples - 1
+  assert texts['samples/0'] == f'```\n{written["shown"]}\n```'
   assert BYTES.decode(written['tokens']) == written['text']
   assert (written['step'], written['prompt']) == (3, '')
   assert written['num_calls'] == written['sampler']['num_steps'] == 4
