@@ -168,11 +168,11 @@ class LanguageModel:
     seed: int = 0,
     batch_size: int = 32,
   ) -> list[Bound]:
-    """Bounds -log p of each text, without a final separator.
+    """Bounds -log p of each text.
 
-    If the rows of training are documents or pairs, the bound is that of a
-    document: it includes the text's end, laid out as in training. A text longer
-    than data.length is split into rows that are scored independently.
+    A final separator is not included, unless the rows of training are documents
+    or pairs: then the text is laid out as one of them, with its end. A text
+    longer than data.length is split into rows that are scored independently.
 
     Args:
       texts: non-empty texts.
@@ -233,7 +233,10 @@ class LanguageModel:
     data = self.run.settings.data
     longest, separator = data.length, self.tokenizer.separator_id
     if data.has_documents:
-      rows = [np.append(row, separator) for row in rows]
+      # A text that fills its last row has no end, as if it were cut.
+      rows = [
+        np.append(row, separator) if len(row) % longest else row for row in rows
+      ]
     step = np.lcm(LENGTH_STEP, self.run.objective.block_size or 1)
     size = min(-(-max(map(len, rows)) // step) * step, longest)
     fills = data.has_documents and data.padding == 'eos'

@@ -252,6 +252,9 @@ def test_bounds_are_those_of_documents(flat, autoregressive):
     (bound,) = model.bound(texts[:1])
     assert bound.nats == pytest.approx(num * math.log(BYTES.mask_id), rel=1e-5)
     assert bound.num_tokens == bound.num_bytes == len(texts[0])
+  # A text that fills a row has no end in it.
+  (bound,) = lm.bound(['x' * LENGTH])
+  assert bound.nats == pytest.approx(LENGTH * math.log(BYTES.mask_id), rel=1e-5)
 
 
 @pytest.mark.parametrize('num_gaps', [1, 3, 8])
