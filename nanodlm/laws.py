@@ -6,7 +6,7 @@ model pays for the end of a text and for the padding after it is therefore part
 of what it pays in excess of the law.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import functools
 import logging
 import math
@@ -86,7 +86,7 @@ def read_text(tokenizer: Tokenizer, row: np.ndarray) -> tuple[str, bool]:
   return tokenizer.decode(row[:size]), size < len(row)
 
 
-def read_texts(tokenizer: Tokenizer, rows: np.ndarray) -> list[str]:
+def read_texts(tokenizer: Tokenizer, rows: Iterable[np.ndarray]) -> list[str]:
   """Returns the documents in rows of ids."""
   return [read_text(tokenizer, row)[0] for row in rows]
 
@@ -188,17 +188,18 @@ def sample_means(law: Law, texts: Sequence[str]) -> dict[str, float]:
   """Measures N >= 1 sampled documents.
 
   Returns:
-    valid_share, of the texts that are possible, and valid_share_ci95, half the
-    width of its Wilson interval; law_nats, the mean -log p of the possible
-    ones, and law_nats_ci95, omitted if there are none; distinct_share, of
-    different texts.
+    valid_share, of the texts that are possible, and the ends of its 95%
+    interval (Wilson's), valid_share_low and valid_share_high; law_nats, the
+    mean -log p of the possible ones, and law_nats_ci95, omitted if there are
+    none; distinct_share, of different texts.
   """
   nats = -np.array([law.log_prob(text) for text in texts])
   valid = nats[np.isfinite(nats)]
   low, high = metrics.share_interval(len(valid), len(texts))
   means = {
     'valid_share': len(valid) / len(texts),
-    'valid_share_ci95': (high - low) / 2,
+    'valid_share_low': low,
+    'valid_share_high': high,
     'distinct_share': len(set(texts)) / len(texts),
   }
   if len(valid):

@@ -193,9 +193,8 @@ def test_samples():
   assert metrics.share_interval(4, 5) == pytest.approx(
     (0.37553, 0.96377), abs=1e-4
   )
-  assert means['valid_share_ci95'] == pytest.approx(
-    (0.96377 - 0.37553) / 2, abs=1e-4
-  )
+  assert means['valid_share_low'] == pytest.approx(0.37553, abs=1e-4)
+  assert means['valid_share_high'] == pytest.approx(0.96377, abs=1e-4)
   assert '37.6% to 96.4%' in laws.describe_samples(means, 5)
   assert 'law_nats' not in laws.sample_means(LAW, [impossible])
   assert metrics.share_interval(0, 16) == pytest.approx((0, 0.19361), abs=1e-4)
@@ -366,6 +365,18 @@ def test_samples_of_a_run(flat, capsys):
   with open(f'{flat}/samples.jsonl') as file:
     line = json.loads(file.readline())
   assert line['law_nats'] is None and 'word 1' in line['problem']
+
+
+def test_texts_are_compared_to_their_ends(flat):
+  run, text = lms.load(flat).run, LAW.sample(0, 0)
+  rows = np.stack([row_of(text), row_of('x' * LENGTH)])
+  short, long = compare._cut_ends(run, rows)
+  np.testing.assert_array_equal(short, row_of(text)[: len(text) + 1])
+  assert len(long) == LENGTH
+  quality = judges.measure_quality(None, [short, long], BYTES)
+  assert quality['sample_entropy'] == pytest.approx(
+    stats.entropy(np.bincount(short)) / 2
+  )
 
 
 def test_compare(flat, tmp_path, capsys):

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from nanodlm import config as configs
-from nanodlm import evaluate
+from nanodlm import evaluate, prompts
 from nanodlm import lm as lms
 from nanodlm import run as runs
 from nanodlm import workdir as workdirs
@@ -163,9 +163,17 @@ def sample_point(
     'length': length,
     'tokens_per_sec': tokens.size / secs,
     **judges.measure_quality(
-      judge, tokens, lm.tokenizer, lm.run.settings.data.source
+      judge,
+      _cut_ends(lm.run, tokens),
+      lm.tokenizer,
+      lm.run.settings.data.source,
     ),
   }
+
+
+def _cut_ends(run: Run, tokens: np.ndarray) -> list[np.ndarray]:
+  """Returns the texts of rows [N, L], each to its end if something ends it."""
+  return [row[: prompts.find_end(row, run.eos_ids) + 1] for row in tokens]
 
 
 def compare_run(
@@ -212,7 +220,7 @@ def compare_run(
       'tokens_per_sec': None,
       'judge_trained_share': judge and judge.trained_share(real, lm.tokenizer),
       **judges.measure_quality(
-        judge, real[:, :length], lm.tokenizer, text.source
+        judge, _cut_ends(lm.run, real[:, :length]), lm.tokenizer, text.source
       ),
     }
     result['points'].append(point)

@@ -64,7 +64,7 @@ class Judge(abc.ABC):
 
   @abc.abstractmethod
   def measure(
-    self, tokens: np.ndarray, tokenizer: Tokenizer, source: str
+    self, tokens: Sequence[np.ndarray], tokenizer: Tokenizer, source: str
   ) -> dict[str, Any]:
     """Measures texts, ids [N, L] of a tokenizer, of a run on a source."""
 
@@ -84,6 +84,8 @@ class LawJudge(Judge):
 
   columns = (
     ('possible', 'valid_share', '.4f'),
+    ('at least', 'valid_share_low', '.4f'),
+    ('at most', 'valid_share_high', '.4f'),
     ('law nats', 'law_nats', '.2f'),
     ('distinct', 'distinct_share', '.4f'),
     ('divergence', 'divergence', '.5f'),
@@ -115,7 +117,7 @@ class LawJudge(Judge):
       )
 
   def measure(
-    self, tokens: np.ndarray, tokenizer: Tokenizer, source: str
+    self, tokens: Sequence[np.ndarray], tokenizer: Tokenizer, source: str
   ) -> dict[str, Any]:
     if source not in self._features:
       law = sources.law_of(source)
@@ -172,7 +174,7 @@ class ModelJudge(Judge):
     """Returns the nats [M] of the text in windows of `cut_windows`, M >= 1."""
 
   def measure(
-    self, tokens: np.ndarray, tokenizer: Tokenizer, source: str
+    self, tokens: Sequence[np.ndarray], tokenizer: Tokenizer, source: str
   ) -> dict[str, Any]:
     del source
     judged = self.score(tokens, tokenizer)
@@ -205,15 +207,15 @@ class ModelJudge(Judge):
       f'{", ".join(sorted(shares))}.',
     ]
 
-  def score(self, tokens: np.ndarray, tokenizer: Tokenizer) -> Judged:
-    """Scores texts given as ids [N, L] of `tokenizer`.
+  def score(self, tokens: Sequence[np.ndarray], tokenizer: Tokenizer) -> Judged:
+    """Scores N texts given as ids of `tokenizer`.
 
     A judge of text reads them as they are decoded: its bytes are those of line
     breaks for separators, and of U+FFFD for bytes that are not UTF-8. A judge
     that reads the ids pays for separators as well, which have no bytes.
     """
     if self.reads_ids_of(tokenizer):
-      rows = list(np.asarray(tokens, np.int32))
+      rows = [np.asarray(row, np.int32) for row in tokens]
       num_bytes = [tokenizer.text_bytes(row) for row in tokens]
     else:
       texts = [tokenizer.decode(row) for row in tokens]
@@ -357,7 +359,7 @@ def make_judge(spec: str, batch_size: int = 32) -> Judge:
 
 def measure_quality(
   judge: Judge | None,
-  tokens: np.ndarray,
+  tokens: Sequence[np.ndarray],
   tokenizer: Tokenizer,
   source: str = '',
 ) -> dict[str, Any]:
@@ -365,7 +367,7 @@ def measure_quality(
 
   Args:
     judge: what measures more than the statistics; None is nothing.
-    tokens: [N, L] ids of `tokenizer`, the sampling model's.
+    tokens: N arrays of ids of `tokenizer`, the sampling model's.
     tokenizer: their tokenizer.
     source: data.source of the model; read by the law alone.
 

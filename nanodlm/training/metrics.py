@@ -150,11 +150,11 @@ def ratio_interval(
 DISTINCT_N = (1, 2, 3)
 
 
-def text_statistics(tokens: np.ndarray) -> dict[str, float]:
+def text_statistics(texts: Sequence[np.ndarray]) -> dict[str, float]:
   """Measures the variety of texts, which a low perplexity alone does not show.
 
   Args:
-    tokens: [N, L] int ids of N texts.
+    texts: N arrays of int ids, at least one id altogether.
 
   Returns:
     unigram_entropy of the histogram of all tokens, and sample_entropy, the mean
@@ -163,18 +163,21 @@ def text_statistics(tokens: np.ndarray) -> dict[str, float]:
     distinct_1, distinct_2, distinct_3: distinct n-grams among all n-grams, in
     [0, 1] (Li et al., arXiv 1510.03055).
   """
-  tokens = np.asarray(tokens)
 
   def distinct(n):
-    if tokens.shape[1] < n:
+    windows = [
+      np.lib.stride_tricks.sliding_window_view(text, n)
+      for text in texts
+      if len(text) >= n
+    ]
+    if not windows:
       return math.nan
-    ngrams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1)
-    ngrams = ngrams.reshape(-1, n)
+    ngrams = np.concatenate(windows)
     return len(np.unique(ngrams, axis=0)) / len(ngrams)
 
   return {
-    'unigram_entropy': _entropy(tokens),
-    'sample_entropy': float(np.mean([_entropy(row) for row in tokens])),
+    'unigram_entropy': _entropy(np.concatenate(texts)),
+    'sample_entropy': float(np.mean([_entropy(text) for text in texts])),
     **{f'distinct_{n}': distinct(n) for n in DISTINCT_N},
   }
 

@@ -94,9 +94,9 @@ def test_two_runs(runs, tmp_path, capsys):
   assert table == (output / 'comparison.txt').read_text()
   assert 'Judge' in table and 'entropy' in table and 'temperature 1' in table
   assert messages.splitlines() == [
-    f'{runs[0]}: fixed_count, 2 network calls, 1 of 2',
-    f'{runs[0]}: fixed_count, 4 network calls, 2 of 2',
-    f'{runs[1]}: ar, 16 network calls, 1 of 1',
+    f'{runs[0]}: fixed_count, 2 network calls, setting 1 of 2',
+    f'{runs[0]}: fixed_count, 4 network calls, setting 2 of 2',
+    f'{runs[1]}: ar, 16 network calls, setting 1 of 1',
   ]
   assert '{' not in table
   results = json.loads((output / 'comparison.json').read_text())

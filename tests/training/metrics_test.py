@@ -136,6 +136,12 @@ def test_text_statistics():
   varied = metrics.text_statistics(np.arange(16).reshape(2, 8))
   assert math.isclose(varied['unigram_entropy'], math.log(16))
   assert math.isclose(varied['sample_entropy'], math.log(8))
+  # Texts may differ in length.
+  ragged = metrics.text_statistics([np.array([1]), np.array([1, 2, 1])])
+  assert ragged['distinct_1'] == 2 / 4 and ragged['distinct_2'] == 1
+  assert math.isclose(
+    ragged['unigram_entropy'], math.log(4) - 0.75 * math.log(3)
+  )
   # An n-gram lies within one text.
   assert varied['distinct_1'] == varied['distinct_3'] == 1
   assert math.isnan(metrics.text_statistics(np.zeros((3, 2)))['distinct_3'])
