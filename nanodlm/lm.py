@@ -233,7 +233,7 @@ class LanguageModel:
     data = self.run.settings.data
     longest, separator = data.length, self.tokenizer.separator_id
     if data.has_documents:
-      # A text that fills its last row has no end, as if it were cut.
+      # A text that fills its last row lacks an end, as if it were cut.
       rows = [
         np.append(row, separator) if len(row) % longest else row for row in rows
       ]

@@ -251,7 +251,7 @@ def test_bounds_are_those_of_documents(flat, autoregressive):
     (bound,) = model.bound(texts[:1])
     assert bound.nats == pytest.approx(num * math.log(BYTES.mask_id), rel=1e-5)
     assert bound.num_tokens == bound.num_bytes == len(texts[0])
-  # A text that fills a row has no end in it.
+  # A text that fills a row is scored without an end.
   (bound,) = lm.bound(['x' * LENGTH])
   assert bound.nats == pytest.approx(LENGTH * math.log(BYTES.mask_id), rel=1e-5)
 
