@@ -27,7 +27,7 @@ from ml_collections import config_flags
 from nanodlm import config as configs
 from nanodlm import workdir as workdirs
 from nanodlm.devices import multihost
-from nanodlm.types import InputError, reason
+from nanodlm.types import InputError
 
 log = logging.getLogger('nanodlm')
 
@@ -241,7 +241,7 @@ def main(argv: list[str]) -> int:
   except OSError as error:
     if error.errno not in workdirs.FULL:
       raise
-    print(f'error: the disk is full: {reason(error)}', file=sys.stderr)
+    print(f'error: the disk is full: {error}', file=sys.stderr)
   except KeyboardInterrupt:  # Before training handles signals.
     print('interrupted', file=sys.stderr)
     return 130

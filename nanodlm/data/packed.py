@@ -147,7 +147,8 @@ def open_packed(path: pathlib.Path, tokenizer: Tokenizer) -> PackedData:
     raise
   # TFDS raises errors of many classes for files that it did not write.
   except Exception as error:
-    raise _damaged(folder, reason(error)) from error
+    # An OSError's own text names the file, too.
+    raise _damaged(folder, str(error) or reason(error)) from error
 
 
 def _check_files(split: Any, num_rows: int) -> list[tuple[pathlib.Path, int]]:

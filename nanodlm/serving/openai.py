@@ -157,7 +157,7 @@ class Completions:
   def _usage(self, rows: Sequence[Row]) -> dict[str, int]:
     separator_id = self._model.tokenizer.separator_id
     # Separators after a suffix only fill the canvas.
-    given = (row.tokens[row.fixed] for row in rows[:: self._num])
+    given = (row.canvas[row.fixed] for row in rows[:: self._num])
     prompt = sum(len(np.trim_zeros(ids - separator_id, 'b')) for ids in given)
     completion = sum(self._complete(i, row)[2] for i, row in enumerate(rows))
     return {
