@@ -330,9 +330,12 @@ def _build(
   packed_data.write_hashes(work, hashes)
   _write_manifest(work, tables, metadata)
   for name, count in counts.items():
+    num_left = count['num_dropped_tokens']
     _log.info(
       f'{name}: {count["num_tokens"]:,} tokens, {count["num_bytes"]:,} bytes, '
       f'{count["num_documents"]:,} documents'
+      + f'; {num_left} tokens at the end, less than a row, are left out'
+      * bool(num_left)
     )
 
 
