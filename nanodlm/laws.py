@@ -210,11 +210,11 @@ def sample_means(law: Law, texts: Sequence[str]) -> dict[str, float]:
 
 def describe_samples(means: Mapping[str, float], num: int) -> str:
   """Describes the means of `num` samples in one line."""
-  num_valid = round(means['valid_share'] * num)
-  low, high = metrics.share_interval(num_valid, num)
+  share = means['valid_share']
   text = (
-    f'{num_valid} of {num} samples are possible ({num_valid / num:.1%}, 95% '
-    f'interval {low:.1%} to {high:.1%}), {means["distinct_share"]:.1%} distinct'
+    f'{share * num:.0f} of {num} samples are possible ({share:.1%}, 95% '
+    f'interval {means["valid_share_low"]:.1%} to '
+    f'{means["valid_share_high"]:.1%}), {means["distinct_share"]:.1%} distinct'
   )
   if 'law_nats' in means:
     text += f', {means["law_nats"]:.1f} nats each under the law'

@@ -83,6 +83,17 @@ def check_run(run: Run):
     )
 
 
+def _trials(
+  seed: int, ratios: Sequence[float]
+) -> Iterator[tuple[str, float, np.random.Generator, jax.Array]]:
+  """Yields each pattern and ratio with the randomness of gaps and sampler."""
+  for p, pattern in enumerate(PATTERNS):
+    for i, ratio in enumerate(ratios):
+      generator = np.random.default_rng((seed, p, i))
+      key = jax.random.fold_in(jax.random.key(seed), p * len(ratios) + i)
+      yield pattern, ratio, generator, key
+
+
 def measure_infilling(
   lm: LanguageModel, rows: Batch, ratios: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
@@ -102,29 +113,25 @@ def measure_infilling(
   tokens, eligible = rows.tokens, rows.eligible
   # The padding of a pair stays as it is.
   eligible = eligible & (np.cumsum(eligible, 1) <= rows.num_tokens[:, None])
-  for pattern in PATTERNS:
-    for i, ratio in enumerate(ratios):
-      seed = (settings.seed, PATTERNS.index(pattern), i)
-      gaps = sample_gaps(np.random.default_rng(seed), eligible, ratio, pattern)
-      canvas = np.where(gaps, lm.tokenizer.mask_id, tokens).astype(np.int32)
-      number = PATTERNS.index(pattern) * len(ratios) + i
-      key = jax.random.fold_in(jax.random.key(settings.seed), number)
-      filled, num_calls = fill(lm.params, key, canvas, ~gaps)
-      correct, masked = np.sum(gaps & (filled == tokens), 1), gaps.sum(1)
-      accuracy, half_width = metrics.ratio_interval(
-        correct, masked, lm.run.settings.data.has_documents
-      )
-      yield {
-        'pattern': pattern,
-        'ratio': ratio,
-        'unit': 'token',
-        'accuracy': accuracy,
-        'accuracy_ci95': half_width,
-        'exact_match': float(np.mean((correct == masked)[masked > 0])),
-        'num_examples': int(np.sum(masked > 0)),
-        'num_tokens': int(masked.sum()),
-        'num_calls': num_calls,
-      }
+  for pattern, ratio, generator, key in _trials(settings.seed, ratios):
+    gaps = sample_gaps(generator, eligible, ratio, pattern)
+    canvas = np.where(gaps, lm.tokenizer.mask_id, tokens).astype(np.int32)
+    filled, num_calls = fill(lm.params, key, canvas, ~gaps)
+    correct, masked = np.sum(gaps & (filled == tokens), 1), gaps.sum(1)
+    accuracy, half_width = metrics.ratio_interval(
+      correct, masked, lm.run.settings.data.has_documents
+    )
+    yield {
+      'pattern': pattern,
+      'ratio': ratio,
+      'unit': 'token',
+      'accuracy': accuracy,
+      'accuracy_ci95': half_width,
+      'exact_match': float(np.mean((correct == masked)[masked > 0])),
+      'num_examples': int(np.sum(masked > 0)),
+      'num_tokens': int(masked.sum()),
+      'num_calls': num_calls,
+    }
 
 
 class WordGaps(NamedTuple):
@@ -237,63 +244,57 @@ def measure_words(
   whole = [laws.read_text(tokenizer, row)[1] for row in rows.tokens]
   tokens = rows.tokens[np.array(whole, bool)]
   words = [find_words(law, tokenizer, row) for row in tokens]
-  for pattern in PATTERNS:
-    for i, ratio in enumerate(ratios):
-      generator = np.random.default_rng(
-        (settings.seed, PATTERNS.index(pattern), i)
+  for pattern, ratio, generator, key in _trials(settings.seed, ratios):
+    found, kept, problem = [], [], 'every document was cut'
+    for j, row in enumerate(tokens):
+      ones = np.ones((1, len(words[j])), bool)
+      (chosen,) = sample_gaps(generator, ones, ratio, pattern)
+      chosen = [words[j][k] for k in np.flatnonzero(chosen)]
+      if not chosen:
+        problem = f'tokens of {tokenizer.name!r} spell several words each'
+        continue
+      try:
+        found.append(make_word_gaps(law, tokenizer, row, chosen))
+        kept.append(j)
+      except InputError as error:
+        problem = str(error)
+    if not kept:
+      raise InputError(
+        f'--infill={ratio:g}: the exact posterior is not known for any of '
+        f'{len(rows.tokens)} documents: {problem}'
       )
-      found, kept, problem = [], [], 'every document was cut'
-      for j, row in enumerate(tokens):
-        ones = np.ones((1, len(words[j])), bool)
-        (chosen,) = sample_gaps(generator, ones, ratio, pattern)
-        chosen = [words[j][k] for k in np.flatnonzero(chosen)]
-        if not chosen:
-          problem = f'tokens of {tokenizer.name!r} spell several words each'
-          continue
-        try:
-          found.append(make_word_gaps(law, tokenizer, row, chosen))
-          kept.append(j)
-        except InputError as error:
-          problem = str(error)
-      if not kept:
-        raise InputError(
-          f'--infill={ratio:g}: the exact posterior is not known for any of '
-          f'{len(rows.tokens)} documents: {problem}'
-        )
-      fixed = np.ones((len(kept), tokens.shape[1]), bool)
-      for row, gaps in zip(fixed, found):
-        row[np.concatenate(gaps.places)] = False
-      canvas = np.where(fixed, tokens[kept], tokenizer.mask_id)
-      number = PATTERNS.index(pattern) * len(ratios) + i
-      key = jax.random.fold_in(jax.random.key(settings.seed), number)
-      filled, num_calls = fill(lm.params, key, canvas.astype(np.int32), fixed)
-      correct, best, exact = np.zeros((3, len(kept)))
-      for n, (row, gaps) in enumerate(zip(filled, found)):
-        pieces = tokenizer.spell(row)
-        for places, word, law_of_word in zip(
-          gaps.places, gaps.words, gaps.posterior.marginals()
-        ):
-          correct[n] += ''.join(pieces[p] for p in places).strip() == word
-          best[n] += max(law_of_word.values())
-          exact[n] += sum(p * p for p in law_of_word.values())
-      num = np.array([len(gaps.words) for gaps in found])
-      accuracy, half_width = metrics.ratio_interval(correct, num)
-      bayes, bayes_half_width = metrics.ratio_interval(best, num)
-      yield {
-        'pattern': pattern,
-        'ratio': ratio,
-        'unit': 'word',
-        'accuracy': accuracy,
-        'accuracy_ci95': half_width,
-        'bayes_accuracy': bayes,
-        'bayes_accuracy_ci95': bayes_half_width,
-        'exact_accuracy': float(exact.sum() / num.sum()),
-        'exact_match': float(np.mean(correct == num)),
-        'num_examples': len(kept),
-        'num_left_out': len(rows.tokens) - len(kept),
-        'num_words': int(num.sum()),
-        'num_calls': num_calls,
-      }
+    fixed = np.ones((len(kept), tokens.shape[1]), bool)
+    for row, gaps in zip(fixed, found):
+      row[np.concatenate(gaps.places)] = False
+    canvas = np.where(fixed, tokens[kept], tokenizer.mask_id)
+    filled, num_calls = fill(lm.params, key, canvas.astype(np.int32), fixed)
+    correct, best, exact = np.zeros((3, len(kept)))
+    for n, (row, gaps) in enumerate(zip(filled, found)):
+      pieces = tokenizer.spell(row)
+      for places, word, law_of_word in zip(
+        gaps.places, gaps.words, gaps.posterior.marginals()
+      ):
+        correct[n] += ''.join(pieces[p] for p in places).strip() == word
+        best[n] += max(law_of_word.values())
+        exact[n] += sum(p * p for p in law_of_word.values())
+    num = np.array([len(gaps.words) for gaps in found])
+    accuracy, half_width = metrics.ratio_interval(correct, num)
+    bayes, bayes_half_width = metrics.ratio_interval(best, num)
+    yield {
+      'pattern': pattern,
+      'ratio': ratio,
+      'unit': 'word',
+      'accuracy': accuracy,
+      'accuracy_ci95': half_width,
+      'bayes_accuracy': bayes,
+      'bayes_accuracy_ci95': bayes_half_width,
+      'exact_accuracy': float(exact.sum() / num.sum()),
+      'exact_match': float(np.mean(correct == num)),
+      'num_examples': len(kept),
+      'num_left_out': len(rows.tokens) - len(kept),
+      'num_words': int(num.sum()),
+      'num_calls': num_calls,
+    }
 
 
 def describe(result: Mapping[str, Any]) -> str:
