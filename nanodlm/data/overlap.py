@@ -199,7 +199,7 @@ def _ids(packed: PackedData, row: Mapping[str, Any]) -> np.ndarray:
 
   The document in the row before may have been cut, without a separator.
   """
-  ids = row['tokens']
+  ids = row['tokens'][row.get('num_given', 0) :]
   if packed.is_documents:
     ids = np.append(packed.tokenizer.separator_id, ids)
   return ids

@@ -5,7 +5,10 @@ train and validation are packed separately. Nothing else is inserted: a BOS or
 EOS in every row would be a token that costs nothing to predict. Rows of token
 ids are a stream already and are cut as they are. With data.crop='document' a
 document is a row of its own, and so is a pair: the prompt, the response, and
-separators to the end of the row, at least one.
+separators to the end of the row, at least one. The last tokens of a stream,
+less than a row, are dropped, unless it is a text to evaluate as a whole: then
+its last row is the last L tokens, of which those that the row before has, too,
+are given.
 TFDS's own builder for ordered data would hold all rows in memory.
 """
 
@@ -50,6 +53,7 @@ class Stream:
       the last, and the tokens of a pair's prompt.
     has_documents: whether each range is a row, filled up with separators.
     num_dropped_documents: those longer than a row.
+    num_given: tokens of the last row that the row before has, too.
   """
 
   job: encoder.Job
@@ -57,6 +61,7 @@ class Stream:
   ranges: np.ndarray
   has_documents: bool
   num_dropped_documents: int = 0
+  num_given: int = 0
 
   @property
   def num_tokens(self) -> int:
@@ -82,8 +87,24 @@ class Stream:
         ranges = self.ranges[start:stop]
       else:
         ranges = part_of(self.ranges, start * self.length, stop * self.length)
-      shards.append(dataclasses.replace(self, ranges=ranges))
+      num_given = self.num_given if stop == self.num_rows else 0
+      shards.append(
+        dataclasses.replace(self, ranges=ranges, num_given=num_given)
+      )
     return shards
+
+  def with_last_row(self) -> 'Stream':
+    """Returns the stream with its last L tokens as a row, if some are left."""
+    num_left = self.num_tokens % self.length
+    if self.has_documents or not num_left or self.num_tokens < self.length:
+      return self
+    rows = part_of(self.ranges, 0, self.num_tokens - num_left)
+    last = part_of(self.ranges, self.num_tokens - self.length, self.num_tokens)
+    return dataclasses.replace(
+      self,
+      ranges=np.concatenate([rows, last]),
+      num_given=self.length - num_left,
+    )
 
   def rows(self) -> Iterator[dict[str, Any]]:
     """Yields the examples; the last tokens, less than a row, are dropped."""
@@ -96,12 +117,18 @@ class Stream:
         (example,) = self._examples(row[None], start)
         yield example | {'prompt_length': start}
       return
-    rest = np.zeros([0], job.record)
+    rest, num_left = np.zeros([0], job.record), self.num_rows
     for records in self._read():
       records = np.concatenate([rest, records])
       block = records[: records.size // self.length * self.length]
       rest = records[block.size :]
-      yield from self._examples(block.reshape(-1, self.length))
+      rows = block.reshape(-1, self.length)
+      num_left -= len(rows)
+      has_given = self.num_given > 0 and num_left == 0 and len(rows) > 0
+      yield from self._examples(rows[: len(rows) - has_given])
+      if has_given:
+        (example,) = self._examples(rows[-1:], self.num_given)
+        yield example | {'num_given': self.num_given}
 
   def _examples(
     self, block: np.ndarray, start: int = 0
@@ -120,16 +147,20 @@ class Stream:
 
   def count(self) -> dict[str, int]:
     """Returns the counts of PackedData.metadata."""
-    num_documents = len(self.ranges)
+    num_documents, num_bytes = len(self.ranges), 0
+    separator = self.job.tokenizer.separator_id
     if not self.has_documents:
-      separator = self.job.tokenizer.separator_id
       num_documents = sum(
         int((records['token'] == separator).sum()) for records in self._read()
       )
+    for row in self.rows():
+      num_bytes += row['num_bytes']
+      given = row['tokens'][: row.get('num_given', 0)]
+      num_documents -= int((given == separator).sum())
     return {
       'num_rows': self.num_rows,
-      'num_tokens': self.num_rows * self.length,
-      'num_bytes': sum(row['num_bytes'] for row in self.rows()),
+      'num_tokens': self.num_rows * self.length - self.num_given,
+      'num_bytes': num_bytes,
       'num_documents': max(num_documents, 1),  # A cut one may end elsewhere.
       'num_dropped_tokens': self.num_tokens % self.length,
       'num_dropped_documents': self.num_dropped_documents,
@@ -207,11 +238,16 @@ def make_streams(
       f'{stream.num_tokens} tokens in {name}'
       for name, stream in streams.items()
     )
-    raise InputError(
-      f'data.length={length} is longer than the text: there are {sizes}. Use '
-      f'data.length<={shortest}, more text, or another data.eval_fraction (now '
+    split_advice = (
+      ', or another data.eval_fraction (now '
       f'{data_config.eval_fraction}) or data.eval_tokens '
       f'({data_config.eval_tokens})'
+    )
+    raise InputError(
+      f'data.length={length} is longer than the text: there are {sizes}. Use '
+      f'data.length<={shortest} or more text'
+      + split_advice
+      * (len(streams) > 1)
     )
   return streams
 
@@ -302,7 +338,9 @@ def write(
     next(iter(streams.values())), ranges=np.zeros([0, 4], np.int64)
   )
   tasks = [
-    (part.ranges, path) for name in shards for part, path in shards[name]
+    (part.ranges, part.num_given, path)
+    for name in shards
+    for part, path in shards[name]
   ]
   for _ in engine.map(functools.partial(_write_shard, blank), tasks):
     pass
@@ -339,11 +377,14 @@ def write(
     )
 
 
-def _write_shard(stream: Stream, task: tuple[np.ndarray, pathlib.Path]) -> None:
+def _write_shard(
+  stream: Stream, task: tuple[np.ndarray, int, pathlib.Path]
+) -> None:
   """Writes the records that TFDS would write for the same rows, but faster."""
-  ranges, path = task
+  ranges, num_given, path = task
   writer = array_record.ArrayRecordWriter(str(path), 'group_size:1')
-  for row in dataclasses.replace(stream, ranges=ranges).rows():
+  shard = dataclasses.replace(stream, ranges=ranges, num_given=num_given)
+  for row in shard.rows():
     example = Example()
     for name, value in row.items():
       feature = example.features.feature[name]

@@ -52,8 +52,10 @@ class PackedRows:
     """Returns {'tokens': [L] int32, 'num_bytes': int} of row i >= 0.
 
     A pair also has its 'prompt_length', in tokens; its num_bytes are those of
-    the response. 'token_bytes' are the bytes of the text of each token, [L], if
-    the tokenizer may change the text; otherwise they are those of its piece.
+    the response. The last row of a text to evaluate as a whole may have
+    'num_given', the number of tokens at its start that are also in the row
+    before. 'token_bytes' are the bytes of the text of each token, [L], if the
+    tokenizer may change the text; otherwise they are those of its piece.
 
     Raises:
       InputError: the row is damaged, by the hash that ArrayRecord stores.

@@ -135,7 +135,8 @@ def make_eval_batches(
 ) -> Iterable[Batch]:
   """Makes the batches of one pass through the validation split, in order.
 
-  Only the prompts of pairs are given. `max_examples` is the number of rows to
+  Only the prompts of pairs are given, and what the last row of a whole text has
+  in common with the row before it. `max_examples` is the number of rows to
   use, at equal distances in the split, since neighbouring rows are often of one
   document; 0 is all. See make_train_iterator for the other arguments.
 
@@ -202,10 +203,10 @@ def _stack(
   """Returns a batch of `size` rows; those without an example are not scored."""
   num, shape = len(examples), [size, packed.length]
   tokens, num_bytes = np.zeros(shape, np.int32), np.zeros([size], np.int32)
+  eligible = np.zeros(shape, bool)
   for i, example in enumerate(examples):
     tokens[i], num_bytes[i] = example['tokens'], example['num_bytes']
-  eligible = np.zeros(shape, bool)
-  eligible[:num] = True
+    eligible[i, example.get('num_given', 0) :] = True
   num_tokens = eligible.sum(axis=1, dtype=np.int32)
   segment_ids = None
   is_separator = tokens == packed.tokenizer.separator_id

@@ -130,8 +130,9 @@ def prepare_whole(
 ) -> PackedData:
   """Prepares data.eval_source to be evaluated, all of it.
 
-  Of a dataset with a validation split of its own, it is that split. Errors name
-  the `key` that the source was given with.
+  Of a dataset with a validation split of its own, it is that split. The last
+  row of packed text may begin with given tokens; see `pack`. Errors name the
+  `key` that the source was given with.
   """
   config = dataclasses.replace(data_config, source=data_config.eval_source)
   engine = engine or encoder.ThisProcess()
@@ -226,7 +227,9 @@ def _prepare_one(
   if tokenizer and tokenizer.revision:
     identity['tokenizer_revision'] = tokenizer.revision
   if whole:
-    identity = {**identity, 'eval_fraction': 0, 'whole': whole}
+    identity |= {'eval_fraction': 0, 'whole': whole}
+  if whole == 'validation':
+    identity['end'] = 'a row'  # Earlier versions left it out.
   if elsewhere.size:
     digest = hashlib.sha256(elsewhere.tobytes()).hexdigest()
     identity['held_out_elsewhere'] = digest
@@ -312,9 +315,12 @@ def _build(
   name = f'tokenizer.name={job.tokenizer.name!r}'
   warn_of_loss(name, totals['num_lost_bytes'], totals['num_bytes'])
   sides = split.assign(job.source, tasks, tables, data_config, elsewhere)
-  if whole := metadata.get('whole'):
+  whole = metadata.get('whole')
+  if whole:
     sides = {whole: sides[whole]}
   streams = pack.make_streams(job, tasks, tables, data_config, sides)
+  if whole == 'validation':
+    streams = {name: x.with_last_row() for name, x in streams.items()}
   counts = {name: stream.count() for name, stream in streams.items()}
   metadata = {**metadata, **counts}
   num_tokens = sum(stream.num_tokens for stream in streams.values())

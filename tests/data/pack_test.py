@@ -7,11 +7,53 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 import numpy as np
 
-from nanodlm.data import encoder, pack, pipeline, prepare
+from nanodlm.data import encoder, overlap, pack, pipeline, prepare
 from nanodlm.data.packed import SPLITS
 from nanodlm.types import InputError
 from tests.data import cases
 from tests.data.cases import DataTest
+
+
+class WholeTest(DataTest):
+  @parameterized.parameters((16, 1), (15, 2), (13, 100), (10, 3))
+  def test_every_token_of_a_text_to_evaluate_is_scored_once(
+    self, length, shard_rows
+  ):
+    texts = {'train': 'text ' * 30, 'held_out': 'one\n\ntwo three\té' * 10}
+    for kind in ('text', 'jsonl'):
+      specs = {}
+      for name, text in texts.items():
+        path = self.folder / f'{name}.{kind}'
+        lines = f'{json.dumps({"text": text})}\n' * 2
+        path.write_text(text if kind == 'text' else lines)
+        specs[name] = f'{kind}:{path}'
+      config = self.config(
+        specs['train'], eval_source=specs['held_out'], length=length
+      )
+      with mock.patch.object(pack, 'SHARD_ROWS', shard_rows):
+        packed = prepare.prepare(config, cases.BYTES)
+      num_documents = 1 + (kind == 'jsonl')
+      expected = [*texts['held_out'].encode(), 256] * num_documents
+      num_bytes = sum(x < 256 for x in expected)
+      batches = [*pipeline.make_eval_batches(packed, config, batch_size=4)]
+      found = np.concatenate([x.tokens[x.eligible] for x in batches])
+      self.assertEqual(found.tolist(), expected)
+      for batch in batches:
+        np.testing.assert_array_equal(
+          batch.num_tokens, batch.eligible.sum(axis=1)
+        )
+      self.assertEqual(sum(x.num_bytes.sum() for x in batches), num_bytes)
+      counts = packed.metadata['validation']
+      self.assertEqual(counts['num_tokens'], len(expected))
+      self.assertEqual(counts['num_bytes'], num_bytes)
+      self.assertEqual(counts['num_documents'], num_documents)
+      self.assertEqual(counts['num_dropped_tokens'], 0)
+      # What is given is what the row before ends with.
+      last = packed.validation[len(packed.validation) - 1]
+      self.assertEqual(last['tokens'].tolist(), expected[-length:])
+      # Passages of the text that was not trained on are still found.
+      record = overlap.make_record(packed)
+      self.assertEqual(record.share(packed), 0.0)
 
 
 class PairsTest(DataTest):
