@@ -97,13 +97,17 @@ def get_config() -> config_dict.ConfigDict:
   model.output_bias = False
   # Width of the embedding, which a dense layer then widens; 0: embed_dim.
   model.embedding_dim = 0
-  # Standard deviation of the initial embedding, > 0. In narrow networks a
-  # larger one, such as 1 / sqrt(embed_dim), keeps words of one kind apart.
+  # Standard deviation of the initial embeddings, > 0. In narrow networks a
+  # larger one, such as 0.5, keeps words of one kind apart.
   model.embedding_std = 0.02
   model.rope_theta = 10_000.0
   # Number of learned positions, at least the length of the longest row; 0:
   # rotary positions.
   model.num_positions = 0
+  # Whether learned positions add to rotary ones instead of replacing them.
+  # Rotary positions are relative: on a canvas of masks, all places are alike to
+  # a network that is not causal.
+  model.keep_rotary = False
   model.norm = 'rms'  # 'rms' | 'layer'.
   model.norm_eps = 1e-6
   model.norm_bias = False  # Whether 'layer' has a bias.

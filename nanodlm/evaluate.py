@@ -408,9 +408,8 @@ def evaluate_text(
   log.info(
     'step %d, %s', lm.step, describe(means, lm.run.objective.exact, text)
   )
-  if not text.packed.is_documents:
-    guessed = guesses.measure(text.packed, lm.run.settings.data)
-    log.info(guesses.describe(guessed))
+  guessed = guesses.measure(text.packed, lm.run.settings.data)
+  log.info(guesses.describe(guessed))
   means |= {f'eval/{key}': value for key, value in noise.items()}
   append_result(lm, text, metrics.finite_or_none(means))
   return means

@@ -374,13 +374,16 @@ def _write_config(
 
 def _describe(run: Run, packed: PackedData):
   settings, tokenizer = run.settings, run.tokenizer
+  unit, size = 'tokens', packed.length
+  if packed.is_documents:
+    unit, size = 'documents', 1
   log.info(
-    f'data: {settings.data.source}, {len(packed.train) * packed.length:,} '
-    f'tokens to train on, {len(packed.validation) * packed.length:,} held out, '
-    f'{packed.length} tokens/example, tokenizer {tokenizer.name} with '
-    f'{tokenizer.vocab_size} ids'
+    f'data: {settings.data.source}, {len(packed.train) * size:,} {unit} to '
+    f'train on, {len(packed.validation) * size:,} held out, {packed.length} '
+    f'tokens/example, tokenizer {tokenizer.name} with {tokenizer.vocab_size} '
+    'ids'
   )
-  if not packed.is_documents and not jax.process_index():
+  if not jax.process_index():
     log.info(guesses.describe(guesses.measure(packed, settings.data)))
   mesh = ', '.join(f'{axis} {size}' for axis, size in run.mesh.shape.items())
   log.info(

@@ -199,6 +199,7 @@ def model_config(**changes):
     num_kv_heads=0,
     head_size=0,
     num_positions=0,
+    keep_rotary=False,
     norm='rms',
     norm_eps=1e-6,
     norm_bias=False,

@@ -16,6 +16,8 @@ NUM_TOKENS = 2**19
 def measure(packed: PackedData, data_config: DataConfig) -> dict[str, float]:
   """Scores held-out tokens by two guesses that ignore their surroundings.
 
+  A document ends at its first separator; those that fill its row are certain.
+
   Returns:
     Nats per token of a uniform guess, 'uniform_nll', and of the frequencies of
     the tokens of the training split, each counted once more so that none is 0,
@@ -31,7 +33,9 @@ def measure(packed: PackedData, data_config: DataConfig) -> dict[str, float]:
     (batch,) = pipeline.make_eval_batches(
       split, data_config, batch_size=size, max_examples=size
     )
-    return batch, np.bincount(batch.tokens[batch.eligible], minlength=num_ids)
+    number = np.cumsum(batch.eligible, axis=1)  # Of the tokens to score.
+    is_counted = batch.eligible & (number <= batch.num_tokens[:, None])
+    return batch, np.bincount(batch.tokens[is_counted], minlength=num_ids)
 
   held_out, counts = count(packed.validation)
   num_tokens = int(held_out.num_tokens.sum())

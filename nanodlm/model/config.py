@@ -109,6 +109,7 @@ class ModelConfig:
     causal: whether a position sees earlier ones only; from the objective.
     block_size: S, from the objective; S > 0 for block diffusion, whose network
       takes a noisy and a clean copy of the text.
+    keep_rotary: whether learned positions add to rotary ones.
     norm_eps: keeps the norm of a zero vector finite; QK-norms use it, too.
     shift_outputs: the output at position i is read at i - 1 (at 0 for 0), where
       a formerly autoregressive network predicts its token (DiffuLLaMA, arXiv
@@ -140,6 +141,7 @@ class ModelConfig:
   block_size: int
   rope_theta: float
   num_positions: int
+  keep_rotary: bool
   norm: str
   norm_eps: float
   norm_bias: bool
@@ -174,7 +176,12 @@ class ModelConfig:
       f'must divide model.embed_dim={self.embed_dim!r}',
     )
     require(
-      self.num_positions or self.head_dim % 2 == 0,
+      self.num_positions or not self.keep_rotary,
+      'keep_rotary',
+      'is ignored by model.num_positions=0, whose positions are rotary',
+    )
+    require(
+      not self.has_rotary or self.head_dim % 2 == 0,
       'head_size' if self.head_size else 'num_heads',
       f'makes heads of {self.head_dim}; rotary positions need an even size',
     )
@@ -232,6 +239,11 @@ class ModelConfig:
       'attention',
       "does not support block diffusion; use 'auto', 'xla' or 'pallas'",
     )
+
+  @property
+  def has_rotary(self) -> bool:
+    """Whether positions rotate queries and keys."""
+    return self.keep_rotary or not self.num_positions
 
   @property
   def head_dim(self) -> int:

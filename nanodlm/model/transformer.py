@@ -221,10 +221,9 @@ class Transformer(nn.Module):
     dtype = jnp.dtype(cfg.dtype)
     num_ids = sharding.padded(cfg.vocab_size, self.shards) // self.shards.tensor
     normal = nn.initializers.normal(INIT_STD)
+    embedded = nn.initializers.normal(cfg.embedding_std)
     self.embedding = self.param(
-      'embedding',
-      nn.initializers.normal(cfg.embedding_std),
-      (num_ids, cfg.embedding_dim or cfg.embed_dim),
+      'embedding', embedded, (num_ids, cfg.embedding_dim or cfg.embed_dim)
     )
     if cfg.embedding_dim:
       self.embedding_in = nn.Dense(
@@ -238,7 +237,7 @@ class Transformer(nn.Module):
       )
     if cfg.num_positions:
       self.position_embedding = self.param(
-        'position_embedding', normal, (cfg.num_positions, cfg.embed_dim)
+        'position_embedding', embedded, (cfg.num_positions, cfg.embed_dim)
       )
     form = TIME_FORMS[cfg.time_form]
     is_final = cfg.time_conditioning and form.final
@@ -352,7 +351,7 @@ class Transformer(nn.Module):
     if cfg.time_conditioning:
       t = t if cfg.knows_time else jnp.zeros(tokens.shape[:1])
       context = context._replace(time=self.time_embedding(t))
-    if not cfg.num_positions:
+    if cfg.has_rotary:
       table = rotary_table(where, cfg.head_dim, cfg.rope_theta)
       context = context._replace(rotary=table)
     if self.is_initializing():

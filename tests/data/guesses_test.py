@@ -1,5 +1,6 @@
 """Tests of what guesses without a network cost."""
 
+import json
 import math
 
 import pytest
@@ -27,4 +28,35 @@ def test_values_of_a_text_of_two_letters(tmp_path):
     'unigram_nll': pytest.approx(unigram),
     'bytes_per_token': 1,
     'num_tokens': 16,
+  }
+
+
+@pytest.mark.parametrize('padding', ['eos', 'masked'])
+def test_separators_that_fill_a_row_are_certain(tmp_path, padding):
+  source = tmp_path / 'texts.jsonl'
+  # Three documents to train on, two of them the same, and one held out.
+  lines = [json.dumps({'text': text}) for text in ('aab', 'aab', 'a', 'bb')]
+  source.write_text('\n'.join(lines))
+  config = workdirs.DataConfig(
+    source=f'jsonl:{source}',
+    data_dir=str(tmp_path),
+    eval_fraction=0.25,
+    crop='document',
+    padding=padding,
+    length=8,
+  )
+  packed = prepare.prepare(config, BYTES)
+  values = guesses.measure(packed, config)
+  held_out = packed.tokenizer.decode(packed.validation[0]['tokens'])
+  text = held_out.partition('\n\n')[0]
+  rest = ''.join(x for x in ('aab', 'aab', 'a', 'bb') if x != text)
+  num_ends = 4 - (text == 'aab') - 1
+  counts = {'a': rest.count('a'), 'b': rest.count('b'), '': num_ends}
+  total = sum(counts.values()) + 257
+  nats = [-math.log((counts[x] + 1) / total) for x in (*text, '')]
+  assert values == {
+    'uniform_nll': pytest.approx(math.log(257)),
+    'unigram_nll': pytest.approx(sum(nats) / len(nats)),
+    'bytes_per_token': pytest.approx(len(text) / len(nats)),
+    'num_tokens': len(nats),
   }

@@ -373,6 +373,23 @@ class OptionsTest(parameterized.TestCase):
       atol=1e-5,
     )
 
+  def test_learned_positions_that_add_to_rotary_ones(self):
+    rotary = toys.model_config()
+    both = toys.model_config(num_positions=LENGTH, keep_rotary=True)
+    params = params_of(both)
+    table = params['position_embedding']
+    others = {k: x for k, x in params.items() if k != 'position_embedding'}
+    zero = {**others, 'position_embedding': jnp.zeros_like(table)}
+    np.testing.assert_array_equal(
+      hidden_of(both, zero, TOKENS, None),
+      hidden_of(rotary, others, TOKENS, None),
+    )
+    # Rotary positions alone: equal tokens make equal places.
+    masks = jnp.full_like(TOKENS, 3)
+    spread = lambda hidden: float(jnp.ptp(hidden, axis=1).max())
+    self.assertLess(spread(hidden_of(rotary, others, masks, None)), 1e-5)
+    self.assertGreater(spread(hidden_of(both, params, masks, None)), 1e-3)
+
   def test_positions_that_are_learned(self):
     config = toys.model_config(num_positions=8)
     params = params_of(config)
@@ -505,6 +522,7 @@ class OptionsTest(parameterized.TestCase):
     ('num_kv_heads', -1, 'must be >= 0'),
     ('head_size', -2, 'must be >= 0'),
     ('num_positions', -1, 'must be >= 0'),
+    ('keep_rotary', True, 'num_positions=0'),
     ('norm', 'batch', 'is not one of'),
     ('norm_eps', 0.0, 'must be > 0'),
     ('norm_bias', True, "model.norm='rms'"),

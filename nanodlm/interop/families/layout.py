@@ -33,6 +33,7 @@ PLAIN = {
   'output_bias': False,
   'embedding_dim': 0,
   'num_positions': 0,
+  'keep_rotary': False,
   'norm': 'rms',
   'norm_bias': False,
   'attention_bias': 'none',
