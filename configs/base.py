@@ -145,7 +145,7 @@ def get_config() -> config_dict.ConfigDict:
   config.sampler = sampler = config_dict.ConfigDict()
   # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |
   # 'first_hitting' | 'confidence' | 'remask' | 'prefix_cache' | 'posterior' |
-  # 'block' | 'ar'.
+  # 'psi' | 'block' | 'ar'.
   sampler.name = 'auto'
   # Network calls, per block if there are blocks; 0 if confidence uses its
   # threshold or entropy_budget instead. ancestral and remask make up to 1.7
@@ -154,7 +154,7 @@ def get_config() -> config_dict.ConfigDict:
   # The schedule of ancestral and remask; see objective.schedule and power.
   sampler.schedule = 'linear'
   sampler.power = 2.0
-  # Times of ancestral, remask and posterior: 'uniform' | 'cosine' | a list
+  # Times of ancestral, remask, posterior and psi: 'uniform' | 'cosine' | a list
   # falling from 1 to 0, such as '1,0.5,0.2,0', which replaces num_steps.
   sampler.grid = 'uniform'
   # What confidence ranks positions by: 'max_prob' | 'margin' | 'entropy' |
@@ -173,11 +173,15 @@ def get_config() -> config_dict.ConfigDict:
   # imported checkpoint, for which this is True) ends a sampled text. Responses
   # of models of pairs always end at it.
   sampler.stop_at_eos = False
-  # Strategy of remask: 'cap' | 'rescale' | 'conf' | 'loop'.
+  # Strategy of remask and psi: 'cap' | 'rescale' | 'loop' | 'constant' |
+  # 'conf' (remask only).
   sampler.remask = 'cap'
-  # Strength of remask, in [0, 1]; the paper uses 0.008, 0.015, 1 and 0.02.
+  # Strength of remask and psi, in [0, 1]; ReMDM's paper uses 0.008 with 'cap',
+  # 0.015 with 'rescale', 0.02 with 'loop' and 1 with 'conf'.
   sampler.eta = 0.04
-  # Corrector steps of posterior, for uniform and hybrid noise.
+  # Whether psi ends with the most probable tokens.
+  sampler.greedy_tail = False
+  # Corrector steps of posterior and psi, for uniform and hybrid noise.
   sampler.num_corrections = 0
   # Strength of the guidance towards the prompt, in [0, 1000], for two calls
   # instead of one; 0: off.

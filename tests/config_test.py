@@ -35,12 +35,12 @@ def validate(**changes):
 
 
 # The objectives that each sampler can be used with.
-MASKED = ('masked', 'd3pm', 'sedd')
+MASKED, REPLACING = ('masked', 'd3pm', 'sedd'), ('hybrid', 'uniform')
 FITS = {
   **dict.fromkeys(samplers.SAMPLERS, MASKED),
   'ar': ('ar',),
   'block': ('block',),
-  'posterior': (*MASKED, 'genmd4', 'hybrid', 'uniform'),
+  **dict.fromkeys(('posterior', 'psi'), (*MASKED, *REPLACING, 'genmd4')),
 }
 
 

@@ -7,9 +7,10 @@ ancestral       Exact as num_steps grows.
 confidence      margin, entropy, random: exact with one position per call.
                 max_prob prefers probable texts and collapses to few words
                 at temperature 1.
-remask          cap, rescale: exact as num_steps grows. conf, loop:
+remask          cap, rescale, constant: exact as num_steps grows. conf, loop:
                 approximate.
 posterior       Exact as num_steps grows, for any noise.
+psi             As remask, for any noise.
 block           As the inner sampler; finished blocks are cached exactly.
 prefix_cache    Approximate: keys and values outside the block are stale.
 ar              Exact, left to right, cached.
@@ -24,6 +25,7 @@ from nanodlm.samplers import (
   fixed_count,
   posterior,
   prefix_cache,
+  psi,
   remask,
 )
 from nanodlm.types import Sampler
@@ -37,5 +39,6 @@ SAMPLERS: dict[str, type[Sampler]] = {
   'fixed_count': fixed_count.FixedCount,
   'posterior': posterior.Posterior,
   'prefix_cache': prefix_cache.PrefixCache,
+  'psi': psi.Psi,
   'remask': remask.Remask,
 }

@@ -29,10 +29,11 @@ from nanodlm.samplers.fixed_count import FixedCount
 from nanodlm.samplers.guidance import Guided
 from nanodlm.samplers.posterior import CORRECTION_TIME, Posterior
 from nanodlm.samplers.prefix_cache import PrefixCache
+from nanodlm.samplers.psi import Psi
 from nanodlm.samplers.remask import Remask
 from nanodlm.types import Canvas, InputError
 from tests import toys
-from tests.toys import LENGTH, MASK, TEXTS
+from tests.toys import LENGTH, MASK, TEXTS, VOCAB
 
 DRAW = Draw(MASK)
 NUM_ROWS = 8_000
@@ -88,6 +89,9 @@ CASES = {
   # A table's "keys" do not depend on other positions: never stale.
   'prefix_cache': Case(
     PrefixCache(FixedCount(DRAW, 2), 2, MASK), lambda n: (n + 1, n + 2)
+  ),
+  'psi': Case(
+    Psi(DRAW, 128, Masked(MASK), remask='cap', eta=0.01), lambda n: (128, 128)
   ),
   'remask': Case(
     Remask(DRAW, num_steps=128, remask='cap', eta=0.01), lambda n: (n, n * 128)
@@ -377,15 +381,23 @@ RULES = {
 }
 
 
+def noise_law(rule, t):
+  """q_t(z | x0), [x0, z]."""
+  if isinstance(rule, GenMD4):
+    return toys.token_law(float(t) ** np.array(rule.rates))
+  if isinstance(rule, masking.MaskedNoise):
+    noise = float(rule.schedule.noise(jnp.float32(t)))
+    return toys.mixture_law(1 - noise, noise, 0.0)
+  parts = rule.process.parts(jnp.float32(t))
+  return toys.mixture_law(*(np.float64(x) for x in parts))
+
+
 def exact_tables(rule, grid, fixed=(False,) * LENGTH):
   """The exact denoiser at each time of a grid, [T, 64, L, V + 1]."""
+  table = toys.leave_one_out_table
   if isinstance(rule, GenMD4):
-    laws = [toys.token_law(float(t) ** np.array(rule.rates)) for t in grid]
-    return np.stack(
-      [toys.whole_posterior_table(JOINT, law, fixed) for law in laws]
-    )
-  laws = toys.mixture_law(*(np.float64(x) for x in rule.process.parts(grid)))
-  return np.stack([toys.leave_one_out_table(JOINT, law, fixed) for law in laws])
+    table = toys.whole_posterior_table
+  return np.stack([table(JOINT, noise_law(rule, t), fixed) for t in grid])
 
 
 def timed_denoiser(tables, grid):
@@ -399,8 +411,11 @@ def timed_denoiser(tables, grid):
   return denoise
 
 
-def posterior_chain(rule, t, tables, fixed):
-  """The law [27] of the chain over times t [T + 1], enumerated; prompt: 2."""
+def posterior_chain(rule, t, tables, fixed, fresh=None):
+  """The law [27] of the chain over times t [T + 1], enumerated; prompt: 2.
+
+  `fresh` [T] is the share of positions that a step draws from scratch.
+  """
   fixed = np.array(fixed)
   at_prompt = toys.CANVASES == 2
   if isinstance(rule, Uniform):
@@ -415,8 +430,14 @@ def posterior_chain(rule, t, tables, fixed):
     )
   )
   row, position = np.arange(64)[:, None, None], np.arange(LENGTH)[None, None]
-  for j, table in enumerate(tables):
+  fresh = np.zeros(len(tables)) if fresh is None else fresh
+  for j, (table, share) in enumerate(zip(tables, fresh)):
     q = np.asarray(reverse(jnp.asarray(table), t[j + 1], t[j]), np.float64)
+    if share:
+      clean = np.asarray(reverse(jnp.asarray(table), 0.0, t[j]), np.float64)
+      # Canvases that cannot be keep their masks.
+      again = clean @ [*noise_law(rule, t[j + 1]), np.eye(MASK + 1)[MASK]]
+      q = (1 - share) * q + share * again
     np.testing.assert_allclose(q.sum(-1), 1, rtol=1e-5)
     step = q[row, position, toys.CANVASES[None]]
     step = np.where(fixed, at_prompt[None], step)
@@ -595,6 +616,108 @@ class PosteriorTest(parameterized.TestCase):
           Posterior(DRAW, 4, rule, num_corrections=1)
     with self.assertRaisesRegex(InputError, 'sampler.num_corrections=-1'):
       Posterior(DRAW, 4, Hybrid(MASK), num_corrections=-1)
+
+
+class PsiTest(parameterized.TestCase):
+  @parameterized.named_parameters(RULES.items())
+  def test_a_step_keeps_the_marginals(self, rule):
+    # q_s(xs | x0) = sum_z q_t(z | x0) p(xs | z, x0), at every kappa.
+    reverse = jax.jit(lambda *args: jnp.exp(rule.reverse(*args, DRAW)))
+    z = jnp.arange(MASK + 1)[None]
+    for x0, (s, t) in itertools.product(
+      range(VOCAB), ((0.3, 0.8), (0.0, 0.4), (0.5, 0.5), (0.6, 1.0))
+    ):
+      x = np.append(np.eye(VOCAB)[x0], 0).clip(1e-30)
+      if isinstance(rule, ScoreEntropy):  # ratios to the mean
+        x[:MASK] *= VOCAB
+      logits = jnp.tile(jnp.log(jnp.float32(x)), (1, MASK + 1, 1))
+      to_s, to_0 = (
+        np.asarray(reverse(logits, z, jnp.float32(end), jnp.float32(t))[0])
+        for end in (s, 0)
+      )
+      before, after = noise_law(rule, t)[x0], noise_law(rule, s)[x0]
+      again = to_0[:, :MASK] @ noise_law(rule, s)
+      for kappa in (0.0, 0.3, 1.0):
+        step = kappa * to_s + (1 - kappa) * again
+        np.testing.assert_allclose(before @ step, after, atol=1e-5)
+
+  @parameterized.named_parameters(RULES.items())
+  def test_noise_has_its_law(self, rule):
+    x0 = jnp.tile(jnp.arange(VOCAB), (NUM_ROWS, 1))
+    where = jnp.tile(jnp.arange(NUM_ROWS)[:, None] % 4 > 0, (1, VOCAB))
+    for t in (0.4, 1.0):
+      xt = rule.renoise(keys_of(NUM_ROWS), x0, jnp.float32(t), where)
+      np.testing.assert_array_equal(xt[::4], x0[::4])
+      for v, law in enumerate(noise_law(rule, t)):
+        counts = np.bincount(xt[where[:, 0], v], minlength=MASK + 1)
+        self.assertGreater(toys.chi_square(counts, law), 1e-3)
+
+  @parameterized.parameters(
+    ('masked', 'cap', 0.2, PROMPTS[1]),
+    ('d3pm', 'rescale', 0.5, PROMPTS[0]),
+    ('sedd', 'constant', 1.0, PROMPTS[0]),
+    ('genmd4', 'constant', 0.7, PROMPTS[1]),
+    ('uniform', 'constant', 0.5, PROMPTS[1]),
+    ('uniform_cosine', 'cap', 0.4, PROMPTS[0]),
+    ('hybrid', 'rescale', 1.0, PROMPTS[0]),
+    ('hybrid', 'loop', 0.1, PROMPTS[1]),
+  )
+  def test_follows_its_chain(self, rule, kind, eta, fixed):
+    rule, num_steps = RULES[rule], 10 if kind == 'loop' else 3
+    sampler = Psi(DRAW, num_steps, rule, remask=kind, eta=eta)
+    t, fresh = sampler.times(), np.asarray(sampler.fresh_probs(), np.float64)
+    self.assertEqual((t[0], t[-1], fresh[-1]), (1, 0, 0))
+    self.assertBetween(fresh.max(), 0.19, 1.0)
+    if rule.can_correct or isinstance(rule, GenMD4):
+      tables = exact_tables(rule, t[:-1], fixed)
+    else:
+      tables = np.stack([toys.random_table(seed) for seed in range(num_steps)])
+    levels = rule.level_at(t[:-1], jnp.full(num_steps, 1 - np.mean(fixed)))
+    canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)))
+    denoise = timed_denoiser(tables, levels)
+    samples = jax.jit(lambda keys: sampler(keys, canvas, denoise))(
+      keys_of(NUM_ROWS)
+    )
+    law = posterior_chain(rule, t, tables, fixed, fresh)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+
+  @parameterized.parameters(
+    ('cap', 0.2, 4, 'linear'),
+    ('rescale', 0.4, 4, 'cosine'),
+    ('loop', 0.1, 10, 'sqrt'),
+    ('constant', 0.7, 4, 'linear'),
+    ('constant', 0.0, 3, 'cosine'),
+  )
+  def test_is_remask_for_masked_noise(self, kind, eta, num_steps, schedule):
+    schedule = schedules.make_schedule(schedule)
+    rule = Masked(MASK, schedule)
+    sampler = Psi(DRAW, num_steps, rule, remask=kind, eta=eta)
+    law = posterior_chain(
+      rule,
+      sampler.times(),
+      [SHARP] * num_steps,
+      PROMPTS[0],
+      np.asarray(sampler.fresh_probs(), np.float64),
+    )
+    twin = Remask(DRAW, num_steps, schedule, remask=kind, eta=eta)
+    np.testing.assert_allclose(law, remask_law(twin)[0], atol=2e-6)
+
+  @parameterized.parameters('uniform', 'hybrid', 'masked')
+  def test_greedy_tail(self, rule):
+    rule = RULES[rule]
+    sampler = Psi(DRAW, 3, rule, remask='constant', eta=0.5, greedy_tail=True)
+    t = sampler.times()
+    tables = exact_tables(rule, t[:-1])
+    levels = rule.level_at(t[:-1], jnp.ones(3))
+    denoise = timed_denoiser(tables.copy(), levels)
+    tokens = jax.jit(
+      lambda keys: sampler(keys, blank(NUM_ROWS), denoise).tokens
+    )(keys_of(NUM_ROWS))
+    best = np.argmax(tables[-1][..., :MASK], axis=-1)
+    tables[-1] = np.log(np.eye(MASK + 1)[best].clip(1e-30))
+    fresh = np.asarray(sampler.fresh_probs(), np.float64)
+    law = posterior_chain(rule, t, tables, PROMPTS[0], fresh)
+    self.assertGreater(toys.chi_square(histogram(tokens), law), 1e-3)
 
 
 class LevelTest(parameterized.TestCase):
@@ -861,6 +984,7 @@ def remask_law(sampler):
         'rescale': sampler.eta * sigma_max,
         'loop': min(sampler.eta, sigma_max) * is_held,
         'conf': 0.0,
+        'constant': sampler.eta * (1 - a_s),
       }[sampler.remask]
       reveal_prob = (a_s - (1 - sigma) * a_t) / (1 - a_t)
       mask_prob = (1 - a_s - sigma * a_t) / (1 - a_t)
@@ -906,6 +1030,7 @@ class RemaskTest(parameterized.TestCase):
     ('conf', 0.6, 3, 'linear', 'cosine'),
     ('loop', 0.1, 10, 'linear', 'uniform'),
     ('cap', 0.3, 1, 'linear', LISTED),
+    ('constant', 0.7, 3, 'linear', 'uniform'),
   )
   def test_follows_its_chain(self, kind, eta, num_steps, schedule, grid):
     sampler = Remask(
@@ -946,7 +1071,9 @@ class RemaskTest(parameterized.TestCase):
     self.assertEqual(distances, sorted(distances))
 
   @parameterized.product(
-    kind=['cap', 'rescale', 'loop'], grid=times.GRIDS, eta=[0.0, 0.04, 1.0]
+    kind=['cap', 'rescale', 'loop', 'constant'],
+    grid=times.GRIDS,
+    eta=[0.0, 0.04, 1.0],
   )
   def test_probabilities_keep_the_noise(self, kind, grid, eta):
     for schedule in sorted(schedules.SCHEDULES):
@@ -1129,6 +1256,8 @@ class ErrorsTest(parameterized.TestCase):
     (lambda: Remask(DRAW, 8, grid='log'), "sampler.grid='log'"),
     (lambda: Remask(DRAW, 8, remask='all'), "sampler.remask='all'"),
     (lambda: Remask(DRAW, 8, eta=-0.1), 'sampler.eta=-0.1'),
+    (lambda: Psi(DRAW, 8, Masked(MASK), remask='conf'), "remask='conf'"),
+    (lambda: Psi(DRAW, 8, Masked(MASK), eta=2.0), 'sampler.eta=2.0'),
     (lambda: Confidence(DRAW, 8, score='sure'), "sampler.score='sure'"),
     (lambda: Confidence(DRAW, -8), 'sampler.num_steps=-8'),
     (lambda: Confidence(DRAW, 8, block_size=-1), 'sampler.block_size=-1'),
