@@ -288,7 +288,7 @@ class EvalAndSampleTest(parameterized.TestCase):
     inner = samplers.SAMPLERS['fixed_count'](draw, 2)
     sampler = {
       'block': lambda cls: cls(inner, 4, MASK),
-      'prefix_cache': lambda cls: cls(inner, 4, MASK),
+      'prefix_cache': lambda cls: cls(inner, 4, MASK, refresh_calls=1),
       'posterior': lambda cls: cls(draw, 4, OBJECTIVES[objective]),
       'psi': lambda cls: cls(draw, 4, OBJECTIVES['uniform'], greedy_tail=True),
       # At random, since on a blank canvas confidences are tied up to rounding.

@@ -1274,6 +1274,10 @@ class ErrorsTest(parameterized.TestCase):
       lambda: Confidence(DRAW, 0, 'entropy', threshold=0.9),
       "threshold=0.9.*score='entropy'",
     ),
+    (
+      lambda: PrefixCache(FirstHitting(DRAW), 2, MASK, -1),
+      'sampler.refresh_calls=-1',
+    ),
     (lambda: Guided(FirstHitting(DRAW), -1.0, MASK), 'sampler.guidance=-1.0'),
   )
   def test_names_the_key(self, make, message):

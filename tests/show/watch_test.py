@@ -47,6 +47,10 @@ CASES = {
     SAMPLERS['posterior'](DRAW, 6, OBJECTIVES['uniform'], num_corrections=2),
   ),
   'prefix_cache': ('masked', SAMPLERS['prefix_cache'](INNER, 4, MASK)),
+  'prefix_cache_refreshed': (
+    'masked',
+    SAMPLERS['prefix_cache'](INNER, 4, MASK, refresh_calls=1),
+  ),
   'psi': ('uniform', SAMPLERS['psi'](DRAW, 6, OBJECTIVES['uniform'])),
   'remask': ('masked', SAMPLERS['remask'](DRAW, 6, remask='conf', eta=1.0)),
 }
