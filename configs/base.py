@@ -145,7 +145,7 @@ def get_config() -> config_dict.ConfigDict:
   config.sampler = sampler = config_dict.ConfigDict()
   # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |
   # 'first_hitting' | 'confidence' | 'remask' | 'prefix_cache' | 'posterior' |
-  # 'psi' | 'block' | 'ar'.
+  # 'psi' | 'renoise' | 'block' | 'ar'.
   sampler.name = 'auto'
   # Network calls, per block if there are blocks; 0 if confidence uses its
   # threshold or entropy_budget instead. ancestral and remask make up to 1.7
@@ -162,7 +162,8 @@ def get_config() -> config_dict.ConfigDict:
   sampler.score = 'max_prob'
   # For confidence, which reveals everything more probable; 0: off.
   sampler.threshold = 0.0
-  sampler.entropy_budget = 0.0  # For confidence, in nats per call; 0: off.
+  # For confidence (0: off) and renoise (0: 0.1), in nats per call.
+  sampler.entropy_budget = 0.0
   # Blocks from left to right, for confidence (0: the whole canvas at once) and
   # prefix_cache (0: 32).
   sampler.block_size = 0
@@ -189,6 +190,9 @@ def get_config() -> config_dict.ConfigDict:
   # Strength of the guidance towards the prompt, in [0, 1000], for two calls
   # instead of one; 0: off.
   sampler.guidance = 0.0
+  # Factor of the temperature in the first call of renoise, in (0, 100]; it goes
+  # to 1 in the last one.
+  sampler.heat = 1.0
   sampler.temperature = 1.0  # In [0, 100]; 0: the most probable token.
   sampler.top_k = 0  # 0: all tokens.
   sampler.top_p = 1.0  # In [0, 1]; 0: the most probable token.

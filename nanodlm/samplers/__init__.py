@@ -11,6 +11,7 @@ remask          cap, rescale, constant: exact as num_steps grows. conf, loop:
                 approximate.
 posterior       Exact as num_steps grows, for any noise.
 psi             As remask, for any noise.
+renoise         Approximate.
 block           As the inner sampler; finished blocks are cached exactly.
 prefix_cache    Approximate: keys and values outside the block are stale.
 ar              Exact, left to right, cached.
@@ -27,6 +28,7 @@ from nanodlm.samplers import (
   prefix_cache,
   psi,
   remask,
+  renoise,
 )
 from nanodlm.types import Sampler
 
@@ -41,4 +43,5 @@ SAMPLERS: dict[str, type[Sampler]] = {
   'prefix_cache': prefix_cache.PrefixCache,
   'psi': psi.Psi,
   'remask': remask.Remask,
+  'renoise': renoise.Renoise,
 }

@@ -98,7 +98,7 @@ class Posterior(Sampler):
   def _denoise(self, keys, tokens, fixed, denoise):
     grid = self.times()
     num_steps = grid.size - 1
-    positions = _all_positions(tokens)
+    positions = all_positions(tokens)
     free_share = jnp.mean(~fixed, axis=1)
 
     def body(state):
@@ -118,7 +118,7 @@ class Posterior(Sampler):
     return tokens, last - first
 
   def _correct(self, keys, tokens, fixed, denoise):
-    positions = _all_positions(tokens)
+    positions = all_positions(tokens)
     level = self.rule.level_at(
       jnp.float32(CORRECTION_TIME), jnp.mean(~fixed, axis=1)
     )
@@ -148,7 +148,8 @@ class Posterior(Sampler):
     return tokens, step
 
 
-def _all_positions(tokens):
+def all_positions(tokens: jax.Array) -> jax.Array:
+  """Returns the positions of all tokens [B, L], [B, L] int32."""
   return jnp.broadcast_to(
     jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape
   )

@@ -94,7 +94,7 @@ class PrefixCache(base.OuterSampler):
         held = jax.tree.map(jax.new_ref, (cache, jnp.zeros_like(num_calls)))
 
       def latest(part, level):
-        """Returns the cache, which is computed again where it is due."""
+        """Returns the cache, computed again if it is due."""
         if not self.refresh_calls:
           return cache
         last, calls = jax.tree.map(lambda ref: ref[...], held)

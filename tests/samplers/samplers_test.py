@@ -31,6 +31,7 @@ from nanodlm.samplers.posterior import CORRECTION_TIME, Posterior
 from nanodlm.samplers.prefix_cache import PrefixCache
 from nanodlm.samplers.psi import Psi
 from nanodlm.samplers.remask import Remask
+from nanodlm.samplers.renoise import Renoise
 from nanodlm.types import Canvas, InputError
 from tests import toys
 from tests.toys import LENGTH, MASK, TEXTS, VOCAB
@@ -95,6 +96,11 @@ CASES = {
   ),
   'remask': Case(
     Remask(DRAW, num_steps=128, remask='cap', eta=0.01), lambda n: (n, n * 128)
+  ),
+  # Masks only: one token per call, which then is certain.
+  'renoise': Case(
+    Renoise(DRAW, LENGTH, Hybrid(MASK, p_uniform=0.0), entropy_budget=1e-9),
+    lambda n: (n, n),
   ),
 }
 ROWS = list(CASES.items())
@@ -720,6 +726,91 @@ class PsiTest(parameterized.TestCase):
     self.assertGreater(toys.chi_square(histogram(tokens), law), 1e-3)
 
 
+def renoise_law(sampler, times_of, tables, fixed):
+  """The law [27] of the texts by enumeration, and of the number of calls."""
+  free = [i for i in range(LENGTH) if not fixed[i]]
+  is_uniform = isinstance(sampler.rule, Uniform)
+  noise = range(VOCAB) if is_uniform else [MASK]
+  law, calls = np.zeros(len(TEXTS)), np.zeros(sampler.num_steps + 1)
+  start = [noise if i in free else [2] for i in range(LENGTH)]
+  start = list(itertools.product(*start))
+  chain = {(canvas, len(free)): 1 / len(start) for canvas in start}
+  for call in range(sampler.num_steps):
+    following = {}
+    for (canvas, left), weight in chain.items():
+      x = np.exp(toys.log_softmax(tables[left][toys.canvas_index(canvas)]))
+      q = noise_law(sampler.rule, times_of[left])
+      p = x * q[:, list(canvas)].T
+      p /= p.sum(1, keepdims=True).clip(1e-300)
+      h = [-sum(v * np.log(v) for v in row if v > 0) for row in p]
+      order = sorted(free, key=lambda i: h[i])
+      least = int(np.ceil(len(free) * (call + 1) / sampler.num_steps))
+      within = [sum(h[i] for i in order[:k]) for k in range(len(order))]
+      num = sum(x <= sampler.entropy_budget for x in within)
+      taken = order[: max(num, least)]
+      choices = [
+        [(2, 1.0)]
+        if fixed[i]
+        else list(enumerate(p[i]))
+        if i in taken
+        else [(v, 1 / len(noise)) for v in noise]
+        for i in range(LENGTH)
+      ]
+      for choice in itertools.product(*choices):
+        values, shares = zip(*choice)
+        state = values, len(free) - len(taken)
+        following[state] = following.get(state, 0) + weight * np.prod(shares)
+    chain = {state: p for state, p in following.items() if state[1]}
+    done = {state: p for state, p in following.items() if not state[1]}
+    for (values, _), p in done.items():
+      law[toys.text_index(values)] += p
+    calls[call + 1] = sum(done.values())
+  return law, calls
+
+
+class RenoiseTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('uniform', 3, 1e-9, PROMPTS[0]),
+    ('uniform', 3, 0.5, PROMPTS[1]),
+    ('uniform_cosine', 4, 0.8, PROMPTS[0]),
+    ('hybrid', 3, 0.7, PROMPTS[0]),
+  )
+  def test_follows_its_chain(self, rule, num_steps, budget, fixed):
+    rule = RULES[rule]
+    sampler = Renoise(DRAW, num_steps, rule, entropy_budget=budget)
+    num_free = LENGTH - sum(fixed)
+    shares = np.arange(num_free + 1) / num_free
+    t = np.interp(
+      shares, rule.noise_at(np.linspace(0, 1, 9999)), np.linspace(0, 1, 9999)
+    )
+    np.testing.assert_allclose(rule.noise_at(t), shares, atol=1e-4)
+    tables = exact_tables(rule, t, fixed)
+    law, calls = renoise_law(sampler, t, tables, fixed)
+    np.testing.assert_allclose(law.sum(), 1, rtol=1e-5)
+    canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)))
+    denoise = timed_denoiser(tables, t)
+    samples = jax.jit(lambda keys: sampler(keys, canvas, denoise))(
+      keys_of(NUM_ROWS)
+    )
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+    self.assertEqual(samples.num_calls, np.flatnonzero(calls)[-1])
+
+  def test_heat_and_a_budget_for_everything(self):
+    # In one call, the product of the marginals to the power 1 / heat.
+    sampler = Renoise(
+      DRAW, 4, Uniform(MASK), entropy_budget=LENGTH * np.log(3), heat=2.0
+    )
+    table = POSTERIOR.copy()
+    table[:] = POSTERIOR[-1]
+    network = toys.CachedTable(table)
+    samples = run(sampler, blank(NUM_ROWS), keys_of(NUM_ROWS), network)
+    law = np.sqrt(product_of_marginals())
+    self.assertGreater(
+      toys.chi_square(histogram(samples.tokens), law / law.sum()), 1e-3
+    )
+    self.assertEqual(samples.num_calls, 1)
+
+
 class LevelTest(parameterized.TestCase):
   """The noise level given to the network, which draws it as a token.
 
@@ -1257,6 +1348,9 @@ class ErrorsTest(parameterized.TestCase):
     (lambda: Remask(DRAW, 8, remask='all'), "sampler.remask='all'"),
     (lambda: Remask(DRAW, 8, eta=-0.1), 'sampler.eta=-0.1'),
     (lambda: Psi(DRAW, 8, Masked(MASK), remask='conf'), "remask='conf'"),
+    (lambda: Renoise(DRAW, 0, Uniform(MASK)), 'sampler.num_steps=0'),
+    (lambda: Renoise(DRAW, 8, Uniform(MASK), -1.0), 'entropy_budget=-1.0'),
+    (lambda: Renoise(DRAW, 8, Uniform(MASK), heat=0.0), 'sampler.heat=0.0'),
     (lambda: Psi(DRAW, 8, Masked(MASK), eta=2.0), 'sampler.eta=2.0'),
     (lambda: Confidence(DRAW, 8, score='sure'), "sampler.score='sure'"),
     (lambda: Confidence(DRAW, -8), 'sampler.num_steps=-8'),

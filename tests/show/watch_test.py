@@ -52,6 +52,7 @@ CASES = {
     SAMPLERS['prefix_cache'](INNER, 4, MASK, refresh_calls=1),
   ),
   'psi': ('uniform', SAMPLERS['psi'](DRAW, 6, OBJECTIVES['uniform'])),
+  'renoise': ('uniform', SAMPLERS['renoise'](DRAW, 6, OBJECTIVES['uniform'])),
   'remask': ('masked', SAMPLERS['remask'](DRAW, 6, remask='conf', eta=1.0)),
 }
 
