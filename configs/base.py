@@ -145,7 +145,7 @@ def get_config() -> config_dict.ConfigDict:
   config.sampler = sampler = config_dict.ConfigDict()
   # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |
   # 'first_hitting' | 'confidence' | 'remask' | 'prefix_cache' | 'posterior' |
-  # 'psi' | 'renoise' | 'block' | 'ar'.
+  # 'psi' | 'renoise' | 'edit' | 'block' | 'ar'.
   sampler.name = 'auto'
   # Network calls, per block if there are blocks; 0 if confidence uses its
   # threshold or entropy_budget instead. ancestral and remask make up to 1.7
@@ -160,8 +160,11 @@ def get_config() -> config_dict.ConfigDict:
   # What confidence ranks positions by: 'max_prob' | 'margin' | 'entropy' |
   # 'random'.
   sampler.score = 'max_prob'
-  # For confidence, which reveals everything more probable; 0: off.
+  # For confidence (0: off) and edit (0: 0.7), which reveal everything more
+  # probable.
   sampler.threshold = 0.0
+  # For edit, which replaces tokens if others are more probable; above 1: off.
+  sampler.edit_threshold = 0.5
   # For confidence (0: off) and renoise (0: 0.1), in nats per call.
   sampler.entropy_budget = 0.0
   # Blocks from left to right, for confidence (0: the whole canvas at once) and
@@ -185,7 +188,7 @@ def get_config() -> config_dict.ConfigDict:
   sampler.eta = 0.04
   # Whether psi ends with the most probable tokens.
   sampler.greedy_tail = False
-  # Corrector steps of posterior and psi, for uniform and hybrid noise.
+  # Corrector steps of posterior, psi and edit, for uniform and hybrid noise.
   sampler.num_corrections = 0
   # Strength of the guidance towards the prompt, in [0, 1000], for two calls
   # instead of one; 0: off.

@@ -282,9 +282,14 @@ class Objective(abc.ABC):
 
 
 class ReverseRule(abc.ABC):
-  """A mixin of objectives whose noise samplers can reverse and add again."""
+  """A mixin of objectives whose noise samplers can reverse and add again.
+
+  Attributes:
+    starts_masked: whether `sample_prior` consists of masks.
+  """
 
   can_correct: bool
+  starts_masked: bool = True
 
   @abc.abstractmethod
   def sample_prior(self, keys: Array, length: int) -> Array:

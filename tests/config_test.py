@@ -40,6 +40,7 @@ FITS = {
   **dict.fromkeys(samplers.SAMPLERS, MASKED),
   'ar': ('ar',),
   'block': ('block',),
+  'edit': ('hybrid',),
   'renoise': REPLACING,
   **dict.fromkeys(('posterior', 'psi'), (*MASKED, *REPLACING, 'genmd4')),
 }

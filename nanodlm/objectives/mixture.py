@@ -151,6 +151,7 @@ class Uniform(MixtureNoise):
   schedule: schedules.Schedule = schedules.Linear()
 
   needs_time = True
+  starts_masked = False
 
   @property
   def process(self) -> processes.Uniform:

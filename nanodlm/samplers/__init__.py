@@ -9,6 +9,7 @@ confidence      margin, entropy, random: exact with one position per call.
                 at temperature 1.
 remask          cap, rescale, constant: exact as num_steps grows. conf, loop:
                 approximate.
+edit            Approximate.
 posterior       Exact as num_steps grows, for any noise.
 psi             As remask, for any noise.
 renoise         Approximate.
@@ -22,6 +23,7 @@ from nanodlm.samplers import (
   ar,
   block,
   confidence,
+  edit,
   first_hitting,
   fixed_count,
   posterior,
@@ -37,6 +39,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
   'ar': ar.LeftToRight,
   'block': block.Block,
   'confidence': confidence.Confidence,
+  'edit': edit.Edit,
   'first_hitting': first_hitting.FirstHitting,
   'fixed_count': fixed_count.FixedCount,
   'posterior': posterior.Posterior,

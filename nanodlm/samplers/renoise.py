@@ -23,10 +23,10 @@ class Renoise(Sampler):
 
       p(v | xt) ~ x_v q_t(xt_i | v),
 
-  where x is the network's prediction, given the other positions. In order of
-  entropy, it accepts as many as keep the sum of the entropies minus the largest
-  within a budget (EB-Sampler, arXiv 2505.24857), and at least a share (j + 1) /
-  T in call j. All others become the noise of t = 1 again, random tokens or
+  where x is the network's prediction, given the other positions. It accepts the
+  positions of least entropy, while the sum of their entropies minus the largest
+  is within a budget (EB-Sampler, arXiv 2505.24857), and at least a share (j +
+  1) / T of all in call j. The others become the noise of t = 1 again, random tokens or
   masks. Accepted tokens are not final: they are drawn again in the next call,
   whose time t is that at which the share of noise is expected. A row ends when
   everything is accepted; at its time, 0, the posterior would change nothing.
@@ -97,10 +97,9 @@ class Renoise(Sampler):
       entropy = -jnp.sum(jnp.exp(own) * own, axis=-1)
       order = jnp.argsort(jnp.where(free, entropy, jnp.inf), axis=1)
       budget = self.entropy_budget or DEFAULT_BUDGET
-      least = -(-num_free * (step + 1) // self.num_steps)
       count = confidence.num_within(entropy, order, budget)
-      rank = processes.inverse_permutation(order)
-      accepted = free & (rank < jnp.maximum(count, least))
+      count = jnp.maximum(count, -(-num_free * (step + 1) // self.num_steps))
+      accepted = free & (processes.inverse_permutation(order) < count)
       fresh = self.rule.sample_prior(noise_keys, length)
       # A row that has ended keeps its tokens.
       is_open = free & (noise > 0)[:, None]

@@ -24,6 +24,7 @@ from nanodlm.samplers.ancestral import Ancestral
 from nanodlm.samplers.ar import LeftToRight
 from nanodlm.samplers.block import Block
 from nanodlm.samplers.confidence import Confidence
+from nanodlm.samplers.edit import Edit
 from nanodlm.samplers.first_hitting import FirstHitting
 from nanodlm.samplers.fixed_count import FixedCount
 from nanodlm.samplers.guidance import Guided
@@ -84,6 +85,8 @@ CASES = {
   'confidence': Case(
     Confidence(DRAW, num_steps=LENGTH, score='random'), lambda n: (n, n)
   ),
+  # One mask per call, and tokens are final.
+  'edit': Case(Edit(DRAW, 1.01, 1.01), lambda n: (n, n)),
   'first_hitting': Case(FirstHitting(DRAW), lambda n: (n, n)),
   'fixed_count': Case(FixedCount(DRAW, num_steps=LENGTH), lambda n: (n, n)),
   'posterior': Case(Posterior(DRAW, 64, Masked(MASK)), lambda n: (64, 64)),
@@ -811,6 +814,62 @@ class RenoiseTest(parameterized.TestCase):
     self.assertEqual(samples.num_calls, 1)
 
 
+def edit_law(sampler, table, fixed):
+  """The law [27] of the texts by enumeration, and of the number of calls."""
+  free = [i for i in range(LENGTH) if not fixed[i]]
+  law, calls = np.zeros(len(TEXTS)), {}
+  # A state is the canvas, the corrections so far, and whether it is done.
+  start = tuple(MASK if i in free else 2 for i in range(LENGTH))
+  chain, call = {(start, 0): 1.0}, 0
+  while chain:
+    following, call = {}, call + 1
+    for (canvas, num_edits), weight in chain.items():
+      p = np.exp(toys.log_softmax(table[toys.canvas_index(np.array(canvas))]))
+      sure, masked = p.max(1), [i for i in free if canvas[i] == MASK]
+      surest = max(masked, key=lambda i: sure[i], default=None)
+      limits = [
+        sampler.threshold if i in masked else sampler.edit_threshold
+        for i in range(LENGTH)
+      ]
+      drawn = [i for i in free if sure[i] >= limits[i] or i == surest]
+      for values in itertools.product(range(VOCAB), repeat=len(drawn)):
+        new = list(canvas)
+        for i, v in zip(drawn, values):
+          new[i] = v
+        share = weight * np.prod([p[i, v] for i, v in zip(drawn, values)])
+        num = num_edits + (not masked)
+        is_done = MASK not in new and (
+          num >= sampler.num_corrections or tuple(new) == canvas
+        )
+        if is_done:
+          law[toys.text_index(np.array(new))] += share
+          calls[call] = calls.get(call, 0) + share
+        else:
+          state = tuple(new), num
+          following[state] = following.get(state, 0) + share
+    chain = following
+  return law, calls
+
+
+class EditTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (0.5, 1.01, 0, PROMPTS[0]),
+    (0.6, 0.5, 0, PROMPTS[0]),
+    (0.55, 0.6, 3, PROMPTS[1]),
+    (1e-9, 0.5, 2, PROMPTS[0]),
+  )
+  def test_follows_its_chain(self, threshold, edit_threshold, num, fixed):
+    table = toys.random_table(5)
+    sampler = Edit(DRAW, threshold, edit_threshold, num)
+    law, calls = edit_law(sampler, table, fixed)
+    np.testing.assert_allclose(law.sum(), 1, rtol=1e-5)
+    canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)))
+    network = toys.CachedTable(table)
+    samples = run(sampler, canvas, keys_of(NUM_ROWS), network)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+    self.assertEqual(samples.num_calls, max(calls))
+
+
 class LevelTest(parameterized.TestCase):
   """The noise level given to the network, which draws it as a token.
 
@@ -1348,6 +1407,8 @@ class ErrorsTest(parameterized.TestCase):
     (lambda: Remask(DRAW, 8, remask='all'), "sampler.remask='all'"),
     (lambda: Remask(DRAW, 8, eta=-0.1), 'sampler.eta=-0.1'),
     (lambda: Psi(DRAW, 8, Masked(MASK), remask='conf'), "remask='conf'"),
+    (lambda: Edit(DRAW, -1.0), 'sampler.threshold=-1.0'),
+    (lambda: Edit(DRAW, edit_threshold=-1.0), 'sampler.edit_threshold=-1.0'),
     (lambda: Renoise(DRAW, 0, Uniform(MASK)), 'sampler.num_steps=0'),
     (lambda: Renoise(DRAW, 8, Uniform(MASK), -1.0), 'entropy_budget=-1.0'),
     (lambda: Renoise(DRAW, 8, Uniform(MASK), heat=0.0), 'sampler.heat=0.0'),
