@@ -167,8 +167,8 @@ def get_config() -> config_dict.ConfigDict:
   sampler.edit_threshold = 0.5
   # For confidence (0: off) and renoise (0: 0.1), in nats per call.
   sampler.entropy_budget = 0.0
-  # Blocks from left to right, for confidence (0: the whole canvas at once) and
-  # prefix_cache (0: 32).
+  # Blocks from left to right, for confidence and edit (0: the whole canvas at
+  # once) and prefix_cache (0: 32).
   sampler.block_size = 0
   # Calls after which prefix_cache computes its cache again within a block; 0:
   # only for the next block.

@@ -42,15 +42,20 @@ class Edit(Sampler):
       mask.
     edit_threshold: for tokens. Above 1, tokens are final.
     num_corrections: maximum number of calls on a row without masks.
+    block_size: free positions per block, or 0 for one block. The masks of a
+      block are filled after those of the blocks to its left. Without blocks,
+      surely predicted ends of the text come first and make it short.
   """
 
   draw: Draw
   threshold: float = 0.0
   edit_threshold: float = 0.5
   num_corrections: int = 0
+  block_size: int = 0
 
   def __post_init__(self):
-    for key in ('threshold', 'edit_threshold', 'num_corrections'):
+    keys = ('threshold', 'edit_threshold', 'num_corrections', 'block_size')
+    for key in keys:
       if not getattr(self, key) >= 0:
         raise InputError(f'sampler.{key}={getattr(self, key)!r} must be >= 0')
 
@@ -69,6 +74,8 @@ class Edit(Sampler):
     free, mask_id = ~canvas.fixed, self.draw.mask_id
     positions = posterior.all_positions(canvas.tokens)
     num_free = jnp.maximum(jnp.sum(free, axis=1), 1)
+    length = canvas.tokens.shape[1]
+    block = (jnp.cumsum(free, axis=1) - 1) // (self.block_size or length)
 
     def step(state):
       tokens, is_open, num_edits, num_calls = state
@@ -78,13 +85,15 @@ class Edit(Sampler):
       level = jnp.maximum(level, posterior.CORRECTION_TIME)
       logits = denoise(tokens, level, positions)
       drawn = self.draw.sample(fold_in_each(keys, num_calls), logits)
+      current = jnp.min(jnp.where(masked, block, length), axis=1, keepdims=True)
+      is_next = masked & (block == current)
       sure = jnp.exp(jnp.max(categorical.log_prob(logits, mask_id), axis=-1))
-      surest = jnp.argmax(jnp.where(masked, sure, -1.0), axis=1)
+      surest = jnp.argmax(jnp.where(is_next, sure, -1.0), axis=1)
       is_filled = (sure >= (self.threshold or DEFAULT_THRESHOLD)) | (
         positions == surest[:, None]
       )
       is_edited = (sure >= self.edit_threshold) & (drawn != tokens)
-      change = jnp.where(masked, is_filled, is_edited & free)
+      change = (is_next & is_filled) | (free & ~masked & is_edited)
       change &= is_open[:, None]
       tokens = jnp.where(change, drawn, tokens)
       num_edits += ~jnp.any(masked, axis=1)

@@ -25,20 +25,20 @@ class Renoise(Sampler):
 
   where x is the network's prediction, given the other positions. It accepts the
   positions of least entropy, while the sum of their entropies minus the largest
-  is within a budget (EB-Sampler, arXiv 2505.24857), and at least a share (j +
-  1) / T of all in call j. The others become the noise of t = 1 again,
-  random tokens or masks. Accepted tokens are not final: they are drawn again in
-  the next call, whose time t is that at which the share of noise is expected. A
-  row ends when everything is accepted; at its time, 0, the posterior would
-  change nothing.
+  is within a budget (EB-Sampler, arXiv 2505.24857), and at least j of T parts
+  in call j. The others become the noise of t = 1 again, random tokens or masks.
+  Accepted tokens are not final: they are drawn again in the next call, whose
+  time t is that at which the share of noise is expected. A row ends when
+  everything is accepted; at its time, 0, the posterior would change nothing.
   Source: the sampler of DiffusionGemma (google-deepmind/gemma, `diffusion`).
 
   If positions were accepted by a coin of probability alpha_s instead, this
   would be `psi` with kappa = 0.
 
-  Differs from DiffusionGemma: the network knows the time; entropies are those
-  before `temperature`, top-k and top-p, as in `confidence`; the accepted share
-  has a lower bound, so that the last call accepts everything.
+  Differs from DiffusionGemma: the network knows the time, but not its previous
+  prediction; entropies are those before `temperature`, top-k and top-p, as in
+  `confidence`; the accepted share has a lower bound, so that the last call
+  accepts everything.
 
   Attributes:
     num_steps: T, maximum number of network calls.

@@ -826,12 +826,19 @@ def edit_law(sampler, table, fixed):
     for (canvas, num_edits), weight in chain.items():
       p = np.exp(toys.log_softmax(table[toys.canvas_index(np.array(canvas))]))
       sure, masked = p.max(1), [i for i in free if canvas[i] == MASK]
-      surest = max(masked, key=lambda i: sure[i], default=None)
+      size = sampler.block_size or LENGTH
+      open_masks = [
+        i
+        for i in masked
+        if free.index(i) // size == free.index(masked[0]) // size
+      ]
+      surest = max(open_masks, key=lambda i: sure[i], default=None)
       limits = [
         sampler.threshold if i in masked else sampler.edit_threshold
         for i in range(LENGTH)
       ]
       drawn = [i for i in free if sure[i] >= limits[i] or i == surest]
+      drawn = [i for i in drawn if i in open_masks or i not in masked]
       for values in itertools.product(range(VOCAB), repeat=len(drawn)):
         new = list(canvas)
         for i, v in zip(drawn, values):
@@ -853,14 +860,16 @@ def edit_law(sampler, table, fixed):
 
 class EditTest(parameterized.TestCase):
   @parameterized.parameters(
-    (0.5, 1.01, 0, PROMPTS[0]),
-    (0.6, 0.5, 0, PROMPTS[0]),
-    (0.55, 0.6, 3, PROMPTS[1]),
-    (1e-9, 0.5, 2, PROMPTS[0]),
+    ((0.5, 1.01, 0), PROMPTS[0]),
+    ((0.6, 0.5, 0), PROMPTS[0]),
+    ((0.55, 0.6, 3), PROMPTS[1]),
+    ((1e-9, 0.5, 2), PROMPTS[0]),
+    ((0.5, 0.5, 2, 2), PROMPTS[0]),
+    ((0.5, 0.5, 1, 1), PROMPTS[1]),
   )
-  def test_follows_its_chain(self, threshold, edit_threshold, num, fixed):
+  def test_follows_its_chain(self, settings, fixed):
     table = toys.random_table(5)
-    sampler = Edit(DRAW, threshold, edit_threshold, num)
+    sampler = Edit(DRAW, *settings)
     law, calls = edit_law(sampler, table, fixed)
     np.testing.assert_allclose(law.sum(), 1, rtol=1e-5)
     canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)))
@@ -1408,6 +1417,7 @@ class ErrorsTest(parameterized.TestCase):
     (lambda: Remask(DRAW, 8, eta=-0.1), 'sampler.eta=-0.1'),
     (lambda: Psi(DRAW, 8, Masked(MASK), remask='conf'), "remask='conf'"),
     (lambda: Edit(DRAW, -1.0), 'sampler.threshold=-1.0'),
+    (lambda: Edit(DRAW, block_size=-1), 'sampler.block_size=-1'),
     (lambda: Edit(DRAW, edit_threshold=-1.0), 'sampler.edit_threshold=-1.0'),
     (lambda: Renoise(DRAW, 0, Uniform(MASK)), 'sampler.num_steps=0'),
     (lambda: Renoise(DRAW, 8, Uniform(MASK), -1.0), 'entropy_budget=-1.0'),
