@@ -149,7 +149,7 @@ def get_config() -> config_dict.ConfigDict:
   config.sampler = sampler = config_dict.ConfigDict()
   # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |
   # 'first_hitting' | 'confidence' | 'remask' | 'prefix_cache' | 'posterior' |
-  # 'block' | 'ar'.
+  # 'psi' | 'renoise' | 'edit' | 'block' | 'ar'.
   sampler.name = 'auto'
   # Network calls, per block if there are blocks; 0 if confidence uses its
   # threshold or entropy_budget instead. ancestral and remask make up to 1.7
@@ -158,18 +158,25 @@ def get_config() -> config_dict.ConfigDict:
   # The schedule of ancestral and remask; see objective.schedule and power.
   sampler.schedule = 'linear'
   sampler.power = 2.0
-  # Times of ancestral, remask and posterior: 'uniform' | 'cosine' | a list
+  # Times of ancestral, remask, posterior and psi: 'uniform' | 'cosine' | a list
   # falling from 1 to 0, such as '1,0.5,0.2,0', which replaces num_steps.
   sampler.grid = 'uniform'
   # What confidence ranks positions by: 'max_prob' | 'margin' | 'entropy' |
   # 'random'.
   sampler.score = 'max_prob'
-  # For confidence, which reveals everything more probable; 0: off.
+  # For confidence (0: off) and edit (0: 0.7), which reveal everything more
+  # probable.
   sampler.threshold = 0.0
-  sampler.entropy_budget = 0.0  # For confidence, in nats per call; 0: off.
-  # Blocks from left to right, for confidence (0: the whole canvas at once) and
-  # prefix_cache (0: 32).
+  # For edit, which replaces tokens if others are more probable; above 1: off.
+  sampler.edit_threshold = 0.5
+  # For confidence (0: off) and renoise (0: 0.1), in nats per call.
+  sampler.entropy_budget = 0.0
+  # Blocks from left to right, for confidence and edit (0: the whole canvas at
+  # once) and prefix_cache (0: 32).
   sampler.block_size = 0
+  # Calls after which prefix_cache computes its cache again within a block; 0:
+  # only for the next block.
+  sampler.refresh_calls = 0
   # The sampler that fills a block, for block and prefix_cache.
   sampler.inner = 'fixed_count'
   sampler.cache = True  # Whether block and ar keep keys and values.
@@ -177,15 +184,22 @@ def get_config() -> config_dict.ConfigDict:
   # imported checkpoint, for which this is True) ends a sampled text. Responses
   # of models of pairs always end at it.
   sampler.stop_at_eos = False
-  # Strategy of remask: 'cap' | 'rescale' | 'conf' | 'loop'.
+  # Strategy of remask and psi: 'cap' | 'rescale' | 'loop' | 'constant' |
+  # 'conf' (remask only).
   sampler.remask = 'cap'
-  # Strength of remask, in [0, 1]; the paper uses 0.008, 0.015, 1 and 0.02.
+  # Strength of remask and psi, in [0, 1]; ReMDM's paper uses 0.008 with 'cap',
+  # 0.015 with 'rescale', 0.02 with 'loop' and 1 with 'conf'.
   sampler.eta = 0.04
-  # Corrector steps of posterior, for uniform and hybrid noise.
+  # Whether psi ends with the most probable tokens.
+  sampler.greedy_tail = False
+  # Corrector steps of posterior, psi and edit, for uniform and hybrid noise.
   sampler.num_corrections = 0
   # Strength of the guidance towards the prompt, in [0, 1000], for two calls
   # instead of one; 0: off.
   sampler.guidance = 0.0
+  # Factor of the temperature in the first call of renoise, in (0, 100]; it goes
+  # to 1 in the last one.
+  sampler.heat = 1.0
   sampler.temperature = 1.0  # In [0, 100]; 0: the most probable token.
   sampler.top_k = 0  # 0: all tokens.
   sampler.top_p = 1.0  # In [0, 1]; 0: the most probable token.

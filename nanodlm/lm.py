@@ -56,6 +56,11 @@ class Sample(NamedTuple):
   num_calls: int
   probabilities: np.ndarray
 
+  @property
+  def tokens_per_call(self) -> float:
+    """The tokens of this text that a network call filled, on average."""
+    return tokens_per_call(self.fixed, self.num_calls)
+
 
 class Bound(NamedTuple):
   """An upper bound on -log p(text), or its exact value.
@@ -404,6 +409,17 @@ def whole_batch(run: Run, x: np.ndarray) -> np.ndarray:
   """Pads x [n, ...] with zeros to a multiple of the mesh's batch shards."""
   shards = meshes.num_batch_shards(run.mesh)
   return pad_rows(x, -(-len(x) // shards) * shards)
+
+
+def tokens_per_call(fixed: np.ndarray, num_calls: float) -> float:
+  """Returns the tokens of a row that a call filled, on average; 0 without any.
+
+  Args:
+    fixed: [..., n] bool, the positions that were not filled.
+    num_calls: `Samples.num_calls`; all calls of the batch count for each row.
+  """
+  num_free = fixed.shape[-1] - float(np.mean(np.sum(fixed, axis=-1)))
+  return num_free / max(num_calls, 1)
 
 
 def make_fill(

@@ -258,6 +258,7 @@ def _line(
     'tokens': tokens.tolist(),
     'step': step,
     'num_calls': int(num_calls),
+    'tokens_per_call': lms.tokens_per_call(fixed, num_calls),
     'sampler': run.describe_sampler(),
     **verdict,
   }
@@ -286,7 +287,8 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs):
   num_filled = len(tokens) * int(np.sum(~fixed))
   print(
     f'--- filled {num_filled} of {tokens.size} tokens in {int(num_calls)} '
-    f'network calls, {secs:.1f} s with compilation',
+    f'network calls, {lms.tokens_per_call(fixed, num_calls):.2f} tokens of a '
+    f'text per call, {secs:.1f} s with compilation',
     flush=True,
   )
   if law:

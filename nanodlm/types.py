@@ -282,13 +282,26 @@ class Objective(abc.ABC):
 
 
 class ReverseRule(abc.ABC):
-  """A mixin of objectives whose noise `samplers.posterior` can reverse."""
+  """A mixin of objectives whose noise samplers can reverse and add again.
+
+  Attributes:
+    starts_masked: whether `sample_prior` consists of masks.
+  """
 
   can_correct: bool
+  starts_masked: bool = True
 
   @abc.abstractmethod
   def sample_prior(self, keys: Array, length: int) -> Array:
     """Draws the canvas at t = 1, pure noise: keys [B] -> [B, length] int32."""
+
+  @abc.abstractmethod
+  def noise_at(self, t: Array) -> Array:
+    """Returns P(a token is not kept until time t), 1 - alpha, as t."""
+
+  @abc.abstractmethod
+  def renoise(self, keys: Array, x0: Array, t: Array, where: Array) -> Array:
+    """Draws xt ~ q_t(. | x0) at positions `where` [B, L]; keys [B], t []."""
 
   def level_at(self, t: Array, free_share: Array) -> Array:
     """Returns the `level` [B] of `Denoise` at time t [].

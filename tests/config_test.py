@@ -35,12 +35,14 @@ def validate(**changes):
 
 
 # The objectives that each sampler can be used with.
-MASKED = ('masked', 'd3pm', 'sedd')
+MASKED, REPLACING = ('masked', 'd3pm', 'sedd'), ('hybrid', 'uniform')
 FITS = {
   **dict.fromkeys(samplers.SAMPLERS, MASKED),
   'ar': ('ar',),
   'block': ('block',),
-  'posterior': (*MASKED, 'genmd4', 'hybrid', 'uniform'),
+  'edit': ('hybrid',),
+  'renoise': REPLACING,
+  **dict.fromkeys(('posterior', 'psi'), (*MASKED, *REPLACING, 'genmd4')),
 }
 
 

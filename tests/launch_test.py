@@ -187,6 +187,7 @@ def test_eval_and_sample_need_only_the_workdir(finished):
   for sample in samples:
     assert bytes(sample['tokens'][:7]) == b'import '
     assert sample['num_calls'] == 8
+    assert sample['tokens_per_call'] == 52 / 8
     assert 257 not in sample['tokens']
     assert base.escape_controls(sample['text']) in output
 

@@ -49,6 +49,7 @@ def test_details(masked):
       assert sample.tokens.shape == sample.fixed.shape == (16,)
       assert sample.fixed.tolist() == [True] * 2 + [False] * 14
       assert sample.num_calls == num_calls
+      assert sample.tokens_per_call == 14 / num_calls
       assert sample.text == masked.tokenizer.decode(sample.tokens)
       known = sample.probabilities[~np.isnan(sample.probabilities)]
       assert np.isnan(sample.probabilities[:2]).all() and known.size

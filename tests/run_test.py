@@ -79,7 +79,8 @@ def test_calls_stay_below_what_a_sampler_states(name):
   config.data.length = config.sampler.length = length = 12
   config.model.update(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32)
   config.objective.block_size = 4
-  fits = {'ar': 'ar', 'block': 'block'}
+  fits = {'ar': 'ar', 'block': 'block', 'edit': 'hybrid', 'renoise': 'uniform'}
+  config.model.time_conditioning = name == 'renoise'
   config.objective.name = fits.get(name, 'masked')
   config.sampler.update({'name': name, 'num_steps': 5, **SAMPLERS[name]})
   run = runs.make_run(configs.make_settings(config)).with_vocabulary(9)

@@ -159,6 +159,7 @@ def sample_point(
   return {
     'sampler': settings,
     'num_calls': num_calls,
+    'tokens_per_call': lms.tokens_per_call(fixed, num_calls),
     'num_samples': request.num_samples,
     'length': length,
     'tokens_per_sec': tokens.size / secs,
@@ -215,6 +216,7 @@ def compare_run(
     point = {
       'sampler': {'name': name},
       'num_calls': None,
+      'tokens_per_call': None,
       'num_samples': len(real),
       'length': min(length, packed.length),
       'tokens_per_sec': None,
@@ -257,6 +259,7 @@ _POINT_COLUMNS = (
   ('samples of', 'workdir', ''),
   ('sampler', 'name', ''),
   ('calls', 'num_calls', '.0f'),
+  ('tokens/call', 'tokens_per_call', '.2f'),
   ('tokens/s', 'tokens_per_sec', ',.0f'),
 )
 _TEXT_COLUMNS = (

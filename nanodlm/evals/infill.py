@@ -105,7 +105,7 @@ def measure_infilling(
     For each pattern and ratio a dict: pattern; ratio; unit='token'; accuracy,
     of the masked tokens, and accuracy_ci95 (see `metrics.ratio_interval`);
     exact_match, the share of rows without an error; num_examples; num_tokens;
-    num_calls.
+    num_calls; tokens_per_call.
   """
   check_run(lm.run)
   settings = lm.run.settings.eval
@@ -131,6 +131,7 @@ def measure_infilling(
       'num_examples': int(np.sum(masked > 0)),
       'num_tokens': int(masked.sum()),
       'num_calls': num_calls,
+      'tokens_per_call': lms.tokens_per_call(~gaps, num_calls),
     }
 
 
@@ -294,6 +295,7 @@ def measure_words(
       'num_left_out': len(rows.tokens) - len(kept),
       'num_words': int(num.sum()),
       'num_calls': num_calls,
+      'tokens_per_call': lms.tokens_per_call(fixed, num_calls),
     }
 
 
@@ -313,8 +315,10 @@ def describe(result: Mapping[str, Any]) -> str:
   return (
     f'{text}, rows without error {result["exact_match"]:.4f} '
     f'({result[f"num_{unit}s"]} {unit}s of {result["num_examples"]} examples, '
-    + f'{left_out} left out, ' * bool(left_out)
-    + f'{result["num_calls"]:.0f} network calls)'
+    + f'{left_out} left out, '
+    * bool(left_out)
+    + f'{result["num_calls"]:.0f} network calls, '
+    f'{result["tokens_per_call"]:.2f} tokens per call)'
   )
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
 from nanodlm.noise import processes, times
 from nanodlm.types import InputError, Objective, ReverseRule
 
@@ -45,3 +47,7 @@ class Diffusion(ReverseRule, Objective):
 
   def sample_prior(self, keys, length):
     return self.process.sample_prior(keys, length)
+
+  def renoise(self, keys, x0, t, where):
+    noise = jnp.full(x0.shape, self.noise_at(t))
+    return self.process.corrupt(keys, noise, x0, where)

@@ -109,6 +109,13 @@ class GenMD4(diffusion.Diffusion):
     f = jax.lax.stop_gradient(loss).reshape(-1, 2)
     return jnp.sum((f[:, 0] - f[:, 1]) * (log_q[:, 0] - log_q[:, 1]))
 
+  def noise_at(self, t):
+    """Returns that of a token with w = 1."""
+    return t
+
+  def renoise(self, keys, x0, t, where):
+    return self.process.corrupt(keys, t ** self._rate(x0), x0, where)
+
   def reverse(self, logits, xt, s, t, draw):
     """Reveals v with probability x_v (alpha_v(s) - alpha_v(t)) / t^w_v."""
     x = jnp.exp(draw.log_prob(logits))

@@ -162,6 +162,9 @@ class MaskedNoise(diffusion.Diffusion):
     is_timeless = self.noise == 'count' and not uses_time
     return frozenset({'schedule'} if is_timeless else ())
 
+  def noise_at(self, t):
+    return self.schedule.noise(t)
+
   def level_at(self, t, free_share):
     return free_share * self.schedule.noise(t)
 

@@ -125,6 +125,13 @@ class MixtureNoise(diffusion.Diffusion):
       correct=correct.astype(jnp.float32),
     )
 
+  def noise_at(self, t):
+    return 1 - self.process.parts(t).alpha
+
+  def renoise(self, keys, x0, t, where):
+    t = jnp.full(x0.shape[0], t)
+    return self.process.corrupt(keys, self.process.parts(t), x0, where)
+
   def reverse(self, logits, xt, s, t, draw):
     p_x0 = jnp.exp(draw.log_prob(logits))
     return categorical.safe_log(self.process.posterior(xt, p_x0, s, t))
@@ -144,6 +151,7 @@ class Uniform(MixtureNoise):
   schedule: schedules.Schedule = schedules.Linear()
 
   needs_time = True
+  starts_masked = False
 
   @property
   def process(self) -> processes.Uniform:

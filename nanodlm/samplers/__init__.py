@@ -7,9 +7,12 @@ ancestral       Exact as num_steps grows.
 confidence      margin, entropy, random: exact with one position per call.
                 max_prob prefers probable texts and collapses to few words
                 at temperature 1.
-remask          cap, rescale: exact as num_steps grows. conf, loop:
+remask          cap, rescale, constant: exact as num_steps grows. conf, loop:
                 approximate.
+edit            Approximate.
 posterior       Exact as num_steps grows, for any noise.
+psi             As remask, for any noise.
+renoise         Approximate.
 block           As the inner sampler; finished blocks are cached exactly.
 prefix_cache    Approximate: keys and values outside the block are stale.
 ar              Exact, left to right, cached.
@@ -20,11 +23,14 @@ from nanodlm.samplers import (
   ar,
   block,
   confidence,
+  edit,
   first_hitting,
   fixed_count,
   posterior,
   prefix_cache,
+  psi,
   remask,
+  renoise,
 )
 from nanodlm.types import Sampler
 
@@ -33,9 +39,12 @@ SAMPLERS: dict[str, type[Sampler]] = {
   'ar': ar.LeftToRight,
   'block': block.Block,
   'confidence': confidence.Confidence,
+  'edit': edit.Edit,
   'first_hitting': first_hitting.FirstHitting,
   'fixed_count': fixed_count.FixedCount,
   'posterior': posterior.Posterior,
   'prefix_cache': prefix_cache.PrefixCache,
+  'psi': psi.Psi,
   'remask': remask.Remask,
+  'renoise': renoise.Renoise,
 }

@@ -157,14 +157,26 @@ class Confidence(base.MaskedSampler):
       num_open = jnp.sum(is_open, axis=1, keepdims=True)
       calls_left = jnp.maximum(calls_left, 1)[:, None]
       count = (num_open + calls_left - 1) // calls_left
-    else:
-      if self.threshold:
-        passes = is_open & (confidence >= self.threshold)
-      else:
-        # The excess never decreases, so a prefix of the order passes.
-        entropy = jnp.take_along_axis(entropy, order, axis=1)
-        excess = jnp.cumsum(entropy, axis=1) - jax.lax.cummax(entropy, axis=1)
-        passes = excess <= self.entropy_budget
+    elif self.threshold:
+      passes = is_open & (confidence >= self.threshold)
       count = jnp.maximum(jnp.sum(passes, axis=1, keepdims=True), 1)
+    else:
+      count = num_within(entropy, order, self.entropy_budget)
     rank = processes.inverse_permutation(order)
     return is_open & (rank < count)
+
+
+def num_within(
+  entropy: jax.Array, order: jax.Array, budget: float
+) -> jax.Array:
+  """Returns how many positions an entropy budget allows, [B, 1], at least 1.
+
+  Args:
+    entropy: [B, K], in nats.
+    order: [B, K], the positions in the order in which they are taken.
+    budget: limit of the sum of their entropies minus the largest.
+  """
+  # The excess never decreases, so a prefix of the order passes.
+  entropy = jnp.take_along_axis(entropy, order, axis=1)
+  excess = jnp.cumsum(entropy, axis=1) - jax.lax.cummax(entropy, axis=1)
+  return jnp.maximum(jnp.sum(excess <= budget, axis=1, keepdims=True), 1)

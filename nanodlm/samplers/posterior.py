@@ -61,14 +61,25 @@ class Posterior(Sampler):
     return isinstance(objective, ReverseRule) and not objective.block_size
 
   def max_calls(self, length: int) -> int:
-    num_steps = times.reverse_grid(self.num_steps, self.grid).size - 1
-    return num_steps + self.num_corrections
+    return self.times().size - 1 + self.num_corrections
 
   def unread_keys(self) -> frozenset[str]:
     return frozenset({'num_steps'} if times.is_listed(self.grid) else ())
 
   def with_rule(self, rule: ReverseRule) -> 'Posterior':
     return dataclasses.replace(self, rule=rule)
+
+  def times(self) -> jax.Array:
+    """Returns the times of the steps, [T + 1], from 1 to 0."""
+    return times.reverse_grid(self.num_steps, self.grid)
+
+  def draw_step(
+    self, keys: jax.Array, logits: jax.Array, xt: jax.Array, step: jax.Array
+  ) -> jax.Array:
+    """Draws a step's result [B, L]: keys [B], logits [B, L, V], xt [B, L]."""
+    t, s = self.times()[step], self.times()[step + 1]
+    log_p = self.rule.reverse(logits, xt, s, t, self.draw)
+    return jax.vmap(categorical.sample_categorical)(keys, log_p)
 
   def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
@@ -85,19 +96,17 @@ class Posterior(Sampler):
     return Samples(tokens=tokens, num_calls=num_steps + num_corrections)
 
   def _denoise(self, keys, tokens, fixed, denoise):
-    grid = times.reverse_grid(self.num_steps, self.grid)
+    grid = self.times()
     num_steps = grid.size - 1
-    positions = _all_positions(tokens)
+    positions = all_positions(tokens)
     free_share = jnp.mean(~fixed, axis=1)
 
     def body(state):
       step, tokens = state
-      t, s = grid[step], grid[step + 1]
-      logits = denoise(tokens, self.rule.level_at(t, free_share), positions)
-      log_p = self.rule.reverse(logits, tokens, s, t, self.draw)
-      drawn = jax.vmap(categorical.sample_categorical)(
-        reveal.fold_in_each(keys, step), log_p
-      )
+      level = self.rule.level_at(grid[step], free_share)
+      logits = denoise(tokens, level, positions)
+      step_keys = reveal.fold_in_each(keys, step)
+      drawn = self.draw_step(step_keys, logits, tokens, step)
       return step + 1, jnp.where(fixed, tokens, drawn)
 
     # A canvas without free positions takes no calls.
@@ -109,7 +118,7 @@ class Posterior(Sampler):
     return tokens, last - first
 
   def _correct(self, keys, tokens, fixed, denoise):
-    positions = _all_positions(tokens)
+    positions = all_positions(tokens)
     level = self.rule.level_at(
       jnp.float32(CORRECTION_TIME), jnp.mean(~fixed, axis=1)
     )
@@ -139,7 +148,8 @@ class Posterior(Sampler):
     return tokens, step
 
 
-def _all_positions(tokens):
+def all_positions(tokens: jax.Array) -> jax.Array:
+  """Returns the positions of all tokens [B, L], [B, L] int32."""
   return jnp.broadcast_to(
     jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape
   )

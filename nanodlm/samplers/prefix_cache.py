@@ -19,19 +19,24 @@ class PrefixCache(base.OuterSampler):
   APPROXIMATE: in a bidirectional model, every key and value depends on the
   whole canvas. Here the keys and values of prefix and masked suffix are
   computed once per block and reused while the tokens of the block change.
-  Source: Fast-dLLM, arXiv 2505.22618, "DualCache".
+  Source: Fast-dLLM, arXiv 2505.22618, "DualCache". With refresh_calls=1,
+  they are computed again before every call, and nothing is stale.
 
-  `num_calls` counts one call on the whole canvas per block with free positions,
-  and the calls of the inner sampler, which run the S tokens of a block.
+  `num_calls` counts the calls on the whole canvas that fill the cache, at least
+  one per block with free positions, and the calls of the inner sampler, which
+  run the S tokens of a block.
 
   Attributes:
     inner: the sampler of one block, [B, S]; its steps are per block.
     block_size: S; 0 selects DEFAULT_BLOCK_SIZE.
+    refresh_calls: number of calls within a block after which the cache is
+      computed again; 0: only for the next block.
   """
 
   inner: Sampler
   block_size: int
   mask_id: int
+  refresh_calls: int = 0
 
   needs_cache = True
 
@@ -41,6 +46,11 @@ class PrefixCache(base.OuterSampler):
         f'sampler.block_size={self.block_size!r} must be >= 0; 0 selects '
         f'{DEFAULT_BLOCK_SIZE}'
       )
+    if self.refresh_calls < 0:
+      raise InputError(
+        f'sampler.refresh_calls={self.refresh_calls!r} must be >= 0; 0: the '
+        'cache is computed once per block'
+      )
 
   @classmethod
   def fits(cls, objective: Objective) -> bool:
@@ -49,7 +59,12 @@ class PrefixCache(base.OuterSampler):
   def max_calls(self, length: int) -> int:
     size = min(self.block_size or DEFAULT_BLOCK_SIZE, length)
     num_blocks = -(-length // size) + 1  # The first may be partial.
-    return num_blocks * (self.inner.max_calls(size) + 1)
+    num_calls = self.inner.max_calls(size)
+    return num_blocks * (num_calls + self._num_fills(num_calls))
+
+  def _num_fills(self, num_calls):
+    """Returns how often a block of `num_calls` > 0 calls fills the cache."""
+    return -(-num_calls // self.refresh_calls) if self.refresh_calls else 1
 
   def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
@@ -65,19 +80,39 @@ class PrefixCache(base.OuterSampler):
       inside = (where >= start) & (where < start + size)
       has_work = sharding.on_any_device(jnp.any(cut(hidden, start)))
 
-      def fresh(cache):
-        return denoise.advance(
-          cache, tokens, 0, jnp.zeros((length,), bool), jnp.mean(hidden, axis=1)
-        )
+      def fresh(cache, tokens, level):
+        nothing = jnp.zeros((length,), bool)
+        return denoise.advance(cache, tokens, 0, nothing, level)
 
-      cache = jax.lax.cond(has_work, fresh, lambda cache: cache, cache)
+      level = jnp.mean(hidden, axis=1)
+      cache = jax.lax.cond(
+        has_work, fresh, lambda cache, *_: cache, cache, tokens, level
+      )
       elsewhere = jnp.sum(hidden & ~inside[None], axis=1)
+      # References, since the inner sampler carries no state between its calls.
+      if self.refresh_calls:
+        held = jax.tree.map(jax.new_ref, (cache, jnp.zeros_like(num_calls)))
+
+      def latest(part, level):
+        """Returns the cache, computed again if it is due."""
+        if not self.refresh_calls:
+          return cache
+        last, calls = jax.tree.map(lambda ref: ref[...], held)
+        whole = jax.lax.dynamic_update_slice_in_dim(tokens, part, start, axis=1)
+        is_due = (calls > 0) & (calls % self.refresh_calls == 0)
+        new = jax.lax.cond(
+          is_due, fresh, lambda cache, *_: cache, last, whole, level
+        )
+        leaves = jax.tree.leaves((new, calls + 1))
+        for ref, leaf in zip(jax.tree.leaves(held), leaves, strict=True):
+          ref[...] = leaf
+        return new
 
       def within(part, level, positions):
         # The network expects the share of masks in the whole row.
         level = (level * size + elsewhere) / length
         logits, _ = denoise.within(
-          cache, part, start, level, positions, ~inside
+          latest(part, level), part, start, level, positions, ~inside
         )
         return logits
 
@@ -86,7 +121,8 @@ class PrefixCache(base.OuterSampler):
       tokens = jax.lax.dynamic_update_slice_in_dim(
         tokens, samples.tokens, start, axis=1
       )
-      num_calls += has_work + samples.num_calls
+      num_calls += has_work * self._num_fills(samples.num_calls)
+      num_calls += samples.num_calls
       return tokens, hidden & ~inside[None], cache, num_calls
 
     tokens = jnp.where(canvas.fixed, canvas.tokens, self.mask_id)

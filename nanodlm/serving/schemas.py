@@ -80,6 +80,8 @@ class Sample(_Response):
   belongs to the first of them."""
   num_calls: int
   """Network calls for the batch of this sample."""
+  tokens_per_call: float
+  """Tokens of this sample that a call filled, on average."""
 
 
 class GenerateResponse(_Response):

@@ -276,6 +276,7 @@ class Service:
           'tokens': row.canvas.tolist(),
           'texts': self.tokenizer.spell(row.canvas),
           'num_calls': row.num_calls,
+          'tokens_per_call': lms.tokens_per_call(row.fixed, row.num_calls),
         }
         for row in rows
       ],

@@ -271,6 +271,9 @@ class EvalAndSampleTest(parameterized.TestCase):
       'confidence',
       'remask',
       'posterior',
+      'psi',
+      'edit',
+      'renoise',
       'prefix_cache',
       'block',
       'ar',
@@ -282,12 +285,17 @@ class EvalAndSampleTest(parameterized.TestCase):
     # Each row, and so each device, has another number of tokens to fill: loops
     # of different lengths would wait for each other forever.
     objective = name if name in OBJECTIVES else 'masked'
+    replacing = {'psi': 'uniform', 'renoise': 'uniform', 'edit': 'hybrid'}
+    objective = replacing.get(name, objective)
     draw = Draw(MASK)
     inner = samplers.SAMPLERS['fixed_count'](draw, 2)
     sampler = {
       'block': lambda cls: cls(inner, 4, MASK),
-      'prefix_cache': lambda cls: cls(inner, 4, MASK),
+      'prefix_cache': lambda cls: cls(inner, 4, MASK, refresh_calls=1),
       'posterior': lambda cls: cls(draw, 4, OBJECTIVES[objective]),
+      'edit': lambda cls: cls(draw, 0.2, 0.2, num_corrections=3),
+      'renoise': lambda cls: cls(draw, 4, OBJECTIVES['uniform']),
+      'psi': lambda cls: cls(draw, 4, OBJECTIVES['uniform'], greedy_tail=True),
       # At random, since on a blank canvas confidences are tied up to rounding.
       'confidence': lambda cls: cls(draw, 4, 'random'),
       'ar': lambda cls: cls(draw),

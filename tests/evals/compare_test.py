@@ -21,6 +21,7 @@ QUALITY = {
   'distinct_3',
   'num_calls',
   'sampler',
+  'tokens_per_call',
   'tokens_per_sec',
 }
 
@@ -109,6 +110,8 @@ def test_two_runs(runs, tmp_path, capsys):
   assert calls == [None, 2, 4]
   calls = [point['num_calls'] for point in ar['points']]
   assert calls == [None, workdirs.LENGTH]
+  per_call = [point['tokens_per_call'] for point in masked['points']]
+  assert per_call == [None, workdirs.LENGTH / 2, workdirs.LENGTH / 4]
   for point in masked['points'] + ar['points']:
     assert QUALITY <= set(point)
   # Both runs hold out the same text, which repeats itself.

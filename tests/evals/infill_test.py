@@ -49,6 +49,7 @@ def test_accuracy(tmp_path):
     assert abs(result['accuracy'] - 0.75) < 0.01
     assert 0.1 < result['accuracy_ci95'] < 0.3
     assert result['num_calls'] == 4
+    assert result['tokens_per_call'] == result['num_tokens'] / 20 / 4
   assert results[1]['num_tokens'] == 20 * 16 - 5
 
 

@@ -24,15 +24,18 @@ from nanodlm.samplers.ancestral import Ancestral
 from nanodlm.samplers.ar import LeftToRight
 from nanodlm.samplers.block import Block
 from nanodlm.samplers.confidence import Confidence
+from nanodlm.samplers.edit import Edit
 from nanodlm.samplers.first_hitting import FirstHitting
 from nanodlm.samplers.fixed_count import FixedCount
 from nanodlm.samplers.guidance import Guided
 from nanodlm.samplers.posterior import CORRECTION_TIME, Posterior
 from nanodlm.samplers.prefix_cache import PrefixCache
+from nanodlm.samplers.psi import Psi
 from nanodlm.samplers.remask import Remask
+from nanodlm.samplers.renoise import Renoise
 from nanodlm.types import Canvas, InputError
 from tests import toys
-from tests.toys import LENGTH, MASK, TEXTS
+from tests.toys import LENGTH, MASK, TEXTS, VOCAB
 
 DRAW = Draw(MASK)
 NUM_ROWS = 8_000
@@ -82,6 +85,8 @@ CASES = {
   'confidence': Case(
     Confidence(DRAW, num_steps=LENGTH, score='random'), lambda n: (n, n)
   ),
+  # One mask per call, and tokens are final.
+  'edit': Case(Edit(DRAW, 1.01, 1.01), lambda n: (n, n)),
   'first_hitting': Case(FirstHitting(DRAW), lambda n: (n, n)),
   'fixed_count': Case(FixedCount(DRAW, num_steps=LENGTH), lambda n: (n, n)),
   'posterior': Case(Posterior(DRAW, 64, Masked(MASK)), lambda n: (64, 64)),
@@ -89,8 +94,16 @@ CASES = {
   'prefix_cache': Case(
     PrefixCache(FixedCount(DRAW, 2), 2, MASK), lambda n: (n + 1, n + 2)
   ),
+  'psi': Case(
+    Psi(DRAW, 128, Masked(MASK), remask='cap', eta=0.01), lambda n: (128, 128)
+  ),
   'remask': Case(
     Remask(DRAW, num_steps=128, remask='cap', eta=0.01), lambda n: (n, n * 128)
+  ),
+  # Masks only: one token per call, which then is certain.
+  'renoise': Case(
+    Renoise(DRAW, LENGTH, Hybrid(MASK, p_uniform=0.0), entropy_budget=1e-9),
+    lambda n: (n, n),
   ),
 }
 ROWS = list(CASES.items())
@@ -377,15 +390,23 @@ RULES = {
 }
 
 
+def noise_law(rule, t):
+  """q_t(z | x0), [x0, z]."""
+  if isinstance(rule, GenMD4):
+    return toys.token_law(float(t) ** np.array(rule.rates))
+  if isinstance(rule, masking.MaskedNoise):
+    noise = float(rule.schedule.noise(jnp.float32(t)))
+    return toys.mixture_law(1 - noise, noise, 0.0)
+  parts = rule.process.parts(jnp.float32(t))
+  return toys.mixture_law(*(np.float64(x) for x in parts))
+
+
 def exact_tables(rule, grid, fixed=(False,) * LENGTH):
   """The exact denoiser at each time of a grid, [T, 64, L, V + 1]."""
+  table = toys.leave_one_out_table
   if isinstance(rule, GenMD4):
-    laws = [toys.token_law(float(t) ** np.array(rule.rates)) for t in grid]
-    return np.stack(
-      [toys.whole_posterior_table(JOINT, law, fixed) for law in laws]
-    )
-  laws = toys.mixture_law(*(np.float64(x) for x in rule.process.parts(grid)))
-  return np.stack([toys.leave_one_out_table(JOINT, law, fixed) for law in laws])
+    table = toys.whole_posterior_table
+  return np.stack([table(JOINT, noise_law(rule, t), fixed) for t in grid])
 
 
 def timed_denoiser(tables, grid):
@@ -399,8 +420,11 @@ def timed_denoiser(tables, grid):
   return denoise
 
 
-def posterior_chain(rule, t, tables, fixed):
-  """The law [27] of the chain over times t [T + 1], enumerated; prompt: 2."""
+def posterior_chain(rule, t, tables, fixed, fresh=None):
+  """The law [27] of the chain over times t [T + 1], enumerated; prompt: 2.
+
+  `fresh` [T] is the share of positions that a step draws from scratch.
+  """
   fixed = np.array(fixed)
   at_prompt = toys.CANVASES == 2
   if isinstance(rule, Uniform):
@@ -415,8 +439,14 @@ def posterior_chain(rule, t, tables, fixed):
     )
   )
   row, position = np.arange(64)[:, None, None], np.arange(LENGTH)[None, None]
-  for j, table in enumerate(tables):
+  fresh = np.zeros(len(tables)) if fresh is None else fresh
+  for j, (table, share) in enumerate(zip(tables, fresh)):
     q = np.asarray(reverse(jnp.asarray(table), t[j + 1], t[j]), np.float64)
+    if share:
+      clean = np.asarray(reverse(jnp.asarray(table), 0.0, t[j]), np.float64)
+      # Canvases that cannot be keep their masks.
+      again = clean @ [*noise_law(rule, t[j + 1]), np.eye(MASK + 1)[MASK]]
+      q = (1 - share) * q + share * again
     np.testing.assert_allclose(q.sum(-1), 1, rtol=1e-5)
     step = q[row, position, toys.CANVASES[None]]
     step = np.where(fixed, at_prompt[None], step)
@@ -595,6 +625,258 @@ class PosteriorTest(parameterized.TestCase):
           Posterior(DRAW, 4, rule, num_corrections=1)
     with self.assertRaisesRegex(InputError, 'sampler.num_corrections=-1'):
       Posterior(DRAW, 4, Hybrid(MASK), num_corrections=-1)
+
+
+class PsiTest(parameterized.TestCase):
+  @parameterized.named_parameters(RULES.items())
+  def test_a_step_keeps_the_marginals(self, rule):
+    # q_s(xs | x0) = sum_z q_t(z | x0) p(xs | z, x0), at every kappa.
+    reverse = jax.jit(lambda *args: jnp.exp(rule.reverse(*args, DRAW)))
+    z = jnp.arange(MASK + 1)[None]
+    for x0, (s, t) in itertools.product(
+      range(VOCAB), ((0.3, 0.8), (0.0, 0.4), (0.5, 0.5), (0.6, 1.0))
+    ):
+      x = np.append(np.eye(VOCAB)[x0], 0).clip(1e-30)
+      if isinstance(rule, ScoreEntropy):  # ratios to the mean
+        x[:MASK] *= VOCAB
+      logits = jnp.tile(jnp.log(jnp.float32(x)), (1, MASK + 1, 1))
+      to_s, to_0 = (
+        np.asarray(reverse(logits, z, jnp.float32(end), jnp.float32(t))[0])
+        for end in (s, 0)
+      )
+      before, after = noise_law(rule, t)[x0], noise_law(rule, s)[x0]
+      again = to_0[:, :MASK] @ noise_law(rule, s)
+      for kappa in (0.0, 0.3, 1.0):
+        step = kappa * to_s + (1 - kappa) * again
+        np.testing.assert_allclose(before @ step, after, atol=1e-5)
+
+  @parameterized.named_parameters(RULES.items())
+  def test_noise_has_its_law(self, rule):
+    x0 = jnp.tile(jnp.arange(VOCAB), (NUM_ROWS, 1))
+    where = jnp.tile(jnp.arange(NUM_ROWS)[:, None] % 4 > 0, (1, VOCAB))
+    for t in (0.4, 1.0):
+      xt = rule.renoise(keys_of(NUM_ROWS), x0, jnp.float32(t), where)
+      np.testing.assert_array_equal(xt[::4], x0[::4])
+      for v, law in enumerate(noise_law(rule, t)):
+        counts = np.bincount(xt[where[:, 0], v], minlength=MASK + 1)
+        self.assertGreater(toys.chi_square(counts, law), 1e-3)
+
+  @parameterized.parameters(
+    ('masked', 'cap', 0.2, PROMPTS[1]),
+    ('d3pm', 'rescale', 0.5, PROMPTS[0]),
+    ('sedd', 'constant', 1.0, PROMPTS[0]),
+    ('genmd4', 'constant', 0.7, PROMPTS[1]),
+    ('uniform', 'constant', 0.5, PROMPTS[1]),
+    ('uniform_cosine', 'cap', 0.4, PROMPTS[0]),
+    ('hybrid', 'rescale', 1.0, PROMPTS[0]),
+    ('hybrid', 'loop', 0.1, PROMPTS[1]),
+  )
+  def test_follows_its_chain(self, rule, kind, eta, fixed):
+    rule, num_steps = RULES[rule], 10 if kind == 'loop' else 3
+    sampler = Psi(DRAW, num_steps, rule, remask=kind, eta=eta)
+    t, fresh = sampler.times(), np.asarray(sampler.fresh_probs(), np.float64)
+    self.assertEqual((t[0], t[-1], fresh[-1]), (1, 0, 0))
+    self.assertBetween(fresh.max(), 0.19, 1.0)
+    if rule.can_correct or isinstance(rule, GenMD4):
+      tables = exact_tables(rule, t[:-1], fixed)
+    else:
+      tables = np.stack([toys.random_table(seed) for seed in range(num_steps)])
+    levels = rule.level_at(t[:-1], jnp.full(num_steps, 1 - np.mean(fixed)))
+    canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)))
+    denoise = timed_denoiser(tables, levels)
+    samples = jax.jit(lambda keys: sampler(keys, canvas, denoise))(
+      keys_of(NUM_ROWS)
+    )
+    law = posterior_chain(rule, t, tables, fixed, fresh)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+
+  @parameterized.parameters(
+    ('cap', 0.2, 4, 'linear'),
+    ('rescale', 0.4, 4, 'cosine'),
+    ('loop', 0.1, 10, 'sqrt'),
+    ('constant', 0.7, 4, 'linear'),
+    ('constant', 0.0, 3, 'cosine'),
+  )
+  def test_is_remask_for_masked_noise(self, kind, eta, num_steps, schedule):
+    schedule = schedules.make_schedule(schedule)
+    rule = Masked(MASK, schedule)
+    sampler = Psi(DRAW, num_steps, rule, remask=kind, eta=eta)
+    law = posterior_chain(
+      rule,
+      sampler.times(),
+      [SHARP] * num_steps,
+      PROMPTS[0],
+      np.asarray(sampler.fresh_probs(), np.float64),
+    )
+    twin = Remask(DRAW, num_steps, schedule, remask=kind, eta=eta)
+    np.testing.assert_allclose(law, remask_law(twin)[0], atol=2e-6)
+
+  @parameterized.parameters('uniform', 'hybrid', 'masked')
+  def test_greedy_tail(self, rule):
+    rule = RULES[rule]
+    sampler = Psi(DRAW, 3, rule, remask='constant', eta=0.5, greedy_tail=True)
+    t = sampler.times()
+    tables = exact_tables(rule, t[:-1])
+    levels = rule.level_at(t[:-1], jnp.ones(3))
+    denoise = timed_denoiser(tables.copy(), levels)
+    tokens = jax.jit(
+      lambda keys: sampler(keys, blank(NUM_ROWS), denoise).tokens
+    )(keys_of(NUM_ROWS))
+    best = np.argmax(tables[-1][..., :MASK], axis=-1)
+    tables[-1] = np.log(np.eye(MASK + 1)[best].clip(1e-30))
+    fresh = np.asarray(sampler.fresh_probs(), np.float64)
+    law = posterior_chain(rule, t, tables, PROMPTS[0], fresh)
+    self.assertGreater(toys.chi_square(histogram(tokens), law), 1e-3)
+
+
+def renoise_law(sampler, times_of, tables, fixed):
+  """The law [27] of the texts by enumeration, and of the number of calls."""
+  free = [i for i in range(LENGTH) if not fixed[i]]
+  is_uniform = isinstance(sampler.rule, Uniform)
+  noise = range(VOCAB) if is_uniform else [MASK]
+  law, calls = np.zeros(len(TEXTS)), np.zeros(sampler.num_steps + 1)
+  start = [noise if i in free else [2] for i in range(LENGTH)]
+  start = list(itertools.product(*start))
+  chain = {(canvas, len(free)): 1 / len(start) for canvas in start}
+  for call in range(sampler.num_steps):
+    following = {}
+    for (canvas, left), weight in chain.items():
+      x = np.exp(toys.log_softmax(tables[left][toys.canvas_index(canvas)]))
+      q = noise_law(sampler.rule, times_of[left])
+      p = x * q[:, list(canvas)].T
+      p /= p.sum(1, keepdims=True).clip(1e-300)
+      h = [-sum(v * np.log(v) for v in row if v > 0) for row in p]
+      order = sorted(free, key=lambda i: h[i])
+      least = int(np.ceil(len(free) * (call + 1) / sampler.num_steps))
+      within = [sum(h[i] for i in order[:k]) for k in range(len(order))]
+      num = sum(x <= sampler.entropy_budget for x in within)
+      taken = order[: max(num, least)]
+      choices = [
+        [(2, 1.0)]
+        if fixed[i]
+        else list(enumerate(p[i]))
+        if i in taken
+        else [(v, 1 / len(noise)) for v in noise]
+        for i in range(LENGTH)
+      ]
+      for choice in itertools.product(*choices):
+        values, shares = zip(*choice)
+        state = values, len(free) - len(taken)
+        following[state] = following.get(state, 0) + weight * np.prod(shares)
+    chain = {state: p for state, p in following.items() if state[1]}
+    done = {state: p for state, p in following.items() if not state[1]}
+    for (values, _), p in done.items():
+      law[toys.text_index(values)] += p
+    calls[call + 1] = sum(done.values())
+  return law, calls
+
+
+class RenoiseTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ('uniform', 3, 1e-9, PROMPTS[0]),
+    ('uniform', 3, 0.5, PROMPTS[1]),
+    ('uniform_cosine', 4, 0.8, PROMPTS[0]),
+    ('hybrid', 3, 0.7, PROMPTS[0]),
+  )
+  def test_follows_its_chain(self, rule, num_steps, budget, fixed):
+    rule = RULES[rule]
+    sampler = Renoise(DRAW, num_steps, rule, entropy_budget=budget)
+    num_free = LENGTH - sum(fixed)
+    shares = np.arange(num_free + 1) / num_free
+    t = np.interp(
+      shares, rule.noise_at(np.linspace(0, 1, 9999)), np.linspace(0, 1, 9999)
+    )
+    np.testing.assert_allclose(rule.noise_at(t), shares, atol=1e-4)
+    tables = exact_tables(rule, t, fixed)
+    law, calls = renoise_law(sampler, t, tables, fixed)
+    np.testing.assert_allclose(law.sum(), 1, rtol=1e-5)
+    canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)))
+    denoise = timed_denoiser(tables, t)
+    samples = jax.jit(lambda keys: sampler(keys, canvas, denoise))(
+      keys_of(NUM_ROWS)
+    )
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+    self.assertEqual(samples.num_calls, np.flatnonzero(calls)[-1])
+
+  def test_heat_and_a_budget_for_everything(self):
+    # In one call, the product of the marginals to the power 1 / heat.
+    sampler = Renoise(
+      DRAW, 4, Uniform(MASK), entropy_budget=LENGTH * np.log(3), heat=2.0
+    )
+    table = POSTERIOR.copy()
+    table[:] = POSTERIOR[-1]
+    network = toys.CachedTable(table)
+    samples = run(sampler, blank(NUM_ROWS), keys_of(NUM_ROWS), network)
+    law = np.sqrt(product_of_marginals())
+    self.assertGreater(
+      toys.chi_square(histogram(samples.tokens), law / law.sum()), 1e-3
+    )
+    self.assertEqual(samples.num_calls, 1)
+
+
+def edit_law(sampler, table, fixed):
+  """The law [27] of the texts by enumeration, and of the number of calls."""
+  free = [i for i in range(LENGTH) if not fixed[i]]
+  law, calls = np.zeros(len(TEXTS)), {}
+  # A state is the canvas, the corrections so far, and whether it is done.
+  start = tuple(MASK if i in free else 2 for i in range(LENGTH))
+  chain, call = {(start, 0): 1.0}, 0
+  while chain:
+    following, call = {}, call + 1
+    for (canvas, num_edits), weight in chain.items():
+      p = np.exp(toys.log_softmax(table[toys.canvas_index(np.array(canvas))]))
+      sure, masked = p.max(1), [i for i in free if canvas[i] == MASK]
+      size = sampler.block_size or LENGTH
+      open_masks = [
+        i
+        for i in masked
+        if free.index(i) // size == free.index(masked[0]) // size
+      ]
+      surest = max(open_masks, key=lambda i: sure[i], default=None)
+      limits = [
+        sampler.threshold if i in masked else sampler.edit_threshold
+        for i in range(LENGTH)
+      ]
+      drawn = [i for i in free if sure[i] >= limits[i] or i == surest]
+      drawn = [i for i in drawn if i in open_masks or i not in masked]
+      for values in itertools.product(range(VOCAB), repeat=len(drawn)):
+        new = list(canvas)
+        for i, v in zip(drawn, values):
+          new[i] = v
+        share = weight * np.prod([p[i, v] for i, v in zip(drawn, values)])
+        num = num_edits + (not masked)
+        is_done = MASK not in new and (
+          num >= sampler.num_corrections or tuple(new) == canvas
+        )
+        if is_done:
+          law[toys.text_index(np.array(new))] += share
+          calls[call] = calls.get(call, 0) + share
+        else:
+          state = tuple(new), num
+          following[state] = following.get(state, 0) + share
+    chain = following
+  return law, calls
+
+
+class EditTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((0.5, 1.01, 0), PROMPTS[0]),
+    ((0.6, 0.5, 0), PROMPTS[0]),
+    ((0.55, 0.6, 3), PROMPTS[1]),
+    ((1e-9, 0.5, 2), PROMPTS[0]),
+    ((0.5, 0.5, 2, 2), PROMPTS[0]),
+    ((0.5, 0.5, 1, 1), PROMPTS[1]),
+  )
+  def test_follows_its_chain(self, settings, fixed):
+    table = toys.random_table(5)
+    sampler = Edit(DRAW, *settings)
+    law, calls = edit_law(sampler, table, fixed)
+    np.testing.assert_allclose(law.sum(), 1, rtol=1e-5)
+    canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)))
+    network = toys.CachedTable(table)
+    samples = run(sampler, canvas, keys_of(NUM_ROWS), network)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+    self.assertEqual(samples.num_calls, max(calls))
 
 
 class LevelTest(parameterized.TestCase):
@@ -861,6 +1143,7 @@ def remask_law(sampler):
         'rescale': sampler.eta * sigma_max,
         'loop': min(sampler.eta, sigma_max) * is_held,
         'conf': 0.0,
+        'constant': sampler.eta * (1 - a_s),
       }[sampler.remask]
       reveal_prob = (a_s - (1 - sigma) * a_t) / (1 - a_t)
       mask_prob = (1 - a_s - sigma * a_t) / (1 - a_t)
@@ -906,6 +1189,7 @@ class RemaskTest(parameterized.TestCase):
     ('conf', 0.6, 3, 'linear', 'cosine'),
     ('loop', 0.1, 10, 'linear', 'uniform'),
     ('cap', 0.3, 1, 'linear', LISTED),
+    ('constant', 0.7, 3, 'linear', 'uniform'),
   )
   def test_follows_its_chain(self, kind, eta, num_steps, schedule, grid):
     sampler = Remask(
@@ -946,7 +1230,9 @@ class RemaskTest(parameterized.TestCase):
     self.assertEqual(distances, sorted(distances))
 
   @parameterized.product(
-    kind=['cap', 'rescale', 'loop'], grid=times.GRIDS, eta=[0.0, 0.04, 1.0]
+    kind=['cap', 'rescale', 'loop', 'constant'],
+    grid=times.GRIDS,
+    eta=[0.0, 0.04, 1.0],
   )
   def test_probabilities_keep_the_noise(self, kind, grid, eta):
     for schedule in sorted(schedules.SCHEDULES):
@@ -1129,6 +1415,14 @@ class ErrorsTest(parameterized.TestCase):
     (lambda: Remask(DRAW, 8, grid='log'), "sampler.grid='log'"),
     (lambda: Remask(DRAW, 8, remask='all'), "sampler.remask='all'"),
     (lambda: Remask(DRAW, 8, eta=-0.1), 'sampler.eta=-0.1'),
+    (lambda: Psi(DRAW, 8, Masked(MASK), remask='conf'), "remask='conf'"),
+    (lambda: Edit(DRAW, -1.0), 'sampler.threshold=-1.0'),
+    (lambda: Edit(DRAW, block_size=-1), 'sampler.block_size=-1'),
+    (lambda: Edit(DRAW, edit_threshold=-1.0), 'sampler.edit_threshold=-1.0'),
+    (lambda: Renoise(DRAW, 0, Uniform(MASK)), 'sampler.num_steps=0'),
+    (lambda: Renoise(DRAW, 8, Uniform(MASK), -1.0), 'entropy_budget=-1.0'),
+    (lambda: Renoise(DRAW, 8, Uniform(MASK), heat=0.0), 'sampler.heat=0.0'),
+    (lambda: Psi(DRAW, 8, Masked(MASK), eta=2.0), 'sampler.eta=2.0'),
     (lambda: Confidence(DRAW, 8, score='sure'), "sampler.score='sure'"),
     (lambda: Confidence(DRAW, -8), 'sampler.num_steps=-8'),
     (lambda: Confidence(DRAW, 8, block_size=-1), 'sampler.block_size=-1'),
@@ -1144,6 +1438,10 @@ class ErrorsTest(parameterized.TestCase):
     (
       lambda: Confidence(DRAW, 0, 'entropy', threshold=0.9),
       "threshold=0.9.*score='entropy'",
+    ),
+    (
+      lambda: PrefixCache(FirstHitting(DRAW), 2, MASK, -1),
+      'sampler.refresh_calls=-1',
     ),
     (lambda: Guided(FirstHitting(DRAW), -1.0, MASK), 'sampler.guidance=-1.0'),
   )

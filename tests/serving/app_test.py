@@ -56,6 +56,7 @@ def test_generates(running):
   }
   for one in answer['samples']:
     assert len(one['tokens']) == 16 and one['num_calls'] == 4
+    assert one['tokens_per_call'] == 13 / 4
     assert one['text'] == one['shown']
     for token, text in zip(one['tokens'], one['texts']):
       assert token >= 128 or text == chr(token)

@@ -12,7 +12,7 @@ from nanodlm.noise.categorical import Draw
 from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block
 from nanodlm.objectives.masked import Masked
-from nanodlm.objectives.mixture import Uniform
+from nanodlm.objectives.mixture import Hybrid, Uniform
 from nanodlm.samplers import SAMPLERS
 from nanodlm.samplers.guidance import Guided
 from nanodlm.show import watch
@@ -25,6 +25,7 @@ VOCAB, LENGTH, BATCH = 13, 8, 4
 MASK = VOCAB - 1
 DRAW = Draw(MASK)
 OBJECTIVES = {
+  'hybrid': Hybrid(MASK),
   'masked': Masked(MASK),
   'ar': Autoregressive(MASK),
   'block': Block(MASK, block_size=4),
@@ -39,6 +40,7 @@ CASES = {
   'block': ('block', SAMPLERS['block'](INNER, 4, MASK)),
   'block_without_cache': ('block', SAMPLERS['block'](INNER, 4, MASK, False)),
   'confidence': ('masked', SAMPLERS['confidence'](DRAW, 4, 'random')),
+  'edit': ('hybrid', SAMPLERS['edit'](DRAW, 0.3, 0.3, num_corrections=2)),
   'first_hitting': ('masked', SAMPLERS['first_hitting'](DRAW)),
   'fixed_count': ('masked', SAMPLERS['fixed_count'](DRAW, 4)),
   'guided': ('masked', Guided(SAMPLERS['fixed_count'](DRAW, 4), 0.5, MASK)),
@@ -47,6 +49,12 @@ CASES = {
     SAMPLERS['posterior'](DRAW, 6, OBJECTIVES['uniform'], num_corrections=2),
   ),
   'prefix_cache': ('masked', SAMPLERS['prefix_cache'](INNER, 4, MASK)),
+  'prefix_cache_refreshed': (
+    'masked',
+    SAMPLERS['prefix_cache'](INNER, 4, MASK, refresh_calls=1),
+  ),
+  'psi': ('uniform', SAMPLERS['psi'](DRAW, 6, OBJECTIVES['uniform'])),
+  'renoise': ('uniform', SAMPLERS['renoise'](DRAW, 6, OBJECTIVES['uniform'])),
   'remask': ('masked', SAMPLERS['remask'](DRAW, 6, remask='conf', eta=1.0)),
 }
 

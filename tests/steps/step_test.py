@@ -659,6 +659,54 @@ class SampleStepTest(parameterized.TestCase):
     np.testing.assert_array_equal(whole.tokens, sample(Plain()).tokens)
     self.assertLess(halves.tokens.max(), MASK)
 
+  @parameterized.parameters((0, 9), (1, 14), (2, 11))
+  def test_a_cache_that_is_refreshed_before_each_call_is_exact(
+    self, refresh_calls, num_calls
+  ):
+    # Three free positions in the first block, four in the second.
+    fixed = np.arange(LENGTH)[None] < np.full((BATCH, 1), 1)
+    canvas = Canvas(np.where(fixed, 3, MASK).astype(np.int32), fixed)
+    sampler = PrefixCache(
+      FixedCount(Draw(MASK), 4), LENGTH // 2, MASK, refresh_calls
+    )
+    params = jax.tree.map(lambda x: 5 * x, initial_params())
+
+    def sample(sampler, num_devices):
+      mesh = make_mesh(num_devices)
+      return host(
+        sample_steps.make_sample_step(scorer('count'), sampler, mesh)(
+          jax.device_put(params, meshes.replicated(mesh)),
+          jax.random.key(0),
+          meshes.shard_batch(mesh, canvas),
+        )
+      )
+
+    class Whole:
+      """A `CachedDenoise` that runs the whole canvas in each call."""
+
+      def __init__(self, denoise):
+        self.denoise, self.init_cache = denoise, jnp.asarray
+
+      def advance(self, cache, tokens, start, visible, level):
+        return tokens
+
+      def within(self, cache, tokens, start, level, positions, visible):
+        cache = jax.lax.dynamic_update_slice_in_dim(cache, tokens, start, 1)
+        return self.denoise(cache, level, start + positions), cache
+
+    class Uncached(Sampler):
+      """The sampler without the network's cache."""
+
+      fits = max_calls = None
+
+      def __call__(self, keys, canvas, denoise):
+        return sampler(keys, canvas, Whole(denoise))
+
+    cached, exact = sample(sampler, 8), sample(Uncached(), 1)
+    is_same = np.array_equal(cached.tokens, exact.tokens)
+    self.assertEqual(is_same, refresh_calls == 1)
+    self.assertEqual((cached.num_calls, exact.num_calls), (num_calls,) * 2)
+
   @parameterized.parameters(
     (
       'count',
