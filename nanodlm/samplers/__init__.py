@@ -13,6 +13,7 @@ posterior       Exact as num_steps grows, for any noise.
 block           As the inner sampler; finished blocks are cached exactly.
 prefix_cache    Approximate: keys and values outside the block are stale.
 ar              Exact, left to right, cached.
+speculate       As ar, exactly, for block models that are also autoregressive.
 """
 
 from nanodlm.samplers import (
@@ -25,6 +26,7 @@ from nanodlm.samplers import (
   posterior,
   prefix_cache,
   remask,
+  speculate,
 )
 from nanodlm.types import Sampler
 
@@ -38,4 +40,5 @@ SAMPLERS: dict[str, type[Sampler]] = {
   'posterior': posterior.Posterior,
   'prefix_cache': prefix_cache.PrefixCache,
   'remask': remask.Remask,
+  'speculate': speculate.Speculate,
 }

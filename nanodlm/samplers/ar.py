@@ -34,7 +34,7 @@ class LeftToRight(Sampler):
 
   @classmethod
   def fits(cls, objective: Objective) -> bool:
-    return objective.causal
+    return objective.autoregressive is not None
 
   @property
   def needs_cache(self) -> bool:  # pyright: ignore
@@ -44,6 +44,7 @@ class LeftToRight(Sampler):
     return length + self.cache  # One more call reads the prompt.
 
   def __call__(self, keys, canvas, denoise):
+    denoise = denoise.autoregressive
     free = ~canvas.fixed
     rank = jnp.cumsum(free, axis=1, dtype=jnp.int32) - 1
     if not self.cache:
