@@ -573,12 +573,15 @@ class Sampler(abc.ABC):
     is_final: whether revealed tokens never change.
     needs_cache: whether it uses a cache, which a network with
       model.shift_outputs=True does not support.
+    needs: the settings without which it does not fit, for errors; '' if the
+      name of the objective says it.
   """
 
   fills_blocks: bool = False
   can_be_guided: bool = False
   is_final: bool = False
   needs_cache: bool = False
+  needs: str = ''
 
   @classmethod
   @abc.abstractmethod

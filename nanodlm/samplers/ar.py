@@ -17,7 +17,8 @@ class LeftToRight(Sampler):
 
   A causal network does not see text to the right of the drawn position, so the
   free positions should be at the end of the canvas (`prompts.make_canvas`
-  refuses others).
+  refuses others). Block diffusion with objective.ar_weight > 0 has such a
+  network, too.
 
   Attributes:
     cache: whether to cache keys and values: one call reads the prompt, then
@@ -31,6 +32,7 @@ class LeftToRight(Sampler):
   eos_ids: tuple[int, ...] = ()
 
   is_final = True
+  needs = "objective.name='ar', or 'block' and objective.ar_weight > 0"
 
   @classmethod
   def fits(cls, objective: Objective) -> bool:

@@ -47,6 +47,7 @@ class Speculate(Sampler):
   eos_ids: tuple[int, ...] = ()
 
   needs_cache = True
+  needs = "objective.name='block' and objective.ar_weight > 0"
 
   def __post_init__(self):
     if self.block_size < 2:
