@@ -129,6 +129,9 @@ def get_config() -> config_dict.ConfigDict:
   # 'genmd4'.
   objective.name = 'masked'
   objective.block_size = 16  # Tokens per block of 'block'; divides data.length.
+  # Weight of an autoregressive loss of block's clean copy, >= 0; 0: off. The
+  # network also has an exact likelihood, and the samplers ar and speculate.
+  objective.ar_weight = 0.0
   # How noise levels are drawn: by 'count' (masked, block, sedd), or as
   # 'stratified' or 'uniform' times; 'auto' is the first of these that the
   # objective supports, and not 'count' if one of the next four keys, which
@@ -149,7 +152,7 @@ def get_config() -> config_dict.ConfigDict:
   config.sampler = sampler = config_dict.ConfigDict()
   # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |
   # 'first_hitting' | 'confidence' | 'remask' | 'prefix_cache' | 'posterior' |
-  # 'psi' | 'renoise' | 'edit' | 'block' | 'ar'.
+  # 'psi' | 'renoise' | 'edit' | 'block' | 'ar' | 'speculate'.
   sampler.name = 'auto'
   # Network calls, per block if there are blocks; 0 if confidence uses its
   # threshold or entropy_budget instead. ancestral and remask make up to 1.7

@@ -229,11 +229,17 @@ def describe(
       f'; {interval("excess_nats", ".2f")} nats/document above the truth '
       f'({value["law_nats"]:.1f})'
     )
+  further = ''.join(
+    f'; {key.removesuffix("_nll")}, exact: {interval(key)} nats/token'
+    for key in value
+    if key.endswith('_nll')
+  )
   return (
     f'{kind}{subset}: {interval("nll")} nats/token, perplexity '
     f'{value["ppl"]:.2f}, {interval("bits_per_byte")} bits/byte (95% '
     f'interval, {value["num_examples"]:.0f} examples{blocks})'
     + excess
+    + further
     + (text.describe() if text else '')
   )
 

@@ -246,6 +246,7 @@ def make_sampler(
       f'sampler.name={name!r} does not fit objective.name='
       f'{settings.objective["name"]!r}; allowed are '
       f'{fitting_samplers(objective)}'
+      + (cls.needs and f'. It needs {cls.needs}')
     )
   given: dict[str, Any] = {
     'mask_id': objective.mask_id,

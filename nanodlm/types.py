@@ -85,12 +85,13 @@ class Noised(NamedTuple):
     tokens: [B, L] int32, the network's input.
     t: [B] float32, the time given to a time-conditioned network.
     scored: [B, L] bool, positions with a term in the loss. Only these pass
-      through the output projection.
+      through the output projection. [2B, L] if the clean copy is scored, too:
+      its rows follow, here and in `level` and `fields`.
     level: [B, L] float32 in [0, 1], noise level for reports: the expected share
       of masked tokens for masked noise, the time for mixtures, else NaN.
     fields: pytree of [B, L] arrays, the inputs of `Objective.terms`.
-    clean: [B, L] int32 or None, the clean text if the network also reads it
-      (`Objective.block_size` > 0).
+    clean: [B, L] int32 or None, the clean copy if the network also reads one;
+      see `Objective.clean_input`.
   """
 
   tokens: Array
@@ -139,7 +140,8 @@ class Scores(NamedTuple):
     total: [] float32, the sum that training minimises; the only differentiable
       output.
     rows: sums over each scored row.
-    by_level: sums by noise level, for reports: {name: [NUM_LEVEL_BINS]}.
+    by_level: sums by noise level, for reports: {name: [NUM_LEVEL_BINS]}; and,
+      as NAME_nll [], the weighted nats of further values.
   """
 
   total: Array
@@ -162,6 +164,7 @@ class Score(Protocol):
     Args:
       noised: the noised rows.
       weight: [R, L] float32, factor of each position's loss; 0 if not eligible.
+        Like `noised.scored`, [2R, L] with the clean copy.
       of_rows: maps the weighted losses of the rows, [R], to the minimised value
         []; None is their sum.
       use_frozen: whether to use `TrainState.frozen`, without a gradient.
@@ -185,6 +188,9 @@ class Objective(abc.ABC):
     exact: whether `nll` is exact and free of noise, instead of a bound.
     block_size: number S of noisy tokens in a block, which sees itself and the
       clean blocks before it; 0 without blocks.
+    clean_shift: number of places by which clean tokens are delayed in the clean
+      copy: 1 if its positions, each of which sees those to its left, also
+      predict the text (`autoregressive`), else 0.
     group_size: number of consecutive rows of the global batch that share one
       draw of the noise level. Devices and micro-batches hold whole groups.
     needs_time: whether the network must be time-conditioned.
@@ -199,6 +205,7 @@ class Objective(abc.ABC):
   causal: bool = False
   exact: bool = False
   block_size: int = 0
+  clean_shift: int = 0
   group_size: int = 1
   needs_time: bool = False
   can_correct: bool = False
@@ -264,6 +271,18 @@ class Objective(abc.ABC):
   def network_input(self, tokens: Array) -> Array:
     """Converts a sampler's canvas [B, L] to the network's input [B, L]."""
     return tokens
+
+  def clean_input(self, tokens: Array) -> Array | None:
+    """Converts clean texts [B, L] to the network's clean copy; None: none."""
+    return None
+
+  @property
+  def autoregressive(self) -> 'Objective | None':
+    """The exact likelihood, from left to right, that the network also gives.
+
+    It is scored with `Network.autoregressive`. None if there is none.
+    """
+    return self if self.causal else None
 
   def network_time(self, level: Array) -> Array:
     """Converts a sampler's `level` [B] to the network's time [B]."""
@@ -407,12 +426,20 @@ class Network(abc.ABC):
       params: parameters from `gather`.
       tokens: [B, L] int32.
       t: [B] float32 in [0, 1].
-      clean: [B, L] int32, the clean text; block diffusion only.
+      clean: [B, L] int32, the clean copy; block diffusion only.
       segment_ids: [B, L] int32; attention is limited to a segment.
       dropout_keys: [B], one per example; None disables dropout.
       seen: [B, L, L] bool, the attention mask; None is the network's own.
-      positions: [N] int32 indices into B * L to return; None is all.
+      positions: [N] int32 indices into B * L to return, or into 2 * B * L with
+        the clean copy after the noisy one; None is all B * L.
     """
+
+  def autoregressive(self) -> 'Network':
+    """Returns the network, of the same parameters, of the clean copy alone.
+
+    It is that of `Objective.autoregressive`.
+    """
+    return self
 
   @abc.abstractmethod
   def kernel(self, params: Any) -> Any:
@@ -446,9 +473,10 @@ class Network(abc.ABC):
       params: parameters from `gather`.
       tokens: [B, S] int32, at positions start to start + S - 1.
       t: [B] float32.
-      start: [] int32, position of the first token.
+      start: [] int32, position of the first token; or [B], one for each row.
       cache: keys and values of C positions, start + S <= C.
-      visible: [C] bool, the cached positions that the tokens attend to.
+      visible: [C] bool, the cached positions that the tokens attend to; or
+        [B, C].
       positions: [N] int32 indices into B * S to return; None is all.
 
     Returns:
@@ -494,7 +522,17 @@ Denoise = Callable[[Array, Array, Array], Array]
 
 
 class CachedDenoise(Protocol):
-  """A `Denoise` that can also cache keys and values."""
+  """A `Denoise` that can also cache keys and values.
+
+  Attributes:
+    autoregressive: the network's own autoregressive law, if it has one
+      (`Objective.autoregressive`), with the same cache. The input at a position
+      is the token before it: `tokens` of `advance` and `within` are those from
+      `start` - 1 on, or mask_id before the text.
+  """
+
+  @property
+  def autoregressive(self) -> 'CachedDenoise': ...
 
   def __call__(self, tokens: Array, level: Array, positions: Array) -> Array:
     """Returns logits [B, K, V]; see `Denoise`."""
@@ -514,13 +552,14 @@ class CachedDenoise(Protocol):
     """Caches inputs [B, S] of the network at start .. start + S - 1.
 
     They attend to each other and to the cached positions in `visible` [C] bool.
+    Each row can have its own `start` [B] and `visible` [B, C].
     """
 
   def within(
     self,
     cache: Any,
     tokens: Array,
-    start: Array,
+    start: Array | int,
     level: Array,
     positions: Array,
     visible: Array,
@@ -547,12 +586,15 @@ class Sampler(abc.ABC):
     is_final: whether revealed tokens never change.
     needs_cache: whether it uses a cache, which a network with
       model.shift_outputs=True does not support.
+    needs: the settings without which it does not fit, for errors; '' if the
+      name of the objective says it.
   """
 
   fills_blocks: bool = False
   can_be_guided: bool = False
   is_final: bool = False
   needs_cache: bool = False
+  needs: str = ''
 
   @classmethod
   @abc.abstractmethod

@@ -43,6 +43,7 @@ FITS = {
   'edit': ('hybrid',),
   'renoise': REPLACING,
   **dict.fromkeys(('posterior', 'psi'), (*MASKED, *REPLACING, 'genmd4')),
+  'speculate': (),  # It needs objective.ar_weight.
 }
 
 
@@ -121,6 +122,20 @@ class ValidateTest(parameterized.TestCase):
           InputError, r'sampler\.name=.*does not fit'
         ):
           validate(**changes)
+
+  @parameterized.parameters('ar', 'block', 'speculate')
+  def test_samplers_of_blocks_with_an_autoregressive_loss(self, name):
+    changes = {'objective__name': 'block', 'objective__ar_weight': 0.5}
+    run = make_run(**changes, sampler__name=name)
+    self.assertIsInstance(run.sampler, samplers.SAMPLERS[name])
+    self.assertEqual(run.objective.autoregressive.mask_id, 1)
+    shape = run.network.config
+    self.assertEqual((shape.causal, shape.block_size), (True, 16))
+    if name != 'block':
+      with self.assertRaisesRegex(
+        InputError, rf"{name}'.*objective.name='block'.*objective.ar_weight > 0"
+      ):
+        validate(objective__name='block', sampler__name=name)
 
   @parameterized.parameters(
     *(name for name, cls in samplers.SAMPLERS.items() if cls.can_be_guided)

@@ -143,6 +143,9 @@ class CachedTable:
     self.table = jnp.asarray(table)
     self.block_size, self.causal = block_size, causal
 
+  def of(self, table):
+    return CachedTable(table, self.block_size, self.causal)
+
   def __call__(self, tokens, level, positions):
     del level
     if self.block_size:  # later blocks are not seen
@@ -154,6 +157,10 @@ class CachedTable:
   def _look_up(self, canvas, positions):
     rows = canvas_index(canvas[:, :LENGTH])[:, None]
     return self.table[rows, jnp.minimum(positions, LENGTH - 1)]
+
+  @property
+  def autoregressive(self):
+    return self
 
   def init_cache(self, tokens):
     return jnp.full_like(tokens, MASK)
@@ -174,6 +181,57 @@ class CachedTable:
       )
     logits = self._look_up(canvas, start + positions)
     return logits, self.advance(cache, tokens, start, visible)
+
+
+class DraftingTable(CachedTable):
+  """A block model that is also autoregressive, by two tables.
+
+  Its cache is the input of the autoregressive model, and rows can have their
+  own places in it.
+
+  Attributes:
+    table: of the autoregressive law.
+    drafts: of the block model.
+    is_draft: whether calls are of the block model.
+  """
+
+  def __init__(self, table, drafts, is_draft=True):
+    super().__init__(table)
+    self.drafts, self.is_draft = jnp.asarray(drafts), is_draft
+
+  def of(self, table):
+    return DraftingTable(table, self.drafts)
+
+  @property
+  def autoregressive(self):
+    return DraftingTable(self.table, self.drafts, is_draft=False)
+
+  def init_cache(self, tokens):
+    return jnp.pad(super().init_cache(tokens), ((0, 0), (0, 1)))
+
+  def _write(self, canvas, tokens, start):
+    start = jnp.full(len(tokens), start)
+    write = lambda row, x, i: jax.lax.dynamic_update_slice_in_dim(row, x, i, 0)
+    return jax.vmap(write)(canvas, tokens, start)
+
+  def advance(self, cache, tokens, start, visible, level=None):
+    del visible, level
+    return self._write(cache, tokens, start)
+
+  def within(self, cache, tokens, start, level, positions, visible):
+    del level
+    positions = jnp.full(len(tokens), start)[:, None] + positions
+    if self.is_draft:
+      canvas = jnp.where(visible, cache[:, 1:], MASK)
+      canvas = self._write(canvas, tokens, start)[:, None, :LENGTH]
+      table = self.drafts
+    else:
+      cache = self._write(cache, tokens, start)
+      seen = jnp.arange(LENGTH)[None, None] < positions[..., None]
+      canvas = jnp.where(seen, cache[:, None, 1 : LENGTH + 1], MASK)
+      table = self.table
+    logits = table[canvas_index(canvas), jnp.minimum(positions, LENGTH - 1)]
+    return logits, cache
 
 
 def chi_square(counts, expected):

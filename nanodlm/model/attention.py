@@ -149,6 +149,7 @@ def block_attention(
   v: jax.Array,
   *,
   block_size: int,
+  causal: bool = False,
   segment_ids: jax.Array | None = None,
   backend: str = 'auto',
   platform: str = '',
@@ -161,11 +162,17 @@ def block_attention(
   never a noisy one. Scores are 2 L^2 + L S numbers per head instead of the
   (2L)^2 of one masked sequence. Source: BD3-LM, arXiv 2503.09573, section 3.
 
+  With `causal`, the clean rows are the input of an autoregressive network, each
+  token one place later: a clean position sees itself and those to its left, and
+  a noisy one in the block that starts at b the clean positions 0 to b, which
+  hold a start symbol and the tokens before the block.
+
   Args:
     q: [2B, L, H, Dh], or [B, L, H, Dh] for the noisy rows only.
     k: [2B, L, K, Dh], K as in `attention`.
     v: [2B, L, K, Dh].
     block_size: S, divides L.
+    causal: whether the clean rows are causal.
     segment_ids: [2B, L] int32 or None, as in `attention`.
     backend: 'xla', 'pallas' (noisy and clean keys concatenated) or 'auto'.
     platform: as in `attention`.
@@ -176,7 +183,7 @@ def block_attention(
   k, v = _one_per_query(q, k, v)
   batch, length = k.shape[0] // 2, k.shape[1]
   if _choose(backend, platform, q, 2 * length, is_plain=False) == 'pallas':
-    return _block_kernel(q, k, v, block_size, segment_ids)
+    return _block_kernel(q, k, v, block_size, segment_ids, causal)
   num_blocks = length // block_size
   block = jnp.arange(length) // block_size
   q, k, v = _heads_first(q, k, v)
@@ -184,7 +191,13 @@ def block_attention(
   split = lambda x: x.reshape(*x.shape[:2], num_blocks, block_size, x.shape[-1])
   merge = lambda x: x.reshape(*x.shape[:2], length, x.shape[-1])
 
-  before = (block[None] < block[:, None])[None, None]
+  if causal:
+    where = jnp.arange(length)
+    before = where[None] <= (block * block_size)[:, None]
+    seen = where[None] <= where[:, None]
+  else:
+    before, seen = block[None] < block[:, None], block[None] <= block[:, None]
+  before, seen = before[None, None], seen[None, None]
   same_block = None
   if segment_ids is not None:
     ids = segment_ids[:batch]
@@ -199,7 +212,6 @@ def block_attention(
   own, context = jnp.split(weights, [block_size], axis=-1)
   out = merge(own @ split(noisy_v)) + merge(context) @ clean_v
   if q.shape[0] > batch:
-    seen = (block[None] <= block[:, None])[None, None]
     if segment_ids is not None:
       seen = seen & _same(segment_ids[batch:], segment_ids[batch:])
     clean = _weigh(_scores(q[batch:], clean_k, seen), clean_v)
@@ -207,13 +219,16 @@ def block_attention(
   return out.transpose(0, 2, 1, 3)
 
 
-def _block_kernel(q, k, v, block_size, segment_ids, interpret=False):
+def _block_kernel(
+  q, k, v, block_size, segment_ids, causal=False, interpret=False
+):
   """`block_attention` by the Pallas kernel."""
   batch = k.shape[0] // 2
   in_a_row = lambda x: jnp.concatenate([x[:batch], x[batch:]], axis=1)
 
   def kernel(kind, q, k, v, q_ids, k_ids):
-    pattern = pallas_attention.Pattern(kind, block_size)
+    size = 1 if causal and kind == 'causal' else block_size
+    pattern = pallas_attention.Pattern(kind, size, int(causal))
     return pallas_attention.attention(q, k, v, pattern, q_ids, k_ids, interpret)
 
   noisy_ids = clean_ids = row_ids = None
@@ -246,7 +261,8 @@ def cached_attention(
     v: [B, S, K, Dh], the tokens' own values.
     cached_k: [B, C, K, Dh].
     cached_v: [B, C, K, Dh].
-    visible: [C] bool, the cached positions that all of the tokens see.
+    visible: [C] bool, the cached positions that all of the tokens see; or
+      [B, C], those that the tokens of a row see.
     causal: whether, among its own, a token sees its predecessors only.
 
   Returns:
@@ -259,7 +275,7 @@ def cached_attention(
   q, k, v = _heads_first(q, k, v)
   cached_k, cached_v = (x.transpose(0, 2, 1, 3) for x in (cached_k, cached_v))
   own = _scores(q, k, own_seen)
-  context = _scores(q, cached_k, visible[None, None, None])
+  context = _scores(q, cached_k, jnp.atleast_2d(visible)[:, None, None])
   weights = softmax(jnp.concatenate([own, context], axis=-1)).astype(v.dtype)
   own, context = jnp.split(weights, [q.shape[2]], axis=-1)
   return (own @ v + context @ cached_v).transpose(0, 2, 1, 3)

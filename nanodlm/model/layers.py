@@ -23,19 +23,21 @@ TIME_PERIOD = 10_000.0
 def rotary_table(
   positions: jax.Array, head_dim: int, theta: float
 ) -> jax.Array:
-  """Tabulates cos and sin of the angles at [L] positions, [2, L, 1, Dh / 2].
+  """Tabulates cos and sin of the angles at positions, [2, 1, L, 1, Dh / 2].
+
+  The positions are [L], or [B, L] for a table [2, B, L, 1, Dh / 2].
 
   Source: RoFormer, arXiv 2104.09864, equation 34.
   """
   frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
-  angle = positions[:, None] * frequency[None]
-  return jnp.stack([jnp.cos(angle), jnp.sin(angle)])[:, :, None, :]
+  angle = jnp.atleast_2d(positions)[..., None] * frequency[None, None]
+  return jnp.stack([jnp.cos(angle), jnp.sin(angle)])[..., None, :]
 
 
 def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
   """Rotates x [B, L, H, Dh], whose two halves form the pairs, by position."""
   # In float32, since bfloat16 angles would be off by 0.4% at every distance.
-  cos, sin = table[:, None]
+  cos, sin = table
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1
@@ -170,8 +172,10 @@ class Heads(nn.Module):
     cfg, scale = self.config, None
     if cfg.qk_norm:
       scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-    if rotary is not None and attention.has_kernels(
-      cfg.attention, cfg.platform, x
+    if (
+      rotary is not None
+      and rotary.shape[1] == 1
+      and attention.has_kernels(cfg.attention, cfg.platform, x)
     ):
       return pallas_attention.rotate(x, scale, rotary, cfg.norm_eps)
     if scale is not None:

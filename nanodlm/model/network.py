@@ -57,7 +57,7 @@ class TransformerNetwork(Network):
     config = ModelConfig(
       **{key: value for key, value in section.items() if key in names},
       vocab_size=vocab_size,
-      causal=objective.causal,
+      causal=objective.autoregressive is not None,
       block_size=objective.block_size,
       platform=platform,
     )
@@ -106,6 +106,10 @@ class TransformerNetwork(Network):
   def hidden(self, params, tokens, t, **options) -> Hidden:
     states: Any = self.module.apply({'params': params}, tokens, t, **options)
     return Hidden(states)
+
+  def autoregressive(self) -> 'TransformerNetwork':
+    config = dataclasses.replace(self.config, block_size=0)
+    return dataclasses.replace(self, config=config)
 
   def kernel(self, params: Any) -> Any:
     return transformer.output_kernel(params)

@@ -55,10 +55,13 @@ class Pattern:
       of the noisy keys 0..L-1 those of its own block, of the clean keys L..2L-1
       those of earlier blocks.
     block_size: S; 1 for a causal text model.
+    shift: with 'noisy', the number of places by which clean tokens are delayed,
+      0 or 1; with 1, the first clean place of the own block is seen too.
   """
 
   kind: str
   block_size: int = 1
+  shift: int = 0
 
   def seen(
     self, keys: jax.Array, queries: jax.Array, num_keys: int
@@ -71,7 +74,12 @@ class Pattern:
       return _divide(keys, self.block_size) <= query_block
     half = num_keys // 2
     is_noisy = keys < half
-    block = _divide(jnp.where(is_noisy, keys, keys - half), self.block_size)
+    # With a shift, clean places count from one block later, to be >= 0.
+    later = self.block_size - self.shift if self.shift else 0
+    clean = keys - half + later
+    block = _divide(jnp.where(is_noisy, keys, clean), self.block_size)
+    if self.shift:
+      block = jnp.where(is_noisy, block, block - 1)
     # Twice the block, and odd for noisy keys.
     code = 2 * block + is_noisy.astype(jnp.int32)
     limit = 2 * query_block
@@ -355,7 +363,7 @@ def rotate(
   Args:
     x: [B, L, H, Dh] that `fits`.
     scale: [Dh] float32, or None for no norm.
-    table: [2, L, 1, Dh / 2], from `layers.rotary_table`.
+    table: [2, 1, L, 1, Dh / 2], from `layers.rotary_table`.
     eps: epsilon of the norm.
     interpret: as in `attention`.
 
@@ -365,7 +373,7 @@ def rotate(
   head_dim = x.shape[-1]
   setup = _Setup(Pattern('all'), head_dim, interpret)
   copies = setup.width // head_dim
-  cos, sin = table[:, :, 0]
+  cos, sin = table[:, 0, :, 0]
   tables = (
     jnp.tile(cos, (1, 2 * copies)),
     jnp.tile(jnp.concatenate([-sin, sin], -1), (1, copies)),

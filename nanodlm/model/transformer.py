@@ -60,7 +60,7 @@ class Context(NamedTuple):
     rotary: the result of `rotary_table`; None if positions are learned.
     segment_ids: [B, L] int32; a position attends within its segment.
     dropout_keys: [B], one per example.
-    visible: [C] bool, the cached positions that are seen.
+    visible: [C] or [B, C] bool, the cached positions that are seen.
     seen: [B, L, L] bool, the positions that each one sees, instead of those
       that the config says.
   """
@@ -167,13 +167,19 @@ class Block(nn.Module):
       own = k, v
       cached_k, cached_v = cached
       h = attention.cached_attention(
-        q, k, v, cached_k, cached_v, context.visible, causal=cfg.causal
+        q,
+        k,
+        v,
+        cached_k,
+        cached_v,
+        context.visible,
+        causal=cfg.causal and not cfg.block_size,
       )
     elif cfg.block_size:
-      if positions is not None:  # They are noisy rows of the last layer.
-        q = q[: batch // 2]
+      if positions is not None and not cfg.causal:
+        q = q[: batch // 2]  # Only noisy rows of the last layer are wanted.
       h = attention.block_attention(
-        q, k, v, block_size=cfg.block_size, **kernel
+        q, k, v, block_size=cfg.block_size, causal=cfg.causal, **kernel
       )
     else:
       h = attention.attention(
@@ -268,12 +274,13 @@ class Transformer(nn.Module):
     Args:
       tokens: [B, L] int32.
       t: [B] float32 in [0, 1]; required with time conditioning.
-      clean: [B, L] int32, the clean text, with `config.block_size` only.
+      clean: [B, L] int32, the clean copy, with `config.block_size` only.
       segment_ids: as in Context.
       dropout_keys: as in Context; None turns dropout off.
       seen: as in Context, for example from `opening_mask`.
       positions: [N] int32 indices into B * L of the rows wanted; None: all. The
-        last block computes its output for those only.
+        last block computes its output for those only. If the clean copy is
+        causal, its rows are B * L to 2 * B * L - 1.
 
     Returns:
       hidden [B, L, D], or [N, D] with `positions`, in the compute dtype.
@@ -318,9 +325,9 @@ class Transformer(nn.Module):
     Args:
       tokens: [B, S] int32.
       t: [B] float32; required with time conditioning.
-      start: [] int32, the position of the first token.
+      start: [] int32, the position of the first token; or [B].
       cache: keys and values of C positions, with start + S <= C.
-      visible: [C] bool, the cached positions that the tokens see.
+      visible: [C] bool, the cached positions that the tokens see; or [B, C].
       positions: [N] int32 indices into B * S of the rows wanted; None: all.
 
     Returns:
@@ -332,19 +339,31 @@ class Transformer(nn.Module):
         'model.shift_outputs=True reads outputs from before a block, which a '
         'cache of keys and values does not have'
       )
-    where = start + jnp.arange(tokens.shape[1])
+    start = jnp.asarray(start)
+    offset = jnp.expand_dims(jnp.arange(tokens.shape[1]), range(start.ndim))
+    where = start[..., None] + offset
     context = Context(visible=visible)
     hidden, own = self._layers(tokens, t, where, cache, context, positions)
 
-    def write(old, new):
+    def write(old, new, start):
       return jax.lax.dynamic_update_slice_in_dim(
         old, new.astype(old.dtype), start, axis=old.ndim - 3
       )
 
-    return hidden, jax.tree.map(write, cache, own)
+    def write_rows(old, new):
+      row = old.ndim - 4
+      return jax.vmap(write, (row, row, 0), row)(old, new, start)
+
+    one_start = functools.partial(write, start=start)
+    return hidden, jax.tree.map(
+      write_rows if start.ndim else one_start, cache, own
+    )
 
   def _layers(self, tokens, t, where, cache, context, positions):
-    """Returns hidden states of tokens at `where` [L], and their own Cache."""
+    """Returns hidden states of tokens at `where`, and their own Cache.
+
+    `where` is [L], or [B, L].
+    """
     cfg = self.config
     num_scanned = cfg.num_layers - 1
     x = self._embed(tokens, where)
@@ -381,7 +400,7 @@ class Transformer(nn.Module):
     return x, Cache(own, last)
 
   def _embed(self, tokens, where):
-    """Embeds tokens [B, L] at positions [L], [B, L, D]."""
+    """Embeds tokens [B, L] at positions [L] or [B, L], [B, L, D]."""
     # Rows are cast after the lookup, so that the gradients of a row, above all
     # of the mask's, are summed in float32.
     dtype = jnp.dtype(self.config.dtype)
@@ -397,7 +416,7 @@ class Transformer(nn.Module):
     if self.config.embedding_dim:
       rows = self.embedding_in(rows.astype(dtype))
     if self.config.num_positions:
-      rows = rows + self.position_embedding[where][None]
+      rows = rows + self.position_embedding[jnp.atleast_2d(where)]
     return rows.astype(dtype)
 
   def _make_apply(self, prevent_cse):

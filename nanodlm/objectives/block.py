@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical
-from nanodlm.objectives import masking
-from nanodlm.types import InputError, Noised
+from nanodlm.objectives import ar, masking
+from nanodlm.types import InputError, Noised, RowSums, Scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +24,31 @@ class Block(masking.MaskedNoise):
   Differs from the paper: the default noise is by count within each block. It
   reduces the variance without the clipped schedules of the paper.
 
+  With `ar_weight` > 0, the clean copy that the network reads anyway also
+  predicts the text from left to right, so that one network and one pass give
+  two models:
+
+      loss_i += ar_weight * -log p_ar(x0_i | x0_{<i})
+
+  The clean copy is then the input of `ar.Autoregressive`, with the same causal
+  attention: block-causal positions would see the token that they predict. The
+  exact likelihood of p_ar is reported as ar_nll, next to the bound. The bound
+  remains one, since a block still sees all clean tokens before it and none
+  other. But their keys and values depend on the tokens to their left only, not
+  on their whole block: the network is another one than with ar_weight=0, and in
+  sampling finished blocks are cached by the same causal pass. p_ar and the
+  block model are two models: neither likelihood bounds the other. Source:
+  Nemotron-Labs-Diffusion, arXiv 2607.05722; I-DLM, arXiv 2604.11035. Differs
+  from them: both terms are divided by the same number of tokens, and the first
+  token is predicted too, from a start symbol.
+
   Attributes:
     block_size: S, a divisor of the number of tokens of an example.
+    ar_weight: weight of the autoregressive loss; 0 is the paper's network.
   """
 
   block_size: int = 16
+  ar_weight: float = 0.0
 
   predicts_masked = False
   default_sampler = 'block'
@@ -37,6 +57,50 @@ class Block(masking.MaskedNoise):
     super().__post_init__()
     if self.block_size < 1:
       raise InputError(f'objective.block_size={self.block_size!r} must be >= 1')
+    if not 0 <= self.ar_weight < float('inf'):
+      raise InputError(
+        f'objective.ar_weight={self.ar_weight!r} must be >= 0 and finite'
+      )
+
+  @property
+  def clean_shift(self) -> int:
+    """One if the clean copy is autoregressive, else zero."""
+    return int(self.ar_weight > 0)
+
+  @property
+  def autoregressive(self) -> ar.Autoregressive | None:
+    """The objective of the clean copy, if it is trained."""
+    return ar.Autoregressive(self.mask_id) if self.ar_weight else None
+
+  def clean_input(self, tokens):
+    own = self.autoregressive
+    return tokens if own is None else own.network_input(tokens)
+
+  def loss(self, batch, levels, keys, score):
+    noised = self.corrupt(keys, levels, batch.tokens, batch.eligible)
+    weight = batch.eligible * batch.weight[:, None]
+    if not self.ar_weight:
+      return score(noised, weight)
+    eligible = jnp.asarray(batch.eligible)
+    join = lambda *copies: jnp.concatenate(copies)
+    both = noised._replace(
+      scored=join(noised.scored, eligible),
+      level=join(noised.level, jnp.full(eligible.shape, jnp.nan)),
+      fields={
+        'target': join(batch.tokens, batch.tokens),
+        'scale': join(noised.fields['scale'], self.ar_weight * eligible),
+      },
+    )
+    scores = score(both, join(weight, weight))
+    bound, exact = (
+      RowSums(*(x.reshape(2, -1)[i] for x in scores.rows)) for i in range(2)
+    )
+    ar_nll = jnp.sum(exact.nll) / self.ar_weight
+    return Scores(
+      scores.total,
+      bound._replace(loss=bound.loss + exact.loss),
+      {**scores.by_level, 'ar_nll': ar_nll},
+    )
 
   def num_blocks(self, length: int) -> int:
     """Returns the number of blocks in a row of `length` tokens.
@@ -105,7 +169,7 @@ class Block(masking.MaskedNoise):
       scored=join(noised.scored),
       level=join(noised.level),
       fields=jax.tree.map(join, noised.fields),
-      clean=x0,
+      clean=self.clean_input(x0),
     )
 
   def terms(self, logits, fields, vocab=categorical.WHOLE):

@@ -16,6 +16,7 @@ renoise         Approximate.
 block           As the inner sampler; finished blocks are cached exactly.
 prefix_cache    Approximate: keys and values outside the block are stale.
 ar              Exact, left to right, cached.
+speculate       As ar, exactly, for block models that are also autoregressive.
 """
 
 from nanodlm.samplers import (
@@ -31,6 +32,7 @@ from nanodlm.samplers import (
   psi,
   remask,
   renoise,
+  speculate,
 )
 from nanodlm.types import Sampler
 
@@ -47,4 +49,5 @@ SAMPLERS: dict[str, type[Sampler]] = {
   'psi': psi.Psi,
   'remask': remask.Remask,
   'renoise': renoise.Renoise,
+  'speculate': speculate.Speculate,
 }

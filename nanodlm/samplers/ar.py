@@ -17,7 +17,8 @@ class LeftToRight(Sampler):
 
   A causal network does not see text to the right of the drawn position, so the
   free positions should be at the end of the canvas (`prompts.make_canvas`
-  refuses others).
+  refuses others). Block diffusion with objective.ar_weight > 0 has such a
+  network, too.
 
   Attributes:
     cache: whether to cache keys and values: one call reads the prompt, then
@@ -31,10 +32,11 @@ class LeftToRight(Sampler):
   eos_ids: tuple[int, ...] = ()
 
   is_final = True
+  needs = "objective.name='ar', or 'block' and objective.ar_weight > 0"
 
   @classmethod
   def fits(cls, objective: Objective) -> bool:
-    return objective.causal
+    return objective.autoregressive is not None
 
   @property
   def needs_cache(self) -> bool:  # pyright: ignore
@@ -44,6 +46,7 @@ class LeftToRight(Sampler):
     return length + self.cache  # One more call reads the prompt.
 
   def __call__(self, keys, canvas, denoise):
+    denoise = denoise.autoregressive
     free = ~canvas.fixed
     rank = jnp.cumsum(free, axis=1, dtype=jnp.int32) - 1
     if not self.cache:

@@ -447,13 +447,14 @@ class Engine:
   def _watch(self, event: Any) -> bool:
     """Shows each row its part of a `watch.Asked`; see `watch.Watch`."""
     rows = self._current
-    for row, tokens in zip(rows[event.first_row :], event.tokens):
+    shown = zip(rows[event.first_row :], event.tokens, event.start)
+    for row, tokens, start in shown:
       if row.is_cancelled:
         continue
       canvas = row.canvas
-      if event.start < len(canvas):
+      if start < len(canvas):
         canvas = canvas.copy()
-        watch.paste(canvas, tokens, event.start)
+        watch.paste(canvas, tokens, start)
       num_made, row.num_asked = row.num_asked, row.num_asked + event.num_calls
       row.change(frame=(num_made, canvas))
     is_unwanted = bool(rows) and all(row.is_cancelled for row in rows)

@@ -120,8 +120,8 @@ class Display:
     if isinstance(event, watch.Asked):
       self._first_call = self._first_call or time.monotonic()
       rows = self._canvases[event.first_row :]  # Without padding of the batch.
-      for canvas, tokens in zip(rows, event.tokens):
-        canvas.see(tokens, event.start)
+      for canvas, tokens, start in zip(rows, event.tokens, event.start):
+        canvas.see(tokens, start)
     return True
 
   def run(

@@ -27,8 +27,8 @@ class Asked(NamedTuple):
 
   Attributes:
     first_row: index in the batch of the first of these rows.
-    start: canvas position of tokens[:, 0]; AHEAD if that is the token which an
-      autoregressive network reads before the text.
+    start: [B] int32, canvas positions of tokens[:, 0]; AHEAD if that is the
+      token which an autoregressive network reads before the text.
     tokens: [B, S] int32, the part of the canvas that is the network's input.
     positions: [B, K] int32, canvas positions whose output is needed; K = 0 if
       the call only fills the cache.
@@ -36,7 +36,7 @@ class Asked(NamedTuple):
   """
 
   first_row: int
-  start: int
+  start: np.ndarray
   tokens: np.ndarray
   positions: np.ndarray
   num_calls: int = 1
@@ -106,6 +106,12 @@ class Watched:
     self._answer(logits, positions)
     return logits
 
+  @property
+  def autoregressive(self) -> 'Watched':
+    return dataclasses.replace(
+      self, denoise=self.denoise.autoregressive, shift=-AHEAD
+    )
+
   def init_cache(self, tokens):
     return self.denoise.init_cache(tokens)
 
@@ -118,7 +124,7 @@ class Watched:
     ask = lambda: self.denoise.within(
       cache, tokens, start, level, positions, visible
     )
-    asked = start + positions
+    asked = jnp.full(tokens.shape[:1], start)[:, None] + positions
     out = self._ask(ask, tokens, start - self.shift, asked)
     self._answer(out[0], asked)
     return out
@@ -134,7 +140,7 @@ class Watched:
   def _ask(self, ask, tokens, start, positions):
     """Returns ask(), or zeros once the host has stopped the sampler."""
     rows = slice(self.num_rows)
-    start = jnp.asarray(start, jnp.int32)
+    start = jnp.full(tokens.shape[:1], start, jnp.int32)[rows]
     num_calls = jnp.int32(tokens.shape[0] // self.num_rows)
     go_on = self._call(Asked, start, tokens[rows], positions[rows], num_calls)
     return jax.lax.cond(go_on > 0, ask, lambda: sharding.zeros_like(ask))
@@ -196,7 +202,7 @@ class Recorder:
     for i, positions in enumerate(event.positions):
       row = event.first_row + i
       if isinstance(event, Asked):
-        paste(self._canvas[row], event.tokens[i], event.start)
+        paste(self._canvas[row], event.tokens[i], event.start[i])
         self._frames[row].append(self._canvas[row].copy())
         self._answers[row].append(None)
       else:

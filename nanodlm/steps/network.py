@@ -45,6 +45,14 @@ class Scorer:
     """How the parameters are split over devices."""
     return self.network.shards
 
+  def others(self) -> dict[str, 'Scorer']:
+    """Returns what scores further exact values of the network, by name."""
+    own = self.objective.autoregressive
+    if own is None or self.objective.exact:
+      return {}
+    network = self.network.autoregressive()
+    return {'ar': dataclasses.replace(self, network=network, objective=own)}
+
   def init_params(self, key: jax.Array) -> Any:
     """Draws the initial parameters, unsplit."""
     return states.init_params(self.network, self.objective, key)
@@ -77,7 +85,7 @@ class Scorer:
       use_frozen: bool = False,
     ) -> Scores:
       def repeat(x):
-        num = len(weight) // len(x)
+        num = len(noised.tokens) // len(x)
         return x if num == 1 else jnp.repeat(x, num, axis=0)
 
       options: Any = jax.tree.map(repeat, given)
@@ -91,10 +99,12 @@ class Scorer:
   def _score(
     self, params, noised, weight, of_rows, segment_ids, dropout_keys, seen
   ) -> Scores:
-    batch, length = noised.scored.shape
+    num_rows, length = noised.tokens.shape
+    batch = len(noised.scored)  # Twice num_rows if the clean copy is scored.
     flat = lambda x: x.reshape(-1)
-    capacity = self.objective.max_scored(batch, length)
-    if capacity < batch * length:
+    capacity = self.objective.max_scored(num_rows, length)
+    capacity += (batch - num_rows) * length
+    if capacity != num_rows * length:
       positions, is_real = losses.gather_scored(noised.scored, capacity)
       take = lambda x: flat(x)[positions]
       row = positions // length
@@ -204,25 +214,48 @@ class Denoiser:
       self.params,
       self.objective.network_input(tokens),
       self.objective.network_time(level),
-      clean=tokens if self.objective.block_size else None,
+      clean=self.objective.clean_input(tokens),
       segment_ids=segment_ids,
       positions=_flat(positions, tokens.shape[1]),
     )
     return self._logits(hidden.states, positions)
+
+  @property
+  def autoregressive(self) -> 'Denoiser':
+    network, own = self.network.autoregressive(), self.objective.autoregressive
+    return dataclasses.replace(self, network=network, objective=own)  # pyright: ignore
 
   def init_cache(self, tokens):
     cache = self.network.init_cache(*tokens.shape)
     # Loops under shard_map require a cache that varies over devices as the
     # tokens and heads do.
     zero = sharding.split(jnp.zeros_like(tokens[0, 0]), self.network.shards)
-    return jax.tree.map(lambda x: x + zero.astype(x.dtype), cache)
+    cache = jax.tree.map(lambda x: x + zero.astype(x.dtype), cache)
+    if self.objective.clean_shift:  # The start symbol is before the text.
+      start = jnp.full_like(tokens[:, :1], self.objective.mask_id)
+      nothing = jnp.zeros(tokens.shape[1], bool)
+      cache = self.autoregressive.advance(cache, start, 0, nothing)
+    return cache
+
+  def _places(self, visible):
+    """Converts clean tokens to their places in the cache, [..., C] bool."""
+    shift = self.objective.clean_shift
+    first, rest = (
+      visible[..., :shift],
+      visible[..., : visible.shape[-1] - shift],
+    )
+    return jnp.concatenate([jnp.ones_like(first), rest], axis=-1)
 
   def advance(self, cache, tokens, start, visible, level=None):
+    if self.objective.clean_shift:
+      start, visible = start + 1, self._places(visible)
+      return self.autoregressive.advance(cache, tokens, start, visible)
     return self._advance(cache, tokens, start, visible, level, None)[1]
 
   def within(self, cache, tokens, start, level, positions, visible):
+    wanted = _flat(positions, tokens.shape[1])
     states, cache = self._advance(
-      cache, tokens, start, visible, level, _flat(positions, tokens.shape[1])
+      cache, tokens, start, self._places(visible), level, wanted
     )
     return self._logits(states, positions), cache
 

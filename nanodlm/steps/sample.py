@@ -54,13 +54,8 @@ def _sample(
     scorer.network, objective, scorer.network.gather(params), segment_ids
   )
   if view is not None:
-    denoise = watch.Watched(
-      denoise,
-      view,
-      num_rows,
-      network.row_index(num_rows)[0],
-      shift=-watch.AHEAD if objective.causal else 0,
-    )
+    first_row = network.row_index(num_rows)[0]
+    denoise = watch.Watched(denoise, view, num_rows, first_row)
   samples = sampler.with_rule(network.bind(objective, params))(
     keys, canvas, denoise
   )

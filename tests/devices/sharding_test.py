@@ -35,6 +35,7 @@ OBJECTIVES = {
   'masked': masked.Masked(MASK),
   'hybrid': mixture.Hybrid(MASK),
   'block': block.Block(MASK, block_size=4),
+  'block_ar': block.Block(MASK, block_size=4, ar_weight=0.5),
   'ar': ar.Autoregressive(MASK),
   'd3pm': d3pm.D3PM(MASK),
   'genmd4': genmd4.GenMD4(MASK),
@@ -60,7 +61,7 @@ def make_network(name, shape, **changes):
         mlp_dim=64,
         mlp='swiglu',
         qk_norm=True,
-        causal=objective.causal,
+        causal=objective.autoregressive is not None,
         block_size=objective.block_size,
         time_conditioning=name == 'hybrid',
         tie_embeddings=name != 'ar',
@@ -183,6 +184,7 @@ class TrainTest(parameterized.TestCase):
     ('masked', (2, 2, 1), 2, 'dots', True),
     ('hybrid', (1, 4, 1), 2, 'dots', False),
     ('block', (2, 2, 2), 1, 'full', True),
+    ('block_ar', (2, 2, 2), 2, 'none', False),
     ('ar', (1, 2, 4), 2, 'full', False),
   )
   def test_is_the_same_with_remat_and_microbatches(
@@ -244,7 +246,8 @@ class TrainTest(parameterized.TestCase):
 
 class EvalAndSampleTest(parameterized.TestCase):
   @parameterized.product(
-    name=('masked', 'hybrid', 'block', 'ar'), shape=((1, 8, 1), (2, 2, 2))
+    name=('masked', 'hybrid', 'block', 'block_ar', 'ar'),
+    shape=((1, 8, 1), (2, 2, 2)),
   )
   def test_evaluation_is_the_same(self, name, shape):
     def values(shape):
@@ -278,6 +281,7 @@ class EvalAndSampleTest(parameterized.TestCase):
       'block',
       'ar',
       'genmd4',
+      'speculate',
     ),
     shape=((1, 8, 1), (2, 2, 2)),
   )
@@ -299,8 +303,11 @@ class EvalAndSampleTest(parameterized.TestCase):
       # At random, since on a blank canvas confidences are tied up to rounding.
       'confidence': lambda cls: cls(draw, 4, 'random'),
       'ar': lambda cls: cls(draw),
+      'speculate': lambda cls: cls(draw, 4),
       'first_hitting': lambda cls: cls(draw),
     }
+    if name == 'speculate':
+      objective = 'block_ar'
     if objective == 'genmd4':  # With the learned rates.
       name = 'posterior'
     sampler = sampler.get(name, lambda cls: cls(draw, 4))(

@@ -61,16 +61,29 @@ class KernelTest(parameterized.TestCase):
       (q, k, v),
     )
 
-  @parameterized.parameters((16, False, True), (96, True, False))
-  def test_block_diffusion(self, block_size, segments, only_noisy):
+  @parameterized.parameters(
+    (16, False, True, False),
+    (96, True, False, False),
+    (1, False, False, True),
+    (96, True, False, True),
+  )
+  def test_block_diffusion(self, block_size, segments, only_noisy, causal):
     q, k, v = draw(3, 2 * BATCH, LENGTH, 2, 64)
     if only_noisy:
       q = q[:BATCH]
     ids = jnp.concatenate([IDS, IDS]) if segments else None
     assert_same(
-      lambda q, k, v: attention._block_kernel(q, k, v, block_size, ids, True),
+      lambda q, k, v: attention._block_kernel(
+        q, k, v, block_size, ids, causal, interpret=True
+      ),
       lambda q, k, v: attention.block_attention(
-        q, k, v, block_size=block_size, segment_ids=ids, backend='xla'
+        q,
+        k,
+        v,
+        block_size=block_size,
+        causal=causal,
+        segment_ids=ids,
+        backend='xla',
       ),
       (q, k, v),
     )

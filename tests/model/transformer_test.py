@@ -129,6 +129,76 @@ class BlockDiffusionTest(parameterized.TestCase):
       seen[:, LENGTH : 2 * LENGTH], block[:, None] > block[None]
     )
 
+  @parameterized.product(size=(1, 2, 3, 6), num_layers=(1, 3))
+  def test_visibility_with_a_causal_clean_copy(self, size, num_layers):
+    # Its input is the text after a start symbol, token 2 L.
+    config = toys.model_config(
+      block_size=size, num_layers=num_layers, causal=True, vocab_size=13
+    )
+    params, clean = params_of(config), TOKENS[2:]
+    clean = np.concatenate([[[12]], clean[:, :-1]], axis=1).astype(np.int32)
+
+    def outputs(embedding):
+      hidden = transformer.Transformer(config).apply(
+        {'params': {**params, 'embedding': embedding}},
+        TOKENS[:1],
+        clean=clean,
+        positions=jnp.arange(2 * LENGTH),
+      )
+      return hidden.sum(-1)
+
+    jacobian = jax.jit(jax.jacrev(outputs))(params['embedding'])
+    seen = np.any(np.asarray(jacobian) != 0, axis=-1)
+    block = np.arange(LENGTH) // size
+    noisy, copy = seen[:LENGTH], seen[LENGTH:]
+    np.testing.assert_array_equal(
+      noisy[:, :LENGTH], block[:, None] == block[None]
+    )
+    self.assertFalse(copy[:, :LENGTH].any())
+    # A noisy position sees the tokens before its block, and a clean one those
+    # before its place, whose token it predicts.
+    text = slice(LENGTH, 2 * LENGTH - 1)
+    last = np.arange(LENGTH - 1)[None]
+    np.testing.assert_array_equal(
+      noisy[:, text], last < (block * size)[:, None]
+    )
+    np.testing.assert_array_equal(
+      copy[:, text], last < np.arange(LENGTH)[:, None]
+    )
+    self.assertTrue(seen[:, 2 * LENGTH].all())
+
+  def test_rows_of_a_cache_at_their_own_places(self):
+    for changes in ({}, {'num_positions': LENGTH}):
+      config = toys.model_config(causal=True, **changes)
+      params = params_of(config)
+      starts, size = np.array([2, 0, 3]), 2
+      advance = functools.partial(
+        transformer.Transformer(config).apply,
+        {'params': params},
+        method='advance',
+      )
+      nothing = jnp.zeros((LENGTH,), bool)
+      _, cache = advance(
+        TOKENS, None, 0, transformer.init_cache(config, BATCH, LENGTH), nothing
+      )
+      part = np.stack([row[s : s + size] for row, s in zip(TOKENS, starts)])
+      visible = np.arange(LENGTH)[None] < starts[:, None]
+      hidden, cache = advance((part + 1) % 12, None, starts, cache, visible)
+      visible = np.arange(LENGTH)[None] <= starts[:, None]
+      after, _ = advance(part, None, starts + 1, cache, visible)
+      for i, start in enumerate(starts):
+        row = TOKENS[i : i + 1].copy()
+        row[0, start : start + size] = (part[i] + 1) % 12
+        full = hidden_of(config, params, row, None)
+        np.testing.assert_allclose(
+          hidden[i], full[0, start : start + size], atol=1e-5
+        )
+        row[0, start + 1 : start + 1 + size] = part[i]
+        full = hidden_of(config, params, row, None)
+        np.testing.assert_allclose(
+          after[i], full[0, start + 1 : start + 1 + size], atol=1e-5
+        )
+
   @parameterized.product(size=(2, 3, 6), unroll=(False, True))
   def test_is_the_plain_network_on_each_block_after_its_past(
     self, size, unroll

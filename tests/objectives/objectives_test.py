@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanodlm import objectives
+from nanodlm.devices import mesh as meshes
+from nanodlm.model.network import TransformerNetwork
 from nanodlm.noise import processes, schedules, times
 from nanodlm.objectives import masking, mixture
 from nanodlm.objectives.ar import Autoregressive
@@ -19,7 +21,9 @@ from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
 from nanodlm.objectives.mixture import Hybrid, Uniform
 from nanodlm.objectives.sedd import ScoreEntropy
-from nanodlm.types import InputError
+from nanodlm.steps import evaluate as evaluate_steps
+from nanodlm.steps.network import Denoiser, Scorer
+from nanodlm.types import Batch, InputError
 from tests import toys
 from tests.toys import LENGTH, MASK, TEXTS
 
@@ -276,6 +280,7 @@ CASES = {
       'count': Block(MASK, block_size=3),
       'uniform': Block(MASK, noise='uniform', block_size=3),
       'stratified': Block(MASK, noise='stratified', block_size=3),
+      'with_ar': Block(MASK, block_size=3, ar_weight=0.5),
     },
     masked_nll,
     block_logits(3),
@@ -359,6 +364,7 @@ KINDS = [
     'uniform_stratified_linear',
     'hybrid_stratified',
     'block_count',
+    'block_with_ar',
     'block_stratified',
   )
 ]
@@ -1177,6 +1183,58 @@ class BlockTest(parameterized.TestCase):
       np.testing.assert_array_equal(
         np.sort((column[::2] * 8).astype(int)), np.arange(8)
       )
+
+  def test_the_two_laws_of_one_network(self):
+    # A network with a causal clean copy, on all texts of two blocks of two.
+    objective = Block(MASK, block_size=2, ar_weight=1.0)
+    network = TransformerNetwork(
+      toys.model_config(vocab_size=4, block_size=2, causal=True)
+    )
+    params = jax.tree.map(
+      lambda x: 6 * x, network.init_params(jax.random.key(0))
+    )
+    texts = np.array(list(itertools.product(range(MASK), repeat=4)), np.int32)
+    whole = np.ones(texts.shape, bool)
+    num = np.full(len(texts), 4, np.int32)
+    index = np.arange(len(texts), dtype=np.int32)
+    mesh = meshes.make_mesh(meshes.MeshConfig(1, 1, 1), jax.devices()[:1])
+    evaluate = evaluate_steps.make_eval_step(
+      Scorer(network, objective, 64), mesh, num_draws=64, seed=0
+    )
+    rows, _ = evaluate(params, Batch(texts, whole, num, num, num, None, index))
+    np.testing.assert_allclose(np.exp(-rows['ar_nll']).sum(), 1, rtol=1e-5)
+
+    # The block law by the sampler's calls: each block in a random order.
+    call = Denoiser(network, objective, params)
+    denoise = jax.jit(lambda *args: call(*args))
+    every = np.tile(np.arange(4, dtype=np.int32), (len(texts), 1))
+
+    def log_p(i, given):
+      canvas = np.where(np.isin(np.arange(4), given)[None], texts, MASK)
+      logits = denoise(canvas, np.ones(len(texts), np.float32), every)
+      return toys.log_softmax(logits)[np.arange(len(texts)), i, texts[:, i]]
+
+    nll, bound = 0, 0
+    for start in (0, 2):
+      before, i, j = list(range(start)), start, start + 1
+      orders = [
+        log_p(a, before) + log_p(b, [*before, a]) for a, b in ((i, j), (j, i))
+      ]
+      nll = nll - np.log(np.mean(np.exp(orders), axis=0))
+      bound = bound - np.mean(orders, axis=0)
+    np.testing.assert_allclose(np.exp(-nll).sum(), 1, rtol=1e-5)
+    self.assertGreater(np.mean(bound - nll), 0.01)
+    error = np.asarray(rows['nll'], np.float64) - bound
+    self.assertLess(
+      abs(error.mean()), 4 * error.std() / len(texts) ** 0.5 + 1e-5
+    )
+    # Two models: neither law is the other's.
+    self.assertGreater(np.abs(rows['ar_nll'] - nll).max(), 0.1)
+
+  @parameterized.parameters(-0.5, float('nan'), float('inf'))
+  def test_invalid_weights(self, weight):
+    with self.assertRaisesRegex(InputError, f'objective.ar_weight={weight}'):
+      Block(MASK, ar_weight=weight)
 
   def test_blocks_divide_the_row(self):
     with self.assertRaisesRegex(

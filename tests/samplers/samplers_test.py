@@ -14,6 +14,8 @@ from nanodlm import samplers
 from nanodlm.noise import processes, schedules, times
 from nanodlm.noise.categorical import Draw
 from nanodlm.objectives import masking
+from nanodlm.objectives.ar import Autoregressive
+from nanodlm.objectives.block import Block as BlockObjective
 from nanodlm.objectives.d3pm import D3PM
 from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
@@ -33,6 +35,7 @@ from nanodlm.samplers.prefix_cache import PrefixCache
 from nanodlm.samplers.psi import Psi
 from nanodlm.samplers.remask import Remask
 from nanodlm.samplers.renoise import Renoise
+from nanodlm.samplers.speculate import Speculate
 from nanodlm.types import Canvas, InputError
 from tests import toys
 from tests.toys import LENGTH, MASK, TEXTS, VOCAB
@@ -46,6 +49,13 @@ SHARP_JOINT = JOINT**2.5 / np.sum(JOINT**2.5)
 SHARP = toys.posterior_table(SHARP_JOINT)
 SHARP_NETWORK = toys.CachedTable(SHARP)
 NETWORK = toys.CachedTable(POSTERIOR)
+# Drafts for the law of POSTERIOR: from its own marginals given what is before;
+# of another law; and such that the likeliest tokens are hardly ever drafted.
+DRAFTS = {
+  'good': POSTERIOR,
+  'bad': toys.random_table(3),
+  'adversarial': np.float32([1, 1, 1, -1]) * -4 * POSTERIOR,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +116,12 @@ CASES = {
     lambda n: (n, n),
   ),
 }
+CASES['speculate'] = Case(
+  Speculate(DRAW, 3),
+  lambda n: (2, 2 * n + 1),
+  (True, False, False),
+  toys.DraftingTable(POSTERIOR, DRAFTS['bad']),
+)
 ROWS = list(CASES.items())
 
 
@@ -222,11 +238,7 @@ class ConformanceTest(parameterized.TestCase):
   def test_draw_settings(self, case):
     # p(0), p(1), p(2) = .6, .3, .1 everywhere.
     logits = np.log(np.float32([0.6, 0.3, 0.1, 10.0]))
-    network = toys.CachedTable(
-      np.tile(logits, (64, LENGTH, 1)),
-      case.network.block_size,
-      case.network.causal,
-    )
+    network = case.network.of(np.tile(logits, (64, LENGTH, 1)))
     # At temperature 0.5: .783, .196, .022 before the nucleus is cut out.
     for draw, law in (
       (Draw(MASK, temperature=0.0), [1, 0, 0]),
@@ -265,11 +277,16 @@ class EndTest(parameterized.TestCase):
       Block(FixedCount(DRAW, 2), 2, MASK, eos_ids=(1, 2)),
       LeftToRight(DRAW, eos_ids=(1, 2)),
       LeftToRight(DRAW, cache=False, eos_ids=(1, 2)),
+      Speculate(DRAW, 2, eos_ids=(1, 2)),
     ),
     prompt=(None, 0, 1),
   )
   def test_law(self, sampler, prompt):
-    network = CASES['ar' if hasattr(sampler, 'draw') else 'block'].network
+    (network,) = (
+      case.network
+      for case in CASES.values()
+      if type(case.exact) is type(sampler)
+    )
     fixed = np.arange(LENGTH) < (prompt is not None)
     canvas = canvas_of(np.tile(fixed, (NUM_ROWS, 1)), prompt or 0)
     law = np.zeros(len(TEXTS))
@@ -300,6 +317,76 @@ class EndTest(parameterized.TestCase):
       samples = run(sampler, blank(4), keys_of(4), network)
       np.testing.assert_array_equal(samples.tokens, [[0, 1, 2]] * 4)
       self.assertEqual(samples.num_calls, num_calls)
+
+
+class SpeculateTest(parameterized.TestCase):
+  """The autoregressive law, whatever is drafted."""
+
+  @parameterized.product(
+    drafts=sorted(DRAFTS),
+    draw=(DRAW, Draw(MASK, temperature=0.6, top_p=0.8), Draw(MASK, top_k=2)),
+    block_size=(2, 3),
+  )
+  def test_law(self, drafts, draw, block_size):
+    # The law of `ar`, enumerated with the settings of the draw.
+    log_p = np.asarray(draw.log_prob(jnp.asarray(POSTERIOR)), np.float64)
+    law = np.ones(len(TEXTS))
+    for i in range(LENGTH):
+      canvas = np.where(np.arange(LENGTH)[None] < i, TEXTS, MASK)
+      law *= np.exp(log_p[toys.canvas_index(canvas), i, TEXTS[:, i]])
+    np.testing.assert_allclose(law.sum(), 1, rtol=1e-5)
+    network = toys.DraftingTable(POSTERIOR, DRAFTS[drafts])
+    sampler = Speculate(draw, block_size)
+    samples = run(sampler, blank(NUM_ROWS), keys_of(NUM_ROWS), network)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+
+  @parameterized.parameters(*sorted(DRAFTS))
+  def test_gaps(self, drafts):
+    # The middle is fixed: p does not see it before it is reached, drafts do.
+    network = toys.DraftingTable(POSTERIOR, DRAFTS[drafts])
+    canvas = canvas_of(np.tile([False, True, False], (NUM_ROWS, 1)))
+    samples = run(Speculate(DRAW, 3), canvas, keys_of(NUM_ROWS), network)
+    p = np.exp(toys.log_softmax(POSTERIOR))
+    law = np.zeros(len(TEXTS))
+    for a, b in itertools.product(range(MASK), repeat=2):
+      first = p[toys.canvas_index(np.array([MASK] * 3)), 0, a]
+      last = p[toys.canvas_index(np.array([a, 2, MASK])), 2, b]
+      law[toys.text_index(np.array([a, 2, b]))] = first * last
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
+
+  @parameterized.parameters(*sorted(DRAFTS))
+  def test_greedy_is_greedy(self, drafts):
+    draw = Draw(MASK, temperature=0.0)
+    network = toys.DraftingTable(POSTERIOR, DRAFTS[drafts])
+    # After every first token.
+    canvas = Canvas(
+      np.int32([[i, MASK, MASK] for i in range(MASK)]),
+      np.tile([True, False, False], (MASK, 1)),
+    )
+    samples = run(Speculate(draw, 3), canvas, keys_of(MASK), network)
+    expected = run(
+      LeftToRight(draw), canvas, keys_of(MASK), CASES['ar'].network
+    )
+    np.testing.assert_array_equal(samples.tokens, expected.tokens)
+
+  def test_number_of_calls(self):
+    # One token is certain. A perfect draft of 2 tokens gives 3 in a round, and
+    # a draft that is never accepted 1.
+    table = np.zeros((64, LENGTH, 4), np.float32)
+    table[..., 0] = 50
+    wrong = np.roll(table, 1, axis=-1)
+    for drafts, num_calls in ((table, 2), (wrong, 6)):
+      network = toys.DraftingTable(table, drafts)
+      samples = run(Speculate(DRAW, 3), blank(4), keys_of(4), network)
+      np.testing.assert_array_equal(samples.tokens, 0)
+      self.assertEqual(samples.num_calls, num_calls)
+
+  def test_what_it_fits(self):
+    self.assertTrue(Speculate.fits(BlockObjective(MASK, ar_weight=1.0)))
+    for other in (BlockObjective(MASK), Masked(MASK), Autoregressive(MASK)):
+      self.assertFalse(Speculate.fits(other))
+    with self.assertRaisesRegex(InputError, 'objective.block_size=1'):
+      Speculate(DRAW, 1)
 
 
 LISTED = '1,0.7,0.6,0.05,0'  # in uneven steps

@@ -33,7 +33,7 @@ def asked(*texts, first_row=0):
   tokens = [[MASK if c == '_' else ord(c) for c in text] for text in texts]
   return watch.Asked(
     first_row,
-    0,
+    np.zeros(len(texts), np.int32),
     np.array(tokens, np.int32),
     np.zeros((len(texts), 0), np.int32),
   )

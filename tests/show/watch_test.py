@@ -29,6 +29,7 @@ OBJECTIVES = {
   'masked': Masked(MASK),
   'ar': Autoregressive(MASK),
   'block': Block(MASK, block_size=4),
+  'block_ar': Block(MASK, block_size=4, ar_weight=1.0),
   'uniform': Uniform(MASK),
 }
 INNER = SAMPLERS['fixed_count'](DRAW, 2)
@@ -55,6 +56,7 @@ CASES = {
   ),
   'psi': ('uniform', SAMPLERS['psi'](DRAW, 6, OBJECTIVES['uniform'])),
   'renoise': ('uniform', SAMPLERS['renoise'](DRAW, 6, OBJECTIVES['uniform'])),
+  'speculate': ('block_ar', SAMPLERS['speculate'](DRAW, 4)),
   'remask': ('masked', SAMPLERS['remask'](DRAW, 6, remask='conf', eta=1.0)),
 }
 
@@ -72,7 +74,7 @@ def sample(name, shape=(1, 1, 1), view=None):
       vocab_size=VOCAB,
       num_heads=4,
       mlp='swiglu',
-      causal=objective.causal,
+      causal=objective.autoregressive is not None,
       block_size=objective.block_size,
       time_conditioning=objective.needs_time,
     ),

@@ -26,6 +26,7 @@ from nanodlm.samplers.guidance import Guided
 from nanodlm.samplers.posterior import Posterior
 from nanodlm.samplers.prefix_cache import PrefixCache
 from nanodlm.samplers.remask import Remask
+from nanodlm.samplers.speculate import Speculate
 from nanodlm.steps import evaluate as evaluate_steps
 from nanodlm.steps import sample as sample_steps
 from nanodlm.steps import train as train_steps
@@ -45,6 +46,7 @@ OBJECTIVES = {
   'hybrid': Hybrid(MASK),
   'ar': Autoregressive(MASK),
   'block': Block(MASK, block_size=4),
+  'block_ar': Block(MASK, block_size=4, ar_weight=0.5),
   'genmd4': GenMD4(MASK),
 }
 
@@ -94,7 +96,7 @@ class Spy:
 def network(name, dropout=0.0):
   config = toys.model_config(
     num_layers=2,
-    causal=OBJECTIVES[name].causal,
+    causal=OBJECTIVES[name].autoregressive is not None,
     block_size=OBJECTIVES[name].block_size,
     dropout=dropout,
   )
@@ -206,6 +208,7 @@ class TrainStepTest(parameterized.TestCase):
     ('ar', 8, 1),
     ('ar', 1, 4),
     ('block', 4, 2),
+    ('block_ar', 4, 2),
     ('hybrid', 4, 2),
     ('genmd4', 4, 2),
   )
@@ -322,6 +325,32 @@ class TrainStepTest(parameterized.TestCase):
     np.testing.assert_allclose(
       metrics['param_norm'], optax.tree.norm(expected), rtol=1e-4
     )
+
+  def test_blocks_with_an_autoregressive_loss(self):
+    # What is trained is the bound and the likelihood of the text, from one pass
+    # with the same noise; each is what evaluation and scoring say of it.
+    train, _, mesh = trainer('block_ar', 2, 2, 0.0)
+    batch = make_batch(3)
+    batch.weight[:8] = -0.5, 2, 0, 1, 1, 3, 1, 1
+    state = make_state(mesh)
+    _, metrics = train(state, meshes.shard_batch(mesh, batch))
+    score = evaluate_steps.make_score_step(
+      scorer('ar'), make_mesh(1), num_draws=1
+    )
+    index = np.arange(BATCH, dtype=np.int32)
+    exact = host(
+      score(initial_params(), jax.random.key(0), batch._replace(index=index))
+    )
+    ar_nll = np.sum(exact['nll'] * batch.weight)
+    np.testing.assert_allclose(metrics['ar_nll'], ar_nll, rtol=1e-4)
+    np.testing.assert_allclose(
+      metrics['loss'], metrics['nll'] + 0.5 * ar_nll, rtol=1e-4
+    )
+    # The clean copy is not counted in the statistics of the bound.
+    plain, _, _ = trainer('block', 2, 2, 0.0)
+    _, others = plain(make_state(mesh), meshes.shard_batch(mesh, batch))
+    for key in ('scored', 'bin_scored'):
+      np.testing.assert_array_equal(metrics[key], others[key])
 
   def test_sums(self):
     batch, (history, noise) = make_batch(1), two_steps('count', 1, 1)
@@ -504,6 +533,15 @@ class EvalStepTest(parameterized.TestCase):
       evaluate('ar', 1, batch)['nll'], np.sum(ce * batch.eligible), rtol=1e-5
     )
 
+  @parameterized.parameters(1, 8)
+  def test_the_autoregressive_likelihood_of_blocks(self, num_devices):
+    # Exactly that of the same parameters as an autoregressive network.
+    sums = evaluate('block_ar', num_devices, eval_batch())
+    expected = evaluate('ar', 1, eval_batch())
+    np.testing.assert_allclose(sums['ar_nll'], expected['nll'], rtol=1e-6)
+    self.assertNotIn('ar_nll', expected)
+    self.assertNotIn('ar_nll', evaluate('block', 1, eval_batch()))
+
   @parameterized.parameters(0, 3)
   def test_draws_are_whole_groups(self, num_draws):
     with self.assertRaisesRegex(InputError, f'eval.num_draws={num_draws}'):
@@ -609,6 +647,12 @@ class SampleStepTest(parameterized.TestCase):
       lambda cache: BlockSampler(FixedCount(Draw(MASK), 3), 4, MASK, cache),
       (4, 5),
     ),
+    (
+      'block_ar',
+      lambda cache: BlockSampler(FixedCount(Draw(MASK), 3), 4, MASK, cache),
+      (4, 5),
+    ),
+    ('block_ar', lambda cache: LeftToRight(Draw(MASK), cache), (5, 6)),
   )
   def test_a_cache_changes_nothing(self, name, sampler, num_calls):
     # A canvas of the training length, and one that is 1.5 times as long.
@@ -630,6 +674,27 @@ class SampleStepTest(parameterized.TestCase):
       self.assertLen(np.unique(samples[0].tokens, axis=0), BATCH)
       if length == LENGTH:
         self.assertEqual(tuple(s.num_calls for s in samples), num_calls)
+
+  @parameterized.parameters(8, 1)
+  def test_greedy_speculation_changes_nothing(self, num_devices):
+    # Prompts of every length, and gaps.
+    fixed = np.arange(LENGTH)[None] < np.arange(BATCH)[:, None] % LENGTH
+    fixed |= (np.arange(BATCH) > 8)[:, None] & (np.arange(LENGTH) == 5)[None]
+    prompts = np.random.default_rng(0).integers(MASK, size=fixed.shape)
+    canvas = Canvas(np.where(fixed, prompts, MASK).astype(np.int32), fixed)
+    mesh, draw = make_mesh(num_devices), Draw(MASK, temperature=0.0)
+    params = jax.device_put(initial_params(), meshes.replicated(mesh))
+    exact, fast = (
+      host(
+        sample_steps.make_sample_step(scorer('block_ar'), sampler, mesh)(
+          params, jax.random.key(0), meshes.shard_batch(mesh, canvas)
+        )
+      )
+      for sampler in (LeftToRight(draw), Speculate(draw, 4))
+    )
+    np.testing.assert_array_equal(exact.tokens, fast.tokens)
+    self.assertLess(fast.tokens.max(), MASK)
+    self.assertGreater(len(np.unique(exact.tokens[:, -3:], axis=0)), 4)
 
   def test_a_stale_cache_of_one_block_is_exact(self):
     # One block is the whole canvas: nothing lies outside it to be stale.
