@@ -19,7 +19,7 @@ def get_config() -> config_dict.ConfigDict:
 
   config.data = data = config_dict.ConfigDict()
   # Where the text comes from. nanodlm/data/sources explains each kind:
-  # 'embedded' | 'stories' | 'stories:small' | 'text:GLOB' |
+  # 'embedded' | 'stories' | 'stories:small[:FIRST-STOP]' | 'text:GLOB' |
   # 'jsonl:GLOB[:FIELD]' | 'parquet:GLOB[:FIELD]' |
   # 'tfds:NAME[:FEATURE]' | 'hf:NAME[[:CONFIG]:FEATURE]' |
   # 'tokens:GLOB[:FIELD]' | 'hf_tokens:NAME[[:CONFIG]:FEATURE]' |

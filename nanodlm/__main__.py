@@ -37,6 +37,7 @@ MODES = {
   'sample': 'nanodlm.show.sampling',
   'serve': 'nanodlm.serving.app',
   'compare': 'nanodlm.evals.compare',
+  'study': 'nanodlm.evals.study',
   'report': 'nanodlm.show.report',
   'prepare': 'nanodlm.data.prepare',
   'compile': 'nanodlm.perf.compile',
@@ -45,10 +46,18 @@ MODES = {
   'export': 'nanodlm.interop.export',
 }
 # These modes name their runs by flags of their own, or have none.
-WITHOUT_WORKDIR = ('prepare', 'compile', 'compare', 'report', 'benchmark')
+WITHOUT_WORKDIR = (
+  'prepare',
+  'compile',
+  'compare',
+  'study',
+  'report',
+  'benchmark',
+)
 # The common flags that a mode does not read.
 UNREAD = {
   'compare': ('config', 'workdir'),
+  'study': ('workdir',),
   'report': ('config', 'workdir'),
   'benchmark': ('workdir',),
 }
@@ -61,13 +70,14 @@ _NOT_A = {
 # These modes may run as several processes.
 DISTRIBUTED = ('train', 'eval', 'sample', 'serve', 'prepare')
 # These modes leave nothing half done when they are interrupted.
-INTERRUPTIBLE = ('eval', 'sample', 'serve')
+INTERRUPTIBLE = ('eval', 'sample', 'serve', 'study')
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config',
   None,
   'The settings, a Python file; also the name of a config that comes with the '
-  'project, such as quickstart. By default those saved in --workdir. '
+  'project, such as quickstart; FILE:NAME is one of its variants. By default '
+  'those saved in --workdir. '
   '--config.SECTION.KEY=VALUE changes one.',
 )
 _WORKDIR = flags.DEFINE_string(
@@ -94,7 +104,8 @@ def parse_flags(argv: list[str]) -> list[str]:
       _print_help(mode, module)
     except BrokenPipeError:
       _leave_closed_pipe()
-  path = _find(argv, 'config')
+  # What follows a colon is the argument of the file's get_config.
+  path, colon, variant = _find(argv, 'config').partition(':')
   rest = [arg for arg in argv[1:] if not _is_flag(arg, 'config')]
   if not path:
     path = str(configs.find_file('base'))
@@ -106,9 +117,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         f'{known.with_name("quickstart.py")}'
       )
     path = str(known)
+  given = f'{path}{colon}{variant}'
   try:
     # The file before its overrides, whatever their order on the command line.
-    rest = flags.FLAGS([argv[0], f'--config={path}', *rest])
+    rest = flags.FLAGS([argv[0], f'--config={given}', *rest])
     _ = _CONFIG.value.seed  # Parses the file and its overrides.
     if rest[1:]:
       _exit_with(f'unexpected arguments: {rest[1:]}; every setting is a flag')
@@ -128,8 +140,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     while error.args and isinstance(error.args[0], Exception):
       error = error.args[0]
     # str() of a KeyError quotes its message.
-    text = error.args[0] if isinstance(error, KeyError) else str(error)
-    text = ' '.join(str(text).split())
+    text = str(error.args[0] if isinstance(error, KeyError) else error)
+    if 'Traceback' in text:  # ml_collections quotes that of a config file.
+      text = f'--config={given}: {text.splitlines()[-1].partition(": ")[2]}'
+    text = ' '.join(text.split())
     for words, meaning in _NOT_A.items():
       if words in text:
         text = text.removeprefix('flag ').partition(': ')[0] + f' is {meaning}'
@@ -172,9 +186,9 @@ def _unknown_key(argv: list[str]) -> str:
 
 
 def _print_help(mode: str, module: ModuleType):
+  # Its own, and those of another mode that it adopts.
   own = {
-    flag.name
-    for flag in flags.FLAGS.flags_by_module_dict().get(module.__name__, [])
+    flag.name for flag in flags.FLAGS.get_key_flags_for_module(module.__name__)
   }
   common = ['mode', 'config', 'workdir']
   print(f'{(module.__doc__ or "").strip()}\n\n--mode={mode} reads these flags:')
@@ -214,6 +228,7 @@ def main(argv: list[str]) -> int:
       _CONFIG.value,
       bool(_find(argv, 'config')),
       config_flags.get_override_values(flag),
+      config_flags.get_config_filename(flag),
     )
     start.check_ignored(UNREAD.get(mode, ()))
     if mode in DISTRIBUTED:

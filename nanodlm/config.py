@@ -206,6 +206,7 @@ class Start:
     config: config in --config, or the defaults, with `changes` applied.
     is_given: whether --config names a file.
     changes: {'section.key': value} from --config.SECTION.KEY=VALUE.
+    path: the file in --config, perhaps with a colon and a variant's name.
   """
 
   mode: str
@@ -213,6 +214,7 @@ class Start:
   config: config_dict.ConfigDict
   is_given: bool
   changes: Mapping[str, Any]
+  path: str = ''
 
   def check_ignored(self, names: Collection[str]):
     """Raises InputError if a flag among 'config' and 'workdir' is given."""
@@ -452,6 +454,28 @@ def set_value(config: Any, path: str, value: Any, name: str = ''):
     raise InputError(
       f'{name}={value!r} is not of type {type(part[key]).__name__}'
     ) from error
+
+
+def vary(
+  config: Any, variants: Mapping[str, Mapping[str, Any]], name: str
+) -> Any:
+  """Changes a config to one of its file's variants, and returns it.
+
+  Args:
+    config: a ConfigDict.
+    variants: {name: {'section.key': value}}.
+    name: the variant.
+
+  Raises:
+    InputError: there is no such variant, key or type of value.
+  """
+  if name not in variants:
+    raise InputError(
+      f'the config lacks a variant {name!r}{suggest(name, variants)}'
+    )
+  for key, value in variants[name].items():
+    set_value(config, key, value)
+  return config
 
 
 def suggest(key: str, known) -> str:

@@ -180,7 +180,7 @@ def train(
       log.info('resuming %s at step %d', workdir, step)
     step = int(state.step)
     is_shown = saved == settings.to_dict() and bool(
-      multihost.on_process_0(lambda: _was_evaluated(workdir, step))
+      multihost.on_process_0(lambda: was_evaluated(workdir, step))
     )
     evaluated = None
 
@@ -323,7 +323,7 @@ def _warn(settings: Settings, before: Any, step: int):
     log.warning(text)
 
 
-def _was_evaluated(workdir: str, step: int) -> bool:
+def was_evaluated(workdir: str, step: int) -> bool:
   """Returns whether metrics.jsonl has the held-out bound of a step."""
   path = pathlib.Path(workdir) / workdirs.METRICS
   lines = path.read_text().splitlines() if path.exists() else []

@@ -3,6 +3,7 @@
 config.json       settings; older ones in config.until_step_N.json
 metrics.jsonl     scalars of training, a line for each log or evaluation
 eval.jsonl        results of --mode=eval
+measured.json     what --mode=study measured of the run
 samples.jsonl     samples of --mode=sample, and those at each evaluation
 trained_on.npz    hashes of what was trained on; see data/overlap.py
 tokenizer.json    the tokenizer, perhaps with tokenizer.model
@@ -22,6 +23,7 @@ from nanodlm.types import InputError, reason
 CONFIG = 'config.json'
 METRICS = 'metrics.jsonl'
 EVAL = 'eval.jsonl'
+MEASURED = 'measured.json'
 SAMPLES = 'samples.jsonl'
 CHECKPOINTS = 'checkpoints'
 TRAINED_ON = 'trained_on.npz'
@@ -88,6 +90,25 @@ def append(workdir: str, name: str, *lines: dict[str, Any]):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
   except OSError as error:
     raise InputError(f'{path} cannot be written: {reason(error)}') from error
+
+
+def parse_lines(data: bytes) -> tuple[list[dict[str, Any]], list[int]]:
+  """Returns the JSON objects of whole lines, and the numbers of other lines.
+
+  A run that was killed may have left a part of a line.
+  """
+  found, bad = [], []
+  # The text after the last newline is still being written.
+  for number, line in enumerate(data.split(b'\n')[:-1], 1):
+    try:
+      value = json.loads(line)
+    except ValueError:
+      value = None
+    if isinstance(value, dict):
+      found.append(value)
+    else:
+      bad.append(number)
+  return found, bad
 
 
 def has_tokenizer(workdir: str) -> bool:

@@ -6,7 +6,8 @@ from absl.testing import parameterized
 import jax
 from ml_collections import config_dict
 
-from configs import base, sft
+from configs import base, scarce, sft
+from configs import objectives as study
 from nanodlm import config as configs
 from nanodlm import objectives, samplers
 from nanodlm import run as runs
@@ -624,6 +625,25 @@ class ResumableTest(parameterized.TestCase):
     self.assertEqual(config.tokenizer.path, 'runs/docs/tokenizer.model')
     config.checkpoint.init_from = 'elsewhere'
     self.assertEqual(config.tokenizer.path, 'elsewhere/tokenizer.model')
+
+  @parameterized.parameters(study, scarce)
+  def test_variants_differ_in_what_they_say_alone(self, file):
+    before = configs.flatten(file.get_config().to_dict())
+    for name, changes in file.VARIANTS.items():
+      config = file.get_config(name)
+      settings = configs.make_settings(config)
+      runs.make_run(settings, devices=jax.devices()[:1])
+      expected = {**before, **file.VARIANTS['masked'], **changes}
+      self.assertEqual(configs.flatten(config.to_dict()), expected)
+
+  def test_variants(self):
+    variants = {'a': {'model.num_layers': 1, 'seed': 2}, 'b': {'model.x': 1}}
+    config = configs.vary(configs.load(), variants, 'a')
+    self.assertEqual((config.model.num_layers, config.seed), (1, 2))
+    with self.assertRaisesRegex(InputError, "'A'.*did you mean|known"):
+      configs.vary(config, variants, 'A')
+    with self.assertRaisesRegex(InputError, 'model.x'):
+      configs.vary(config, variants, 'b')
 
   def test_free_and_bound_keys_exist(self):
     known = configs.flatten(base.get_config().to_dict())

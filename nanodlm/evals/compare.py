@@ -9,10 +9,10 @@ samples, curves.png into a new folder. Apart from times, the same command gives
 the same numbers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import json
-import math
 import pathlib
 import sys
 import time
@@ -36,6 +36,9 @@ from nanodlm.training import metrics
 from nanodlm.types import check_seed, InputError
 
 AUTO = 'auto'
+ALL = 'all'
+# The markers of samplers in a plot.
+MARKERS = 'osvD^P*X<>'
 DRAW_FLAGS = ('temperature', 'top_k', 'top_p')
 # Flags that only matter if texts are sampled.
 SAMPLE_FLAGS = ('num_steps', 'num_samples', 'length', 'seed', *DRAW_FLAGS)
@@ -44,13 +47,18 @@ SAMPLE_FLAGS = ('num_steps', 'num_samples', 'length', 'seed', *DRAW_FLAGS)
 def define_flags():
   """Defines the flags of --mode=compare."""
   flags.DEFINE_list('workdirs', [], 'Folders of the runs to compare.')
-  flags.DEFINE_string('output', None, 'A new or empty folder for the results.')
   flags.DEFINE_string(
     'source',
     '',
     'Held-out text for all runs, in the form of data.source; by default the '
     'text of each run.',
   )
+  define_measurements()
+
+
+def define_measurements():
+  """Defines the flags that say what to measure, and where to write it."""
+  flags.DEFINE_string('output', None, 'A new or empty folder for the results.')
   flags.DEFINE_integer(
     'max_examples', 0, 'Held-out rows per run; 0 for all.', lower_bound=0
   )
@@ -64,8 +72,9 @@ def define_flags():
   flags.DEFINE_list(
     'samplers',
     None,
-    "Samplers; each run uses those that fit it, and its default for 'auto'. By "
-    "default 'auto' with --judge, otherwise none.",
+    "Samplers; each run uses those that fit it, its default for 'auto', and "
+    "every one that fits for 'all'. By default 'auto' with --judge, otherwise "
+    'none.',
   )
   flags.DEFINE_list(
     'num_steps', ['16', '64', '256'], 'Network calls to try for each sampler.'
@@ -80,14 +89,14 @@ def define_flags():
   flags.DEFINE_integer('top_k', 0, 'Overrides sampler.top_k.')
   flags.DEFINE_float('top_p', 1.0, 'Overrides sampler.top_p.')
   flags.DEFINE_integer('seed', 0, 'Seed of the samples.')
-  flags.DEFINE_bool('plot', True, 'Whether to draw curves.png.')
+  flags.DEFINE_bool('plot', True, 'Whether to draw the curves.')
 
 
 class Request(NamedTuple):
   """The samples asked of every run.
 
   Attributes:
-    samplers: names, possibly with 'auto'; empty for no samples.
+    samplers: names, possibly with 'auto' or 'all'; empty for no samples.
     num_steps: numbers of network calls to try.
     num_samples: texts per point of a curve.
     length: tokens per text; 0 for the run's own length.
@@ -117,9 +126,12 @@ def plan_points(
   # The run's own sampler may have another rule than a number of steps.
   rules = {**request.draw, 'threshold': 0.0, 'entropy_budget': 0.0}
   rules['stop_at_eos'] = False  # Whole canvases are compared.
+  groups = {
+    AUTO: [objective.default_sampler],
+    ALL: runs.fitting_samplers(objective),
+  }
   names = [
-    objective.default_sampler if name == AUTO else name
-    for name in request.samplers
+    name for group in request.samplers for name in groups.get(group, [group])
   ]
   for name in dict.fromkeys(names):
     if not SAMPLERS[name].fits(objective):
@@ -130,8 +142,8 @@ def plan_points(
       points.append({'name': name, **rules})
       continue
     share = -(-length // size) if hasattr(sampler, 'inner') else 1
-    for num_steps in request.num_steps:
-      points.append({**changes, 'num_steps': max(num_steps // share, 1)})
+    shares = [max(num_steps // share, 1) for num_steps in request.num_steps]
+    points += [{**changes, 'num_steps': x} for x in dict.fromkeys(shares)]
   return points
 
 
@@ -177,69 +189,127 @@ def _cut_ends(run: Run, tokens: np.ndarray) -> list[np.ndarray]:
   return [row[: prompts.find_end(row, run.eos_ids) + 1] for row in tokens]
 
 
+class Subject:
+  """A run to be measured, which is loaded when it is first needed.
+
+  Args:
+    workdir: its folder.
+    settings: its settings, perhaps with another text.
+    step: the step of the checkpoint; 0 is the last one.
+  """
+
+  def __init__(self, workdir: str, settings: Settings, step: int = 0):
+    self.workdir, self.settings, self._step = workdir, settings, step
+
+  @functools.cached_property
+  def lm(self) -> LanguageModel:
+    """The trained model."""
+    return lms.load(self.workdir, step=self._step, settings=self.settings)
+
+  @functools.cached_property
+  def text(self) -> evaluate.Text:
+    """The text that it is evaluated on."""
+    return evaluate.open_text(self.lm)
+
+  @functools.cached_property
+  def run(self) -> Run:
+    """The run without its vocabulary and parameters."""
+    return runs.make_run(self.settings, refit=True)
+
+
+# Takes a description, {key: value}, and what computes the result that it
+# describes, as a JSON value; may return the result of an earlier start instead.
+Recall = Callable[[dict[str, Any], Callable[[], Any]], Any]
+
+
 def compare_run(
-  workdir: str,
-  settings: Settings,
+  subject: Subject,
   request: Request,
   judge: judges.Judge | None,
   max_examples: int,
+  recall: Recall = lambda description, compute: compute(),
 ) -> dict[str, Any]:
   """Measures a run: its bound, and a point for each sampler setting.
 
   With samples, the first point is the text, whose values are those of perfect
   samples if neither the run nor the judge was trained on it.
   """
-  lm = lms.load(workdir, settings=settings)
-  text, run = evaluate.open_text(lm), lm.run
-  packed = text.packed
-  make = evaluate.make_evaluate(run, packed, text.source)
-  means = make(lm.params, max_examples) or {}
+  bound = functools.partial(_measure_bound, subject, max_examples)
   result = {
-    'workdir': workdir,
+    'workdir': subject.workdir,
+    **recall({'what': 'bound', 'max_examples': max_examples}, bound),
+    'points': [],
+  }
+  length = request.length or subject.settings.data.length
+  planned = plan_points(subject.run, request, length)
+  if not planned:
+    return result
+  what = {
+    'what': 'samples',
+    'judge': judge and judge.name,
+    'num_samples': request.num_samples,
+    'length': length,
+  }
+  text = functools.partial(_measure_text, subject, judge, request)
+  points = [recall({**what, 'sampler': None}, text)]
+
+  def sample(changes):
+    point = sample_point(subject.lm.with_sampler(changes), judge, request)
+    print(
+      f'{subject.workdir}: {changes["name"]}, {point["num_calls"]:.0f} network '
+      f'calls, setting {len(points)} of {len(planned)}',
+      file=sys.stderr,
+    )
+    return point
+
+  for changes in planned:
+    one = {**what, 'sampler': changes, 'seed': request.seed}
+    points.append(recall(one, functools.partial(sample, changes)))
+  return {**result, 'points': points}
+
+
+def _measure_bound(subject: Subject, max_examples: int) -> dict[str, Any]:
+  lm, text = subject.lm, subject.text
+  make = evaluate.make_evaluate(lm.run, text.packed, text.source)
+  means = make(lm.params, max_examples) or {}
+  return {
     'step': lm.step,
-    'objective': settings.objective['name'],
-    'is_exact': run.objective.exact,
-    'num_params': run.num_params(),
+    'objective': lm.run.settings.objective['name'],
+    'is_exact': lm.run.objective.exact,
+    'num_params': lm.run.num_params(),
     'tokenizer': lm.tokenizer.name,
     'vocab_size': lm.tokenizer.vocab_size,
     'source': text.source,
     'is_held_out': text.is_held_out,
     'trained_share': text.trained_share,
     **{key.partition('/')[2]: value for key, value in means.items()},
-    'points': [],
   }
-  length = request.length or packed.length
-  planned = plan_points(run, request, length)
-  if planned:
-    real = evaluate.validation_rows(run, packed, request.num_samples).tokens
-    name = 'held-out text' if text.is_held_out else 'the text'
-    point = {
-      'sampler': {'name': name},
-      'num_calls': None,
-      'tokens_per_call': None,
-      'num_samples': len(real),
-      'length': min(length, packed.length),
-      'tokens_per_sec': None,
-      'judge_trained_share': judge and judge.trained_share(real, lm.tokenizer),
-      **judges.measure_quality(
-        judge, _cut_ends(lm.run, real[:, :length]), lm.tokenizer, text.source
-      ),
-    }
-    result['points'].append(point)
-  for changes in planned:
-    changed = lm.with_sampler(changes)
-    point = sample_point(changed, judge, request)
-    result['points'].append(point)
-    print(
-      f'{workdir}: {changes["name"]}, {point["num_calls"]:.0f} network calls, '
-      f'setting {len(result["points"]) - 1} of {len(planned)}',
-      file=sys.stderr,
-    )
-  return result
 
 
-# Title, key and format of the columns of runs and of points.
-_RUN_COLUMNS = (
+def _measure_text(
+  subject: Subject, judge: judges.Judge | None, request: Request
+) -> dict[str, Any]:
+  lm, text = subject.lm, subject.text
+  length = request.length or text.packed.length
+  rows = evaluate.validation_rows(lm.run, text.packed, request.num_samples)
+  real = rows.tokens
+  return {
+    'sampler': {'name': 'held-out text' if text.is_held_out else 'the text'},
+    'num_calls': None,
+    'tokens_per_call': None,
+    'num_samples': len(real),
+    'length': min(length, text.packed.length),
+    'tokens_per_sec': None,
+    'judge_trained_share': judge and judge.trained_share(real, lm.tokenizer),
+    **judges.measure_quality(
+      judge, _cut_ends(lm.run, real[:, :length]), lm.tokenizer, text.source
+    ),
+  }
+
+
+# Title, key and format of the columns of runs and of points. A column is shown
+# if a run has it.
+RUN_COLUMNS = (
   ('run', 'workdir', ''),
   ('objective', 'objective', ''),
   ('step', 'step', ''),
@@ -249,9 +319,6 @@ _RUN_COLUMNS = (
   ('ppl', 'ppl', '.2f'),
   ('bits/byte', 'bits_per_byte', '.4f'),
   ('trained on', 'shown_share', ''),
-)
-# Shown if a run has them.
-_DOCUMENT_COLUMNS = (
   ('nats/document', 'nats_per_document', '.2f'),
   ('above the law', 'excess_nats', '.2f'),
 )
@@ -262,7 +329,7 @@ _POINT_COLUMNS = (
   ('tokens/call', 'tokens_per_call', '.2f'),
   ('tokens/s', 'tokens_per_sec', ',.0f'),
 )
-_TEXT_COLUMNS = (
+TEXT_COLUMNS = (
   ('entropy, all', 'unigram_entropy', '.3f'),
   ('entropy, each', 'sample_entropy', '.3f'),
   ('dist-1', 'distinct_1', '.4f'),
@@ -272,7 +339,10 @@ _TEXT_COLUMNS = (
 
 
 def format_table(
-  results: Sequence[dict[str, Any]], judge: judges.Judge | None
+  results: Sequence[dict[str, Any]],
+  judge: judges.Judge | None,
+  run_columns: Sequence[tuple[str, str, str]] = RUN_COLUMNS,
+  text_columns: Sequence[tuple[str, str, str]] = TEXT_COLUMNS,
 ) -> str:
   """Formats the results as tables with remarks."""
   rows = [
@@ -283,8 +353,8 @@ def format_table(
     }
     for run in results
   ]
-  columns = [c for c in _DOCUMENT_COLUMNS if any(c[1] in row for row in rows)]
-  lines = metrics.format_table((*_RUN_COLUMNS, *columns), rows)
+  columns = [c for c in run_columns if any(c[1] in row for row in rows)]
+  lines = metrics.format_table(columns, rows)
   points = [
     {**point, 'workdir': run['workdir'], 'name': point['sampler']['name']}
     for run in results
@@ -297,7 +367,7 @@ def format_table(
   lines += [
     '',
     *metrics.format_table(
-      (*_POINT_COLUMNS, *(judge.columns if judge else ()), *_TEXT_COLUMNS),
+      (*_POINT_COLUMNS, *(judge.columns if judge else ()), *text_columns),
       points,
     ),
     '',
@@ -316,43 +386,126 @@ def make_panels(judge: judges.Judge | None) -> dict[str, str]:
   return {**own, 'sample_entropy': 'entropy of a sample, nats/token'}
 
 
+class Curve(NamedTuple):
+  """A curve, or a horizontal line if x is None.
+
+  Attributes:
+    style: its color, marker and so on.
+    x: values of x.
+    y: values of y.
+    bars: the lengths of the error bars below and above each y.
+  """
+
+  style: Mapping[str, Any]
+  x: Sequence[Any]
+  y: Sequence[float]
+  bars: tuple[Sequence[float], Sequence[float]]
+
+
+class Panel(NamedTuple):
+  """A plot of several curves."""
+
+  x_label: str
+  y_label: str
+  curves: Sequence[Curve]
+  x_log: bool = False
+
+
+def make_curve(
+  style: Mapping[str, Any],
+  points: Sequence[Mapping[str, Any]],
+  x_key: str,
+  key: str,
+) -> Curve:
+  """Makes a curve of points with intervals; see `metrics.format_table`."""
+  points = [point for point in points if point.get(key) is not None]
+  lows, highs = [], []
+  for point in points:
+    width = point.get(f'{key}_ci95') or 0.0
+    lows.append(point[key] - point.get(f'{key}_low', point[key] - width))
+    highs.append(point.get(f'{key}_high', point[key] + width) - point[key])
+  x, y = ([point[name] for point in points] for name in (x_key, key))
+  return Curve(style, x, y, (lows, highs))
+
+
 def plot_curves(
   results: Sequence[dict[str, Any]],
   labels: Mapping[str, str],
   path: pathlib.Path,
+  more_panels: Sequence[Panel] = (),
 ):
-  """Draws `labels`, {key: label}, against network calls, a line per sampler."""
-  curves = {}
+  """Draws `labels`, {key: label}, against network calls, after `more_panels`.
+
+  A run has a color, and a sampler a marker and dashes.
+  """
+  colors = {run['workdir']: {'color': f'C{i}'} for i, run in enumerate(results)}
+  looks, curves = {}, {}
   for result in results:
     for point in result['points']:
-      name = f'{result["workdir"]}: {point["sampler"]["name"]}'
-      curves.setdefault(name, []).append(point)
-  from matplotlib import figure
+      name = point['sampler']['name']
+      if point['num_calls'] is None:
+        looks[name] = {'linestyle': ':'}
+      elif name not in looks:
+        i = sum('marker' in look for look in looks.values())
+        dashes = (0, (1 + i, i // 2))
+        looks[name] = {'marker': MARKERS[i % len(MARKERS)], 'linestyle': dashes}
+      curves.setdefault((result['workdir'], name), []).append(point)
+  panels = [
+    *more_panels,
+    *(
+      Panel(
+        'network calls',
+        label,
+        [
+          make_curve({**colors[run], **looks[name]}, points, 'num_calls', key)
+          for (run, name), points in curves.items()
+        ],
+        x_log=True,
+      )
+      for key, label in labels.items()
+    ),
+  ]
+  black = {name: {'color': 'black', **look} for name, look in looks.items()}
+  _draw(panels, [*colors.items(), *black.items()], path)
 
-  size = (5.5 * len(labels), 4.5)
+
+def _draw(
+  panels: Sequence[Panel],
+  legend: Sequence[tuple[str, Mapping[str, Any]]],
+  path: pathlib.Path,
+):
+  """Draws panels, three in a row, with a legend of labels and styles."""
+  try:
+    from matplotlib import figure, lines
+  except ModuleNotFoundError as error:
+    print(f"{path.name} is left out ({error}): pip install -e '.[plots]'")
+    return
+  num_rows = -(-len(panels) // 3)
+  size = (5.5 * min(len(panels), 3) + 2, 4.5 * num_rows)
   fig = figure.Figure(figsize=size, layout='constrained')
-  panels = fig.subplots(1, len(labels), squeeze=False)[0]
-  for axes, (key, label) in zip(panels, labels.items()):
-    for i, (name, points) in enumerate(curves.items()):
-      style = {'color': f'C{i}', 'label': name}
-      x = [point['num_calls'] for point in points]
-      y = [point.get(key, math.nan) for point in points]
-      if x[0] is not None:
-        widths = [point.get(f'{key}_ci95', 0.0) for point in points]
-        axes.errorbar(x, y, yerr=widths, marker='o', capsize=3, **style)
-      else:  # Held-out text.
-        axes.axhline(y[0], linestyle=':', **style)
-    axes.set(xscale='log', xlabel='network calls', ylabel=label)
-    calls = {point['num_calls'] for one in curves.values() for point in one}
-    calls = sorted(calls - {None})
-    axes.set_xticks(calls, [f'{x:.0f}' for x in calls])
-    axes.minorticks_off()
+  for i, panel in enumerate(panels):
+    axes = fig.add_subplot(num_rows, min(len(panels), 3), i + 1)
+    for style, x, y, bars in panel.curves:
+      if x[:1] == [None]:
+        axes.axhline(y[0], **style)
+      elif x:
+        axes.errorbar(x, y, yerr=bars, capsize=3, **style)
+    axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+    if panel.x_log:
+      axes.set_xscale('log', base=2)
+      axes.xaxis.set_major_formatter('{x:g}')
     axes.grid(alpha=0.3)
-  panels[0].legend(fontsize='small')
+  handles = [lines.Line2D([], [], label=x, **style) for x, style in legend]
+  fig.legend(handles=handles, loc='outside right upper')
   fig.savefig(path, dpi=150)
 
 
-def _parse_request(options: flags.FlagValues) -> Request:
+def parse_request(options: flags.FlagValues, judge: str) -> Request:
+  """Returns the samples that the flags ask for; `judge` measures them.
+
+  Raises:
+    InputError: a value is not allowed, or has no effect.
+  """
   texts = options.num_steps
   num_steps = tuple(int(text) if text.isdigit() else 0 for text in texts)
   if not num_steps or 0 in num_steps:
@@ -362,8 +515,8 @@ def _parse_request(options: flags.FlagValues) -> Request:
     )
   names = options.samplers
   if names is None:
-    names = [AUTO] if options.judge else []
-  known = [AUTO, *sorted(SAMPLERS)]
+    names = [AUTO] if judge else []
+  known = [AUTO, ALL, *sorted(SAMPLERS)]
   if unknown := sorted(set(names) - set(known)):
     raise InputError(f'--samplers={unknown} are not among {known}')
   for name in () if names else SAMPLE_FLAGS:
@@ -378,22 +531,25 @@ def _parse_request(options: flags.FlagValues) -> Request:
   return Request(tuple(names), num_steps, *sizes, draw, options.seed)
 
 
-def _open_settings(
-  workdirs: Sequence[str], request: Request, source: str
-) -> list[Settings]:
-  """Returns the settings of each run, with `source` as its text if given.
-
-  Raises:
-    InputError: there is no such run, or a sampler fits none of them.
-  """
-  settings = [configs.make_settings(configs.read_run(x)) for x in workdirs]
+def check(
+  settings: Sequence[Settings], request: Request, judge: judges.Judge | None
+):
+  """Raises InputError if a sampler fits no run, or the judge not each run."""
   objectives = list(map(runs.make_objective, settings))
   for name in request.samplers:
-    if name != AUTO and not any(map(SAMPLERS[name].fits, objectives)):
+    if name in SAMPLERS and not any(map(SAMPLERS[name].fits, objectives)):
       names = sorted({one.objective['name'] for one in settings})
       raise InputError(
         f'--samplers={name} fits none of the runs, whose objectives are {names}'
       )
+  if judge:
+    for one in settings:
+      judge.check(one.data, request.length)
+
+
+def _open_settings(workdirs: Sequence[str], source: str) -> list[Settings]:
+  """Returns the settings of each run, with `source` as its text if given."""
+  settings = [configs.make_settings(configs.read_run(x)) for x in workdirs]
   if not source:
     return settings
   change = {'source': source, 'eval_source': '', 'long_documents': 'cut'}
@@ -414,7 +570,7 @@ def main(start: Start) -> int:
   """Runs --mode=compare: writes a comparison of --workdirs to --output."""
   del start
   options = flags.FLAGS
-  request = _parse_request(options)
+  request = parse_request(options, options.judge)
   for name in ('workdirs', 'output'):
     if not options[name].value:
       raise InputError(f'--mode=compare needs --{name}')
@@ -424,34 +580,41 @@ def main(start: Start) -> int:
     raise InputError(
       f'--output={str(output)!r} exists and is not an empty folder'
     )
-  settings = _open_settings(options.workdirs, request, options.source)
+  settings = _open_settings(options.workdirs, options.source)
   judge = judges.make_judge(options.judge) if options.judge else None
-  if judge:
-    for one in settings:
-      judge.check(one.data, request.length)
+  check(settings, request, judge)
   results = [
-    compare_run(workdir, one, request, judge, options.max_examples)
-    for workdir, one in zip(options.workdirs, settings)
+    compare_run(Subject(*run), request, judge, options.max_examples)
+    for run in zip(options.workdirs, settings)
   ]
   table = format_table(results, judge)
   print(table)
   output.mkdir(parents=True, exist_ok=True)
   (output / 'comparison.txt').write_text(table + '\n')
+  value = describe(results, request, judge)
+  (output / 'comparison.json').write_text(to_json(value))
+  if options.plot and request.samplers:
+    plot_curves(results, make_panels(judge), output / 'curves.png')
+  return 0
+
+
+def describe(
+  results: Sequence[dict[str, Any]],
+  request: Request,
+  judge: judges.Judge | None,
+) -> dict[str, Any]:
+  """Returns the content of comparison.json."""
   points = [point for result in results for point in result['points']]
-  value = {
-    'judge': options.judge,
+  return {
+    'judge': judge.name if judge else '',
     'panels': make_panels(judge),
     'remarks': judge.remarks(points) if judge and points else [],
     'request': request._asdict(),
     'runs': results,
   }
-  # JSON has no NaN.
+
+
+def to_json(value: Any) -> str:
+  """Returns a value as JSON, with null for what is not finite."""
   value = json.loads(json.dumps(value), parse_constant=lambda _: None)
-  text = json.dumps(value, indent=2) + '\n'
-  (output / 'comparison.json').write_text(text)
-  if options.plot and request.samplers:
-    try:
-      plot_curves(results, make_panels(judge), output / 'curves.png')
-    except ModuleNotFoundError as error:
-      print(f"curves.png is left out ({error}): pip install -e '.[plots]'")
-  return 0
+  return json.dumps(value, indent=2) + '\n'

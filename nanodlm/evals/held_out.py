@@ -23,15 +23,8 @@ def define_flags():
     'measured, against independent times; 0: off.',
     lower_bound=0,
   )
-  flags.DEFINE_list(
-    'infill',
-    [],
-    'Shares of the tokens of held-out rows to mask and fill in with '
-    'config.sampler, such as 0.1,0.3,0.5.',
-  )
-  flags.DEFINE_integer(
-    'infill_examples', 256, 'Held-out rows for --infill; 0: all.', lower_bound=0
-  )
+  infill.define_flags([])
+  flags.adopt_module_key_flags(infill)
 
 
 def main(start: Start) -> int:

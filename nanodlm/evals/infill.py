@@ -10,6 +10,7 @@ import logging
 import math
 from typing import Any, NamedTuple
 
+from absl import flags
 import jax
 import numpy as np
 
@@ -25,6 +26,19 @@ log = logging.getLogger('nanodlm')
 
 # 'uniform' masks single tokens anywhere in the row, 'span' one run of tokens.
 PATTERNS = ('uniform', 'span')
+
+
+def define_flags(ratios: Sequence[str]):
+  """Defines the flags that several modes share, with the default ratios."""
+  flags.DEFINE_list(
+    'infill',
+    list(ratios),
+    'Shares of the tokens of held-out rows to mask and fill in with '
+    'config.sampler, such as 0.1,0.3,0.5.',
+  )
+  flags.DEFINE_integer(
+    'infill_examples', 256, 'Held-out rows for --infill; 0: all.', lower_bound=0
+  )
 
 
 def parse_ratios(texts: Sequence[str]) -> list[float]:
@@ -299,6 +313,15 @@ def measure_words(
     }
 
 
+def measure(
+  lm: LanguageModel, text: evaluate.Text, rows: Batch, ratios: Sequence[float]
+) -> Iterator[dict[str, Any]]:
+  """Measures the infilling of rows of a text: of words if its law is known."""
+  if law := laws.law_of_rows(lm.run.settings.data, text.source):
+    return measure_words(lm, law, rows, ratios)
+  return measure_infilling(lm, rows, ratios)
+
+
 def describe(result: Mapping[str, Any]) -> str:
   """Describes a result of `measure_infilling` or `measure_words` in a line."""
   unit = result['unit']
@@ -343,12 +366,8 @@ def infill_text(
   )
   sampler = lm.run.describe_sampler()
   log.info('infilling with %(name)s, temperature %(temperature)g:', sampler)
-  if law := laws.law_of_rows(lm.run.settings.data, text.source):
-    measured = measure_words(lm, law, rows, ratios)
-  else:
-    measured = measure_infilling(lm, rows, ratios)
   results = []
-  for result in measured:
+  for result in measure(lm, text, rows, ratios):
     log.info('  %s', describe(result))
     results.append(result)
   evaluate.append_result(lm, text, {'sampler': sampler, 'infill': results})

@@ -84,8 +84,6 @@ class LawJudge(Judge):
 
   columns = (
     ('possible', 'valid_share', '.4f'),
-    ('at least', 'valid_share_low', '.4f'),
-    ('at most', 'valid_share_high', '.4f'),
     ('law nats', 'law_nats', '.2f'),
     ('distinct', 'distinct_share', '.4f'),
     ('divergence', 'divergence', '.5f'),

@@ -26,7 +26,8 @@ from nanodlm.show import pages
 from nanodlm.show import runs as reading
 from nanodlm.show.pages import escape, printable
 from nanodlm.show.plots import describe, Plot, save_png, to_svg
-from nanodlm.show.runs import half_interval, is_number, Line, Run
+from nanodlm.show.runs import half_interval, Line, Run
+from nanodlm.training.metrics import is_number
 from nanodlm.types import InputError
 
 # In the first lines of every page; a file with it may be replaced.

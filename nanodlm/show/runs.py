@@ -11,10 +11,12 @@ import json
 import math
 import pathlib
 import time
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from nanodlm import workdir as workdir_files
 from nanodlm.devices import lock
+from nanodlm.training import metrics
+from nanodlm.training.metrics import is_number
 from nanodlm.types import InputError, reason
 
 COMPARISON_FILE = 'comparison.json'
@@ -73,11 +75,6 @@ class Run(NamedTuple):
     return next(found, {})
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-  """Returns whether a value is a finite number."""
-  return type(value) in (int, float) and math.isfinite(value)
-
-
 def half_interval(line: Line, key: str) -> float:
   """Returns half the width of a value's interval; 0 if it has none."""
   width = line.get(f'{key}_ci95')
@@ -96,17 +93,7 @@ def _read(path: pathlib.Path, problems: list[str]) -> bytes:
 
 
 def _read_lines(path: pathlib.Path, problems: list[str]) -> list[Line]:
-  found, bad = [], []
-  # The text after the last newline is still being written.
-  for number, line in enumerate(_read(path, problems).split(b'\n')[:-1], 1):
-    try:
-      value = json.loads(line)
-    except ValueError:
-      value = None
-    if isinstance(value, dict):
-      found.append(value)
-    else:
-      bad.append(number)
+  found, bad = workdir_files.parse_lines(_read(path, problems))
   if bad:
     problems.append(f'{path.name}: lines {bad[:5]} are not JSON objects')
   return found
@@ -125,22 +112,6 @@ def _read_config(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:
     if key in flat and not is_number(flat[key]):
       problems.append(f'{key}={flat.pop(key)!r} is not a number')
   return flat
-
-
-def _join_steps(lines: Sequence[Line]) -> list[dict[str, float]]:
-  """Merges the lines of each step; later values replace earlier ones.
-
-  When the step decreases, the run was restarted from a checkpoint: the lines
-  after that step belong to the earlier attempt and are dropped.
-  """
-  steps = {}
-  for line in lines:
-    if type(step := line.get('step')) is int:
-      while steps and next(reversed(steps)) > step:
-        steps.popitem()
-      line = {key: value for key, value in line.items() if is_number(value)}
-      steps[step] = steps.get(step, {}) | line
-  return list(steps.values())
 
 
 def _count_params(workdir: pathlib.Path) -> int | None:
@@ -194,7 +165,7 @@ def read_run(workdir: pathlib.Path, name: str) -> Run:
   run = Run(
     name,
     config,
-    metrics=_join_steps(lines),
+    metrics=metrics.join_steps(lines),
     evals=_read_lines(workdir / workdir_files.EVAL, problems),
     samples=_read_lines(workdir / workdir_files.SAMPLES, problems),
     state='',

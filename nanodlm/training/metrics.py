@@ -1,8 +1,8 @@
-"""Turns sums into the reported means: their names, units and intervals."""
+"""The reported metrics: means of sums, intervals, tables, and their lines."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from scipy import special
@@ -55,6 +55,27 @@ def finite_or_none(values: dict[str, Any]) -> dict[str, float | None]:
     key: float(value) if math.isfinite(value) else None
     for key, value in values.items()
   }
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+  """Returns whether a value is a finite number."""
+  return type(value) in (int, float) and math.isfinite(value)
+
+
+def join_steps(lines: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
+  """Merges the lines of each step; later values replace earlier ones.
+
+  When the step decreases, the run was restarted from a checkpoint: the lines
+  after that step belong to the earlier attempt and are dropped.
+  """
+  steps = {}
+  for line in lines:
+    if type(step := line.get('step')) is int:
+      while steps and next(reversed(steps)) > step:
+        steps.popitem()
+      line = {key: value for key, value in line.items() if is_number(value)}
+      steps[step] = steps.get(step, {}) | line
+  return list(steps.values())
 
 
 def _ratio(total, count) -> float:
@@ -272,16 +293,19 @@ def format_table(
   Args:
     columns: title, key, format and, if there is one, the unit that values are
       divided by.
-    rows: values by key, with half widths of intervals as KEY_ci95; '-' is shown
-      for a value that is absent or None.
+    rows: values by key, with half widths of intervals as KEY_ci95 or their ends
+      as KEY_low and KEY_high; '-' is shown for a value that is absent or None.
   """
 
   def cell(row, key, form, unit=1):
     value = row.get(key)
     if value is None:
       return '-'
-    width = f' ± {row[f"{key}_ci95"]:.4f}' if f'{key}_ci95' in row else ''
-    return format(value / unit if unit != 1 else value, form) + width
+    interval = f' ± {row[f"{key}_ci95"]:.4f}' if f'{key}_ci95' in row else ''
+    if f'{key}_low' in row:
+      low, high = (format(row[f'{key}_{end}'], form) for end in ('low', 'high'))
+      interval = f' ({low} to {high})'
+    return format(value / unit if unit != 1 else value, form) + interval
 
   cells = [[column[0] for column in columns]]
   cells += [[cell(row, *column[1:]) for column in columns] for row in rows]

@@ -183,5 +183,10 @@ def test_source(monkeypatch):
   assert texts == [source.law.sample(0, i) for i in range(5000)]
   assert all(source.law.explain(text) is None for text in texts[::100])
   assert source.fingerprint() != sources.make_source('stories').fingerprint()
-  with pytest.raises(InputError, match="'stories:huge'"):
-    sources.make_source('stories:huge')
+  few = sources.make_source('stories:small:3990-4100')
+  (part,) = few.parts('train')
+  assert [''.join(x.open()) for x in few.read(part)] == texts[3990:4100]
+  assert next(sources.make_source('stories:7-9').parts('train')) == (7, 9)
+  for spec in ('stories:huge', 'stories:small:9-9', 'stories:small:9'):
+    with pytest.raises(InputError, match=repr(spec)):
+      sources.make_source(spec)

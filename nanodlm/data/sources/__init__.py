@@ -2,7 +2,8 @@
 
     embedded                    English that ships with Python, 2 MB
     stories                     little stories whose exact probability is known;
-                                stories:small has fewer words
+                                stories:small has fewer words, and
+                                stories:small:0-2000 is the first 2000 of them
     text:GLOB                   text files in UTF-8, one document each
     jsonl:GLOB[:FIELD]          JSON objects, one document per line
     parquet:GLOB[:FIELD]        rows of Parquet files

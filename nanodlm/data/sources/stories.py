@@ -1,6 +1,9 @@
 """Little stories in English whose exact probability is known.
 
-    config.data.source = 'stories' | 'stories:small'
+    config.data.source = 'stories' | 'stories:small' | 'stories:small:0-2000'
+
+The numbers are those of the first story, from 0, and of the one after the last;
+without them there are `NUM_STORIES`.
 
 A short program, `_tell`, writes a story by making one choice after
 another: who the two children are, what they have, what happens to it. Every
@@ -29,13 +32,14 @@ import numpy as np
 from nanodlm.data.sources import base
 from nanodlm.types import InputError, Law, Posterior
 
-# Stories of a source; the law itself has any number.
+# Stories of a source that does not say which; the law itself has any number.
 NUM_STORIES = 50_000
 # A posterior visits at most this number of partial stories.
 MAX_VISITED = 20_000
 GAP = Law.gap
 # Words that are named instead of one that is impossible.
 MAX_EXPECTED = 6
+_RANGE = re.compile(r':(\d+)-(\d+)$')
 _WORD = re.compile(r'\{\}|\w+|[^\w\s]')
 
 
@@ -443,19 +447,27 @@ def _mismatch(
 
 @dataclasses.dataclass(frozen=True)
 class StoriesSource(base.Source):
-  """The first `NUM_STORIES` stories of a world, one document each."""
+  """Stories `first` to `stop` - 1 of a world, one document each."""
 
-  forms = ('stories', 'stories:small')
+  forms = ('stories', 'stories:small', 'stories:small:FIRST-STOP')
   has_law = True
 
   world: str
+  first: int
+  stop: int
 
   @classmethod
   def make(cls, spec: str, name: str, data_dir: str) -> 'StoriesSource':
     del data_dir
-    if name not in WORLDS:
-      raise InputError(f'data.source={spec!r} is not one of {list(cls.forms)}')
-    return cls(spec, name)
+    found = _RANGE.search(f':{name}')
+    world = f':{name}'[: found.start() if found else None][1:]
+    first, stop = map(int, found.groups()) if found else (0, NUM_STORIES)
+    if world not in WORLDS or not first < stop:
+      raise InputError(
+        f'data.source={spec!r} is not one of {list(cls.forms)}, such as '
+        "'stories:small:0-2000'"
+      )
+    return cls(spec, world, first, stop)
 
   @property
   def law(self) -> StoriesLaw:
@@ -463,12 +475,13 @@ class StoriesSource(base.Source):
 
   def fingerprint(self) -> str:
     texts = [self.law.sample(0, i) for i in range(100)]
-    return hashlib.sha256(repr((NUM_STORIES, texts)).encode()).hexdigest()
+    num = self.stop - self.first
+    return hashlib.sha256(repr((num, texts)).encode()).hexdigest()
 
   def parts(self, split: str) -> Iterator[base.Part]:
     del split
-    for start in range(0, NUM_STORIES, base.PART_ROWS):
-      yield start, min(start + base.PART_ROWS, NUM_STORIES)
+    for start in range(self.first, self.stop, base.PART_ROWS):
+      yield start, min(start + base.PART_ROWS, self.stop)
 
   def read(self, part: base.Part) -> Iterator[base.Document]:
     law = self.law

@@ -1,0 +1,40 @@
+"""Few stories and many epochs: does masked diffusion overtake autoregression?
+
+    python launch.py --mode=study --config=configs/scarce.py \
+        --output=runs/scarce --seeds=0 --checkpoint=best
+
+2,000 stories, 200 epochs of 125 steps, and an evaluation and a checkpoint every
+10 epochs, all of which are kept (DISK). Samples come from the checkpoint with
+the lowest bound on 256 held-out stories. Network and optimizer are those of
+configs/quickstart.py.
+
+Source of the question: Prabhudesai et al., Diffusion beats autoregressive in
+data-constrained settings, arXiv 2507.15857.
+
+Not yet run.
+"""
+
+from nanodlm import config as configs
+
+VARIANTS = {
+  'masked': {'objective.name': 'masked'},
+  'ar': {'objective.name': 'ar'},
+}
+
+
+def get_config(name='masked'):
+  config = configs.load('quickstart')
+  config.data.source = 'stories:small:0-2000'
+  # None of these is among the first 2,000.
+  config.data.eval_source = 'stories:small:8000-9500'
+  config.sampler = configs.load('base').sampler
+  # For infilling, whose best possible accuracy is that of the likeliest words.
+  config.sampler.temperature = 0.0
+  config.train.num_steps = 25_000
+  config.train.num_samples = 0
+  config.train.eval_every_steps = 1250
+  config.train.log_every_steps = 250
+  config.eval.max_examples = 256
+  config.checkpoint.every_steps = 1250
+  config.checkpoint.max_to_keep = 20
+  return configs.vary(config, VARIANTS, name)

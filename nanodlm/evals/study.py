@@ -1,0 +1,480 @@
+r"""--mode=study: trains variants of a config with several seeds, compares them.
+
+    python launch.py --mode=study --config=configs/objectives.py \
+        --output=runs/objectives --seeds=0,1,2
+
+The file of --config has a dict VARIANTS, {name: {'section.key': value}}, and
+get_config(name), so that each can also be trained alone, with
+--config=configs/objectives.py:block4. Each run is trained in OUTPUT/NAME-seedN
+as by --mode=train, and measured as by --mode=compare and --mode=eval --infill,
+by default against the law of the text if that is known.
+
+Runs take turns by seed, and after each of them study.txt, study.json and
+study.png show what is known so far. The same command resumes: nothing that was
+trained or measured is done again. With other flags of what to measure, only
+what is missing is measured; other settings need another OUTPUT.
+"""
+
+from collections.abc import Mapping, Sequence
+import json
+import logging
+import pathlib
+import re
+import runpy
+import statistics
+import time
+from typing import Any, NamedTuple
+
+from absl import flags
+import jax
+
+from nanodlm import config as configs
+from nanodlm import evaluate, laws, train
+from nanodlm import run as runs
+from nanodlm import workdir as workdirs
+from nanodlm.config import Settings, Start
+from nanodlm.data import prepare
+from nanodlm.evals import compare, infill
+from nanodlm.evals import judge as judges
+from nanodlm.evals.compare import Curve, Panel, Recall, Subject
+from nanodlm.training import checksums, metrics
+from nanodlm.training.metrics import is_number
+from nanodlm.training.progress import describe_secs
+from nanodlm.types import check_seed, InputError
+
+log = logging.getLogger('nanodlm')
+
+RESULTS = 'study.json'
+LAST, BEST = 'last', 'best'
+# What a learning curve shows, if each evaluation has it, and its unit.
+_CURVES = {'excess_nats': 'nats/document above the law', 'nll': 'nats/token'}
+_RUN_COLUMNS = (
+  ('variant', 'workdir', ''),
+  ('step', 'step', ''),
+  ('', 'relation', ''),
+  ('nats/token', 'nll', '.4f'),
+  ('nats/document', 'nats_per_document', '.2f'),
+  ('above the law', 'excess_nats', '.2f'),
+  ('trained on', 'shown_share', ''),
+  ('lowest', 'lowest', '.3f'),
+  ('at epoch', 'lowest_at', '.1f'),
+  ('of', 'epochs', '.1f'),
+  ('training tokens/s', 'train_tokens_per_sec', ',.0f'),
+)
+_TEXT_COLUMNS = (('entropy, each', 'sample_entropy', '.3f'),)
+_INFILL_COLUMNS = (
+  ('infilling of', 'workdir', ''),
+  ('masked', 'ratio', '.0%'),
+  ('as', 'pattern', ''),
+  ('calls', 'num_calls', '.0f'),
+  ('accuracy', 'accuracy', '.4f'),
+  ('best possible', 'bayes_accuracy', '.4f'),
+)
+
+
+def define_flags():
+  """Defines the flags of --mode=study."""
+  flags.DEFINE_list('variants', [], 'Variants of --config; by default all.')
+  flags.DEFINE_list('seeds', ['0'], 'Values of config.seed, such as 0,1,2.')
+  flags.DEFINE_enum(
+    'checkpoint',
+    LAST,
+    [LAST, BEST],
+    'Whether to measure the last checkpoint of a run, or the one, among those '
+    'that checkpoint.max_to_keep keeps, whose held-out bound was the lowest.',
+  )
+  compare.define_measurements()
+  infill.define_flags(['0.1', '0.5'])
+  flags.adopt_module_key_flags(compare)
+  flags.adopt_module_key_flags(infill)
+
+
+class Member(NamedTuple):
+  """A run of the study: a variant with a seed."""
+
+  variant: str
+  seed: int
+  start: Start
+  settings: Settings
+
+  @property
+  def workdir(self) -> pathlib.Path:
+    """Its folder."""
+    return pathlib.Path(self.start.workdir)
+
+
+def plan_members(
+  start: Start, output: str, variants: Sequence[str], seeds: Sequence[str]
+) -> list[Member]:
+  """Returns the checked runs of a study, in the order of training.
+
+  Args:
+    start: the command line.
+    output: the folder of the study.
+    variants: values of --variants.
+    seeds: values of --seeds.
+
+  Raises:
+    InputError: there is no such variant or seed, or the run in its folder has
+      other settings.
+  """
+  path, _, name = start.path.partition(':')
+  if not start.is_given or name:
+    raise InputError(
+      f'--config={start.path!r}: --mode=study needs the file of a study, such '
+      'as configs/objectives.py, and takes names of its variants in --variants'
+    )
+  if 'seed' in start.changes:
+    raise InputError(
+      f'--config.seed={start.changes["seed"]!r} is ignored by --mode=study; '
+      'give --seeds'
+    )
+  module = runpy.run_path(path)
+  known = module.get('VARIANTS')
+  if not isinstance(known, Mapping) or not known:
+    raise InputError(
+      f'--config={path!r} lacks VARIANTS={{name: {{key: value}}}}, as a study '
+      'needs; see configs/objectives.py'
+    )
+  if unknown := sorted(set(variants) - set(known)):
+    raise InputError(f'--variants={unknown} are not among {list(known)}')
+  is_number = all(re.fullmatch(r'\d+', seed) for seed in seeds)
+  numbers = [int(seed) for seed in seeds] if is_number else []
+  if not numbers or len(set(numbers)) < len(numbers):
+    raise InputError(
+      f'--seeds={",".join(seeds)} must be different whole numbers, such as '
+      '0,1,2'
+    )
+  members = []
+  for seed in numbers:
+    check_seed(seed, '--seeds')
+    for variant in [name for name in known if name in (variants or known)]:
+      one = Start(
+        'train',
+        str(pathlib.Path(output) / f'{variant}-seed{seed}'),
+        module['get_config'](variant),
+        True,
+        {**start.changes, 'seed': seed},
+      )
+      settings, saved = one.resolve()
+      if seed == numbers[0]:
+        runs.check_training(runs.make_run(settings))
+      changed = configs.differing_keys(
+        saved or settings.to_dict(), settings.to_dict()
+      )
+      if changed:
+        lines = [
+          f'  {k}: {a!r} saved, {b!r} now' for k, (a, b) in changed.items()
+        ]
+        raise InputError(
+          f'--output={output!r} holds a study with other settings, in '
+          f'{one.workdir}:\n' + '\n'.join(lines) + '\nGive another --output'
+        )
+      members.append(Member(variant, seed, one, settings))
+  return members
+
+
+def _check_output(output: str, name: str):
+  """Raises InputError unless a study of the config `name` can be written."""
+  if not output:
+    raise InputError('--mode=study needs --output')
+  workdirs.check_writable(output, '--output')
+  folder = pathlib.Path(output)
+  if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+    return
+  try:
+    other = json.loads((folder / RESULTS).read_bytes())['config']
+  except (OSError, ValueError, KeyError, TypeError):
+    raise InputError(
+      f'--output={output!r} is neither new or empty nor the folder of a study'
+    ) from None
+  if other != name:
+    raise InputError(
+      f'--output={output!r} holds a study of {other!r}, not of {name!r}; give '
+      'another folder'
+    )
+
+
+def _is_trained(member: Member) -> bool:
+  """Returns whether the run has ended, with a checkpoint and its bound."""
+  num_steps = member.settings.train.num_steps
+  steps = checksums.complete_steps(member.workdir / workdirs.CHECKPOINTS)
+  return steps[-1:] == [num_steps] and train.was_evaluated(
+    str(member.workdir), num_steps
+  )
+
+
+def make_recall(path: pathlib.Path, step: int) -> Recall:
+  """Makes what keeps the results of measuring a step in a JSON file."""
+  known = json.loads(path.read_text()) if path.exists() else []
+
+  def recall(description, compute):
+    asked = json.loads(json.dumps({'step': step, **description}))
+    for entry in known:
+      if entry['asked'] == asked:
+        return entry['result']
+    # As it will be read.
+    result = json.loads(compare.to_json(compute()))
+    known.append({'asked': asked, 'result': result})
+    workdirs.write(path, compare.to_json(known))
+    return result
+
+  return recall
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+  """Returns the metrics of each step of a run."""
+  lines, _ = workdirs.parse_lines((workdir / workdirs.METRICS).read_bytes())
+  return metrics.join_steps(lines)
+
+
+def learning_curve(
+  lines: Sequence[Mapping[str, float]], steps_per_epoch: float
+) -> list[dict[str, float]]:
+  """Returns step, epochs and the values of _CURVES of each evaluation."""
+  curve = []
+  for line in lines:
+    splits = [x for x in ('eval', 'eval_subset') if f'{x}/nll' in line]
+    if not splits:
+      continue
+    values = {
+      key.partition('/')[2]: value
+      for key, value in line.items()
+      if key.startswith(f'{splits[0]}/')
+    }
+    kept = [key for key in values if key.removesuffix('_ci95') in _CURVES]
+    point = {'step': line['step'], 'epochs': line['step'] / steps_per_epoch}
+    curve.append(point | {key: values[key] for key in kept})
+  return curve
+
+
+def _curve_key(curves: Sequence[Sequence[Mapping[str, float]]]) -> str:
+  """Returns what all evaluations of several curves have."""
+  return next(
+    key
+    for key in _CURVES
+    if all(key in point for curve in curves for point in curve)
+  )
+
+
+def measure(
+  member: Member,
+  request: compare.Request,
+  judge: judges.Judge | None,
+  ratios: Sequence[float],
+  options: flags.FlagValues,
+) -> dict[str, Any] | None:
+  """Measures a trained run, unless its folder has the results.
+
+  Returns None if its held-out bound was never finite.
+  """
+  settings, workdir = member.settings, str(member.workdir)
+  lines = read_metrics(member.workdir)
+  by_step = learning_curve(lines, 1.0)
+  if not by_step:
+    return None
+  steps = checksums.complete_steps(member.workdir / workdirs.CHECKPOINTS)
+  step = steps[-1]
+  if options.checkpoint == BEST:
+    key = _curve_key([by_step])
+    kept = [point for point in by_step if point['step'] in steps]
+    best = min(kept, key=lambda point: point[key], default={'step': step})
+    step = int(best['step'])
+  recall = make_recall(member.workdir / workdirs.MEASURED, step)
+  subject = Subject(workdir, settings, step)
+
+  def count_rows() -> int:
+    wanted = evaluate.own_tokenizer(settings, workdir)
+    return len(prepare.prepare(settings.data, wanted).train)
+
+  def fill_gaps() -> list[dict[str, Any]]:
+    lm, text = subject.lm, subject.text
+    rows = evaluate.validation_rows(
+      lm.run, text.packed, options.infill_examples
+    )
+    return list(infill.measure(lm, text, rows, ratios))
+
+  result = compare.compare_run(
+    subject, request, judge, options.max_examples, recall
+  )
+  num_rows = recall({'what': 'training rows'}, count_rows)
+  curve = learning_curve(lines, num_rows / settings.train.batch_size)
+  key = _curve_key([curve])
+  lowest = min(curve, key=lambda point: point[key])
+  rates = [x['train/tokens_per_sec'] for x in lines if 'train/loss' in x]
+  result |= {
+    'variant': member.variant,
+    'seed': member.seed,
+    'curve': curve,
+    'lowest': lowest[key],
+    'lowest_at': lowest['epochs'],
+    'epochs': curve[-1]['epochs'],
+    'train_tokens_per_sec': statistics.median(rates) if rates else None,
+    'infill': [],
+  }
+  if ratios and _can_fill(subject):
+    asked = {
+      'what': 'infilling',
+      'ratios': ratios,
+      'num_examples': options.infill_examples,
+    }
+    result['infill'] = recall(asked, fill_gaps)
+  return result
+
+
+def _can_fill(subject: Subject) -> bool:
+  try:
+    infill.check_run(subject.run)
+  except InputError:
+    return False
+  return True
+
+
+def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns the means of results over seeds, with their ranges.
+
+  KEY_low and KEY_high are the ends of the range of KEY, in place of the
+  intervals of single results. What is not a number, or is the same in all, is
+  kept; lists are summarized element by element.
+  """
+  first = results[0]
+  if len(results) == 1:
+    return dict(first)
+  summary: dict[str, Any] = {}
+  for key in dict.fromkeys(key for result in results for key in result):
+    values = [result[key] for result in results if result.get(key) is not None]
+    if key.endswith(('_ci95', '_low', '_high')):
+      continue
+    if values and isinstance(values[0], list):
+      summary[key] = [summarize(rows) for rows in zip(*values)]
+    elif all(map(is_number, values)) and len(set(values)) > 1:
+      summary[key] = statistics.fmean(values)
+      summary |= {f'{key}_low': min(values), f'{key}_high': max(values)}
+    else:
+      summary[key] = values[0] if values else None
+  return summary
+
+
+def summarize_variants(
+  results: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+  """Returns a summary of each variant, called by its name like a run.
+
+  Held-out text that was measured for an earlier one is left out.
+  """
+  groups: dict[str, list[Mapping[str, Any]]] = {}
+  for result in results:
+    groups.setdefault(result['variant'], []).append(result)
+  summaries, texts = [], []
+  for name, group in groups.items():
+    # A run that was interrupted in an evaluation lacks it.
+    steps = [{point['step'] for point in result['curve']} for result in group]
+    curves = [
+      [x for x in result['curve'] if x['step'] in set.intersection(*steps)]
+      for result in group
+    ]
+    group = [{**x, 'curve': curve} for x, curve in zip(group, curves)]
+    summary = {**summarize(group), 'workdir': name}
+    summary['seed'] = [result['seed'] for result in group]
+    text = [x for x in summary['points'] if x['num_calls'] is None]
+    if text and text[0] in texts:
+      summary['points'] = summary['points'][1:]
+    texts += text
+    summaries.append(summary)
+  return summaries
+
+
+def format_table(
+  summaries: Sequence[dict[str, Any]], judge: judges.Judge | None
+) -> str:
+  """Formats summaries of variants as tables with remarks."""
+  lines = [compare.format_table(summaries, judge, _RUN_COLUMNS, _TEXT_COLUMNS)]
+  gaps = [
+    {**gap, 'workdir': summary['workdir']}
+    for summary in summaries
+    for gap in summary['infill']
+  ]
+  if gaps:
+    lines += ['', *metrics.format_table(_INFILL_COLUMNS, gaps)]
+  key = _curve_key([summary['curve'] for summary in summaries])
+  seeds = sorted({seed for summary in summaries for seed in summary['seed']})
+  lines += [
+    '',
+    f'Means over seeds {", ".join(map(str, seeds))}, with their ranges, or '
+    'values of one seed with 95% intervals. lowest: that of the evaluations '
+    f'during training, {_CURVES[key]}. Infilling is left out for networks that '
+    'do not see both sides of a gap.',
+  ]
+  return '\n'.join(lines)
+
+
+def make_curves(summaries: Sequence[Mapping[str, Any]]) -> Panel:
+  """Makes the plot of learning curves, with a star at each minimum."""
+  key, curves = _curve_key([x['curve'] for x in summaries]), []
+  for i, summary in enumerate(summaries):
+    style = {'color': f'C{i}'}
+    curves.append(compare.make_curve(style, summary['curve'], 'epochs', key))
+    best = min(summary['curve'], key=lambda point: point[key])
+    star = {**style, 'marker': '*', 'markersize': 12}
+    curves.append(Curve(star, [best['epochs']], [best[key]], ([0], [0])))
+  return Panel('epochs', _CURVES[key], curves)
+
+
+def main(start: Start) -> int:
+  """Runs --mode=study: trains and measures runs, writes tables to --output."""
+  options = flags.FLAGS
+  _check_output(options.output, name := pathlib.Path(start.path).stem)
+  ratios = infill.parse_ratios(options.infill)
+  members = plan_members(start, options.output, options.variants, options.seeds)
+  settings = [member.settings for member in members]
+  has_law = all(laws.law_of_rows(one.data) for one in settings)
+  spec = options.judge or (judges.LAW if has_law else '')
+  request = compare.parse_request(options, spec)
+  judge = judges.make_judge(spec) if spec else None
+  compare.check(settings, request, judge)
+  output = pathlib.Path(options.output)
+  workdirs.make(options.output)
+  if not (output / RESULTS).exists():
+    workdirs.write(output / RESULTS, compare.to_json({'config': name}))
+  results, failed, secs = [], [], []
+  for i, member in enumerate(members):
+    left = statistics.fmean(secs) * (len(members) - i) if secs else 0
+    log.info(
+      'run %d of %d: %s, seed %d%s',
+      i + 1,
+      len(members),
+      member.variant,
+      member.seed,
+      f', about {describe_secs(left)} left' if left else '',
+    )
+    began, is_new = time.monotonic(), not _is_trained(member)
+    status = train.main(member.start) if is_new else 0
+    if status > 1:
+      return status
+    result = None
+    if not status:
+      result = measure(member, request, judge, ratios, options)
+    if result is None:
+      failed.append(member.workdir.name)
+      continue
+    results.append(result)
+    # Programs of other networks are of no use to the next run.
+    jax.clear_caches()
+    if is_new:
+      secs.append(time.monotonic() - began)
+    summaries = summarize_variants(results)
+    table = format_table(summaries, judge)
+    workdirs.write(output / 'study.txt', table + '\n')
+    value = compare.describe(results, request, judge)
+    value |= {'config': name, 'variants': summaries}
+    workdirs.write(output / RESULTS, compare.to_json(value))
+    if options.plot:
+      panels = compare.make_panels(judge) if request.samplers else {}
+      compare.plot_curves(
+        summaries, panels, output / 'study.png', [make_curves(summaries)]
+      )
+  if results:
+    print((output / 'study.txt').read_text(), end='')
+  if failed:
+    log.warning('left out, since training failed: %s', ', '.join(failed))
+  return bool(failed)
