@@ -106,7 +106,7 @@ class Speculate(Sampler):
         cache, inputs(text)[row, places], start, level, every, visible
       )
       p, q = jnp.exp(self.draw.log_prob(logits)), jnp.exp(log_q)
-      q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # The last place has no draft.
+      q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # Nothing is drafted for the last place.
       of_draft = lambda x: jnp.take_along_axis(
         x[:, :-1], drafts[..., None], axis=-1
       )[..., 0]
