@@ -441,7 +441,7 @@ def plot_curves(
     for point in result['points']:
       name = point['sampler']['name']
       if point['num_calls'] is None:
-        looks[name] = {'linestyle': ':'}
+        looks[name] = {'linestyle': ':', 'color': 'black'}
       elif name not in looks:
         i = sum('marker' in look for look in looks.values())
         dashes = (0, (1 + i, i // 2))
@@ -462,7 +462,7 @@ def plot_curves(
       for key, label in labels.items()
     ),
   ]
-  black = {name: {'color': 'black', **look} for name, look in looks.items()}
+  black = {name: {**look, 'color': 'black'} for name, look in looks.items()}
   _draw(panels, [*colors.items(), *black.items()], path)
 
 
