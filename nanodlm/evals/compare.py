@@ -58,7 +58,11 @@ def define_flags():
 
 def define_measurements():
   """Defines the flags that say what to measure, and where to write it."""
-  flags.DEFINE_string('output', None, 'A new or empty folder for the results.')
+  flags.DEFINE_string(
+    'output',
+    None,
+    'A folder for the results: new or empty, except to resume a study.',
+  )
   flags.DEFINE_integer(
     'max_examples', 0, 'Held-out rows per run; 0 for all.', lower_bound=0
   )
