@@ -4,7 +4,7 @@
         --output=runs/scarce --seeds=0 --checkpoint=best
 
 2,000 stories, 200 epochs of 125 steps, and an evaluation and a checkpoint every
-10 epochs, all of which are kept (DISK). Samples come from the checkpoint with
+10 epochs, all of which are kept (0.3 GB). Samples come from the checkpoint with
 the lowest bound on 256 held-out stories. Network and optimizer are those of
 configs/quickstart.py.
 

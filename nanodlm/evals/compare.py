@@ -58,7 +58,11 @@ def define_flags():
 
 def define_measurements():
   """Defines the flags that say what to measure, and where to write it."""
-  flags.DEFINE_string('output', None, 'A new or empty folder for the results.')
+  flags.DEFINE_string(
+    'output',
+    None,
+    'A folder for the results: new or empty, except to resume a study.',
+  )
   flags.DEFINE_integer(
     'max_examples', 0, 'Held-out rows per run; 0 for all.', lower_bound=0
   )
@@ -444,7 +448,7 @@ def plot_curves(
     for point in result['points']:
       name = point['sampler']['name']
       if point['num_calls'] is None:
-        looks[name] = {'linestyle': ':'}
+        looks[name] = {'linestyle': ':', 'color': 'black'}
       elif name not in looks:
         i = sum('marker' in look for look in looks.values())
         dashes = (0, (1 + i, i // 2))
@@ -465,7 +469,7 @@ def plot_curves(
       for key, label in labels.items()
     ),
   ]
-  black = {name: {'color': 'black', **look} for name, look in looks.items()}
+  black = {name: {**look, 'color': 'black'} for name, look in looks.items()}
   _draw(panels, [*colors.items(), *black.items()], path)
 
 

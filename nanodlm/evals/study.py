@@ -138,8 +138,8 @@ def plan_members(
     )
   if unknown := sorted(set(variants) - set(known)):
     raise InputError(f'--variants={unknown} are not among {list(known)}')
-  is_number = all(re.fullmatch(r'\d+', seed) for seed in seeds)
-  numbers = [int(seed) for seed in seeds] if is_number else []
+  are_whole = all(re.fullmatch('[0-9]+', seed) for seed in seeds)
+  numbers = [int(seed) for seed in seeds] if are_whole else []
   if not numbers or len(set(numbers)) < len(numbers):
     raise InputError(
       f'--seeds={",".join(seeds)} must be different whole numbers, such as '

@@ -301,7 +301,9 @@ def format_table(
     value = row.get(key)
     if value is None:
       return '-'
-    interval = f' ± {row[f"{key}_ci95"]:.4f}' if f'{key}_ci95' in row else ''
+    interval = ''
+    if f'{key}_ci95' in row:
+      interval = f' ± {format(row[f"{key}_ci95"], form)}'
     if f'{key}_low' in row:
       low, high = (format(row[f'{key}_{end}'], form) for end in ('low', 'high'))
       interval = f' ({low} to {high})'

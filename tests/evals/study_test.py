@@ -228,6 +228,18 @@ def test_the_best_checkpoint(finished, monkeypatch):
   assert start(finished) == 0
 
 
+def test_runs_that_fail_are_left_out(finished, monkeypatch, capsys):
+  is_trained = lambda member: member.seed == 3
+  monkeypatch.setattr(study, '_is_trained', is_trained)
+  monkeypatch.setattr(train, 'main', lambda start: 1)
+  assert start(finished) == 1
+  value = read(finished)
+  assert [run['seed'] for run in value['runs']] == [3, 3]
+  assert 'left_to_right' in capsys.readouterr().out
+  monkeypatch.undo()
+  assert start(finished) == 0
+
+
 def test_summaries():
   summarize = study.summarize
   one = {'a': 1.0, 'a_ci95': 0.5, 'n': 2, 'name': 'x', 'list': [{'b': 1}]}
