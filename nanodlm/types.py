@@ -323,7 +323,7 @@ class ReverseRule(abc.ABC):
     """Draws xt ~ q_t(. | x0) at positions `where` [B, L]; keys [B], t []."""
 
   def level_at(self, t: Array, free_share: Array) -> Array:
-    """Returns the `level` [B] of `Denoise` at time t [].
+    """Returns the `level` [B] of `Denoise` at time t, [] or [B].
 
     `free_share` [B] is the share of positions outside the prompt.
     """

@@ -32,10 +32,16 @@ class Edit(Sampler):
 
   The network must predict tokens as well as masks, hence the noise must be
   hybrid: networks of purely masked noise are not trained to, and what they
-  predict of a token that they see is arbitrary. If p_i is the law of x_i given
-  the OTHER positions, a call that changes one position is exact, since its
-  choice depends on them alone; a call that changes several draws them
-  independently of each other.
+  predict of a token that they see is arbitrary. On a nearly blank canvas, such
+  a network may disregard what was filled first: the random tokens that it
+  expects per right one grow as (1 - t)^(gamma / 2 - 1) towards t = 1, hence
+  without limit for objective.gamma=1, but not for 2. Start from a prompt: on a
+  blank canvas, a network that knows relative positions only predicts the same
+  everywhere, often the end of the text.
+
+  If p_i is the law of x_i given the OTHER positions, a call that changes one
+  position is exact, since its choice depends on them alone; a call that changes
+  several draws them independently of each other.
 
   Attributes:
     threshold: for masks; 0 selects DEFAULT_THRESHOLD. Above 1, a call fills one

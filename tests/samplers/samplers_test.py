@@ -105,7 +105,7 @@ CASES = {
     PrefixCache(FixedCount(DRAW, 2), 2, MASK), lambda n: (n + 1, n + 2)
   ),
   'psi': Case(
-    Psi(DRAW, 128, Masked(MASK), remask='cap', eta=0.01), lambda n: (128, 128)
+    Psi(DRAW, 64, Masked(MASK), remask='cap', eta=0.01), lambda n: (64, 64)
   ),
   'remask': Case(
     Remask(DRAW, num_steps=128, remask='cap', eta=0.01), lambda n: (n, n * 128)
