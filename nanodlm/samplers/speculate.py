@@ -130,8 +130,10 @@ class Speculate(Sampler):
     first = jnp.argmin(fixed, axis=1).astype(jnp.int32)
     start = jnp.where(is_open, first, length)
     has_prompt = sharding.on_any_device(jnp.any(is_open & (start > 0)))
+    # Nothing is visible. XLA would fold attention to a constant that says so.
+    nothing = where < jnp.minimum(start, 0)[:, None]
     read = lambda cache: causal.advance(
-      cache, inputs(tokens)[:, :-1], 0, jnp.zeros(length + size, bool)
+      cache, inputs(tokens)[:, :-1], 0, nothing
     )
     cache = jax.lax.cond(has_prompt, read, lambda cache: cache, cache)
     state = (tokens, cache, start, has_prompt.astype(jnp.int32))
