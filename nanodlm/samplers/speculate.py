@@ -106,7 +106,7 @@ class Speculate(Sampler):
         cache, inputs(text)[row, places], start, level, every, visible
       )
       p, q = jnp.exp(self.draw.log_prob(logits)), jnp.exp(log_q)
-      q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # Nothing is drafted for the last place.
+      q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))  # There are S - 1 drafts.
       of_draft = lambda x: jnp.take_along_axis(
         x[:, :-1], drafts[..., None], axis=-1
       )[..., 0]
@@ -130,8 +130,10 @@ class Speculate(Sampler):
     first = jnp.argmin(fixed, axis=1).astype(jnp.int32)
     start = jnp.where(is_open, first, length)
     has_prompt = sharding.on_any_device(jnp.any(is_open & (start > 0)))
+    # None of the cache is visible; XLA folds attention to a constant slowly.
+    nothing = where < jnp.minimum(start, 0)[:, None]
     read = lambda cache: causal.advance(
-      cache, inputs(tokens)[:, :-1], 0, jnp.zeros(length + size, bool)
+      cache, inputs(tokens)[:, :-1], 0, nothing
     )
     cache = jax.lax.cond(has_prompt, read, lambda cache: cache, cache)
     state = (tokens, cache, start, has_prompt.astype(jnp.int32))

@@ -208,9 +208,13 @@ class Recorder:
       else:
         # Rows with fewer positions than the batch has slots repeat some.
         positions, first = np.unique(positions, return_index=True)
-        self._answers[row][-1] = Answer(
-          positions, event.top_tokens[i][first], event.top_probs[i][first]
-        )
+        # A last block may end after the canvas.
+        is_inside = positions < len(self._canvas[row])
+        positions, first = positions[is_inside], first[is_inside]
+        if len(positions):
+          self._answers[row][-1] = Answer(
+            positions, event.top_tokens[i][first], event.top_probs[i][first]
+          )
     return True
 
   def trajectories(self, samples: np.ndarray) -> list[Trajectory]:

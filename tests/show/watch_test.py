@@ -124,6 +124,7 @@ class WatchTest(parameterized.TestCase):
         if answer is None:  # The call only fills the cache.
           self.assertFalse(np.any(change))
           continue
+        self.assertLess(answer.positions.max(initial=0), tokens.shape[1])
         self.assertEqual(answer.top_tokens.shape, (*answer.positions.shape, 3))
         self.assertTrue(np.all(np.diff(answer.top_probs) <= 0))
         self.assertTrue(np.all(answer.top_probs > 0))
