@@ -57,7 +57,8 @@ def get_config():
   config.model.num_layers = 3
   config.model.embed_dim = 128
   config.model.num_heads = 4
-  config.model.rope_theta = 100.0
+  config.model.num_positions = 100
+  config.model.keep_rotary = True
   config.model.embedding_std = 0.5
   config.model.unroll = True
   config.optim.name = 'muon'

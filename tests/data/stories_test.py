@@ -13,7 +13,8 @@ from nanodlm.types import InputError
 TINY = stories.World(
   girls=('Ada', 'Bella'),
   boys=('Adam',),
-  things=('ball', 'cup'),
+  children=(('Ada', 'Bella', 'Adam'),) * 2,
+  things=(('ball', 'cup'),) * 2,
   colors=('red', 'blue'),
   places={
     'in the park': ('on a bench', 'in the grass'),

@@ -48,8 +48,9 @@ class World:
   """What stories are about.
 
   Attributes:
-    girls, boys: names, at least three altogether.
-    things: at least two nouns.
+    girls, boys: names.
+    children: the names of the first and of the second child, who are different.
+    things: nouns for what the first and the second have, which is different.
     colors: at least two adjectives.
     places: for each place, with its preposition, where in it a thing may lie.
     openings: how a story may begin.
@@ -58,26 +59,31 @@ class World:
 
   girls: tuple[str, ...]
   boys: tuple[str, ...]
-  things: tuple[str, ...]
+  children: tuple[tuple[str, ...], tuple[str, ...]]
+  things: tuple[tuple[str, ...], tuple[str, ...]]
   colors: tuple[str, ...]
   places: Mapping[str, tuple[str, ...]]
   openings: tuple[str, ...]
   max_events: int = 4
 
 
+_GIRLS = tuple(
+  'Ada Bella Clara Dora Emma Flora Greta Hanna Ida Julia Lena Mia Nora Olga '
+  'Rosa Tilda'.split()
+)
+_BOYS = tuple(
+  'Adam Ben Carl David Emil Felix Hugo Ivan Jack Karl Leo Max Noah Otto Paul '
+  'Tom'.split()
+)
+_THINGS = tuple(
+  'ball basket boat book bucket cap coat cup drum hat kite lamp ribbon scarf '
+  'spoon train'.split()
+)
 LARGE = World(
-  girls=tuple(
-    'Ada Bella Clara Dora Emma Flora Greta Hanna Ida Julia Lena Mia Nora Olga '
-    'Rosa Tilda'.split()
-  ),
-  boys=tuple(
-    'Adam Ben Carl David Emil Felix Hugo Ivan Jack Karl Leo Max Noah Otto Paul '
-    'Tom'.split()
-  ),
-  things=tuple(
-    'ball basket boat book bucket cap coat cup drum hat kite lamp ribbon '
-    'scarf spoon train'.split()
-  ),
+  girls=_GIRLS,
+  boys=_BOYS,
+  children=((*_GIRLS, *_BOYS),) * 2,
+  things=(_THINGS, _THINGS),
   colors=tuple('black blue brown green grey pink red white yellow'.split()),
   places={
     'at the beach': ('in the sand', 'under a rock', 'near a tent'),
@@ -104,11 +110,12 @@ LARGE = World(
     'After lunch',
   ),
 )
+# Nothing that the second child is or has depends on the first: a network that
+# knows each word but not their relations would often choose the same twice.
 SMALL = dataclasses.replace(
   LARGE,
-  girls=LARGE.girls[:2],
-  boys=LARGE.boys[:2],
-  things=LARGE.things[:4],
+  children=(_GIRLS[:3], _BOYS[:3]),
+  things=(_THINGS[:3], _THINGS[3:6]),
   colors=LARGE.colors[:3],
   places=dict(list(LARGE.places.items())[:3]),
   openings=LARGE.openings[:4],
@@ -148,17 +155,15 @@ def _tell(world: World, choose: Choose):
 
   pick(world.openings)
   say(',')
-  children = [pick([*world.girls, *world.boys])]
+  children = [pick(world.children[0])]
   say('met')
-  children.append(
-    pick([c for c in (*world.girls, *world.boys) if c != children[0]])
-  )
+  children.append(pick([c for c in world.children[1] if c != children[0]]))
   place = pick(list(world.places))
   say('.')
   for i, child in enumerate(children):
     say(f'{child} had a' if i == 0 else f'and {child} had a')
     colors.append(pick(world.colors))
-    things.append(pick([t for t in world.things if t not in things]))
+    things.append(pick([t for t in world.things[i] if t not in things]))
   say('.')
 
   is_girl = [child in world.girls for child in children]
