@@ -16,10 +16,13 @@ TINY = stories.World(
   children=(('Ada', 'Bella', 'Adam'),) * 2,
   things=(('ball', 'cup'),) * 2,
   colors=('red', 'blue'),
+  paints=('red', 'blue'),
   places={
     'in the park': ('on a bench', 'in the grass'),
     'at the farm': ('in the hay',),
   },
+  meetings=('in the park', 'at the farm'),
+  goals=('in the park', 'at the farm'),
   openings=('One day',),
   max_events=2,
 )

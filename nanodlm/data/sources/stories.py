@@ -51,8 +51,9 @@ class World:
     girls, boys: names.
     children: the names of the first and of the second child, who are different.
     things: nouns for what the first and the second have, which is different.
-    colors: at least two adjectives.
+    colors, paints: adjectives for what a thing is, and becomes if painted.
     places: for each place, with its preposition, where in it a thing may lie.
+    meetings, goals: the places where the children meet, and to which they go.
     openings: how a story may begin.
     max_events: sentences between the beginning and the ending.
   """
@@ -62,7 +63,10 @@ class World:
   children: tuple[tuple[str, ...], tuple[str, ...]]
   things: tuple[tuple[str, ...], tuple[str, ...]]
   colors: tuple[str, ...]
+  paints: tuple[str, ...]
   places: Mapping[str, tuple[str, ...]]
+  meetings: tuple[str, ...]
+  goals: tuple[str, ...]
   openings: tuple[str, ...]
   max_events: int = 4
 
@@ -79,26 +83,31 @@ _THINGS = tuple(
   'ball basket boat book bucket cap coat cup drum hat kite lamp ribbon scarf '
   'spoon train'.split()
 )
+_COLORS = tuple('black blue brown green grey pink red white yellow'.split())
+_PLACES = {
+  'at the beach': ('in the sand', 'under a rock', 'near a tent'),
+  'at the farm': ('in the hay', 'under a cart', 'near the well'),
+  'in the forest': ('under a fern', 'under a log', 'in a hollow tree'),
+  'in the garden': ('among the roses', 'under a hedge', 'near the shed'),
+  'at the harbour': ('under a net', 'in a barrel', 'near the crane'),
+  'at the library': ('under a desk', 'on a shelf', 'under a chair'),
+  'at the market': ('under a stall', 'in a crate', 'near the fountain'),
+  'in the meadow': ('in the grass', 'near the brook', 'among the daisies'),
+  'at the museum': ('near a statue', 'under the stairs', 'near a window'),
+  'at the park': ('under a bench', 'near the pond', 'near a swing'),
+  'at the school': ('in a cupboard', 'under a table', 'under the piano'),
+  'at the station': ('on a platform', 'under a trolley', 'near the clock'),
+}
 LARGE = World(
   girls=_GIRLS,
   boys=_BOYS,
-  children=((*_GIRLS, *_BOYS),) * 2,
+  children=((*_GIRLS, *_BOYS), (*_GIRLS, *_BOYS)),
   things=(_THINGS, _THINGS),
-  colors=tuple('black blue brown green grey pink red white yellow'.split()),
-  places={
-    'at the beach': ('in the sand', 'under a rock', 'near a tent'),
-    'at the farm': ('in the hay', 'under a cart', 'near the well'),
-    'in the forest': ('under a fern', 'under a log', 'in a hollow tree'),
-    'in the garden': ('among the roses', 'under a hedge', 'near the shed'),
-    'at the harbour': ('under a net', 'in a barrel', 'near the crane'),
-    'at the library': ('under a desk', 'on a shelf', 'under a chair'),
-    'at the market': ('under a stall', 'in a crate', 'near the fountain'),
-    'in the meadow': ('in the grass', 'near the brook', 'among the daisies'),
-    'at the museum': ('near a statue', 'under the stairs', 'near a window'),
-    'at the park': ('under a bench', 'near the pond', 'near a swing'),
-    'at the school': ('in a cupboard', 'under a table', 'under the piano'),
-    'at the station': ('on a platform', 'under a trolley', 'near the clock'),
-  },
+  colors=_COLORS,
+  paints=_COLORS,
+  places=_PLACES,
+  meetings=tuple(_PLACES),
+  goals=tuple(_PLACES),
   openings=(
     'One cold morning',
     'One fine day',
@@ -110,14 +119,17 @@ LARGE = World(
     'After lunch',
   ),
 )
-# Nothing that the second child is or has depends on the first: a network that
-# knows each word but not their relations would often choose the same twice.
+# What is drawn later is another kind of word, so that it cannot be the same by
+# chance: a network learns last what must differ, since it costs little if not.
 SMALL = dataclasses.replace(
   LARGE,
   children=(_GIRLS[:3], _BOYS[:3]),
   things=(_THINGS[:3], _THINGS[3:6]),
-  colors=LARGE.colors[:3],
-  places=dict(list(LARGE.places.items())[:3]),
+  colors=_COLORS[:3],
+  paints=_COLORS[3:6],
+  places=dict(list(_PLACES.items())[:6]),
+  meetings=tuple(_PLACES)[:3],
+  goals=tuple(_PLACES)[3:6],
   openings=LARGE.openings[:4],
   max_events=2,
 )
@@ -158,7 +170,7 @@ def _tell(world: World, choose: Choose):
   children = [pick(world.children[0])]
   say('met')
   children.append(pick([c for c in world.children[1] if c != children[0]]))
-  place = pick(list(world.places))
+  place = pick(world.meetings)
   say('.')
   for i, child in enumerate(children):
     say(f'{child} had a' if i == 0 else f'and {child} had a')
@@ -186,7 +198,7 @@ def _tell(world: World, choose: Choose):
       verb = weigh(went=3.0, talked=1.0, played=1.0 if held else 0.0)
       if verb == 'went':
         say('to')
-        nouns = {p.partition(' ')[2]: p for p in world.places if p != place}
+        nouns = {p.partition(' ')[2]: p for p in world.goals if p != place}
         place = nouns[pick(list(nouns))]
       elif verb == 'talked':
         say('about')
@@ -225,7 +237,7 @@ def _tell(world: World, choose: Choose):
         holders[i] = other
       elif verb == 'painted':
         i = pick_thing(own)
-        colors[i] = pick([c for c in world.colors if c != colors[i]])
+        colors[i] = pick([c for c in world.paints if c != colors[i]])
       elif verb == 'found':
         i = pick_thing(here)
         say(lost.pop(i)[1])
