@@ -156,15 +156,13 @@ def train(
       f'lacks {workdirs.TOKENIZER}'
     )
   is_new = not workdirs.has_tokenizer(workdir)
+  before = read_meta(workdir, step) if step >= 0 else None
   if is_new:
     packed = prepare.prepare(settings.data, settings.tokenizer)
   else:
-    packed = _open_own_text(settings, workdir)
-  before = None
-  if step >= 0:
-    with checkpoint.open_manager(workdir, read_only=True) as manager:
-      before = checkpoint.restore_meta(manager, step)
-    _check_same_text(packed, before['data'], workdir)
+    packed = open_own_text(settings, workdir)
+  if before is not None:
+    check_same_text(packed, before, workdir)
   run = run.with_tokenizer(packed.tokenizer)
   training = runs.make_training(run)
   state = _initial_state(run, training, init_from)
@@ -263,7 +261,13 @@ def _what_next(workdir: str) -> str:
   return '\n'.join(lines)
 
 
-def _open_own_text(settings: Settings, workdir: str) -> PackedData:
+def read_meta(workdir: str, step: int) -> dict[str, Any]:
+  """Returns what a checkpoint holds besides arrays."""
+  with checkpoint.open_manager(workdir, read_only=True) as manager:
+    return checkpoint.restore_meta(manager, step)
+
+
+def open_own_text(settings: Settings, workdir: str) -> PackedData:
   """Opens the text with the tokenizer that the run in `workdir` has."""
   tokenizer = evaluate.own_tokenizer(settings, workdir)
   packed = prepare.prepare(settings.data, tokenizer)
@@ -275,9 +279,9 @@ def _open_own_text(settings: Settings, workdir: str) -> PackedData:
   return packed
 
 
-def _check_same_text(packed: PackedData, position: Any, workdir: str):
+def check_same_text(packed: PackedData, meta: dict[str, Any], workdir: str):
   """Raises InputError if a checkpoint was trained on another text."""
-  if position['fingerprint'] != packed.fingerprint:
+  if meta['data']['fingerprint'] != packed.fingerprint:
     raise InputError(
       f'data.source={packed.metadata["source"]!r} has changed since the run in '
       f'workdir={workdir!r} was trained on it. Give another workdir, or start '

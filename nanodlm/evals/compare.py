@@ -141,7 +141,12 @@ def plan_points(
     if not SAMPLERS[name].fits(objective):
       continue
     changes = {'name': name, **rules, 'num_steps': request.num_steps[0]}
-    sampler = run.with_sampler(changes).sampler
+    try:
+      sampler = run.with_sampler(changes).sampler
+    except InputError:
+      if ALL in request.samplers:  # It needs another network.
+        continue
+      raise
     if not runs.reads_steps(sampler):
       points.append({'name': name, **rules})
       continue
@@ -238,7 +243,7 @@ def compare_run(
   With samples, the first point is the text, whose values are those of perfect
   samples if neither the run nor the judge was trained on it.
   """
-  bound = functools.partial(_measure_bound, subject, max_examples)
+  bound = functools.partial(measure_bound, subject, max_examples)
   result = {
     'workdir': subject.workdir,
     **recall({'what': 'bound', 'max_examples': max_examples}, bound),
@@ -272,7 +277,8 @@ def compare_run(
   return {**result, 'points': points}
 
 
-def _measure_bound(subject: Subject, max_examples: int) -> dict[str, Any]:
+def measure_bound(subject: Subject, max_examples: int) -> dict[str, Any]:
+  """Bounds `max_examples` held-out rows, 0 for all, and describes the run."""
   lm, text = subject.lm, subject.text
   make = evaluate.make_evaluate(lm.run, text.packed, text.source)
   means = make(lm.params, max_examples) or {}

@@ -12,10 +12,13 @@ by default against the law of the text if that is known.
 Runs take turns by seed, and after each of them study.txt, study.json and
 study.png show what is known so far. The same command resumes: nothing that was
 trained or measured is done again. With other flags of what to measure, only
-what is missing is measured; other settings need another OUTPUT.
+what is missing is measured; other settings need another OUTPUT. The tables are
+of the variants and seeds that the last command names.
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
 import json
 import logging
 import pathlib
@@ -33,7 +36,6 @@ from nanodlm import evaluate, laws, train
 from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
-from nanodlm.data import prepare
 from nanodlm.evals import compare, infill
 from nanodlm.evals import judge as judges
 from nanodlm.evals.compare import Curve, Panel, Recall, Subject
@@ -45,11 +47,13 @@ from nanodlm.types import check_seed, InputError
 log = logging.getLogger('nanodlm')
 
 RESULTS = 'study.json'
+_RATE = 'train/tokens_per_sec'
 LAST, BEST = 'last', 'best'
 # What a learning curve shows, if each evaluation has it, and its unit.
 _CURVES = {'excess_nats': 'nats/document above the law', 'nll': 'nats/token'}
 _RUN_COLUMNS = (
   ('variant', 'workdir', ''),
+  ('seeds', 'num_seeds', ''),
   ('step', 'step', ''),
   ('', 'relation', ''),
   ('nats/token', 'nll', '.4f'),
@@ -145,10 +149,17 @@ def plan_members(
       f'--seeds={",".join(seeds)} must be different whole numbers, such as '
       '0,1,2'
     )
+  chosen = [name for name in known if name in (variants or known)]
+  varied = {key for name in chosen for key in known[name]}
+  if both := sorted(varied & set(start.changes)):
+    raise InputError(
+      f'--config.{both[0]}={start.changes[both[0]]!r} would undo what the '
+      f'variants of {path!r} set; leave it out, or choose others in --variants'
+    )
   members = []
   for seed in numbers:
     check_seed(seed, '--seeds')
-    for variant in [name for name in known if name in (variants or known)]:
+    for variant in chosen:
       one = Start(
         'train',
         str(pathlib.Path(output) / f'{variant}-seed{seed}'),
@@ -268,24 +279,31 @@ def measure(
 
   Returns None if its held-out bound was never finite.
   """
-  settings, workdir = member.settings, str(member.workdir)
-  lines = read_metrics(member.workdir)
-  by_step = learning_curve(lines, 1.0)
-  if not by_step:
-    return None
+  # Text that was set by hand is that of training, not what to evaluate on.
+  settings = dataclasses.replace(member.settings, given=frozenset())
+  workdir, path = str(member.workdir), member.workdir / workdirs.MEASURED
   steps = checksums.complete_steps(member.workdir / workdirs.CHECKPOINTS)
-  step = steps[-1]
+  step, num = steps[-1], settings.eval.max_examples
+  packed = train.open_own_text(settings, workdir)
+  train.check_same_text(packed, train.read_meta(workdir, step), workdir)
+  lines = read_metrics(member.workdir)
+  curve = learning_curve(lines, len(packed.train) / settings.train.batch_size)
+  if not curve:
+    return None
+  if num and curve[-1]['step'] == step:
+    # Training evaluates the last step, alone, on all of the held-out text.
+    last = Subject(workdir, settings, step)
+    bound = functools.partial(compare.measure_bound, last, num)
+    asked = {'what': 'end of the curve', 'max_examples': num}
+    means = make_recall(path, step)(asked, bound)
+    curve[-1] |= {key: means[key] for key in curve[-1] if key in _CURVES}
+  key = _curve_key([curve])
   if options.checkpoint == BEST:
-    key = _curve_key([by_step])
-    kept = [point for point in by_step if point['step'] in steps]
+    kept = [point for point in curve if point['step'] in steps]
     best = min(kept, key=lambda point: point[key], default={'step': step})
     step = int(best['step'])
-  recall = make_recall(member.workdir / workdirs.MEASURED, step)
+  recall = make_recall(path, step)
   subject = Subject(workdir, settings, step)
-
-  def count_rows() -> int:
-    wanted = evaluate.own_tokenizer(settings, workdir)
-    return len(prepare.prepare(settings.data, wanted).train)
 
   def fill_gaps() -> list[dict[str, Any]]:
     lm, text = subject.lm, subject.text
@@ -297,11 +315,8 @@ def measure(
   result = compare.compare_run(
     subject, request, judge, options.max_examples, recall
   )
-  num_rows = recall({'what': 'training rows'}, count_rows)
-  curve = learning_curve(lines, num_rows / settings.train.batch_size)
-  key = _curve_key([curve])
   lowest = min(curve, key=lambda point: point[key])
-  rates = [x['train/tokens_per_sec'] for x in lines if 'train/loss' in x]
+  rates = [x[_RATE] for x in lines if _RATE in x]
   result |= {
     'variant': member.variant,
     'seed': member.seed,
@@ -376,6 +391,7 @@ def summarize_variants(
     group = [{**x, 'curve': curve} for x, curve in zip(group, curves)]
     summary = {**summarize(group), 'workdir': name}
     summary['seed'] = [result['seed'] for result in group]
+    summary['num_seeds'] = len(group)
     text = [x for x in summary['points'] if x['num_calls'] is None]
     if text and text[0] in texts:
       summary['points'] = summary['points'][1:]
@@ -397,11 +413,10 @@ def format_table(
   if gaps:
     lines += ['', *metrics.format_table(_INFILL_COLUMNS, gaps)]
   key = _curve_key([summary['curve'] for summary in summaries])
-  seeds = sorted({seed for summary in summaries for seed in summary['seed']})
   lines += [
     '',
-    f'Means over seeds {", ".join(map(str, seeds))}, with their ranges, or '
-    'values of one seed with 95% intervals. lowest: that of the evaluations '
+    'Means over seeds, with their ranges, or values of one seed with 95% '
+    'intervals. lowest: that of the evaluations '
     f'during training, {_CURVES[key]}. Infilling is left out for networks that '
     'do not see both sides of a gap.',
   ]
@@ -427,7 +442,11 @@ def main(start: Start) -> int:
   ratios = infill.parse_ratios(options.infill)
   members = plan_members(start, options.output, options.variants, options.seeds)
   settings = [member.settings for member in members]
-  has_law = all(laws.law_of_rows(one.data) for one in settings)
+  has_law = all(
+    laws.law_of_rows(one.data, source)
+    for one in settings
+    for source in (one.data.source, one.data.eval_source or one.data.source)
+  )
   spec = options.judge or (judges.LAW if has_law else '')
   request = compare.parse_request(options, spec)
   judge = judges.make_judge(spec) if spec else None
@@ -448,6 +467,8 @@ def main(start: Start) -> int:
       f', about {describe_secs(left)} left' if left else '',
     )
     began, is_new = time.monotonic(), not _is_trained(member)
+    if is_new:  # What was measured is of another training.
+      (member.workdir / workdirs.MEASURED).unlink(missing_ok=True)
     status = train.main(member.start) if is_new else 0
     if status > 1:
       return status
@@ -456,17 +477,21 @@ def main(start: Start) -> int:
       result = measure(member, request, judge, ratios, options)
     if result is None:
       failed.append(member.workdir.name)
+    else:
+      results.append(result)
+    if not results:
       continue
-    results.append(result)
     # Programs of other networks are of no use to the next run.
     jax.clear_caches()
     if is_new:
       secs.append(time.monotonic() - began)
     summaries = summarize_variants(results)
     table = format_table(summaries, judge)
+    if failed:
+      table += f'\nLeft out, since training failed: {", ".join(failed)}.'
     workdirs.write(output / 'study.txt', table + '\n')
     value = compare.describe(results, request, judge)
-    value |= {'config': name, 'variants': summaries}
+    value |= {'config': name, 'variants': summaries, 'failed': failed}
     workdirs.write(output / RESULTS, compare.to_json(value))
     if options.plot:
       panels = compare.make_panels(judge) if request.samplers else {}
@@ -475,6 +500,4 @@ def main(start: Start) -> int:
       )
   if results:
     print((output / 'study.txt').read_text(), end='')
-  if failed:
-    log.warning('left out, since training failed: %s', ', '.join(failed))
   return bool(failed)

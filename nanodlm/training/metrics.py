@@ -302,8 +302,8 @@ def format_table(
     if value is None:
       return '-'
     interval = ''
-    if f'{key}_ci95' in row:
-      interval = f' ± {format(row[f"{key}_ci95"], form)}'
+    if (half_width := row.get(f'{key}_ci95')) is not None:
+      interval = f' ± {format(half_width, form)}'
     if f'{key}_low' in row:
       low, high = (format(row[f'{key}_{end}'], form) for end in ('low', 'high'))
       interval = f' ({low} to {high})'

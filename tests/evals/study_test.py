@@ -1,5 +1,6 @@
 """Tests of studies: what they train, measure, remember and refuse."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,7 +11,8 @@ import jax
 import pytest
 
 from nanodlm import config as configs
-from nanodlm import laws, train
+from nanodlm import evaluate, laws, train
+from nanodlm import lm as lms
 from nanodlm.data.sources import stories
 from nanodlm.evals import compare, study
 from tests import launches
@@ -157,19 +159,24 @@ def test_curves_are_in_epochs(finished):
     # The second run was interrupted before its first evaluation.
     is_whole = run is not value['runs'][1]
     assert points == [(1, 1 / 30), (2, 2 / 30)][not is_whole :]
-    lines = (finished / 'out').glob(
-      f'{run["variant"]}-seed{run["seed"]}/metrics.jsonl'
-    )
-    lines = [json.loads(x) for x in next(lines).read_text().splitlines()]
-    by_step = {
-      line['step']: line[key]
-      for line in lines
-      for key in ('eval/excess_nats', 'eval_subset/excess_nats')
-      if key in line
+    workdir = finished / 'out' / f'{run["variant"]}-seed{run["seed"]}'
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    found = {
+      key: value for line in lines for key, value in json.loads(line).items()
     }
-    assert run['lowest'] == min(by_step.values())
+    # The whole point of step 2 is on the same 16 stories as that of step 1.
+    lm = lms.load(str(workdir))
+    text = evaluate.open_text(lm)
+    means = evaluate.make_evaluate(lm.run, text.packed)(lm.params, 16)
+    by_step = {2: means['eval_subset/excess_nats']}
+    if is_whole:
+      by_step[1] = found['eval_subset/excess_nats']
+    for point in run['curve']:
+      assert point['excess_nats'] == pytest.approx(by_step[point['step']])
+    assert run['lowest'] == pytest.approx(min(by_step.values()))
     assert run['lowest_at'] == min(by_step, key=by_step.get) / 30
-    assert run['excess_nats'] == pytest.approx(by_step[2], rel=1e-5)
+    assert run['excess_nats'] == pytest.approx(found['eval/excess_nats'], 1e-5)
+    assert run['excess_nats'] != pytest.approx(by_step[2])
   curve, short = (variant['curve'] for variant in value['variants'])
   assert [point['step'] for point in short] == [2]
   ends = [run['curve'][1]['excess_nats'] for run in value['runs'][::2]]
@@ -188,7 +195,7 @@ def test_nothing_is_done_twice(finished, monkeypatch):
   sample_point = compare.sample_point
   monkeypatch.setattr(compare, 'sample_point', sample)
   monkeypatch.setattr(train, 'train', None)
-  monkeypatch.setattr(compare, '_measure_bound', lambda *args: 1 / 0)
+  monkeypatch.setattr(compare, 'measure_bound', lambda *args: 1 / 0)
   assert start(finished) == 0
   assert not calls and (finished / 'out' / 'study.txt').read_text() == table
   # Another request samples what is missing alone.
@@ -209,6 +216,13 @@ def test_nothing_is_done_twice(finished, monkeypatch):
   )
   assert summary['nll_ci95'] > 0
   assert start(finished) == 0
+
+
+def test_a_text_that_has_changed(finished, monkeypatch, capsys):
+  world = dataclasses.replace(TINY, openings=('Some day',))
+  monkeypatch.setattr(stories, 'WORLDS', {'small': world})
+  assert start(finished) == 2
+  assert 'has changed' in capsys.readouterr().err
 
 
 def test_the_best_checkpoint(finished, monkeypatch):
@@ -273,6 +287,7 @@ def test_summaries():
     (['--infill=2'], {}, "--infill='2'"),
     (['--samplers=posterior,block'], {}, '--samplers=block fits none'),
     ([], {'seed': 1}, '--config.seed=1'),
+    ([], {'objective.name': 'ar'}, "--config.objective.name='ar'"),
     ([], {'train.num_steps': 3}, 'train.num_steps: 2 saved, 3 now'),
     ([], {'data.crop': 'nope'}, "data.crop='nope'"),
     (['--output='], {}, 'needs --output'),
@@ -301,11 +316,13 @@ def test_other_files_and_folders(finished, tmp_path, capsys):
 
 
 def test_text_whose_law_is_unknown(folder, tmp_path, capsys):
-  source = tmp_path / 'text.txt'
+  source, other = tmp_path / 'text.txt', tmp_path / 'other.txt'
   source.write_text('The quick brown fox jumps over the lazy dog.\n' * 200)
+  other.write_text('Pack my box with five dozen liquor jugs.\n' * 20)
   changes = {
     'data.source': f'text:{source}',
-    'data.eval_source': '',
+    'data.eval_source': f'text:{other}',
+    'eval.max_examples': 0,
     'data.crop': 'chunk',
     'data.length': 16,
     'tokenizer.name': 'bytes',
@@ -322,6 +339,7 @@ def test_text_whose_law_is_unknown(folder, tmp_path, capsys):
   curve = [point['nll'] for point in summary['curve']]
   assert summary['lowest'] == min(curve) and len(curve) == 2
   assert math.isclose(curve[-1], summary['nll'], rel_tol=1e-5)
+  assert summary['source'] == f'text:{other}'
   assert 'excess_nats' not in summary
   assert summary['points'][1].keys() >= {'sample_entropy'}
   assert summary['infill'][0]['unit'] == 'token'
