@@ -19,7 +19,7 @@ VARIANTS = {
   'masked': {'objective.name': 'masked'},
   'block4': {'objective.name': 'block', 'objective.block_size': 4},
   'uniform': {'objective.name': 'uniform', 'model.time_conditioning': True},
-  'hybrid': {'objective.name': 'hybrid', 'model.time_conditioning': True},
+  'hybrid': {'objective.name': 'hybrid'},
   'd3pm': {'objective.name': 'd3pm'},
   'sedd': {'objective.name': 'sedd'},
   'genmd4': {'objective.name': 'genmd4', 'model.time_conditioning': True},

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from configs import scarce
 from nanodlm.data import sources
 from nanodlm.data.sources import stories
 from nanodlm.types import InputError
@@ -188,9 +189,25 @@ def test_source(monkeypatch):
   assert all(source.law.explain(text) is None for text in texts[::100])
   assert source.fingerprint() != sources.make_source('stories').fingerprint()
   few = sources.make_source('stories:small:3990-4100')
+  other = sources.make_source('stories:small:4000-4110')
+  assert few.fingerprint() != other.fingerprint()
   (part,) = few.parts('train')
   assert [''.join(x.open()) for x in few.read(part)] == texts[3990:4100]
   assert next(sources.make_source('stories:7-9').parts('train')) == (7, 9)
   for spec in ('stories:huge', 'stories:small:9-9', 'stories:small:9'):
     with pytest.raises(InputError, match=repr(spec)):
       sources.make_source(spec)
+
+
+def test_scarce_stories_are_not_those_held_out():
+  data = scarce.get_config().data
+  train, held_out = (
+    {
+      ''.join(document.open())
+      for part in source.parts('train')
+      for document in source.read(part)
+    }
+    for source in map(sources.make_source, (data.source, data.eval_source))
+  )
+  assert len(train) > 1900 and len(held_out) > 1400
+  assert not train & held_out

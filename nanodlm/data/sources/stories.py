@@ -492,8 +492,8 @@ class StoriesSource(base.Source):
 
   def fingerprint(self) -> str:
     texts = [self.law.sample(0, i) for i in range(100)]
-    num = self.stop - self.first
-    return hashlib.sha256(repr((num, texts)).encode()).hexdigest()
+    numbers = self.stop - self.first, *[self.first] * (self.first > 0)
+    return hashlib.sha256(repr((*numbers, texts)).encode()).hexdigest()
 
   def parts(self, split: str) -> Iterator[base.Part]:
     del split
