@@ -177,8 +177,8 @@ def get_config() -> config_dict.ConfigDict:
   # Blocks from left to right, for confidence and edit (0: the whole canvas at
   # once) and prefix_cache (0: 32).
   sampler.block_size = 0
-  # Calls after which prefix_cache computes its cache again within a block; 0:
-  # only for the next block.
+  # Calls that reveal a token of a row after which prefix_cache computes the
+  # row's cache again within a block; 0: only for the next block.
   sampler.refresh_calls = 0
   # The sampler that fills a block, for block and prefix_cache.
   sampler.inner = 'fixed_count'
