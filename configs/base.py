@@ -200,8 +200,9 @@ def get_config() -> config_dict.ConfigDict:
   # Strength of the guidance towards the prompt, in [0, 1000], for two calls
   # instead of one; 0: off.
   sampler.guidance = 0.0
-  # Factor of the temperature in the first call of renoise, in (0, 100]; it goes
-  # to 1 in the last one.
+  # Factor h of the temperature in the first call of renoise, in (0, 100]; it is
+  # 1 + (h - 1) / num_steps in the last one, and linear in between. Entropies
+  # are those after it and before the temperature.
   sampler.heat = 1.0
   sampler.temperature = 1.0  # In [0, 100]; 0: the most probable token.
   sampler.top_k = 0  # 0: all tokens.
