@@ -188,9 +188,6 @@ class Objective(abc.ABC):
     exact: whether `nll` is exact and free of noise, instead of a bound.
     block_size: number S of noisy tokens in a block, which sees itself and the
       clean blocks before it; 0 without blocks.
-    clean_shift: number of places by which clean tokens are delayed in the clean
-      copy: 1 if its positions, each of which sees those to its left, also
-      predict the text (`autoregressive`), else 0.
     group_size: number of consecutive rows of the global batch that share one
       draw of the noise level. Devices and micro-batches hold whole groups.
     needs_time: whether the network must be time-conditioned.
@@ -205,7 +202,6 @@ class Objective(abc.ABC):
   causal: bool = False
   exact: bool = False
   block_size: int = 0
-  clean_shift: int = 0
   group_size: int = 1
   needs_time: bool = False
   can_correct: bool = False
@@ -273,8 +269,14 @@ class Objective(abc.ABC):
     return tokens
 
   def clean_input(self, tokens: Array) -> Array | None:
-    """Converts clean texts [B, L] to the network's clean copy; None: none."""
-    return None
+    """Converts clean texts [B, L] to the network's clean copy; None: none.
+
+    If its positions, each of which sees those to its left, also predict the
+    text (`autoregressive`), they are that objective's input.
+    """
+    own = self.autoregressive
+    clean = tokens if own is None else own.network_input(tokens)
+    return clean if self.block_size else None
 
   @property
   def autoregressive(self) -> 'Objective | None':

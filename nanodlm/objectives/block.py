@@ -63,18 +63,9 @@ class Block(masking.MaskedNoise):
       )
 
   @property
-  def clean_shift(self) -> int:
-    """One if the clean copy is autoregressive, else zero."""
-    return int(self.ar_weight > 0)
-
-  @property
   def autoregressive(self) -> ar.Autoregressive | None:
     """The objective of the clean copy, if it is trained."""
     return ar.Autoregressive(self.mask_id) if self.ar_weight else None
-
-  def clean_input(self, tokens):
-    own = self.autoregressive
-    return tokens if own is None else own.network_input(tokens)
 
   def loss(self, batch, levels, keys, score):
     noised = self.corrupt(keys, levels, batch.tokens, batch.eligible)

@@ -696,6 +696,20 @@ class SampleStepTest(parameterized.TestCase):
     self.assertLess(fast.tokens.max(), MASK)
     self.assertGreater(len(np.unique(exact.tokens[:, -3:], axis=0)), 4)
 
+  def test_an_objective_with_blocks_has_a_clean_copy(self):
+    class Blocks(Masked):
+      block_size = 4
+
+    canvas = np.full((2, LENGTH), MASK, np.int32)
+    params = jax.device_put(initial_params())
+    logits, expected = (
+      Denoiser(network('block'), objective, params)(
+        canvas, np.ones(2, np.float32), np.int32([[3], [5]])
+      )
+      for objective in (Blocks(MASK), OBJECTIVES['block'])
+    )
+    np.testing.assert_array_equal(logits, expected)
+
   def test_a_stale_cache_of_one_block_is_exact(self):
     # One block is the whole canvas: nothing lies outside it to be stale.
     canvas = Canvas(
