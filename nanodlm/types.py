@@ -122,8 +122,9 @@ class Terms(NamedTuple):
 class RowSums(NamedTuple):
   """Sums of `Terms` over the positions of each row, all [B] float32.
 
-  `loss` and `nll` are weighted. The others are sums over the scored positions,
-  of which there are `scored`.
+  `loss`, `nll` and `ar_nll` are weighted. The others are sums over the scored
+  positions, of which there are `scored`. `ar_nll` is the exact -log p of a
+  block model that also predicts from left to right, None of others.
   """
 
   loss: Array
@@ -131,6 +132,7 @@ class RowSums(NamedTuple):
   cross_entropy: Array
   correct: Array
   scored: Array
+  ar_nll: Array | None = None
 
 
 class Scores(NamedTuple):
@@ -140,8 +142,7 @@ class Scores(NamedTuple):
     total: [] float32, the sum that training minimises; the only differentiable
       output.
     rows: sums over each scored row.
-    by_level: sums by noise level, for reports: {name: [NUM_LEVEL_BINS]}; and,
-      as NAME_nll [], the weighted nats of further values.
+    by_level: sums by noise level, for reports: {name: [NUM_LEVEL_BINS]}.
   """
 
   total: Array

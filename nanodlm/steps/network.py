@@ -45,13 +45,13 @@ class Scorer:
     """How the parameters are split over devices."""
     return self.network.shards
 
-  def others(self) -> dict[str, 'Scorer']:
-    """Returns what scores further exact values of the network, by name."""
+  def autoregressive(self) -> 'Scorer | None':
+    """Returns what scores the likelihood that a block model also gives."""
     own = self.objective.autoregressive
     if own is None or self.objective.exact:
-      return {}
+      return None
     network = self.network.autoregressive()
-    return {'ar': dataclasses.replace(self, network=network, objective=own)}
+    return dataclasses.replace(self, network=network, objective=own)
 
   def init_params(self, key: jax.Array) -> Any:
     """Draws the initial parameters, unsplit."""
