@@ -177,8 +177,8 @@ def get_config() -> config_dict.ConfigDict:
   # Blocks from left to right, for confidence and edit (0: the whole canvas at
   # once) and prefix_cache (0: 32).
   sampler.block_size = 0
-  # Calls after which prefix_cache computes its cache again within a block; 0:
-  # only for the next block.
+  # Calls that reveal a token of a row after which prefix_cache computes the
+  # row's cache again within a block; 0: only for the next block.
   sampler.refresh_calls = 0
   # The sampler that fills a block, for block and prefix_cache.
   sampler.inner = 'fixed_count'
@@ -200,8 +200,9 @@ def get_config() -> config_dict.ConfigDict:
   # Strength of the guidance towards the prompt, in [0, 1000], for two calls
   # instead of one; 0: off.
   sampler.guidance = 0.0
-  # Factor of the temperature in the first call of renoise, in (0, 100]; it goes
-  # to 1 in the last one.
+  # Factor h of the temperature in the first call of renoise, in (0, 100]; it is
+  # 1 + (h - 1) / num_steps in the last one, and linear in between. Entropies
+  # are those after it and before the temperature.
   sampler.heat = 1.0
   sampler.temperature = 1.0  # In [0, 100]; 0: the most probable token.
   sampler.top_k = 0  # 0: all tokens.

@@ -229,17 +229,15 @@ def describe(
       f'; {interval("excess_nats", ".2f")} nats/document above the truth '
       f'({value["law_nats"]:.1f})'
     )
-  further = ''.join(
-    f'; {key.removesuffix("_nll")}, exact: {interval(key)} nats/token'
-    for key in value
-    if key.endswith('_nll')
-  )
+  exact_ar = ''
+  if 'ar_nll' in value:
+    exact_ar = f'; ar, exact: {interval("ar_nll")} nats/token'
   return (
     f'{kind}{subset}: {interval("nll")} nats/token, perplexity '
     f'{value["ppl"]:.2f}, {interval("bits_per_byte")} bits/byte (95% '
     f'interval, {value["num_examples"]:.0f} examples{blocks})'
     + excess
-    + further
+    + exact_ar
     + (text.describe() if text else '')
   )
 

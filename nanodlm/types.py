@@ -122,8 +122,9 @@ class Terms(NamedTuple):
 class RowSums(NamedTuple):
   """Sums of `Terms` over the positions of each row, all [B] float32.
 
-  `loss` and `nll` are weighted. The others are sums over the scored positions,
-  of which there are `scored`.
+  `loss`, `nll` and `ar_nll` are weighted. The others are sums over the scored
+  positions, of which there are `scored`. `ar_nll` is the exact -log p of a
+  block model that also predicts from left to right, None of others.
   """
 
   loss: Array
@@ -131,6 +132,7 @@ class RowSums(NamedTuple):
   cross_entropy: Array
   correct: Array
   scored: Array
+  ar_nll: Array | None = None
 
 
 class Scores(NamedTuple):
@@ -140,8 +142,7 @@ class Scores(NamedTuple):
     total: [] float32, the sum that training minimises; the only differentiable
       output.
     rows: sums over each scored row.
-    by_level: sums by noise level, for reports: {name: [NUM_LEVEL_BINS]}; and,
-      as NAME_nll [], the weighted nats of further values.
+    by_level: sums by noise level, for reports: {name: [NUM_LEVEL_BINS]}.
   """
 
   total: Array
@@ -188,9 +189,6 @@ class Objective(abc.ABC):
     exact: whether `nll` is exact and free of noise, instead of a bound.
     block_size: number S of noisy tokens in a block, which sees itself and the
       clean blocks before it; 0 without blocks.
-    clean_shift: number of places by which clean tokens are delayed in the clean
-      copy: 1 if its positions, each of which sees those to its left, also
-      predict the text (`autoregressive`), else 0.
     group_size: number of consecutive rows of the global batch that share one
       draw of the noise level. Devices and micro-batches hold whole groups.
     needs_time: whether the network must be time-conditioned.
@@ -205,7 +203,6 @@ class Objective(abc.ABC):
   causal: bool = False
   exact: bool = False
   block_size: int = 0
-  clean_shift: int = 0
   group_size: int = 1
   needs_time: bool = False
   can_correct: bool = False
@@ -273,8 +270,14 @@ class Objective(abc.ABC):
     return tokens
 
   def clean_input(self, tokens: Array) -> Array | None:
-    """Converts clean texts [B, L] to the network's clean copy; None: none."""
-    return None
+    """Converts clean texts [B, L] to the network's clean copy; None: none.
+
+    If its positions, each of which sees those to its left, also predict the
+    text (`autoregressive`), they are that objective's input.
+    """
+    own = self.autoregressive
+    clean = tokens if own is None else own.network_input(tokens)
+    return clean if self.block_size else None
 
   @property
   def autoregressive(self) -> 'Objective | None':

@@ -640,7 +640,7 @@ class ResumableTest(parameterized.TestCase):
     variants = {'a': {'model.num_layers': 1, 'seed': 2}, 'b': {'model.x': 1}}
     config = configs.vary(configs.load(), variants, 'a')
     self.assertEqual((config.model.num_layers, config.seed), (1, 2))
-    with self.assertRaisesRegex(InputError, "'A'.*did you mean|known"):
+    with self.assertRaisesRegex(InputError, "'A'.*(did you mean|known)"):
       configs.vary(config, variants, 'A')
     with self.assertRaisesRegex(InputError, 'model.x'):
       configs.vary(config, variants, 'b')

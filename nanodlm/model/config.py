@@ -108,7 +108,7 @@ class ModelConfig:
     time_conditioning: adaLN-zero on t (DiT, arXiv 2212.09748).
     causal: whether a position sees earlier ones only; from the objective. With
       a block_size, this is true of the clean copy, which is then delayed by one
-      token (`Objective.clean_shift`).
+      token (`Objective.clean_input`).
     block_size: S, from the objective; S > 0 for block diffusion, whose network
       takes a noisy and a clean copy of the text.
     keep_rotary: whether learned positions add to rotary ones.

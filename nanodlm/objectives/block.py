@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from nanodlm.noise import categorical
 from nanodlm.objectives import ar, masking
-from nanodlm.types import InputError, Noised, RowSums, Scores
+from nanodlm.types import InputError, Noised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +63,9 @@ class Block(masking.MaskedNoise):
       )
 
   @property
-  def clean_shift(self) -> int:
-    """One if the clean copy is autoregressive, else zero."""
-    return int(self.ar_weight > 0)
-
-  @property
   def autoregressive(self) -> ar.Autoregressive | None:
     """The objective of the clean copy, if it is trained."""
     return ar.Autoregressive(self.mask_id) if self.ar_weight else None
-
-  def clean_input(self, tokens):
-    own = self.autoregressive
-    return tokens if own is None else own.network_input(tokens)
 
   def loss(self, batch, levels, keys, score):
     noised = self.corrupt(keys, levels, batch.tokens, batch.eligible)
@@ -93,14 +84,10 @@ class Block(masking.MaskedNoise):
     )
     scores = score(both, join(weight, weight))
     bound, exact = (
-      RowSums(*(x.reshape(2, -1)[i] for x in scores.rows)) for i in range(2)
+      jax.tree.map(lambda x: x.reshape(2, -1)[i], scores.rows) for i in range(2)
     )
-    ar_nll = jnp.sum(exact.nll) / self.ar_weight
-    return Scores(
-      scores.total,
-      bound._replace(loss=bound.loss + exact.loss),
-      {**scores.by_level, 'ar_nll': ar_nll},
-    )
+    loss, ar_nll = bound.loss + exact.loss, exact.nll / self.ar_weight
+    return scores._replace(rows=bound._replace(loss=loss, ar_nll=ar_nll))
 
   def num_blocks(self, length: int) -> int:
     """Returns the number of blocks in a row of `length` tokens.

@@ -29,8 +29,11 @@ class PrefixCache(base.OuterSampler):
   Attributes:
     inner: the sampler of one block, [B, S]; its steps are per block.
     block_size: S; 0 selects DEFAULT_BLOCK_SIZE.
-    refresh_calls: number of calls within a block after which the cache is
-      computed again; 0: only for the next block.
+    refresh_calls: number of calls within a block after which a row's cache is
+      computed again; 0: only for the next block. Calls that reveal nothing in
+      the row are not counted, so that its sample does not depend on the other
+      rows. (It does with 'remask' and refresh_calls > 1 if a token is hidden
+      again before the row's next call.)
   """
 
   inner: Sampler
@@ -60,11 +63,8 @@ class PrefixCache(base.OuterSampler):
     size = min(self.block_size or DEFAULT_BLOCK_SIZE, length)
     num_blocks = -(-length // size) + 1  # The first may be partial.
     num_calls = self.inner.max_calls(size)
-    return num_blocks * (num_calls + self._num_fills(num_calls))
-
-  def _num_fills(self, num_calls):
-    """Returns how often a block of `num_calls` > 0 calls fills the cache."""
-    return -(-num_calls // self.refresh_calls) if self.refresh_calls else 1
+    # Each call of a block but the first may be due for one of the rows.
+    return num_blocks * (num_calls + (num_calls if self.refresh_calls else 1))
 
   def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
@@ -89,23 +89,35 @@ class PrefixCache(base.OuterSampler):
         has_work, fresh, lambda cache, *_: cache, cache, tokens, level
       )
       elsewhere = jnp.sum(hidden & ~inside[None], axis=1)
-      # References, since the inner sampler carries no state between its calls.
+      # References, since the inner sampler carries no state between its calls:
+      # the cache, each row's text and level in it, the block in the last call,
+      # the calls that revealed a token of the row, and the refreshes.
+      zeros = jnp.zeros_like(tokens[:, 0])
+      state = (cache, tokens, level, cut(tokens, start), zeros, 0 * num_calls)
       if self.refresh_calls:
-        held = jax.tree.map(jax.new_ref, (cache, jnp.zeros_like(num_calls)))
+        held = jax.tree.map(jax.new_ref, state)
 
       def latest(part, level):
-        """Returns the cache, computed again if it is due."""
+        """Returns the cache, computed again for the rows that are due."""
         if not self.refresh_calls:
           return cache
-        last, calls = jax.tree.map(lambda ref: ref[...], held)
-        whole = jax.lax.dynamic_update_slice_in_dim(tokens, part, start, axis=1)
-        is_due = (calls > 0) & (calls % self.refresh_calls == 0)
-        new = jax.lax.cond(
-          is_due, fresh, lambda cache, *_: cache, last, whole, level
+        last, text, its_level, before, calls, fills = jax.tree.map(
+          lambda ref: ref[...], held
         )
-        leaves = jax.tree.leaves((new, calls + 1))
-        for ref, leaf in zip(jax.tree.leaves(held), leaves, strict=True):
-          ref[...] = leaf
+        is_mask = part == self.mask_id
+        calls += jnp.any((before == self.mask_id) & ~is_mask, axis=1)
+        is_due = (calls > 0) & (calls % self.refresh_calls == 0)
+        is_due &= jnp.any(is_mask, axis=1)
+        # The others keep theirs: it is computed from the same text again.
+        whole = jax.lax.dynamic_update_slice_in_dim(tokens, part, start, axis=1)
+        text = jnp.where(is_due[:, None], whole, text)
+        its_level = jnp.where(is_due, level, its_level)
+        is_any = sharding.on_any_device(jnp.any(is_due))
+        new = jax.lax.cond(
+          is_any, fresh, lambda cache, *_: cache, last, text, its_level
+        )
+        state = (new, text, its_level, part, calls, fills + is_any)
+        jax.tree.map(lambda ref, x: ref.__setitem__(..., x), held, state)
         return new
 
       def within(part, level, positions):
@@ -121,8 +133,9 @@ class PrefixCache(base.OuterSampler):
       tokens = jax.lax.dynamic_update_slice_in_dim(
         tokens, samples.tokens, start, axis=1
       )
-      num_calls += has_work * self._num_fills(samples.num_calls)
-      num_calls += samples.num_calls
+      num_calls += has_work + samples.num_calls
+      if self.refresh_calls:
+        num_calls += held[-1][...]
       return tokens, hidden & ~inside[None], cache, num_calls
 
     tokens = jnp.where(canvas.fixed, canvas.tokens, self.mask_id)

@@ -36,16 +36,17 @@ class Renoise(Sampler):
   would be `psi` with kappa = 0.
 
   Differs from DiffusionGemma: the network knows the time, but not its previous
-  prediction; entropies are those before `temperature`, top-k and top-p, as in
-  `confidence`; the accepted share has a lower bound, so that the last call
-  accepts everything.
+  prediction; entropies are those after `heat` and before `temperature`, top-k
+  and top-p; the accepted share has a lower bound, so that the last call accepts
+  everything.
 
   Attributes:
     num_steps: T, maximum number of network calls.
     rule: the objective.
     entropy_budget: budget of a call, in nats; 0 selects DEFAULT_BUDGET.
-    heat: factor of the temperature in the first call, which falls linearly
-      towards 1 at the last one. DiffusionGemma: 2, at temperature 0.4.
+    heat: factor h of the temperature in the first call. In call j, from 0, it
+      is 1 + (h - 1) (1 - j / T), which is 1 + (h - 1) / T in the last one.
+      DiffusionGemma: h = 2, at temperature 0.4.
   """
 
   draw: Draw

@@ -47,7 +47,10 @@ class Speculate(Sampler):
   eos_ids: tuple[int, ...] = ()
 
   needs_cache = True
-  needs = "objective.name='block' and objective.ar_weight > 0"
+  needs = (
+    "objective.name='block', objective.block_size >= 2 and "
+    'objective.ar_weight > 0'
+  )
 
   def __post_init__(self):
     if self.block_size < 2:
@@ -58,7 +61,7 @@ class Speculate(Sampler):
 
   @classmethod
   def fits(cls, objective: Objective) -> bool:
-    return bool(objective.block_size) and objective.autoregressive is not None
+    return objective.block_size >= 2 and objective.autoregressive is not None
 
   def max_calls(self, length: int) -> int:
     return 2 * length + 1  # The first call reads the prompt.

@@ -27,9 +27,9 @@ def make_eval_step(
 
   Returns:
     A function that returns values of each row, [B]: those of `make_score_step`,
-    NAME_nll of each of `Scorer.others`, weight (the denominator of nats per
-    token), num_bytes and, if the batch has them, law_nats; and sums over all
-    rows: bin_cross_entropy, bin_scored.
+    ar_nll of `Scorer.autoregressive` if there is one, weight (the denominator
+    of nats per token), num_bytes and, if the batch has them, law_nats; and sums
+    over all rows: bin_cross_entropy, bin_scored.
   """
   scorer = dataclasses.replace(scorer, objective=scorer.objective.evaluation())
   num_draws = _check_draws(scorer.objective, num_draws)
@@ -37,9 +37,9 @@ def make_eval_step(
   def step(params, batch):
     key = jax.random.key(seed)
     rows, level_sums = _score_rows(scorer, num_draws, params, key, batch)
-    for name, other in scorer.others().items():
-      exact = _score_rows(other, 1, params, jax.random.key(seed), batch)[0]
-      rows[f'{name}_nll'] = exact['nll']
+    if own := scorer.autoregressive():
+      exact = _score_rows(own, 1, params, jax.random.key(seed), batch)[0]
+      rows['ar_nll'] = exact['nll']
     rows |= {'weight': batch.num_tokens, 'num_bytes': batch.num_bytes}
     if batch.law_nats is not None:
       rows['law_nats'] = batch.law_nats

@@ -45,13 +45,13 @@ class Scorer:
     """How the parameters are split over devices."""
     return self.network.shards
 
-  def others(self) -> dict[str, 'Scorer']:
-    """Returns what scores further exact values of the network, by name."""
+  def autoregressive(self) -> 'Scorer | None':
+    """Returns what scores the likelihood that a block model also gives."""
     own = self.objective.autoregressive
     if own is None or self.objective.exact:
-      return {}
+      return None
     network = self.network.autoregressive()
-    return {'ar': dataclasses.replace(self, network=network, objective=own)}
+    return dataclasses.replace(self, network=network, objective=own)
 
   def init_params(self, key: jax.Array) -> Any:
     """Draws the initial parameters, unsplit."""
@@ -225,13 +225,19 @@ class Denoiser:
     network, own = self.network.autoregressive(), self.objective.autoregressive
     return dataclasses.replace(self, network=network, objective=own)  # pyright: ignore
 
+  @property
+  def _has_start(self) -> bool:
+    """Whether a start symbol is before the clean tokens of block diffusion."""
+    own = self.objective
+    return own.block_size > 0 and own.autoregressive is not None
+
   def init_cache(self, tokens):
     cache = self.network.init_cache(*tokens.shape)
     # Loops under shard_map require a cache that varies over devices as the
     # tokens and heads do.
     zero = sharding.split(jnp.zeros_like(tokens[0, 0]), self.network.shards)
     cache = jax.tree.map(lambda x: x + zero.astype(x.dtype), cache)
-    if self.objective.clean_shift:  # The start symbol is before the text.
+    if self._has_start:
       start = jnp.full_like(tokens[:, :1], self.objective.mask_id)
       nothing = jnp.zeros(tokens.shape[1], bool)
       cache = self.autoregressive.advance(cache, start, 0, nothing)
@@ -239,15 +245,13 @@ class Denoiser:
 
   def _places(self, visible):
     """Converts clean tokens to their places in the cache, [..., C] bool."""
-    shift = self.objective.clean_shift
-    first, rest = (
-      visible[..., :shift],
-      visible[..., : visible.shape[-1] - shift],
-    )
-    return jnp.concatenate([jnp.ones_like(first), rest], axis=-1)
+    if not self._has_start:
+      return visible
+    start = jnp.ones_like(visible[..., :1])
+    return jnp.concatenate([start, visible[..., :-1]], axis=-1)
 
   def advance(self, cache, tokens, start, visible, level=None):
-    if self.objective.clean_shift:
+    if self._has_start:
       start, visible = start + 1, self._places(visible)
       return self.autoregressive.advance(cache, tokens, start, visible)
     return self._advance(cache, tokens, start, visible, level, None)[1]

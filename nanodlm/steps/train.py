@@ -85,7 +85,8 @@ def make_train_step(
     )
     own = bind(objective, params)
     scores = own.loss(batch, rows.levels, rows.keys, score)
-    sums = {name: jnp.sum(x) for name, x in scores.rows._asdict().items()}
+    rows = {k: x for k, x in scores.rows._asdict().items() if x is not None}
+    sums = jax.tree.map(jnp.sum, rows)
     sums['weight'] = jnp.sum(batch.num_tokens.astype(jnp.float32))
     sums['num_bytes'] = jnp.sum(batch.num_bytes.astype(jnp.float32))
     return scores.total, {**sums, **scores.by_level}

@@ -97,26 +97,16 @@ def level_means(sums: dict[str, np.ndarray], split: str) -> dict[str, float]:
   }
 
 
-def _further(sums: dict[str, np.ndarray]) -> list[str]:
-  """Returns the keys of exact values that are reported with the bound."""
-  return [key for key in sums if key.endswith('_nll')]
-
-
 def train_means(sums: dict[str, np.ndarray]) -> dict[str, float]:
   """Returns the means of training steps from their added sums.
 
   They are train/loss in nats per token; train/nll and train/bits_per_byte of
-  the noisy bound on the training text; train/NAME_nll of further values of the
-  objective, which are exact; train/accuracy of the scored tokens; and
-  `level_means`.
+  the noisy bound on the training text; train/ar_nll, which is exact, of a block
+  model that has it; train/accuracy of the scored tokens; and `level_means`.
   """
+  own = {key: sums[key] for key in ('loss', 'nll', 'ar_nll') if key in sums}
   return {
-    'train/loss': _ratio(sums['loss'], sums['weight']),
-    'train/nll': _ratio(sums['nll'], sums['weight']),
-    **{
-      f'train/{key}': _ratio(sums[key], sums['weight'])
-      for key in _further(sums)
-    },
+    **{f'train/{key}': _ratio(x, sums['weight']) for key, x in own.items()},
     'train/bits_per_byte': _ratio(sums['nll'] / math.log(2), sums['num_bytes']),
     'train/accuracy': _ratio(sums['correct'], sums['scored']),
     **level_means(sums, 'train'),
@@ -238,8 +228,8 @@ def eval_means(
     has_documents: whether a row is a whole document. Rows are then independent.
 
   Returns:
-    nll and nll_ci95 (half width) in nats per token, and the same of further
-    exact values of the network, such as ar_nll; ppl; bits_per_token;
+    nll and nll_ci95 (half width) in nats per token, and the same of ar_nll, the
+    exact value of a block model that has it; ppl; bits_per_token;
     bits_per_byte and bits_per_byte_ci95; accuracy and `level_means` of all
     scored tokens, padding included if it is scored; num_examples; num_blocks,
     of which the intervals are formed. With has_documents, nats_per_document and
@@ -264,9 +254,9 @@ def eval_means(
     'num_examples': float(num),
     'num_blocks': float(num_blocks(num, has_documents)),
   }
-  for key in _further(rows):
-    means[key], means[f'{key}_ci95'] = ratio_interval(
-      rows[key], weight, has_documents
+  if 'ar_nll' in rows:
+    means['ar_nll'], means['ar_nll_ci95'] = ratio_interval(
+      rows['ar_nll'], weight, has_documents
     )
   if has_documents:
     means['nats_per_document'], means['nats_per_document_ci95'] = (

@@ -195,6 +195,17 @@ class WayBackTest(parameterized.TestCase):
     for family in ('gpt2', 'llama', 'qwen2', 'qwen3', 'llada', 'dream'):
       self.assertIn(next(iter(changes)), FAMILIES[family].misfit(network, 'ar'))
 
+  def test_blocks_with_an_autoregressive_clean_copy_are_no_bd3lm(self):
+    folder = new_folder(self)
+    source, ours = write(folder / 'theirs', 'bd3lm'), str(folder / 'ours')
+    changes = {**BYTES, 'objective.ar_weight': 0.5}
+    convert.import_checkpoint(source, ours, changes=changes)
+    with self.assertRaisesRegex(InputError, r'bd3lm.*objective\.ar_weight'):
+      export.export_checkpoint(ours, str(folder / 'out'), family='bd3lm')
+    export.export_checkpoint(ours, str(folder / 'out'))
+    config = json.loads((folder / 'out' / 'config.json').read_text())
+    self.assertEqual(config['model_type'], 'nanodlm')
+
   def test_other_families_are_exported_in_our_own_form(self):
     family = 'duo'
     folder = new_folder(self)

@@ -383,7 +383,12 @@ class SpeculateTest(parameterized.TestCase):
 
   def test_what_it_fits(self):
     self.assertTrue(Speculate.fits(BlockObjective(MASK, ar_weight=1.0)))
-    for other in (BlockObjective(MASK), Masked(MASK), Autoregressive(MASK)):
+    for other in (
+      BlockObjective(MASK),
+      BlockObjective(MASK, block_size=1, ar_weight=1.0),
+      Masked(MASK),
+      Autoregressive(MASK),
+    ):
       self.assertFalse(Speculate.fits(other))
     with self.assertRaisesRegex(InputError, 'objective.block_size=1'):
       Speculate(DRAW, 1)

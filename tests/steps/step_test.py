@@ -696,6 +696,20 @@ class SampleStepTest(parameterized.TestCase):
     self.assertLess(fast.tokens.max(), MASK)
     self.assertGreater(len(np.unique(exact.tokens[:, -3:], axis=0)), 4)
 
+  def test_an_objective_with_blocks_has_a_clean_copy(self):
+    class Blocks(Masked):
+      block_size = 4
+
+    canvas = np.full((2, LENGTH), MASK, np.int32)
+    params = jax.device_put(initial_params())
+    logits, expected = (
+      Denoiser(network('block'), objective, params)(
+        canvas, np.ones(2, np.float32), np.int32([[3], [5]])
+      )
+      for objective in (Blocks(MASK), OBJECTIVES['block'])
+    )
+    np.testing.assert_array_equal(logits, expected)
+
   def test_a_stale_cache_of_one_block_is_exact(self):
     # One block is the whole canvas: nothing lies outside it to be stale.
     canvas = Canvas(
@@ -771,6 +785,22 @@ class SampleStepTest(parameterized.TestCase):
     is_same = np.array_equal(cached.tokens, exact.tokens)
     self.assertEqual(is_same, refresh_calls == 1)
     self.assertEqual((cached.num_calls, exact.num_calls), (num_calls,) * 2)
+
+  def test_a_cache_is_refreshed_by_the_calls_of_its_row(self):
+    # The first row reveals a token in each call; in some, the others do not.
+    fixed = np.random.default_rng(0).random((32, LENGTH)) < 0.4
+    fixed[0] = False
+    canvas = Canvas(np.where(fixed, 3, MASK).astype(np.int32), fixed)
+    params = jax.tree.map(lambda x: jnp.asarray(5 * x), initial_params())
+    denoise = Denoiser(network('count'), OBJECTIVES['count'], params)
+    sampler = PrefixCache(FixedCount(Draw(MASK), 4), LENGTH // 2, MASK, 2)
+    sample = jax.jit(lambda *rows: sampler(*rows, denoise).tokens)
+    rows = jax.random.split(jax.random.key(0), len(fixed)), canvas
+    alone = [
+      sample(*jax.tree.map(lambda x: x[i : i + 1], rows))
+      for i in range(len(fixed))
+    ]
+    np.testing.assert_array_equal(sample(*rows), np.concatenate(alone))
 
   @parameterized.parameters(
     (

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from nanodlm import evaluate
 from nanodlm.training import metrics
 
 SUMS = {
@@ -12,8 +13,8 @@ SUMS = {
 }
 
 
-def means_of(nll, weight, num_bytes, independent=True):
-  rows = {'nll': nll, 'weight': weight, 'num_bytes': num_bytes}
+def means_of(nll, weight, num_bytes, independent=True, **others):
+  rows = {'nll': nll, 'weight': weight, 'num_bytes': num_bytes, **others}
   rows |= {'correct': [3.0], 'scored': [4.0]}
   return metrics.eval_means(metrics.join([rows]), SUMS, 'eval', independent)
 
@@ -27,6 +28,20 @@ def test_units():
   assert means['eval/accuracy'] == 0.75
   assert means['eval_by_level/cross_entropy_0'] == 0.5
   assert 'eval_by_level/cross_entropy_1' not in means
+
+
+def test_the_exact_value_of_a_block_model():
+  columns = [8.0, 12.0], [10, 10], [20, 20]
+  own, other = (
+    means_of(*columns, **{key: [6.0, 4.0]}) for key in ('ar_nll', 'other_nll')
+  )
+  assert own['eval/ar_nll'] == 0.5 and own['eval/nll'] == 1.0
+  # Each row is 1 nat from the mean; t with one degree of freedom: 12.7062.
+  expected = 12.7062 * math.sqrt(2 * (1 + 1)) / 20
+  assert math.isclose(own['eval/ar_nll_ci95'], expected, rel_tol=1e-5)
+  assert other == means_of(*columns)
+  assert '; ar, exact: 0.5000 ± 1.2706 nats' in evaluate.describe(own, False)
+  assert 'exact' not in evaluate.describe(other, False)
 
 
 def test_interval_covers_the_mean_about_19_times_in_20():

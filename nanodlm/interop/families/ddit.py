@@ -178,6 +178,13 @@ class BD3LM(DDiT):
       'objective.block_size': config['block_size'],
     }
 
+  def misfit(self, network, objective):
+    found = super().misfit(network, objective)
+    if network.block_size and network.causal:
+      # The form's clean copy is not delayed and sees the whole of its block.
+      found += ', ' * bool(found) + 'objective.ar_weight > 0'
+    return found
+
   def to_config(self, network, described):
     config = super().to_config(network, described)
     return {**config, 'block_size': network.block_size}
