@@ -10,7 +10,15 @@ network calls. One of them alone:
 
     python launch.py --config=configs/objectives.py:block4 --workdir=runs/block4
 
-Not yet run.
+Not yet run as a whole. Measured with seed 0, 1200 steps, on two cores of an AMD
+EPYC (Zen 5), float32, JAX 0.10.2: nats a story above the truth (15.1), and the
+share of 64 samples at temperature 1 that are possible stories.
+
+    masked    10.39 +- 0.69   confidence, 64 calls: 20%, but far from the law
+                              (divergence 0.042; the law itself 0.002);
+                              psi, 64 calls: 6% (0.003); all others 0 to 3%
+    block4     0.69 +- 0.11   49 calls, one a block and its cache: 6%; 74: 27%
+    uniform   42.1  +- 1.0    0%
 """
 
 from nanodlm import config as configs
