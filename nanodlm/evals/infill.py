@@ -104,7 +104,15 @@ def _trials(
   for p, pattern in enumerate(PATTERNS):
     for i, ratio in enumerate(ratios):
       generator = np.random.default_rng((seed, p, i))
-      key = jax.random.fold_in(jax.random.key(seed), p * len(ratios) + i)
+      number = p * len(ratios) + i
+      key = jax.random.fold_in(jax.random.key(seed), number)
+      log.info(
+        'infilling, part %d of %d: %.0f%% masked, %s',
+        number + 1,
+        len(PATTERNS) * len(ratios),
+        100 * ratio,
+        pattern,
+      )
       yield pattern, ratio, generator, key
 
 
@@ -357,11 +365,10 @@ def infill_text(
   """
   rows = evaluate.validation_rows(lm.run, text.packed, num_examples)
   log.info(
-    'infilling %d of %d %srows (--infill_examples) at %d ratios%s',
+    'infilling %d of %d %srows (--infill_examples)%s',
     len(rows.tokens),
     len(text.packed.validation),
     'held-out ' * text.is_held_out,
-    len(ratios),
     text.describe(),
   )
   sampler = lm.run.describe_sampler()

@@ -500,4 +500,6 @@ def main(start: Start) -> int:
       )
   if results:
     print((output / 'study.txt').read_text(), end='')
+    files = ['study.txt', RESULTS, *['study.png'] * options.plot]
+    log.info('written to %s: %s', output, ', '.join(files))
   return bool(failed)
