@@ -80,6 +80,8 @@ def test_calls_stay_below_what_a_sampler_states(name):
   config.model.update(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32)
   config.objective.block_size = 4
   fits = {'ar': 'ar', 'block': 'block', 'edit': 'hybrid', 'renoise': 'uniform'}
+  if name == 'speculate':
+    fits[name], config.objective.ar_weight = 'block', 1.0
   config.model.time_conditioning = name == 'renoise'
   config.objective.name = fits.get(name, 'masked')
   config.sampler.update({'name': name, 'num_steps': 5, **SAMPLERS[name]})

@@ -40,6 +40,7 @@ OBJECTIVES = {
   'd3pm': d3pm.D3PM(MASK),
   'genmd4': genmd4.GenMD4(MASK),
   'sedd': sedd.ScoreEntropy(MASK),
+  'uniform': mixture.Uniform(MASK),
 }
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8))
 
@@ -63,7 +64,7 @@ def make_network(name, shape, **changes):
         qk_norm=True,
         causal=objective.autoregressive is not None,
         block_size=objective.block_size,
-        time_conditioning=name == 'hybrid',
+        time_conditioning=name in ('hybrid', 'uniform'),
         tie_embeddings=name != 'ar',
       ),
       **changes,
