@@ -367,9 +367,7 @@ def _record_of(
 
 def _fingerprint(lm: LanguageModel) -> str | None:
   """Returns the training text's fingerprint; None if weights were imported."""
-  with checkpoint.open_manager(lm.workdir, read_only=True) as manager:
-    meta = checkpoint.restore_meta(manager, lm.step)
-  return meta['data'].get('fingerprint')
+  return checkpoint.read_meta(lm.workdir, lm.step)['data'].get('fingerprint')
 
 
 def shown_share(line: Mapping[str, Any]) -> str:

@@ -156,7 +156,7 @@ def train(
       f'lacks {workdirs.TOKENIZER}'
     )
   is_new = not workdirs.has_tokenizer(workdir)
-  before = read_meta(workdir, step) if step >= 0 else None
+  before = checkpoint.read_meta(workdir, step) if step >= 0 else None
   if is_new:
     packed = prepare.prepare(settings.data, settings.tokenizer)
   else:
@@ -259,12 +259,6 @@ def _what_next(workdir: str) -> str:
     needs = f"  # pip install -e '.[{extra}]'" * is_missing
     lines.append(f'  {program} --mode={command}{needs}')
   return '\n'.join(lines)
-
-
-def read_meta(workdir: str, step: int) -> dict[str, Any]:
-  """Returns what a checkpoint holds besides arrays."""
-  with checkpoint.open_manager(workdir, read_only=True) as manager:
-    return checkpoint.restore_meta(manager, step)
 
 
 def open_own_text(settings: Settings, workdir: str) -> PackedData:

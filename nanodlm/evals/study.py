@@ -39,7 +39,7 @@ from nanodlm.config import Settings, Start
 from nanodlm.evals import compare, infill
 from nanodlm.evals import judge as judges
 from nanodlm.evals.compare import Curve, Panel, Recall, Subject
-from nanodlm.training import checksums, metrics
+from nanodlm.training import checkpoint, checksums, metrics
 from nanodlm.training.metrics import is_number
 from nanodlm.training.progress import describe_secs
 from nanodlm.types import check_seed, InputError
@@ -284,26 +284,26 @@ def measure(
   workdir, path = str(member.workdir), member.workdir / workdirs.MEASURED
   steps = checksums.complete_steps(member.workdir / workdirs.CHECKPOINTS)
   step, num = steps[-1], settings.eval.max_examples
+  subject, recall = Subject(workdir, settings, step), make_recall(path, step)
   packed = train.open_own_text(settings, workdir)
-  train.check_same_text(packed, train.read_meta(workdir, step), workdir)
+  train.check_same_text(packed, checkpoint.read_meta(workdir, step), workdir)
   lines = read_metrics(member.workdir)
   curve = learning_curve(lines, len(packed.train) / settings.train.batch_size)
   if not curve:
     return None
   if num and curve[-1]['step'] == step:
     # Training evaluates the last step, alone, on all of the held-out text.
-    last = Subject(workdir, settings, step)
-    bound = functools.partial(compare.measure_bound, last, num)
+    bound = functools.partial(compare.measure_bound, subject, num)
     asked = {'what': 'end of the curve', 'max_examples': num}
-    means = make_recall(path, step)(asked, bound)
+    means = recall(asked, bound)
     curve[-1] |= {key: means[key] for key in curve[-1] if key in _CURVES}
   key = _curve_key([curve])
   if options.checkpoint == BEST:
     kept = [point for point in curve if point['step'] in steps]
     best = min(kept, key=lambda point: point[key], default={'step': step})
-    step = int(best['step'])
-  recall = make_recall(path, step)
-  subject = Subject(workdir, settings, step)
+    if (best_step := int(best['step'])) != step:
+      subject = Subject(workdir, settings, best_step)
+      recall = make_recall(path, best_step)
 
   def fill_gaps() -> list[dict[str, Any]]:
     lm, text = subject.lm, subject.text

@@ -253,6 +253,12 @@ def restore_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
   return _restore(manager, step, {'meta': ocp.args.JsonRestore()})['meta']
 
 
+def read_meta(workdir: str, step: int) -> dict[str, Any]:
+  """Returns what `restore_meta` does, of a workdir that may be in use."""
+  with open_manager(workdir, read_only=True) as manager:
+    return restore_meta(manager, step)
+
+
 def _restore(manager, step, items):
   try:
     return manager.restore(step, args=ocp.args.Composite(**items))

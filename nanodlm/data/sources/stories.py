@@ -39,7 +39,7 @@ MAX_VISITED = 20_000
 GAP = Law.gap
 # Words that are named instead of one that is impossible.
 MAX_EXPECTED = 6
-_RANGE = re.compile(r':(\d+)-(\d+)$')
+_RANGE = re.compile(r'(?:(.*):)?(\d+)-(\d+)')
 _WORD = re.compile(r'\{\}|\w+|[^\w\s]')
 
 
@@ -476,9 +476,9 @@ class StoriesSource(base.Source):
   @classmethod
   def make(cls, spec: str, name: str, data_dir: str) -> 'StoriesSource':
     del data_dir
-    found = _RANGE.search(f':{name}')
-    world = f':{name}'[: found.start() if found else None][1:]
-    first, stop = map(int, found.groups()) if found else (0, NUM_STORIES)
+    world, first, stop = name, 0, NUM_STORIES
+    if found := _RANGE.fullmatch(name):
+      world, first, stop = found[1] or '', int(found[2]), int(found[3])
     if world not in WORLDS or not first < stop:
       raise InputError(
         f'data.source={spec!r} is not one of {list(cls.forms)}, such as '
