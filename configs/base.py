@@ -132,9 +132,10 @@ def get_config() -> config_dict.ConfigDict:
   # Weight of an autoregressive loss of block's clean copy, >= 0; 0: off. The
   # network also has an exact likelihood, and the samplers ar and speculate.
   objective.ar_weight = 0.0
-  # How noise levels are drawn: by 'count' (masked, block, sedd), or as
+  # How noise levels are drawn: by 'count' or 'overlap' (pairs of one order;
+  # evaluation uses it), both for masked, block and sedd, or as
   # 'stratified' or 'uniform' times; 'auto' is the first of these that the
-  # objective supports, and not 'count' if one of the next four keys, which
+  # objective supports, and 'stratified' if one of the next four keys, which
   # describe times, is changed.
   objective.noise = 'auto'
   # 'linear' | 'cosine' | 'md4_cosine' | 'sqrt' | 'polynomial'.

@@ -47,17 +47,27 @@ class Masked:
     return jnp.where(eligible & (u < noise), self.mask_id, x0)
 
   def corrupt_count(
-    self, keys: jax.Array, count: jax.Array, x0: jax.Array, eligible: jax.Array
+    self,
+    keys: jax.Array,
+    count: jax.Array,
+    x0: jax.Array,
+    eligible: jax.Array,
+    from_end: jax.Array | None = None,
   ) -> jax.Array:
     """Masks exactly `count` eligible tokens of each row, chosen uniformly.
 
     Args:
-      keys: [B].
+      keys: [B]; rows with the same key and eligible tokens share an order.
       count: [B] int32, at most the row's number of eligible positions.
       x0: [B, L].
       eligible: [B, L] bool.
+      from_end: [B] bool, whether the last tokens of the order are masked
+        instead of the first; None: no.
     """
     rank = random_rank(keys, eligible)
+    if from_end is not None:
+      last = jnp.sum(eligible, axis=1, keepdims=True) - 1
+      rank = jnp.where(from_end[:, None], last - rank, rank)
     return jnp.where(eligible & (rank < count[:, None]), self.mask_id, x0)
 
   def reveal(

@@ -27,10 +27,15 @@ def sample_stratified(key: jax.Array, batch_size: int) -> jax.Array:
   return jnp.minimum(u, jnp.float32(1 - 2**-24))
 
 
+def sample_pairs(key: jax.Array, batch_size: int) -> jax.Array:
+  """Draws stratified u of which rows 2p and 2p + 1 share one, [B]; B is even."""
+  return jnp.repeat(sample_stratified(key, batch_size // 2), 2)
+
+
 # The choices of `objective.noise`: (key, batch_size) -> levels [B].
 SAMPLE_LEVELS = {
-  # Rows 2p and 2p + 1 share a level; B is even.
-  'count': lambda key, size: jnp.repeat(sample_stratified(key, size // 2), 2),
+  'count': sample_pairs,
+  'overlap': sample_pairs,
   'stratified': sample_stratified,
   'uniform': lambda key, size: jax.random.uniform(key, (size,)),
 }

@@ -15,8 +15,8 @@ class Diffusion(ReverseRule, Objective):
 
   Attributes:
     mask_id: the mask's id; the ids below it are the N real tokens.
-    noise: how levels are drawn, one of `noises`: by 'count', 'stratified' (over
-      the global batch) or 'uniform'.
+    noise: how levels are drawn, one of `noises`: by 'count' or 'overlap' (see
+      `masking.MaskedNoise`), 'stratified' (over the global batch) or 'uniform'.
   """
 
   mask_id: int

@@ -13,6 +13,7 @@ from nanodlm.types import InputError, Noised, Terms
 # the variance at independent times is infinite. It omits about this share of
 # the bound.
 NAIVE_MIN_TIME = 1e-3
+_COUNTED = 'count', 'overlap'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class MaskedNoise(diffusion.Diffusion):
     num_timesteps: T of the discrete-time form; 0 is continuous time.
     min_time: t is drawn from (min_time, 1]. A positive value bounds the scale
       and omits the bound's share below it from the TRAINING loss; evaluation
-      always uses the fixed count.
+      always uses fixed counts.
   """
 
   schedule: schedules.Schedule = schedules.Linear()
@@ -41,15 +42,15 @@ class MaskedNoise(diffusion.Diffusion):
   min_time: float = 0.0
 
   predicts_masked = True
-  noises = ('count', 'stratified', 'uniform')
+  noises = ('count', 'overlap', 'stratified', 'uniform')
 
   @classmethod
   def auto_noise(cls, settings):
-    """Returns the first of `noises`; not 'count' if times are described."""
+    """Returns the first of `noises`, or the first that draws the times."""
     fields = {field.name: field.default for field in dataclasses.fields(cls)}
     of_times = 'schedule', 'num_timesteps', 'min_time'
     has_times = any(settings[key] != fields[key] for key in of_times)
-    return next(x for x in cls.noises if x != 'count' or not has_times)
+    return next(x for x in cls.noises if x not in _COUNTED or not has_times)
 
   def __post_init__(self):
     super().__post_init__()
@@ -62,22 +63,27 @@ class MaskedNoise(diffusion.Diffusion):
       raise InputError(
         f'objective.min_time={self.min_time!r} must be in [0, 1)'
       )
-    if self.noise == 'count' and (self.num_timesteps or self.min_time):
+    if self.is_counted and (self.num_timesteps or self.min_time):
       raise InputError(
-        "objective.noise='count' draws no times: set objective.num_timesteps="
-        f'{self.num_timesteps!r} and objective.min_time={self.min_time!r} to 0,'
+        f'objective.noise={self.noise!r} draws no times: set '
+        f'objective.num_timesteps={self.num_timesteps!r} and objective.min_time={self.min_time!r} to 0,'
         " or objective.noise to 'stratified' or 'uniform'"
       )
 
   @property
+  def is_counted(self) -> bool:
+    """Whether the number of masks is drawn, not the time."""
+    return self.noise in _COUNTED
+
+  @property
   def group_size(self) -> int:
     """Two for noise by count, drawn in pairs (k, n + 1 - k), else one."""
-    return 2 if self.noise == 'count' else 1
+    return 2 if self.is_counted else 1
 
   def evaluation(self):
-    """Returns noise by count: no truncation, least variance."""
+    """Returns overlapping counts: no truncation, least variance."""
     return dataclasses.replace(
-      self, noise='count', num_timesteps=0, min_time=0.0
+      self, noise='overlap', num_timesteps=0, min_time=0.0
     )
 
   def naive(self):
@@ -85,13 +91,17 @@ class MaskedNoise(diffusion.Diffusion):
     return dataclasses.replace(super().naive(), min_time=NAIVE_MIN_TIME)
 
   def corrupt(self, keys, levels, x0, eligible):
-    if self.noise == 'count':
+    if self.is_counted:
       n = jnp.sum(eligible, axis=1)
       offset = jnp.minimum((levels * n).astype(jnp.int32), n - 1)
-      is_mirrored = jnp.arange(x0.shape[0]) % 2 == 1
+      row = jnp.arange(x0.shape[0])
+      is_mirrored = row % 2 == 1
       count = jnp.where(is_mirrored, n - offset, 1 + offset)
       count = jnp.where(n > 0, count, 0)
-      xt = self.process.corrupt_count(keys, count, x0, eligible)
+      from_end = None
+      if self.noise == 'overlap':
+        keys, from_end = keys[row - is_mirrored], is_mirrored
+      xt = self.process.corrupt_count(keys, count, x0, eligible, from_end)
       level = count / jnp.maximum(n, 1)
       t = self.network_time(count / x0.shape[1])
       scale = n / jnp.maximum(count, 1)
@@ -151,7 +161,7 @@ class MaskedNoise(diffusion.Diffusion):
     return step / num_timesteps, (step + 1) / num_timesteps
 
   def max_scored(self, batch_size, length):
-    if self.noise == 'count':
+    if self.is_counted:
       return batch_size // 2 * (length + 1)
     return batch_size * length
 
@@ -159,7 +169,7 @@ class MaskedNoise(diffusion.Diffusion):
     return self.schedule.inverse(level)
 
   def unread_keys(self, uses_time):
-    is_timeless = self.noise == 'count' and not uses_time
+    is_timeless = self.is_counted and not uses_time
     return frozenset({'schedule'} if is_timeless else ())
 
   def noise_at(self, t):

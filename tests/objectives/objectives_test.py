@@ -278,6 +278,7 @@ CASES = {
   'block': Case(
     {
       'count': Block(MASK, block_size=3),
+      'overlap': Block(MASK, noise='overlap', block_size=3),
       'uniform': Block(MASK, noise='uniform', block_size=3),
       'stratified': Block(MASK, noise='stratified', block_size=3),
       'with_ar': Block(MASK, block_size=3, ar_weight=0.5),
@@ -289,6 +290,7 @@ CASES = {
   'masked': Case(
     {
       'count': Masked(MASK),
+      'overlap': Masked(MASK, noise='overlap'),
       'uniform': Masked(MASK, noise='uniform'),
       **{
         f'stratified_{name}': Masked(MASK, schedule, noise='stratified')
@@ -546,7 +548,7 @@ class ConformanceTest(parameterized.TestCase):
     ) in strata.T:  # Of 64 draws, about a third of the strata have none.
       self.assertBetween(len(set(column)), 30, 52)
     if isinstance(objective, masking.MaskedNoise) and (
-      objective.evaluation().noise == 'count'
+      objective.evaluation().is_counted
     ):
       self.assertEqual(naive.min_time, masking.NAIVE_MIN_TIME)
 
@@ -701,7 +703,29 @@ class MaskedTest(parameterized.TestCase):
       np.testing.assert_array_equal(counts[::2] + counts[1::2], length + 1)
       self.assertEqual((counts.min(), counts.max()), (1, length))
 
-  @parameterized.parameters('count', 'uniform')
+  @parameterized.product(
+    own=[Masked(MASK), Block(MASK, block_size=8)], length=[8, 24]
+  )
+  def test_overlapping_rows_score_each_token(self, own, length):
+    objective = dataclasses.replace(own, noise='overlap')
+    x0 = np.tile(np.arange(length, dtype=np.int32) % 3, (64, 1))
+    eligible = np.repeat(
+      np.random.default_rng(0).random((32, length)) < 0.8, 2, 0
+    )
+    levels = objective.sample_levels(jax.random.key(0), 64, length)
+    keys = jax.random.split(jax.random.key(1), 64)
+    noised = objective.corrupt(keys, levels, x0, eligible)
+    times = np.asarray(noised.scored).reshape(32, 2, length).sum(1)
+    size = getattr(objective, 'block_size', 0) or length
+    blocks = lambda x: x.reshape(32, -1, size).sum(-1)
+    # Every token once, and one of each text (or block) twice.
+    np.testing.assert_array_equal(times > 0, eligible[::2])
+    np.testing.assert_array_equal(
+      blocks(times), blocks(eligible[::2]) + (blocks(eligible[::2]) > 0)
+    )
+    self.assertGreater(len({row.tobytes() for row in times}), 16)
+
+  @parameterized.parameters('count', 'overlap', 'uniform')
   def test_padding_does_not_change_the_law(self, noise):
     # Three eligible tokens among eight: every subset as often as without.
     objective = Masked(MASK, noise=noise)
@@ -719,6 +743,7 @@ class MaskedTest(parameterized.TestCase):
     choose = np.array([1, 3, 3, 1])[size]
     expected = {
       'count': np.where(size > 0, 1 / (3 * choose), 0),
+      'overlap': np.where(size > 0, 1 / (3 * choose), 0),
       'uniform': 1 / (4 * choose),
     }[noise]
     counts = np.bincount(subset, minlength=8)
@@ -964,7 +989,7 @@ class MaskedKinTest(parameterized.TestCase):
     final = D3PM(MASK, noise='uniform', num_timesteps=7, min_time=0.5)
     self.assertEqual(final.evaluation(), D3PM(MASK, num_timesteps=7))
 
-  @parameterized.parameters('count', 'uniform')
+  @parameterized.parameters('count', 'overlap', 'uniform')
   def test_sedd_of_normalised_ratios(self, noise):
     levels, table = np.arange(4) / 4 + 0.1, toys.random_table(0)
     masked = self.nll(Masked(MASK, noise=noise), table, levels)
