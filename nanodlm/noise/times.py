@@ -28,7 +28,7 @@ def sample_stratified(key: jax.Array, batch_size: int) -> jax.Array:
 
 
 def sample_pairs(key: jax.Array, batch_size: int) -> jax.Array:
-  """Draws stratified u of which rows 2p and 2p + 1 share one, [B]; B is even."""
+  """Draws stratified u, shared by rows 2p and 2p + 1, [B]; B is even."""
   return jnp.repeat(sample_stratified(key, batch_size // 2), 2)
 
 

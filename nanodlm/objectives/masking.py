@@ -66,8 +66,9 @@ class MaskedNoise(diffusion.Diffusion):
     if self.is_counted and (self.num_timesteps or self.min_time):
       raise InputError(
         f'objective.noise={self.noise!r} draws no times: set '
-        f'objective.num_timesteps={self.num_timesteps!r} and objective.min_time={self.min_time!r} to 0,'
-        " or objective.noise to 'stratified' or 'uniform'"
+        f'objective.num_timesteps={self.num_timesteps!r} and '
+        f'objective.min_time={self.min_time!r} to 0, or objective.noise to '
+        "'stratified' or 'uniform'"
       )
 
   @property
