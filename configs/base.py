@@ -125,10 +125,10 @@ def get_config() -> config_dict.ConfigDict:
   model.attention = 'auto'  # 'auto' | 'xla' | 'cudnn' (GPU) | 'pallas' (TPU).
 
   config.objective = objective = config_dict.ConfigDict()
-  # 'masked' | 'block' | 'ar' | 'uniform' | 'hybrid' | 'd3pm' | 'sedd' |
-  # 'genmd4'.
+  # 'masked' | 'block' | 'block_uniform' | 'block_hybrid' | 'ar' | 'uniform' |
+  # 'hybrid' | 'd3pm' | 'sedd' | 'genmd4'.
   objective.name = 'masked'
-  objective.block_size = 16  # Tokens per block of 'block'; divides data.length.
+  objective.block_size = 16  # Tokens per block; divides data.length.
   # Weight of an autoregressive loss of block's clean copy, >= 0; 0: off. The
   # network also has an exact likelihood, and the samplers ar and speculate.
   objective.ar_weight = 0.0
@@ -181,8 +181,9 @@ def get_config() -> config_dict.ConfigDict:
   # Calls that reveal a token of a row after which prefix_cache computes the
   # row's cache again within a block; 0: only for the next block.
   sampler.refresh_calls = 0
-  # The sampler that fills a block, for block and prefix_cache.
-  sampler.inner = 'fixed_count'
+  # The sampler that fills a block, for block and prefix_cache; 'auto': the
+  # default one of the noise.
+  sampler.inner = 'auto'
   sampler.cache = True  # Whether block and ar keep keys and values.
   # Whether an end-of-text token (the separator of documents, or those of an
   # imported checkpoint, for which this is True) ends a sampled text. Responses

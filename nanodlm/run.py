@@ -258,12 +258,16 @@ def make_sampler(
   }
   given['draw'] = _build(categorical.Draw, section, given)
   if 'inner' in _field_names(cls):
+    of_block = objective.of_block
+    given['rule'] = of_block
     able = {
       name: inner
       for name, inner in samplers.SAMPLERS.items()
-      if inner.fills_blocks
+      if inner.fills_blocks and inner.fits(of_block)
     }
-    inner = _choose(able, section['inner'], 'sampler', key='inner')
+    chosen = section['inner']
+    chosen = of_block.default_sampler if chosen == 'auto' else chosen
+    inner = _choose(able, chosen, 'sampler', 'auto', key='inner')
     given['inner'] = _build(inner, section, given)
   if objective.block_size:
     given['block_size'] = objective.block_size

@@ -83,7 +83,8 @@ class Noised(NamedTuple):
 
   Attributes:
     tokens: [B, L] int32, the network's input.
-    t: [B] float32, the time given to a time-conditioned network.
+    t: [B] float32, the time given to a time-conditioned network; or [B, n], of
+      n equal parts of each row.
     scored: [B, L] bool, positions with a term in the loss. Only these pass
       through the output projection. [2B, L] if the clean copy is scored, too:
       its rows follow, here and in `level` and `fields`.
@@ -280,6 +281,11 @@ class Objective(abc.ABC):
     return clean if self.block_size else None
 
   @property
+  def of_block(self) -> 'Objective':
+    """The objective of a block alone, whose samplers fill it; or this one."""
+    return self
+
+  @property
   def autoregressive(self) -> 'Objective | None':
     """The exact likelihood, from left to right, that the network also gives.
 
@@ -428,8 +434,8 @@ class Network(abc.ABC):
     Args:
       params: parameters from `gather`.
       tokens: [B, L] int32.
-      t: [B] float32 in [0, 1].
-      clean: [B, L] int32, the clean copy; block diffusion only.
+      t: [B] float32 in [0, 1], or [B, n] of n equal parts of each row.
+      clean: [B, L] int32, the clean copy, at time 0; block diffusion only.
       segment_ids: [B, L] int32; attention is limited to a segment.
       dropout_keys: [B], one per example; None disables dropout.
       seen: [B, L, L] bool, the attention mask; None is the network's own.
@@ -583,7 +589,8 @@ class Sampler(abc.ABC):
   block), `block_size` and `eos_ids` (see `samplers.reveal.end_texts`).
 
   Attributes:
-    fills_blocks: whether it can be the `inner` sampler of another sampler.
+    fills_blocks: whether it can be the `inner` sampler of another sampler, if
+      it fits `Objective.of_block`.
     can_be_guided: whether sampler.guidance applies, which replaces the prompt
       with masks.
     is_final: whether revealed tokens never change.

@@ -40,7 +40,7 @@ MASKED, REPLACING = ('masked', 'd3pm', 'sedd'), ('hybrid', 'uniform')
 FITS = {
   **dict.fromkeys(samplers.SAMPLERS, MASKED),
   'ar': ('ar',),
-  'block': ('block',),
+  'block': ('block', 'block_hybrid', 'block_uniform'),
   'edit': ('hybrid',),
   'renoise': REPLACING,
   **dict.fromkeys(('posterior', 'psi'), (*MASKED, *REPLACING, 'genmd4')),

@@ -227,12 +227,6 @@ class ModelConfig:
       'embedding_dim',
       'must be 0 with model.tie_embeddings=True, which needs one width',
     )
-    require(
-      not self.block_size or not self.knows_time,
-      'time_conditioning',
-      "must be False, or model.time_form 'constant', with block diffusion: its "
-      'blocks have times of their own',
-    )
     attention.check_backend(
       self.attention, self.platform or jax.default_backend()
     )

@@ -184,7 +184,7 @@ class Heads(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-  """Maps t [B] to [B, time_width]: sinusoids and a two-layer MLP, as in DiT."""
+  """Maps t [...] to [..., time_width]: sinusoids and an MLP, as in DiT."""
 
   config: ModelConfig
 
@@ -194,7 +194,8 @@ class TimeEmbedding(nn.Module):
     half = (cfg.time_width if form.is_md4 else TIME_FEATURES) // 2
     last = half - 1 if form.is_md4 else half
     frequency = jnp.exp(-jnp.log(TIME_PERIOD) * jnp.arange(half) / last)
-    angle = form.clock(t.astype(jnp.float32))[:, None] * frequency[None]
+    frequency = jnp.expand_dims(frequency, range(t.ndim))
+    angle = form.clock(t.astype(jnp.float32))[..., None] * frequency
     features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
     dense = functools.partial(
       nn.Dense,

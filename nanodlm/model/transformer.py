@@ -56,7 +56,7 @@ class Context(NamedTuple):
   """Inputs that all blocks share; None for those that do not apply.
 
   Attributes:
-    time: [B, time_width], the embedded time.
+    time: [B, n, time_width], the embedded times of n equal parts of each row.
     rotary: the result of `rotary_table`; None if positions are learned.
     segment_ids: [B, L] int32; a position attends within its segment.
     dropout_keys: [B], one per example.
@@ -71,6 +71,21 @@ class Context(NamedTuple):
   dropout_keys: Any = None
   visible: Any = None
   seen: Any = None
+
+
+def of_tokens(
+  y: jax.Array, length: int, positions: jax.Array | None = None
+) -> jax.Array:
+  """Spreads values of equal parts of rows, [B, n, D], over their tokens.
+
+  Returns:
+    [N, D] for `positions` [N], indices into B * length; otherwise [B, length,
+    D], or [B, 1, D] if n = 1.
+  """
+  size = length // y.shape[1]
+  if positions is not None:
+    return y.reshape(-1, y.shape[-1])[positions // size]
+  return y if y.shape[1] == 1 else jnp.repeat(y, size, axis=1)
 
 
 class Block(nn.Module):
@@ -112,9 +127,6 @@ class Block(nn.Module):
     def pick(y):  # [B, L, D] -> the wanted rows
       return y if positions is None else y.reshape(-1, y.shape[-1])[positions]
 
-    def pick_time(y):  # [B, D] -> broadcastable to the wanted rows
-      return y[:, None] if positions is None else y[positions // length]
-
     def normed(name, y, shift, scale):
       y = Norm(cfg, has_scales, name=name)(y)
       if shift is not None:
@@ -123,7 +135,7 @@ class Block(nn.Module):
 
     def branch(y, gate, salt):
       if gate is not None:
-        y = y * pick_time(gate)
+        y = y * gate
       if context.dropout_keys is not None and cfg.dropout:
         keys = jax.vmap(
           lambda key: jax.random.fold_in(jax.random.fold_in(key, layer), salt)
@@ -143,8 +155,10 @@ class Block(nn.Module):
       modulation = sharding.concatenate(modulation, shards)
       parts = jnp.split(modulation, 6, axis=-1)
       shift1, scale1, gate1, shift2, scale2, gate2 = parts
-      shift1, scale1 = shift1[:, None], scale1[:, None]
-      shift2, scale2 = pick_time(shift2), pick_time(scale2)
+      shift1, scale1 = (of_tokens(y, length) for y in (shift1, scale1))
+      shift2, scale2, gate1, gate2 = (
+        of_tokens(y, length, positions) for y in (shift2, scale2, gate1, gate2)
+      )
 
     h = normed('attention_norm', x, shift1, scale1)
 
@@ -273,8 +287,10 @@ class Transformer(nn.Module):
 
     Args:
       tokens: [B, L] int32.
-      t: [B] float32 in [0, 1]; required with time conditioning.
-      clean: [B, L] int32, the clean copy, with `config.block_size` only.
+      t: [B] float32 in [0, 1], or [B, n] of n equal parts of each row; required
+        with time conditioning.
+      clean: [B, L] int32, the clean copy, with `config.block_size` only. Its
+        time is 0.
       segment_ids: as in Context.
       dropout_keys: as in Context; None turns dropout off.
       seen: as in Context, for example from `opening_mask`.
@@ -288,7 +304,8 @@ class Transformer(nn.Module):
     batch, length = tokens.shape
     if self.config.block_size:
       twice = lambda x: None if x is None else jnp.concatenate([x, x])
-      tokens, t = jnp.concatenate([tokens, jnp.asarray(clean)]), twice(t)
+      tokens = jnp.concatenate([tokens, jnp.asarray(clean)])
+      t = None if t is None else jnp.concatenate([t, jnp.zeros_like(t)])
       segment_ids = twice(segment_ids)
       if dropout_keys is not None:  # The masks of the copies are independent.
         fold = jax.vmap(jax.random.fold_in, (0, None))
@@ -369,6 +386,7 @@ class Transformer(nn.Module):
     x = self._embed(tokens, where)
     if cfg.time_conditioning:
       t = t if cfg.knows_time else jnp.zeros(tokens.shape[:1])
+      t = t[:, None] if t.ndim == 1 else t
       context = context._replace(time=self.time_embedding(t))
     if cfg.has_rotary:
       table = rotary_table(where, cfg.head_dim, cfg.rope_theta)
@@ -394,7 +412,7 @@ class Transformer(nn.Module):
     x = self.final_norm(x)
     if cfg.time_conditioning and TIME_FORMS[cfg.time_form].final:
       y = self.final_modulation(activate_time(cfg, context.time))
-      y = y[:, None] if positions is None else y[positions // tokens.shape[1]]
+      y = of_tokens(y, tokens.shape[1], positions)
       shift, scale = jnp.split(y, 2, axis=-1)
       x = x * (1 + scale) + shift
     return x, Cache(own, last)

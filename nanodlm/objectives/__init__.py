@@ -6,6 +6,8 @@ from nanodlm.types import Objective
 OBJECTIVES: dict[str, type[Objective]] = {
   'ar': ar.Autoregressive,
   'block': block.Block,
+  'block_hybrid': block.BlockHybrid,
+  'block_uniform': block.BlockUniform,
   'd3pm': d3pm.D3PM,
   'genmd4': genmd4.GenMD4,
   'hybrid': mixture.Hybrid,

@@ -1,4 +1,4 @@
-"""Block diffusion: autoregressive over blocks, masked diffusion within."""
+"""Block diffusion: autoregressive over blocks, diffusion within."""
 
 import dataclasses
 
@@ -6,49 +6,25 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical
-from nanodlm.objectives import ar, masking
-from nanodlm.types import InputError, Noised
+from nanodlm.objectives import ar, diffusion, masked, masking, mixture
+from nanodlm.types import InputError, Noised, Objective
 
 
 @dataclasses.dataclass(frozen=True)
-class Block(masking.MaskedNoise):
-  """The sum of the masked bounds of blocks, given the clean blocks before.
+class InBlocks(diffusion.Diffusion):
+  """Noise of any kind within blocks, given the clean blocks before.
 
-      loss_i = scale_b * 1[xt_i = mask] * -log p(x0_i | xt_b, x0_{<b})
-
-  for i in block b. Each block has its own noise level and is noised like a row
-  of `masking.MaskedNoise`. A single block is masked diffusion; blocks of one
-  token give the exact autoregressive negative log-likelihood. Source: BD3-LM,
-  arXiv 2503.09573, equation 8.
-
-  Differs from the paper: the default noise is by count within each block. It
-  reduces the variance without the clipped schedules of the paper.
-
-  With `ar_weight` > 0, the clean copy that the network reads anyway also
-  predicts the text from left to right, so that one network and one pass give
-  two models:
-
-      loss_i += ar_weight * -log p_ar(x0_i | x0_{<i})
-
-  The clean copy is then the input of `ar.Autoregressive`, with the same causal
-  attention: block-causal positions would see the token that they predict. The
-  exact likelihood of p_ar is reported as ar_nll, next to the bound. The bound
-  remains one, since a block still sees all clean tokens before it and none
-  other. But their keys and values depend on the tokens to their left only, not
-  on their whole block: the network is another one than with ar_weight=0, and in
-  sampling finished blocks are cached by the same causal pass. p_ar and the
-  block model are two models: neither likelihood bounds the other. Source:
-  Nemotron-Labs-Diffusion, arXiv 2607.05722; I-DLM, arXiv 2604.11035. Differs
-  from them: both terms are divided by the same number of tokens, and the first
-  token is predicted too, from a start symbol.
+  A mixin, listed before the objective of the noise: the bound is the sum of its
+  bounds over blocks, each of which has its own noise level and is noised like a
+  row. The network reads a clean copy next to the noisy one. Its time, if it
+  reads one, is that of each block, and 0 in the clean copy, so that finished
+  blocks can be cached. Source: BD3-LM, arXiv 2503.09573, equation 8.
 
   Attributes:
     block_size: S, a divisor of the number of tokens of an example.
-    ar_weight: weight of the autoregressive loss; 0 is the paper's network.
   """
 
   block_size: int = 16
-  ar_weight: float = 0.0
 
   predicts_masked = False
   default_sampler = 'block'
@@ -57,37 +33,6 @@ class Block(masking.MaskedNoise):
     super().__post_init__()
     if self.block_size < 1:
       raise InputError(f'objective.block_size={self.block_size!r} must be >= 1')
-    if not 0 <= self.ar_weight < float('inf'):
-      raise InputError(
-        f'objective.ar_weight={self.ar_weight!r} must be >= 0 and finite'
-      )
-
-  @property
-  def autoregressive(self) -> ar.Autoregressive | None:
-    """The objective of the clean copy, if it is trained."""
-    return ar.Autoregressive(self.mask_id) if self.ar_weight else None
-
-  def loss(self, batch, levels, keys, score):
-    noised = self.corrupt(keys, levels, batch.tokens, batch.eligible)
-    weight = batch.eligible * batch.weight[:, None]
-    if not self.ar_weight:
-      return score(noised, weight)
-    eligible = jnp.asarray(batch.eligible)
-    join = lambda *copies: jnp.concatenate(copies)
-    both = noised._replace(
-      scored=join(noised.scored, eligible),
-      level=join(noised.level, jnp.full(eligible.shape, jnp.nan)),
-      fields={
-        'target': join(batch.tokens, batch.tokens),
-        'scale': join(noised.fields['scale'], self.ar_weight * eligible),
-      },
-    )
-    scores = score(both, join(weight, weight))
-    bound, exact = (
-      jax.tree.map(lambda x: x.reshape(2, -1)[i], scores.rows) for i in range(2)
-    )
-    loss, ar_nll = bound.loss + exact.loss, exact.nll / self.ar_weight
-    return scores._replace(rows=bound._replace(loss=loss, ar_nll=ar_nll))
 
   def num_blocks(self, length: int) -> int:
     """Returns the number of blocks in a row of `length` tokens.
@@ -152,16 +97,117 @@ class Block(masking.MaskedNoise):
     join = lambda x: self._to_rows(x, num_blocks).reshape(num_rows, length)
     return Noised(
       tokens=join(noised.tokens),
-      t=jnp.zeros((num_rows,)),
+      t=self._to_rows(noised.t, num_blocks),
       scored=join(noised.scored),
       level=join(noised.level),
       fields=jax.tree.map(join, noised.fields),
       clean=self.clean_input(x0),
     )
 
-  def terms(self, logits, fields, vocab=categorical.WHOLE):
-    return self.weighted_cross_entropy(logits, fields, vocab)
-
   def max_scored(self, batch_size, length):
     num_blocks = self.num_blocks(length)
     return super().max_scored(batch_size * num_blocks, self.block_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(InBlocks, masking.MaskedNoise):
+  """Masked noise within blocks.
+
+      loss_i = scale_b * 1[xt_i = mask] * -log p(x0_i | xt_b, x0_{<b})
+
+  for i in block b. A single block is masked diffusion; blocks of one token give
+  the exact autoregressive negative log-likelihood.
+
+  Differs from the paper: the default noise is by count within each block. It
+  reduces the variance without the clipped schedules of the paper.
+
+  With `ar_weight` > 0, the clean copy that the network reads anyway also
+  predicts the text from left to right, so that one network and one pass give
+  two models:
+
+      loss_i += ar_weight * -log p_ar(x0_i | x0_{<i})
+
+  The clean copy is then the input of `ar.Autoregressive`, with the same causal
+  attention: block-causal positions would see the token that they predict. The
+  exact likelihood of p_ar is reported as ar_nll, next to the bound. The bound
+  remains one, since a block still sees all clean tokens before it and none
+  other. But their keys and values depend on the tokens to their left only, not
+  on their whole block: the network is another one than with ar_weight=0, and in
+  sampling finished blocks are cached by the same causal pass. p_ar and the
+  block model are two models: neither likelihood bounds the other. Source:
+  Nemotron-Labs-Diffusion, arXiv 2607.05722; I-DLM, arXiv 2604.11035. Differs
+  from them: both terms are divided by the same number of tokens, and the first
+  token is predicted too, from a start symbol.
+
+  Attributes:
+    ar_weight: weight of the autoregressive loss; 0 is the paper's network.
+  """
+
+  ar_weight: float = 0.0
+  # Declared again, since the default of InBlocks would come first.
+  noise: str = dataclasses.field(default='count', kw_only=True)
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not 0 <= self.ar_weight < float('inf'):
+      raise InputError(
+        f'objective.ar_weight={self.ar_weight!r} must be >= 0 and finite'
+      )
+
+  @property
+  def of_block(self):
+    return _whole(masked.Masked, self)
+
+  @property
+  def autoregressive(self) -> ar.Autoregressive | None:
+    """The objective of the clean copy, if it is trained."""
+    return ar.Autoregressive(self.mask_id) if self.ar_weight else None
+
+  def loss(self, batch, levels, keys, score):
+    noised = self.corrupt(keys, levels, batch.tokens, batch.eligible)
+    weight = batch.eligible * batch.weight[:, None]
+    if not self.ar_weight:
+      return score(noised, weight)
+    eligible = jnp.asarray(batch.eligible)
+    join = lambda *copies: jnp.concatenate(copies)
+    both = noised._replace(
+      scored=join(noised.scored, eligible),
+      level=join(noised.level, jnp.full(eligible.shape, jnp.nan)),
+      fields={
+        'target': join(batch.tokens, batch.tokens),
+        'scale': join(noised.fields['scale'], self.ar_weight * eligible),
+      },
+    )
+    scores = score(both, join(weight, weight))
+    bound, exact = (
+      jax.tree.map(lambda x: x.reshape(2, -1)[i], scores.rows) for i in range(2)
+    )
+    loss, ar_nll = bound.loss + exact.loss, exact.nll / self.ar_weight
+    return scores._replace(rows=bound._replace(loss=loss, ar_nll=ar_nll))
+
+  def terms(self, logits, fields, vocab=categorical.WHOLE):
+    return self.weighted_cross_entropy(logits, fields, vocab)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockUniform(InBlocks, mixture.Uniform):
+  """Uniform noise within blocks, as in DiffusionGemma, with UDLM's bound."""
+
+  @property
+  def of_block(self):
+    return _whole(mixture.Uniform, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockHybrid(InBlocks, mixture.Hybrid):
+  """Masks and random tokens within blocks, with GIDD's bound."""
+
+  @property
+  def of_block(self):
+    return _whole(mixture.Hybrid, self)
+
+
+def _whole(cls: type[Objective], objective: InBlocks) -> Objective:
+  """Returns the objective of the same noise without blocks."""
+  names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore
+  return cls(**{name: getattr(objective, name) for name in names})

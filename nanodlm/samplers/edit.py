@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from nanodlm.devices import sharding
 from nanodlm.noise import categorical
 from nanodlm.noise.categorical import Draw
-from nanodlm.samplers import posterior
+from nanodlm.samplers import posterior, renoise
 from nanodlm.samplers.reveal import fold_in_each
 from nanodlm.types import InputError, Objective, ReverseRule, Sampler, Samples
 
@@ -59,6 +59,8 @@ class Edit(Sampler):
   num_corrections: int = 0
   block_size: int = 0
 
+  fills_blocks = True
+
   def __post_init__(self):
     keys = ('threshold', 'edit_threshold', 'num_corrections', 'block_size')
     for key in keys:
@@ -68,8 +70,8 @@ class Edit(Sampler):
   @classmethod
   def fits(cls, objective: Objective) -> bool:
     return (
-      isinstance(objective, ReverseRule)
-      and objective.can_correct
+      renoise.Renoise.fits(objective)
+      and isinstance(objective, ReverseRule)
       and objective.starts_masked
     )
 

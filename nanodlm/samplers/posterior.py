@@ -43,6 +43,8 @@ class Posterior(Sampler):
   grid: str = 'uniform'
   num_corrections: int = 0
 
+  fills_blocks = True
+
   def __post_init__(self):
     times.check_grid(self.num_steps, self.grid)
     if self.num_corrections < 0:

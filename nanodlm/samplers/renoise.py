@@ -55,6 +55,8 @@ class Renoise(Sampler):
   entropy_budget: float = 0.0
   heat: float = 1.0
 
+  fills_blocks = True
+
   def __post_init__(self):
     if self.num_steps < 1:
       raise InputError(f'sampler.num_steps={self.num_steps!r} must be >= 1')

@@ -41,6 +41,7 @@ OBJECTIVES = {
   'genmd4': genmd4.GenMD4(MASK),
   'sedd': sedd.ScoreEntropy(MASK),
   'uniform': mixture.Uniform(MASK),
+  'block_uniform': block.BlockUniform(MASK, block_size=4),
 }
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8))
 
@@ -64,7 +65,7 @@ def make_network(name, shape, **changes):
         qk_norm=True,
         causal=objective.autoregressive is not None,
         block_size=objective.block_size,
-        time_conditioning=name in ('hybrid', 'uniform'),
+        time_conditioning='hybrid' in name or 'uniform' in name,
         tie_embeddings=name != 'ar',
       ),
       **changes,
@@ -186,6 +187,7 @@ class TrainTest(parameterized.TestCase):
     ('hybrid', (1, 4, 1), 2, 'dots', False),
     ('block', (2, 2, 2), 1, 'full', True),
     ('block_ar', (2, 2, 2), 2, 'none', False),
+    ('block_uniform', (2, 2, 2), 2, 'full', False),
     ('ar', (1, 2, 4), 2, 'full', False),
   )
   def test_is_the_same_with_remat_and_microbatches(
@@ -247,7 +249,7 @@ class TrainTest(parameterized.TestCase):
 
 class EvalAndSampleTest(parameterized.TestCase):
   @parameterized.product(
-    name=('masked', 'hybrid', 'block', 'block_ar', 'ar'),
+    name=('masked', 'hybrid', 'block', 'block_ar', 'block_uniform', 'ar'),
     shape=((1, 8, 1), (2, 2, 2)),
   )
   def test_evaluation_is_the_same(self, name, shape):
@@ -280,6 +282,7 @@ class EvalAndSampleTest(parameterized.TestCase):
       'renoise',
       'prefix_cache',
       'block',
+      'block_uniform',
       'ar',
       'genmd4',
       'speculate',
@@ -309,6 +312,9 @@ class EvalAndSampleTest(parameterized.TestCase):
     }
     if name == 'speculate':
       objective = 'block_ar'
+    if objective == 'block_uniform':
+      name = 'block'
+      inner = samplers.SAMPLERS['posterior'](draw, 2, OBJECTIVES['uniform'])
     if objective == 'genmd4':  # With the learned rates.
       name = 'posterior'
     sampler = sampler.get(name, lambda cls: cls(draw, 4))(

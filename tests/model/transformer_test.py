@@ -293,16 +293,39 @@ class BlockDiffusionTest(parameterized.TestCase):
 
     np.testing.assert_allclose(full, by_cache(params), atol=1e-5)
 
-  @parameterized.parameters(
-    (dict(time_conditioning=True), 'time_conditioning'),
-    (
-      dict(attention='cudnn', platform='gpu'),
-      "attention='cudnn' does not support block",
-    ),
-  )
-  def test_conflicting_settings(self, changes, message):
-    with self.assertRaisesRegex(InputError, message):
-      toys.model_config(block_size=2, **changes)
+  def test_attention_without_blocks(self):
+    with self.assertRaisesRegex(InputError, "'cudnn' does not support block"):
+      toys.model_config(block_size=2, attention='cudnn', platform='gpu')
+
+  @parameterized.parameters('dit', 'sigma', 'md4')
+  def test_blocks_have_times_and_the_clean_copy_has_none(self, form):
+    config = toys.model_config(
+      block_size=2, time_conditioning=True, time_form=form
+    )
+    params, clean = params_of(config), TOKENS[::-1]
+    t = np.linspace(0.2, 0.8, 9, dtype=np.float32).reshape(3, 3)
+    both = hidden_of(config, params, TOKENS, t, clean=clean)
+    chosen = jnp.array([3, 0, 14])  # Indices into B * L.
+    some = transformer.Transformer(config).apply(
+      {'params': params}, TOKENS, t, clean=clean, positions=chosen
+    )
+    np.testing.assert_allclose(some, both.reshape(18, -1)[chosen], atol=1e-5)
+    # A block depends on its own time and no other.
+    other = hidden_of(config, params, TOKENS, t + [[0, 0.1, 0]], clean=clean)
+    change = np.abs(both - other).max((0, 2))
+    self.assertGreater(np.min(change[2:4]), 1e-3)
+    np.testing.assert_array_equal(np.delete(change, [2, 3]), 0)
+    # Cached blocks are at time 0.
+    cache = transformer.init_cache(config, BATCH, LENGTH)
+    apply = functools.partial(
+      transformer.Transformer(config).apply,
+      {'params': params},
+      method='advance',
+    )
+    zero = np.zeros(BATCH, np.float32)
+    _, cache = apply(clean[:, :2], zero, 0, cache, jnp.zeros((LENGTH,), bool))
+    second, _ = apply(TOKENS[:, 2:4], t[:, 1], 2, cache, jnp.arange(LENGTH) < 2)
+    np.testing.assert_allclose(both[:, 2:4], second, atol=1e-5)
 
   def test_a_constant_time_goes_with_blocks_and_caches(self):
     config = toys.model_config(

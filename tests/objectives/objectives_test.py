@@ -15,7 +15,7 @@ from nanodlm.model.network import TransformerNetwork
 from nanodlm.noise import processes, schedules, times
 from nanodlm.objectives import masking, mixture
 from nanodlm.objectives.ar import Autoregressive
-from nanodlm.objectives.block import Block
+from nanodlm.objectives.block import Block, BlockHybrid, BlockUniform
 from nanodlm.objectives.d3pm import D3PM
 from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
@@ -249,6 +249,24 @@ def block_logits(size):
   return logits
 
 
+def in_blocks(size, whole):
+  """The sum over blocks of `whole`, a bound of a row, given blocks before."""
+  block = np.arange(LENGTH) // size
+
+  def nll(objective, table, x0, eligible):
+    total = 0.0
+    for b in set(block):
+      canvas = np.where(
+        block == b, toys.CANVASES, np.where(block < b, x0, MASK)
+      )
+      own = [i for i in eligible if block[i] == b]
+      seen = np.asarray(table)[toys.canvas_index(canvas)]
+      total += whole(objective, seen, x0, own) if own else 0.0
+    return total
+
+  return nll
+
+
 def ar_logits(table, noised):
   """Looks up causal logits: position i sees input tokens 0..i."""
   seen = np.tril(np.ones((LENGTH, LENGTH), bool), -1)  # of x0, before i
@@ -286,6 +304,29 @@ CASES = {
     masked_nll,
     block_logits(3),
     is_masked=True,
+  ),
+  'block_uniform': Case(
+    {
+      'stratified': BlockUniform(MASK, block_size=3),
+      'uniform': BlockUniform(MASK, noise='uniform', block_size=3),
+    },
+    uniform_nll,
+    block_logits(3),
+  ),
+  'block_uniform_of_1': Case(
+    {'cosine': BlockUniform(MASK, schedule=schedules.Cosine(), block_size=1)},
+    in_blocks(1, uniform_nll),
+    block_logits(1),
+  ),
+  'block_hybrid': Case(
+    {'stratified': BlockHybrid(MASK, p_uniform=0.2, block_size=3)},
+    hybrid_nll,
+    block_logits(3),
+  ),
+  'block_hybrid_of_1': Case(
+    {'stratified': BlockHybrid(MASK, p_uniform=0.2, block_size=1)},
+    in_blocks(1, hybrid_nll),
+    block_logits(1),
   ),
   'masked': Case(
     {
@@ -368,6 +409,7 @@ KINDS = [
     'block_count',
     'block_with_ar',
     'block_stratified',
+    'block_uniform_stratified',
   )
 ]
 

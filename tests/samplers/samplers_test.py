@@ -582,6 +582,20 @@ class PosteriorTest(parameterized.TestCase):
     self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
     self.assertEqual(samples.num_calls, num_steps)
 
+  @parameterized.parameters(True, False)
+  def test_uniform_noise_in_blocks_of_one(self, cache):
+    # The exact denoiser of a token, given those before, ignores its noise.
+    is_own = np.eye(LENGTH, dtype=bool)
+    index = toys.canvas_index(
+      np.where(is_own, MASK, toys.CANVASES[:, None])
+    )  # [64, L]
+    table = np.asarray(POSTERIOR)[index, np.arange(LENGTH)]
+    sampler = Block(Posterior(DRAW, 3, Uniform(MASK)), 1, MASK, cache)
+    network = toys.CachedTable(table, block_size=1)
+    samples = run(sampler, blank(NUM_ROWS), keys_of(NUM_ROWS), network)
+    self.assertGreater(toys.chi_square(histogram(samples.tokens), JOINT), 1e-3)
+    self.assertEqual(samples.num_calls, 3 * LENGTH + 2 * cache)
+
   def test_temperature_is_of_the_prediction(self):
     # At temperature 0 the prediction is one token, but not the time of reveal.
     draw, rule = Draw(MASK, temperature=0.0), Masked(MASK)
