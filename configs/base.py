@@ -149,6 +149,13 @@ def get_config() -> config_dict.ConfigDict:
   objective.gamma = 1.0  # How fast the uniform part of hybrid grows, >= 1.
   # Largest training weight of uniform and hybrid; 0: no limit.
   objective.max_weight = 0.0
+  # First steps of uniform, whose network reads mixtures of embeddings instead
+  # of noisy tokens; 0: off. At most train.num_steps.
+  objective.curriculum_steps = 0
+  # The temperature of these mixtures, >= 0, and the number of tokens in each,
+  # at most that of the vocabulary.
+  objective.tau = 1e-3
+  objective.num_soft_tokens = 8
 
   config.sampler = sampler = config_dict.ConfigDict()
   # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |

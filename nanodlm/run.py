@@ -342,6 +342,13 @@ def _check_network(run: Run):
       f'model.attention={settings.model["attention"]!r} does not support '
       f"train.anneal_steps={steps!r}; use 'auto' or 'xla'"
     )
+  if objective.curriculum_steps and not network.reads_soft:
+    raise InputError(
+      f'objective.curriculum_steps={objective.curriculum_steps!r} must be 0 '
+      f'with objective.name={name!r} and model.name='
+      f'{settings.model["name"]!r}, whose network does not read mixtures of '
+      'tokens'
+    )
   if run.sampler.needs_cache and not network.has_cache:
     raise InputError(
       f'sampler.name={run.sampler_name!r} does not fit model.shift_outputs='
@@ -378,8 +385,13 @@ def _check_batches(run: Run):
 
 
 def check_training(run: Run):
-  """Raises InputError unless batches divide into the devices of the mesh."""
+  """Raises InputError unless the mesh and the number of steps fit the run."""
   train = run.settings.train
+  if (first := run.objective.curriculum_steps) > train.num_steps:
+    raise InputError(
+      f'objective.curriculum_steps={first!r} must be at most train.num_steps='
+      f'{train.num_steps!r}'
+    )
   group_size = run.objective.group_size
   check_batch_size(
     train.batch_size, run.mesh, train.num_microbatches, group_size

@@ -78,6 +78,18 @@ class Batch(NamedTuple):
   law_nats: Any = None
 
 
+class SoftTokens(NamedTuple):
+  """Mixtures of embeddings, which a network reads instead of tokens.
+
+  Attributes:
+    ids: [B, L, K] int32.
+    weights: [B, L, K] float32, one for each id.
+  """
+
+  ids: Array
+  weights: Array
+
+
 class Noised(NamedTuple):
   """A noised batch: the network's input and the data to score its output.
 
@@ -93,6 +105,7 @@ class Noised(NamedTuple):
     fields: pytree of [B, L] arrays, the inputs of `Objective.terms`.
     clean: [B, L] int32 or None, the clean copy if the network also reads one;
       see `Objective.clean_input`.
+    soft: what the network reads instead of `tokens`; None: the tokens.
   """
 
   tokens: Array
@@ -101,6 +114,7 @@ class Noised(NamedTuple):
   level: Array
   fields: Any
   clean: Array | None = None
+  soft: SoftTokens | None = None
 
 
 class Terms(NamedTuple):
@@ -109,7 +123,7 @@ class Terms(NamedTuple):
   Attributes:
     loss: the minimised quantity, in nats.
     nll: term of the bound on -log p(x0), or of its exact value, in nats; summed
-      over positions.
+      over positions. NaN if the loss is part of neither.
     cross_entropy: -log p(x0) under the network's output, unweighted, in nats.
     correct: 1.0 if the clean token has the largest probability, else 0.0.
   """
@@ -196,6 +210,7 @@ class Objective(abc.ABC):
     can_correct: whether the network also predicts tokens that are not masked,
       so that it can correct a finished text.
     noises: allowed values of objective.noise; see `auto_noise`.
+    curriculum_steps: number of first steps that train `curriculum`.
   """
 
   mask_id: int
@@ -208,6 +223,7 @@ class Objective(abc.ABC):
   needs_time: bool = False
   can_correct: bool = False
   noises: tuple[str, ...] = ()
+  curriculum_steps: int = 0
 
   @classmethod
   def auto_noise(cls, settings: Mapping[str, Any]) -> str:
@@ -261,6 +277,17 @@ class Objective(abc.ABC):
   def naive(self) -> 'Objective':
     """Returns the plain Monte Carlo form, with independent times."""
     return self.evaluation()
+
+  def curriculum(self) -> 'Objective':
+    """Returns the objective of the first `curriculum_steps` steps.
+
+    It may noise texts to `SoftTokens`, if curriculum_steps > 0. It has the same
+    facts and parameters.
+
+    Raises:
+      InputError: it does not fit the vocabulary.
+    """
+    return self
 
   def max_scored(self, batch_size: int, length: int) -> int:
     """Returns a static upper bound on the number of scored positions."""
@@ -382,6 +409,7 @@ class Network(abc.ABC):
     knows_time: whether the output depends on t.
     num_positions: maximum number of tokens; 0 is unlimited.
     has_cache: whether `init_cache` and `advance` are implemented.
+    reads_soft: whether `hidden` supports `soft`.
   """
 
   vocab_size: int
@@ -390,6 +418,7 @@ class Network(abc.ABC):
   knows_time: bool = False
   num_positions: int = 0
   has_cache: bool = False
+  reads_soft: bool = False
 
   @classmethod
   @abc.abstractmethod
@@ -424,6 +453,7 @@ class Network(abc.ABC):
     t: Array,
     *,
     clean: Array | None = None,
+    soft: SoftTokens | None = None,
     segment_ids: Array | None = None,
     dropout_keys: Array | None = None,
     seen: Array | None = None,
@@ -436,6 +466,7 @@ class Network(abc.ABC):
       tokens: [B, L] int32.
       t: [B] float32 in [0, 1], or [B, n] of n equal parts of each row.
       clean: [B, L] int32, the clean copy, at time 0; block diffusion only.
+      soft: embedded instead of the tokens; only if `reads_soft`.
       segment_ids: [B, L] int32; attention is limited to a segment.
       dropout_keys: [B], one per example; None disables dropout.
       seen: [B, L, L] bool, the attention mask; None is the network's own.

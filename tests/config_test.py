@@ -263,6 +263,14 @@ class ValidateTest(parameterized.TestCase):
       {'train__anneal_steps': 5, 'objective__name': 'block'},
       'train.anneal_steps=5',
     ),
+    (
+      {
+        'objective__name': 'uniform',
+        'model__time_conditioning': True,
+        'objective__tau': 0.1,
+      },
+      'objective.tau=0.1 is ignored',
+    ),
     ({'tokenizer__name': 'run'}, "tokenizer.path='' must be the workdir"),
     ({'tokenizer__path': 'runs/x'}, "tokenizer.path='runs/x' is ignored"),
   )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 from unittest import mock
 
@@ -30,6 +31,7 @@ from nanodlm.types import (
   Batch,
   Canvas,
   Hidden,
+  InputError,
   Network,
   Noised,
   Objective,
@@ -327,6 +329,45 @@ def test_a_network(tmp_path):
     (sample,) = lm.sample('ab{4}', details=True)
   assert isinstance(lm.run.network, Mlp)
   assert sample.tokens.shape == (6,) and sample.tokens.max() < 257
+
+
+CURRICULUM = dict(
+  objective__name='uniform',
+  objective__curriculum_steps=4,
+  objective__tau=0.1,
+  model__time_conditioning=True,
+)
+
+
+def test_a_curriculum(tmp_path):
+  start = start_of(
+    tmp_path, **CURRICULUM, train__num_samples=0, train__log_every_steps=2
+  )
+  assert train.main(start) == 0
+  path = pathlib.Path(start.workdir) / 'metrics.jsonl'
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  has_bound = {x['step']: 'train/nll' in x for x in lines if 'train/loss' in x}
+  assert has_bound == {2: False, 4: False, 6: True, 8: True}
+  assert all(math.isfinite(x['eval/nll']) for x in lines if 'eval/nll' in x)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'objective__curriculum_steps': 9}, 'objective.curriculum_steps=9 must'),
+    ({'objective__num_soft_tokens': 300}, 'objective.num_soft_tokens=300 must'),
+    ({'model__name': 'mlp'}, 'objective.curriculum_steps=4 must be 0 with'),
+  ],
+)
+def test_a_curriculum_that_does_not_fit(tmp_path, changes, message):
+  class Timed(Mlp):
+    knows_time = True
+
+  start = start_of(tmp_path, **{**CURRICULUM, **changes})
+  with mock.patch.dict(model.NETWORKS, mlp=Timed):
+    with pytest.raises(InputError, match=message):
+      train.main(start)
+  assert not pathlib.Path(start.workdir).exists()
 
 
 def test_a_network_with_a_loss_of_its_own():

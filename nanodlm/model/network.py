@@ -84,6 +84,10 @@ class TransformerNetwork(Network):
     return not self.config.shift_outputs
 
   @property
+  def reads_soft(self) -> bool:  # pyright: ignore
+    return not self.config.block_size
+
+  @property
   def module(self) -> transformer.Transformer:
     """The Linen module, without its parameters."""
     return transformer.Transformer(self.config, self.shards)

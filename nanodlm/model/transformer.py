@@ -37,7 +37,7 @@ from nanodlm.model.layers import (
   rotary_table,
   TimeEmbedding,
 )
-from nanodlm.types import InputError
+from nanodlm.types import InputError, SoftTokens
 
 
 class Cache(NamedTuple):
@@ -278,6 +278,7 @@ class Transformer(nn.Module):
     t: jax.Array | None = None,
     *,
     clean: jax.Array | None = None,
+    soft: SoftTokens | None = None,
     segment_ids: jax.Array | None = None,
     dropout_keys: jax.Array | None = None,
     seen: jax.Array | None = None,
@@ -291,6 +292,7 @@ class Transformer(nn.Module):
         with time conditioning.
       clean: [B, L] int32, the clean copy, with `config.block_size` only. Its
         time is 0.
+      soft: embedded instead of the tokens, without `config.block_size` only.
       segment_ids: as in Context.
       dropout_keys: as in Context; None turns dropout off.
       seen: as in Context, for example from `opening_mask`.
@@ -323,7 +325,7 @@ class Transformer(nn.Module):
       segment_ids=segment_ids, dropout_keys=dropout_keys, seen=seen
     )
     where, cache = jnp.arange(length), Cache(None, None)
-    hidden, _ = self._layers(tokens, t, where, cache, context, wanted)
+    hidden, _ = self._layers(tokens, t, where, cache, context, wanted, soft)
     return (
       hidden if positions is not None else hidden.reshape(batch, length, -1)
     )
@@ -376,14 +378,14 @@ class Transformer(nn.Module):
       write_rows if start.ndim else one_start, cache, own
     )
 
-  def _layers(self, tokens, t, where, cache, context, positions):
+  def _layers(self, tokens, t, where, cache, context, positions, soft=None):
     """Returns hidden states of tokens at `where`, and their own Cache.
 
     `where` is [L], or [B, L].
     """
     cfg = self.config
     num_scanned = cfg.num_layers - 1
-    x = self._embed(tokens, where)
+    x = self._embed(tokens, where, soft)
     if cfg.time_conditioning:
       t = t if cfg.knows_time else jnp.zeros(tokens.shape[:1])
       t = t[:, None] if t.ndim == 1 else t
@@ -417,8 +419,10 @@ class Transformer(nn.Module):
       x = x * (1 + scale) + shift
     return x, Cache(own, last)
 
-  def _embed(self, tokens, where):
+  def _embed(self, tokens, where, soft=None):
     """Embeds tokens [B, L] at positions [L] or [B, L], [B, L, D]."""
+    if soft is not None:
+      tokens = soft.ids
     # Rows are cast after the lookup, so that the gradients of a row, above all
     # of the mask's, are summed in float32.
     dtype = jnp.dtype(self.config.dtype)
@@ -430,7 +434,9 @@ class Transformer(nn.Module):
       is_here = (tokens >= 0) & (tokens < size)
       rows = self.embedding[jnp.where(is_here, tokens, 0)]
       rows = jnp.where(is_here[..., None], rows, 0.0)
-      rows = sharding.join(rows, self.shards)
+    if soft is not None:
+      rows = jnp.einsum('blk,blkd->bld', soft.weights, rows)
+    rows = sharding.join(rows, self.shards)
     if self.config.embedding_dim:
       rows = self.embedding_in(rows.astype(dtype))
     if self.config.num_positions:

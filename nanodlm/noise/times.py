@@ -51,6 +51,11 @@ def smoothstep(u: jax.Array) -> tuple[jax.Array, jax.Array]:
   return u * u * (3 - 2 * u), v * v * (3 - 2 * v)
 
 
+def inverse_smoothstep(t: jax.Array) -> jax.Array:
+  """Returns u in [0, 1] with u^2 (3 - 2u) = t; any shape."""
+  return 0.5 - jnp.sin(jnp.arcsin(1 - 2 * t) / 3)
+
+
 def is_listed(grid: str) -> bool:
   """Returns whether a grid lists its times, which fixes their number."""
   return grid not in GRIDS

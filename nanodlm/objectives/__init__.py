@@ -1,6 +1,15 @@
 """Objectives by name. To add one, write a file and list its class here."""
 
-from nanodlm.objectives import ar, block, d3pm, genmd4, masked, mixture, sedd
+from nanodlm.objectives import (
+  ar,
+  block,
+  d3pm,
+  genmd4,
+  masked,
+  mixture,
+  sedd,
+  uniform,
+)
 from nanodlm.types import Objective
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -13,5 +22,5 @@ OBJECTIVES: dict[str, type[Objective]] = {
   'hybrid': mixture.Hybrid,
   'masked': masked.Masked,
   'sedd': sedd.ScoreEntropy,
-  'uniform': mixture.Uniform,
+  'uniform': uniform.Uniform,
 }

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical
-from nanodlm.objectives import ar, diffusion, masked, masking, mixture
+from nanodlm.objectives import (
+  ar,
+  diffusion,
+  masked,
+  masking,
+  mixture,
+  uniform,
+)
 from nanodlm.types import InputError, Noised, Objective
 
 
@@ -190,12 +197,12 @@ class Block(InBlocks, masking.MaskedNoise):
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockUniform(InBlocks, mixture.Uniform):
+class BlockUniform(InBlocks, uniform.Uniform):
   """Uniform noise within blocks, as in DiffusionGemma, with UDLM's bound."""
 
   @property
   def of_block(self):
-    return _whole(mixture.Uniform, self)
+    return _whole(uniform.Uniform, self)
 
 
 @dataclasses.dataclass(frozen=True)

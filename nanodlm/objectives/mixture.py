@@ -1,11 +1,11 @@
-"""Noise that replaces tokens: uniform (UDLM) and hybrid (GIDD)."""
+"""Noise that replaces tokens: the bound of any, and hybrid noise (GIDD)."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from nanodlm.noise import categorical, processes, schedules, times
+from nanodlm.noise import categorical, processes, times
 from nanodlm.objectives import diffusion
 from nanodlm.types import InputError, Noised, Terms
 
@@ -65,8 +65,12 @@ class MixtureNoise(diffusion.Diffusion):
   def evaluation(self):
     return dataclasses.replace(super().evaluation(), max_weight=0.0)
 
+  def clock(self, levels: jax.Array) -> tuple[jax.Array, jax.Array | float]:
+    """Returns u for levels in [0, 1), and the range of u that they cover."""
+    return jnp.clip(1 - levels, MIN_CLOCK, 1 - MIN_CLOCK), 1.0
+
   def corrupt(self, keys, levels, x0, eligible):
-    t, rest = times.smoothstep(_clock(levels))
+    t, rest = times.smoothstep(self.clock(levels)[0])
     xt = self.process.corrupt(keys, self.process.parts(t, rest), x0, eligible)
     return Noised(
       tokens=xt,
@@ -80,8 +84,9 @@ class MixtureNoise(diffusion.Diffusion):
     self, levels: jax.Array, x0: jax.Array, xt: jax.Array
   ) -> dict[str, jax.Array]:
     """Returns the fields of `terms`, [B, L]: levels [B], x0 and xt [B, L]."""
-    u = _clock(levels)
-    (t, rest), (speed, _) = jax.jvp(times.smoothstep, (u,), (jnp.ones_like(u),))
+    u, speed = self.clock(levels)
+    speed = jnp.full_like(u, speed)
+    (t, rest), (speed, _) = jax.jvp(times.smoothstep, (u,), (speed,))
     one = jnp.ones_like(t)
     parts, rates = jax.jvp(self.process.parts, (t, rest), (one, -one))
     spread = lambda x: jnp.broadcast_to(x[:, None], x0.shape)
@@ -138,28 +143,6 @@ class MixtureNoise(diffusion.Diffusion):
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform(MixtureNoise):
-  """Uniform noise on any schedule. Source: UDLM, arXiv 2412.10193.
-
-  The noise level is not visible in the text, so the network must be
-  time-conditioned.
-
-  Attributes:
-    schedule: alpha(t).
-  """
-
-  schedule: schedules.Schedule = schedules.Linear()
-
-  needs_time = True
-  starts_masked = False
-
-  @property
-  def process(self) -> processes.Uniform:
-    """The forward process: random tokens only."""
-    return processes.Uniform(self.mask_id, self.schedule)
-
-
-@dataclasses.dataclass(frozen=True)
 class Hybrid(MixtureNoise):
   """Masks and uniform tokens. Source: GIDD, arXiv 2503.04482.
 
@@ -194,11 +177,6 @@ def phi(d: jax.Array, log1p_d: jax.Array) -> jax.Array:
   e = jnp.where(is_small, d, 0.0)
   series = e * e * (1 / 2 - e * (1 / 3 - e * (1 / 4 - e * (1 / 5 - e / 6))))
   return jnp.where(is_small, series, d - log1p_d)
-
-
-def _clock(levels):
-  """Returns u in [MIN_CLOCK, 1 - MIN_CLOCK] for levels in [0, 1)."""
-  return jnp.clip(1 - levels, MIN_CLOCK, 1 - MIN_CLOCK)
 
 
 def _divergence(log_x, log_x0, fields, vocab):

@@ -118,6 +118,7 @@ class Scorer:
       noised.tokens,
       noised.t,
       clean=noised.clean,
+      soft=noised.soft,
       segment_ids=segment_ids,
       dropout_keys=dropout_keys,
       seen=seen,

@@ -66,12 +66,13 @@ def make_train_step(
 
   Raises:
     InputError: the batch does not divide into devices, micro-batches and the
-      objective's groups.
+      objective's groups, or its curriculum does not fit the vocabulary.
   """
   network, objective, shards = scorer.network, scorer.objective, scorer.shards
+  curriculum = dataclasses.replace(scorer, objective=objective.curriculum())
   check_batch_size(batch_size, mesh, num_microbatches, objective.group_size)
 
-  def loss(params, rows, frozen, share):
+  def loss(params, rows, scorer, frozen, share):
     batch, seen = rows.batch, None
     if rows.opening_keys is not None:
       length = batch.tokens.shape[1]
@@ -83,7 +84,7 @@ def make_train_step(
       dropout_keys=rows.dropout_keys,
       seen=seen,
     )
-    own = bind(objective, params)
+    own = bind(scorer.objective, params)
     scores = own.loss(batch, rows.levels, rows.keys, score)
     rows = {k: x for k, x in scores.rows._asdict().items() if x is not None}
     sums = jax.tree.map(jnp.sum, rows)
@@ -91,7 +92,7 @@ def make_train_step(
     sums['num_bytes'] = jnp.sum(batch.num_bytes.astype(jnp.float32))
     return scores.total, {**sums, **scores.by_level}
 
-  def local_gradient(params, frozen, key, share, batch, is_opening):
+  def local_gradient(scorer, params, frozen, key, step, batch, is_opening):
     # Without annealing there are three keys, so that existing runs resume with
     # the same noise.
     level_key, noise_key, dropout_key, *opening_key = jax.random.split(
@@ -107,7 +108,10 @@ def make_train_step(
       fold_in_each(opening_key[0], index) if is_opening else None,
     )
     gradient = jax.grad(
-      functools.partial(loss, frozen=frozen, share=share), has_aux=True
+      functools.partial(
+        loss, scorer=scorer, frozen=frozen, share=share_of(step)
+      ),
+      has_aux=True,
     )
     if num_microbatches == 1:
       return gradient(params, rows)
@@ -131,17 +135,31 @@ def make_train_step(
   # would copy it on XLA's CPU backend.
   is_whole = meshes.num_batch_shards(mesh) == 1
 
-  def global_gradient(params, frozen, key, share, batch):
+  def share_of(step):
+    """Returns the probability that a position sees one to its right."""
+    return jnp.minimum(step / max(anneal_steps, 1), 1.0)
+
+  def global_gradient(params, frozen, key, step, batch):
     """Sums the gradient of this device's parameters over the global batch."""
-    of = functools.partial(
-      local_gradient, sharding.local(params, shards), frozen, key, share, batch
-    )
-    if anneal_steps:  # After annealing, any attention kernel applies.
+    params = sharding.local(params, shards)
+
+    def of(scorer):
+      of = functools.partial(
+        local_gradient, scorer, params, frozen, key, step, batch
+      )
+      if not anneal_steps:
+        return of(False)
+      # After annealing, any attention kernel applies.
+      return jax.lax.cond(
+        share_of(step) < 1, lambda: of(True), lambda: of(False)
+      )
+
+    if num_first := objective.curriculum_steps:
       gradient, sums = jax.lax.cond(
-        share < 1, lambda: of(True), lambda: of(False)
+        step < num_first, lambda: of(curriculum), lambda: of(scorer)
       )
     else:
-      gradient, sums = of(False)
+      gradient, sums = of(scorer)
     if is_whole:
       gradient = jax.tree.map(lambda g: g[None], gradient)
     else:
@@ -152,19 +170,18 @@ def make_train_step(
   rows = P(meshes.BATCH_AXES)
   whole_specs = jax.tree.map(lambda spec: P(meshes.BATCH_AXES, *spec), specs)
 
-  def sharded_gradient(params, frozen, key, share, batch):
+  def sharded_gradient(params, frozen, key, step, batch):
     return jax.shard_map(
       global_gradient,
       mesh=mesh,
       in_specs=(specs, sharding.specs(frozen, shards), P(), P(), rows),
       out_specs=(whole_specs if is_whole else specs, P()),
-    )(params, frozen, key, share, batch)
+    )(params, frozen, key, step, batch)
 
   def step(state: TrainState, batch: Batch):
     key = jax.random.fold_in(state.key, state.step)
-    share = jnp.minimum(state.step / max(anneal_steps, 1), 1.0)
     gradient, sums = sharded_gradient(
-      state.params, state.frozen, key, share, batch
+      state.params, state.frozen, key, state.step, batch
     )
     if is_whole:
       gradient = jax.tree.map(lambda g: g[0], gradient)

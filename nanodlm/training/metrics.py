@@ -101,13 +101,19 @@ def train_means(sums: dict[str, np.ndarray]) -> dict[str, float]:
   """Returns the means of training steps from their added sums.
 
   They are train/loss in nats per token; train/nll and train/bits_per_byte of
-  the noisy bound on the training text; train/ar_nll, which is exact, of a block
-  model that has it; train/accuracy of the scored tokens; and `level_means`.
+  the noisy bound on the training text, unless a step has none (`types.Terms`);
+  train/ar_nll, which is exact, of a block model that has it; train/accuracy of
+  the scored tokens; and `level_means`.
   """
   own = {key: sums[key] for key in ('loss', 'nll', 'ar_nll') if key in sums}
+  bits = {
+    'train/bits_per_byte': _ratio(sums['nll'] / math.log(2), sums['num_bytes'])
+  }
+  if math.isnan(sums['nll']):
+    del own['nll'], bits['train/bits_per_byte']
   return {
     **{f'train/{key}': _ratio(x, sums['weight']) for key, x in own.items()},
-    'train/bits_per_byte': _ratio(sums['nll'] / math.log(2), sums['num_bytes']),
+    **bits,
     'train/accuracy': _ratio(sums['correct'], sums['scored']),
     **level_means(sums, 'train'),
   }

@@ -160,12 +160,13 @@ class Progress:
     self._writer.write_scalars(step, scalars)
     self._writer.flush()
     if means:
+      bits = means.get('train/bits_per_byte')
+      bits = '' if bits is None else f'{bits:.4f} bits/byte  '
       num_steps = self._train.num_steps
       left = describe_secs((num_steps - step) * secs_per_step)
       log.info(
         f'step {step:{len(str(num_steps))}}/{num_steps}  '
-        f'loss {means["train/loss"]:.4f} nats/token  '
-        f'{means["train/bits_per_byte"]:.4f} bits/byte  '
+        f'loss {means["train/loss"]:.4f} nats/token  {bits}'
         f'{rate:,.0f} tokens/s' + f'  {left} left' * (step < num_steps)
       )
     self._sums = []

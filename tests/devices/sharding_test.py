@@ -18,7 +18,16 @@ from nanodlm.devices.sharding import Shards
 from nanodlm.model import transformer
 from nanodlm.model.network import TransformerNetwork
 from nanodlm.noise.categorical import Draw
-from nanodlm.objectives import ar, block, d3pm, genmd4, masked, mixture, sedd
+from nanodlm.objectives import (
+  ar,
+  block,
+  d3pm,
+  genmd4,
+  masked,
+  mixture,
+  sedd,
+  uniform,
+)
 from nanodlm.steps import evaluate as evaluate_steps
 from nanodlm.steps import sample as sample_steps
 from nanodlm.steps import train as train_steps
@@ -40,7 +49,8 @@ OBJECTIVES = {
   'd3pm': d3pm.D3PM(MASK),
   'genmd4': genmd4.GenMD4(MASK),
   'sedd': sedd.ScoreEntropy(MASK),
-  'uniform': mixture.Uniform(MASK),
+  'uniform': uniform.Uniform(MASK),
+  'curriculum': uniform.Uniform(MASK, curriculum_steps=1, tau=0.3),
   'block_uniform': block.BlockUniform(MASK, block_size=4),
 }
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8))
@@ -65,7 +75,9 @@ def make_network(name, shape, **changes):
         qk_norm=True,
         causal=objective.autoregressive is not None,
         block_size=objective.block_size,
-        time_conditioning='hybrid' in name or 'uniform' in name,
+        time_conditioning='hybrid' in name
+        or 'uniform' in name
+        or name == 'curriculum',
         tie_embeddings=name != 'ar',
       ),
       **changes,
@@ -233,7 +245,7 @@ class TrainTest(parameterized.TestCase):
       train(name, shape, **options),
     )
 
-  @parameterized.parameters('d3pm', 'genmd4', 'sedd')
+  @parameterized.parameters('d3pm', 'genmd4', 'sedd', 'curriculum')
   def test_other_losses_sum_over_a_split_vocabulary(self, name):
     jax.tree.map(assert_close, on_one_device(name), train(name, (1, 2, 4)))
 

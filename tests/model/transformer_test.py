@@ -1,5 +1,6 @@
 """Tests of nanodlm.model: visibility, equivalences, and the errors."""
 
+import dataclasses
 import functools
 from unittest import mock
 
@@ -12,7 +13,7 @@ from scipy import special
 from nanodlm.model import attention, layers, transformer
 from nanodlm.model.config import GATED, MLPS
 from nanodlm.model.network import TransformerNetwork
-from nanodlm.types import InputError
+from nanodlm.types import InputError, SoftTokens
 from tests import toys
 
 BATCH, LENGTH = 3, 6
@@ -463,6 +464,36 @@ class OptionsTest(parameterized.TestCase):
     np.testing.assert_allclose(
       hidden_of(shared, params, TOKENS, None, clean=clean),
       hidden_of(plain, wide, TOKENS, None, clean=clean),
+      atol=1e-5,
+    )
+
+  @parameterized.parameters({}, {'embedding_dim': 8, 'tie_embeddings': False})
+  def test_soft_tokens(self, **options):
+    config = toys.model_config(**options)
+    params = params_of(config)
+    rng = np.random.default_rng(0)
+    ids = np.concatenate(
+      [TOKENS[..., None], rng.integers(12, size=(*TOKENS.shape, 2))], axis=-1
+    )
+    # All the weight on the token: the token, bit for bit.
+    weights = np.zeros(ids.shape, np.float32)
+    weights[..., 0] = 1
+    plain = hidden_of(config, params)
+    soft = hidden_of(config, params, soft=SoftTokens(ids, weights))
+    np.testing.assert_array_equal(soft, plain)
+    # Mixtures, as tokens of a larger vocabulary whose rows are the mixtures.
+    weights = rng.dirichlet(np.ones(3), TOKENS.shape).astype(np.float32)
+    rows = np.einsum('blk,blkd->bld', weights, params['embedding'][ids])
+    table = {**params, 'embedding': rows.reshape(-1, rows.shape[-1])}
+    if 'output' in params:  # Not used here, but of the vocabulary's size.
+      table['output'] = np.zeros((TOKENS.size, 16), np.float32)
+    np.testing.assert_allclose(
+      hidden_of(config, params, soft=SoftTokens(ids, weights)),
+      hidden_of(
+        dataclasses.replace(config, vocab_size=TOKENS.size),
+        table,
+        np.arange(TOKENS.size).reshape(TOKENS.shape),
+      ),
       atol=1e-5,
     )
 

@@ -19,8 +19,9 @@ from nanodlm.objectives.block import Block as BlockObjective
 from nanodlm.objectives.d3pm import D3PM
 from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
-from nanodlm.objectives.mixture import Hybrid, Uniform
+from nanodlm.objectives.mixture import Hybrid
 from nanodlm.objectives.sedd import ScoreEntropy
+from nanodlm.objectives.uniform import Uniform
 from nanodlm.samplers import guidance, reveal
 from nanodlm.samplers.ancestral import Ancestral
 from nanodlm.samplers.ar import LeftToRight

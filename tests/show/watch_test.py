@@ -12,7 +12,8 @@ from nanodlm.noise.categorical import Draw
 from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block
 from nanodlm.objectives.masked import Masked
-from nanodlm.objectives.mixture import Hybrid, Uniform
+from nanodlm.objectives.mixture import Hybrid
+from nanodlm.objectives.uniform import Uniform
 from nanodlm.samplers import SAMPLERS
 from nanodlm.samplers.guidance import Guided
 from nanodlm.show import watch

@@ -18,6 +18,7 @@ from nanodlm.objectives.block import Block
 from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
 from nanodlm.objectives.mixture import Hybrid
+from nanodlm.objectives.uniform import Uniform
 from nanodlm.samplers.ar import LeftToRight
 from nanodlm.samplers.block import Block as BlockSampler
 from nanodlm.samplers.confidence import Confidence
@@ -48,6 +49,8 @@ OBJECTIVES = {
   'block': Block(MASK, block_size=4),
   'block_ar': Block(MASK, block_size=4, ar_weight=0.5),
   'genmd4': GenMD4(MASK),
+  # The first of two steps.
+  'curriculum': Uniform(MASK, curriculum_steps=1, tau=0.3),
 }
 
 
@@ -63,6 +66,9 @@ class Spy:
 
   def bind(self, params):
     return dataclasses.replace(self, inner=self.inner.bind(params))
+
+  def curriculum(self):
+    return dataclasses.replace(self, inner=self.inner.curriculum())
 
   def loss(self, *args):
     return type(self.inner).loss(self, *args)
@@ -211,6 +217,7 @@ class TrainStepTest(parameterized.TestCase):
     ('block_ar', 4, 2),
     ('hybrid', 4, 2),
     ('genmd4', 4, 2),
+    ('curriculum', 4, 2),
   )
   def test_devices_and_microbatches_change_nothing(
     self, name, num_devices, num_microbatches
@@ -218,8 +225,8 @@ class TrainStepTest(parameterized.TestCase):
     # With dropout, whose masks also belong to the example.
     history, noise = two_steps(name, 1, 1)
     others, other_noise = two_steps(name, num_devices, num_microbatches)
-    # Other programs may round the many products of hybrid noise differently.
-    rtol = 1e-5 if name == 'hybrid' else 0
+    # Other programs may round the many products of such noise differently.
+    rtol = 1e-5 if name in ('hybrid', 'curriculum') else 0
     assert_close(noise, other_noise, rtol, atol=0)
     assert_close(history, others)
     train, _, _ = trainer(name, num_devices, num_microbatches, 0.1)
@@ -282,6 +289,30 @@ class TrainStepTest(parameterized.TestCase):
       -LEARNING_RATE * total / (1 + np.exp(-raw)),
       rtol=1e-3,
     )
+
+  def test_a_curriculum(self):
+    # The first step reads soft tokens and reports no bound; the next one is
+    # that of the plain objective, with the same key.
+    (_, first), (_, second) = two_steps('curriculum', 1, 1)[0]
+    self.assertTrue(np.isnan(first['nll']) and np.isfinite(first['loss']))
+    mesh = make_mesh(1)
+    plain = train_steps.make_train_step(
+      scorer('curriculum', Uniform(MASK), 0.1),
+      optax.sgd(LEARNING_RATE, momentum=0.9),
+      optax.constant_schedule(1e-3),
+      mesh,
+      batch_size=BATCH,
+      num_microbatches=1,
+      ema_decay=EMA_DECAY,
+    )
+    step, params, ema_params = two_steps('curriculum', 1, 1)[0][0][0]
+    state = make_state(mesh).replace(
+      step=step, params=params, ema_params=ema_params
+    )
+    state = jax.device_put(state, meshes.replicated(mesh))
+    _, metrics = plain(state, meshes.shard_batch(mesh, make_batch(1)))
+    np.testing.assert_allclose(second['loss'], metrics['loss'], rtol=1e-6)
+    np.testing.assert_array_equal(metrics['loss'], metrics['nll'])
 
   def test_dropout_matters(self):
     with_dropout, noise = two_steps('count', 1, 1)

@@ -44,6 +44,16 @@ def test_the_exact_value_of_a_block_model():
   assert 'exact' not in evaluate.describe(other, False)
 
 
+def test_steps_without_a_bound():
+  sums = {'loss': 6.0, 'nll': 5.0, 'weight': 10, 'num_bytes': 20}
+  sums = {**SUMS, **sums, 'correct': 3.0, 'scored': 4.0}
+  means = metrics.train_means(sums)
+  assert means['train/nll'] == 0.5 and 'train/bits_per_byte' in means
+  means = metrics.train_means({**sums, 'nll': math.nan})
+  assert means['train/loss'] == 0.6
+  assert not any(math.isnan(x) for x in means.values())
+
+
 def test_interval_covers_the_mean_about_19_times_in_20():
   generator = np.random.default_rng(0)
   hits, byte_hits = 0, 0
