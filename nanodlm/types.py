@@ -92,6 +92,9 @@ class Noised(NamedTuple):
     fields: pytree of [B, L] arrays, the inputs of `Objective.terms`.
     clean: [B, L] int32 or None, the clean copy if the network also reads one;
       see `Objective.clean_input`.
+    reference: [B, L, D] or None, states of the frozen network
+      (`Score.frozen_states`). `Objective.terms` gets their logits [N, V] as the
+      field 'reference'; like the network's own, they exist in chunks only.
   """
 
   tokens: Array
@@ -100,6 +103,7 @@ class Noised(NamedTuple):
   level: Array
   fields: Any
   clean: Array | None = None
+  reference: Array | None = None
 
 
 class Terms(NamedTuple):
@@ -108,7 +112,7 @@ class Terms(NamedTuple):
   Attributes:
     loss: the minimised quantity, in nats.
     nll: term of the bound on -log p(x0), or of its exact value, in nats; summed
-      over positions.
+      over positions. NaN if the loss comes without a bound.
     cross_entropy: -log p(x0) under the network's output, unweighted, in nats.
     correct: 1.0 if the clean token has the largest probability, else 0.0.
   """
@@ -172,6 +176,23 @@ class Score(Protocol):
     """
     ...
 
+  def frozen_states(self, noised: Noised) -> Array:
+    """Returns the states [R, L, D] of the frozen network, without dropout."""
+    ...
+
+  def draw_frozen(self, keys: Array, states: Array, draw: Any) -> Array:
+    """Draws a clean token for each of the frozen network's states.
+
+    Args:
+      keys: [R], one per row.
+      states: [R, L, D], from `frozen_states`.
+      draw: a `categorical.Draw`.
+
+    Returns:
+      [R, L] int32.
+    """
+    ...
+
 
 class Objective(abc.ABC):
   """A training objective, as pure functions of arrays.
@@ -194,6 +215,10 @@ class Objective(abc.ABC):
     needs_time: whether the network must be time-conditioned.
     can_correct: whether the network also predicts tokens that are not masked,
       so that it can correct a finished text.
+    uses_frozen: whether training needs `TrainState.frozen`, which starts as a
+      copy of the parameters.
+    round_steps: number of steps after which `TrainState.frozen` becomes a copy
+      of the parameters again; 0: never.
     noises: allowed values of objective.noise; see `auto_noise`.
   """
 
@@ -206,6 +231,8 @@ class Objective(abc.ABC):
   group_size: int = 1
   needs_time: bool = False
   can_correct: bool = False
+  uses_frozen: bool = False
+  round_steps: int = 0
   noises: tuple[str, ...] = ()
 
   @classmethod
@@ -229,6 +256,13 @@ class Objective(abc.ABC):
 
   def bind(self, params: dict[str, Array]) -> 'Objective':
     """Returns the objective with the given values of its parameters."""
+    return self
+
+  def at_step(self, step: Array) -> 'Objective':
+    """Returns the objective of the training step after `step` steps, [].
+
+    `terms` is that of the objective itself: `Noised.fields` carry what changes.
+    """
     return self
 
   @abc.abstractmethod

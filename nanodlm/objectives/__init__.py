@@ -1,6 +1,15 @@
 """Objectives by name. To add one, write a file and list its class here."""
 
-from nanodlm.objectives import ar, block, d3pm, genmd4, masked, mixture, sedd
+from nanodlm.objectives import (
+  ar,
+  block,
+  d3pm,
+  distill,
+  genmd4,
+  masked,
+  mixture,
+  sedd,
+)
 from nanodlm.types import Objective
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -12,4 +21,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
   'masked': masked.Masked,
   'sedd': sedd.ScoreEntropy,
   'uniform': mixture.Uniform,
+}
+
+# How a network of one of them is distilled, by config.distill.name.
+DISTILLATIONS: dict[str, type[distill.Distillation]] = {
+  'dcd': distill.DiscreteConsistency,
+  'sdtt': distill.SelfDistillation,
 }

@@ -7,7 +7,7 @@ that depends on the GLOBAL index of each row. Devices exchange sums, not means.
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,6 @@ def make_train_step(
   num_microbatches: int,
   ema_decay: float,
   anneal_steps: int = 0,
-  frozen: Any = None,
 ) -> Step:
   """Builds the jitted training step, (state, batch) -> (state, metrics).
 
@@ -62,7 +61,6 @@ def make_train_step(
 
   With `anneal_steps` = N, a position attends to each position on its right with
   probability n / N at step n < N, and to all from step N (`opening_mask`).
-  `frozen` has the shapes of `TrainState.frozen`, or is None.
 
   Raises:
     InputError: the batch does not divide into devices, micro-batches and the
@@ -71,10 +69,13 @@ def make_train_step(
   network, objective, shards = scorer.network, scorer.objective, scorer.shards
   check_batch_size(batch_size, mesh, num_microbatches, objective.group_size)
 
-  def loss(params, rows, frozen, share):
+  def opening_share(step):
+    return jnp.minimum(step / max(anneal_steps, 1), 1.0)
+
+  def loss(params, rows, frozen, step):
     batch, seen = rows.batch, None
     if rows.opening_keys is not None:
-      length = batch.tokens.shape[1]
+      length, share = batch.tokens.shape[1], opening_share(step)
       seen = transformer.opening_mask(rows.opening_keys, share, length)
     score = scorer.scoring(
       params,
@@ -83,7 +84,7 @@ def make_train_step(
       dropout_keys=rows.dropout_keys,
       seen=seen,
     )
-    own = bind(objective, params)
+    own = bind(objective.at_step(step), params)
     scores = own.loss(batch, rows.levels, rows.keys, score)
     rows = {k: x for k, x in scores.rows._asdict().items() if x is not None}
     sums = jax.tree.map(jnp.sum, rows)
@@ -91,23 +92,23 @@ def make_train_step(
     sums['num_bytes'] = jnp.sum(batch.num_bytes.astype(jnp.float32))
     return scores.total, {**sums, **scores.by_level}
 
-  def local_gradient(params, frozen, key, share, batch, is_opening):
+  def local_gradient(params, frozen, key, step, batch, is_opening):
     # Without annealing there are three keys, so that existing runs resume with
     # the same noise.
     level_key, noise_key, dropout_key, *opening_key = jax.random.split(
       key, 4 if anneal_steps else 3
     )
     num_rows, length = batch.tokens.shape
-    index = row_index(num_rows)
+    index, now = row_index(num_rows), objective.at_step(step)
     rows = _Rows(
       batch,
       fold_in_each(noise_key, index),
-      objective.sample_levels(level_key, batch_size, length)[index],
+      now.sample_levels(level_key, batch_size, length)[index],
       fold_in_each(dropout_key, index) if network.has_dropout else None,
       fold_in_each(opening_key[0], index) if is_opening else None,
     )
     gradient = jax.grad(
-      functools.partial(loss, frozen=frozen, share=share), has_aux=True
+      functools.partial(loss, frozen=frozen, step=step), has_aux=True
     )
     if num_microbatches == 1:
       return gradient(params, rows)
@@ -131,14 +132,14 @@ def make_train_step(
   # would copy it on XLA's CPU backend.
   is_whole = meshes.num_batch_shards(mesh) == 1
 
-  def global_gradient(params, frozen, key, share, batch):
+  def global_gradient(params, frozen, key, step, batch):
     """Sums the gradient of this device's parameters over the global batch."""
     of = functools.partial(
-      local_gradient, sharding.local(params, shards), frozen, key, share, batch
+      local_gradient, sharding.local(params, shards), frozen, key, step, batch
     )
     if anneal_steps:  # After annealing, any attention kernel applies.
       gradient, sums = jax.lax.cond(
-        share < 1, lambda: of(True), lambda: of(False)
+        opening_share(step) < 1, lambda: of(True), lambda: of(False)
       )
     else:
       gradient, sums = of(False)
@@ -152,19 +153,18 @@ def make_train_step(
   rows = P(meshes.BATCH_AXES)
   whole_specs = jax.tree.map(lambda spec: P(meshes.BATCH_AXES, *spec), specs)
 
-  def sharded_gradient(params, frozen, key, share, batch):
+  def sharded_gradient(params, frozen, key, step, batch):
     return jax.shard_map(
       global_gradient,
       mesh=mesh,
       in_specs=(specs, sharding.specs(frozen, shards), P(), P(), rows),
       out_specs=(whole_specs if is_whole else specs, P()),
-    )(params, frozen, key, share, batch)
+    )(params, frozen, key, step, batch)
 
   def step(state: TrainState, batch: Batch):
     key = jax.random.fold_in(state.key, state.step)
-    share = jnp.minimum(state.step / max(anneal_steps, 1), 1.0)
     gradient, sums = sharded_gradient(
-      state.params, state.frozen, key, share, batch
+      state.params, state.frozen, key, state.step, batch
     )
     if is_whole:
       gradient = jax.tree.map(lambda g: g[0], gradient)
@@ -202,6 +202,10 @@ def make_train_step(
       cpu=branch,
       default=select,
     )
+    frozen = state.frozen
+    if objective.round_steps:
+      is_over = (state.step + 1) % objective.round_steps == 0
+      frozen = jax.lax.cond(is_over, lambda: params, lambda: frozen)
     metrics = {
       **sums,
       'grad_norm': grad_norm,
@@ -215,6 +219,7 @@ def make_train_step(
       params=params,
       ema_params=ema_params,
       opt_state=opt_state,
+      frozen=frozen,
     ), metrics
 
   shapes = jax.eval_shape(
@@ -222,6 +227,5 @@ def make_train_step(
       network, objective, optimizer, 0, use_ema=ema_decay > 0
     )
   )
-  shapes = dataclasses.replace(shapes, frozen=frozen)
   shardings = meshes.shardings(mesh, shapes), meshes.replicated(mesh)
   return jax.jit(step, donate_argnums=0, out_shardings=shardings)

@@ -162,11 +162,13 @@ class Progress:
     if means:
       num_steps = self._train.num_steps
       left = describe_secs((num_steps - step) * secs_per_step)
+      bits = means['train/bits_per_byte']  # NaN without a bound.
       log.info(
         f'step {step:{len(str(num_steps))}}/{num_steps}  '
         f'loss {means["train/loss"]:.4f} nats/token  '
-        f'{means["train/bits_per_byte"]:.4f} bits/byte  '
-        f'{rate:,.0f} tokens/s' + f'  {left} left' * (step < num_steps)
+        + f'{bits:.4f} bits/byte  ' * math.isfinite(bits)
+        + f'{rate:,.0f} tokens/s'
+        + f'  {left} left' * (step < num_steps)
       )
     self._sums = []
     self.restart_clock()
