@@ -64,6 +64,9 @@ class Spy:
   def bind(self, params):
     return dataclasses.replace(self, inner=self.inner.bind(params))
 
+  def at_step(self, step):
+    return dataclasses.replace(self, inner=self.inner.at_step(step))
+
   def loss(self, *args):
     return type(self.inner).loss(self, *args)
 
