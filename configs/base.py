@@ -157,6 +157,19 @@ def get_config() -> config_dict.ConfigDict:
   objective.tau = 1e-3
   objective.num_soft_tokens = 8
 
+  config.distill = distill = config_dict.ConfigDict()
+  # How the run in checkpoint.init_from, of the same objective and network, is
+  # distilled into this one, which starts as its copy: 'sdtt' (masked and
+  # block) | 'dcd' (also uniform, hybrid and genmd4); '': not at all.
+  distill.name = ''
+  # Steps in which the student of the first round samples. Each further round
+  # halves them, with the last student as the teacher.
+  distill.num_steps = 32
+  distill.round_steps = 1000  # Training steps of a round.
+  # 'bwd': KL(student || teacher), which seeks modes | 'fwd': the reverse.
+  distill.divergence = 'bwd'
+  distill.temperature = 1.0  # Of the teacher, > 0.
+
   config.sampler = sampler = config_dict.ConfigDict()
   # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |
   # 'first_hitting' | 'confidence' | 'remask' | 'prefix_cache' | 'posterior' |

@@ -111,8 +111,9 @@ class SampleConfig:
 class Settings:
   """A whole config, checked section by section.
 
-  `model`, `objective` and `sampler` are read-only mappings, since the classes
-  that they name decide which keys matter; `run.make_run` builds those.
+  `model`, `objective`, `distill` and `sampler` are read-only mappings, since
+  the classes that they name decide which keys matter; `run.make_run` builds
+  those.
 
   Attributes:
     given: keys ('section.key') that the user set by hand. A config file may set
@@ -124,6 +125,7 @@ class Settings:
   tokenizer: TokenizerConfig
   model: Section
   objective: Section
+  distill: Section
   sampler: Section
   optim: OptimConfig
   train: TrainConfig
@@ -186,6 +188,7 @@ def make_settings(config: Any, given: Collection[str] = ()) -> Settings:
     tokenizer=TokenizerConfig(**config.tokenizer),
     model=frozen(config.model),
     objective=frozen(config.objective),
+    distill=frozen(config.distill),
     sampler=frozen(config.sampler),
     optim=OptimConfig(**config.optim),
     train=TrainConfig(**config.train),
@@ -246,6 +249,7 @@ class Start:
     elif source and not self.is_given:
       config = read_run(source, 'checkpoint.init_from')
       config.checkpoint.init_step = 0
+      config.distill.name = ''
       if config.tokenizer.name in ('run', 'sentencepiece'):
         config.tokenizer.update(name='run', path=source, vocab_size=0)
     return self._settings(config), was
@@ -354,7 +358,7 @@ FREE_KEYS = frozenset(
 BOUND_KEYS = frozenset(
   {'seed', 'train.batch_size', 'train.anneal_steps', 'optim.name'}
 )
-BOUND_SECTIONS = ('data', 'tokenizer', 'model', 'objective')
+BOUND_SECTIONS = ('data', 'tokenizer', 'model', 'objective', 'distill')
 # Whether these are zero decides what the optimiser's state holds.
 BOUND_SWITCHES = ('optim.ema_decay', 'optim.clip_norm')
 

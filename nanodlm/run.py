@@ -18,6 +18,7 @@ from nanodlm.devices import multihost
 from nanodlm.devices.sharding import Shards, UNSPLIT
 from nanodlm.model import NETWORKS
 from nanodlm.noise import categorical, schedules, times
+from nanodlm.objectives import distill
 from nanodlm.samplers import guidance
 from nanodlm.steps import train as train_steps
 from nanodlm.steps.network import check_batch_size, Scorer
@@ -64,6 +65,11 @@ class Run:
     """The network and the objective, put together."""
     chunk_size = self.settings.train.chunk_size
     return Scorer(self.network, self.objective, chunk_size)
+
+  @property
+  def trained(self) -> Objective:
+    """What training minimises: the objective, or a distillation of it."""
+    return make_distillation(self.settings, self.objective) or self.objective
 
   @property
   def sampler_name(self) -> str:
@@ -200,6 +206,25 @@ def make_objective(settings: Settings) -> Objective:
   if section['noise'] == 'auto' and cls.noises:
     given['noise'] = cls.auto_noise({**section, **given})
   return _build(cls, section, given)
+
+
+def make_distillation(
+  settings: Settings, objective: Objective
+) -> distill.Distillation | None:
+  """Builds the distillation of `config.distill`, which must fit, if any."""
+  section, table = settings.distill, objectives.DISTILLATIONS
+  if not section['name']:
+    return None
+  cls = _choose(table, section['name'], 'distill', '')
+  if not cls.fits(objective):
+    raise InputError(
+      f'distill.name={section["name"]!r} does not fit objective.name='
+      f'{settings.objective["name"]!r}'
+      + f' and objective.ar_weight={settings.objective["ar_weight"]!r}'
+      * bool(objective.autoregressive)
+      + f'; allowed are {["", *(x for x in table if table[x].fits(objective))]}'
+    )
+  return _build(cls, section, {'base': objective})
 
 
 def make_network(
@@ -385,20 +410,58 @@ def _check_batches(run: Run):
 
 
 def check_training(run: Run):
-  """Raises InputError unless the mesh and the number of steps fit the run."""
+  """Raises InputError unless mesh, batches and numbers of steps go together.
+
+  A distillation also needs a teacher.
+  """
   train = run.settings.train
-  if (first := run.objective.curriculum_steps) > train.num_steps:
+  if (first := run.trained.curriculum_steps) > train.num_steps:
     raise InputError(
       f'objective.curriculum_steps={first!r} must be at most train.num_steps='
       f'{train.num_steps!r}'
     )
-  group_size = run.objective.group_size
+  if method := make_distillation(run.settings, run.objective):
+    method.check_rounds(train.num_steps)
+    if not (init_from := run.settings.checkpoint.init_from):
+      raise InputError(
+        f'checkpoint.init_from={init_from!r} must be the workdir of the '
+        f'teacher with distill.name={run.settings.distill["name"]!r}'
+      )
+  group_size = run.trained.group_size
   check_batch_size(
     train.batch_size, run.mesh, train.num_microbatches, group_size
   )
   check_batch_size(
     run.settings.eval.batch_size, run.mesh, key='eval.batch_size'
   )
+
+
+def check_teacher(run: Run, workdir: str):
+  """Raises InputError unless the run in `workdir` can be the run's teacher.
+
+  Its objective must be the same, up to how training draws times, and its
+  network, up to how it is computed.
+  """
+  other = configs.make_settings(
+    configs.read_run(workdir, 'checkpoint.init_from')
+  )
+  ours, theirs = run.objective.evaluation(), make_objective(other).evaluation()
+  theirs = dataclasses.replace(theirs, mask_id=ours.mask_id)  # pyright: ignore
+  changed = configs.differing_keys(other.to_dict(), run.settings.to_dict())
+  lines = [
+    f'  {key}: {old!r} of the teacher, {new!r} of this run'
+    for key, (old, new) in changed.items()
+    if key.startswith('objective.')
+    and ours != theirs
+    or key.startswith('model.')
+    and configs.is_bound(key)
+    and key != 'model.dropout'
+  ]
+  if lines:
+    raise InputError(
+      f'checkpoint.init_from={workdir!r} cannot be the teacher of this run; '
+      'they differ in\n' + '\n'.join(lines)
+    )
 
 
 def _keys_of(thing: Any, unread: Collection[str]) -> set[str]:
@@ -429,13 +492,16 @@ def _check_effects(run: Run, given: Collection[str]):
     sampled.discard('block_size')
   sampled |= {'num_samples', 'length', 'seed', 'guidance', 'stop_at_eos'}
   uses_time = settings.model['time_conditioning'] or 'rule' in sampled
+  method = make_distillation(settings, objective)
   effects = {
     'objective': _keys_of(objective, objective.unread_keys(uses_time)),
+    'distill': _keys_of(method, ()) if method else set(),
     'sampler': sampled,
     'optim': optim.reads(settings.optim.name, settings.optim.schedule),
   }
   names = {
     'objective': settings.objective['name'],
+    'distill': settings.distill['name'],
     'sampler': run.sampler_name,
     'optim': settings.optim.name,
   }
@@ -472,8 +538,9 @@ def make_training(run: Run) -> Training:
   settings = run.settings
   num_steps, ema_decay = settings.train.num_steps, settings.optim.ema_decay
   optimizer = optim.make_optimizer(settings.optim, num_steps)
+  objective = run.trained
   step = train_steps.make_train_step(
-    run.scorer,
+    dataclasses.replace(run.scorer, objective=objective),
     optimizer,
     optim.make_schedule(settings.optim, num_steps),
     run.mesh,
@@ -483,7 +550,7 @@ def make_training(run: Run) -> Training:
     anneal_steps=settings.train.anneal_steps,
   )
   init_state = lambda: states.init_state(
-    run.network, run.objective, optimizer, settings.seed, ema_decay > 0
+    run.network, objective, optimizer, settings.seed, ema_decay > 0
   )
   return Training(step, init_state)
 

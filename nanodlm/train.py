@@ -155,6 +155,8 @@ def train(
       f'checkpoint.init_from={init_from!r} is not the folder of a run: it '
       f'lacks {workdirs.TOKENIZER}'
     )
+  if init_from and run.trained.uses_frozen:
+    runs.check_teacher(run, init_from)
   is_new = not workdirs.has_tokenizer(workdir)
   before = checkpoint.read_meta(workdir, step) if step >= 0 else None
   if is_new:
@@ -346,9 +348,11 @@ def _initial_state(
     log.info('starting from the weights of %s, step %d', init_from, step)
   state = meshes.init_sharded(run.mesh, training.init_state)
   if initial is not None:
+    copy = lambda: jax.tree.map(lambda x: x.copy(), initial)
     if state.ema_params is not None:
-      copies = jax.tree.map(lambda x: x.copy(), initial)
-      state = state.replace(ema_params=copies)
+      state = state.replace(ema_params=copy())
+    if state.frozen is not None:
+      state = state.replace(frozen=copy())
     state = state.replace(params=initial)
   return state
 

@@ -106,6 +106,9 @@ class Noised(NamedTuple):
     clean: [B, L] int32 or None, the clean copy if the network also reads one;
       see `Objective.clean_input`.
     soft: what the network reads instead of `tokens`; None: the tokens.
+    reference: [B, L, D] or None, states of the frozen network
+      (`Score.frozen_states`). `Objective.terms` gets their logits [N, V] as the
+      field 'reference'; like the network's own, they exist in chunks only.
   """
 
   tokens: Array
@@ -115,6 +118,7 @@ class Noised(NamedTuple):
   fields: Any
   clean: Array | None = None
   soft: SoftTokens | None = None
+  reference: Array | None = None
 
 
 class Terms(NamedTuple):
@@ -187,6 +191,23 @@ class Score(Protocol):
     """
     ...
 
+  def frozen_states(self, noised: Noised) -> Array:
+    """Returns the states [R, L, D] of the frozen network, without dropout."""
+    ...
+
+  def draw_frozen(self, keys: Array, states: Array, draw: Any) -> Array:
+    """Draws a clean token for each of the frozen network's states.
+
+    Args:
+      keys: [R], one per row.
+      states: [R, L, D], from `frozen_states`.
+      draw: a `categorical.Draw`.
+
+    Returns:
+      [R, L] int32.
+    """
+    ...
+
 
 class Objective(abc.ABC):
   """A training objective, as pure functions of arrays.
@@ -209,6 +230,10 @@ class Objective(abc.ABC):
     needs_time: whether the network must be time-conditioned.
     can_correct: whether the network also predicts tokens that are not masked,
       so that it can correct a finished text.
+    uses_frozen: whether training needs `TrainState.frozen`, which starts as a
+      copy of the parameters.
+    round_steps: number of steps after which `TrainState.frozen` becomes a copy
+      of the parameters again; 0: never.
     noises: allowed values of objective.noise; see `auto_noise`.
     curriculum_steps: number of first steps that train `curriculum`.
   """
@@ -222,6 +247,8 @@ class Objective(abc.ABC):
   group_size: int = 1
   needs_time: bool = False
   can_correct: bool = False
+  uses_frozen: bool = False
+  round_steps: int = 0
   noises: tuple[str, ...] = ()
   curriculum_steps: int = 0
 
@@ -246,6 +273,13 @@ class Objective(abc.ABC):
 
   def bind(self, params: dict[str, Array]) -> 'Objective':
     """Returns the objective with the given values of its parameters."""
+    return self
+
+  def at_step(self, step: Array) -> 'Objective':
+    """Returns the objective of the training step after `step` steps, [].
+
+    `terms` is that of the objective itself: `Noised.fields` carry what changes.
+    """
     return self
 
   @abc.abstractmethod

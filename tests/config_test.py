@@ -6,7 +6,7 @@ from absl.testing import parameterized
 import jax
 from ml_collections import config_dict
 
-from configs import base, scarce, sft
+from configs import base, distil, scarce, sft
 from configs import objectives as study
 from nanodlm import config as configs
 from nanodlm import objectives, samplers
@@ -502,18 +502,21 @@ class ValidateTest(parameterized.TestCase):
           fields -= {'vocab_size', 'causal', 'block_size', 'platform'}
           fields.add('name')
         self.assertEqual(set(values), fields, section)
-      elif section in ('objective', 'sampler'):
+      elif section in ('objective', 'distill', 'sampler'):
         table = {
           'objective': objectives.OBJECTIVES,
+          'distill': objectives.DISTILLATIONS,
           'sampler': samplers.SAMPLERS,
         }[section]
-        fields = {'name', 'power'}.union(
+        fields = {'name'}.union(
           *(cls.__dataclass_fields__ for cls in table.values())
         )
+        fields |= {'power'} & set(values)  # of a schedule
         if section == 'sampler':
           fields |= set(configs.SampleConfig.__dataclass_fields__)
           fields |= set(categorical.Draw.__dataclass_fields__)
         given = {'mask_id', 'draw', 'rule', 'rates'}  # the last is learned
+        given |= {'base', 'round'}
         if section == 'sampler':
           given |= {'eos_ids'}
           fields |= {'stop_at_eos', 'guidance'}  # the latter wraps a sampler
@@ -633,6 +636,13 @@ class ResumableTest(parameterized.TestCase):
     self.assertEqual(config.tokenizer.path, 'runs/docs/tokenizer.model')
     config.checkpoint.init_from = 'elsewhere'
     self.assertEqual(config.tokenizer.path, 'elsewhere/tokenizer.model')
+
+  @parameterized.parameters(*distil.VARIANTS)
+  def test_distillation_takes_the_tokenizer_of_its_teacher(self, name):
+    config = distil.get_config(name)
+    config.checkpoint.init_from = 'elsewhere'
+    self.assertEqual(config.tokenizer.path, 'elsewhere')
+    runs.check_training(runs.make_run(configs.make_settings(config)))
 
   @parameterized.parameters(study, scarce)
   def test_variants_differ_in_what_they_say_alone(self, file):

@@ -50,11 +50,11 @@ def wait_for(condition, process):
   raise AssertionError('never happened')
 
 
-def arrays(workdir, step):
+def arrays(workdir, step, items=('params', 'ema_params', 'rest')):
   """Every array of a checkpoint, by name."""
   with checkpoint.open_manager(workdir, read_only=True) as manager:
     found = {}
-    for item in ('params', 'ema_params', 'rest'):
+    for item in items:
       tree = manager.restore(
         step,
         args=checkpoint.ocp.args.Composite(

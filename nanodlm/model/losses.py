@@ -44,6 +44,7 @@ def projected_terms(
   hidden: jax.Array,
   fields: Any,
   weight: jax.Array,
+  reference: Any = None,
 ) -> tuple[jax.Array, Terms]:
   """Computes sum(weight * loss) over N positions, and their terms.
 
@@ -60,11 +61,13 @@ def projected_terms(
     hidden: [N, D].
     fields: pytree of [N, ...] arrays.
     weight: [N] float32; chunks that are all 0 are skipped.
+    reference: (kernel, hidden [N, D]) of another network, or None. Its logits
+      [n, V] are added to a dict of fields as 'reference'.
 
   Returns:
     The sum [] float32, and Terms of [N].
   """
-  args = kernel, learned, hidden, fields, weight
+  args = kernel, learned, hidden, fields, weight, reference
   return _scan_chunks(project, terms_of, chunk_size, False, *args)[0]
 
 
@@ -78,6 +81,7 @@ def _scan_chunks(
   hidden,
   fields,
   weight,
+  reference,
 ):
   """Returns the results of `projected_terms` and, if wanted, the gradients."""
   num = hidden.shape[0]
@@ -90,7 +94,12 @@ def _scan_chunks(
     x = jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1), **padding)
     return x.reshape(num_chunks, size, *x.shape[1:])
 
-  def work(gradient, h, f, w):
+  other, states = reference or (None, None)
+
+  def work(gradient, h, f, r, w):
+    if r is not None:
+      f = {**f, 'reference': project(other, r)}
+
     def total(kernel, learned, h):
       terms = terms_of(project(kernel, h), learned, f)
       return jnp.sum(terms.loss * w), terms
@@ -102,8 +111,8 @@ def _scan_chunks(
     )
     return jax.tree.map(jnp.add, gradient, tuple(own)), terms, d_h
 
-  def skip(gradient, h, f, w):
-    zeros = sharding.zeros_like(lambda: work(gradient, h, f, w)[1:])
+  def skip(gradient, *chunk):
+    zeros = sharding.zeros_like(lambda: work(gradient, *chunk)[1:])
     return gradient, *zeros
 
   def body(gradient, chunk):
@@ -117,7 +126,7 @@ def _scan_chunks(
   # Padding repeats the last position, with weight 0: the fields of no position
   # are all 0, and with such the terms might be NaN.
   again = functools.partial(split, mode='edge')
-  chunks = again(hidden), jax.tree.map(again, fields), split(weight)
+  chunks = (*jax.tree.map(again, (hidden, fields, states)), split(weight))
   gradient, (terms, d_hidden) = jax.lax.scan(body, gradient, chunks)
   join = lambda x: x.reshape(num_chunks * size, *x.shape[2:])[:num]
   terms = jax.tree.map(join, terms)
@@ -132,7 +141,7 @@ def _backward(project, terms_of, chunk_size, gradients, cotangents):
   del project, terms_of, chunk_size
   scaled = lambda x: (x * cotangents[0]).astype(x.dtype)
   (d_kernel, d_learned), d_hidden = jax.tree.map(scaled, gradients)
-  return d_kernel, d_learned, d_hidden, None, None
+  return d_kernel, d_learned, d_hidden, None, None, None
 
 
 projected_terms.defvjp(_forward, _backward)

@@ -4,6 +4,7 @@ from nanodlm.objectives import (
   ar,
   block,
   d3pm,
+  distill,
   genmd4,
   masked,
   mixture,
@@ -23,4 +24,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
   'masked': masked.Masked,
   'sedd': sedd.ScoreEntropy,
   'uniform': uniform.Uniform,
+}
+
+# How a network of one of them is distilled, by config.distill.name.
+DISTILLATIONS: dict[str, type[distill.Distillation]] = {
+  'dcd': distill.DiscreteConsistency,
+  'sdtt': distill.SelfDistillation,
 }

@@ -6,14 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical
-from nanodlm.objectives import (
-  ar,
-  diffusion,
-  masked,
-  masking,
-  mixture,
-  uniform,
-)
+from nanodlm.objectives import ar, diffusion, masked, masking, mixture, uniform
 from nanodlm.types import InputError, Noised, Objective
 
 

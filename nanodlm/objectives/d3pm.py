@@ -40,6 +40,7 @@ class D3PM(masking.MaskedNoise):
 
   noise: str = dataclasses.field(default='stratified', kw_only=True)
 
+  is_normalised = False
   noises = diffusion.Diffusion.noises
 
   @property

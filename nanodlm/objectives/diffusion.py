@@ -22,6 +22,8 @@ class Diffusion(ReverseRule, Objective):
   mask_id: int
   noise: str = dataclasses.field(default='stratified', kw_only=True)
 
+  # Whether the network's output means the law of the clean token alone.
+  is_normalised = True
   default_sampler = 'posterior'
   noises = ('stratified', 'uniform')
 

@@ -32,6 +32,8 @@ class ScoreEntropy(masking.MaskedNoise):
   Differs from the paper: noise by count is supported and the default.
   """
 
+  is_normalised = False
+
   def terms(self, logits, fields, vocab=categorical.WHOLE):
     ce, correct = categorical.cross_entropy(
       logits, fields['target'], self.mask_id, vocab

@@ -77,31 +77,13 @@ class Scorer:
     arguments are those of `Network.hidden`.
     """
     given = (segment_ids, dropout_keys, seen)
+    return _Scoring(self, params, frozen, given)
 
-    def score(
-      noised: Noised,
-      weight: jax.Array,
-      of_rows: Callable[[jax.Array], jax.Array] | None = None,
-      use_frozen: bool = False,
-    ) -> Scores:
-      def repeat(x):
-        num = len(noised.tokens) // len(x)
-        return x if num == 1 else jnp.repeat(x, num, axis=0)
-
-      options: Any = jax.tree.map(repeat, given)
-      if use_frozen:
-        scores: Any = self._score(frozen, noised, weight, None, *options)
-        return jax.lax.stop_gradient(scores)
-      return self._score(params, noised, weight, of_rows, *options)
-
-    return score
-
-  def _score(
-    self, params, noised, weight, of_rows, segment_ids, dropout_keys, seen
-  ) -> Scores:
+  def _score(self, params, frozen, noised, weight, of_rows, given) -> Scores:
+    segment_ids, dropout_keys, seen = given
     num_rows, length = noised.tokens.shape
     batch = len(noised.scored)  # Twice num_rows if the clean copy is scored.
-    flat = lambda x: x.reshape(-1)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
     capacity = self.objective.max_scored(num_rows, length)
     capacity += (batch - num_rows) * length
     if capacity != num_rows * length:
@@ -131,6 +113,10 @@ class Scorer:
       sharding.TENSOR if self.shards.tensor > 1 else None
     )
     fields = jax.tree.map(take, noised.fields)
+    reference = None
+    if noised.reference is not None:
+      kernel = self.network.kernel(self.network.gather(frozen))
+      reference = kernel, take(noised.reference)
     per_row = lambda x: jax.ops.segment_sum(x, row, batch)
 
     def project(weight) -> Any:
@@ -145,6 +131,7 @@ class Scorer:
         states,
         fields,
         weight,
+        reference,
       )
 
     if of_rows is None:
@@ -173,6 +160,72 @@ class Scorer:
     return Scores(
       total, rows, _level_sums(take(noised.level), cross_entropy, counted)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scoring:
+  """A `types.Score`; the attributes are the arguments of `Scorer.scoring`."""
+
+  scorer: Scorer
+  params: Any
+  frozen: Any
+  given: tuple[Any, Any, Any]
+
+  def _options(self, noised: Noised) -> Any:
+    """Returns what is given for B examples, repeated for R rows."""
+
+    def repeat(x):
+      num = len(noised.tokens) // len(x)
+      return x if num == 1 else jnp.repeat(x, num, axis=0)
+
+    return jax.tree.map(repeat, self.given)
+
+  def __call__(
+    self,
+    noised: Noised,
+    weight: jax.Array,
+    of_rows: Callable[[jax.Array], jax.Array] | None = None,
+    use_frozen: bool = False,
+  ) -> Scores:
+    given, score = self._options(noised), self.scorer._score
+    if use_frozen:
+      scores: Any = score(self.frozen, None, noised, weight, None, given)
+      return jax.lax.stop_gradient(scores)
+    return score(self.params, self.frozen, noised, weight, of_rows, given)
+
+  def frozen_states(self, noised: Noised) -> jax.Array:
+    network = self.scorer.network
+    segment_ids, _, seen = self._options(noised)
+    return network.hidden(
+      network.gather(self.frozen),
+      noised.tokens,
+      noised.t,
+      clean=noised.clean,
+      segment_ids=segment_ids,
+      seen=seen,
+    ).states
+
+  def draw_frozen(
+    self, keys: jax.Array, states: jax.Array, draw: categorical.Draw
+  ) -> jax.Array:
+    network = self.scorer.network
+    kernel = network.kernel(network.gather(self.frozen))
+
+    def of_row(row):  # Logits of all rows at once would be large.
+      key, states = row
+      logits = _whole_logits(network, kernel, states[None])
+      return draw.sample(key[None], logits)[0]
+
+    num_rows = max(self.scorer.chunk_size // states.shape[1], 1)
+    return jax.lax.map(of_row, (keys, states), batch_size=num_rows)
+
+
+def _whole_logits(network: Network, kernel: Any, states: Any) -> jax.Array:
+  """Projects states [..., D] to the logits of all ids, without padding."""
+  logits = network.logits(kernel, states)
+  logits = sharding.concatenate(logits, network.shards)
+  # Padding is removed, since draws depend on the number of outcomes.
+  return logits[..., : network.vocab_size]
 
 
 def _level_sums(level, cross_entropy, counted):
@@ -273,12 +326,8 @@ class Denoiser:
     )
 
   def _logits(self, states, positions):
-    logits = sharding.concatenate(
-      self.network.logits(self.network.kernel(self.params), states),
-      self.network.shards,
-    )
-    # Padding is removed, since draws depend on the number of outcomes.
-    logits = logits[..., : self.network.vocab_size]
+    kernel = self.network.kernel(self.params)
+    logits = _whole_logits(self.network, kernel, states)
     return logits.reshape(*positions.shape, -1)
 
 

@@ -7,7 +7,7 @@ that depends on the GLOBAL index of each row. Devices exchange sums, not means.
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,6 @@ def make_train_step(
   num_microbatches: int,
   ema_decay: float,
   anneal_steps: int = 0,
-  frozen: Any = None,
 ) -> Step:
   """Builds the jitted training step, (state, batch) -> (state, metrics).
 
@@ -62,7 +61,6 @@ def make_train_step(
 
   With `anneal_steps` = N, a position attends to each position on its right with
   probability n / N at step n < N, and to all from step N (`opening_mask`).
-  `frozen` has the shapes of `TrainState.frozen`, or is None.
 
   Raises:
     InputError: the batch does not divide into devices, micro-batches and the
@@ -72,10 +70,14 @@ def make_train_step(
   curriculum = dataclasses.replace(scorer, objective=objective.curriculum())
   check_batch_size(batch_size, mesh, num_microbatches, objective.group_size)
 
-  def loss(params, rows, scorer, frozen, share):
+  def opening_share(step):
+    """Returns the probability that a position sees one to its right."""
+    return jnp.minimum(step / max(anneal_steps, 1), 1.0)
+
+  def loss(params, rows, scorer, frozen, step):
     batch, seen = rows.batch, None
     if rows.opening_keys is not None:
-      length = batch.tokens.shape[1]
+      length, share = batch.tokens.shape[1], opening_share(step)
       seen = transformer.opening_mask(rows.opening_keys, share, length)
     score = scorer.scoring(
       params,
@@ -84,7 +86,7 @@ def make_train_step(
       dropout_keys=rows.dropout_keys,
       seen=seen,
     )
-    own = bind(scorer.objective, params)
+    own = bind(scorer.objective.at_step(step), params)
     scores = own.loss(batch, rows.levels, rows.keys, score)
     rows = {k: x for k, x in scores.rows._asdict().items() if x is not None}
     sums = jax.tree.map(jnp.sum, rows)
@@ -99,18 +101,16 @@ def make_train_step(
       key, 4 if anneal_steps else 3
     )
     num_rows, length = batch.tokens.shape
-    index = row_index(num_rows)
+    index, now = row_index(num_rows), objective.at_step(step)
     rows = _Rows(
       batch,
       fold_in_each(noise_key, index),
-      objective.sample_levels(level_key, batch_size, length)[index],
+      now.sample_levels(level_key, batch_size, length)[index],
       fold_in_each(dropout_key, index) if network.has_dropout else None,
       fold_in_each(opening_key[0], index) if is_opening else None,
     )
     gradient = jax.grad(
-      functools.partial(
-        loss, scorer=scorer, frozen=frozen, share=share_of(step)
-      ),
+      functools.partial(loss, scorer=scorer, frozen=frozen, step=step),
       has_aux=True,
     )
     if num_microbatches == 1:
@@ -135,10 +135,6 @@ def make_train_step(
   # would copy it on XLA's CPU backend.
   is_whole = meshes.num_batch_shards(mesh) == 1
 
-  def share_of(step):
-    """Returns the probability that a position sees one to its right."""
-    return jnp.minimum(step / max(anneal_steps, 1), 1.0)
-
   def global_gradient(params, frozen, key, step, batch):
     """Sums the gradient of this device's parameters over the global batch."""
     params = sharding.local(params, shards)
@@ -151,7 +147,7 @@ def make_train_step(
         return of(False)
       # After annealing, any attention kernel applies.
       return jax.lax.cond(
-        share_of(step) < 1, lambda: of(True), lambda: of(False)
+        opening_share(step) < 1, lambda: of(True), lambda: of(False)
       )
 
     if num_first := objective.curriculum_steps:
@@ -219,6 +215,10 @@ def make_train_step(
       cpu=branch,
       default=select,
     )
+    frozen = state.frozen
+    if objective.round_steps:
+      is_over = (state.step + 1) % objective.round_steps == 0
+      frozen = jax.lax.cond(is_over, lambda: params, lambda: frozen)
     metrics = {
       **sums,
       'grad_norm': grad_norm,
@@ -232,6 +232,7 @@ def make_train_step(
       params=params,
       ema_params=ema_params,
       opt_state=opt_state,
+      frozen=frozen,
     ), metrics
 
   shapes = jax.eval_shape(
@@ -239,6 +240,5 @@ def make_train_step(
       network, objective, optimizer, 0, use_ema=ema_decay > 0
     )
   )
-  shapes = dataclasses.replace(shapes, frozen=frozen)
   shardings = meshes.shardings(mesh, shapes), meshes.replicated(mesh)
   return jax.jit(step, donate_argnums=0, out_shardings=shardings)

@@ -1,11 +1,12 @@
 """Checkpoints with Orbax: asynchronous, atomic, checksummed, with their config.
 
 A checkpoint holds the items `params`, `ema_params` (if there is an average),
-`rest` (step, optimizer state, key) and `meta` (JSON: config, data position).
-Evaluation and sampling read one of the first two only. Its checksums are
-written after its files and before its folder gets its name, so every complete
-checkpoint has them, except those of older versions. They are checked before it
-is read; if it is damaged, the one before is used.
+`frozen` (if there are such parameters), `rest` (step, optimizer state, key) and
+`meta` (JSON: config, data position). Evaluation and sampling read one of the
+first two only. Its checksums are written after its files and before its folder
+gets its name, so every complete checkpoint has them, except those of older
+versions. They are checked before it is read; if it is damaged, the one before
+is used.
 """
 
 from collections.abc import Mapping
@@ -81,6 +82,7 @@ def open_manager(
       item_handlers={
         'params': arrays(save_concurrent_gb=concurrent_gb),
         'ema_params': arrays(),
+        'frozen': arrays(),
         'rest': arrays(),
         'meta': ocp.JsonCheckpointHandler(),
       },
@@ -134,6 +136,8 @@ def save(
   }
   if state.ema_params is not None:
     items['ema_params'] = ocp.args.StandardSave(state.ema_params)
+  if state.frozen is not None:
+    items['frozen'] = ocp.args.StandardSave(state.frozen)
   step = int(state.step)
   with _explaining(manager):
     for damaged in manager.all_steps():
@@ -221,6 +225,8 @@ def restore_state(
   items = {'params': abstract(state.params), 'rest': abstract(_rest(state))}
   if state.ema_params is not None:
     items['ema_params'] = abstract(state.ema_params)
+  if state.frozen is not None:
+    items['frozen'] = abstract(state.frozen)
   saved = _restore(manager, step, items)
   key = jax.random.wrap_key_data(saved['rest']['key'])
   return dataclasses.replace(
@@ -228,6 +234,7 @@ def restore_state(
     step=saved['rest']['step'],
     params=saved['params'],
     ema_params=saved['ema_params'] if state.ema_params is not None else None,
+    frozen=saved['frozen'] if state.frozen is not None else None,
     opt_state=saved['rest']['opt_state'],
     key=jax.device_put(key, state.key.sharding),
   )

@@ -23,7 +23,7 @@ class TrainState:
     key: the run's noise key. It never changes: step n's noise comes from
       fold_in(key, n).
     frozen: parameters that are used but not trained (a teacher, a reference
-      policy), or None. Checkpoints leave them out.
+      policy), or None; see `Objective.uses_frozen`.
   """
 
   step: jax.Array
@@ -61,4 +61,5 @@ def init_state(
     ema_params=jax.tree.map(jnp.copy, params) if use_ema else None,
     opt_state=optimizer.init(params),
     key=noise_key,
+    frozen=jax.tree.map(jnp.copy, params) if objective.uses_frozen else None,
   )

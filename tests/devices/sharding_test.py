@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 
-from nanodlm import samplers, types
+from nanodlm import objectives, samplers, types
 from nanodlm.devices import mesh as meshes
 from nanodlm.devices import sharding
 from nanodlm.devices.sharding import Shards
@@ -53,6 +53,10 @@ OBJECTIVES = {
   'curriculum': uniform.Uniform(MASK, curriculum_steps=1, tau=0.3),
   'block_uniform': block.BlockUniform(MASK, block_size=4),
 }
+OBJECTIVES |= {
+  'sdtt': objectives.DISTILLATIONS['sdtt'](OBJECTIVES['masked'], round_steps=2),
+  'dcd': objectives.DISTILLATIONS['dcd'](OBJECTIVES['uniform'], round_steps=2),
+}
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8))
 
 
@@ -77,7 +81,7 @@ def make_network(name, shape, **changes):
         block_size=objective.block_size,
         time_conditioning='hybrid' in name
         or 'uniform' in name
-        or name == 'curriculum',
+        or name in ('curriculum', 'dcd'),
         tie_embeddings=name != 'ar',
       ),
       **changes,
@@ -125,6 +129,9 @@ def make_state(network, mesh, name, scale=3):
     opt_state=jax.device_get(make_optimizer().init(params)),
     key=jax.random.key(7),
   )
+  if OBJECTIVES[name].uses_frozen:
+    frozen = jax.device_get(make_params(network, mesh, name, scale / 2))
+    state = state.replace(frozen=frozen)
   return jax.device_put(state, meshes.shardings(mesh, state))
 
 
@@ -168,7 +175,13 @@ def train(name, shape, num_microbatches=1, scale=3, anneal_steps=0, **changes):
   batch = meshes.shard_whole_batch(mesh, make_batch(0))
   state, metrics = train_step(state, batch)
   final = unpadded((state.params, state.ema_params))
-  train_step(state, batch)
+  state, _ = train_step(state, batch)
+  if OBJECTIVES[name].uses_frozen:  # A round has two steps.
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      unpadded(state.frozen),
+      unpadded(state.params),
+    )
   assert train_step._cache_size() == 1  # Outputs are inputs again.
   return jax.tree.map(np.subtract, final, initial), jax.device_get(metrics)
 
@@ -243,6 +256,17 @@ class TrainTest(parameterized.TestCase):
       assert_close,
       train(name, (1, 1, 1), **options),
       train(name, shape, **options),
+    )
+
+  @parameterized.parameters(
+    ('sdtt', (8, 1, 1), 1),
+    ('sdtt', (2, 2, 2), 2),
+    ('dcd', (1, 2, 4), 1),
+    ('dcd', (2, 1, 1), 4),
+  )
+  def test_distillation_is_the_same(self, name, shape, num_microbatches):
+    jax.tree.map(
+      assert_close, on_one_device(name), train(name, shape, num_microbatches)
     )
 
   @parameterized.parameters('d3pm', 'genmd4', 'sedd', 'curriculum')

@@ -9,6 +9,7 @@ import numpy as np
 
 from nanodlm.model import losses, transformer
 from nanodlm.objectives.masked import Masked
+from nanodlm.types import Terms
 
 NUM, WIDTH, VOCAB = 22, 6, 9
 
@@ -73,6 +74,45 @@ class ProjectedTermsTest(parameterized.TestCase):
     )
     for ours, theirs in zip(only_terms, terms):
       np.testing.assert_allclose(ours[real], theirs[real], rtol=1e-5, atol=1e-6)
+
+  @parameterized.parameters(3, NUM)
+  def test_logits_of_another_network(self, chunk_size):
+    kernel, hidden, _, weight = inputs()
+    other_kernel, states = 2 * kernel[::-1], hidden[::-1] - 0.5
+    sizes = []
+
+    def distance(logits, fields):
+      sizes.append(fields['reference'].shape)
+      loss = jnp.sum((logits - fields['reference']) ** 2, axis=-1)
+      return Terms(loss, loss, loss, loss)
+
+    def in_chunks(kernel, hidden):
+      return losses.projected_terms(
+        transformer.output_logits,
+        lambda logits, _, fields: distance(logits, fields),
+        chunk_size,
+        (kernel,),
+        (),
+        hidden,
+        {},
+        weight,
+        ((other_kernel,), states),
+      )
+
+    def plain(kernel, hidden):
+      fields = {'reference': states @ other_kernel.T}
+      terms = distance(hidden @ kernel.T, fields)
+      return jnp.sum(terms.loss * weight), terms
+
+    (ours, our_gradient), (theirs, gradient) = (
+      jax.value_and_grad(total, (0, 1), has_aux=True)(kernel, hidden)
+      for total in (in_chunks, plain)
+    )
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
+    for a, b in zip(our_gradient, gradient):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    # The logits of all positions at once are not in memory.
+    self.assertEqual(sizes[0], (-(-NUM // -(-NUM // chunk_size)), VOCAB))
 
   @parameterized.product(chunk_size=(3, 7, NUM), has_bias=(False, True))
   def test_gradients_of_a_bias_and_of_learned_parameters(

@@ -70,6 +70,9 @@ class Spy:
   def curriculum(self):
     return dataclasses.replace(self, inner=self.inner.curriculum())
 
+  def at_step(self, step):
+    return dataclasses.replace(self, inner=self.inner.at_step(step))
+
   def loss(self, *args):
     return type(self.inner).loss(self, *args)
 
