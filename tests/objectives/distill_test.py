@@ -20,7 +20,8 @@ from nanodlm.noise import schedules, times
 from nanodlm.objectives.block import Block
 from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
-from nanodlm.objectives.mixture import Hybrid, Uniform
+from nanodlm.objectives.mixture import Hybrid
+from nanodlm.objectives.uniform import Uniform
 from nanodlm.steps import train as train_steps
 from nanodlm.steps.network import Scorer
 from nanodlm.training import state as states

@@ -589,9 +589,10 @@ class ScoreStepTest(parameterized.TestCase):
   def test_rows_are_those_of_the_evaluation(self, name):
     batch = eval_batch()
     values = []
+    form = scorer(name, OBJECTIVES[name].evaluation())
     for num_devices in (1, 8):
       mesh = make_mesh(num_devices)
-      score = evaluate_steps.make_score_step(scorer(name), mesh, num_draws=4)
+      score = evaluate_steps.make_score_step(form, mesh, num_draws=4)
       params = jax.device_put(initial_params(), meshes.replicated(mesh))
       values.append(
         host(score(params, jax.random.key(5), meshes.shard_batch(mesh, batch)))
