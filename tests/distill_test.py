@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from nanodlm import config as configs
 from nanodlm import lm as lms
 from nanodlm import objectives, train
 from nanodlm.types import InputError
@@ -92,6 +93,10 @@ def test_a_student_is_a_model_like_its_teacher(teacher, student):
   assert mine.objective == theirs.objective and mine.sampler == theirs.sampler
   assert isinstance(mine.trained, objectives.DISTILLATIONS['sdtt'])
   assert mine.trained.evaluation() == theirs.objective.evaluation()
+  # A run that takes over its settings is not distilled again.
+  changes = {'checkpoint.init_from': student.workdir}
+  start = configs.Start('train', '', student.config, False, changes)
+  assert start.resolve()[0].distill['name'] == ''
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class Distillation(Objective):
 
   base: diffusion.Diffusion
   num_steps: int = 32
-  round_steps: int = 1000  # pyright: ignore
+  round_steps: int = 1000
   divergence: str = 'bwd'
   temperature: float = 1.0
   round: Any = 0
