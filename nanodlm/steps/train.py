@@ -33,13 +33,17 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 class _Rows(NamedTuple):
-  """A device's examples and their noise; opening_keys are for annealing."""
+  """A device's examples and their noise; opening_keys are for annealing.
+
+  is_conditioned [B] says which read their own prediction.
+  """
 
   batch: Batch
   keys: jax.Array
   levels: jax.Array
   dropout_keys: jax.Array | None
   opening_keys: jax.Array | None
+  is_conditioned: jax.Array | None
 
 
 def make_train_step(
@@ -72,10 +76,13 @@ def make_train_step(
   curriculum = dataclasses.replace(scorer, objective=objective.curriculum())
   check_batch_size(batch_size, mesh, num_microbatches, objective.group_size)
 
-  def loss(params, rows, scorer, frozen, share):
+  def opening_share(step):
+    return jnp.minimum(step / max(anneal_steps, 1), 1.0)
+
+  def loss(params, rows, scorer, frozen, step):
     batch, seen = rows.batch, None
     if rows.opening_keys is not None:
-      length = batch.tokens.shape[1]
+      length, share = batch.tokens.shape[1], opening_share(step)
       seen = transformer.opening_mask(rows.opening_keys, share, length)
     score = scorer.scoring(
       params,
@@ -83,6 +90,7 @@ def make_train_step(
       segment_ids=batch.segment_ids,
       dropout_keys=rows.dropout_keys,
       seen=seen,
+      is_conditioned=rows.is_conditioned,
     )
     own = bind(scorer.objective, params)
     scores = own.loss(batch, rows.levels, rows.keys, score)
@@ -93,24 +101,26 @@ def make_train_step(
     return scores.total, {**sums, **scores.by_level}
 
   def local_gradient(scorer, params, frozen, key, step, batch, is_opening):
-    # Without annealing there are three keys, so that existing runs resume with
+    # Without options there are three keys, so that existing runs resume with
     # the same noise.
-    level_key, noise_key, dropout_key, *opening_key = jax.random.split(
-      key, 4 if anneal_steps else 3
-    )
+    num_keys = 3 + (anneal_steps > 0) + network.self_conditions
+    level_key, noise_key, dropout_key, *keys = jax.random.split(key, num_keys)
     num_rows, length = batch.tokens.shape
     index = row_index(num_rows)
+    is_conditioned = None
+    if network.self_conditions:
+      draw = jax.vmap(jax.random.bernoulli)
+      is_conditioned = draw(fold_in_each(keys[-1], index))
     rows = _Rows(
       batch,
       fold_in_each(noise_key, index),
       objective.sample_levels(level_key, batch_size, length)[index],
       fold_in_each(dropout_key, index) if network.has_dropout else None,
-      fold_in_each(opening_key[0], index) if is_opening else None,
+      fold_in_each(keys[0], index) if is_opening else None,
+      is_conditioned,
     )
     gradient = jax.grad(
-      functools.partial(
-        loss, scorer=scorer, frozen=frozen, share=share_of(step)
-      ),
+      functools.partial(loss, scorer=scorer, frozen=frozen, step=step),
       has_aux=True,
     )
     if num_microbatches == 1:
@@ -135,10 +145,6 @@ def make_train_step(
   # would copy it on XLA's CPU backend.
   is_whole = meshes.num_batch_shards(mesh) == 1
 
-  def share_of(step):
-    """Returns the probability that a position sees one to its right."""
-    return jnp.minimum(step / max(anneal_steps, 1), 1.0)
-
   def global_gradient(params, frozen, key, step, batch):
     """Sums the gradient of this device's parameters over the global batch."""
     params = sharding.local(params, shards)
@@ -151,7 +157,7 @@ def make_train_step(
         return of(False)
       # After annealing, any attention kernel applies.
       return jax.lax.cond(
-        share_of(step) < 1, lambda: of(True), lambda: of(False)
+        opening_share(step) < 1, lambda: of(True), lambda: of(False)
       )
 
     if num_first := objective.curriculum_steps:

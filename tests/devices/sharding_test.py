@@ -51,6 +51,7 @@ OBJECTIVES = {
   'sedd': sedd.ScoreEntropy(MASK),
   'uniform': uniform.Uniform(MASK),
   'curriculum': uniform.Uniform(MASK, curriculum_steps=1, tau=0.3),
+  'self_conditioning': mixture.Hybrid(MASK),
 }
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8))
 
@@ -76,6 +77,7 @@ def make_network(name, shape, **changes):
         block_size=objective.block_size,
         time_conditioning=name in ('hybrid', 'uniform', 'curriculum'),
         tie_embeddings=name != 'ar',
+        self_conditioning=name == 'self_conditioning',
       ),
       **changes,
     }
@@ -99,7 +101,11 @@ def initial_params(config, scale):
   params = jax.jit(transformer.init_params, static_argnums=0)(
     config, jax.random.key(0)
   )
-  return jax.tree.map(lambda x: scale * np.array(x), params)
+  params = jax.tree.map(lambda x: scale * np.array(x), params)
+  if config.self_conditioning:  # Initially, its weights are 0.
+    kernel = np.random.default_rng(0).normal(size=(WIDTH, WIDTH))
+    params['self_conditioning'] = {'kernel': 0.3 * np.float32(kernel)}
+  return params
 
 
 def make_params(network, mesh, name, scale=3):
@@ -241,7 +247,9 @@ class TrainTest(parameterized.TestCase):
       train(name, shape, **options),
     )
 
-  @parameterized.parameters('d3pm', 'genmd4', 'sedd', 'curriculum')
+  @parameterized.parameters(
+    'd3pm', 'genmd4', 'sedd', 'curriculum', 'self_conditioning'
+  )
   def test_other_losses_sum_over_a_split_vocabulary(self, name):
     jax.tree.map(assert_close, on_one_device(name), train(name, (1, 2, 4)))
 
@@ -292,6 +300,7 @@ class EvalAndSampleTest(parameterized.TestCase):
       'block',
       'ar',
       'genmd4',
+      'self_conditioning',
       'speculate',
     ),
     shape=((1, 8, 1), (2, 2, 2)),
@@ -319,7 +328,8 @@ class EvalAndSampleTest(parameterized.TestCase):
     }
     if name == 'speculate':
       objective = 'block_ar'
-    if objective == 'genmd4':  # With the learned rates.
+    # With the learned rates; with the memory of predictions.
+    if objective in ('genmd4', 'self_conditioning'):
       name = 'posterior'
     sampler = sampler.get(name, lambda cls: cls(draw, 4))(
       samplers.SAMPLERS[name]
