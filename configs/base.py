@@ -100,6 +100,9 @@ def get_config() -> config_dict.ConfigDict:
   # Standard deviation of the initial embeddings, > 0. In narrow networks a
   # larger one, such as 0.5, keeps words of one kind apart.
   model.embedding_std = 0.02
+  # Whether the network reads its own prediction: training gives that of a first
+  # call to half of the examples, evaluation to all. Not for 'ar'.
+  model.self_conditioning = False
   model.rope_theta = 10_000.0
   # Number of learned positions, at least the length of the longest row; 0:
   # rotary positions.

@@ -444,6 +444,12 @@ class Network(abc.ABC):
     num_positions: maximum number of tokens; 0 is unlimited.
     has_cache: whether `init_cache` and `advance` are implemented.
     reads_soft: whether `hidden` supports `soft`.
+    self_conditions: whether `hidden` and `advance` read a `condition`, the
+      network's own prediction from a call before. Then the network that is
+      evaluated, and whose bound is reported, is that of two calls: the first
+      without a condition, the second with the mean embedding (`mix`) of the
+      first one's prediction. That is a function of the noisy text, too. In
+      training, half of the examples take one call.
   """
 
   vocab_size: int
@@ -453,6 +459,7 @@ class Network(abc.ABC):
   num_positions: int = 0
   has_cache: bool = False
   reads_soft: bool = False
+  self_conditions: bool = False
 
   @classmethod
   @abc.abstractmethod
@@ -488,6 +495,7 @@ class Network(abc.ABC):
     *,
     clean: Array | None = None,
     soft: SoftTokens | None = None,
+    condition: Array | None = None,
     segment_ids: Array | None = None,
     dropout_keys: Array | None = None,
     seen: Array | None = None,
@@ -501,6 +509,7 @@ class Network(abc.ABC):
       t: [B] float32 in [0, 1], or [B, n] of n equal parts of each row.
       clean: [B, L] int32, the clean copy, at time 0; block diffusion only.
       soft: embedded instead of the tokens; only if `reads_soft`.
+      condition: [B, L, E], mean embeddings; None is zeros.
       segment_ids: [B, L] int32; attention is limited to a segment.
       dropout_keys: [B], one per example; None disables dropout.
       seen: [B, L, L] bool, the attention mask; None is the network's own.
@@ -523,6 +532,10 @@ class Network(abc.ABC):
   def logits(self, kernel: Any, states: Array) -> Array:
     """Projects states [..., D] with `kernel` to [..., V] float32."""
 
+  def mix(self, params: Any, p: Array) -> Array:
+    """Returns mean embeddings [..., E] under p [..., V], of `logits`' ids."""
+    raise InputError(f'{type(self).__name__} does not read its own prediction')
+
   def gather(self, params: Any) -> Any:
     """Gathers split parameters that every call needs; by default, none."""
     return params
@@ -540,6 +553,7 @@ class Network(abc.ABC):
     cache: Any,
     visible: Array,
     positions: Array | None = None,
+    condition: Array | None = None,
   ) -> tuple[Array, Any]:
     """Runs S consecutive tokens against the cache.
 
@@ -552,6 +566,7 @@ class Network(abc.ABC):
       visible: [C] bool, the cached positions that the tokens attend to; or
         [B, C].
       positions: [N] int32 indices into B * S to return; None is all.
+      condition: [B, S, E], as in `hidden`.
 
     Returns:
       States [B, S, D] or [N, D], and the cache updated with the tokens.
@@ -569,10 +584,13 @@ class Canvas(NamedTuple):
   Attributes:
     tokens: [B, L] int32; mask_id where `fixed` is False.
     fixed: [B, L] bool, positions that the sampler may not change.
+    memory: the first memory of `CachedDenoise.recall`, for a sampler that
+      `remembers`; None: predictions are not remembered.
   """
 
   tokens: Any
   fixed: Any
+  memory: Any = None
 
 
 class Samples(NamedTuple):
@@ -581,7 +599,8 @@ class Samples(NamedTuple):
   Attributes:
     tokens: [B, L] int32 without mask_id.
     num_calls: [] int32, network calls on the whole batch; a guided call, which
-      has twice the rows, counts as two.
+      has twice the rows, counts as two. So does, after sampling, each call of a
+      network that self-conditions if the sampler does not remember.
   """
 
   tokens: Any
@@ -610,6 +629,17 @@ class CachedDenoise(Protocol):
 
   def __call__(self, tokens: Array, level: Array, positions: Array) -> Array:
     """Returns logits [B, K, V]; see `Denoise`."""
+    ...
+
+  def recall(
+    self, tokens: Array, level: Array, positions: Array, memory: Any
+  ) -> tuple[Array, Any]:
+    """Returns logits [B, K, V], and what to remember of the call.
+
+    For networks that self-condition. The condition is `memory`, the prediction
+    of the call before, where a plain call takes two: of the same canvas, first
+    without a condition.
+    """
     ...
 
   def init_cache(self, tokens: Array) -> Any:
@@ -661,6 +691,9 @@ class Sampler(abc.ABC):
     is_final: whether revealed tokens never change.
     needs_cache: whether it uses a cache, which a network with
       model.shift_outputs=True does not support.
+    remembers: whether it gives a network that self-conditions its previous
+      prediction (`Canvas.memory`). The prediction is that of an earlier canvas,
+      so that the law is not that of the bound's network, which takes two calls.
     needs: the settings without which it does not fit, for errors; '' if the
       name of the objective says it.
   """
@@ -669,6 +702,7 @@ class Sampler(abc.ABC):
   can_be_guided: bool = False
   is_final: bool = False
   needs_cache: bool = False
+  remembers: bool = False
   needs: str = ''
 
   @classmethod

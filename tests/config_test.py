@@ -256,6 +256,10 @@ class ValidateTest(parameterized.TestCase):
       'model.shift_outputs=True',
     ),
     (
+      {'model__self_conditioning': True, 'objective__name': 'ar'},
+      'model.self_conditioning=True must be False',
+    ),
+    (
       {'train__anneal_steps': 5, 'objective__name': 'ar'},
       "train.anneal_steps=5 is ignored with objective.name='ar'",
     ),

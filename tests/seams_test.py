@@ -372,6 +372,18 @@ def test_a_curriculum_that_does_not_fit(tmp_path, changes, message):
   assert not pathlib.Path(start.workdir).exists()
 
 
+def test_self_conditioning(tmp_path):
+  start = start_of(
+    tmp_path, model__self_conditioning=True, train__log_every_steps=8
+  )
+  assert train.main(start) == 0
+  assert math.isfinite(losses(start)[8])
+  lm = lms.load(start.workdir)
+  assert np.abs(lm.params['self_conditioning']['kernel']).max() > 0
+  (sample,) = lm.sample('ab{4}', details=True)
+  assert sample.tokens.shape == (6,) and sample.tokens.max() < 257
+
+
 def test_a_network_with_a_loss_of_its_own():
   batch, steps = make_pairs(), []
   for aux_weight in (0.0, 2.0):

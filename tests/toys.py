@@ -275,6 +275,7 @@ def model_config(**changes):
     output_bias=False,
     embedding_dim=0,
     embedding_std=0.02,
+    self_conditioning=False,
     causal=False,
     block_size=0,
     rope_theta=1e4,

@@ -35,7 +35,7 @@ _BY_MODULE = {
   **dict.fromkeys(('mlp_in', 'mlp_gate'), _COLUMNS),
   **dict.fromkeys(('attention_out', 'mlp_out'), _ROWS),
   **dict.fromkeys(('attention_norm', 'mlp_norm', 'final_norm'), _WIDTH),
-  **dict.fromkeys(('in', 'out'), _TIME),
+  **dict.fromkeys(('in', 'out', 'self_conditioning'), _TIME),
 }
 _BY_NAME = {
   'embedding': (TENSOR, FSDP),

@@ -116,6 +116,11 @@ class ModelConfig:
     shift_outputs: the output at position i is read at i - 1 (at 0 for 0), where
       a formerly autoregressive network predicts its token (DiffuLLaMA, arXiv
       2410.17891; Dream, arXiv 2508.15487).
+    self_conditioning: whether the network reads its own prediction: the input
+      is E_z + W norm(c), where c is the mean embedding of the prediction of a
+      call before, and W is 0 initially. Source: Analog Bits, arXiv 2208.04202,
+      in the form of DiffusionGemma (google-deepmind/gemma, `diffusion`), whose
+      W is an MLP and whose sum is normalised.
     unroll: applies the layers without a scan, which copies each layer's
       activations: 13% less CPU time a step, but slower to compile.
     platform: 'cpu', 'gpu' or 'tpu', for which programs are compiled; '': this
@@ -139,6 +144,7 @@ class ModelConfig:
   output_bias: bool
   embedding_dim: int
   embedding_std: float
+  self_conditioning: bool
   causal: bool
   block_size: int
   rope_theta: float
@@ -226,6 +232,12 @@ class ModelConfig:
       not self.embedding_dim or not self.tie_embeddings,
       'embedding_dim',
       'must be 0 with model.tie_embeddings=True, which needs one width',
+    )
+    require(
+      not self.self_conditioning or self.block_size or not self.causal,
+      'self_conditioning',
+      'must be False with a network that is causal: it predicts each token in '
+      'one call',
     )
     attention.check_backend(
       self.attention, self.platform or jax.default_backend()

@@ -88,6 +88,10 @@ class TransformerNetwork(Network):
     return not self.config.block_size
 
   @property
+  def self_conditions(self) -> bool:  # pyright: ignore
+    return self.config.self_conditioning
+
+  @property
   def module(self) -> transformer.Transformer:
     """The Linen module, without its parameters."""
     return transformer.Transformer(self.config, self.shards)
@@ -112,7 +116,9 @@ class TransformerNetwork(Network):
     return Hidden(states)
 
   def autoregressive(self) -> 'TransformerNetwork':
-    config = dataclasses.replace(self.config, block_size=0)
+    config = dataclasses.replace(
+      self.config, block_size=0, self_conditioning=False
+    )
     return dataclasses.replace(self, config=config)
 
   def kernel(self, params: Any) -> Any:
@@ -121,10 +127,25 @@ class TransformerNetwork(Network):
   def logits(self, kernel: Any, states: jax.Array) -> jax.Array:
     return transformer.output_logits(kernel, states)
 
+  def mix(self, params: Any, p: jax.Array) -> jax.Array:
+    dtype = jnp.dtype(self.config.dtype)
+    rows = p.astype(dtype) @ params['embedding'].astype(dtype)
+    return sharding.join(rows, self.shards)
+
   def init_cache(self, batch_size: int, length: int) -> transformer.Cache:
     return transformer.init_cache(self.config, batch_size, length, self.shards)
 
-  def advance(self, params, tokens, t, start, cache, visible, positions=None):
+  def advance(
+    self,
+    params,
+    tokens,
+    t,
+    start,
+    cache,
+    visible,
+    positions=None,
+    condition=None,
+  ):
     return self.module.apply(
       {'params': params},
       tokens,
@@ -133,6 +154,7 @@ class TransformerNetwork(Network):
       cache,
       visible,
       positions,
+      condition,
       method='advance',
     )
 
@@ -142,7 +164,7 @@ class TransformerNetwork(Network):
     6 x (matrix parameters) + 12 x layers x length x heads' width for the
     attention, as if every position passed every layer and the output
     projection. A multiply-add counts as 2. Both copies of block diffusion
-    count.
+    count, as does the forward pass that self-conditioning adds.
     """
     cfg = self.config
     width, inner = cfg.embed_dim, cfg.num_heads * cfg.head_dim
@@ -150,7 +172,7 @@ class TransformerNetwork(Network):
     heads = 2 * width * (inner + cfg.kv_heads * cfg.head_dim)
     layers = cfg.num_layers * (heads + mlp)
     copies = 2 if cfg.block_size else 1
-    return (
+    return (4 / 3 if cfg.self_conditioning else 1) * (
       copies * (6 * layers + 12 * cfg.num_layers * length * inner)
       + 6 * width * cfg.vocab_size
     )

@@ -249,6 +249,13 @@ class Transformer(nn.Module):
       self.embedding_in = nn.Dense(
         cfg.embed_dim, dtype=dtype, kernel_init=normal
       )
+    if cfg.self_conditioning:
+      self.self_conditioning = nn.Dense(
+        self.embedding.shape[1],
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=nn.initializers.zeros,
+      )
     if not cfg.tie_embeddings:
       self.output = self.param('output', normal, (num_ids, cfg.embed_dim))
     if cfg.output_bias:
@@ -279,6 +286,7 @@ class Transformer(nn.Module):
     *,
     clean: jax.Array | None = None,
     soft: SoftTokens | None = None,
+    condition: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     dropout_keys: jax.Array | None = None,
     seen: jax.Array | None = None,
@@ -293,6 +301,8 @@ class Transformer(nn.Module):
       clean: [B, L] int32, the clean copy, with `config.block_size` only. Its
         time is 0.
       soft: embedded instead of the tokens, without `config.block_size` only.
+      condition: [B, L, E], mean embeddings of a prediction, which the clean
+        copy does not read; None: zeros. With `config.self_conditioning` only.
       segment_ids: as in Context.
       dropout_keys: as in Context; None turns dropout off.
       seen: as in Context, for example from `opening_mask`.
@@ -309,6 +319,8 @@ class Transformer(nn.Module):
       tokens = jnp.concatenate([tokens, jnp.asarray(clean)])
       t = None if t is None else jnp.concatenate([t, jnp.zeros_like(t)])
       segment_ids = twice(segment_ids)
+      if condition is not None:
+        condition = jnp.concatenate([condition, jnp.zeros_like(condition)])
       if dropout_keys is not None:  # The masks of the copies are independent.
         fold = jax.vmap(jax.random.fold_in, (0, None))
         dropout_keys = jnp.concatenate(
@@ -325,7 +337,9 @@ class Transformer(nn.Module):
       segment_ids=segment_ids, dropout_keys=dropout_keys, seen=seen
     )
     where, cache = jnp.arange(length), Cache(None, None)
-    hidden, _ = self._layers(tokens, t, where, cache, context, wanted, soft)
+    hidden, _ = self._layers(
+      tokens, t, where, cache, context, wanted, condition, soft
+    )
     return (
       hidden if positions is not None else hidden.reshape(batch, length, -1)
     )
@@ -338,6 +352,7 @@ class Transformer(nn.Module):
     cache: Cache,
     visible: jax.Array,
     positions: jax.Array | None = None,
+    condition: jax.Array | None = None,
   ) -> tuple[jax.Array, Cache]:
     """Applies the network to S consecutive tokens, with a cache for the rest.
 
@@ -348,6 +363,7 @@ class Transformer(nn.Module):
       cache: keys and values of C positions, with start + S <= C.
       visible: [C] bool, the cached positions that the tokens see; or [B, C].
       positions: [N] int32 indices into B * S of the rows wanted; None: all.
+      condition: [B, S, E], as in `__call__`.
 
     Returns:
       hidden [B, S, D] or [N, D], and the cache with the tokens' own keys and
@@ -362,7 +378,9 @@ class Transformer(nn.Module):
     offset = jnp.expand_dims(jnp.arange(tokens.shape[1]), range(start.ndim))
     where = start[..., None] + offset
     context = Context(visible=visible)
-    hidden, own = self._layers(tokens, t, where, cache, context, positions)
+    hidden, own = self._layers(
+      tokens, t, where, cache, context, positions, condition
+    )
 
     def write(old, new, start):
       return jax.lax.dynamic_update_slice_in_dim(
@@ -378,14 +396,16 @@ class Transformer(nn.Module):
       write_rows if start.ndim else one_start, cache, own
     )
 
-  def _layers(self, tokens, t, where, cache, context, positions, soft=None):
+  def _layers(
+    self, tokens, t, where, cache, context, positions, condition=None, soft=None
+  ):
     """Returns hidden states of tokens at `where`, and their own Cache.
 
     `where` is [L], or [B, L].
     """
     cfg = self.config
     num_scanned = cfg.num_layers - 1
-    x = self._embed(tokens, where, soft)
+    x = self._embed(tokens, where, condition, soft)
     if cfg.time_conditioning:
       t = t if cfg.knows_time else jnp.zeros(tokens.shape[:1])
       t = t[:, None] if t.ndim == 1 else t
@@ -419,7 +439,7 @@ class Transformer(nn.Module):
       x = x * (1 + scale) + shift
     return x, Cache(own, last)
 
-  def _embed(self, tokens, where, soft=None):
+  def _embed(self, tokens, where, condition, soft):
     """Embeds tokens [B, L] at positions [L] or [B, L], [B, L, D]."""
     if soft is not None:
       tokens = soft.ids
@@ -437,6 +457,12 @@ class Transformer(nn.Module):
     if soft is not None:
       rows = jnp.einsum('blk,blkd->bld', soft.weights, rows)
     rows = sharding.join(rows, self.shards)
+    if self.config.self_conditioning and self.is_initializing():
+      condition = jnp.zeros_like(rows)
+    if condition is not None:
+      square = jnp.square(condition.astype(jnp.float32))
+      size = jnp.mean(square, axis=-1, keepdims=True) + self.config.norm_eps
+      rows += self.self_conditioning(condition * jax.lax.rsqrt(size))
     if self.config.embedding_dim:
       rows = self.embedding_in(rows.astype(dtype))
     if self.config.num_positions:
@@ -543,8 +569,10 @@ def init_params(config: ModelConfig, key: jax.Array, shards: Shards = UNSPLIT):
   The numbers do not depend on `shards`, for which the vocabulary is padded with
   rows of zeros that stay zero.
   """
-  # Neither setting changes a shape, and kernels do not support two tokens.
-  config = dataclasses.replace(config, block_size=0, attention='xla')
+  # These settings change no shape, and kernels do not support two tokens.
+  config = dataclasses.replace(
+    config, block_size=0, causal=False, attention='xla'
+  )
   tokens = jnp.zeros((1, 2), jnp.int32)
   params: Any = Transformer(config).init(key, tokens, jnp.zeros((1,)))['params']
   padding = sharding.padded(config.vocab_size, shards) - config.vocab_size

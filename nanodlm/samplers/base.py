@@ -12,6 +12,7 @@ class MaskedSampler(Sampler):
   fills_blocks = True
   can_be_guided = True
   is_final = True
+  remembers = True
 
   @classmethod
   def fits(cls, objective: Objective) -> bool:

@@ -101,7 +101,7 @@ class Confidence(base.MaskedSampler):
     row = jnp.arange(free.shape[0])[:, None]
 
     def step(state):
-      tokens, hidden, num_calls = state
+      tokens, memory, hidden, num_calls = state
       current = jnp.min(jnp.where(hidden, block, length), axis=1)
       in_block = hidden & (block == current[:, None])
       # The sort is stable: masks of the block come first, from left to right.
@@ -109,7 +109,9 @@ class Confidence(base.MaskedSampler):
       is_open = jnp.take_along_axis(in_block, positions, axis=1)
       # As in training, the share of masks is of the whole row, with the prompt.
       level = jnp.mean(hidden, axis=1)
-      logits = denoise(tokens, level, positions.astype(jnp.int32))
+      logits, memory = reveal.ask(
+        denoise, tokens, level, positions.astype(jnp.int32), memory
+      )
       call_keys = reveal.fold_in_each(keys, num_calls)
       draw_keys, score_keys = reveal.split_each(call_keys)
       drawn = self.draw.sample(draw_keys, logits)
@@ -121,15 +123,16 @@ class Confidence(base.MaskedSampler):
       new = jnp.where(kept, drawn, tokens[row, positions])
       return (
         tokens.at[row, positions].set(new),
+        memory,
         hidden.at[row, positions].min(~kept),
         num_calls + 1,
       )
 
     tokens = jnp.where(free, self.draw.mask_id, canvas.tokens)
-    tokens, _, num_calls = jax.lax.while_loop(
-      lambda state: sharding.on_any_device(jnp.any(state[1])),
+    tokens, _, _, num_calls = jax.lax.while_loop(
+      lambda state: sharding.on_any_device(jnp.any(state[2])),
       step,
-      (tokens, free, jnp.zeros_like(tokens[0, 0])),
+      (tokens, canvas.memory, free, jnp.zeros_like(tokens[0, 0])),
     )
     return Samples(tokens=tokens, num_calls=num_calls)
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from nanodlm.devices import sharding
 from nanodlm.noise import categorical
 from nanodlm.noise.categorical import Draw
-from nanodlm.samplers import posterior, renoise
-from nanodlm.samplers.reveal import fold_in_each
+from nanodlm.samplers import posterior, renoise, reveal
 from nanodlm.types import InputError, Objective, ReverseRule, Sampler, Samples
 
 DEFAULT_THRESHOLD = 0.7  # As in the released pipeline.
@@ -60,6 +59,7 @@ class Edit(Sampler):
   block_size: int = 0
 
   fills_blocks = True
+  remembers = True
 
   def __post_init__(self):
     keys = ('threshold', 'edit_threshold', 'num_corrections', 'block_size')
@@ -86,13 +86,13 @@ class Edit(Sampler):
     block = (jnp.cumsum(free, axis=1) - 1) // (self.block_size or length)
 
     def step(state):
-      tokens, is_open, num_edits, num_calls = state
+      tokens, memory, is_open, num_edits, num_calls = state
       masked = free & (tokens == mask_id)
       # For hybrid noise, the level is the time, and nearly the share of masks.
       level = jnp.sum(masked, axis=1) / num_free
       level = jnp.maximum(level, posterior.CORRECTION_TIME)
-      logits = denoise(tokens, level, positions)
-      drawn = self.draw.sample(fold_in_each(keys, num_calls), logits)
+      logits, memory = reveal.ask(denoise, tokens, level, positions, memory)
+      drawn = self.draw.sample(reveal.fold_in_each(keys, num_calls), logits)
       current = jnp.min(jnp.where(masked, block, length), axis=1, keepdims=True)
       is_next = masked & (block == current)
       sure = jnp.exp(jnp.max(categorical.log_prob(logits, mask_id), axis=-1))
@@ -109,13 +109,13 @@ class Edit(Sampler):
         jnp.any(free & (tokens == mask_id), axis=1)
         | (num_edits < self.num_corrections)
       )
-      return tokens, is_open, num_edits, num_calls + 1
+      return tokens, memory, is_open, num_edits, num_calls + 1
 
     tokens = jnp.where(free, mask_id, canvas.tokens)
     zeros = jnp.zeros_like(tokens[:, 0])
-    tokens, _, _, num_calls = jax.lax.while_loop(
-      lambda state: sharding.on_any_device(jnp.any(state[1])),
+    tokens, _, _, _, num_calls = jax.lax.while_loop(
+      lambda state: sharding.on_any_device(jnp.any(state[2])),
       step,
-      (tokens, jnp.any(free, axis=1), zeros, zeros[0]),
+      (tokens, canvas.memory, jnp.any(free, axis=1), zeros, zeros[0]),
     )
     return Samples(tokens=tokens, num_calls=num_calls)

@@ -9,7 +9,14 @@ from nanodlm.devices import sharding
 from nanodlm.noise import categorical, times
 from nanodlm.noise.categorical import Draw
 from nanodlm.samplers import reveal
-from nanodlm.types import InputError, Objective, ReverseRule, Sampler, Samples
+from nanodlm.types import (
+  Canvas,
+  InputError,
+  Objective,
+  ReverseRule,
+  Sampler,
+  Samples,
+)
 
 # Time given to the network when it corrects a finished text. It is slightly
 # above 0, so that the network expects a few wrong tokens.
@@ -44,6 +51,7 @@ class Posterior(Sampler):
   num_corrections: int = 0
 
   fills_blocks = True
+  remembers = True
 
   def __post_init__(self):
     times.check_grid(self.num_steps, self.grid)
@@ -89,45 +97,49 @@ class Posterior(Sampler):
     tokens = jnp.where(
       canvas.fixed, canvas.tokens, self.rule.sample_prior(prior_keys, length)
     )
-    tokens, num_steps = self._denoise(step_keys, tokens, canvas.fixed, denoise)
+    tokens, memory, num_steps = self._denoise(
+      step_keys, canvas._replace(tokens=tokens), denoise
+    )
     num_corrections = jnp.zeros_like(num_steps)
     if self.num_corrections:
       tokens, num_corrections = self._correct(
-        correction_keys, tokens, canvas.fixed, denoise
+        correction_keys, Canvas(tokens, canvas.fixed, memory), denoise
       )
     return Samples(tokens=tokens, num_calls=num_steps + num_corrections)
 
-  def _denoise(self, keys, tokens, fixed, denoise):
+  def _denoise(self, keys, canvas, denoise):
+    tokens, fixed, memory = canvas
     grid = self.times()
     num_steps = grid.size - 1
     positions = all_positions(tokens)
     free_share = jnp.mean(~fixed, axis=1)
 
     def body(state):
-      step, tokens = state
+      step, tokens, memory = state
       level = self.rule.level_at(grid[step], free_share)
-      logits = denoise(tokens, level, positions)
+      logits, memory = reveal.ask(denoise, tokens, level, positions, memory)
       step_keys = reveal.fold_in_each(keys, step)
       drawn = self.draw_step(step_keys, logits, tokens, step)
-      return step + 1, jnp.where(fixed, tokens, drawn)
+      return step + 1, jnp.where(fixed, tokens, drawn), memory
 
     # A canvas without free positions takes no calls.
     has_work = sharding.on_any_device(jnp.any(~fixed))
     first = jnp.where(has_work, 0, num_steps)
-    last, tokens = jax.lax.while_loop(
-      lambda state: state[0] < num_steps, body, (first, tokens)
+    last, tokens, memory = jax.lax.while_loop(
+      lambda state: state[0] < num_steps, body, (first, tokens, memory)
     )
-    return tokens, last - first
+    return tokens, memory, last - first
 
-  def _correct(self, keys, tokens, fixed, denoise):
+  def _correct(self, keys, canvas, denoise):
+    tokens, fixed, memory = canvas
     positions = all_positions(tokens)
     level = self.rule.level_at(
       jnp.float32(CORRECTION_TIME), jnp.mean(~fixed, axis=1)
     )
 
     def body(state):
-      step, tokens, is_open = state
-      logits = denoise(tokens, level, positions)
+      step, tokens, memory, is_open = state
+      logits, memory = reveal.ask(denoise, tokens, level, positions, memory)
       candidate = self.draw.sample(reveal.fold_in_each(keys, step), logits)
       # The score ignores the temperature: at 0, all probabilities would be 1.
       log_p = categorical.log_prob(logits, self.draw.mask_id)
@@ -136,16 +148,17 @@ class Posterior(Sampler):
       best = jnp.argmax(jnp.where(differs, score, -jnp.inf), axis=1)
       is_open &= jnp.any(differs, axis=1)
       accept = is_open[:, None] & (positions == best[:, None])
-      return step + 1, jnp.where(accept, candidate, tokens), is_open
+      tokens = jnp.where(accept, candidate, tokens)
+      return step + 1, tokens, memory, is_open
 
     is_open = jnp.any(~fixed, axis=1)
-    step, tokens, _ = jax.lax.while_loop(
+    step, tokens, _, _ = jax.lax.while_loop(
       lambda state: (
         (state[0] < self.num_corrections)
-        & sharding.on_any_device(jnp.any(state[2]))
+        & sharding.on_any_device(jnp.any(state[3]))
       ),
       body,
-      (jnp.zeros_like(jnp.sum(is_open)), tokens, is_open),
+      (jnp.zeros_like(jnp.sum(is_open)), tokens, memory, is_open),
     )
     return tokens, step
 

@@ -97,14 +97,14 @@ class Remask(ancestral.Ancestral):
     free_share = jnp.mean(free, axis=1)
 
     def step(j, state):
-      tokens, prob, num_calls = state
+      tokens, memory, prob, num_calls = state
       masked = free & (tokens == self.draw.mask_id)
       revealed = free & ~masked
       sigma = jnp.full((batch, length), remask_probs[j])
       if is_conf:
         sigma *= _softmax(-prob, revealed)
       u = reveal.uniform_each(reveal.fold_in_each(plan_keys, j), length)
-      tokens, prob, calls = reveal.draw_pending(
+      tokens, memory, prob, calls = reveal.draw_pending(
         reveal.fold_in_each(draw_keys, j),
         tokens,
         masked & (u < reveal_probs[j]),
@@ -112,15 +112,16 @@ class Remask(ancestral.Ancestral):
         denoise,
         self.draw,
         num_slots,
+        memory,
         prob,
       )
       tokens = jnp.where(revealed & (u < sigma), self.draw.mask_id, tokens)
-      return tokens, prob, num_calls + calls
+      return tokens, memory, prob, num_calls + calls
 
     tokens = jnp.where(free, self.draw.mask_id, canvas.tokens)
     prob = jnp.zeros_like(free, jnp.float32) if is_conf else None
-    state = (tokens, prob, jnp.zeros_like(tokens[0, 0]))
-    tokens, _, num_calls = jax.lax.fori_loop(0, noise.size - 1, step, state)
+    state = (tokens, canvas.memory, prob, jnp.zeros_like(tokens[0, 0]))
+    tokens, _, _, num_calls = jax.lax.fori_loop(0, noise.size - 1, step, state)
     return Samples(tokens=tokens, num_calls=num_calls)
 
 

@@ -35,10 +35,10 @@ class Renoise(Sampler):
   If positions were accepted by a coin of probability alpha_s instead, this
   would be `psi` with kappa = 0.
 
-  Differs from DiffusionGemma: the network knows the time, but not its previous
-  prediction; entropies are those after `heat` and before `temperature`, top-k
-  and top-p; the accepted share has a lower bound, so that the last call accepts
-  everything.
+  Differs from DiffusionGemma: the network knows the time; what it remembers, if
+  it self-conditions, is its prediction before `heat`; entropies are those after
+  `heat` and before `temperature`, top-k and top-p; the accepted share has a
+  lower bound, so that the last call accepts everything.
 
   Attributes:
     num_steps: T, maximum number of network calls.
@@ -56,6 +56,7 @@ class Renoise(Sampler):
   heat: float = 1.0
 
   fills_blocks = True
+  remembers = True
 
   def __post_init__(self):
     if self.num_steps < 1:
@@ -87,12 +88,13 @@ class Renoise(Sampler):
     positions = posterior.all_positions(canvas.tokens)
 
     def body(state):
-      tokens, is_noise, step = state
+      tokens, memory, is_noise, step = state
       noise = jnp.sum(is_noise, axis=1) / jnp.maximum(num_free[:, 0], 1)
       t = psi.time_of(self.rule, noise)
       level = self.rule.level_at(t, jnp.mean(free, axis=1))
       heat = 1 + (self.heat - 1) * (1 - step / self.num_steps)
-      logits = denoise(tokens, level, positions) / heat
+      logits, memory = reveal.ask(denoise, tokens, level, positions, memory)
+      logits = logits / heat
       draw_keys, noise_keys = reveal.split_each(reveal.fold_in_each(keys, step))
       log_p = self._posterior(self.draw.log_prob(logits), tokens, t)
       drawn = jax.vmap(categorical.sample_categorical)(draw_keys, log_p)
@@ -108,15 +110,16 @@ class Renoise(Sampler):
       # A row that has ended keeps its tokens.
       is_open = free & (noise > 0)[:, None]
       new = jnp.where(accepted, drawn, fresh)
-      return (jnp.where(is_open, new, tokens), is_open & ~accepted, step + 1)
+      tokens = jnp.where(is_open, new, tokens)
+      return tokens, memory, is_open & ~accepted, step + 1
 
     prior_keys, keys = reveal.split_each(keys)
     prior = self.rule.sample_prior(prior_keys, length)
     tokens = jnp.where(free, prior, canvas.tokens)
-    tokens, _, num_calls = jax.lax.while_loop(
-      lambda state: sharding.on_any_device(jnp.any(state[1])),
+    tokens, _, _, num_calls = jax.lax.while_loop(
+      lambda state: sharding.on_any_device(jnp.any(state[2])),
       body,
-      (tokens, free, jnp.zeros_like(tokens[0, 0])),
+      (tokens, canvas.memory, free, jnp.zeros_like(tokens[0, 0])),
     )
     return Samples(tokens=tokens, num_calls=num_calls)
 

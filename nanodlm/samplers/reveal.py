@@ -7,7 +7,7 @@ WHEN each position is revealed, which can be drawn before the first network call
 that reveal no position take no call.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,21 +61,28 @@ def sample_plan(
     return jnp.min(jnp.where(hidden, plan.step, last)).astype(jnp.int32)
 
   def reveal(state):
-    tokens, hidden, step, num_calls = state
+    tokens, memory, hidden, step, num_calls = state
     pending = hidden & (plan.step == step)
     level = jax.lax.dynamic_index_in_dim(plan.level, step, 1, keepdims=False)
-    tokens, _, calls = draw_pending(
-      fold_in_each(keys, step), tokens, pending, level, denoise, draw, num_slots
+    tokens, memory, _, calls = draw_pending(
+      fold_in_each(keys, step),
+      tokens,
+      pending,
+      level,
+      denoise,
+      draw,
+      num_slots,
+      memory,
     )
     hidden = hidden & ~pending
-    return tokens, hidden, next_step(hidden), num_calls + calls
+    return tokens, memory, hidden, next_step(hidden), num_calls + calls
 
   hidden = ~canvas.fixed
   tokens = jnp.where(hidden, draw.mask_id, canvas.tokens)
   step = next_step(hidden)
-  state = (tokens, hidden, step, jnp.zeros_like(step))
+  state = (tokens, canvas.memory, hidden, step, jnp.zeros_like(step))
   state = jax.lax.while_loop(
-    lambda state: sharding.on_any_device(state[2] < last), reveal, state
+    lambda state: sharding.on_any_device(state[3] < last), reveal, state
   )
   return Samples(tokens=state[0], num_calls=state[-1])
 
@@ -88,8 +95,9 @@ def draw_pending(
   denoise: Denoise,
   draw: Draw,
   num_slots: int,
+  memory: Any = None,
   prob: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+) -> tuple[jax.Array, Any, jax.Array | None, jax.Array]:
   """Draws the pending positions independently of each other, given `tokens`.
 
   The number of calls is that of the row with the most pending positions.
@@ -102,22 +110,28 @@ def draw_pending(
     denoise: the network.
     draw: how a token is drawn from its logits.
     num_slots: number of positions per row that one call projects.
+    memory: what `ask` takes.
     prob: [B, L] float32 or None, the network's probability of each token;
       updated at the drawn positions.
 
   Returns:
-    tokens and prob with the pending positions replaced, and the number of calls
-    [] int32.
+    tokens with the pending positions replaced, the memory, which is new in rows
+    with pending positions, likewise prob, and the number of calls [] int32.
   """
   num_slots = min(num_slots, tokens.shape[1])
   row = jnp.arange(tokens.shape[0])[:, None]
 
   def call(state):
-    drawn, prob, pending, num_calls = state
+    drawn, new_memory, prob, pending, num_calls = state
     # The sort is stable: pending positions come first, from left to right.
     positions = jnp.argsort(~pending, axis=1, stable=True)[:, :num_slots]
     is_pending = jnp.take_along_axis(pending, positions, axis=1)
-    logits = denoise(tokens, level, positions.astype(jnp.int32))
+    # A row without pending positions must not depend on the others' calls.
+    logits, made = ask(
+      denoise, tokens, level, positions.astype(jnp.int32), memory
+    )
+    is_asked = jnp.any(is_pending, axis=1)
+    new_memory = keep(is_asked, made, new_memory)
     new = draw.sample(fold_in_each(keys, num_calls), logits)
     if prob is not None:
       new_prob = categorical.prob_of(logits, new, draw.mask_id)
@@ -126,16 +140,50 @@ def draw_pending(
     new = jnp.where(is_pending, new, drawn[row, positions])
     drawn = drawn.at[row, positions].set(new)
     pending = pending.at[row, positions].min(~is_pending)
-    return drawn, prob, pending, num_calls + 1
+    return drawn, new_memory, prob, pending, num_calls + 1
 
   # Under shard_map, this zero varies over devices as the tokens do.
   zero = jnp.zeros_like(tokens[0, 0])
-  drawn, prob, _, num_calls = jax.lax.while_loop(
-    lambda state: sharding.on_any_device(jnp.any(state[2])),
+  drawn, memory, prob, _, num_calls = jax.lax.while_loop(
+    lambda state: sharding.on_any_device(jnp.any(state[3])),
     call,
-    (tokens, prob, pending, zero),
+    (tokens, memory, prob, pending, zero),
   )
-  return drawn, prob, num_calls
+  return drawn, memory, prob, num_calls
+
+
+def ask(
+  denoise: Any,
+  tokens: jax.Array,
+  level: jax.Array,
+  positions: jax.Array,
+  memory: Any,
+) -> tuple[jax.Array, Any]:
+  """Calls a network, which may remember its last prediction.
+
+  Args:
+    denoise: a `types.CachedDenoise`; a `types.Denoise` if memory is None.
+    tokens: [B, L].
+    level: [B].
+    positions: [B, K].
+    memory: of the call before, at first `Canvas.memory`.
+
+  Returns:
+    Logits [B, K, V], and the memory, None if it was None.
+  """
+  if memory is None:
+    return denoise(tokens, level, positions), None
+  return denoise.recall(tokens, level, positions, memory)
+
+
+def keep(where: jax.Array, new: Any, old: Any) -> Any:
+  """Returns the memory `new` in rows `where` [B], and `old` in others."""
+
+  def pick(new, old):
+    rows = where.reshape(-1, *(1,) * (new.ndim - 1))
+    return jnp.where(rows, new, old)
+
+  return jax.tree.map(pick, new, old)
 
 
 def end_texts(

@@ -106,6 +106,12 @@ class Watched:
     self._answer(logits, positions)
     return logits
 
+  def recall(self, tokens, level, positions, memory):
+    ask = lambda: self.denoise.recall(tokens, level, positions, memory)
+    out = self._ask(ask, tokens, 0, positions)
+    self._answer(out[0], positions)
+    return out
+
   @property
   def autoregressive(self) -> 'Watched':
     return dataclasses.replace(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from nanodlm.types import (
 )
 
 NUM_LEVEL_BINS = 10
+# Positions whose prediction becomes a mean embedding at once.
+CONDITION_CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +73,40 @@ class Scorer:
     segment_ids: jax.Array | None = None,
     dropout_keys: jax.Array | None = None,
     seen: jax.Array | None = None,
+    is_conditioned: jax.Array | None = None,
   ) -> Score:
     """Returns the `types.Score` of B examples with the given parameters.
 
-    `params` and `frozen` (of `TrainState`) are this device's part. The other
-    arguments are those of `Network.hidden`.
+    `params` and `frozen` (of `TrainState`) are this device's part;
+    `is_conditioned` [B] says which rows of a network that self-conditions take
+    two calls, None: all. The other arguments are those of `Network.hidden`.
     """
-    given = (segment_ids, dropout_keys, seen)
+    given = (segment_ids, dropout_keys, seen, is_conditioned)
     return _Scoring(self, params, frozen, given)
 
+  def _caller(self, params, noised, segment_ids, seen, is_conditioned) -> Any:
+    """Returns `Network.hidden` of a batch, and of a first call's prediction."""
+    hidden = functools.partial(
+      self.network.hidden,
+      tokens=noised.tokens,
+      t=noised.t,
+      clean=noised.clean,
+      soft=noised.soft,
+      segment_ids=segment_ids,
+      seen=seen,
+    )
+    condition = None
+    if self.network.self_conditions:
+      fixed = jax.lax.stop_gradient(params)
+      condition = mean_embedding(
+        self.network, fixed, hidden(fixed).states, self.objective.mask_id
+      )
+      if is_conditioned is not None:
+        condition = jnp.where(is_conditioned[:, None, None], condition, 0.0)
+    return functools.partial(hidden, params, condition=condition)
+
   def _score(self, params, frozen, noised, weight, of_rows, given) -> Scores:
-    segment_ids, dropout_keys, seen = given
+    segment_ids, dropout_keys, seen, is_conditioned = given
     num_rows, length = noised.tokens.shape
     batch = len(noised.scored)  # Twice num_rows if the clean copy is scored.
     flat = lambda x: x.reshape(-1, *x.shape[2:])
@@ -95,23 +121,12 @@ class Scorer:
       take = flat
       row = jnp.arange(batch * length) // length
     params = self.network.gather(params)
-    hidden = self.network.hidden(
-      params,
-      noised.tokens,
-      noised.t,
-      clean=noised.clean,
-      soft=noised.soft,
-      segment_ids=segment_ids,
-      dropout_keys=dropout_keys,
-      seen=seen,
-      positions=positions,
-    )
+    call = self._caller(params, noised, segment_ids, seen, is_conditioned)
+    hidden = call(dropout_keys=dropout_keys, positions=positions)
     states = hidden.states.reshape(-1, hidden.states.shape[-1])
     states = sharding.split(states, self.shards)
     weight = jnp.where(is_real, take(weight), 0.0)
-    vocab = categorical.Vocab(
-      sharding.TENSOR if self.shards.tensor > 1 else None
-    )
+    vocab = _vocab(self.shards)
     fields = jax.tree.map(take, noised.fields)
     reference = None
     if noised.reference is not None:
@@ -169,7 +184,7 @@ class _Scoring:
   scorer: Scorer
   params: Any
   frozen: Any
-  given: tuple[Any, Any, Any]
+  given: tuple[Any, Any, Any, Any]
 
   def _options(self, noised: Noised) -> Any:
     """Returns what is given for B examples, repeated for R rows."""
@@ -194,16 +209,9 @@ class _Scoring:
     return score(self.params, self.frozen, noised, weight, of_rows, given)
 
   def frozen_states(self, noised: Noised) -> jax.Array:
-    network = self.scorer.network
-    segment_ids, _, seen = self._options(noised)
-    return network.hidden(
-      network.gather(self.frozen),
-      noised.tokens,
-      noised.t,
-      clean=noised.clean,
-      segment_ids=segment_ids,
-      seen=seen,
-    ).states
+    params = self.scorer.network.gather(self.frozen)
+    segment_ids, _, seen, _ = self._options(noised)
+    return self.scorer._caller(params, noised, segment_ids, seen, None)().states
 
   def draw_frozen(
     self, keys: jax.Array, states: jax.Array, draw: categorical.Draw
@@ -241,6 +249,31 @@ def _level_sums(level, cross_entropy, counted):
   }
 
 
+def mean_embedding(
+  network: Network, params: Any, states: jax.Array, mask_id: int
+) -> jax.Array:
+  """Returns the mean embedding of the tokens that states [B, L, D] predict.
+
+  Without a gradient: [B, L, E] float32.
+  """
+  kernel = network.kernel(params)
+  vocab = _vocab(network.shards)
+
+  def of_position(state):
+    logits = network.logits(kernel, sharding.split(state, network.shards))
+    p = jnp.exp(categorical.log_prob(logits, mask_id, vocab))
+    return network.mix(params, p)
+
+  flat = states.reshape(-1, states.shape[-1])
+  rows = jax.lax.map(of_position, flat, batch_size=CONDITION_CHUNK)
+  rows = rows.reshape(*states.shape[:-1], -1).astype(jnp.float32)
+  return jax.lax.stop_gradient(rows)
+
+
+def _vocab(shards: Shards) -> categorical.Vocab:
+  return categorical.Vocab(sharding.TENSOR if shards.tensor > 1 else None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
   """A `types.CachedDenoise` that calls a network.
@@ -261,18 +294,44 @@ class Denoiser:
   segment_ids: jax.Array | None = None
 
   def __call__(self, tokens, level, positions):
+    condition = self._condition(lambda: self._hidden(tokens, level))
+    wanted = _flat(positions, tokens.shape[1])
+    states = self._hidden(tokens, level, condition, wanted)
+    return self._logits(states, positions)
+
+  def init_memory(self, tokens):
+    """Returns the first memory of `recall` for tokens [B, L], zeros."""
+    level, positions = jnp.zeros(tokens.shape[:1]), tokens[:, :1]
+    return sharding.zeros_like(
+      lambda: self.recall(tokens, level, positions, None)[1]
+    )
+
+  def recall(self, tokens, level, positions, memory):
+    states = self._hidden(tokens, level, memory)
+    chosen = jnp.take_along_axis(states, positions[..., None], axis=1)
+    return self._logits(chosen, positions), self._condition(lambda: states)
+
+  def _hidden(self, tokens, level, condition=None, positions=None):
     segment_ids = self.segment_ids
     if segment_ids is not None:  # A guided call repeats the rows.
       segment_ids = jnp.tile(segment_ids, (len(tokens) // len(segment_ids), 1))
-    hidden = self.network.hidden(
+    return self.network.hidden(
       self.params,
       self.objective.network_input(tokens),
       self.objective.network_time(level),
       clean=self.objective.clean_input(tokens),
+      condition=condition,
       segment_ids=segment_ids,
-      positions=_flat(positions, tokens.shape[1]),
+      positions=positions,
+    ).states
+
+  def _condition(self, call):
+    """Returns what `call`() -> states [B, S, D] predicts; None: not used."""
+    if not self.network.self_conditions:
+      return None
+    return mean_embedding(
+      self.network, self.params, call(), self.objective.mask_id
     )
-    return self._logits(hidden.states, positions)
 
   @property
   def autoregressive(self) -> 'Denoiser':
@@ -312,17 +371,21 @@ class Denoiser:
 
   def within(self, cache, tokens, start, level, positions, visible):
     wanted = _flat(positions, tokens.shape[1])
-    states, cache = self._advance(
-      cache, tokens, start, self._places(visible), level, wanted
+    call = functools.partial(
+      self._advance, cache, tokens, start, self._places(visible), level
     )
+    condition = self._condition(lambda: call(None)[0])
+    states, cache = call(wanted, condition)
     return self._logits(states, positions), cache
 
-  def _advance(self, cache, tokens, start, visible, level, positions):
+  def _advance(
+    self, cache, tokens, start, visible, level, positions, condition=None
+  ):
     if level is None:
       level = jnp.zeros((tokens.shape[0],))
     time = self.objective.network_time(level)
     return self.network.advance(
-      self.params, tokens, time, start, cache, visible, positions
+      self.params, tokens, time, start, cache, visible, positions, condition
     )
 
   def _logits(self, states, positions):

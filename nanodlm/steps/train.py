@@ -33,13 +33,17 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 class _Rows(NamedTuple):
-  """A device's examples and their noise; opening_keys are for annealing."""
+  """A device's examples and their noise; opening_keys are for annealing.
+
+  is_conditioned [B] says which read their own prediction.
+  """
 
   batch: Batch
   keys: jax.Array
   levels: jax.Array
   dropout_keys: jax.Array | None
   opening_keys: jax.Array | None
+  is_conditioned: jax.Array | None
 
 
 def make_train_step(
@@ -85,6 +89,7 @@ def make_train_step(
       segment_ids=batch.segment_ids,
       dropout_keys=rows.dropout_keys,
       seen=seen,
+      is_conditioned=rows.is_conditioned,
     )
     own = bind(scorer.objective.at_step(step), params)
     scores = own.loss(batch, rows.levels, rows.keys, score)
@@ -95,19 +100,23 @@ def make_train_step(
     return scores.total, {**sums, **scores.by_level}
 
   def local_gradient(scorer, params, frozen, key, step, batch, is_opening):
-    # Without annealing there are three keys, so that existing runs resume with
+    # Without options there are three keys, so that existing runs resume with
     # the same noise.
-    level_key, noise_key, dropout_key, *opening_key = jax.random.split(
-      key, 4 if anneal_steps else 3
-    )
+    num_keys = 3 + (anneal_steps > 0) + network.self_conditions
+    level_key, noise_key, dropout_key, *keys = jax.random.split(key, num_keys)
     num_rows, length = batch.tokens.shape
     index, now = row_index(num_rows), objective.at_step(step)
+    is_conditioned = None
+    if network.self_conditions:
+      draw = jax.vmap(jax.random.bernoulli)
+      is_conditioned = draw(fold_in_each(keys[-1], index))
     rows = _Rows(
       batch,
       fold_in_each(noise_key, index),
       now.sample_levels(level_key, batch_size, length)[index],
       fold_in_each(dropout_key, index) if network.has_dropout else None,
-      fold_in_each(opening_key[0], index) if is_opening else None,
+      fold_in_each(keys[0], index) if is_opening else None,
+      is_conditioned,
     )
     gradient = jax.grad(
       functools.partial(loss, scorer=scorer, frozen=frozen, step=step),

@@ -52,6 +52,7 @@ OBJECTIVES = {
   'uniform': uniform.Uniform(MASK),
   'curriculum': uniform.Uniform(MASK, curriculum_steps=1, tau=0.3),
   'block_uniform': block.BlockUniform(MASK, block_size=4),
+  'self_conditioning': mixture.Hybrid(MASK),
 }
 OBJECTIVES |= {
   'sdtt': objectives.DISTILLATIONS['sdtt'](OBJECTIVES['masked'], round_steps=2),
@@ -83,6 +84,7 @@ def make_network(name, shape, **changes):
         or 'uniform' in name
         or name in ('curriculum', 'dcd'),
         tie_embeddings=name != 'ar',
+        self_conditioning=name == 'self_conditioning',
       ),
       **changes,
     }
@@ -106,7 +108,11 @@ def initial_params(config, scale):
   params = jax.jit(transformer.init_params, static_argnums=0)(
     config, jax.random.key(0)
   )
-  return jax.tree.map(lambda x: scale * np.array(x), params)
+  params = jax.tree.map(lambda x: scale * np.array(x), params)
+  if config.self_conditioning:  # Initially, its weights are 0.
+    kernel = np.random.default_rng(0).normal(size=(WIDTH, WIDTH))
+    params['self_conditioning'] = {'kernel': 0.3 * np.float32(kernel)}
+  return params
 
 
 def make_params(network, mesh, name, scale=3):
@@ -269,7 +275,9 @@ class TrainTest(parameterized.TestCase):
       assert_close, on_one_device(name), train(name, shape, num_microbatches)
     )
 
-  @parameterized.parameters('d3pm', 'genmd4', 'sedd', 'curriculum')
+  @parameterized.parameters(
+    'd3pm', 'genmd4', 'sedd', 'curriculum', 'self_conditioning'
+  )
   def test_other_losses_sum_over_a_split_vocabulary(self, name):
     jax.tree.map(assert_close, on_one_device(name), train(name, (1, 2, 4)))
 
@@ -321,6 +329,7 @@ class EvalAndSampleTest(parameterized.TestCase):
       'block_uniform',
       'ar',
       'genmd4',
+      'self_conditioning',
       'speculate',
     ),
     shape=((1, 8, 1), (2, 2, 2)),
@@ -351,7 +360,8 @@ class EvalAndSampleTest(parameterized.TestCase):
     if objective == 'block_uniform':
       name = 'block'
       inner = samplers.SAMPLERS['posterior'](draw, 2, OBJECTIVES['uniform'])
-    if objective == 'genmd4':  # With the learned rates.
+    # With the learned rates; with the memory of predictions.
+    if objective in ('genmd4', 'self_conditioning'):
       name = 'posterior'
     sampler = sampler.get(name, lambda cls: cls(draw, 4))(
       samplers.SAMPLERS[name]

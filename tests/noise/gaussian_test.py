@@ -64,7 +64,7 @@ def test_alpha_and_its_inverse(num_tokens):
 
 @pytest.mark.parametrize('num_kept', [2, 4, 6])
 def test_the_largest_entries_are_those_of_all(num_kept):
-  # From whole Gaussians: the law of the ids in their order, with x0 at its own
+  # Whole Gaussians give the law of the ids in their order, with x0 at its own
   # rank, and the means of the weights, normalised over those that are kept.
   num, mean, tau = 6, 1.2, 0.5
   soft = draw(mean, num_kept, tau, num, x0=2)

@@ -41,7 +41,7 @@ def corrupt(objective, num=NUM):
 @pytest.mark.parametrize('schedule', [schedules.Linear(), schedules.Cosine()])
 def test_the_noise_is_that_of_the_discrete_objective(schedule, num_soft_tokens):
   # Every time is one of the range; the share of kept tokens is that of the
-  # schedule at the time that the network is given, in ten bins of it.
+  # schedule at the time that the network reads, in ten bins of it.
   objective = relaxed(schedule=schedule, num_soft_tokens=num_soft_tokens)
   _, x0, noised = corrupt(objective, 20_000)
   alpha = 1 - np.asarray(schedule.noise(noised.t))
@@ -79,7 +79,7 @@ def test_without_temperature_the_input_and_the_terms_are_discrete(tau):
 
 
 def test_the_loss_is_a_part_of_the_integral():
-  # The plain objective, whose levels outside of the range count as 0.
+  # The plain objective's levels outside of the range count as 0.
   table = jnp.asarray(toys.random_table(1))
   sums = []
   for objective in (relaxed(), Uniform(MASK)):

@@ -51,6 +51,11 @@ OBJECTIVES = {
   'genmd4': GenMD4(MASK),
   # The first of two steps.
   'curriculum': Uniform(MASK, curriculum_steps=1, tau=0.3),
+  'self_conditioning': Masked(MASK),
+}
+# Weights that matter.
+CONDITIONING = {
+  'kernel': np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
 }
 
 
@@ -108,6 +113,7 @@ def network(name, dropout=0.0):
     causal=OBJECTIVES[name].autoregressive is not None,
     block_size=OBJECTIVES[name].block_size,
     dropout=dropout,
+    self_conditioning=name == 'self_conditioning',
   )
   return TransformerNetwork(config)
 
@@ -137,6 +143,8 @@ def make_state(mesh, name='count'):
   if name == 'genmd4':
     rate = np.linspace(-1, 2, MASK, dtype=np.float32)
     params = {**params, 'objective': {'rate': rate}}
+  if name == 'self_conditioning':
+    params = {**params, 'self_conditioning': CONDITIONING}
   state = states.TrainState(
     step=np.int32(0),
     params=params,
@@ -221,6 +229,7 @@ class TrainStepTest(parameterized.TestCase):
     ('hybrid', 4, 2),
     ('genmd4', 4, 2),
     ('curriculum', 4, 2),
+    ('self_conditioning', 4, 2),
   )
   def test_devices_and_microbatches_change_nothing(
     self, name, num_devices, num_microbatches

@@ -39,6 +39,7 @@ PLAIN = {
   'attention_bias': 'none',
   'mlp_bias': False,
   'shift_outputs': False,
+  'self_conditioning': False,
 }
 # Fields of `config.model` in which 0 means a default, and where its value is.
 RESOLVED = {
