@@ -60,7 +60,7 @@ def test_the_student_of_a_round_is_the_teacher_of_the_next(teacher, student):
     for item in ('frozen', 'params')
   )
   assert_identical(frozen[2], saved(teacher, 0, 'params'))
-  # That of step 3, which is neither the first teacher nor the next student.
+  # The one of step 3, which is neither the first teacher nor the next student.
   for other in (frozen[2], params[2], params[4]):
     assert any(np.any(frozen[4][name] != x) for name, x in other.items())
   assert_identical(frozen[6], params[6])

@@ -111,7 +111,7 @@ class ProjectedTermsTest(parameterized.TestCase):
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5)
     for a, b in zip(our_gradient, gradient):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    # Those of all positions at once are not in memory.
+    # The logits of all positions at once are not in memory.
     self.assertEqual(sizes[0], (-(-NUM // -(-NUM // chunk_size)), VOCAB))
 
   @parameterized.product(chunk_size=(3, 7, NUM), has_bias=(False, True))
