@@ -28,7 +28,8 @@ but all are less like the law: the student is more certain. Its bound on
 held-out stories rose from 7.1 to 13.3 nats above the truth. At 8 calls it is
 far from its teacher at 64.
 
-DCD has not been run.
+DCD was run for 300 steps only, with rounds of 100: 0.4%, 3.5% and 14.1%, with
+divergences of 0.0161, 0.0129 and 0.0142 and a bound 12.9 nats above the truth.
 """
 
 from ml_collections import config_dict
