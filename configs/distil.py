@@ -4,7 +4,7 @@
     python launch.py --config=configs/distil.py --workdir=runs/distil
     python launch.py --mode=compare --workdirs=runs/quickstart,runs/distil \
         --output=runs/distil/compared --judge=law --samplers=ancestral \
-        --num_steps=8,16,32,64 --num_samples=256
+        --num_steps=8,16,64 --num_samples=256 --temperature=0.3
 
 The student of each round learns to take one step where its teacher takes two:
 32, 16 and 8 steps instead of 64. For discrete consistency distillation instead
@@ -13,7 +13,23 @@ network, --config.checkpoint.init_from=WORKDIR.
 
 Source: SDTT, arXiv 2410.21035; DCD, arXiv 2506.10892.
 
-Not yet run as a whole.
+Measured on two cores of an AMD EPYC (Zen 5) that did other work, float32, JAX
+0.10.2, one seed: 1200 steps at 7,000 tokens/s, without the evaluations before
+the last. Possible stories among 256 samples of ancestral at temperature 0.3,
+all different, and the divergence from the law:
+
+    calls   teacher                     student
+        8    1.2% (0.4 to 3.4%), 0.0085  1.2% (0.4 to 3.4%), 0.0153
+       16    2.3% (1.1 to 5.0%), 0.0060  5.1% (3.0 to 8.5%), 0.0143
+       64   12.1% (8.7 to 17%),  0.0051 17.2% (13 to 22%),   0.0138
+
+At 16 and 64 calls more of its stories may be possible (the intervals overlap),
+but all are less like the law: the student is more certain. Its bound on
+held-out stories rose from 7.1 to 13.3 nats above the truth. At 8 calls it is
+far from its teacher at 64.
+
+DCD was run for 300 steps only, with rounds of 100: 0.4%, 3.5% and 14.1%, with
+divergences of 0.0161, 0.0129 and 0.0142 and a bound 12.9 nats above the truth.
 """
 
 from ml_collections import config_dict
@@ -43,4 +59,5 @@ def get_config(name='sdtt'):
   config.sampler = configs.load('base').sampler
   config.sampler.name = 'ancestral'
   config.sampler.num_steps = 8
+  config.sampler.temperature = 0.3
   return configs.vary(config, VARIANTS, name)
