@@ -5,9 +5,9 @@
 
 Data, network, optimizer and batch are those of configs/quickstart.py; a variant
 changes the objective, and reads the time where it must. Nothing is tuned for
-one of them, except for the curriculum of uniform noise, which needs untied
-embeddings. genmd4 noises each example twice, so that its steps make twice the
-network calls. One of them alone:
+one of them, but that uniform noise has untied embeddings (66k parameters more).
+genmd4 noises each example twice, so that its steps make twice the network
+calls. One of them alone:
 
     python launch.py --config=configs/objectives.py:block4 --workdir=runs/block4
 
@@ -19,12 +19,12 @@ share of 64 samples at temperature 1 that are possible stories.
                               (divergence 0.042; the law itself 0.002);
                               psi, 64 calls: 6% (0.003); all others 0 to 3%
     block4     0.69 +- 0.11   49 calls, one a block and its cache: 6%; 74: 27%
-    uniform   42.1  +- 1.0    0%
 
-Evaluated alone, with seeds 0 and 1:
+Evaluated alone, without samples:
 
-    uniform_untied          20.9 and 29.2, each +- 0.9
-    curriculum              17.9 and 17.9, each +- 0.8
+    uniform                 20.9 and 29.2, each +- 0.9 (seeds 0 and 1)
+      tied embeddings       42.1; with model.embedding_std=0.02 34.3
+    curriculum              17.9 and 17.9, each +- 0.8 (seeds 0 and 1)
       of 200 steps          18.3
       tau=1e-3, as in Duo   28.3; its mixtures are nearly tokens here
       tied embeddings       214.8; with tau=1e-3 193.3
@@ -35,10 +35,9 @@ from nanodlm import config as configs
 VARIANTS = {
   'masked': {'objective.name': 'masked'},
   'block4': {'objective.name': 'block', 'objective.block_size': 4},
-  'uniform': {'objective.name': 'uniform', 'model.time_conditioning': True},
   # Tied embeddings begin as a network that copies its input, and without the
   # low noise levels that the curriculum leaves out, it stays one.
-  'uniform_untied': {
+  'uniform': {
     'objective.name': 'uniform',
     'model.time_conditioning': True,
     'model.tie_embeddings': False,
