@@ -101,7 +101,8 @@ def get_config() -> config_dict.ConfigDict:
   # larger one, such as 0.5, keeps words of one kind apart.
   model.embedding_std = 0.02
   # Whether the network reads its own prediction: training gives that of a first
-  # call to half of the examples, evaluation to all. Not for 'ar'.
+  # call to half of the examples, evaluation to all. Most samplers give that of
+  # the call before instead, which is another law. Not for 'ar'.
   model.self_conditioning = False
   model.rope_theta = 10_000.0
   # Number of learned positions, at least the length of the longest row; 0:
@@ -163,7 +164,8 @@ def get_config() -> config_dict.ConfigDict:
   config.distill = distill = config_dict.ConfigDict()
   # How the run in checkpoint.init_from, of the same objective and network, is
   # distilled into this one, which starts as its copy: 'sdtt' (masked and
-  # block) | 'dcd' (also uniform, hybrid and genmd4); '': not at all.
+  # block) | 'dcd' (also genmd4, uniform, hybrid and the last two in blocks);
+  # '': not at all.
   distill.name = ''
   # Steps in which the student of the first round samples. Each further round
   # halves them, with the last student as the teacher.
@@ -171,7 +173,7 @@ def get_config() -> config_dict.ConfigDict:
   distill.round_steps = 1000  # Training steps of a round.
   # 'bwd': KL(student || teacher), which seeks modes | 'fwd': the reverse.
   distill.divergence = 'bwd'
-  distill.temperature = 1.0  # Of the teacher, > 0.
+  distill.teacher_temperature = 1.0  # > 0.
 
   config.sampler = sampler = config_dict.ConfigDict()
   # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |

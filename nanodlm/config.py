@@ -249,7 +249,8 @@ class Start:
     elif source and not self.is_given:
       config = read_run(source, 'checkpoint.init_from')
       config.checkpoint.init_step = 0
-      config.distill.name = ''
+      # How the other run was trained is not how this one is.
+      config.distill.name, config.objective.curriculum_steps = '', 0
       if config.tokenizer.name in ('run', 'sentencepiece'):
         config.tokenizer.update(name='run', path=source, vocab_size=0)
     return self._settings(config), was

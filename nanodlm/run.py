@@ -221,7 +221,7 @@ def make_distillation(
       f'distill.name={section["name"]!r} does not fit objective.name='
       f'{settings.objective["name"]!r}'
       + f' and objective.ar_weight={settings.objective["ar_weight"]!r}'
-      * bool(objective.autoregressive)
+      * bool(objective.block_size and objective.autoregressive)
       + f'; allowed are {["", *(x for x in table if table[x].fits(objective))]}'
     )
   return _build(cls, section, {'base': objective})
@@ -291,7 +291,9 @@ def make_sampler(
       if inner.fills_blocks and inner.fits(of_block)
     }
     chosen = section['inner']
-    chosen = of_block.default_sampler if chosen == 'auto' else chosen
+    if chosen == 'auto':
+      is_masked = of_block.predicts_masked
+      chosen = 'fixed_count' if is_masked else of_block.default_sampler
     inner = _choose(able, chosen, 'sampler', 'auto', key='inner')
     given['inner'] = _build(inner, section, given)
   if objective.block_size:
@@ -367,6 +369,12 @@ def _check_network(run: Run):
       f'model.attention={settings.model["attention"]!r} does not support '
       f"train.anneal_steps={steps!r}; use 'auto' or 'xla'"
     )
+  if run.sampler.caches_noise and network.self_conditions:
+    raise InputError(
+      f'sampler.name={run.sampler_name!r} does not fit '
+      f'model.self_conditioning={settings.model["self_conditioning"]!r}: it '
+      'caches keys and values of tokens whose prediction changes'
+    )
   if objective.curriculum_steps and not network.reads_soft:
     raise InputError(
       f'objective.curriculum_steps={objective.curriculum_steps!r} must be 0 '
@@ -401,10 +409,10 @@ def _check_batches(run: Run):
       f'eval.num_draws={settings.eval.num_draws!r} must be a '
       f'multiple of {shared} with this objective'
     )
-  if settings.train.batch_size % objective.group_size:
+  if settings.train.batch_size % run.trained.group_size:
     raise InputError(
       f'train.batch_size={settings.train.batch_size!r} must be a multiple of '
-      f'{objective.group_size}: with objective.noise='
+      f'{run.trained.group_size}: with objective.noise='
       f'{settings.objective["noise"]!r} examples share draws of the noise'
     )
 
@@ -493,8 +501,9 @@ def _check_effects(run: Run, given: Collection[str]):
   sampled |= {'num_samples', 'length', 'seed', 'guidance', 'stop_at_eos'}
   uses_time = settings.model['time_conditioning'] or 'rule' in sampled
   method = make_distillation(settings, objective)
+  read = _keys_of(objective, objective.unread_keys(uses_time))
   effects = {
-    'objective': _keys_of(objective, objective.unread_keys(uses_time)),
+    'objective': read - method.unread_of_base() if method else read,
     'distill': _keys_of(method, ()) if method else set(),
     'sampler': sampled,
     'optim': optim.reads(settings.optim.name, settings.optim.schedule),

@@ -127,7 +127,7 @@ class Terms(NamedTuple):
   Attributes:
     loss: the minimised quantity, in nats.
     nll: term of the bound on -log p(x0), or of its exact value, in nats; summed
-      over positions. NaN if the loss is part of neither.
+      over positions. NaN if the objective gives neither.
     cross_entropy: -log p(x0) under the network's output, unweighted, in nats.
     correct: 1.0 if the clean token has the largest probability, else 0.0.
   """
@@ -598,9 +598,9 @@ class Samples(NamedTuple):
 
   Attributes:
     tokens: [B, L] int32 without mask_id.
-    num_calls: [] int32, network calls on the whole batch; a guided call, which
-      has twice the rows, counts as two. So does, after sampling, each call of a
-      network that self-conditions if the sampler does not remember.
+    num_calls: [] int32, network calls on the whole batch. A guided call, which
+      has twice the rows, counts as two, as does a prediction that takes two
+      (`CachedDenoise.calls`).
   """
 
   tokens: Any
@@ -622,7 +622,12 @@ class CachedDenoise(Protocol):
       (`Objective.autoregressive`), with the same cache. The input at a position
       is the token before it: `tokens` of `advance` and `within` are those from
       `start` - 1 on, or mask_id before the text.
+    calls: network calls of a prediction that does not remember: 2 of a network
+      that self-conditions, else 1.
   """
+
+  @property
+  def calls(self) -> int: ...
 
   @property
   def autoregressive(self) -> 'CachedDenoise': ...
@@ -689,6 +694,9 @@ class Sampler(abc.ABC):
     can_be_guided: whether sampler.guidance applies, which replaces the prompt
       with masks.
     is_final: whether revealed tokens never change.
+    reads_masks: whether its network expects masks among the tokens, as after
+      the end of a text that ends within a block.
+    caches_noise: whether it caches keys and values of unfinished tokens.
     needs_cache: whether it uses a cache, which a network with
       model.shift_outputs=True does not support.
     remembers: whether it gives a network that self-conditions its previous
@@ -701,6 +709,8 @@ class Sampler(abc.ABC):
   fills_blocks: bool = False
   can_be_guided: bool = False
   is_final: bool = False
+  reads_masks: bool = False
+  caches_noise: bool = False
   needs_cache: bool = False
   remembers: bool = False
   needs: str = ''

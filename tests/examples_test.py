@@ -189,7 +189,9 @@ def rows_of(header):
     [cell.strip() for cell in line.strip('|').split('|')]
     for line in table.splitlines()[2:]
   ]
-  return {name.strip('`'): cells for name, *cells in rows}
+  return {
+    name: cells for names, *cells in rows for name in re.findall(r'\w+', names)
+  }
 
 
 def objective_of(name):

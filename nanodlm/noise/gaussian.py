@@ -21,8 +21,8 @@ from scipy import special
 from nanodlm.types import SoftTokens
 
 # The ends of alpha in `mean_at`.
-MIN_ALPHA, MAX_ALPHA = 0.02, 0.98
-# alpha exceeds MAX_ALPHA at a smaller mean than this, for any float32-countable
+TABLE_MIN, TABLE_MAX = 0.02, 0.98
+# alpha exceeds TABLE_MAX at a smaller mean than this, for any float32-countable
 # number of tokens.
 _MAX_MEAN = 12.0
 # Below it, the size of an exponential draw is 0 in float32.
@@ -42,17 +42,17 @@ def alpha_of(mean: np.ndarray, num_tokens: int) -> np.ndarray:
 
 @functools.cache
 def _table(num_tokens):
-  """Returns alpha, increasing over [MIN_ALPHA, MAX_ALPHA], and its means."""
+  """Returns alpha, increasing over [TABLE_MIN, TABLE_MAX], and its means."""
   mean = np.linspace(0, _MAX_MEAN, 2401)
   alpha = alpha_of(mean, num_tokens)
-  first = np.searchsorted(alpha, MIN_ALPHA) - 1
-  last = np.searchsorted(alpha, MAX_ALPHA) + 1
+  first = np.searchsorted(alpha, TABLE_MIN) - 1
+  last = np.searchsorted(alpha, TABLE_MAX) + 1
   rows = slice(first, last)
   return alpha[rows].astype(np.float32), mean[rows].astype(np.float32)
 
 
 def mean_at(alpha: jax.Array, num_tokens: int) -> jax.Array:
-  """Returns mu with alpha(mu) = alpha in [MIN_ALPHA, MAX_ALPHA], any shape."""
+  """Returns mu with alpha(mu) = alpha in [TABLE_MIN, TABLE_MAX], any shape."""
   return jnp.interp(alpha, *map(jnp.asarray, _table(num_tokens)))
 
 

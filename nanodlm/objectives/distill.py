@@ -14,6 +14,18 @@ DIVERGENCES = ('bwd', 'fwd')
 # Teacher's steps in a step of the student, as in the papers; the number of
 # steps is halved in each round.
 NUM_TEACHER_STEPS = 2
+# Fields of objectives that do not change the law of their noise.
+_OF_TRAINING = frozenset(
+  {
+    'noise',
+    'max_weight',
+    'min_time',
+    'num_timesteps',
+    'curriculum_steps',
+    'tau',
+    'num_soft_tokens',
+  }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Distillation(Objective):
     num_steps: steps in which the student of the first round samples.
     round_steps: training steps of a round.
     divergence: 'bwd' or 'fwd'.
-    temperature: divides the teacher's logits, > 0; 1 in the papers.
+    teacher_temperature: divides the teacher's logits, > 0; 1 in the papers.
     round: r, [], set by `at_step`.
   """
 
@@ -47,7 +59,7 @@ class Distillation(Objective):
   num_steps: int = 32
   round_steps: int = 1000
   divergence: str = 'bwd'
-  temperature: float = 1.0
+  teacher_temperature: float = 1.0
   round: Any = 0
 
   uses_frozen = True
@@ -61,9 +73,9 @@ class Distillation(Objective):
         f'distill.divergence={self.divergence!r} is not one of '
         f'{list(DIVERGENCES)}'
       )
-    if not 0 < self.temperature <= categorical.MAX_TEMPERATURE:
+    if not 0 < self.teacher_temperature <= categorical.MAX_TEMPERATURE:
       raise InputError(
-        f'distill.temperature={self.temperature!r} must be in '
+        f'distill.teacher_temperature={self.teacher_temperature!r} must be in '
         f'(0, {categorical.MAX_TEMPERATURE:g}]'
       )
 
@@ -75,6 +87,12 @@ class Distillation(Objective):
       and base.is_normalised
       and base.autoregressive is None
     )
+
+  def unread_of_base(self) -> frozenset[str]:
+    """Returns the names of fields of `base` that only its own loss reads."""
+    own = dataclasses.fields(self.base)  # pyright: ignore
+    names = {field.name for field in own} & _OF_TRAINING
+    return frozenset(names)
 
   def check_rounds(self, num_steps: int):
     """Raises InputError unless training steps are whole rounds."""
@@ -143,10 +161,14 @@ class Distillation(Objective):
     base, whole = self.base, jnp.ones_like(t)
     is_noisy = jnp.full_like(eligible, base.can_correct) | (xt == base.mask_id)
     level = base.level_at(t, whole)[:, None]
-    share = jnp.mean(eligible, axis=1)
+    # As in training, the time is that of a row, or of each block.
+    size = base.block_size or x0.shape[1]
+    share = jnp.mean(eligible.reshape(len(x0), -1, size), axis=2)
+    levels = jax.vmap(base.level_at, (None, 1), 1)(t, share)
+    time = base.network_time(levels)
     return Noised(
       tokens=xt,
-      t=base.network_time(base.level_at(t, share)),
+      t=time if base.block_size else time[:, 0],
       scored=eligible & is_noisy,
       level=jnp.broadcast_to(level, x0.shape),
       fields={'target': x0},
@@ -158,7 +180,7 @@ class Distillation(Objective):
     return self.noised(self.noise(keys, t, x0, eligible)[0], t[0], x0, eligible)
 
   def terms(self, logits, fields, vocab=categorical.WHOLE):
-    reference = fields['reference'] / self.temperature
+    reference = fields['reference'] / self.teacher_temperature
     student, teacher = (
       categorical.log_prob(x, self.mask_id, vocab) for x in (logits, reference)
     )
@@ -214,7 +236,7 @@ class SelfDistillation(Distillation):
 
   def loss(self, batch, levels, keys, score):
     x0, eligible = batch.tokens, jnp.asarray(batch.eligible)
-    draw = categorical.Draw(self.mask_id, self.temperature)
+    draw = categorical.Draw(self.mask_id, self.teacher_temperature)
     keys = jax.vmap(lambda key: jax.random.split(key, NUM_TEACHER_STEPS))(keys)
     t = self.trajectory(levels, NUM_TEACHER_STEPS)[:-1]
     # A token that is masked at both times of a step stays masked in it.

@@ -27,13 +27,19 @@ class MaskedNoise(diffusion.Diffusion):
   - fixed count (noise 'count'): k uniform on 1..n, exactly k of the n eligible
     positions masked, scale = n / k. Rows 2p and 2p + 1 mask k and n + 1 - k
     positions, so that the number of scored positions in a batch is constant.
+  - overlapping counts (noise 'overlap'): as before, but rows 2p and 2p + 1 mask
+    the first k and the last n + 1 - k positions of one random order. If they
+    are the same text, as in evaluation, each of its tokens is scored, and one
+    of them twice. In training they are not, and the variance is the same.
+    Evaluation by count has 1.02 +- 0.10 times the variance for masked diffusion
+    of stories, and 1.23 +- 0.11 times for block diffusion with S = 4.
 
   Attributes:
     schedule: alpha(t).
     num_timesteps: T of the discrete-time form; 0 is continuous time.
     min_time: t is drawn from (min_time, 1]. A positive value bounds the scale
       and omits the bound's share below it from the TRAINING loss; evaluation
-      always uses fixed counts.
+      always uses overlapping counts.
   """
 
   schedule: schedules.Schedule = schedules.Linear()

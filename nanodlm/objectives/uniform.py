@@ -45,7 +45,9 @@ class Uniform(mixture.MixtureNoise):
     ):
       value = getattr(self, key)
       if not bound <= value < math.inf:
-        raise InputError(f'objective.{key}={value!r} must be >= {bound}')
+        raise InputError(
+          f'objective.{key}={value!r} must be >= {bound} and finite'
+        )
 
   @property
   def process(self) -> processes.Uniform:
@@ -57,6 +59,13 @@ class Uniform(mixture.MixtureNoise):
     if self.curriculum_steps:
       return unread
     return unread | {'tau', 'num_soft_tokens'}
+
+  def evaluation(self):
+    # The curriculum is training's.
+    own = super().evaluation()
+    return dataclasses.replace(
+      own, curriculum_steps=0, tau=Uniform.tau, num_soft_tokens=8
+    )
 
   def curriculum(self) -> Objective:
     if not self.curriculum_steps:

@@ -211,7 +211,8 @@ def time_eval(run: Run, num_timed: int) -> dict[str, float]:
   batch = meshes.shard_whole_batch(run.mesh, batch)
   secs = _time(lambda: step(params, batch), max(num_timed // num_draws, 3), 1)
   num_tokens = num_draws * options.batch_size * run.settings.data.length
-  return _row(secs, num_tokens, num_calls=num_draws)
+  num_calls = num_draws * (2 if run.network.self_conditions else 1)
+  return _row(secs, num_tokens, num_calls=num_calls)
 
 
 def time_sampler(run: Run, num_samples: int) -> dict[str, float]:

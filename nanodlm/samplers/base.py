@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from nanodlm.types import Objective, ReverseRule, Sampler
+from nanodlm.types import Objective, Sampler
 
 
 class MaskedSampler(Sampler):
@@ -12,6 +12,7 @@ class MaskedSampler(Sampler):
   fills_blocks = True
   can_be_guided = True
   is_final = True
+  reads_masks = True
   remembers = True
 
   @classmethod
@@ -28,8 +29,8 @@ class OuterSampler(Sampler):
   def is_final(self) -> bool:  # pyright: ignore
     return self.inner.is_final
 
-  def with_rule(self, rule: ReverseRule) -> Sampler:
-    return self._with_inner(self.inner.with_rule(rule))
+  def with_rule(self, rule: Any) -> Sampler:
+    return self._with_inner(self.inner.with_rule(rule.of_block))
 
   def with_draw(self, draw: Any) -> Sampler:
     return self._with_inner(self.inner.with_draw(draw))

@@ -62,6 +62,8 @@ class Block(base.OuterSampler):
       pad,
       constant_values=self.mask_id,
     )
+    # The network knows whole blocks: what is after the text is noise, too.
+    is_padding = fixed & (tokens == self.mask_id)
     where = jnp.arange(tokens.shape[1])
     cut = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
     paste = lambda x, part, start: jax.lax.dynamic_update_slice_in_dim(
@@ -91,11 +93,22 @@ class Block(base.OuterSampler):
         within = lambda part, level, positions: denoise(
           paste(tokens, part, start), level, start + positions
         )
-      own = Canvas(cut(tokens, start), cut(fixed, start) | done[:, None])
-      samples = self.inner(reveal.fold_in_each(keys, block), own, within)
-      tokens = paste(tokens, samples.tokens, start)
+      is_fixed, padding = cut(fixed, start), cut(is_padding, start)
+      call, share = within, jnp.mean(padding, axis=1)
+      if self.inner.reads_masks:
+        call = lambda part, level, positions: within(
+          part, level + share, positions
+        )
+      else:
+        is_fixed &= ~padding
+      # A block of padding alone has nothing to fill.
+      is_idle = jnp.all(cut(fixed, start), axis=1) | done
+      own = Canvas(cut(tokens, start), is_fixed | is_idle[:, None])
+      samples = self.inner(reveal.fold_in_each(keys, block), own, call)
+      part = jnp.where(padding, self.mask_id, samples.tokens)
+      tokens = paste(tokens, part, start)
       tokens, done = reveal.end_texts(tokens, fixed, self.eos_ids)
-      num_calls += samples.num_calls
+      num_calls += samples.num_calls * reveal.calls_of(denoise)
       return tokens, cache, block + 1, done, num_calls
 
     cache = denoise.init_cache(tokens) if self.cache else ()

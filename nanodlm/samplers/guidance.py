@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical
-from nanodlm.samplers import base
+from nanodlm.samplers import base, reveal
 from nanodlm.types import Denoise, InputError, Objective, Sampler
 
 # Keeps guided log-probabilities finite in float32.
@@ -55,7 +55,8 @@ class Guided(base.OuterSampler):
     samples = self.inner(
       keys, canvas, guide(denoise, canvas.fixed, self.guidance, self.mask_id)
     )
-    return samples._replace(num_calls=2 * samples.num_calls)
+    num_calls = 2 * samples.num_calls * reveal.calls_of(denoise)
+    return samples._replace(num_calls=num_calls)
 
 
 def guide(

@@ -62,8 +62,8 @@ class Posterior(Sampler):
     if self.num_corrections and not self.rule.can_correct:
       raise InputError(
         f'sampler.num_corrections={self.num_corrections!r} must be 0 for a '
-        'network that predicts only masked tokens; networks of objective.name='
-        "'uniform' and 'hybrid' can correct others"
+        'network that predicts only masked tokens; those of uniform and hybrid '
+        'noise can correct others'
       )
 
   @classmethod

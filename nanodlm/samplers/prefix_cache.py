@@ -42,6 +42,7 @@ class PrefixCache(base.OuterSampler):
   refresh_calls: int = 0
 
   needs_cache = True
+  caches_noise = True
 
   def __post_init__(self):
     if self.block_size < 0:
@@ -133,7 +134,7 @@ class PrefixCache(base.OuterSampler):
       tokens = jax.lax.dynamic_update_slice_in_dim(
         tokens, samples.tokens, start, axis=1
       )
-      num_calls += has_work + samples.num_calls
+      num_calls += has_work + samples.num_calls * reveal.calls_of(denoise)
       if self.refresh_calls:
         num_calls += held[-1][...]
       return tokens, hidden & ~inside[None], cache, num_calls

@@ -152,6 +152,11 @@ def draw_pending(
   return drawn, memory, prob, num_calls
 
 
+def calls_of(denoise: Any) -> int:
+  """Returns `CachedDenoise.calls`, which is 1 of a plain function."""
+  return getattr(denoise, 'calls', 1)
+
+
 def ask(
   denoise: Any,
   tokens: jax.Array,

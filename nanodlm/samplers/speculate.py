@@ -78,7 +78,6 @@ class Speculate(Sampler):
     every = jnp.tile(jnp.arange(size), (len(tokens), 1))
     where, slots = jnp.arange(length + size)[None], jnp.arange(size)[None]
     causal = denoise.autoregressive
-    level = jnp.ones(len(tokens))
 
     def inputs(tokens):  # The autoregressive model reads these.
       return jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=mask_id)
@@ -95,6 +94,7 @@ class Speculate(Sampler):
       begin, places = jnp.maximum(start - 1, 0), start[:, None] + slots
       block = tokens[row, begin[:, None] + slots]
       drafted = (places - begin[:, None])[:, :-1]
+      level = jnp.mean(block == mask_id, axis=1)
       visible = where < begin[:, None]
       logits, _ = denoise.within(cache, block, begin, level, drafted, visible)
       log_q = self.draw.log_prob(logits)
@@ -126,7 +126,8 @@ class Speculate(Sampler):
       tokens, has_ended = reveal.end_texts(tokens, fixed, self.eos_ids)
       is_open = jnp.any(~fixed & (tokens == mask_id), axis=1) & ~has_ended
       start = jnp.where(is_open, start + num[:, 0] + 1, length)
-      return tokens, cache, start, num_calls + 2
+      num_calls += 1 + reveal.calls_of(denoise)
+      return tokens, cache, start, num_calls
 
     cache = denoise.init_cache(tokens)
     is_open = ~jnp.all(fixed, axis=1)

@@ -102,7 +102,7 @@ class Watched:
 
   def __call__(self, tokens, level, positions):
     ask = lambda: self.denoise(tokens, level, positions)
-    logits = self._ask(ask, tokens, 0, positions)
+    logits = self._ask(ask, tokens, 0, positions, self.calls)
     self._answer(logits, positions)
     return logits
 
@@ -111,6 +111,10 @@ class Watched:
     out = self._ask(ask, tokens, 0, positions)
     self._answer(out[0], positions)
     return out
+
+  @property
+  def calls(self) -> int:
+    return getattr(self.denoise, 'calls', 1)
 
   @property
   def autoregressive(self) -> 'Watched':
@@ -131,7 +135,7 @@ class Watched:
       cache, tokens, start, level, positions, visible
     )
     asked = jnp.full(tokens.shape[:1], start)[:, None] + positions
-    out = self._ask(ask, tokens, start - self.shift, asked)
+    out = self._ask(ask, tokens, start - self.shift, asked, self.calls)
     self._answer(out[0], asked)
     return out
 
@@ -143,11 +147,11 @@ class Watched:
       shown = positions[: self.num_rows], top, jnp.exp(top_log_p)
       self._call(Answered, *shown)
 
-  def _ask(self, ask, tokens, start, positions):
+  def _ask(self, ask, tokens, start, positions, calls=1):
     """Returns ask(), or zeros once the host has stopped the sampler."""
     rows = slice(self.num_rows)
     start = jnp.full(tokens.shape[:1], start, jnp.int32)[rows]
-    num_calls = jnp.int32(tokens.shape[0] // self.num_rows)
+    num_calls = jnp.int32(tokens.shape[0] // self.num_rows * calls)
     go_on = self._call(Asked, start, tokens[rows], positions[rows], num_calls)
     return jax.lax.cond(go_on > 0, ask, lambda: sharding.zeros_like(ask))
 

@@ -293,6 +293,10 @@ class Denoiser:
   params: Any
   segment_ids: jax.Array | None = None
 
+  @property
+  def calls(self) -> int:
+    return 2 if self.network.self_conditions else 1
+
   def __call__(self, tokens, level, positions):
     condition = self._condition(lambda: self._hidden(tokens, level))
     wanted = _flat(positions, tokens.shape[1])
@@ -381,9 +385,10 @@ class Denoiser:
   def _advance(
     self, cache, tokens, start, visible, level, positions, condition=None
   ):
-    if level is None:
-      level = jnp.zeros((tokens.shape[0],))
-    time = self.objective.network_time(level)
+    if level is None:  # Clean tokens.
+      time = jnp.zeros((tokens.shape[0],))
+    else:
+      time = self.objective.network_time(level)
     return self.network.advance(
       self.params, tokens, time, start, cache, visible, positions, condition
     )

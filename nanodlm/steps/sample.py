@@ -53,8 +53,7 @@ def _sample(
   denoise = network.Denoiser(
     scorer.network, objective, scorer.network.gather(params), segment_ids
   )
-  self_conditions = scorer.network.self_conditions
-  if self_conditions and sampler.remembers:
+  if scorer.network.self_conditions and sampler.remembers:
     canvas = canvas._replace(memory=denoise.init_memory(canvas.tokens))
   if view is not None:
     first_row = network.row_index(num_rows)[0]
@@ -63,8 +62,6 @@ def _sample(
     keys, canvas, denoise
   )
   num_calls = sharding.max_over_batch(samples.num_calls)
-  if self_conditions and not sampler.remembers:
-    num_calls *= 2
   return samples._replace(num_calls=num_calls)
 
 

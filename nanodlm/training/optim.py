@@ -83,10 +83,16 @@ def muon_dimensions(params):
   """Returns the axes of each leaf that Muon orthogonalises as a matrix.
 
   A leading layer axis is a batch axis. None leaves the leaf to AdamW:
-  embeddings, the output projection, norms, and the time conditioning, which
-  starts at zero.
+  embeddings, the output projection, norms, and the conditioning on time and on
+  predictions, which starts at zero.
   """
-  others = {'time_embedding', 'modulation', 'final_modulation', 'embedding_in'}
+  others = {
+    'time_embedding',
+    'modulation',
+    'final_modulation',
+    'embedding_in',
+    'self_conditioning',
+  }
 
   def dimensions(path, x):
     names = [part.key for part in path]

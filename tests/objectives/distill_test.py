@@ -110,7 +110,7 @@ def row_losses(objective, student, teacher, batch, levels):
 
 def kl(objective, student, teacher):
   """The divergence of log-probabilities [..., V], by its definition."""
-  p, q = student, toys.log_softmax(teacher / objective.temperature)
+  p, q = student, toys.log_softmax(teacher / objective.teacher_temperature)
   if objective.divergence == 'fwd':
     p, q = q, p
   return np.sum(np.exp(p) * (p - q), axis=-1)
@@ -164,7 +164,9 @@ def uniform_loss(objective, student, teacher, x0, noise):
 
 def teacher_steps(objective, teacher, x0, shares):
   """Yields zt's row and masks, the targets [L, V + 1] and the probability."""
-  temper = lambda row: toys.log_softmax(teacher[row] / objective.temperature)
+  temper = lambda row: toys.log_softmax(
+    teacher[row] / objective.teacher_temperature
+  )
   for (first, second), p in masks(shares):
     row = toys.canvas_index(np.where(first, MASK, x0))
     shown = np.flatnonzero(first & ~second)
@@ -187,7 +189,7 @@ def sdtt_loss(objective, student, teacher, x0, shares):
 class LossTest(parameterized.TestCase):
   @parameterized.product(
     name=('dcd', 'sdtt', 'uniform'),
-    settings=({'divergence': 'fwd'}, {'temperature': 0.2}),
+    settings=({'divergence': 'fwd'}, {'teacher_temperature': 0.2}),
   )
   def test_expected_value(self, name, settings):
     base = Uniform(MASK) if name == 'uniform' else Masked(MASK)

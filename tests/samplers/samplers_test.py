@@ -583,6 +583,31 @@ class PosteriorTest(parameterized.TestCase):
     self.assertGreater(toys.chi_square(histogram(samples.tokens), law), 1e-3)
     self.assertEqual(samples.num_calls, num_steps)
 
+  @parameterized.parameters(
+    FixedCount(DRAW, 2), Posterior(DRAW, 3, Uniform(MASK))
+  )
+  def test_a_text_that_ends_within_a_block(self, inner):
+    seen = []
+
+    class Spy(toys.CachedTable):
+      def within(self, cache, tokens, start, level, *args):
+        jax.debug.callback(lambda *x: seen.append(x), tokens, level, start)
+        return super().within(cache, tokens, start, level, *args)
+
+    sampler = Block(inner, 2, MASK)
+    samples = run(sampler, blank(8), keys_of(8), Spy(POSTERIOR, block_size=2))
+    jax.block_until_ready(samples)
+    jax.effects_barrier()
+    self.assertEqual(samples.tokens.shape, (8, LENGTH))
+    self.assertLess(np.max(samples.tokens), MASK)
+    seen = [(x, level) for x, level, start in seen if start == 2]
+    self.assertEqual(len(seen), {2: 1, 3: 3}[inner.num_steps])
+    for tokens, level in seen:
+      noise = np.mean(tokens == MASK, axis=1)
+      # As in training: masks are counted, or there are none.
+      expected = level if inner.reads_masks else np.zeros(8)
+      np.testing.assert_array_equal(noise, expected)
+
   @parameterized.parameters(True, False)
   def test_uniform_noise_in_blocks_of_one(self, cache):
     # The exact denoiser of a token, given those before, ignores its noise.
