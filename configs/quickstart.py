@@ -46,7 +46,9 @@ children had one of the same four things, 3% of 64 samples were possible at 10.0
 nats above the truth, 45 of them because both had the same; with things of their
 own, 72% at 6.4.
 
-A block model of the same size is far ahead; see configs/objectives.py.
+With the same steps, a block model of the same size (S = 4) was 0.20 +- 0.09
+nats a story above the truth and an autoregressive one 0.04 +- 0.01 (one seed,
+--config=configs/objectives.py:block4 and :ar, 2400 steps).
 """
 
 from nanodlm import config as configs
