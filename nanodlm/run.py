@@ -503,7 +503,7 @@ def _check_effects(run: Run, given: Collection[str]):
   method = make_distillation(settings, objective)
   read = _keys_of(objective, objective.unread_keys(uses_time))
   effects = {
-    'objective': read - method.unread_of_base() if method else read,
+    'objective': read - method.ignored if method else read,
     'distill': _keys_of(method, ()) if method else set(),
     'sampler': sampled,
     'optim': optim.reads(settings.optim.name, settings.optim.schedule),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from nanodlm.noise import categorical
 from nanodlm.objectives import ar, diffusion, masked, masking, mixture, uniform
-from nanodlm.types import InputError, Noised, Objective
+from nanodlm.types import InputError, Noised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Block(InBlocks, masking.MaskedNoise):
 
   @property
   def of_block(self):
-    return _whole(masked.Masked, self)
+    return self.in_form(masked.Masked)
 
   @property
   def autoregressive(self) -> ar.Autoregressive | None:
@@ -195,7 +195,7 @@ class BlockUniform(InBlocks, uniform.Uniform):
 
   @property
   def of_block(self):
-    return _whole(uniform.Uniform, self)
+    return self.in_form(uniform.Uniform)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,10 +204,4 @@ class BlockHybrid(InBlocks, mixture.Hybrid):
 
   @property
   def of_block(self):
-    return _whole(mixture.Hybrid, self)
-
-
-def _whole(cls: type[Objective], objective: InBlocks) -> Objective:
-  """Returns the objective of the same noise without blocks."""
-  names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore
-  return cls(**{name: getattr(objective, name) for name in names})
+    return self.in_form(mixture.Hybrid)

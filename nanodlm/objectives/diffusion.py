@@ -44,6 +44,11 @@ class Diffusion(ReverseRule, Objective):
   def naive(self):
     return dataclasses.replace(self.evaluation(), noise='uniform')
 
+  def in_form(self, cls: 'type[Diffusion]') -> 'Diffusion':
+    """Returns an objective of another class, with this one's settings."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: getattr(self, name) for name in names})
+
   def sample_levels(self, key, batch_size, length):
     return times.SAMPLE_LEVELS[self.noise](key, batch_size)
 

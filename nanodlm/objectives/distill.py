@@ -14,18 +14,6 @@ DIVERGENCES = ('bwd', 'fwd')
 # Teacher's steps in a step of the student, as in the papers; the number of
 # steps is halved in each round.
 NUM_TEACHER_STEPS = 2
-# Fields of objectives that do not change the law of their noise.
-_OF_TRAINING = frozenset(
-  {
-    'noise',
-    'max_weight',
-    'min_time',
-    'num_timesteps',
-    'curriculum_steps',
-    'tau',
-    'num_soft_tokens',
-  }
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +51,18 @@ class Distillation(Objective):
   round: Any = 0
 
   uses_frozen = True
+  # The fields of `base` that only its own loss reads.
+  ignored = frozenset(
+    {
+      'noise',
+      'max_weight',
+      'min_time',
+      'num_timesteps',
+      'curriculum_steps',
+      'tau',
+      'num_soft_tokens',
+    }
+  )
 
   def __post_init__(self):
     for key in 'num_steps', 'round_steps':
@@ -87,12 +87,6 @@ class Distillation(Objective):
       and base.is_normalised
       and base.autoregressive is None
     )
-
-  def unread_of_base(self) -> frozenset[str]:
-    """Returns the names of fields of `base` that only its own loss reads."""
-    own = dataclasses.fields(self.base)  # pyright: ignore
-    names = {field.name for field in own} & _OF_TRAINING
-    return frozenset(names)
 
   def check_rounds(self, num_steps: int):
     """Raises InputError unless training steps are whole rounds."""

@@ -72,6 +72,13 @@ class MixtureNoise(diffusion.Diffusion):
   def corrupt(self, keys, levels, x0, eligible):
     t, rest = times.smoothstep(self.clock(levels)[0])
     xt = self.process.corrupt(keys, self.process.parts(t, rest), x0, eligible)
+    return self.noised(levels, x0, xt, eligible)
+
+  def noised(
+    self, levels: jax.Array, x0: jax.Array, xt: jax.Array, eligible: jax.Array
+  ) -> Noised:
+    """Returns x0 [B, L] noised to xt [B, L] at levels [B]."""
+    t, _ = times.smoothstep(self.clock(levels)[0])
     return Noised(
       tokens=xt,
       t=t,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from nanodlm.noise import categorical, gaussian, processes, schedules, times
 from nanodlm.objectives import mixture
-from nanodlm.types import InputError, Noised, Objective, SoftTokens
+from nanodlm.types import InputError, Objective, SoftTokens
 
 # The noise levels alpha of the curriculum. At its ends Duo's range of 50k
 # tokens, log signal-to-noise ratios of 1.85 to 3.55, has 0.049 and 0.945.
@@ -64,7 +64,10 @@ class Uniform(mixture.MixtureNoise):
     # The curriculum is training's.
     own = super().evaluation()
     return dataclasses.replace(
-      own, curriculum_steps=0, tau=Uniform.tau, num_soft_tokens=8
+      own,
+      curriculum_steps=0,
+      tau=Uniform.tau,
+      num_soft_tokens=Uniform.num_soft_tokens,
     )
 
   def curriculum(self) -> Objective:
@@ -75,12 +78,7 @@ class Uniform(mixture.MixtureNoise):
         f'objective.num_soft_tokens={self.num_soft_tokens!r} must be at most '
         f'{self.mask_id}, the number of tokens of the vocabulary'
       )
-    return Relaxed(
-      **{
-        field.name: getattr(self, field.name)
-        for field in dataclasses.fields(self)
-      }
-    )
+    return self.in_form(Relaxed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +123,8 @@ class Relaxed(Uniform):
     ids = jnp.where(is_noisy, ids, x0[..., None])
     first = jnp.arange(self.num_soft_tokens)[None, None] == 0
     xt = ids[..., 0]
-    return Noised(
-      tokens=xt,
-      t=t,
-      scored=eligible,
-      level=jnp.broadcast_to(t[:, None], x0.shape),
-      fields=self.fields(levels, x0, xt),
-      soft=SoftTokens(ids, jnp.where(is_noisy, weights, first)),
-    )
+    soft = SoftTokens(ids, jnp.where(is_noisy, weights, first))
+    return self.noised(levels, x0, xt, eligible)._replace(soft=soft)
 
   def terms(self, logits, fields, vocab=categorical.WHOLE):
     terms = super().terms(logits, fields, vocab)

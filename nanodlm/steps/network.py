@@ -85,7 +85,7 @@ class Scorer:
     return _Scoring(self, params, frozen, given)
 
   def _caller(self, params, noised, segment_ids, seen, is_conditioned) -> Any:
-    """Returns `Network.hidden` of a batch, and of a first call's prediction."""
+    """Returns `Network.hidden` of a batch, after the first call of two."""
     hidden = functools.partial(
       self.network.hidden,
       tokens=noised.tokens,
