@@ -115,7 +115,10 @@ class ModelConfig:
     norm_eps: keeps the norm of a zero vector finite; QK-norms use it, too.
     shift_outputs: the output at position i is read at i - 1 (at 0 for 0), where
       a formerly autoregressive network predicts its token (DiffuLLaMA, arXiv
-      2410.17891; Dream, arXiv 2508.15487).
+      2410.17891; Dream, arXiv 2508.15487). With blocks (Fast-dLLM v2, arXiv
+      2509.26328), the first token of each is read in the clean copy: noisy
+      position i - 1 belongs to the block before and does not see its clean
+      text.
     self_conditioning: whether the network reads its own prediction: the input
       is E_z + W norm(c), where c is the mean embedding of the prediction of a
       call before, and W is 0 initially. Source: Analog Bits, arXiv 2208.04202,
@@ -218,9 +221,9 @@ class ModelConfig:
       f"is ignored by model.norm={self.norm!r}; it needs 'layer'",
     )
     require(
-      not self.shift_outputs or not (self.causal or self.block_size),
+      not self.shift_outputs or self.block_size or not self.causal,
       'shift_outputs',
-      'must be False with objectives that shift their input or see blocks',
+      'must be False with objectives that shift their input',
     )
     for key, unset in (('time_form', 'dit'), ('time_dim', 0)):
       require(

@@ -81,7 +81,7 @@ class TransformerNetwork(Network):
 
   @property
   def has_cache(self) -> bool:  # pyright: ignore
-    return not self.config.shift_outputs
+    return not self.config.shift_outputs or self.config.block_size > 0
 
   @property
   def reads_soft(self) -> bool:  # pyright: ignore
@@ -117,7 +117,7 @@ class TransformerNetwork(Network):
 
   def autoregressive(self) -> 'TransformerNetwork':
     config = dataclasses.replace(
-      self.config, block_size=0, self_conditioning=False
+      self.config, block_size=0, self_conditioning=False, shift_outputs=False
     )
     return dataclasses.replace(self, config=config)
 

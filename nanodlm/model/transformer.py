@@ -46,10 +46,13 @@ class Cache(NamedTuple):
   Attributes:
     layers: (keys, values), [num_layers - 1, B, C, K, Dh] each, or None.
     last: (keys, values) of the last layer, [B, C, K, Dh] each.
+    states: [B, C, 1, D], outputs of the network, with shifted outputs; the
+      first token of a block is read from them.
   """
 
   layers: Any
   last: Any
+  states: Any = None
 
 
 class Context(NamedTuple):
@@ -190,7 +193,7 @@ class Block(nn.Module):
         causal=cfg.causal and not cfg.block_size,
       )
     elif cfg.block_size:
-      if positions is not None and not cfg.causal:
+      if positions is not None and not (cfg.causal or cfg.shift_outputs):
         q = q[: batch // 2]  # Only noisy rows of the last layer are wanted.
       h = attention.block_attention(
         q, k, v, block_size=cfg.block_size, causal=cfg.causal, **kernel
@@ -332,7 +335,7 @@ class Transformer(nn.Module):
     ):
       wanted = jnp.arange(batch * length)
     if self.config.shift_outputs and wanted is not None:
-      wanted = jnp.where(wanted % length == 0, wanted, wanted - 1)
+      wanted = self._shifted(wanted, batch, length)
     context = Context(
       segment_ids=segment_ids, dropout_keys=dropout_keys, seen=seen
     )
@@ -369,18 +372,26 @@ class Transformer(nn.Module):
       hidden [B, S, D] or [N, D], and the cache with the tokens' own keys and
       values at start .. start + S - 1.
     """
-    if self.config.shift_outputs:
+    if self.config.shift_outputs and not self.config.block_size:
       raise InputError(
-        'model.shift_outputs=True reads outputs from before a block, which a '
-        'cache of keys and values does not have'
+        'model.shift_outputs=True has no cache without blocks: the outputs '
+        'before a part of the text change with it'
       )
     start = jnp.asarray(start)
     offset = jnp.expand_dims(jnp.arange(tokens.shape[1]), range(start.ndim))
     where = start[..., None] + offset
     context = Context(visible=visible)
+    has_states = cache.states is not None
+    wanted = None if has_states else positions
     hidden, own = self._layers(
-      tokens, t, where, cache, context, positions, condition
+      tokens, t, where, cache, context, wanted, condition
     )
+    if has_states:
+      own = own._replace(states=hidden[:, :, None])
+      if self.config.shift_outputs:
+        hidden = self._shifted_in_cache(hidden, start, cache.states)
+      if positions is not None:
+        hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
 
     def write(old, new, start):
       return jax.lax.dynamic_update_slice_in_dim(
@@ -395,6 +406,32 @@ class Transformer(nn.Module):
     return hidden, jax.tree.map(
       write_rows if start.ndim else one_start, cache, own
     )
+
+  def _shifted(self, wanted, batch, length):
+    """Returns the rows of the output that predict the wanted tokens [N].
+
+    The first token of a block is predicted by the clean copy, since the noisy
+    position before it belongs to another block.
+    """
+    size = self.config.block_size or length
+    before = wanted - 1
+    if self.config.causal:  # The start symbol moved the clean copy by one.
+      first = wanted + batch * length
+      is_clean = wanted >= batch * length
+      return jnp.where(
+        is_clean, wanted, jnp.where(wanted % size == 0, first, before)
+      )
+    first = jnp.where(wanted % length == 0, wanted, before + batch * length)
+    return jnp.where(wanted % size == 0, first, before)
+
+  def _shifted_in_cache(self, hidden, start, states):
+    """Returns `hidden` [B, S, D] one place later, after cached `states`."""
+    before = start if self.config.causal else start - 1
+    index = jnp.broadcast_to(jnp.maximum(before, 0), hidden.shape[:1])
+    first = states[jnp.arange(len(hidden)), index].astype(hidden.dtype)
+    is_first = jnp.broadcast_to(before < 0, index.shape)[:, None, None]
+    first = jnp.where(is_first, hidden[:, :1], first)
+    return jnp.concatenate([first, hidden[:, :-1]], axis=1)
 
   def _layers(
     self, tokens, t, where, cache, context, positions, condition=None, soft=None
@@ -537,7 +574,10 @@ def init_cache(
   shape = (batch_size, length, kv_heads, config.head_dim)
   zeros = lambda *lead: (jnp.zeros(lead + shape, config.dtype),) * 2
   layers = zeros(config.num_layers - 1) if config.num_layers > 1 else None
-  return Cache(layers, zeros())
+  states = None
+  if config.shift_outputs:
+    states = jnp.zeros((batch_size, length, 1, config.embed_dim), config.dtype)
+  return Cache(layers, zeros(), states)
 
 
 def output_kernel(params) -> tuple[jax.Array, ...]:

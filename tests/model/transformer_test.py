@@ -233,6 +233,80 @@ class BlockDiffusionTest(parameterized.TestCase):
         both, hidden_of(plain, params, TOKENS, None), atol=1e-5
       )
 
+  @parameterized.product(size=(1, 3), causal=(False, True))
+  def test_shifted_outputs(self, size, causal):
+    # The first token of a block is predicted by the clean copy, others by the
+    # noisy position before them.
+    config = toys.model_config(
+      num_layers=2, block_size=size, causal=causal, time_conditioning=True
+    )
+    shifted = dataclasses.replace(config, shift_outputs=True)
+    own = dataclasses.replace(config, block_size=0 if causal else size)
+    params, clean = jax.tree.map(jnp.asarray, params_of(config)), TOKENS[::-1]
+    t = np.float32([[0.1], [0.5], [0.9]]) + np.zeros(LENGTH // size) / 9
+    nothing = jnp.zeros((LENGTH,), bool)
+    advance = lambda config: functools.partial(
+      transformer.Transformer(config).apply,
+      {'params': params},
+      method='advance',
+    )
+
+    @jax.jit
+    def copy_of(tokens):  # The states of the clean copy.
+      cache, states = transformer.init_cache(config, BATCH, LENGTH), []
+      for start in range(0, LENGTH, size):
+        part = tokens[:, start : start + size]
+        now = jnp.arange(LENGTH) < start
+        hidden, cache = advance(own)(part, 0 * T, start, cache, now)
+        states.append(hidden)
+      return jnp.concatenate(states, axis=1)
+
+    start_symbol = np.full_like(clean[:, :1], 11)
+    if causal:
+      clean = np.concatenate([start_symbol, clean[:, :-1]], axis=1)
+    noisy = np.asarray(hidden_of(config, params, t=t, clean=clean))
+    states = np.asarray(copy_of(clean))
+    expected = np.concatenate([noisy[:, :1], noisy[:, :-1]], axis=1)
+    is_first = np.arange(LENGTH) % size == 0
+    before = states if causal else np.roll(states, 1, axis=1)
+    expected[:, is_first] = before[:, is_first]
+    if not causal:
+      expected[:, 0] = noisy[:, 0]
+    full = hidden_of(shifted, params, t=t, clean=clean)
+    np.testing.assert_allclose(full, expected, atol=1e-5)
+    positions = np.array([0, 3, 17, 8, 6, 12])
+    np.testing.assert_allclose(
+      hidden_of(shifted, params, t=t, clean=clean, positions=positions),
+      expected.reshape(-1, 16)[positions],
+      atol=1e-5,
+    )
+    if causal:  # The clean copy itself is shifted by its input.
+      np.testing.assert_allclose(
+        hidden_of(shifted, params, t=t, clean=clean, positions=positions + 18),
+        states.reshape(-1, 16)[positions],
+        atol=1e-5,
+      )
+
+    @jax.jit
+    def by_cache():
+      cache, hidden = transformer.init_cache(shifted, BATCH, LENGTH), []
+      copy = dataclasses.replace(own, shift_outputs=not causal)
+      if causal:
+        _, cache = advance(copy)(clean[:, :1], 0 * T, 0, cache, nothing)
+      for start in range(0, LENGTH, size):
+        part = slice(start, start + size)
+        visible = jnp.arange(LENGTH) < start + causal
+        time = t[:, start // size]
+        rows = advance(shifted)(TOKENS[:, part], time, start, cache, visible)
+        hidden.append(rows[0])
+        part = clean[:, start + causal : start + causal + size]
+        if not part.size:
+          break
+        _, cache = advance(copy)(part, 0 * T, start + causal, cache, visible)
+      return jnp.concatenate(hidden, axis=1)
+
+    np.testing.assert_allclose(by_cache(), expected, atol=1e-5)
+
   @parameterized.parameters('none', 'full')
   def test_positions_segments_dropout(self, remat):
     config = toys.model_config(block_size=2, dropout=0.3, remat=remat)
@@ -303,7 +377,7 @@ class BlockDiffusionTest(parameterized.TestCase):
     config = toys.model_config(
       block_size=2, time_conditioning=True, time_form=form
     )
-    params, clean = params_of(config), TOKENS[::-1]
+    params, clean = jax.tree.map(jnp.asarray, params_of(config)), TOKENS[::-1]
     t = np.linspace(0.2, 0.8, 9, dtype=np.float32).reshape(3, 3)
     both = hidden_of(config, params, TOKENS, t, clean=clean)
     chosen = jnp.array([3, 0, 14])  # Indices into B * L.
@@ -605,7 +679,7 @@ class OptionsTest(parameterized.TestCase):
       expected.reshape(-1, 16)[positions],
       atol=1e-5,
     )
-    with self.assertRaisesRegex(InputError, 'which a cache .* does not have'):
+    with self.assertRaisesRegex(InputError, '^model.shift_outputs=True'):
       transformer.Transformer(shifted).apply(
         {'params': params},
         TOKENS[:, :2],
@@ -659,9 +733,8 @@ class OptionsTest(parameterized.TestCase):
       toys.model_config(**{key: value})
 
   def test_conflicting_settings(self):
-    for kind in (dict(causal=True), dict(block_size=2)):
-      with self.assertRaisesRegex(InputError, '^model.shift_outputs=True'):
-        toys.model_config(shift_outputs=True, **kind)
+    with self.assertRaisesRegex(InputError, '^model.shift_outputs=True'):
+      toys.model_config(shift_outputs=True, causal=True)
     with self.assertRaisesRegex(InputError, 'model.head_size=5'):
       toys.model_config(head_size=5)
     toys.model_config(head_size=5, num_positions=8)  # Without rotation.

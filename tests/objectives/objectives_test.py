@@ -1252,11 +1252,14 @@ class BlockTest(parameterized.TestCase):
         np.sort((column[::2] * 8).astype(int)), np.arange(8)
       )
 
-  def test_the_two_laws_of_one_network(self):
+  @parameterized.parameters(False, True)
+  def test_the_two_laws_of_one_network(self, is_shifted):
     # A network with a causal clean copy, on all texts of two blocks of two.
     objective = Block(MASK, block_size=2, ar_weight=1.0)
     network = TransformerNetwork(
-      toys.model_config(vocab_size=4, block_size=2, causal=True)
+      toys.model_config(
+        vocab_size=4, block_size=2, causal=True, shift_outputs=is_shifted
+      )
     )
     params = jax.tree.map(
       lambda x: 6 * x, network.init_params(jax.random.key(0))
@@ -1298,6 +1301,13 @@ class BlockTest(parameterized.TestCase):
     )
     # Two models: neither law is the other's.
     self.assertGreater(np.abs(rows['ar_nll'] - nll).max(), 0.1)
+    if is_shifted:  # But for the first token of a block.
+      own = call.autoregressive
+      logits = jax.jit(lambda *args: own(*args))(
+        texts, np.ones(len(texts), np.float32), every
+      )
+      exact = toys.log_softmax(logits)[np.arange(len(texts)), 2, texts[:, 2]]
+      np.testing.assert_allclose(log_p(2, [0, 1]), exact, atol=1e-5)
 
   @parameterized.parameters(-0.5, float('nan'), float('inf'))
   def test_invalid_weights(self, weight):

@@ -48,6 +48,8 @@ OBJECTIVES = {
   'ar': Autoregressive(MASK),
   'block': Block(MASK, block_size=4),
   'block_ar': Block(MASK, block_size=4, ar_weight=0.5),
+  'block_shifted': Block(MASK, block_size=4),
+  'block_ar_shifted': Block(MASK, block_size=4, ar_weight=0.5),
   'genmd4': GenMD4(MASK),
   # The first of two steps.
   'curriculum': Uniform(MASK, curriculum_steps=1, tau=0.3),
@@ -112,6 +114,7 @@ def network(name, dropout=0.0):
     num_layers=2,
     causal=OBJECTIVES[name].autoregressive is not None,
     block_size=OBJECTIVES[name].block_size,
+    shift_outputs=name.endswith('_shifted'),
     dropout=dropout,
     self_conditioning=name == 'self_conditioning',
   )
@@ -696,6 +699,16 @@ class SampleStepTest(parameterized.TestCase):
       lambda cache: BlockSampler(FixedCount(Draw(MASK), 3), 4, MASK, cache),
       (4, 5),
     ),
+    (
+      'block_shifted',
+      lambda cache: BlockSampler(FixedCount(Draw(MASK), 3), 4, MASK, cache),
+      (4, 5),
+    ),
+    (
+      'block_ar_shifted',
+      lambda cache: BlockSampler(FixedCount(Draw(MASK), 3), 4, MASK, cache),
+      (4, 5),
+    ),
     ('block_ar', lambda cache: LeftToRight(Draw(MASK), cache), (5, 6)),
   )
   def test_a_cache_changes_nothing(self, name, sampler, num_calls):
@@ -719,8 +732,10 @@ class SampleStepTest(parameterized.TestCase):
       if length == LENGTH:
         self.assertEqual(tuple(s.num_calls for s in samples), num_calls)
 
-  @parameterized.parameters(8, 1)
-  def test_greedy_speculation_changes_nothing(self, num_devices):
+  @parameterized.parameters(
+    (8, 'block_ar'), (1, 'block_ar'), (8, 'block_ar_shifted')
+  )
+  def test_greedy_speculation_changes_nothing(self, num_devices, name):
     # Prompts of every length, and gaps.
     fixed = np.arange(LENGTH)[None] < np.arange(BATCH)[:, None] % LENGTH
     fixed |= (np.arange(BATCH) > 8)[:, None] & (np.arange(LENGTH) == 5)[None]
@@ -730,7 +745,7 @@ class SampleStepTest(parameterized.TestCase):
     params = jax.device_put(initial_params(), meshes.replicated(mesh))
     exact, fast = (
       host(
-        sample_steps.make_sample_step(scorer('block_ar'), sampler, mesh)(
+        sample_steps.make_sample_step(scorer(name), sampler, mesh)(
           params, jax.random.key(0), meshes.shard_batch(mesh, canvas)
         )
       )
