@@ -247,12 +247,7 @@ class Start:
     if saved is not None and not self.is_given:
       config = saved
     elif source and not self.is_given:
-      config = read_run(source, 'checkpoint.init_from')
-      config.checkpoint.init_step = 0
-      # How the other run was trained is not how this one is.
-      config.distill.name, config.objective.curriculum_steps = '', 0
-      if config.tokenizer.name in ('run', 'sentencepiece'):
-        config.tokenizer.update(name='run', path=source, vocab_size=0)
+      config = start_from(source)
     return self._settings(config), was
 
   def resolve_reading(
@@ -362,6 +357,21 @@ BOUND_KEYS = frozenset(
 BOUND_SECTIONS = ('data', 'tokenizer', 'model', 'objective', 'distill')
 # Whether these are zero decides what the optimiser's state holds.
 BOUND_SWITCHES = ('optim.ema_decay', 'optim.clip_norm')
+
+
+def start_from(workdir: str) -> config_dict.ConfigDict:
+  """Returns the config of a new run that starts from the one in `workdir`.
+
+  Raises:
+    InputError: there is no run in `workdir`.
+  """
+  config = read_run(workdir, 'checkpoint.init_from')
+  config.checkpoint.update(init_from=workdir, init_step=0)
+  # How the other run was trained is not how this one is.
+  config.distill.name, config.objective.curriculum_steps = '', 0
+  if config.tokenizer.name in ('run', 'sentencepiece'):
+    config.tokenizer.update(name='run', path=workdir, vocab_size=0)
+  return config
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

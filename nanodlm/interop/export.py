@@ -106,7 +106,7 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     layout = form.layout(network, checkpoint.flatten(params), ())
     write_tensors(work, params, layout, described)
     has_tokenizer = write_tokenizer(work, run, described)
-    if run.objective.causal:
+    if form.is_stock:
       # The mask begins a text and is never a part of it.
       keys = ('bos_token_id', 'eos_token_id', 'pad_token_id')
       special = {key: foreign[key] for key in keys}
