@@ -1,7 +1,7 @@
 r"""Turns an autoregressive model into one of blocks, which keeps both laws.
 
-    python launch.py --mode=import --from=FOLDER_OR_HUB_NAME --workdir=runs/llama
-    python launch.py --config=configs/from_ar.py:runs/llama \
+    python launch.py --mode=import --from=Qwen/Qwen3-0.6B --workdir=runs/qwen3
+    python launch.py --config=configs/from_ar.py:runs/qwen3 \
         --workdir=runs/blocks --config.data.source='jsonl:corpus/*.jsonl'
 
 """

@@ -7,7 +7,9 @@ The file of --config has a dict VARIANTS, {name: {'section.key': value}}, and
 get_config(name), so that each can also be trained alone, with
 --config=configs/objectives.py:block4. Each run is trained in OUTPUT/NAME-seedN
 as by --mode=train, and measured as by --mode=compare and --mode=eval --infill,
-by default against the law of the text if that is known.
+by default against the law of the text if that is known. A variant whose
+checkpoint.init_from is the name of one before it starts from the run of that
+one with the same seed, as the student of a distillation does.
 
 Runs take turns by seed, and after each of them study.txt, study.json and
 study.png show what is known so far. The same command resumes: nothing that was
@@ -159,13 +161,20 @@ def plan_members(
   members = []
   for seed in numbers:
     check_seed(seed, '--seeds')
+    folders = {
+      name: str(pathlib.Path(output) / f'{name}-seed{seed}') for name in known
+    }
     for variant in chosen:
+      config = module['get_config'](variant)
+      if (origin := config.checkpoint.init_from) in folders:
+        config.checkpoint.init_from = folder = folders[origin]
+        if origin not in chosen and not workdirs.has_tokenizer(folder):
+          raise InputError(
+            f'--variants={list(variants)}: {variant!r} starts from {origin!r}, '
+            f'which is neither among them nor trained in {folder}'
+          )
       one = Start(
-        'train',
-        str(pathlib.Path(output) / f'{variant}-seed{seed}'),
-        module['get_config'](variant),
-        True,
-        {**start.changes, 'seed': seed},
+        'train', folders[variant], config, True, {**start.changes, 'seed': seed}
       )
       settings, saved = one.resolve()
       if seed == numbers[0]:

@@ -15,6 +15,7 @@ from nanodlm import evaluate, laws, train
 from nanodlm import lm as lms
 from nanodlm.data.sources import stories
 from nanodlm.evals import compare, study
+from nanodlm.types import InputError
 from tests import launches
 from tests.data.stories_test import TINY
 
@@ -252,6 +253,24 @@ def test_runs_that_fail_are_left_out(finished, monkeypatch, capsys):
   assert 'left_to_right' in capsys.readouterr().out
   monkeypatch.undo()
   assert start(finished) == 0
+
+
+def test_a_variant_that_starts_from_another(finished, tmp_path):
+  student = (
+    "'student': {'checkpoint.init_from': 'masked', 'distill.name': 'sdtt',"
+    "'distill.num_steps': 4, 'distill.round_steps': 1},\n"
+  )
+  text = (finished / 'pair.py').read_text()
+  path = tmp_path / 'student.py'
+  path.write_text(text.replace("  'left", f"  {student}  'left"))
+  one = configs.Start('study', '', configs.load(), True, {}, str(path))
+  plan = lambda output: study.plan_members(one, output, ['student'], ['5'])
+  (member,) = plan(str(finished / 'out'))
+  teacher = str(finished / 'out' / 'masked-seed5')
+  assert member.settings.checkpoint.init_from == teacher
+  assert train.main(member.start) == 0
+  with pytest.raises(InputError, match="'student' starts from 'masked'"):
+    plan(str(tmp_path / 'out'))
 
 
 def test_summaries():
