@@ -175,6 +175,17 @@ def get_config() -> config_dict.ConfigDict:
   distill.divergence = 'bwd'
   distill.teacher_temperature = 1.0  # > 0.
 
+  config.lora = lora = config_dict.ConfigDict()
+  # Trains low-rank matrices beside the frozen weights of checkpoint.init_from,
+  # and nothing else. Checkpoints hold them alone; 0: trains all parameters.
+  lora.rank = 0
+  lora.alpha = 16.0  # > 0. Updates are scaled by alpha / rank.
+  lora.rslora = False  # Whether by alpha / sqrt(rank) instead.
+  # A regular expression for which dense layers have them: 'query', 'key',
+  # 'value', 'attention_out', 'mlp_gate', 'mlp_in', 'mlp_out'.
+  lora.targets = '.*'
+  lora.dropout = 0.0  # In [0, 1); of their input.
+
   config.sampler = sampler = config_dict.ConfigDict()
   # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |
   # 'first_hitting' | 'confidence' | 'remask' | 'prefix_cache' | 'posterior' |

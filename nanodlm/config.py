@@ -111,9 +111,9 @@ class SampleConfig:
 class Settings:
   """A whole config, checked section by section.
 
-  `model`, `objective`, `distill` and `sampler` are read-only mappings, since
-  the classes that they name decide which keys matter; `run.make_run` builds
-  those.
+  `model`, `objective`, `distill`, `sampler` and `lora` are read-only mappings,
+  since the classes that they name decide which keys matter; `run.make_run`
+  builds those.
 
   Attributes:
     given: keys ('section.key') that the user set by hand. A config file may set
@@ -127,6 +127,7 @@ class Settings:
   objective: Section
   distill: Section
   sampler: Section
+  lora: Section
   optim: OptimConfig
   train: TrainConfig
   eval: EvalConfig
@@ -190,6 +191,7 @@ def make_settings(config: Any, given: Collection[str] = ()) -> Settings:
     objective=frozen(config.objective),
     distill=frozen(config.distill),
     sampler=frozen(config.sampler),
+    lora=frozen(config.lora),
     optim=OptimConfig(**config.optim),
     train=TrainConfig(**config.train),
     eval=EvalConfig(**config.eval),
@@ -354,7 +356,7 @@ FREE_KEYS = frozenset(
 BOUND_KEYS = frozenset(
   {'seed', 'train.batch_size', 'train.anneal_steps', 'optim.name'}
 )
-BOUND_SECTIONS = ('data', 'tokenizer', 'model', 'objective', 'distill')
+BOUND_SECTIONS = tuple('data tokenizer model lora objective distill'.split())
 # Whether these are zero decides what the optimiser's state holds.
 BOUND_SWITCHES = ('optim.ema_decay', 'optim.clip_norm')
 
@@ -365,7 +367,7 @@ def start_from(workdir: str) -> config_dict.ConfigDict:
   Raises:
     InputError: there is no run in `workdir`.
   """
-  config = read_run(workdir, 'checkpoint.init_from')
+  config: Any = read_run(workdir, 'checkpoint.init_from')
   config.checkpoint.update(init_from=workdir, init_step=0)
   # How the other run was trained is not how this one is.
   config.distill.name, config.objective.curriculum_steps = '', 0

@@ -22,7 +22,7 @@ from nanodlm.objectives import distill
 from nanodlm.samplers import guidance
 from nanodlm.steps import train as train_steps
 from nanodlm.steps.network import check_batch_size, Scorer
-from nanodlm.training import checkpoint, optim
+from nanodlm.training import checkpoint, checksums, optim
 from nanodlm.training import state as states
 from nanodlm.types import InputError, Network, Objective, Sampler
 
@@ -151,6 +151,17 @@ class Run:
       _check_effects(run, given)
     return run
 
+  def merge(self, params: Any) -> tuple['Run', Any]:
+    """Returns the run and its parameters with the adapters merged, if any."""
+    if not self.settings.lora['rank']:
+      return self, params
+    lora = types.MappingProxyType({**self.settings.lora, 'rank': 0})
+    settings = dataclasses.replace(self.settings, lora=lora)
+    shards, platform = self.network.shards, self.platform
+    network = make_network(settings, self.objective, shards, platform)
+    whole = dataclasses.replace(self, settings=settings, network=network)
+    return whole, self.network.merge(params)
+
   def describe_sampler(self) -> dict[str, Any]:
     """Returns `config.sampler` with its name resolved, as JSON values."""
     return {**self.settings.sampler, 'name': self.sampler_name}
@@ -241,6 +252,7 @@ def make_network(
     objective=objective,
     shards=shards,
     platform=platform,
+    lora=settings.lora if settings.lora['rank'] else None,
   )
 
 
@@ -435,6 +447,12 @@ def check_training(run: Run):
         f'checkpoint.init_from={init_from!r} must be the workdir of the '
         f'teacher with distill.name={run.settings.distill["name"]!r}'
       )
+  lora, init_from = run.settings.lora, run.settings.checkpoint.init_from
+  if lora['rank'] and not init_from:
+    raise InputError(
+      f'checkpoint.init_from={init_from!r} must be the workdir of the base '
+      f'with lora.rank={lora["rank"]!r}'
+    )
   group_size = run.trained.group_size
   check_batch_size(
     train.batch_size, run.mesh, train.num_microbatches, group_size
@@ -517,6 +535,10 @@ def _check_effects(run: Run, given: Collection[str]):
   values = settings.to_dict()
   for key in sorted(given):
     section, _, leaf = key.partition('.')
+    if section == 'lora' and leaf != 'rank' and not settings.lora['rank']:
+      raise InputError(
+        f'{key}={values[section][leaf]!r} is ignored with lora.rank=0'
+      )
     if section in effects and leaf != 'name' and leaf not in effects[section]:
       used = sorted(effects[section] & set(values[section]))
       raise InputError(
@@ -576,10 +598,70 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   Raises:
     InputError: there is no such checkpoint, it is damaged or of another shape.
   """
-  shapes = meshes.shapes_sharded(
-    run.mesh, lambda: run.scorer.init_params(jax.random.key(0))
-  )
-  if not (pathlib.Path(workdir) / workdirs.CHECKPOINTS).is_dir():
+  shapes, base = _shapes(run)
+  params, found, _ = _restore(run, workdir, shapes, step)
+  if base is None:
+    return params, found
+  meta = checkpoint.read_meta(workdir, found)['data']
+  return states.join(params, load_base(run, meta['base'])[0]), found
+
+
+def load_base(
+  run: Run, expected: Mapping[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
+  """Returns the parameters beside the adapters of a run, and their identity.
+
+  They are those of checkpoint.init_from.
+
+  Args:
+    run: a run with `config.lora`.
+    expected: the identity that the checkpoint of the run has; None: any.
+
+  Raises:
+    InputError: they are not there, do not fit, or are others than `expected`.
+  """
+  saved = run.settings.checkpoint
+  step = expected['step'] if expected else saved.init_step
+  base, found, digest = _restore(run, saved.init_from, _shapes(run)[1], step)
+  identity = {'step': found, 'sha256': digest}
+  if expected not in (None, identity):
+    raise InputError(
+      f'checkpoint.init_from={saved.init_from!r}, step {found}, has changed '
+      'since adapters were trained beside it'
+    )
+  return base, identity
+
+
+def check_start(run: Run, workdir: str):
+  """Raises InputError unless a run can start from the one in `workdir`."""
+  if not workdirs.has_tokenizer(workdir):
+    raise InputError(
+      f'checkpoint.init_from={workdir!r} is not the folder of a run: it '
+      f'lacks {workdirs.TOKENIZER}'
+    )
+  config: Any = configs.read_run(workdir, 'checkpoint.init_from')
+  if config.lora.rank:
+    raise InputError(
+      f'checkpoint.init_from={workdir!r} holds adapters alone (lora.rank='
+      f'{config.lora.rank}): write the whole model with --mode=export and read '
+      'it with --mode=import'
+    )
+  if run.trained.uses_frozen:
+    check_teacher(run, workdir)
+
+
+def _shapes(run: Run) -> tuple[Any, Any]:
+  """Returns the two parts of `Network.split` as sharded abstract arrays."""
+  init = lambda: run.network.split(run.scorer.init_params(jax.random.key(0)))
+  return meshes.shapes_sharded(run.mesh, init)
+
+
+def _restore(
+  run: Run, workdir: str, shapes: Any, step: int
+) -> tuple[Any, int, str]:
+  """Returns averaged parameters, the step, and a digest of their files."""
+  directory = pathlib.Path(workdir) / workdirs.CHECKPOINTS
+  if not directory.is_dir():
     raise InputError(
       f'{workdir!r} is not the folder of a run: it lacks {workdirs.CHECKPOINTS}'
     )
@@ -587,4 +669,5 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   with checkpoint.open_manager(workdir, read_only=True) as manager:
     found = multihost.on_process_0(lambda: checkpoint.find_step(manager, step))
     params = checkpoint.restore_params(manager, shapes, found, vocab_size)
-  return params, found
+    item = checkpoint.averaged_item(manager, found)
+  return params, found, checksums.identify(directory / str(found), item)

@@ -32,7 +32,7 @@ undisturbed run (NANODLM_KILLS=50 pytest tests/training/faults_test.py -k
 killed).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
 import importlib.util
@@ -150,13 +150,8 @@ def train(
   # All processes must see the same, since it decides what they do together.
   step = multihost.on_process_0(lambda: checkpoint.find_intact(workdir))
   init_from = settings.checkpoint.init_from if step < 0 else ''
-  if init_from and not workdirs.has_tokenizer(init_from):
-    raise InputError(
-      f'checkpoint.init_from={init_from!r} is not the folder of a run: it '
-      f'lacks {workdirs.TOKENIZER}'
-    )
-  if init_from and run.trained.uses_frozen:
-    runs.check_teacher(run, init_from)
+  if init_from:
+    runs.check_start(run, init_from)
   is_new = not workdirs.has_tokenizer(workdir)
   before = checkpoint.read_meta(workdir, step) if step >= 0 else None
   if is_new:
@@ -167,7 +162,12 @@ def train(
     check_same_text(packed, before, workdir)
   run = run.with_tokenizer(packed.tokenizer)
   training = runs.make_training(run)
-  state = _initial_state(run, training, init_from)
+  state: Any = _initial_state(run, training, init_from)
+  origin = {}
+  if state.base is not None:
+    expected = before['data']['base'] if before else None
+    base, identity = runs.load_base(run, expected)
+    state, origin = state.replace(base=base), {'base': identity}
   with checkpoint.open_manager(
     workdir,
     max_to_keep=settings.checkpoint.max_to_keep,
@@ -214,7 +214,7 @@ def train(
           BATCHES[settings.train.batches](run, packed, step),
           state,
           training.step,
-          save=functools.partial(_save, manager, run, packed),
+          save=functools.partial(_save, manager, run, packed, origin),
           show=_make_show(run, packed, evaluated, writer, caught, workdir),
           progress=Progress(
             settings.train,
@@ -342,10 +342,11 @@ def _initial_state(
         f'checkpoint.init_from={init_from!r} has a different tokenizer from '
         'this run'
       )
-    initial, step = runs.load_params(
-      run, init_from, run.settings.checkpoint.init_step
-    )
-    log.info('starting from the weights of %s, step %d', init_from, step)
+    if not run.settings.lora['rank']:
+      initial, step = runs.load_params(
+        run, init_from, run.settings.checkpoint.init_step
+      )
+      log.info('starting from the weights of %s, step %d', init_from, step)
   state = meshes.init_sharded(run.mesh, training.init_state)
   if initial is not None:
     copy = lambda: jax.tree.map(lambda x: x.copy(), initial)
@@ -538,12 +539,19 @@ def _after_divergence(manager: Any, failed: int, can_delete: bool) -> str:
   return text
 
 
-def _save(manager: Any, run: Run, packed: PackedData, state: TrainState):
+def _save(
+  manager: Any,
+  run: Run,
+  packed: PackedData,
+  origin: Mapping[str, Any],
+  state: TrainState,
+):
   step = int(state.step)
   position = {
     'step': step,
     'example': step * run.settings.train.batch_size,
     'fingerprint': packed.fingerprint,
+    **origin,
   }
   checkpoint.save(manager, state, run.settings.to_dict(), position)
 

@@ -471,11 +471,13 @@ class Network(abc.ABC):
     objective: Objective,
     shards: Any,
     platform: str = '',
+    lora: Any = None,
   ) -> 'Network':
     """Builds the network of an objective; raises InputError.
 
-    `section` is a mapping with the keys of `config.model`; `platform`, the
-    compilation target, is 'cpu', 'gpu', 'tpu' or '' (the default backend).
+    `section` and `lora` are mappings with the keys of `config.model` and
+    `config.lora`, the latter None without adapters; `platform`, the compilation
+    target, is 'cpu', 'gpu', 'tpu' or '' (the default backend).
     """
 
   def check(self, length: int):
@@ -485,6 +487,17 @@ class Network(abc.ABC):
   @abc.abstractmethod
   def init_params(self, key: Array) -> Any:
     """Draws the initial parameters, unsplit: a dict of float32 arrays."""
+
+  def split(self, params: Any) -> tuple[Any, Any]:
+    """Splits parameters into those that are trained, and the others.
+
+    By default there are no others: None. `state.join` inverts it.
+    """
+    return params, None
+
+  def merge(self, params: Any) -> Any:
+    """Returns the parameters of the same network without `config.lora`."""
+    return params
 
   @abc.abstractmethod
   def hidden(

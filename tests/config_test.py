@@ -12,6 +12,7 @@ from nanodlm import config as configs
 from nanodlm import objectives, samplers
 from nanodlm import run as runs
 from nanodlm.model.config import ModelConfig
+from nanodlm.model.lora import LoraConfig
 from nanodlm.noise import categorical
 from nanodlm.samplers import guidance
 from nanodlm.types import InputError
@@ -497,13 +498,14 @@ class ValidateTest(parameterized.TestCase):
       'optim': configs.OptimConfig,
       'mesh': configs.MeshConfig,
       'model': ModelConfig,
+      'lora': LoraConfig,
     }
     for section, values in base.get_config().items():
       if section in read:
         fields = set(read[section].__dataclass_fields__)
         if section == 'model':
           # Not the user's to choose.
-          fields -= {'vocab_size', 'causal', 'block_size', 'platform'}
+          fields -= {'vocab_size', 'causal', 'block_size', 'platform', 'lora'}
           fields.add('name')
         self.assertEqual(set(values), fields, section)
       elif section in ('objective', 'distill', 'sampler'):

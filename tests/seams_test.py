@@ -256,7 +256,7 @@ class Mlp(Network):
   aux_weight: float = 0.0
 
   @classmethod
-  def make(cls, section, *, vocab_size, objective, shards, platform=''):
+  def make(cls, section, *, vocab_size, objective, shards, **_):
     return cls(vocab_size, section['embed_dim'], shards)
 
   def init_params(self, key):

@@ -24,8 +24,18 @@ DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
 # The axes that split the batch.
 BATCH_AXES = (DATA, FSDP)
 
-_COLUMNS = {'kernel': (FSDP, TENSOR), 'bias': (TENSOR,)}
-_ROWS = {'kernel': (TENSOR, FSDP), 'bias': (FSDP,)}
+_COLUMNS = {
+  'kernel': (FSDP, TENSOR),
+  'bias': (TENSOR,),
+  'lora_a': (FSDP, None),
+  'lora_b': (None, TENSOR),
+}
+_ROWS = {
+  'kernel': (TENSOR, FSDP),
+  'bias': (FSDP,),
+  'lora_a': (TENSOR, None),
+  'lora_b': (None, FSDP),
+}
 _WIDTH = {'scale': (FSDP,), 'bias': (FSDP,)}
 _TIME = {'kernel': (None, FSDP)}
 # The mesh axes of a parameter's LAST dimensions, by module and parameter name

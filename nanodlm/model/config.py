@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.model import attention
+from nanodlm.model.lora import LoraConfig
 from nanodlm.types import InputError
 
 # Scales t in [0, 1] to the range for which the sinusoids of a time were chosen.
@@ -128,6 +129,8 @@ class ModelConfig:
       activations: 13% less CPU time a step, but slower to compile.
     platform: 'cpu', 'gpu' or 'tpu', for which programs are compiled; '': this
       machine's. From the caller.
+    lora: the adapters beside the dense layers, which alone are trained; None:
+      every parameter is trained. From `config.lora`.
   """
 
   vocab_size: int
@@ -164,6 +167,7 @@ class ModelConfig:
   unroll: bool
   attention: str
   platform: str = ''
+  lora: LoraConfig | None = None
 
   def __post_init__(self):
     def require(is_valid, key, rule):
@@ -250,6 +254,10 @@ class ModelConfig:
       'attention',
       "does not support block diffusion; use 'auto', 'xla' or 'pallas'",
     )
+
+  def adapter(self, layer: str) -> LoraConfig | None:
+    """Returns the adapter of a dense layer of a block, if it has one."""
+    return self.lora if self.lora and self.lora.fits(layer) else None
 
   @property
   def has_rotary(self) -> bool:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from nanodlm.devices import sharding
 from nanodlm.devices.sharding import Shards
-from nanodlm.model import attention, pallas_attention
+from nanodlm.model import attention, lora, pallas_attention
 from nanodlm.model.config import MLPS, ModelConfig, TIME_FORMS
+from nanodlm.model.lora import LoraConfig
 
 # Standard deviation of the initial weights, as in GPT-2.
 INIT_STD = 0.02
@@ -85,6 +86,7 @@ class Linear(nn.Module):
     std: standard deviation of the initial kernel.
     join: tensor groups over which products are summed before the bias is added,
       if the kernel is split by rows; none by default.
+    adapter: of the low-rank matrices beside the kernel, if there are any.
   """
 
   features: int
@@ -92,13 +94,31 @@ class Linear(nn.Module):
   use_bias: bool = False
   std: float = INIT_STD
   join: Shards = Shards()
+  adapter: LoraConfig | None = None
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, dropout=None):
+    """Applies the layer.
+
+    Args:
+      x: [..., D].
+      dropout: [..., D], factors of the adapter's input; None: 1.
+    """
+    width = x.shape[-1]
     kernel = self.param(
-      'kernel', nn.initializers.normal(self.std), (x.shape[-1], self.features)
+      'kernel', nn.initializers.normal(self.std), (width, self.features)
     )
-    y = linear(x.reshape(-1, x.shape[-1]), kernel.astype(self.dtype))
+    flat = x.reshape(-1, width)
+    y = linear(flat, kernel.astype(self.dtype))
+    if self.adapter is not None:
+      rank, limit = self.adapter.rank, width**-0.5
+      draw = lambda *args: limit * jax.random.uniform(*args, minval=-1.0)
+      a = self.param(lora.A, draw, (width, rank))
+      b = self.param(lora.B, nn.initializers.zeros, (rank, self.features))
+      if dropout is not None:
+        flat = flat * dropout.reshape(-1, width).astype(flat.dtype)
+      low = flat @ a.astype(self.dtype)
+      y += self.adapter.scale * (low @ b.astype(self.dtype))
     y = sharding.join(y, self.join)
     if self.use_bias:
       bias = self.param('bias', nn.initializers.zeros, (self.features,))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,8 +10,9 @@ import jax.numpy as jnp
 
 from nanodlm.devices import sharding
 from nanodlm.devices.sharding import Shards
-from nanodlm.model import attention, transformer
+from nanodlm.model import attention, lora, transformer
 from nanodlm.model.config import ModelConfig
+from nanodlm.model.lora import LoraConfig
 from nanodlm.types import Hidden, InputError, Network, Objective
 
 
@@ -52,6 +54,7 @@ class TransformerNetwork(Network):
     objective: Objective,
     shards: Shards,
     platform: str = '',
+    lora: Mapping[str, Any] | None = None,
   ) -> 'TransformerNetwork':
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     config = ModelConfig(
@@ -60,6 +63,7 @@ class TransformerNetwork(Network):
       causal=objective.autoregressive is not None,
       block_size=objective.block_size,
       platform=platform,
+      lora=LoraConfig(**lora) if lora else None,
     )
     return cls(config, shards)
 
@@ -69,7 +73,8 @@ class TransformerNetwork(Network):
 
   @property
   def has_dropout(self) -> bool:  # pyright: ignore
-    return self.config.dropout > 0
+    lora = self.config.lora
+    return self.config.dropout > 0 or lora is not None and lora.dropout > 0
 
   @property
   def knows_time(self) -> bool:  # pyright: ignore
@@ -105,6 +110,17 @@ class TransformerNetwork(Network):
 
   def init_params(self, key: jax.Array) -> Any:
     return transformer.init_params(self.config, key, self.shards)
+
+  def split(self, params: Any) -> tuple[Any, Any]:
+    if self.config.lora is None:
+      return params, None
+    return lora.split(params, self.config.dtype)
+
+  def merge(self, params: Any) -> Any:
+    if self.config.lora is None:
+      return params
+    merge = functools.partial(lora.merge, config=self.config.lora)
+    return jax.jit(merge)(params)
 
   def gather(self, params: Any) -> Any:
     blocks = ('layers', 'last_layer')

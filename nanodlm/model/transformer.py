@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from nanodlm.devices import sharding
 from nanodlm.devices.sharding import Shards, UNSPLIT
-from nanodlm.model import attention
+from nanodlm.model import attention, lora
 from nanodlm.model.config import (
   ATTENTION_OUT,
   MLPS,
@@ -147,6 +147,24 @@ class Block(nn.Module):
         y = y * mask.astype(y.dtype)
       return y
 
+    def drop(name, size, axis_size=1, is_picked=False):
+      """Draws the dropout [B, L, size] of the input of an adapter."""
+      adapter = cfg.adapter(name)
+      if not adapter or not adapter.dropout or context.dropout_keys is None:
+        return None
+      # 0 and 1 are those of the branches.
+      salt = 2 + lora.LAYERS.index(name)
+      keys = jax.vmap(
+        lambda key: jax.random.fold_in(jax.random.fold_in(key, layer), salt)
+      )(context.dropout_keys)
+      # All columns, of which this device has a part.
+      shape = length, size * axis_size
+      mask = dropout_mask(keys, adapter.dropout, shape)
+      if axis_size > 1:
+        start = jax.lax.axis_index(sharding.TENSOR) * size
+        mask = jax.lax.dynamic_slice_in_dim(mask, start, size, axis=2)
+      return pick(mask) if is_picked else mask
+
     shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
     if cfg.time_conditioning:
       modulation = nn.Dense(
@@ -167,7 +185,14 @@ class Block(nn.Module):
 
     def project(name, heads):
       has_bias = cfg.attention_bias != 'none'
-      y = Linear(heads * cfg.head_dim, dtype, has_bias, name=name)(h)
+      dense = Linear(
+        heads * cfg.head_dim,
+        dtype,
+        has_bias,
+        adapter=cfg.adapter(name),
+        name=name,
+      )
+      y = dense(h, drop(name, width))
       return y.reshape(batch, length, heads, cfg.head_dim)
 
     q, k = project('query', num_heads), project('key', kv_heads)
@@ -204,26 +229,37 @@ class Block(nn.Module):
       )
     h = ad_checkpoint.checkpoint_name(h, ATTENTION_OUT)
     h = pick(h.reshape(-1, length, inner))
-    leave = functools.partial(
-      Linear,
-      width,
-      dtype,
-      std=INIT_STD / (2 * cfg.num_layers) ** 0.5,
-      join=shards,
-    )
-    has_bias = cfg.attention_bias == 'all'
-    out = leave(use_bias=has_bias, name='attention_out')(h)
+
+    def leave(name, use_bias, h):
+      dense = Linear(
+        width,
+        dtype,
+        use_bias,
+        std=INIT_STD / (2 * cfg.num_layers) ** 0.5,
+        join=shards,
+        adapter=cfg.adapter(name),
+        name=name,
+      )
+      return dense(h, drop(name, h.shape[-1], shards.tensor, is_picked=True))
+
+    out = leave('attention_out', cfg.attention_bias == 'all', h)
     x = pick(x) + branch(out, gate1, 0)
 
     h = normed('mlp_norm', x, shift2, scale2)
-    up = Linear(mlp_width, dtype, cfg.mlp_bias, name='mlp_in')(h)
+
+    def widen(name):
+      adapter = cfg.adapter(name)
+      dense = Linear(mlp_width, dtype, cfg.mlp_bias, adapter=adapter, name=name)
+      return dense(h, drop(name, width, is_picked=True))
+
+    up = widen('mlp_in')
     if cfg.is_gated:
-      gate = Linear(mlp_width, dtype, cfg.mlp_bias, name='mlp_gate')(h)
+      gate = widen('mlp_gate')
       product = lambda gate, up: MLPS[cfg.mlp](gate) * up
       up = keeps_inputs(product, cfg.platform)(gate, up)
     else:
       up = MLPS[cfg.mlp](up)
-    out = leave(use_bias=cfg.mlp_bias, name='mlp_out')(up)
+    out = leave('mlp_out', cfg.mlp_bias, up)
     return x + branch(out, gate2, 1), own
 
 

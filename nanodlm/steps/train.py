@@ -78,7 +78,11 @@ def make_train_step(
     """Returns the probability that a position sees one to its right."""
     return jnp.minimum(step / max(anneal_steps, 1), 1.0)
 
-  def loss(params, rows, scorer, frozen, step):
+  def loss(params, rows, scorer, rest, step):
+    frozen, base = rest
+    params = states.join(params, base)
+    if frozen is not None:
+      frozen = states.join(frozen, base)
     batch, seen = rows.batch, None
     if rows.opening_keys is not None:
       length, share = batch.tokens.shape[1], opening_share(step)
@@ -99,7 +103,7 @@ def make_train_step(
     sums['num_bytes'] = jnp.sum(batch.num_bytes.astype(jnp.float32))
     return scores.total, {**sums, **scores.by_level}
 
-  def local_gradient(scorer, params, frozen, key, step, batch, is_opening):
+  def local_gradient(scorer, params, rest, key, step, batch, is_opening):
     # Without options there are three keys, so that existing runs resume with
     # the same noise.
     num_keys = 3 + (anneal_steps > 0) + network.self_conditions
@@ -119,8 +123,7 @@ def make_train_step(
       is_conditioned,
     )
     gradient = jax.grad(
-      functools.partial(loss, scorer=scorer, frozen=frozen, step=step),
-      has_aux=True,
+      functools.partial(loss, scorer=scorer, rest=rest, step=step), has_aux=True
     )
     if num_microbatches == 1:
       return gradient(params, rows)
@@ -144,13 +147,15 @@ def make_train_step(
   # would copy it on XLA's CPU backend.
   is_whole = meshes.num_batch_shards(mesh) == 1
 
-  def global_gradient(params, frozen, key, step, batch):
+  def global_gradient(params, rest, key, step, batch):
     """Sums the gradient of this device's parameters over the global batch."""
-    params = sharding.local(params, shards)
+    frozen, base = rest
+    params, base = sharding.local((params, base), shards)
+    rest = frozen, base
 
     def of(scorer):
       of = functools.partial(
-        local_gradient, scorer, params, frozen, key, step, batch
+        local_gradient, scorer, params, rest, key, step, batch
       )
       if not anneal_steps:
         return of(False)
@@ -171,22 +176,26 @@ def make_train_step(
       gradient = sharding.sum_gradients(gradient, shards)
     return gradient, jax.lax.psum(sums, meshes.BATCH_AXES)
 
-  specs = scorer.specs()
+  init_state = functools.partial(
+    states.init_state, network, objective, optimizer, 0, use_ema=ema_decay > 0
+  )
+  shapes = jax.eval_shape(init_state)
+  specs = sharding.specs(shapes.params, shards)
   rows = P(meshes.BATCH_AXES)
   whole_specs = jax.tree.map(lambda spec: P(meshes.BATCH_AXES, *spec), specs)
 
-  def sharded_gradient(params, frozen, key, step, batch):
+  def sharded_gradient(params, rest, key, step, batch):
     return jax.shard_map(
       global_gradient,
       mesh=mesh,
-      in_specs=(specs, sharding.specs(frozen, shards), P(), P(), rows),
+      in_specs=(specs, sharding.specs(rest, shards), P(), P(), rows),
       out_specs=(whole_specs if is_whole else specs, P()),
-    )(params, frozen, key, step, batch)
+    )(params, rest, key, step, batch)
 
   def step(state: TrainState, batch: Batch):
     key = jax.random.fold_in(state.key, state.step)
     gradient, sums = sharded_gradient(
-      state.params, state.frozen, key, state.step, batch
+      state.params, (state.frozen, state.base), key, state.step, batch
     )
     if is_whole:
       gradient = jax.tree.map(lambda g: g[0], gradient)
@@ -244,10 +253,5 @@ def make_train_step(
       frozen=frozen,
     ), metrics
 
-  shapes = jax.eval_shape(
-    lambda: states.init_state(
-      network, objective, optimizer, 0, use_ema=ema_decay > 0
-    )
-  )
   shardings = meshes.shardings(mesh, shapes), meshes.replicated(mesh)
   return jax.jit(step, donate_argnums=0, out_shardings=shardings)

@@ -247,12 +247,17 @@ def restore_params(
 
   `params` are arrays or ShapeDtypeStructs; see `restore_state`.
   """
-  has_average = (manager.directory / str(step) / 'ema_params').exists()
-  item = 'ema_params' if has_average else 'params'
+  item = averaged_item(manager, step)
   strict = check_shapes(manager, step, item, params, vocab_size)
   return _restore(
     manager, step, {item: ocp.args.StandardRestore(params, strict=strict)}
   )[item]
+
+
+def averaged_item(manager: ocp.CheckpointManager, step: int) -> str:
+  """Returns the item of the averaged parameters of `step`, else the others."""
+  has_average = (manager.directory / str(step) / 'ema_params').exists()
+  return 'ema_params' if has_average else 'params'
 
 
 def restore_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:

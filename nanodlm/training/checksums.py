@@ -38,6 +38,16 @@ def read(folder: pathlib.Path) -> dict[str, tuple[int, str]] | None:
     return None
 
 
+def identify(folder: pathlib.Path, item: str) -> str:
+  """Returns a digest of an item of a checkpoint, '' without checksums."""
+  own = [
+    [name, *entry]
+    for name, entry in sorted((read(folder) or {}).items())
+    if name.startswith(f'{item}/')
+  ]
+  return hashlib.sha256(json.dumps(own).encode()).hexdigest() if own else ''
+
+
 def _digests(folder, names) -> dict[str, tuple[int, str]]:
   def digest(name):
     with open(folder / name, 'rb') as file:

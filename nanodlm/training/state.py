@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from flax import traverse_util
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ class TrainState:
       fold_in(key, n).
     frozen: parameters that are used but not trained (a teacher, a reference
       policy), or None; see `Objective.uses_frozen`.
+    base: the parameters beside the adapters in `params`, `ema_params` and
+      `frozen`, which never change, or None; see `Network.split`. Checkpoints
+      leave them out.
   """
 
   step: jax.Array
@@ -32,11 +36,21 @@ class TrainState:
   opt_state: Any
   key: jax.Array
   frozen: Any = None
+  base: Any = None
 
   @property
   def eval_params(self):
     """What evaluation and sampling use: the average, if there is one."""
-    return self.params if self.ema_params is None else self.ema_params
+    trained = self.params if self.ema_params is None else self.ema_params
+    return join(trained, self.base)
+
+
+def join(trained: Any, base: Any) -> Any:
+  """Merges the two parts of `Network.split` into all parameters."""
+  if base is None:
+    return trained
+  flat = [traverse_util.flatten_dict(part) for part in (trained, base)]
+  return traverse_util.unflatten_dict({**flat[0], **flat[1]})
 
 
 def init_params(network: Network, objective: Objective, key: jax.Array) -> Any:
@@ -54,7 +68,7 @@ def init_state(
 ) -> TrainState:
   """Draws the state of step 0 from the seed."""
   init_key, noise_key = jax.random.split(jax.random.key(seed))
-  params = init_params(network, objective, init_key)
+  params, base = network.split(init_params(network, objective, init_key))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -62,4 +76,5 @@ def init_state(
     opt_state=optimizer.init(params),
     key=noise_key,
     frozen=jax.tree.map(jnp.copy, params) if objective.uses_frozen else None,
+    base=base,
   )

@@ -5,6 +5,7 @@ import functools
 import re
 
 from absl.testing import absltest, parameterized
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -16,6 +17,7 @@ from nanodlm.devices import mesh as meshes
 from nanodlm.devices import sharding
 from nanodlm.devices.sharding import Shards
 from nanodlm.model import transformer
+from nanodlm.model.lora import LoraConfig
 from nanodlm.model.network import TransformerNetwork
 from nanodlm.noise.categorical import Draw
 from nanodlm.objectives import (
@@ -112,6 +114,13 @@ def initial_params(config, scale):
   if config.self_conditioning:  # Initially, its weights are 0.
     kernel = np.random.default_rng(0).normal(size=(WIDTH, WIDTH))
     params['self_conditioning'] = {'kernel': 0.3 * np.float32(kernel)}
+  if config.lora:
+    flat = traverse_util.flatten_dict(params)
+    rng = np.random.default_rng(0)
+    for path, x in flat.items():
+      if path[-1] == 'lora_b':
+        flat[path] = rng.normal(size=x.shape).astype(np.float32)
+    params = traverse_util.unflatten_dict(flat)
   return params
 
 
@@ -128,12 +137,14 @@ def make_params(network, mesh, name, scale=3):
 
 def make_state(network, mesh, name, scale=3):
   params = jax.device_get(make_params(network, mesh, name, scale))
+  params, base = network.split(params)
   state = states.TrainState(
     step=np.int32(0),
     params=params,
     ema_params=params,
     opt_state=jax.device_get(make_optimizer().init(params)),
     key=jax.random.key(7),
+    base=base,
   )
   if OBJECTIVES[name].uses_frozen:
     frozen = jax.device_get(make_params(network, mesh, name, scale / 2))
@@ -206,6 +217,9 @@ def assert_close(a, b, rtol=1e-3):
   assert error <= rtol * size, (error, size)
 
 
+flat_leaves = jax.tree_util.tree_leaves_with_path
+
+
 class TrainTest(parameterized.TestCase):
   @parameterized.product(name=('masked', 'hybrid', 'block', 'ar'), shape=MESHES)
   def test_is_the_same_on_every_mesh(self, name, shape):
@@ -267,6 +281,21 @@ class TrainTest(parameterized.TestCase):
       train(name, (1, 1, 1), **options),
       train(name, shape, **options),
     )
+
+  @parameterized.parameters(
+    ('masked', (2, 2, 2), 1, {'remat': 'full'}),
+    ('block_ar', (1, 2, 4), 2, {}),
+    ('genmd4', (8, 1, 1), 1, {'unroll': True}),
+  )
+  def test_adapters_are_the_same(self, name, shape, num_microbatches, changes):
+    options = dict(
+      lora=LoraConfig(3, 6.0, '.*', dropout=0.3, rslora=False), num_kv_heads=4
+    )
+    expected = train(name, (1, 1, 1), **options)
+    names = {path[-1].key for path, _ in flat_leaves(expected[0][0])}
+    self.assertEqual(names - {'rate'}, {'lora_a', 'lora_b'})
+    found = train(name, shape, num_microbatches, **options, **changes)
+    jax.tree.map(assert_close, expected, found)
 
   @parameterized.parameters(
     ('sdtt', (8, 1, 1), 1),

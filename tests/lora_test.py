@@ -1,0 +1,129 @@
+"""Runs that train adapters: what they save, load, merge and refuse."""
+
+import dataclasses
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from nanodlm import lm as lms
+from nanodlm import train
+from nanodlm.types import InputError
+from tests import workdirs
+from tests.distill_test import saved
+from tests.launch_test import arrays, assert_identical
+from tests.seams_test import start_of
+
+NUM_STEPS = 6
+
+
+def start_from(folder, base, **changes):
+  folder.mkdir(exist_ok=True)
+  own = dict(
+    checkpoint__init_from=base,
+    checkpoint__every_steps=2,
+    checkpoint__max_to_keep=5,
+    model__num_layers=2,
+    model__unroll=True,
+    train__num_steps=NUM_STEPS,
+    train__log_every_steps=1,
+    train__num_samples=0,
+    lora__rank=2,
+    lora__alpha=6.0,
+    lora__dropout=0.1,
+  )
+  return start_of(folder, **{**own, **changes})
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+  return workdirs.make_workdir(tmp_path_factory.mktemp('base'))
+
+
+@pytest.fixture(scope='module')
+def adapted(base, tmp_path_factory):
+  start = start_from(tmp_path_factory.mktemp('adapted'), base)
+  assert train.main(start) == 0
+  return start
+
+
+def test_a_checkpoint_holds_adapters_alone(base, adapted):
+  folder = pathlib.Path(adapted.workdir) / 'checkpoints' / str(NUM_STEPS)
+  items = {path.name for path in folder.iterdir() if path.is_dir()}
+  assert items == {'params', 'ema_params', 'rest', 'meta'}
+  names = saved(adapted.workdir, NUM_STEPS, 'params')
+  assert {name.split('lora_')[1] for name in names} == {"a']", "b']"}
+  assert all(np.any(x) for x in names.values())
+
+
+def test_it_loads_as_the_whole_model(base, adapted):
+  lm = lms.load(adapted.workdir)
+  params, theirs = lm.params, lms.load(base).params
+  own = saved(adapted.workdir, NUM_STEPS, 'ema_params')
+  a, b = (own[f"['last_layer']['mlp_out']['lora_{x}']"] for x in 'ab')
+  kernel = theirs['last_layer']['mlp_out']['kernel'] + 6 / 2 * (a @ b)
+  found = params['last_layer']['mlp_out']['kernel']
+  np.testing.assert_allclose(found, kernel, atol=1e-5)
+  np.testing.assert_array_equal(params['embedding'], theirs['embedding'])
+  assert lm.run.num_params() == lms.load(base).run.num_params()
+
+
+def test_resuming(adapted, tmp_path):
+  workdir = tmp_path / 'run'
+  shutil.copytree(adapted.workdir, workdir)
+  for step in (4, 6):
+    shutil.rmtree(workdir / 'checkpoints' / str(step))
+  start = dataclasses.replace(adapted, workdir=str(workdir))
+  assert train.main(start) == 0
+  items = 'params', 'ema_params', 'rest'
+  assert_identical(
+    *(arrays(x, NUM_STEPS, items) for x in (adapted.workdir, start.workdir))
+  )
+
+
+def test_the_base_must_stay_as_it_was(base, tmp_path):
+  own = tmp_path / 'base'
+  shutil.copytree(base, own)
+  start = start_from(tmp_path, str(own), train__num_steps=1)
+  assert train.main(start) == 0
+  other = workdirs.make_workdir(tmp_path / 'other', scale=2.0)
+  shutil.rmtree(own / 'checkpoints')
+  with pytest.raises(InputError, match=str(own)):
+    lms.load(start.workdir)
+  shutil.copytree(pathlib.Path(other) / 'checkpoints', own / 'checkpoints')
+  for use in lms.load, lambda _: train.train(*again(start)):
+    with pytest.raises(InputError, match='has changed'):
+      use(start.workdir)
+
+
+def again(start):
+  """The arguments of train.train of a second start with more steps."""
+  config = start.config.copy_and_resolve_references()
+  config.train.num_steps = 2
+  settings, was = dataclasses.replace(start, config=config).resolve()
+  return settings, start.workdir, was, 0.0
+
+
+@pytest.mark.parametrize(
+  'changes, named',
+  [
+    ({'checkpoint__init_from': ''}, "checkpoint.init_from='' must be"),
+    ({'checkpoint__init_from': '/no/run'}, "checkpoint.init_from='/no/run'"),
+    ({'lora__rank': -1}, 'lora.rank=-1 must be'),
+    ({'lora__targets': 'q_proj'}, "lora.targets='q_proj' matches none"),
+  ],
+)
+def test_mistakes(base, tmp_path, changes, named):
+  start = start_from(tmp_path, base, **changes)
+  with pytest.raises(InputError, match=named):
+    train.main(start)
+  assert not pathlib.Path(start.workdir).exists()
+
+
+def test_adapters_are_no_base(adapted, base, tmp_path):
+  for rank in 0, 2:
+    start = start_from(tmp_path / str(rank), adapted.workdir, lora__rank=rank)
+    with pytest.raises(InputError, match='holds adapters alone'):
+      train.main(start)
+    assert not pathlib.Path(start.workdir).exists()
