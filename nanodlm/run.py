@@ -598,12 +598,17 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   Raises:
     InputError: there is no such checkpoint, it is damaged or of another shape.
   """
-  shapes, base = _shapes(run)
-  params, found, _ = _restore(run, workdir, shapes, step)
-  if base is None:
+  params, found = load_trained(run, workdir, step)
+  if not run.settings.lora['rank']:
     return params, found
   meta = checkpoint.read_meta(workdir, found)['data']
   return states.join(params, load_base(run, meta['base'])[0]), found
+
+
+def load_trained(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
+  """Returns what `load_params` does, without the base of adapters."""
+  params, found, _ = _restore(run, workdir, trained_shapes(run), step)
+  return params, found
 
 
 def load_base(
@@ -648,6 +653,11 @@ def check_start(run: Run, workdir: str):
     )
   if run.trained.uses_frozen:
     check_teacher(run, workdir)
+
+
+def trained_shapes(run: Run) -> Any:
+  """Returns the parameters that are trained, as sharded abstract arrays."""
+  return _shapes(run)[0]
 
 
 def _shapes(run: Run) -> tuple[Any, Any]:

@@ -63,6 +63,7 @@ from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.data.tokenizers.tiktoken import TiktokenTokenizer
 from nanodlm.devices import sharding
 from nanodlm.devices.mesh import MeshConfig
+from nanodlm.interop import peft
 from nanodlm.interop import tensors as tensor_files
 from nanodlm.interop.families import FAMILIES
 from nanodlm.interop.families import layout as layouts
@@ -153,6 +154,10 @@ def import_checkpoint(
     path = find_source(source, allow_pickle)
     folder = path if path.is_dir() else path.parent
     has_config = (folder / HF_CONFIG).is_file()
+    if not has_config and (folder / peft.CONFIG).is_file():
+      choose = lambda run: FAMILIES[choose_family(run, family)]
+      peft.import_adapters(folder, work, changes, choose, source)
+      return
     foreign = tensor_files.read_json(folder / HF_CONFIG) if has_config else {}
     if ends := find_ends(folder, foreign):
       foreign['eos_token_id'] = ends
@@ -223,6 +228,22 @@ def network_of(run: runs.Run) -> ModelConfig:
       "exported; only 'transformer' can"
     )
   return run.network.config
+
+
+def choose_family(run: runs.Run, family: str = '') -> str:
+  """Returns `family`, or the first that fits; InputError if it does not."""
+  network = network_of(run)
+  objective = run.settings.objective['name']
+  misfits = {
+    name: form.misfit(network, objective)
+    for name, form in FAMILIES.items()
+    if form.is_exportable
+  }
+  if family not in ('', *misfits):
+    raise InputError(f'--family={family!r} is not one of {sorted(misfits)}')
+  if family and misfits[family]:
+    raise InputError(f'--family={family!r} does not support {misfits[family]}')
+  return family or next(name for name, misfit in misfits.items() if not misfit)
 
 
 @contextlib.contextmanager

@@ -26,17 +26,19 @@ from absl import flags
 import jax
 import numpy as np
 
+from nanodlm import config as configs
 from nanodlm import evaluate
 from nanodlm import lm as lms
+from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.data.tokenizers.huggingface import HuggingFaceTokenizer
-from nanodlm.data.tokenizers.saved import save_tokenizer
+from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from nanodlm.data.tokenizers.tiktoken import TiktokenTokenizer
 from nanodlm.devices import sharding
-from nanodlm.interop import convert
+from nanodlm.interop import convert, peft
 from nanodlm.interop import tensors as tensor_files
 from nanodlm.interop.families import FAMILIES
 from nanodlm.interop.families import layout as layouts
@@ -65,6 +67,9 @@ def define_flags():
   flags.DEFINE_string(
     'family', '', 'The form of the export; by default the first that fits.'
   )
+  flags.DEFINE_bool(
+    'adapters', False, 'Write the adapters of config.lora alone, for PEFT.'
+  )
 
 
 def main(start: Start) -> int:
@@ -77,8 +82,35 @@ def main(start: Start) -> int:
     raise InputError('--mode=export needs --output')
   for key, value in sorted(start.changes.items()):
     raise InputError(f'--config.{key}={value!r} is ignored by --mode=export')
-  export_checkpoint(start.workdir, flags.FLAGS.output, flags.FLAGS.family)
+  export = export_adapters if flags.FLAGS.adapters else export_checkpoint
+  export(start.workdir, flags.FLAGS.output, flags.FLAGS.family)
   return 0
+
+
+def export_adapters(workdir: str, output: str, family: str = ''):
+  """Writes the averaged adapters of a run's last checkpoint, see `peft`.
+
+  Args:
+    workdir: folder of a run with `config.lora`.
+    output: a folder that is new or empty.
+    family: one of FAMILIES, whose names to use; '' is the first that fits.
+
+  Raises:
+    InputError: the folder is not empty, or there is no such run.
+  """
+  tensor_files.require('safetensors')
+  with convert.new_folder(output, '--output') as work:
+    settings = configs.make_settings(configs.read_run(workdir))
+    if not (rank := settings.lora['rank']):
+      raise InputError(
+        f'--adapters: the run in {workdir!r} has none (lora.rank={rank!r})'
+      )
+    run = runs.make_run(settings, refit=True)
+    run = run.with_tokenizer(load_tokenizer(workdir))
+    params, step = runs.load_trained(run, workdir)
+    form = FAMILIES[convert.choose_family(run, family)]
+    peft.write(work, run, params, form, _public(settings.checkpoint.init_from))
+  log.info('exported %s, step %d, into %s', workdir, step, output)
 
 
 def export_checkpoint(workdir: str, output: str, family: str = ''):
@@ -98,7 +130,7 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
   with convert.new_folder(output, '--output') as work:
     lm = lms.load(workdir)
     run, params, step = lm.run, lm.params, lm.step
-    family = choose_family(run, family)
+    family = convert.choose_family(run, family)
     form, network = FAMILIES[family], convert.network_of(run)
     described = convert.describe_own(run.tokenizer, run.settings.data.length)
     foreign = form.to_config(network, described)
@@ -131,22 +163,6 @@ def published(settings: Settings) -> dict[str, Any]:
   config['checkpoint'] |= {'init_from': '', 'init_step': 0}
   config['tokenizer']['path'] = ''
   return config
-
-
-def choose_family(run: Run, family: str = '') -> str:
-  """Returns `family`, or the first that fits; InputError if it does not."""
-  network = convert.network_of(run)
-  objective = run.settings.objective['name']
-  misfits = {
-    name: form.misfit(network, objective)
-    for name, form in FAMILIES.items()
-    if form.is_exportable
-  }
-  if family not in ('', *misfits):
-    raise InputError(f'--family={family!r} is not one of {sorted(misfits)}')
-  if family and misfits[family]:
-    raise InputError(f'--family={family!r} does not support {misfits[family]}')
-  return family or next(name for name, misfit in misfits.items() if not misfit)
 
 
 def write_tensors(

@@ -1,0 +1,264 @@
+"""Adapters in the layout of Hugging Face's PEFT, to and from a workdir.
+
+    python launch.py --mode=export --adapters --workdir=runs/tuned --output=out
+    python launch.py --mode=import --from=out --workdir=runs/again \
+        --config.checkpoint.init_from=runs/base
+
+The folder has adapter_config.json and adapter_model.safetensors, with names of
+the family that the base has the form of, as in --mode=export. An import needs
+the workdir of the base, for example itself an import. Without --adapters, an
+export holds the whole model, adapters merged.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import json
+import logging
+import pathlib
+from typing import Any, NamedTuple
+
+from flax import traverse_util
+import jax
+import numpy as np
+
+from nanodlm import config as configs
+from nanodlm import run as runs
+from nanodlm import workdir as workdirs
+from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
+from nanodlm.interop import tensors as tensor_files
+from nanodlm.interop.families.layout import Family
+from nanodlm.model import lora
+from nanodlm.run import Run
+from nanodlm.training import checkpoint
+from nanodlm.types import InputError
+
+log = logging.getLogger('nanodlm')
+
+CONFIG, TENSORS = 'adapter_config.json', 'adapter_model.safetensors'
+_PREFIX = 'base_model.model.'
+_SIDES = {lora.A: 'lora_A', lora.B: 'lora_B'}
+# Keys of adapter_config.json with the values that are supported, and those that
+# change nothing about the adapters.
+_ALLOWED = {
+  'peft_type': ('LORA',),
+  'bias': ('none',),
+  'fan_in_fan_out': (False,),
+  **dict.fromkeys(
+    (
+      *('use_dora', 'use_qalora', 'lora_bias', 'modules_to_save', 'layers'),
+      *('layers_to_transform', 'layers_pattern', 'trainable_token_indices'),
+      *('layer_replication', 'exclude_modules', 'target_parameters'),
+      *('alora_invocation_tokens', 'megatron_config', 'corda_config'),
+      *('rank_pattern', 'alpha_pattern', 'arrow_config', 'eva_config'),
+    ),
+    (None, False, {}, []),
+  ),
+}
+_HARMLESS = """
+  auto_mapping base_model_name_or_path ensure_weight_tying inference_mode
+  init_lora_weights loftq_config megatron_core peft_version qalora_group_size
+  revision runtime_config target_modules task_type
+""".split()
+
+
+class Place(NamedTuple):
+  """An adapter in both layouts.
+
+  Attributes:
+    module: name of the dense layer in PEFT, such as 'layers.0.mlp.up_proj'.
+    layer: its name here, one of `lora.LAYERS`.
+    path: path of its parameters; that of a block has a leading axis.
+    index: index into that axis; None for the last layer.
+  """
+
+  module: str
+  layer: str
+  path: tuple[str, ...]
+  index: int | None
+
+
+def places(run: Run, form: Family) -> Iterator[Place]:
+  """Yields all dense layers of a run's blocks, in the names of a family."""
+  if not form.names:
+    raise InputError(
+      "adapters can be exchanged if the base has a published family's form, "
+      f'which this network has not: model={dict(run.settings.model)!r}'
+    )
+  network: Any = run.network
+  shapes = jax.eval_shape(run.scorer.init_params, jax.random.key(0))
+  paths = [
+    path
+    for path in checkpoint.flatten(shapes)
+    if path.rpartition('/')[2] not in lora.LEAVES
+  ]
+  for name, parts in form.layout(network.config, paths, ()).tensors.items():
+    (_, *names) = parts[0].path.split('/')
+    if len(names) < 2 or names[0] not in lora.LAYERS or names[1] != 'kernel':
+      continue
+    if len(parts) > 1 or not form.is_transposed:
+      raise InputError(
+        f'adapters of the family {form.model_types[0]!r} cannot be exchanged: '
+        f'{name} holds several of our layers, or is not transposed'
+      )
+    is_last = parts[0].layer == network.config.num_layers - 1
+    block = 'last_layer' if is_last else 'layers'
+    index = None if is_last else parts[0].layer
+    module = name.removesuffix('.weight')
+    yield Place(module, names[0], (block, names[0]), index)
+
+
+def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
+  """Writes the adapters of a run.
+
+  Args:
+    folder: where to write.
+    run: a run with `config.lora`.
+    params: its trained parameters.
+    form: the family whose names to use.
+    base: the name of the base, '' if it has none.
+  """
+  from safetensors import numpy as safetensors
+
+  config, arrays, modules = run.settings.lora, {}, set()
+  adapters: Any = traverse_util.flatten_dict(jax.tree.map(np.asarray, params))
+  for place in places(run, form):
+    for ours, theirs in _SIDES.items():
+      stack = adapters.get((*place.path, ours))
+      if stack is None:
+        continue
+      value = stack if place.index is None else stack[place.index]
+      name = f'{_PREFIX}{place.module}.{theirs}.weight'
+      arrays[name] = np.ascontiguousarray(value.T)
+      modules.add(place.module.rpartition('.')[2])
+  safetensors.save_file(arrays, folder / TENSORS, metadata={'format': 'pt'})
+  content = {
+    'peft_type': 'LORA',
+    'task_type': 'CAUSAL_LM' if run.objective.causal else None,
+    'base_model_name_or_path': base,
+    'r': config['rank'],
+    'lora_alpha': config['alpha'],
+    'lora_dropout': config['dropout'],
+    'use_rslora': config['rslora'],
+    'target_modules': sorted(modules),
+    'bias': 'none',
+    'fan_in_fan_out': False,
+    'inference_mode': True,
+  }
+  workdirs.write(folder / CONFIG, json.dumps(content, indent=2) + '\n')
+
+
+def import_adapters(
+  folder: pathlib.Path,
+  work: pathlib.Path,
+  changes: Mapping[str, Any],
+  choose: Callable[[Run], Family],
+  source: str,
+):
+  """Writes a workdir with PEFT's adapters beside the base in another workdir.
+
+  Args:
+    folder: of adapter_config.json.
+    work: the workdir to write.
+    changes: {'section.key': value}; checkpoint.init_from is the base.
+    choose: returns the family that a run has the form of.
+    source: value of --from, for the record.
+
+  Raises:
+    InputError: there is no base, they do not fit it, or they are of another
+      kind.
+  """
+  base = changes.get('checkpoint.init_from', '')
+  if not base:
+    raise InputError(
+      f'--from={source!r} holds adapters: give the workdir of their base with '
+      '--config.checkpoint.init_from=WORKDIR'
+    )
+  foreign = tensor_files.read_json(folder / CONFIG)
+  _check(foreign)
+  config: Any = configs.start_from(base)
+  for key, value in changes.items():
+    configs.set_value(config, key, value)
+  settings = configs.make_settings(config)
+  plain = runs.make_run(settings, devices=jax.devices('cpu')[:1], refit=True)
+  tokenizer = load_tokenizer(base)
+  plain = plain.with_tokenizer(tokenizer)
+  runs.check_start(plain, base)
+  tensors = tensor_files.open_tensors(folder / TENSORS, False)
+  found: dict[tuple[str, ...], dict[int | None, np.ndarray]] = {}
+  left = set(tensors.shapes)
+  for place in places(plain, choose(plain)):
+    for ours, theirs in _SIDES.items():
+      for module in {place.module, place.module.removeprefix('model.')}:
+        name = f'{_PREFIX}{module}.{theirs}.weight'
+        if name in left:
+          left.remove(name)
+          value = np.asarray(tensors.read(name), np.float32).T
+          found.setdefault((*place.path, ours), {})[place.index] = value
+  layers = sorted({path[1] for path in found})
+  if left or not layers:
+    raise InputError(
+      f'{folder / TENSORS} does not fit {base!r}: its network has no dense '
+      f'layers {sorted(left)[:20]}'
+    )
+  config.lora.update(
+    rank=foreign['r'],
+    alpha=float(foreign['lora_alpha']),
+    dropout=float(foreign.get('lora_dropout', 0)),
+    rslora=bool(foreign.get('use_rslora')),
+    targets='|'.join(layers),
+  )
+  settings = configs.make_settings(config)
+  run = runs.make_run(settings, devices=jax.devices('cpu')[:1], refit=True)
+  run = run.with_tokenizer(tokenizer)
+  wanted = checkpoint.flatten(runs.trained_shapes(run))
+  params = {}
+  for path, values in found.items():
+    order = sorted(values, key=lambda i: -1 if i is None else i)
+    params[path] = (
+      values[None] if None in values else np.stack([values[i] for i in order])
+    )
+  shapes = {'/'.join(path): x.shape for path, x in params.items()}
+  if shapes != (expected := {k: x.shape for k, x in wanted.items()}):
+    differing = {
+      name: (shapes.get(name), expected.get(name))
+      for name in sorted(shapes | expected)
+      if shapes.get(name) != expected.get(name)
+    }
+    raise InputError(
+      f'{folder / TENSORS} does not fit {base!r}: {{name: (shape there, shape '
+      f'wanted)}} is {differing}'
+    )
+  _, identity = runs.load_base(run)
+  save_tokenizer(tokenizer, work)
+  (work / workdirs.CONFIG).write_text(settings.to_json())
+  with checkpoint.open_manager(str(work)) as manager:
+    checkpoint.save_params(
+      manager,
+      traverse_util.unflatten_dict(params),
+      settings.to_dict(),
+      {'imported': 'peft', 'source': source, 'base': identity},
+    )
+    checkpoint.wait(manager)
+  log.info(
+    'imported %s: adapters of rank %d in %s', source, foreign['r'], layers
+  )
+
+
+def _check(foreign: Mapping[str, Any]):
+  """Raises InputError unless adapter_config.json is supported."""
+  for key, allowed in _ALLOWED.items():
+    if key in foreign and foreign[key] not in allowed:
+      raise InputError(
+        f'{CONFIG}: {key}={foreign[key]!r} is not supported, only '
+        f'{list(allowed)}'
+      )
+  own = 'r', 'lora_alpha', 'lora_dropout', 'use_rslora'
+  known = {*_ALLOWED, *_HARMLESS, *own}
+  if unknown := sorted(
+    key for key, x in foreign.items() if key not in known and x
+  ):
+    raise InputError(
+      f'{CONFIG}: {unknown} may change what the adapters compute and is not '
+      'supported; leave them out in a copy if they change nothing'
+    )
+  if missing := [key for key in own[:2] if not foreign.get(key)]:
+    raise InputError(f'{CONFIG} lacks {missing}')
