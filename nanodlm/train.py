@@ -388,11 +388,15 @@ def _describe(run: Run, packed: PackedData):
   )
   if not jax.process_index():
     log.info(guesses.describe(guesses.measure(packed, settings.data)))
+  trained = ''
+  if settings.lora['rank']:
+    leaves = jax.tree.leaves(runs.trained_shapes(run))
+    trained = f' ({sum(leaf.size for leaf in leaves):,} trained)'
   mesh = ', '.join(f'{axis} {size}' for axis, size in run.mesh.shape.items())
   log.info(
-    f'model: {run.num_params():,} parameters, {settings.objective["name"]} '
-    f'objective, on {jax.device_count()} x {jax.devices()[0].device_kind} '
-    f'({mesh})'
+    f'model: {run.num_params():,} parameters{trained}, '
+    f'{settings.objective["name"]} objective, on {jax.device_count()} x '
+    f'{jax.devices()[0].device_kind} ({mesh})'
   )
   rows = meshes.sharding.padded(tokenizer.vocab_size, run.network.shards)
   if rows > tokenizer.vocab_size:

@@ -180,7 +180,9 @@ class TransformerNetwork(Network):
     6 x (matrix parameters) + 12 x layers x length x heads' width for the
     attention, as if every position passed every layer and the output
     projection. A multiply-add counts as 2. Both copies of block diffusion
-    count, as does the forward pass that self-conditioning adds.
+    count, as does the forward pass that self-conditioning adds. With adapters,
+    which are small, the gradients of frozen matrices are left out: 4 instead of
+    6 per matrix parameter.
     """
     cfg = self.config
     width, inner = cfg.embed_dim, cfg.num_heads * cfg.head_dim
@@ -188,7 +190,8 @@ class TransformerNetwork(Network):
     heads = 2 * width * (inner + cfg.kv_heads * cfg.head_dim)
     layers = cfg.num_layers * (heads + mlp)
     copies = 2 if cfg.block_size else 1
+    passes = 4 if cfg.lora else 6
     return (4 / 3 if cfg.self_conditioning else 1) * (
-      copies * (6 * layers + 12 * cfg.num_layers * length * inner)
-      + 6 * width * cfg.vocab_size
+      copies * (passes * layers + 12 * cfg.num_layers * length * inner)
+      + passes * width * cfg.vocab_size
     )
