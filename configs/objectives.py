@@ -35,6 +35,12 @@ from nanodlm import config as configs
 VARIANTS = {
   'masked': {'objective.name': 'masked'},
   'block4': {'objective.name': 'block', 'objective.block_size': 4},
+  'block20': {'objective.name': 'block', 'objective.block_size': 20},
+  'block4_ar': {
+    'objective.name': 'block',
+    'objective.block_size': 4,
+    'objective.ar_weight': 1.0,
+  },
   # Tied embeddings begin as a network that copies its input, and without the
   # low noise levels that the curriculum leaves out, it stays one.
   'uniform': {
@@ -54,6 +60,31 @@ VARIANTS = {
   'sedd': {'objective.name': 'sedd'},
   'genmd4': {'objective.name': 'genmd4', 'model.time_conditioning': True},
   'ar': {'objective.name': 'ar'},
+}
+
+
+def _student(teacher, method, num_steps):
+  """Returns the settings of three rounds that halve the teacher's steps."""
+  return {
+    **VARIANTS[teacher],
+    'objective.curriculum_steps': 0,
+    'checkpoint.init_from': teacher,
+    'distill.name': method,
+    'distill.num_steps': num_steps,
+    'distill.round_steps': 200,
+    'train.num_steps': 600,
+    'optim.learning_rate': 2e-3,
+    'optim.schedule': 'constant',
+    'optim.ema_decay': 0.99,
+  }
+
+
+VARIANTS |= {
+  'masked_sdtt': _student('masked', 'sdtt', 32),
+  'block20_sdtt': _student('block20', 'sdtt', 16),
+  'uniform_dcd': _student('uniform', 'dcd', 32),
+  'curriculum_dcd': _student('curriculum', 'dcd', 32),
+  'hybrid_dcd': _student('hybrid', 'dcd', 32),
 }
 
 
