@@ -84,6 +84,25 @@ class Bound(NamedTuple):
   is_exact: bool
 
 
+class Choice(NamedTuple):
+  """One of the texts that can fill a slot, see `LanguageModel.choose`.
+
+  Attributes:
+    text: the text.
+    probability: its probability among the choices.
+    nats: -log p of the text in the slot, or of the whole text with it.
+    nats_ci95: half width of the 95% interval of `nats`; 0 if it is exact.
+    is_exact: whether `nats` is the exact value. If not, it is an upper bound,
+      and the probability is what it would be if all bounds were equally tight.
+  """
+
+  text: str
+  probability: float
+  nats: float
+  nats_ci95: float
+  is_exact: bool
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
   """A run with its averaged parameters, of a step's checkpoint in `workdir`."""
@@ -232,6 +251,61 @@ class LanguageModel:
         )
       )
     return bounds
+
+  def choose(
+    self, prompt: str, *, num_draws: int | None = None, seed: int = 0
+  ) -> list[Choice]:
+    """Returns the probability of each text that can fill a slot.
+
+    If each choice is one token and the model predicts masked tokens, this is
+    the network's own law of the slot, given everything else in the prompt, in
+    one call; the prompt may have gaps. Otherwise whole texts are compared: by
+    their exact probability with objective.name='ar' and with
+    objective.ar_weight > 0 (the law of `speculate`), else by their bounds.
+
+    Args:
+      prompt: a text with one slot, such as 'The sky is {blue|green}.'.
+      num_draws: see `bound`.
+      seed: see `bound`.
+
+    Raises:
+      InputError: there is not one slot, or whole texts are compared and the
+        prompt has gaps.
+    """
+    before, choices, after = prompts.split_choices(prompt)
+    tokenizer, run = self.tokenizer, self.run
+    # A space before the slot may be a part of the token in it.
+    space = before.removeprefix(prompts.before_gap(before, tokenizer))
+    encode = tokenizer.encode_rest if before else tokenizer.encode
+    ids = [encode(space + choice) for choice in choices]
+    if run.objective.predicts_masked and all(len(row) == 1 for row in ids):
+      tokens, _ = lay_out(
+        run, f'{before}{{1}}{after}', run.settings.sample_length
+      )
+      hole = f'{before}{{1}}' if before else '{1}'
+      slot = len(prompts.make_canvas(hole, tokenizer, len(tokens), True)[0]) - 1
+      logits = self.logits(tokens)[slot, : tokenizer.mask_id]
+      log_p = np.asarray(jax.nn.log_softmax(logits))
+      nats = [-float(log_p[row[0]]) for row in ids]
+      values = [(x, 0.0, True) for x in nats]
+    else:
+      model = self
+      own = run.objective.autoregressive
+      if own is not None and not run.objective.exact:
+        run = dataclasses.replace(
+          run, objective=own, network=run.network.autoregressive()
+        )
+        model = dataclasses.replace(self, run=run)
+      before, after = (prompts.plain_text(x) for x in (before, after))
+      texts = [before + choice + after for choice in choices]
+      bounds = model.bound(texts, num_draws=num_draws, seed=seed)
+      values = [(x.nats, x.nats_ci95, x.is_exact) for x in bounds]
+    weights = np.array([-nats for nats, _, _ in values])
+    shares = np.exp(weights - np.logaddexp.reduce(weights))
+    return [
+      Choice(text, float(share), *value)
+      for text, share, value in zip(choices, shares, values)
+    ]
 
   def _windows(self, rows: Sequence[np.ndarray]) -> tuple[Batch, np.ndarray]:
     """Splits texts into rows; returns them and the text of each, [N]."""

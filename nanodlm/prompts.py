@@ -18,6 +18,8 @@ from nanodlm.types import InputError, reason
 # Doubled braces are literal; {} is a gap with an equal share of the remaining
 # tokens, {12} a gap of 12 tokens.
 _PARTS = re.compile(r'\{\{|\}\}|\{(\d*)\}')
+# {yes|no} is a slot for one of several texts.
+_SLOTS = re.compile(r'\{\{|\}\}|\{([^{}|]*(?:\|[^{}|]*)+)\}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,41 @@ def literal_braces(prompt: str) -> list[str]:
   """Returns texts that resemble gaps: '{x}', or a single brace."""
   rest = _PARTS.sub('\0', prompt)
   return list(dict.fromkeys(re.findall(r'\{[^{}\0]*\}|[{}]', rest)))
+
+
+def split_choices(prompt: str) -> tuple[str, list[str], str]:
+  """Splits a prompt at its slot, such as '{yes|no|maybe}'.
+
+  Returns:
+    The prompt before the slot, the choices, and the prompt after it.
+
+  Raises:
+    InputError: there is not one slot, or its choices are not different texts.
+  """
+  slots = [match for match in _SLOTS.finditer(prompt) if match.group(1)]
+  if len(slots) != 1:
+    raise InputError(
+      f'prompt={prompt!r} has {len(slots)} slots such as {{yes|no}}; it must '
+      'have one'
+    )
+  choices = slots[0].group(1).split('|')
+  if not all(choices) or len(set(choices)) < len(choices):
+    raise InputError(
+      f'prompt={prompt!r}: the choices {choices} must be different, and none '
+      'of them empty'
+    )
+  return prompt[: slots[0].start()], choices, prompt[slots[0].end() :]
+
+
+def plain_text(prompt: str) -> str:
+  """Returns the text of a prompt without gaps; InputError if it has one."""
+  for match in _PARTS.finditer(prompt):
+    if match.group(1) is not None:
+      raise InputError(
+        f'prompt: the gap {match.group()!r} in {prompt!r} is not supported '
+        'here, where whole texts are compared'
+      )
+  return _PARTS.sub(lambda match: match.group()[0], prompt)
 
 
 def automatic_size(prompt: str, num_free: int) -> int:

@@ -183,6 +183,68 @@ def test_bounds_have_an_interval(masked):
   assert masked.bound([]) == []
 
 
+def test_choices_of_one_token(masked):
+  choices = masked.choose('ab {x|y|z} {2}f')
+  texts = [choice.text for choice in choices]
+  assert texts == ['x', 'y', 'z']
+  canvas = np.array([*b'ab ', 257, 32, 257, 257, *b'f'], np.int32)
+  log_p = jax.nn.log_softmax(masked.logits(canvas)[3, :257])
+  expected = np.asarray(log_p[np.array([120, 121, 122])])
+  nats = [choice.nats for choice in choices]
+  np.testing.assert_allclose(nats, -expected, rtol=1e-5)
+  shares = [choice.probability for choice in choices]
+  np.testing.assert_allclose(
+    shares, np.exp(expected) / np.exp(expected).sum(), rtol=1e-5
+  )
+  assert all(x.is_exact and x.nats_ci95 == 0 for x in choices)
+
+
+def test_choices_of_several_tokens(masked, ar, tmp_path):
+  choices = ar.choose('{{a}} {red|blue} b')
+  bounds = ar.bound(['{a} red b', '{a} blue b'])
+  for choice, bound in zip(choices, bounds):
+    assert choice.is_exact and math.isclose(choice.nats, bound.nats)
+  odds = math.exp(bounds[1].nats - bounds[0].nats)
+  assert math.isclose(choices[0].probability, odds / (1 + odds), rel_tol=1e-4)
+  # A network that sees both sides only bounds them.
+  assert not masked.choose('a {red|blue} b')[0].is_exact
+  both = nanodlm.load(
+    workdirs.make_workdir(
+      tmp_path,
+      objective__name='block',
+      objective__block_size=4,
+      objective__ar_weight=1.0,
+    )
+  )
+  first, second = both.choose('a {red|blue} b')
+  assert first.is_exact and second.is_exact
+  # By the chain rule, with the logits of the clean copy.
+  text = np.frombuffer(b'a red b', np.uint8).astype(np.int32)
+  own = both.run.objective.autoregressive
+  run = dataclasses.replace(
+    both.run, objective=own, network=both.run.network.autoregressive()
+  )
+  logits = dataclasses.replace(both, run=run).logits(text)[:, :257]
+  log_p = np.asarray(jax.nn.log_softmax(logits))[np.arange(7), text]
+  assert math.isclose(first.nats, -log_p.sum(), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'prompt, named',
+  [
+    ('a b', '0 slots'),
+    ('{a|b} {c|d}', '2 slots'),
+    ('{{a|b}}', '0 slots'),
+    ('{a|}', 'none of them empty'),
+    ('{a|b|a}', 'must be different'),
+    ('x {aa|b} {3}', r"the gap '\{3\}'"),
+  ],
+)
+def test_wrong_choices(masked, prompt, named):
+  with pytest.raises(InputError, match=named):
+    masked.choose(prompt)
+
+
 def test_logits(masked, ar):
   mask_id = masked.tokenizer.mask_id
   tokens = np.array([[1, mask_id, 3, 4], [mask_id, 2, 2, 2]])
