@@ -90,7 +90,7 @@ class Choice(NamedTuple):
   Attributes:
     text: the text.
     probability: its probability among the choices.
-    nats: -log p of the text in the slot, or of the whole text with it.
+    nats: -log p(text in the slot | the rest), or of the whole text with it.
     nats_ci95: half width of the 95% interval of `nats`; 0 if it is exact.
     is_exact: whether `nats` is the exact value. If not, it is an upper bound,
       and the probability is what it would be if all bounds were equally tight.
@@ -225,16 +225,7 @@ class LanguageModel:
           'ids, whose probability is not defined'
         )
     batch, owner = self._windows(rows)
-    num_draws = num_draws or run.settings.eval.num_draws
-    score = make_score(run, num_draws=num_draws, batch_size=batch_size)
-    num = 1 if run.objective.exact else NUM_REPEATS
-    repeats = []
-    for key in jax.random.split(jax.random.key(seed), num):
-      nll = score(self.params, key, batch)['nll']
-      repeats.append(np.bincount(owner, weights=nll, minlength=len(rows)))
-    nats = np.mean(repeats, axis=0)
-    spread = np.std(repeats, axis=0, ddof=1) if num > 1 else np.zeros(len(rows))
-    half_width = _T_QUANTILE * spread / num**0.5
+    nats, half_width = self._bound(batch, owner, num_draws, seed, batch_size)
     bounds = []
     for text, row, value, width in zip(texts, rows, nats, half_width):
       num_bytes = len(text.encode())
@@ -252,6 +243,29 @@ class LanguageModel:
       )
     return bounds
 
+  def _bound(
+    self,
+    batch: Batch,
+    owner: np.ndarray,
+    num_draws: int | None,
+    seed: int,
+    batch_size: int = 32,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the bounds of texts, in nats, and their half widths.
+
+    `owner` [N] is the text of each row of the batch; see `bound`.
+    """
+    num_draws = num_draws or self.run.settings.eval.num_draws
+    score = make_score(self.run, num_draws=num_draws, batch_size=batch_size)
+    num = 1 if self.run.objective.exact else NUM_REPEATS
+    repeats = []
+    for key in jax.random.split(jax.random.key(seed), num):
+      nll = score(self.params, key, batch)['nll']
+      repeats.append(np.bincount(owner, weights=nll))
+    nats = np.mean(repeats, axis=0)
+    spread = np.std(repeats, axis=0, ddof=1) if num > 1 else np.zeros(len(nats))
+    return nats, _T_QUANTILE * spread / num**0.5
+
   def choose(
     self, prompt: str, *, num_draws: int | None = None, seed: int = 0
   ) -> list[Choice]:
@@ -259,9 +273,11 @@ class LanguageModel:
 
     If each choice is one token and the model predicts masked tokens, this is
     the network's own law of the slot, given everything else in the prompt, in
-    one call; the prompt may have gaps. Otherwise whole texts are compared: by
-    their exact probability with objective.name='ar' and with
-    objective.ar_weight > 0 (the law of `speculate`), else by their bounds.
+    one call; the prompt may have gaps. Otherwise the prompt has none, and a
+    model that sees the text after the slot gives a bound on -log p(choice |
+    the rest). Other models compare whole texts: by their exact probability with
+    objective.name='ar' and with objective.ar_weight > 0 (the law of
+    `speculate`), else by their bounds.
 
     Args:
       prompt: a text with one slot, such as 'The sky is {blue|green}.'.
@@ -269,28 +285,38 @@ class LanguageModel:
       seed: see `bound`.
 
     Raises:
-      InputError: there is not one slot, or whole texts are compared and the
-        prompt has gaps.
+      InputError: there is not one slot, or there are gaps that are not allowed.
     """
     before, choices, after = prompts.split_choices(prompt)
     tokenizer, run = self.tokenizer, self.run
+    sees_right = run.objective.sees_right(run.settings.sample_length)
     # A space before the slot may be a part of the token in it.
     space = before.removeprefix(prompts.before_gap(before, tokenizer))
     encode = tokenizer.encode_rest if before else tokenizer.encode
-    ids = [encode(space + choice) for choice in choices]
-    if run.objective.predicts_masked and all(len(row) == 1 for row in ids):
-      tokens, _ = lay_out(
-        run, f'{before}{{1}}{after}', run.settings.sample_length
-      )
-      hole = f'{before}{{1}}' if before else '{1}'
-      slot = len(prompts.make_canvas(hole, tokenizer, len(tokens), True)[0]) - 1
-      logits = self.logits(tokens)[slot, : tokenizer.mask_id]
+    rows = [encode(space + choice) for choice in choices]
+    if run.objective.predicts_masked and all(len(row) == 1 for row in rows):
+      canvas, slot = self._lay_out_slot(before, after, 1)
+      logits = self.logits(canvas)[slot][: tokenizer.mask_id]
       log_p = np.asarray(jax.nn.log_softmax(logits))
-      nats = [-float(log_p[row[0]]) for row in ids]
-      values = [(x, 0.0, True) for x in nats]
+      values = [(-float(log_p[row[0]]), 0.0, True) for row in rows]
+    elif sees_right:
+      for part in before, after:
+        prompts.plain_text(part)
+      texts, is_slot = [], []
+      for row in rows:
+        canvas, slot = self._lay_out_slot(before, after, len(row))
+        texts.append(canvas.copy())
+        texts[-1][slot : slot + len(row)] = row
+        place = np.arange(len(canvas))
+        is_slot.append((place >= slot) & (place < slot + len(row)))
+      size = max(map(len, texts))
+      tokens, is_text = pad(texts, size)
+      eligible, _ = pad(is_slot, size)
+      batch = make_batch(tokens, eligible > 0, (~is_text).astype(np.int32))
+      bounds = self._bound(batch, np.arange(len(rows)), num_draws, seed)
+      values = [(float(x), float(width), False) for x, width in zip(*bounds)]
     else:
-      model = self
-      own = run.objective.autoregressive
+      model, own = self, run.objective.autoregressive
       if own is not None and not run.objective.exact:
         run = dataclasses.replace(
           run, objective=own, network=run.network.autoregressive()
@@ -306,6 +332,18 @@ class LanguageModel:
       Choice(text, float(share), *value)
       for text, share, value in zip(choices, shares, values)
     ]
+
+  def _lay_out_slot(
+    self, before: str, after: str, size: int
+  ) -> tuple[np.ndarray, int]:
+    """Returns a canvas [n] with a gap of `size` tokens, and where it begins."""
+    length = self.run.settings.sample_length
+    canvas, _ = lay_out(self.run, f'{before}{{{size}}}{after}', length)
+    # What is before it does not depend on the gap.
+    row, _ = prompts.make_canvas(
+      f'{before}{{1}}', self.tokenizer, length, sees_right=True
+    )
+    return canvas, len(row) - 1
 
   def _windows(self, rows: Sequence[np.ndarray]) -> tuple[Batch, np.ndarray]:
     """Splits texts into rows; returns them and the text of each, [N]."""

@@ -199,15 +199,35 @@ def test_choices_of_one_token(masked):
   assert all(x.is_exact and x.nats_ci95 == 0 for x in choices)
 
 
-def test_choices_of_several_tokens(masked, ar, tmp_path):
+def test_choices_that_are_bounds(masked):
+  # Of two masked bytes: the mean over both orders.
+  choices = masked.choose('a {xy|zw} b', num_draws=64)
+  canvas = np.array([*b'a ', 257, 257, *b' b'], np.int32)
+
+  def log_p(i, token, given):
+    row = canvas.copy()
+    row[list(given)] = list(given.values())
+    logits = masked.logits(row)[i, :257]
+    return jax.nn.log_softmax(logits)[token]
+
+  for choice, (first, second) in zip(choices, (b'xy', b'zw')):
+    orders = [
+      log_p(2, first, {}) + log_p(3, second, {2: first}),
+      log_p(3, second, {}) + log_p(2, first, {3: second}),
+    ]
+    assert not choice.is_exact
+    assert abs(choice.nats + np.mean(orders)) <= 2 * choice.nats_ci95 + 1e-4
+    assert choice.nats_ci95 < 1
+  assert math.isclose(sum(x.probability for x in choices), 1, rel_tol=1e-6)
+
+
+def test_choices_of_several_tokens(ar, tmp_path):
   choices = ar.choose('{{a}} {red|blue} b')
   bounds = ar.bound(['{a} red b', '{a} blue b'])
   for choice, bound in zip(choices, bounds):
     assert choice.is_exact and math.isclose(choice.nats, bound.nats)
   odds = math.exp(bounds[1].nats - bounds[0].nats)
   assert math.isclose(choices[0].probability, odds / (1 + odds), rel_tol=1e-4)
-  # A network that sees both sides only bounds them.
-  assert not masked.choose('a {red|blue} b')[0].is_exact
   both = nanodlm.load(
     workdirs.make_workdir(
       tmp_path,
