@@ -30,6 +30,9 @@ attention that opens to the right step by step:
         --config.checkpoint.init_from=runs/gpt2 \
         --config.objective.name=masked --config.model.shift_outputs=True \
         --config.train.anneal_steps=2000 --config.sampler.name=auto
+
+For blocks, which keep the autoregressive law, see configs/from_ar.py; for
+adapters, `peft`.
 """
 
 from collections.abc import Iterator, Mapping
