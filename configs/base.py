@@ -176,7 +176,7 @@ def get_config() -> config_dict.ConfigDict:
   distill.teacher_temperature = 1.0  # > 0.
 
   config.lora = lora = config_dict.ConfigDict()
-  # Trains low-rank matrices beside the frozen weights of checkpoint.init_from,
+  # Trains low-rank matrices next to the frozen weights of checkpoint.init_from,
   # and nothing else. Checkpoints hold them alone; 0: trains all parameters.
   lora.rank = 0
   lora.alpha = 16.0  # > 0. Updates are scaled by alpha / rank.

@@ -13,7 +13,7 @@ state (0.5 GB).
 Not yet run. Compiled ahead of time by the last command, for chips of 95 GiB
 that each have a whole copy, with JAX 0.10.2's TPU compiler: per chip, 15.4 GiB
 of arguments; 4 rows of 2048 tokens at a time, 4 times a step
-(train.batch_size=64): 21.0 GiB in all; 16 rows of 4096 tokens at once: 56.0 GiB.
+(train.batch_size=64): a peak of 21.0 GiB; 16 rows of 4096 tokens at once: 56.0.
 Both fit a card of 80 GB.
 """
 

@@ -365,7 +365,7 @@ def start_from(workdir: str) -> config_dict.ConfigDict:
   """Returns the config of a new run that starts from the one in `workdir`.
 
   Raises:
-    InputError: there is no run in `workdir`.
+    InputError: `workdir` lacks a run.
   """
   config: Any = read_run(workdir, 'checkpoint.init_from')
   config.checkpoint.update(init_from=workdir, init_step=0)

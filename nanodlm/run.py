@@ -614,7 +614,7 @@ def load_trained(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
 def load_base(
   run: Run, expected: Mapping[str, Any] | None = None
 ) -> tuple[Any, dict[str, Any]]:
-  """Returns the parameters beside the adapters of a run, and their identity.
+  """Returns the frozen parameters of a run with adapters, and their identity.
 
   They are those of checkpoint.init_from.
 
@@ -632,7 +632,7 @@ def load_base(
   if expected not in (None, identity):
     raise InputError(
       f'checkpoint.init_from={saved.init_from!r}, step {found}, has changed '
-      'since adapters were trained beside it'
+      'since the adapters were trained'
     )
   return base, identity
 

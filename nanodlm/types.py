@@ -491,7 +491,7 @@ class Network(abc.ABC):
   def split(self, params: Any) -> tuple[Any, Any]:
     """Splits parameters into those that are trained, and the others.
 
-    By default there are no others: None. `state.join` inverts it.
+    By default all are trained, and the others None. `state.join` inverts it.
     """
     return params, None
 

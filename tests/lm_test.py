@@ -200,7 +200,7 @@ def test_choices_of_one_token(masked):
 
 
 def test_choices_that_are_bounds(masked):
-  # Of two masked bytes: the mean over both orders.
+  # The mean over both orders of two masked bytes.
   choices = masked.choose('a {xy|zw} b', num_draws=64)
   canvas = np.array([*b'a ', 257, 257, *b' b'], np.int32)
 

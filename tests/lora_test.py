@@ -121,7 +121,7 @@ def test_mistakes(base, tmp_path, changes, named):
   assert not pathlib.Path(start.workdir).exists()
 
 
-def test_adapters_are_no_base(adapted, base, tmp_path):
+def test_adapters_alone_are_not_a_base(adapted, base, tmp_path):
   for rank in 0, 2:
     start = start_from(tmp_path / str(rank), adapted.workdir, lora__rank=rank)
     with pytest.raises(InputError, match='holds adapters alone'):

@@ -153,7 +153,7 @@ def import_adapters(
   choose: Callable[[Run], Family],
   source: str,
 ):
-  """Writes a workdir with PEFT's adapters beside the base in another workdir.
+  """Writes a workdir with PEFT's adapters, for a base in another workdir.
 
   Args:
     folder: of adapter_config.json.
@@ -163,7 +163,7 @@ def import_adapters(
     source: value of --from, for the record.
 
   Raises:
-    InputError: there is no base, they do not fit it, or they are of another
+    InputError: the base is missing, they do not fit it, or are of another
       kind.
   """
   base = changes.get('checkpoint.init_from', '')
@@ -196,7 +196,7 @@ def import_adapters(
   layers = sorted({path[1] for path in found})
   if left or not layers:
     raise InputError(
-      f'{folder / TENSORS} does not fit {base!r}: its network has no dense '
+      f'{folder / TENSORS} does not fit {base!r}: its network lacks dense '
       f'layers {sorted(left)[:20]}'
     )
   config.lora.update(

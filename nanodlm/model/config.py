@@ -129,7 +129,7 @@ class ModelConfig:
       activations: 13% less CPU time a step, but slower to compile.
     platform: 'cpu', 'gpu' or 'tpu', for which programs are compiled; '': this
       machine's. From the caller.
-    lora: the adapters beside the dense layers, which alone are trained; None:
+    lora: the adapters of the dense layers, which alone are trained; None:
       every parameter is trained. From `config.lora`.
   """
 

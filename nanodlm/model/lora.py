@@ -1,4 +1,4 @@
-"""LoRA: low-rank matrices that are trained beside frozen ones.
+"""LoRA: low-rank matrices that are trained next to frozen ones.
 
     y = x W + scale * dropout(x) A B,   A [D, r], B [r, F]
 

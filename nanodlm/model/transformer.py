@@ -410,7 +410,7 @@ class Transformer(nn.Module):
     """
     if self.config.shift_outputs and not self.config.block_size:
       raise InputError(
-        'model.shift_outputs=True has no cache without blocks: the outputs '
+        'model.shift_outputs=True supports a cache with blocks only: outputs '
         'before a part of the text change with it'
       )
     start = jnp.asarray(start)

@@ -25,7 +25,7 @@ class TrainState:
       fold_in(key, n).
     frozen: parameters that are used but not trained (a teacher, a reference
       policy), or None; see `Objective.uses_frozen`.
-    base: the parameters beside the adapters in `params`, `ema_params` and
+    base: the parameters without the adapters in `params`, `ema_params` and
       `frozen`, which never change, or None; see `Network.split`. Checkpoints
       leave them out.
   """

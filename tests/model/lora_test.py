@@ -1,4 +1,4 @@
-"""Tests of adapters, beside the weights and merged into them."""
+"""Tests of adapters, next to the weights and merged into them."""
 
 import dataclasses
 import functools
@@ -110,7 +110,7 @@ def test_the_base_has_the_dtype_of_products():
 
 
 def test_full_rank_reaches_the_loss_of_full_training():
-  # Of the same layers: both fit texts of random tokens.
+  # Both train the same layers, to fit texts of random tokens.
   config = make_config(rank=16, alpha=16.0)
   network, plain = make_network(config), make_network(None)
   params = network.init_params(jax.random.key(0))
