@@ -177,14 +177,16 @@ def get_config() -> config_dict.ConfigDict:
 
   config.lora = lora = config_dict.ConfigDict()
   # Trains low-rank matrices next to the frozen weights of checkpoint.init_from,
-  # and nothing else. Checkpoints hold them alone; 0: trains all parameters.
+  # and nothing else; 0: all parameters. Checkpoints hold them alone: keep
+  # that run and its checkpoint, or export the whole model. If it has moved,
+  # give --config.checkpoint.init_from to the modes that load the run.
   lora.rank = 0
   lora.alpha = 16.0  # > 0. Updates are scaled by alpha / rank.
   lora.rslora = False  # Whether by alpha / sqrt(rank) instead.
   # A regular expression for which dense layers have them: 'query', 'key',
   # 'value', 'attention_out', 'mlp_gate', 'mlp_in', 'mlp_out'.
   lora.targets = '.*'
-  lora.dropout = 0.0  # In [0, 1); of their input.
+  lora.dropout = 0.0  # Dropout of the input of the matrices, in [0, 1).
 
   config.sampler = sampler = config_dict.ConfigDict()
   # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |

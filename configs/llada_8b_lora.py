@@ -17,6 +17,8 @@ of arguments; 4 rows of 2048 tokens at a time, 4 times a step
 Both fit a card of 80 GB.
 """
 
+from ml_collections import config_dict
+
 from nanodlm import config as configs
 
 
@@ -24,8 +26,11 @@ def get_config():
   config = configs.load('llada_8b')
   config.data.source = 'pairs:pairs.jsonl'
   config.data.length = 2048
+  # A reference, so that --config.checkpoint.init_from=OTHER also changes the
+  # tokenizer.
+  base = config_dict.FieldReference('runs/llada')
   config.tokenizer.name = 'run'
-  config.tokenizer.path = config.checkpoint.init_from = 'runs/llada'
+  config.tokenizer.path = config.checkpoint.init_from = base
   config.tokenizer.vocab_size = 0
   config.lora.rank = 16
   config.lora.alpha = 32.0

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import pathlib
 import runpy
 import types
@@ -182,6 +183,10 @@ def make_settings(config: Any, given: Collection[str] = ()) -> Settings:
         f'data.{key}={config.data[key]!r} is ignored with data.eval_source='
         f'{config.data.eval_source!r}, all of which is evaluated'
       )
+  saved = dict(config.checkpoint)
+  if config.lora.rank and saved['init_from']:
+    # Adapters are useless without their base, wherever they are loaded.
+    saved['init_from'] = os.path.abspath(saved['init_from'])
   frozen = lambda section: types.MappingProxyType(section.to_dict())
   return Settings(
     seed=config.seed,
@@ -195,7 +200,7 @@ def make_settings(config: Any, given: Collection[str] = ()) -> Settings:
     optim=OptimConfig(**config.optim),
     train=TrainConfig(**config.train),
     eval=EvalConfig(**config.eval),
-    checkpoint=CheckpointConfig(**config.checkpoint),
+    checkpoint=CheckpointConfig(**saved),
     mesh=MeshConfig(**config.mesh),
     given=frozenset(given),
   )
@@ -270,10 +275,12 @@ class Start:
         f'--mode={self.mode} reads its config from --workdir; leave --config '
         'out (--config.SECTION.KEY=VALUE is fine)'
       )
-    config = read_run(self.workdir)
+    config: Any = read_run(self.workdir)
     if 'data.source' in self.changes:
       _prepare_for_another_source(config.data, self.changes)
     for key, value in sorted(self.changes.items()):
+      if key == 'checkpoint.init_from' and config.lora.rank:
+        continue  # The base of the adapters may have moved.
       if key in unread or not key.startswith((*reads, 'train.chunk_size')):
         raise InputError(
           f'--config.{key}={value!r} is ignored by --mode={self.mode}; it '
@@ -356,7 +363,7 @@ FREE_KEYS = frozenset(
 BOUND_KEYS = frozenset(
   {'seed', 'train.batch_size', 'train.anneal_steps', 'optim.name'}
 )
-BOUND_SECTIONS = tuple('data tokenizer model lora objective distill'.split())
+BOUND_SECTIONS = ('data', 'tokenizer', 'model', 'lora', 'objective', 'distill')
 # Whether these are zero decides what the optimiser's state holds.
 BOUND_SWITCHES = ('optim.ema_decay', 'optim.clip_norm')
 

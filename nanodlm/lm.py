@@ -416,9 +416,7 @@ def load(
     settings = configs.make_settings(configs.read_run(workdir))
   run = runs.make_run(settings, refit=True)
   run = run.with_tokenizer(load_tokenizer(workdir))
-  params, found = runs.load_params(run, workdir, step)
-  run, params = run.merge(params)
-  return LanguageModel(run, params, found, workdir)
+  return LanguageModel(run, *runs.load_params(run, workdir, step), workdir)
 
 
 def _probabilities(trajectory: watch.Trajectory) -> np.ndarray:

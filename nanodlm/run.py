@@ -151,16 +151,13 @@ class Run:
       _check_effects(run, given)
     return run
 
-  def merge(self, params: Any) -> tuple['Run', Any]:
-    """Returns the run and its parameters with the adapters merged, if any."""
-    if not self.settings.lora['rank']:
-      return self, params
+  def without_adapters(self) -> 'Run':
+    """Returns the run of the same network without `config.lora`."""
     lora = types.MappingProxyType({**self.settings.lora, 'rank': 0})
     settings = dataclasses.replace(self.settings, lora=lora)
     shards, platform = self.network.shards, self.platform
     network = make_network(settings, self.objective, shards, platform)
-    whole = dataclasses.replace(self, settings=settings, network=network)
-    return whole, self.network.merge(params)
+    return dataclasses.replace(self, settings=settings, network=network)
 
   def describe_sampler(self) -> dict[str, Any]:
     """Returns `config.sampler` with its name resolved, as JSON values."""
@@ -201,6 +198,7 @@ def make_run(
     platform=platform,
   )
   _check_network(run)
+  _check_adapters(run)
   _check_batches(run)
   _check_effects(run, settings.given)
   return run
@@ -411,6 +409,16 @@ def _check_network(run: Run):
     )
 
 
+def _check_adapters(run: Run):
+  """Checks that the network has adapters, if there should be any."""
+  lora, name = run.settings.lora, run.settings.model['name']
+  if lora['rank'] and _shapes(run)[1] is None:
+    raise InputError(
+      f'lora.rank={lora["rank"]!r} does not fit model.name={name!r}, whose '
+      'network has no adapters'
+    )
+
+
 def _check_batches(run: Run):
   """Checks that batches and draws are whole groups."""
   settings, objective = run.settings, run.objective
@@ -605,6 +613,19 @@ def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   return states.join(params, load_base(run, meta['base'])[0]), found
 
 
+def load_merged(run: Run, workdir: str) -> tuple[Run, Any, int]:
+  """Returns a run without adapters, its float32 parameters, and their step.
+
+  The adapters of the last checkpoint in `workdir` are added to the weights of
+  checkpoint.init_from, as those were before they were cast.
+  """
+  adapters, found = load_trained(run, workdir)
+  meta = checkpoint.read_meta(workdir, found)['data']
+  base, _ = load_base(run, meta['base'], in_full=True)
+  params = run.network.merge(states.join(adapters, base))
+  return run.without_adapters(), params, found
+
+
 def load_trained(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
   """Returns what `load_params` does, without the base of adapters."""
   params, found, _ = _restore(run, workdir, trained_shapes(run), step)
@@ -612,22 +633,34 @@ def load_trained(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
 
 
 def load_base(
-  run: Run, expected: Mapping[str, Any] | None = None
+  run: Run, expected: Mapping[str, Any] | None = None, in_full: bool = False
 ) -> tuple[Any, dict[str, Any]]:
   """Returns the frozen parameters of a run with adapters, and their identity.
 
-  They are those of checkpoint.init_from.
+  They are those of checkpoint.init_from, together with what its objective has
+  learned, if anything.
 
   Args:
     run: a run with `config.lora`.
     expected: the identity that the checkpoint of the run has; None: any.
+    in_full: whether they are float32, instead of what the network uses.
 
   Raises:
     InputError: they are not there, do not fit, or are others than `expected`.
   """
   saved = run.settings.checkpoint
+  trained, shapes = _shapes(run)
+  if in_full:
+    shapes = meshes.shapes_sharded(
+      run.mesh,
+      lambda: run.without_adapters().scorer.init_params(jax.random.key(0)),
+    )
+  elif 'objective' in trained:
+    shapes = {**shapes, 'objective': trained['objective']}
   step = expected['step'] if expected else saved.init_step
-  base, found, digest = _restore(run, saved.init_from, _shapes(run)[1], step)
+  base, found, digest = _restore(run, saved.init_from, shapes, step)
+  if in_full:
+    base.pop('objective', None)
   identity = {'step': found, 'sha256': digest}
   if expected not in (None, identity):
     raise InputError(

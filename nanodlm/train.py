@@ -34,6 +34,7 @@ killed).
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import logging
@@ -164,10 +165,15 @@ def train(
   training = runs.make_training(run)
   state: Any = _initial_state(run, training, init_from)
   origin = {}
-  if state.base is not None:
+  if settings.lora['rank']:
     expected = before['data']['base'] if before else None
     base, identity = runs.load_base(run, expected)
-    state, origin = state.replace(base=base), {'base': identity}
+    state, origin = _with_base(state, base), {'base': identity}
+    log.info(
+      'training adapters of %s, step %d',
+      settings.checkpoint.init_from,
+      identity['step'],
+    )
   with checkpoint.open_manager(
     workdir,
     max_to_keep=settings.checkpoint.max_to_keep,
@@ -347,7 +353,9 @@ def _initial_state(
         run, init_from, run.settings.checkpoint.init_step
       )
       log.info('starting from the weights of %s, step %d', init_from, step)
-  state = meshes.init_sharded(run.mesh, training.init_state)
+  # The base of adapters is loaded later. XLA does not draw what is not used.
+  init = lambda: dataclasses.replace(training.init_state(), base=None)
+  state: Any = meshes.init_sharded(run.mesh, init)
   if initial is not None:
     copy = lambda: jax.tree.map(lambda x: x.copy(), initial)
     if state.ema_params is not None:
@@ -356,6 +364,23 @@ def _initial_state(
       state = state.replace(frozen=copy())
     state = state.replace(params=initial)
   return state
+
+
+def _with_base(state: Any, base: dict[str, Any]) -> Any:
+  """Adds the base of adapters, and what its objective has learned."""
+  learned = base.pop('objective', None)
+  if learned is not None and not int(state.step):
+
+    def start(params):
+      copy = jax.tree.map(lambda x: x.copy(), learned)
+      return params and {**params, 'objective': copy}
+
+    state = state.replace(
+      params=start(state.params),
+      ema_params=start(state.ema_params),
+      frozen=start(state.frozen),
+    )
+  return state.replace(base=base)
 
 
 def _write_config(
@@ -590,7 +615,8 @@ def _make_show(
       return False
     writer.write_scalars(step, means)
     if not jax.process_index():
-      writer.write_histograms(step, writers.some_values(params))
+      trained, _ = run.network.split(params)
+      writer.write_histograms(step, writers.some_values(trained))
     line = evaluate.describe(means, run.objective.exact, text)
     log.info('step %d, %s', step, line)
     if draw:

@@ -3,17 +3,20 @@
 import dataclasses
 import pathlib
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from nanodlm import config as configs
 from nanodlm import lm as lms
-from nanodlm import train
+from nanodlm import model, train
+from nanodlm import run as runs
 from nanodlm.types import InputError
 from tests import workdirs
 from tests.distill_test import saved
 from tests.launch_test import arrays, assert_identical
-from tests.seams_test import start_of
+from tests.seams_test import Mlp, start_of
 
 NUM_STEPS = 6
 
@@ -59,14 +62,18 @@ def test_a_checkpoint_holds_adapters_alone(base, adapted):
 
 def test_it_loads_as_the_whole_model(base, adapted):
   lm = lms.load(adapted.workdir)
-  params, theirs = lm.params, lms.load(base).params
+  run, params, _ = runs.load_merged(lm.run, adapted.workdir)
+  theirs = lms.load(base).params
   own = saved(adapted.workdir, NUM_STEPS, 'ema_params')
   a, b = (own[f"['last_layer']['mlp_out']['lora_{x}']"] for x in 'ab')
   kernel = theirs['last_layer']['mlp_out']['kernel'] + 6 / 2 * (a @ b)
   found = params['last_layer']['mlp_out']['kernel']
   np.testing.assert_allclose(found, kernel, atol=1e-5)
   np.testing.assert_array_equal(params['embedding'], theirs['embedding'])
-  assert lm.run.num_params() == lms.load(base).run.num_params()
+  assert run.num_params() == lms.load(base).run.num_params()
+  tokens = np.arange(12, dtype=np.int32)
+  merged = dataclasses.replace(lm, run=run, params=params).logits(tokens)
+  np.testing.assert_allclose(merged, lm.logits(tokens), atol=1e-4)
 
 
 def test_resuming(adapted, tmp_path):
@@ -80,6 +87,64 @@ def test_resuming(adapted, tmp_path):
   assert_identical(
     *(arrays(x, NUM_STEPS, items) for x in (adapted.workdir, start.workdir))
   )
+
+
+def test_a_base_in_bfloat16_is_merged_in_float32(base, tmp_path):
+  start = start_from(
+    tmp_path, base, train__num_steps=2, model__dtype='bfloat16'
+  )
+  assert train.main(start) == 0
+  lm = lms.load(start.workdir)
+  assert str(lm.params['layers']['query']['kernel'].dtype) == 'bfloat16'
+  _, params, _ = runs.load_merged(lm.run, start.workdir)
+  own = saved(start.workdir, 2, 'ema_params')
+  a, b = (own[f"['last_layer']['query']['lora_{x}']"] for x in 'ab')
+  kernel = lms.load(base).params['last_layer']['query']['kernel']
+  np.testing.assert_allclose(
+    params['last_layer']['query']['kernel'], kernel + 3 * (a @ b), atol=1e-6
+  )
+
+
+def test_a_base_that_has_moved(base, adapted, tmp_path, monkeypatch):
+  # The base is known by its whole path, and may get another.
+  monkeypatch.chdir(pathlib.Path(base).parent)
+  start = start_from(tmp_path, 'run', train__num_steps=1)
+  assert train.main(start) == 0
+  monkeypatch.chdir(tmp_path)
+  assert lms.load(start.workdir).run.settings.checkpoint.init_from == base
+  moved = tmp_path / 'moved'
+  shutil.copytree(base, moved)
+  again = configs.Start(
+    'eval',
+    start.workdir,
+    configs.load(),
+    False,
+    {'checkpoint.init_from': str(moved)},
+  )
+  settings = again.resolve_reading(('eval.',))
+  assert settings.checkpoint.init_from == str(moved)
+  lms.load(start.workdir, settings=settings)
+
+
+def test_what_the_objective_has_learned(tmp_path):
+  genmd4 = dict(objective__name='genmd4', model__time_conditioning=True)
+  base = workdirs.make_workdir(tmp_path / 'base', **genmd4)
+  start = start_from(tmp_path, base, train__num_steps=1, **genmd4)
+  assert train.main(start) == 0
+  rate = lms.load(base).params['objective']['rate']
+  own = saved(start.workdir, 1, 'params')
+  (name,) = [name for name in own if 'objective' in name]
+  change = np.abs(own[name] - np.asarray(rate)).max()
+  assert 0 < change < 0.01
+  lms.load(start.workdir)
+
+
+def test_a_network_without_adapters(base, tmp_path):
+  with mock.patch.dict(model.NETWORKS, mlp=Mlp):
+    start = start_from(tmp_path, base, model__name='mlp')
+    with pytest.raises(InputError, match='lora.rank=2'):
+      train.main(start)
+  assert not pathlib.Path(start.workdir).exists()
 
 
 def test_the_base_must_stay_as_it_was(base, tmp_path):
@@ -111,6 +176,7 @@ def again(start):
     ({'checkpoint__init_from': ''}, "checkpoint.init_from='' must be"),
     ({'checkpoint__init_from': '/no/run'}, "checkpoint.init_from='/no/run'"),
     ({'lora__rank': -1}, 'lora.rank=-1 must be'),
+    ({'lora__targets': '('}, 'lora.targets'),
     ({'lora__targets': 'q_proj'}, "lora.targets='q_proj' matches none"),
   ],
 )

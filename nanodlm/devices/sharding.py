@@ -153,6 +153,13 @@ def join(x: jax.Array, shards: Shards) -> jax.Array:
   return x if shards.tensor == 1 else jax.lax.psum(x, TENSOR)
 
 
+def same(x: jax.Array, shards: Shards) -> jax.Array:
+  """Marks x, which a tensor group has in common, as common to it."""
+  if shards.tensor == 1:
+    return x
+  return join(jnp.where(jax.lax.axis_index(TENSOR) == 0, x, 0), shards)
+
+
 def concatenate(x: jax.Array, shards: Shards) -> jax.Array:
   """Concatenates the parts of a tensor group along the last axis."""
   if shards.tensor == 1:

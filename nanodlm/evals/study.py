@@ -167,8 +167,15 @@ def plan_members(
     for variant in chosen:
       config = module['get_config'](variant)
       if (origin := config.checkpoint.init_from) in folders:
+        names = list(known)
+        if names.index(origin) >= names.index(variant):
+          raise InputError(
+            f'{path!r}: the variant {variant!r} starts from {origin!r}, which '
+            'must come before it'
+          )
         config.checkpoint.init_from = folder = folders[origin]
-        if origin not in chosen and not workdirs.has_tokenizer(folder):
+        num_steps = module['get_config'](origin).train.num_steps
+        if origin not in chosen and not _has_ended(folder, num_steps):
           raise InputError(
             f'--variants={list(variants)}: {variant!r} starts from {origin!r}, '
             f'which is neither among them nor trained in {folder}'
@@ -217,11 +224,13 @@ def _check_output(output: str, name: str):
 
 def _is_trained(member: Member) -> bool:
   """Returns whether the run has ended, with a checkpoint and its bound."""
-  num_steps = member.settings.train.num_steps
-  steps = checksums.complete_steps(member.workdir / workdirs.CHECKPOINTS)
-  return steps[-1:] == [num_steps] and train.was_evaluated(
-    str(member.workdir), num_steps
-  )
+  return _has_ended(str(member.workdir), member.settings.train.num_steps)
+
+
+def _has_ended(workdir: str, num_steps: int) -> bool:
+  checkpoints = pathlib.Path(workdir) / workdirs.CHECKPOINTS
+  steps = checksums.complete_steps(checkpoints)
+  return steps[-1:] == [num_steps] and train.was_evaluated(workdir, num_steps)
 
 
 def make_recall(path: pathlib.Path, step: int) -> Recall:
@@ -464,7 +473,7 @@ def main(start: Start) -> int:
   workdirs.make(options.output)
   if not (output / RESULTS).exists():
     workdirs.write(output / RESULTS, compare.to_json({'config': name}))
-  results, failed, secs = [], [], []
+  results, failed, lost, secs = [], [], set(), []
   for i, member in enumerate(members):
     left = statistics.fmean(secs) * (len(members) - i) if secs else 0
     log.info(
@@ -478,7 +487,10 @@ def main(start: Start) -> int:
     began, is_new = time.monotonic(), not _is_trained(member)
     if is_new:  # What was measured is of another training.
       (member.workdir / workdirs.MEASURED).unlink(missing_ok=True)
-    status = train.main(member.start) if is_new else 0
+    if member.settings.checkpoint.init_from in lost:
+      status = 1
+    else:
+      status = train.main(member.start) if is_new else 0
     if status > 1:
       return status
     result = None
@@ -486,6 +498,7 @@ def main(start: Start) -> int:
       result = measure(member, request, judge, ratios, options)
     if result is None:
       failed.append(member.workdir.name)
+      lost.add(str(member.workdir))
     else:
       results.append(result)
     if not results:

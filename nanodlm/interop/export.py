@@ -15,6 +15,7 @@ tiktoken's). An imported one is kept as it is, with a warning if it does not.
 """
 
 from collections.abc import Iterator, Mapping
+import dataclasses
 import json
 import logging
 import pathlib
@@ -129,6 +130,9 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     tensor_files.require(package)
   with convert.new_folder(output, '--output') as work:
     lm = lms.load(workdir)
+    if lm.run.settings.lora['rank']:
+      whole, params, _ = runs.load_merged(lm.run, workdir)
+      lm = dataclasses.replace(lm, run=whole, params=params)
     run, params, step = lm.run, lm.params, lm.step
     family = convert.choose_family(run, family)
     form, network = FAMILIES[family], convert.network_of(run)

@@ -6,8 +6,9 @@
 
 The folder has adapter_config.json and adapter_model.safetensors, with names of
 the family that the base has the form of, as in --mode=export. An import needs
-the workdir of the base, for example itself an import. Without --adapters, an
-export holds the whole model, adapters merged.
+the workdir of the base, for example itself an import. What it makes can be
+evaluated, sampled and exported, but not trained on. Without --adapters, an
+export holds the whole model, with the adapters added to its weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.interop import tensors as tensor_files
-from nanodlm.interop.families.layout import Family
+from nanodlm.interop.families.layout import Family, Layout
 from nanodlm.model import lora
 from nanodlm.run import Run
 from nanodlm.training import checkpoint
@@ -42,6 +43,8 @@ _ALLOWED = {
   'peft_type': ('LORA',),
   'bias': ('none',),
   'fan_in_fan_out': (False,),
+  # Others start from changed weights of the base.
+  'init_lora_weights': (True, False, None, 'gaussian', 'eva', 'orthogonal'),
   **dict.fromkeys(
     (
       *('use_dora', 'use_qalora', 'lora_bias', 'modules_to_save', 'layers'),
@@ -55,7 +58,7 @@ _ALLOWED = {
 }
 _HARMLESS = """
   auto_mapping base_model_name_or_path ensure_weight_tying inference_mode
-  init_lora_weights loftq_config megatron_core peft_version qalora_group_size
+  loftq_config megatron_core peft_version qalora_group_size
   revision runtime_config target_modules task_type
 """.split()
 
@@ -76,13 +79,8 @@ class Place(NamedTuple):
   index: int | None
 
 
-def places(run: Run, form: Family) -> Iterator[Place]:
-  """Yields all dense layers of a run's blocks, in the names of a family."""
-  if not form.names:
-    raise InputError(
-      "adapters can be exchanged if the base has a published family's form, "
-      f'which this network has not: model={dict(run.settings.model)!r}'
-    )
+def layout_of(run: Run, form: Family) -> Layout:
+  """Returns the tensors of a run without adapters in the form of a family."""
   network: Any = run.network
   shapes = jax.eval_shape(run.scorer.init_params, jax.random.key(0))
   paths = [
@@ -90,7 +88,18 @@ def places(run: Run, form: Family) -> Iterator[Place]:
     for path in checkpoint.flatten(shapes)
     if path.rpartition('/')[2] not in lora.LEAVES
   ]
-  for name, parts in form.layout(network.config, paths, ()).tensors.items():
+  return form.layout(network.config, paths, ())
+
+
+def places(run: Run, form: Family) -> Iterator[Place]:
+  """Yields all dense layers of a run's blocks, in the names of a family."""
+  if not form.names:
+    raise InputError(
+      "adapters can be exchanged if the base has a published family's form, "
+      f'which this network lacks: model={dict(run.settings.model)!r}'
+    )
+  num_layers = run.settings.model['num_layers']
+  for name, parts in layout_of(run, form).tensors.items():
     (_, *names) = parts[0].path.split('/')
     if len(names) < 2 or names[0] not in lora.LAYERS or names[1] != 'kernel':
       continue
@@ -99,11 +108,17 @@ def places(run: Run, form: Family) -> Iterator[Place]:
         f'adapters of the family {form.model_types[0]!r} cannot be exchanged: '
         f'{name} holds several of our layers, or is not transposed'
       )
-    is_last = parts[0].layer == network.config.num_layers - 1
+    is_last = parts[0].layer == num_layers - 1
     block = 'last_layer' if is_last else 'layers'
     index = None if is_last else parts[0].layer
     module = name.removesuffix('.weight')
     yield Place(module, names[0], (block, names[0]), index)
+
+
+def others(run: Run, form: Family) -> set[str]:
+  """Returns the names of all modules of a run, in the names of a family."""
+  names = layout_of(run, form).tensors
+  return {name.removesuffix('.weight') for name in names}
 
 
 def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
@@ -120,7 +135,8 @@ def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
 
   config, arrays, modules = run.settings.lora, {}, set()
   adapters: Any = traverse_util.flatten_dict(jax.tree.map(np.asarray, params))
-  for place in places(run, form):
+  found = list(places(run, form))
+  for place in found:
     for ours, theirs in _SIDES.items():
       stack = adapters.get((*place.path, ours))
       if stack is None:
@@ -128,8 +144,14 @@ def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
       value = stack if place.index is None else stack[place.index]
       name = f'{_PREFIX}{place.module}.{theirs}.weight'
       arrays[name] = np.ascontiguousarray(value.T)
-      modules.add(place.module.rpartition('.')[2])
+      modules.add(place.module)
   safetensors.save_file(arrays, folder / TENSORS, metadata={'format': 'pt'})
+  # PEFT takes every module whose name ends like one of these.
+  own = {place.module for place in found}
+  last = lambda name: name.rpartition('.')[2]
+  ends = {last(module) for module in modules}
+  if any(last(name) in ends for name in others(run, form) - own):
+    ends = modules
   content = {
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM' if run.objective.causal else None,
@@ -138,7 +160,7 @@ def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
     'lora_alpha': config['alpha'],
     'lora_dropout': config['dropout'],
     'use_rslora': config['rslora'],
-    'target_modules': sorted(modules),
+    'target_modules': sorted(ends),
     'bias': 'none',
     'fan_in_fan_out': False,
     'inference_mode': True,
@@ -166,6 +188,11 @@ def import_adapters(
     InputError: the base is missing, they do not fit it, or are of another
       kind.
   """
+  for key, value in sorted(changes.items()):
+    if key.startswith('lora.'):
+      raise InputError(
+        f'--config.{key}={value!r} is ignored here: {folder / CONFIG} says it'
+      )
   base = changes.get('checkpoint.init_from', '')
   if not base:
     raise InputError(
@@ -177,11 +204,13 @@ def import_adapters(
   config: Any = configs.start_from(base)
   for key, value in changes.items():
     configs.set_value(config, key, value)
-  settings = configs.make_settings(config)
+  settings = configs.make_settings(config, changes)
   plain = runs.make_run(settings, devices=jax.devices('cpu')[:1], refit=True)
   tokenizer = load_tokenizer(base)
   plain = plain.with_tokenizer(tokenizer)
   runs.check_start(plain, base)
+  if not (folder / TENSORS).is_file():
+    raise InputError(f'{folder} lacks {TENSORS}')
   tensors = tensor_files.open_tensors(folder / TENSORS, False)
   found: dict[tuple[str, ...], dict[int | None, np.ndarray]] = {}
   left = set(tensors.shapes)
@@ -202,11 +231,11 @@ def import_adapters(
   config.lora.update(
     rank=foreign['r'],
     alpha=float(foreign['lora_alpha']),
-    dropout=float(foreign.get('lora_dropout', 0)),
+    dropout=float(foreign.get('lora_dropout') or 0),
     rslora=bool(foreign.get('use_rslora')),
     targets='|'.join(layers),
   )
-  settings = configs.make_settings(config)
+  settings = configs.make_settings(config, changes)
   run = runs.make_run(settings, devices=jax.devices('cpu')[:1], refit=True)
   run = run.with_tokenizer(tokenizer)
   wanted = checkpoint.flatten(runs.trained_shapes(run))
@@ -260,5 +289,11 @@ def _check(foreign: Mapping[str, Any]):
       f'{CONFIG}: {unknown} may change what the adapters compute and is not '
       'supported; leave them out in a copy if they change nothing'
     )
-  if missing := [key for key in own[:2] if not foreign.get(key)]:
-    raise InputError(f'{CONFIG} lacks {missing}')
+  for key, kind, rule in (
+    ('r', int, 'a whole number'),
+    ('lora_alpha', (int, float), 'a number'),
+    ('lora_dropout', (int, float, type(None)), 'a number'),
+  ):
+    value = foreign.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+      raise InputError(f'{CONFIG}: {key}={value!r} must be {rule}')

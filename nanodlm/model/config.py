@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.model import attention
-from nanodlm.model.lora import LoraConfig
+from nanodlm.model.lora import LAYERS, LoraConfig
 from nanodlm.types import InputError
 
 # Scales t in [0, 1] to the range for which the sinusoids of a time were chosen.
@@ -246,6 +246,10 @@ class ModelConfig:
       'must be False with a network that is causal: it predicts each token in '
       'one call',
     )
+    if self.lora is not None:
+      has_gate = self.mlp in GATED
+      layers = [x for x in LAYERS if has_gate or x != 'mlp_gate']
+      self.lora.check_targets(layers)
     attention.check_backend(
       self.attention, self.platform or jax.default_backend()
     )

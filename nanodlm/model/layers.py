@@ -86,7 +86,7 @@ class Linear(nn.Module):
     std: standard deviation of the initial kernel.
     join: tensor groups over which products are summed before the bias is added,
       if the kernel is split by rows; none by default.
-    adapter: settings of the low-rank matrices next to the kernel, if any.
+    adapter: the low-rank matrices that are added to the kernel, if any.
   """
 
   features: int

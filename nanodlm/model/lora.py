@@ -7,7 +7,7 @@ the network as it was. Source: arXiv 2106.09685; with scale = alpha / sqrt(r)
 rsLoRA, arXiv 2312.03732.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import re
 from typing import Any
@@ -28,8 +28,9 @@ LAYERS = (
   'mlp_out',
 )
 A, B = LEAVES = ('lora_a', 'lora_b')
-# The base is stored in the dtype of matrix products, to which it would be cast.
-# Norms and biases are small, and stay as they are.
+# The base is stored in the dtype of matrix products, to which it would be cast
+# (the embedding after learned positions are added). Norms and biases are small,
+# and stay as they are.
 _MATRICES = ('kernel', 'embedding', 'output')
 
 
@@ -45,22 +46,25 @@ class LoraConfig:
 
   def __post_init__(self):
     for key, rule, is_valid in (
-      ('rank', 'must be >= 1', self.rank >= 1),
+      ('rank', 'must be >= 0 (0: no adapters)', self.rank >= 1),
       ('alpha', 'must be > 0', self.alpha > 0),
       ('dropout', 'must be in [0, 1)', 0 <= self.dropout < 1),
     ):
       if not is_valid:
         raise InputError(f'lora.{key}={getattr(self, key)!r} {rule}')
     try:
-      is_any = any(map(self.fits, LAYERS))
+      re.compile(self.targets)
     except re.error as error:
       raise InputError(
         f'lora.targets={self.targets!r} is not a regular expression: {error}'
       ) from None
-    if not is_any:
+
+  def check_targets(self, layers: Sequence[str]):
+    """Raises InputError if no layer of a network with these has an adapter."""
+    if not any(map(self.fits, layers)):
       raise InputError(
         f'lora.targets={self.targets!r} matches none of the dense layers '
-        f'{list(LAYERS)}'
+        f'{list(layers)}'
       )
 
   @property
@@ -99,6 +103,6 @@ def merge(params: Mapping[str, Any], config: LoraConfig) -> Any:
     leaf = jnp.asarray(leaf, jnp.float32)
     if path[-1] == 'kernel' and (*path[:-1], A) in flat:
       a, b = (flat[*path[:-1], name] for name in LEAVES)
-      leaf += config.scale * (a @ b)
+      leaf += config.scale * jnp.matmul(a, b, precision='highest')
     merged[path] = leaf
   return traverse_util.unflatten_dict(merged)

@@ -190,8 +190,9 @@ class TransformerNetwork(Network):
     heads = 2 * width * (inner + cfg.kv_heads * cfg.head_dim)
     layers = cfg.num_layers * (heads + mlp)
     copies = 2 if cfg.block_size else 1
+    matrices = copies * layers + width * cfg.vocab_size
+    attention = 12 * copies * cfg.num_layers * length * inner
     passes = 4 if cfg.lora else 6
-    return (4 / 3 if cfg.self_conditioning else 1) * (
-      copies * (passes * layers + 12 * cfg.num_layers * length * inner)
-      + passes * width * cfg.vocab_size
-    )
+    if cfg.self_conditioning:
+      passes, attention = passes + 2, attention * 4 / 3
+    return passes * matrices + attention

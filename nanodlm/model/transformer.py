@@ -352,7 +352,7 @@ class Transformer(nn.Module):
     Returns:
       hidden [B, L, D], or [N, D] with `positions`, in the compute dtype.
     """
-    batch, length = tokens.shape
+    (batch, length), segments = tokens.shape, segment_ids
     if self.config.block_size:
       twice = lambda x: None if x is None else jnp.concatenate([x, x])
       tokens = jnp.concatenate([tokens, jnp.asarray(clean)])
@@ -371,7 +371,7 @@ class Transformer(nn.Module):
     ):
       wanted = jnp.arange(batch * length)
     if self.config.shift_outputs and wanted is not None:
-      wanted = self._shifted(wanted, batch, length)
+      wanted = self._shifted(wanted, batch, length, segments)
     context = Context(
       segment_ids=segment_ids, dropout_keys=dropout_keys, seen=seen
     )
@@ -443,28 +443,35 @@ class Transformer(nn.Module):
       write_rows if start.ndim else one_start, cache, own
     )
 
-  def _shifted(self, wanted, batch, length):
+  def _shifted(self, wanted, batch, length, segments):
     """Returns the rows of the output that predict the wanted tokens [N].
 
     The first token of a block is predicted by the clean copy, since the noisy
-    position before it belongs to another block.
+    position before it belongs to another block. The first of a row or segment
+    is predicted at its own place.
     """
     size = self.config.block_size or length
     before = wanted - 1
+    is_own = jnp.zeros(batch * length, bool)
+    if segments is not None:
+      is_own = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+    is_own = jnp.pad(is_own.reshape(-1), (0, batch * length))
     if self.config.causal:  # The start symbol moved the clean copy by one.
       first = wanted + batch * length
-      is_clean = wanted >= batch * length
-      return jnp.where(
-        is_clean, wanted, jnp.where(wanted % size == 0, first, before)
-      )
-    first = jnp.where(wanted % length == 0, wanted, before + batch * length)
-    return jnp.where(wanted % size == 0, first, before)
+      is_own = is_own[wanted] | (wanted >= batch * length)
+    else:
+      first = before + batch * length
+      is_own = is_own[wanted] | (wanted % length == 0)
+    moved = jnp.where(wanted % size == 0, first, before)
+    return jnp.where(is_own, wanted, moved)
 
   def _shifted_in_cache(self, hidden, start, states):
     """Returns `hidden` [B, S, D] one place later, after cached `states`."""
     before = start if self.config.causal else start - 1
     index = jnp.broadcast_to(jnp.maximum(before, 0), hidden.shape[:1])
     first = states[jnp.arange(len(hidden)), index].astype(hidden.dtype)
+    # Caches are marked as split over the tensor group, as keys and values are.
+    first = sharding.same(first, self.shards)
     is_first = jnp.broadcast_to(before < 0, index.shape)[:, None, None]
     first = jnp.where(is_first, hidden[:, :1], first)
     return jnp.concatenate([first, hidden[:, :-1]], axis=1)

@@ -117,7 +117,8 @@ def _read_config(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:
 def _count_params(workdir: pathlib.Path) -> int | None:
   """Counts the parameters of the last checkpoint, from Orbax's metadata.
 
-  With mesh.tensor this includes the padding of the vocabulary.
+  With mesh.tensor this includes the padding of the vocabulary. Of a run with
+  `config.lora`, only adapters are there.
   """
   files = workdir.glob('checkpoints/*/params/_METADATA')
   by_step = {int(f.parts[-3]): f for f in files if f.parts[-3].isdigit()}

@@ -9,6 +9,7 @@ import jax
 import optax
 import optax.contrib
 
+from nanodlm.model import lora
 from nanodlm.types import InputError
 
 SCHEDULES = ('cosine', 'constant', 'wsd')
@@ -73,7 +74,10 @@ class OptimConfig:
 
 def decay_mask(params):
   """Returns True for leaves with weight decay: no norms, no biases."""
-  decayed = ('kernel', 'embedding', 'output', 'position_embedding')
+  decayed = (
+    *('kernel', 'embedding', 'output', 'position_embedding'),
+    *lora.LEAVES,
+  )
   return jax.tree_util.tree_map_with_path(
     lambda path, _: path[-1].key in decayed, params
   )
@@ -96,7 +100,7 @@ def muon_dimensions(params):
 
   def dimensions(path, x):
     names = [part.key for part in path]
-    if names[-1] != 'kernel' or others & set(names):
+    if names[-1] not in ('kernel', *lora.LEAVES) or others & set(names):
       return None
     return optax.contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1)
 

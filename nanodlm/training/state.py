@@ -50,7 +50,8 @@ def join(trained: Any, base: Any) -> Any:
   if base is None:
     return trained
   flat = [traverse_util.flatten_dict(part) for part in (trained, base)]
-  return traverse_util.unflatten_dict({**flat[0], **flat[1]})
+  # What is trained comes last: the base may hold its first value.
+  return traverse_util.unflatten_dict({**flat[1], **flat[0]})
 
 
 def init_params(network: Network, objective: Objective, key: jax.Array) -> Any:

@@ -360,6 +360,7 @@ class EvalAndSampleTest(parameterized.TestCase):
       'prefix_cache',
       'block',
       'block_uniform',
+      'block_shifted',
       'ar',
       'genmd4',
       'self_conditioning',
@@ -388,8 +389,12 @@ class EvalAndSampleTest(parameterized.TestCase):
       'speculate': lambda cls: cls(draw, 4),
       'first_hitting': lambda cls: cls(draw),
     }
+    changes = {}
     if name == 'speculate':
       objective = 'block_ar'
+    if name == 'block_shifted':
+      name = objective = 'block'
+      changes = dict(shift_outputs=True, self_conditioning=True)
     if objective == 'block_uniform':
       name = 'block'
       inner = samplers.SAMPLERS['posterior'](draw, 2, OBJECTIVES['uniform'])
@@ -406,7 +411,8 @@ class EvalAndSampleTest(parameterized.TestCase):
     tokens = np.where(fixed, 5, MASK).astype(np.int32)
 
     def sample(shape):
-      mesh, network = make_mesh(shape), make_network(objective, shape)
+      mesh = make_mesh(shape)
+      network = make_network(objective, shape, **changes)
       run = sample_steps.make_sample_step(
         make_scorer(objective, network), sampler, mesh
       )

@@ -271,6 +271,9 @@ def test_a_variant_that_starts_from_another(finished, tmp_path):
   assert train.main(member.start) == 0
   with pytest.raises(InputError, match="'student' starts from 'masked'"):
     plan(str(tmp_path / 'out'))
+  path.write_text(text.replace("  'masked': {", f"  {student}  'masked': {{"))
+  with pytest.raises(InputError, match='must come before it'):
+    plan(str(finished / 'out'))
 
 
 def test_summaries():

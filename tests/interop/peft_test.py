@@ -1,5 +1,6 @@
 """Tests of adapters in PEFT's layout: numbers, a way back, and mistakes."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from nanodlm import lm as lms
+from nanodlm import run as runs
 from nanodlm.interop import convert, export, peft
 from nanodlm.types import InputError
 from tests.interop.families_test import D, EXPORTS, F, LAYERS, make_run
@@ -62,6 +64,12 @@ def read(base, source, workdir):
 def test_there_and_back(base, tmp_path):
   workdir = read(base, write(tmp_path / 'theirs'), tmp_path / 'run')
   lm, plain, arrays = lms.load(workdir), lms.load(base), adapters()
+  run, params, _ = runs.load_merged(lm.run, workdir)
+  merged_lm = dataclasses.replace(lm, run=run, params=params)
+  tokens = np.arange(8, dtype=np.int32)
+  np.testing.assert_allclose(
+    merged_lm.logits(tokens), lm.logits(tokens), atol=1e-4
+  )
   for ours, theirs in ('query', 'self_attn.q_proj'), ('mlp_in', 'mlp.up_proj'):
     for layer in range(LAYERS):
       name = f'base_model.model.model.layers.{layer}.{theirs}'
@@ -70,13 +78,13 @@ def test_there_and_back(base, tmp_path):
         x['last_layer'][ours]['kernel']
         if layer == LAYERS - 1
         else x['layers'][ours]['kernel'][layer]
-        for x in (lm.params, plain.params)
+        for x in (params, plain.params)
       )
       np.testing.assert_allclose(
         found, kernel + ALPHA / RANK * (b @ a).T, atol=1e-5
       )
   np.testing.assert_array_equal(
-    lm.params['layers']['value']['kernel'],
+    params['layers']['value']['kernel'],
     plain.params['layers']['value']['kernel'],
   )
   export.export_adapters(workdir, str(tmp_path / 'out'))
@@ -93,7 +101,7 @@ def test_there_and_back(base, tmp_path):
   merged = lms.load(str(tmp_path / 'merged'))
   np.testing.assert_array_equal(
     merged.params['layers']['query']['kernel'],
-    lm.params['layers']['query']['kernel'],
+    params['layers']['query']['kernel'],
   )
 
 
@@ -128,7 +136,9 @@ def test_peft_computes_the_same(base, tmp_path):
     ({'use_dora': True}, None, 'use_dora=True'),
     ({'modules_to_save': ['lm_head']}, None, 'modules_to_save'),
     ({'something_new': 3}, None, 'something_new'),
-    ({'r': None}, None, "'r'"),
+    ({'r': None}, None, 'r=None'),
+    ({'r': '3'}, None, "r='3'"),
+    ({'init_lora_weights': 'pissa'}, None, 'init_lora_weights'),
     ({}, {'self_attn.q_proj': (D, D + 1)}, 'last_layer/query/lora_b'),
     ({}, {'self_attn.qkv': (D, D)}, 'self_attn.qkv'),
   ],
@@ -144,6 +154,12 @@ def test_other_mistakes(base, tmp_path):
   source = write(tmp_path / 'theirs')
   with pytest.raises(InputError, match='--config.checkpoint.init_from'):
     read('', source, tmp_path / 'run')
+  with pytest.raises(InputError, match='--config.lora.rank=7'):
+    changes = {'checkpoint.init_from': base, 'lora.rank': 7}
+    convert.import_checkpoint(source, str(tmp_path / 'run'), changes=changes)
+  (pathlib.Path(source) / peft.TENSORS).unlink()
+  with pytest.raises(InputError, match=f'lacks {peft.TENSORS}'):
+    read(base, source, tmp_path / 'run')
   with pytest.raises(InputError, match='lora.rank=0'):
     export.export_adapters(base, str(tmp_path / 'out'))
   assert not pathlib.Path(tmp_path / 'out').exists()

@@ -192,15 +192,15 @@ def transformer_output(network, params, key):
   return block.apply({'params': params['last_layer']}, x, 0, None, context)[0]
 
 
+@pytest.mark.parametrize('targets', ['q_proj', 'mlp_gate'])
+def test_targets_that_a_network_lacks(targets):
+  with pytest.raises(InputError, match=f"^lora.targets='{targets}' matches"):
+    toys.model_config(lora=make_config(targets=targets), mlp='gelu')
+
+
 @pytest.mark.parametrize(
   'key, value',
-  [
-    ('rank', -1),
-    ('alpha', 0.0),
-    ('dropout', 1.0),
-    ('targets', 'q_proj'),
-    ('targets', '('),
-  ],
+  [('rank', -1), ('alpha', 0.0), ('dropout', 1.0), ('targets', '(')],
 )
 def test_errors(key, value):
   words = f'^lora.{key}={value!r}'.replace('(', r'\(')

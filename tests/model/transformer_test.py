@@ -307,6 +307,22 @@ class BlockDiffusionTest(parameterized.TestCase):
 
     np.testing.assert_allclose(by_cache(), expected, atol=1e-5)
 
+  @parameterized.parameters(False, True)
+  def test_shifted_outputs_of_segments(self, causal):
+    # The first token of a segment does not depend on the segment before it.
+    config = toys.model_config(block_size=3, causal=causal, shift_outputs=True)
+    params, segments = params_of(config), np.tile(SEGMENTS[:1], (BATCH, 1))
+    hidden = lambda tokens: np.asarray(
+      hidden_of(
+        config, params, tokens, None, clean=tokens, segment_ids=segments
+      )
+    )
+    changed = TOKENS.copy()
+    changed[:, :2] = 9
+    first, second = hidden(TOKENS), hidden(changed)
+    np.testing.assert_array_equal(first[:, 2:], second[:, 2:])
+    self.assertGreater(np.abs(first[:, :2] - second[:, :2]).max(), 1e-3)
+
   @parameterized.parameters('none', 'full')
   def test_positions_segments_dropout(self, remat):
     config = toys.model_config(block_size=2, dropout=0.3, remat=remat)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanodlm.model import transformer
+from nanodlm.model import lora, transformer
 from nanodlm.training import optim
 from nanodlm.types import InputError
 from tests import toys
@@ -59,6 +59,11 @@ class OptimTest(parameterized.TestCase):
     for path, shape in flat(shapes()).items():
       ndim = shape.ndim - ('layers' in path)
       self.assertEqual(decayed[path], ndim == 2, path)
+
+  def test_adapters_decay_and_are_matrices(self):
+    params = {'mlp_in': {name: jnp.ones((2, 3)) for name in lora.LEAVES}}
+    self.assertTrue(all(flat(optim.decay_mask(params)).values()))
+    self.assertNotIn(None, optim.muon_dimensions(params)['mlp_in'].values())
 
   def test_muon_takes_the_matrices_of_the_blocks(self):
     is_leaf = lambda x: (
