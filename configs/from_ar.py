@@ -44,7 +44,7 @@ def get_config(workdir='runs/ar'):
   config.objective.block_size = 4
   config.objective.ar_weight = 1.0
   config.model.shift_outputs = True
-  # Of the sampler of an autoregressive model, only this stays.
+  # Only this stays of the sampler of an autoregressive model.
   stops = config.sampler.stop_at_eos
   config.sampler = configs.load('base').sampler
   config.sampler.stop_at_eos = stops

@@ -415,7 +415,7 @@ def _check_adapters(run: Run):
   if lora['rank'] and _shapes(run)[1] is None:
     raise InputError(
       f'lora.rank={lora["rank"]!r} does not fit model.name={name!r}, whose '
-      'network has no adapters'
+      'network does not support adapters'
     )
 
 

@@ -56,7 +56,7 @@ ONLY_IN = {
   'clu': ('training.writers',),
   'torch': ('evals.judge', 'interop.tensors'),
   'transformers': ('evals.judge',),
-  'safetensors': ('interop.tensors', 'interop.export'),
+  'safetensors': ('interop.tensors', 'interop.export', 'interop.peft'),
   'huggingface_hub': ('interop.convert',),
   'matplotlib': ('evals.compare', 'perf.benchmark', 'show.plots'),
   'lm_eval': ('evals.lm_eval',),
