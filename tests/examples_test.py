@@ -176,10 +176,12 @@ def test_fine_tune_and_answer(examples):
 
 def test_python(examples):
   _, output = examples[3]
-  texts, bits_per_byte, shape = output.splitlines()[-3:]
+  texts, bits_per_byte, choices = output.splitlines()[-3:]
   assert len(eval(texts)) == 2
   assert float(bits_per_byte) > 0
-  assert re.fullmatch(r'\(\d+, 514\)', shape)
+  shares = re.findall(r"text='(\w+)', probability=([\d.e-]+)", choices)
+  assert [text for text, _ in shares] == ['Ada', 'Clara']
+  assert abs(sum(float(share) for _, share in shares) - 1) < 1e-6
 
 
 def rows_of(header):
