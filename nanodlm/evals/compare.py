@@ -438,6 +438,13 @@ def make_curve(
   return Curve(style, x, y, (lows, highs))
 
 
+def color_of(i: int) -> Any:
+  """Returns the color of run i: ten dark ones, then ten light ones."""
+  from matplotlib import colormaps
+
+  return colormaps['tab20']((2 * i + i // 10) % 20)
+
+
 def plot_curves(
   results: Sequence[dict[str, Any]],
   labels: Mapping[str, str],
@@ -448,7 +455,9 @@ def plot_curves(
 
   A run has a color, and a sampler a marker and dashes.
   """
-  colors = {run['workdir']: {'color': f'C{i}'} for i, run in enumerate(results)}
+  colors = {
+    run['workdir']: {'color': color_of(i)} for i, run in enumerate(results)
+  }
   looks, curves = {}, {}
   for result in results:
     for point in result['points']:

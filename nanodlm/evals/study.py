@@ -445,7 +445,7 @@ def make_curves(summaries: Sequence[Mapping[str, Any]]) -> Panel:
   """Makes the plot of learning curves, with a star at each minimum."""
   key, curves = _curve_key([x['curve'] for x in summaries]), []
   for i, summary in enumerate(summaries):
-    style = {'color': f'C{i}'}
+    style = {'color': compare.color_of(i)}
     curves.append(compare.make_curve(style, summary['curve'], 'epochs', key))
     best = min(summary['curve'], key=lambda point: point[key])
     star = {**style, 'marker': '*', 'markersize': 12}
