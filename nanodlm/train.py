@@ -369,7 +369,7 @@ def _initial_state(
 def _with_base(state: Any, base: dict[str, Any]) -> Any:
   """Adds the base of adapters, and what its objective has learned."""
   learned = base.pop('objective', None)
-  if learned is not None and not int(state.step):
+  if learned is not None:
 
     def start(params):
       copy = jax.tree.map(lambda x: x.copy(), learned)

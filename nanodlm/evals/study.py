@@ -174,8 +174,7 @@ def plan_members(
             'must come before it'
           )
         config.checkpoint.init_from = folder = folders[origin]
-        num_steps = module['get_config'](origin).train.num_steps
-        if origin not in chosen and not _has_ended(folder, num_steps):
+        if origin not in chosen and not _has_ended(folder):
           raise InputError(
             f'--variants={list(variants)}: {variant!r} starts from {origin!r}, '
             f'which is neither among them nor trained in {folder}'
@@ -227,7 +226,11 @@ def _is_trained(member: Member) -> bool:
   return _has_ended(str(member.workdir), member.settings.train.num_steps)
 
 
-def _has_ended(workdir: str, num_steps: int) -> bool:
+def _has_ended(workdir: str, num_steps: int = 0) -> bool:
+  """Returns whether a run has ended, by default after its saved steps."""
+  if not num_steps:
+    saved: Any = configs.read(workdir)
+    num_steps = saved.train.num_steps if saved is not None else 0
   checkpoints = pathlib.Path(workdir) / workdirs.CHECKPOINTS
   steps = checksums.complete_steps(checkpoints)
   return steps[-1:] == [num_steps] and train.was_evaluated(workdir, num_steps)
@@ -473,7 +476,7 @@ def main(start: Start) -> int:
   workdirs.make(options.output)
   if not (output / RESULTS).exists():
     workdirs.write(output / RESULTS, compare.to_json({'config': name}))
-  results, failed, lost, secs = [], [], set(), []
+  results, failed, secs = [], [], []
   for i, member in enumerate(members):
     left = statistics.fmean(secs) * (len(members) - i) if secs else 0
     log.info(
@@ -487,6 +490,7 @@ def main(start: Start) -> int:
     began, is_new = time.monotonic(), not _is_trained(member)
     if is_new:  # What was measured is of another training.
       (member.workdir / workdirs.MEASURED).unlink(missing_ok=True)
+    lost = {str(output / name) for name in failed}
     if member.settings.checkpoint.init_from in lost:
       status = 1
     else:
@@ -498,7 +502,6 @@ def main(start: Start) -> int:
       result = measure(member, request, judge, ratios, options)
     if result is None:
       failed.append(member.workdir.name)
-      lost.add(str(member.workdir))
     else:
       results.append(result)
     if not results:

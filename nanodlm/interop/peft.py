@@ -115,12 +115,6 @@ def places(run: Run, form: Family) -> Iterator[Place]:
     yield Place(module, names[0], (block, names[0]), index)
 
 
-def others(run: Run, form: Family) -> set[str]:
-  """Returns the names of all modules of a run, in the names of a family."""
-  names = layout_of(run, form).tensors
-  return {name.removesuffix('.weight') for name in names}
-
-
 def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
   """Writes the adapters of a run.
 
@@ -147,10 +141,12 @@ def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
       modules.add(place.module)
   safetensors.save_file(arrays, folder / TENSORS, metadata={'format': 'pt'})
   # PEFT takes every module whose name ends like one of these.
-  own = {place.module for place in found}
-  last = lambda name: name.rpartition('.')[2]
+  own = {f'{place.module}.weight' for place in found}
+  last = lambda name: name.removesuffix('.weight').rpartition('.')[2]
   ends = {last(module) for module in modules}
-  if any(last(name) in ends for name in others(run, form) - own):
+  if any(
+    last(name) in ends for name in set(layout_of(run, form).tensors) - own
+  ):
     ends = modules
   content = {
     'peft_type': 'LORA',

@@ -136,13 +136,17 @@ class Block(nn.Module):
         y = y * (1 + scale) + shift
       return sharding.split(y, shards)
 
+    def salted(salt):  # The keys of one of the block's dropout masks.
+      fold_in = jax.random.fold_in
+      return jax.vmap(lambda key: fold_in(fold_in(key, layer), salt))(
+        context.dropout_keys
+      )
+
     def branch(y, gate, salt):
       if gate is not None:
         y = y * gate
       if context.dropout_keys is not None and cfg.dropout:
-        keys = jax.vmap(
-          lambda key: jax.random.fold_in(jax.random.fold_in(key, layer), salt)
-        )(context.dropout_keys)
+        keys = salted(salt)
         mask = pick(dropout_mask(keys, cfg.dropout, (length, width)))
         y = y * mask.astype(y.dtype)
       return y
@@ -153,10 +157,7 @@ class Block(nn.Module):
       if not adapter or not adapter.dropout or context.dropout_keys is None:
         return None
       # 0 and 1 are those of the branches.
-      salt = 2 + lora.LAYERS.index(name)
-      keys = jax.vmap(
-        lambda key: jax.random.fold_in(jax.random.fold_in(key, layer), salt)
-      )(context.dropout_keys)
+      keys = salted(2 + lora.LAYERS.index(name))
       # All columns, of which this device has a part.
       shape = length, size * axis_size
       mask = dropout_mask(keys, adapter.dropout, shape)

@@ -393,7 +393,7 @@ class BlockDiffusionTest(parameterized.TestCase):
     config = toys.model_config(
       block_size=2, time_conditioning=True, time_form=form
     )
-    params, clean = jax.tree.map(jnp.asarray, params_of(config)), TOKENS[::-1]
+    params, clean = params_of(config), TOKENS[::-1]
     t = np.linspace(0.2, 0.8, 9, dtype=np.float32).reshape(3, 3)
     both = hidden_of(config, params, TOKENS, t, clean=clean)
     chosen = jnp.array([3, 0, 14])  # Indices into B * L.

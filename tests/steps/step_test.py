@@ -689,25 +689,13 @@ class SampleStepTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('ar', lambda cache: LeftToRight(Draw(MASK), cache), (5, 6)),
-    (
-      'block',
-      lambda cache: BlockSampler(FixedCount(Draw(MASK), 3), 4, MASK, cache),
-      (4, 5),
-    ),
-    (
-      'block_ar',
-      lambda cache: BlockSampler(FixedCount(Draw(MASK), 3), 4, MASK, cache),
-      (4, 5),
-    ),
-    (
-      'block_shifted',
-      lambda cache: BlockSampler(FixedCount(Draw(MASK), 3), 4, MASK, cache),
-      (4, 5),
-    ),
-    (
-      'block_ar_shifted',
-      lambda cache: BlockSampler(FixedCount(Draw(MASK), 3), 4, MASK, cache),
-      (4, 5),
+    *(
+      (
+        name,
+        lambda cache: BlockSampler(FixedCount(Draw(MASK), 3), 4, MASK, cache),
+        (4, 5),
+      )
+      for name in ('block', 'block_ar', 'block_shifted', 'block_ar_shifted')
     ),
     ('block_ar', lambda cache: LeftToRight(Draw(MASK), cache), (5, 6)),
   )
