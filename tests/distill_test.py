@@ -11,28 +11,21 @@ from nanodlm import config as configs
 from nanodlm import lm as lms
 from nanodlm import objectives, train
 from nanodlm.types import InputError
-from tests import workdirs
+from tests import seams_test, workdirs
 from tests.launch_test import arrays, assert_identical, metric_lines
-from tests.seams_test import losses, start_of
+from tests.seams_test import losses
 
 NUM_STEPS, ROUND_STEPS = 9, 3
 
 
 def start_from(folder, teacher, **changes):
   own = dict(
-    checkpoint__init_from=teacher,
-    checkpoint__every_steps=2,
-    checkpoint__max_to_keep=5,
-    model__num_layers=2,
-    model__unroll=True,
     train__num_steps=NUM_STEPS,
-    train__log_every_steps=1,
-    train__num_samples=0,
     distill__name='sdtt',
     distill__num_steps=4,
     distill__round_steps=ROUND_STEPS,
   )
-  return start_of(folder, **{**own, **changes})
+  return seams_test.start_from(folder, teacher, **{**own, **changes})
 
 
 @pytest.fixture(scope='module')

@@ -13,30 +13,18 @@ from nanodlm import lm as lms
 from nanodlm import model, train
 from nanodlm import run as runs
 from nanodlm.types import InputError
-from tests import workdirs
+from tests import seams_test, workdirs
 from tests.distill_test import saved
 from tests.launch_test import arrays, assert_identical
-from tests.seams_test import Mlp, start_of
 
 NUM_STEPS = 6
 
 
 def start_from(folder, base, **changes):
-  folder.mkdir(exist_ok=True)
   own = dict(
-    checkpoint__init_from=base,
-    checkpoint__every_steps=2,
-    checkpoint__max_to_keep=5,
-    model__num_layers=2,
-    model__unroll=True,
-    train__num_steps=NUM_STEPS,
-    train__log_every_steps=1,
-    train__num_samples=0,
-    lora__rank=2,
-    lora__alpha=6.0,
-    lora__dropout=0.1,
+    train__num_steps=NUM_STEPS, lora__rank=2, lora__alpha=6.0, lora__dropout=0.1
   )
-  return start_of(folder, **{**own, **changes})
+  return seams_test.start_from(folder, base, **{**own, **changes})
 
 
 @pytest.fixture(scope='module')
@@ -140,7 +128,7 @@ def test_what_the_objective_has_learned(tmp_path):
 
 
 def test_a_network_without_adapters(base, tmp_path):
-  with mock.patch.dict(model.NETWORKS, mlp=Mlp):
+  with mock.patch.dict(model.NETWORKS, mlp=seams_test.Mlp):
     start = start_from(tmp_path, base, model__name='mlp')
     with pytest.raises(InputError, match='lora.rank=2'):
       train.main(start)

@@ -316,6 +316,21 @@ def start_of(tmp_path, **changes):
   return configs.Start('train', str(tmp_path / 'run'), config, True, {})
 
 
+def start_from(tmp_path, workdir, **changes):
+  """The same for a run that starts from one of `workdirs.make_workdir`."""
+  tmp_path.mkdir(exist_ok=True)
+  own = dict(
+    checkpoint__init_from=workdir,
+    checkpoint__every_steps=2,
+    checkpoint__max_to_keep=5,
+    model__num_layers=2,
+    model__unroll=True,
+    train__log_every_steps=1,
+    train__num_samples=0,
+  )
+  return start_of(tmp_path, **{**own, **changes})
+
+
 def losses(start):
   path = pathlib.Path(start.workdir) / 'metrics.jsonl'
   lines = map(json.loads, path.read_text().splitlines())
