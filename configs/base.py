@@ -23,7 +23,8 @@ def get_config() -> config_dict.ConfigDict:
   # 'jsonl:GLOB[:FIELD]' | 'parquet:GLOB[:FIELD]' |
   # 'tfds:NAME[:FEATURE]' | 'hf:NAME[[:CONFIG]:FEATURE]' |
   # 'tokens:GLOB[:FIELD]' | 'hf_tokens:NAME[[:CONFIG]:FEATURE]' |
-  # 'pairs:GLOB[:PROMPT_FIELD:RESPONSE_FIELD]' | 'mix:0.7*SOURCE+0.3*SOURCE'
+  # 'pairs:GLOB[:PROMPT_FIELD:RESPONSE_FIELD]' | 'chat:GLOB[:FIELD]' |
+  # 'mix:0.7*SOURCE+0.3*SOURCE'
   data.source = 'embedded'
   data.length = 256  # Tokens per example.
   # What is evaluated on, in the same forms; all of it, or the split that a
@@ -41,12 +42,13 @@ def get_config() -> config_dict.ConfigDict:
   data.test_tokens = 0
   # Folder of the prepared data; '': $NANODLM_DATA_DIR or ~/.cache/nanodlm.
   data.data_dir = ''
-  # 'chunk': consecutive rows | 'random': windows at random places |
-  # 'document': each document is a row of its own, as a pair always is.
+  # 'chunk': consecutive rows; of conversations, several whole ones per row |
+  # 'random': windows at random places | 'document': each document is a row of
+  # its own, as a pair always is.
   data.crop = 'chunk'
   # What becomes of a document or pair that is longer than a row: 'drop' (left
-  # out) | 'cut' (its beginning is kept, without an end) | 'refuse'. The log
-  # says how many there are.
+  # out) | 'cut' (its beginning is kept, without an end; of a conversation, as
+  # many turns as fit) | 'refuse'. The log says how many there are.
   data.long_documents = 'drop'
   # Whether attention stops at the end of a document. The network then knows
   # where documents end even if the separators are masked, so that the bound
@@ -72,6 +74,10 @@ def get_config() -> config_dict.ConfigDict:
   tokenizer.path = ''
   # Number of pieces if a SentencePiece model is trained; otherwise 0.
   tokenizer.vocab_size = 0
+  # How conversations are written: 'chatml' | 'llama3' | 'llada' | 'dream' |
+  # 'plain' (for tokenizers without control tokens) | a Jinja file; '': the
+  # template of the run in tokenizer.path, if it has one.
+  tokenizer.chat_template = ''
 
   config.model = model = config_dict.ConfigDict()
   model.name = 'transformer'

@@ -35,6 +35,7 @@ MODES = {
   'train': 'nanodlm.train',
   'eval': 'nanodlm.evals.held_out',
   'sample': 'nanodlm.show.sampling',
+  'chat': 'nanodlm.show.chat',
   'serve': 'nanodlm.serving.app',
   'compare': 'nanodlm.evals.compare',
   'study': 'nanodlm.evals.study',
@@ -70,7 +71,7 @@ _NOT_A = {
 # These modes may run as several processes.
 DISTRIBUTED = ('train', 'eval', 'sample', 'serve', 'prepare')
 # These modes leave nothing half done when they are interrupted.
-INTERRUPTIBLE = ('eval', 'sample', 'serve', 'study')
+INTERRUPTIBLE = ('eval', 'sample', 'chat', 'serve', 'study')
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config',

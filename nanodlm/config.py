@@ -286,7 +286,7 @@ class Start:
           f'--config.{key}={value!r} is ignored by --mode={self.mode}; it '
           f'reads {", ".join(part + "*" for part in reads)}'
         )
-      if is_bound(key) and not key.startswith('data.'):
+      if is_bound(key) and not key.startswith(('data.', 'tokenizer.chat_')):
         raise InputError(
           f'--config.{key}={value!r}: the network in --workdir was trained '
           'with its own; it cannot be changed here'
@@ -309,7 +309,7 @@ def _prepare_for_another_source(data: Any, changes: Mapping[str, Any]):
     data.crop = 'chunk'
   data.update(clean_prefix_rate=0.0, clean_infill_rate=0.0)
   cls = sources.find_class(changes['data.source'])
-  if data.crop != 'document' and not (cls and cls.is_pairs):
+  if data.crop != 'document' and not (cls and (cls.is_pairs or cls.is_chat)):
     data.update(padding='eos', long_documents='drop')
   if data.eval_source and 'data.eval_source' not in changes:
     data.eval_source = ''

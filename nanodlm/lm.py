@@ -17,6 +17,7 @@ import numpy as np
 from nanodlm import config as configs
 from nanodlm import prompts
 from nanodlm import run as runs
+from nanodlm.data.tokenizers import chat
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.data.tokenizers.saved import load_tokenizer
 from nanodlm.devices import mesh as meshes
@@ -130,7 +131,7 @@ class LanguageModel:
 
   def sample(
     self,
-    prompt: str = '',
+    prompt: str | Sequence[chat.Message] = '',
     *,
     num_samples: int = 1,
     sampler: str | None = None,
@@ -145,13 +146,15 @@ class LanguageModel:
 
     Args:
       prompt: a text with gaps, '{}' of automatic size or '{12}' of 12 tokens. A
-        prompt without a gap is continued; '' is a blank canvas.
+        prompt without a gap is continued; '' is a blank canvas. Messages, such
+        as [{'role': 'user', 'content': 'Hello'}], are answered.
       num_samples: number of texts.
       sampler: a name in `samplers.SAMPLERS`; None is the run's sampler.
       num_steps: number of network calls, per block if there are blocks.
       temperature: divides the logits; 0 takes the most probable token.
       seed: seed of the samples.
-      length: number of tokens of the canvas; None is the run's.
+      length: number of tokens of the canvas; None is the run's. Answers end
+        there, too.
       details: whether to return `Sample` objects instead of texts.
       **settings: other keys of `config.sampler`, such as top_p=0.9.
 
@@ -172,8 +175,11 @@ class LanguageModel:
     fill = make_fill(run, view=view if details else None)
     key = jax.random.key(seed)
     filled, num_calls = fill(self.params, key, tokens, is_fixed)
+    is_chat = not isinstance(prompt, str)
+    show = answer_tokens if is_chat else shown_tokens
     texts = [
-      run.tokenizer.decode(shown_tokens(run, row, fixed)) for row in filled
+      run.tokenizer.decode(show(run, row, fixed), is_start=not is_chat)
+      for row in filled
     ]
     if not details:
       return texts
@@ -415,7 +421,10 @@ def load(
   if settings is None:
     settings = configs.make_settings(configs.read_run(workdir))
   run = runs.make_run(settings, refit=True)
-  run = run.with_tokenizer(load_tokenizer(workdir))
+  tokenizer = load_tokenizer(workdir)
+  if 'tokenizer.chat_template' in settings.given:
+    tokenizer = chat.with_template(tokenizer, settings.tokenizer.chat_template)
+  run = run.with_tokenizer(tokenizer)
   return LanguageModel(run, *runs.load_params(run, workdir, step), workdir)
 
 
@@ -434,14 +443,18 @@ def _probabilities(trajectory: watch.Trajectory) -> np.ndarray:
 
 
 def lay_out(
-  run: Run, prompt: str, length: int
+  run: Run, prompt: str | Sequence[chat.Message], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Makes the canvas of a prompt; see `prompts.make_canvas`.
+
+  That of messages ends with a gap for the answer.
 
   If the rows of training are documents, a prompt with a gap that ends with text
   is a whole one: the separators that filled its row in training follow, if they
   did.
   """
+  if not isinstance(prompt, str):
+    return prompts.make_chat_canvas(prompt, run.tokenizer, length)
   tokens, fixed = prompts.make_canvas(
     prompt, run.tokenizer, length, run.objective.sees_right(length)
   )
@@ -465,6 +478,20 @@ def shown_tokens(run: Run, tokens: np.ndarray, fixed: np.ndarray) -> np.ndarray:
   first = int(np.max(np.flatnonzero(fixed), initial=-1)) + 1
   size = prompts.find_end(tokens[first:], run.eos_ids, is_blank=not first)
   return tokens[: first + size]
+
+
+def answer_tokens(
+  run: Run, tokens: np.ndarray, fixed: np.ndarray
+) -> np.ndarray:
+  """Returns the answer to messages in a sample [n], without its end."""
+  answer = tokens[int(np.sum(fixed)) :]
+  return answer[: prompts.find_end(answer, answer_ends(run))]
+
+
+def answer_ends(run: Run) -> tuple[int, ...]:
+  """Returns the tokens that end an answer to messages."""
+  own = chat.make_format(run.tokenizer).end_id
+  return own, *run.tokenizer.eos_ids, run.tokenizer.separator_id
 
 
 def cut_windows(

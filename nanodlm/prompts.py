@@ -12,6 +12,7 @@ import re
 
 import numpy as np
 
+from nanodlm.data.tokenizers import chat
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.types import InputError, reason
 
@@ -181,6 +182,42 @@ def make_canvas(
     ]
   )
   return tokens, tokens != tokenizer.mask_id
+
+
+def make_chat_canvas(
+  messages: Sequence[chat.Message], tokenizer: Tokenizer, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Makes the canvas of a conversation, with a gap for the answer.
+
+  Args:
+    messages: dicts with 'role' and 'content'.
+    tokenizer: the model's tokenizer, with a chat template.
+    length: the number of tokens.
+
+  Returns:
+    tokens [length] int32 with mask_id in the gap, and fixed [length] bool.
+
+  Raises:
+    InputError: messages or the template are missing or do not fit.
+  """
+  chat_format = chat.make_format(tokenizer)
+  ids, *_ = chat_format.encode(tokenizer, messages, generation=True)
+  is_unknown = tokenizer.num_bytes[ids] == 0
+  if np.any(is_unknown & ~np.isin(ids, [*tokenizer.controls.values()])):
+    raise InputError(
+      'messages contain characters that the '
+      f'{tokenizer.name} tokenizer does not support'
+    )
+  if len(ids) >= length:
+    raise InputError(
+      f'the conversation has {len(ids)} tokens, which leaves no space for an '
+      f'answer on a canvas of {length} (sampler.length, by default '
+      'data.length); drop earlier messages'
+    )
+  fixed = np.arange(length) < len(ids)
+  tokens = np.full([length], tokenizer.mask_id, np.int32)
+  tokens[: len(ids)] = ids
+  return tokens, fixed
 
 
 def before_gap(text: str, tokenizer: Tokenizer) -> str:

@@ -15,6 +15,7 @@ from nanodlm import laws
 from nanodlm import lm as lms
 from nanodlm import prompts as prompting
 from nanodlm import workdir as workdirs
+from nanodlm.data import encoder
 from nanodlm.data.packed import PackedData
 from nanodlm.data.tokenizers import base
 from nanodlm.lm import LanguageModel
@@ -227,6 +228,13 @@ def _first_prompt(run: Run, packed: PackedData):
   length, prompt = run.settings.sample_length, ''
   if packed.is_documents:
     pair = packed.validation[0]
+    if run.settings.data.is_chat:
+      marks = pair['marks']
+      size = min(int(np.argmin(marks & encoder.GIVEN)), length - 1)
+      ids = np.full([length], run.tokenizer.mask_id, np.int32)
+      ids[:size] = pair['tokens'][:size]
+      prompt = run.tokenizer.decode(ids[:size])
+      return prompt, (ids, np.arange(length) < size)
     text = run.tokenizer.decode(pair['tokens'][: pair['prompt_length']])
     prompt = text.replace('{', '{{').replace('}', '}}')
   try:

@@ -40,6 +40,8 @@ class DataConfig:
   prefetch_batches: int = 2
 
   is_pairs = data_config.DataConfig.is_pairs
+  is_chat = data_config.DataConfig.is_chat
+  fills_rows = data_config.DataConfig.fills_rows
   has_documents = data_config.DataConfig.has_documents
 
 

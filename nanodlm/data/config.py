@@ -34,6 +34,17 @@ class DataConfig:
     return cls is not None and cls.is_pairs
 
   @property
+  def is_chat(self) -> bool:
+    """Whether a row has whole conversations."""
+    cls = sources.find_class(self.source)
+    return cls is not None and cls.is_chat
+
+  @property
+  def fills_rows(self) -> bool:
+    """Whether separators fill the rest of a row."""
+    return self.has_documents or self.is_chat
+
+  @property
   def has_documents(self) -> bool:
     """Whether a row is a whole document: a text or a pair."""
     return self.is_pairs or self.crop == 'document'
@@ -56,8 +67,10 @@ class DataConfig:
       cls = sources.find_class(self.eval_source)
       self._check(
         'eval_source',
-        self.is_pairs == bool(cls and cls.is_pairs),
-        f'and data.source={self.source!r} must both be pairs, or neither',
+        self.is_pairs == bool(cls and cls.is_pairs)
+        and self.is_chat == bool(cls and cls.is_chat),
+        f'and data.source={self.source!r} must both be pairs, both be '
+        'conversations, or neither',
       )
     # Text is held out in exactly one way.
     self._check(
@@ -91,6 +104,22 @@ class DataConfig:
       f'needs data.length >= 3, not {self.length!r}',
     )
     where = f'with data.source={self.source!r}'
+    if self.is_chat:
+      self._check('crop', self.crop != 'random', f'is not allowed {where}')
+      for key in ('clean_prefix_rate', 'clean_infill_rate'):
+        text = (
+          f'is not allowed {where}: the turns of the user are given already'
+        )
+        self._check(key, not getattr(self, key), text)
+      if self.crop == 'chunk':
+        text = (
+          f'{where}: several conversations share a row, which need '
+          "data.segment_ids=True and data.padding='masked'; or use "
+          "data.crop='document', a row for each"
+        )
+        self._check('segment_ids', self.segment_ids, text)
+        self._check('padding', self.padding == 'masked', text)
+        return
     if not self.has_documents:
       text = f"is ignored {where}, except with data.crop='document'"
       self._check('padding', self.padding == 'eos', text)
@@ -124,6 +153,7 @@ class TokenizerConfig:
   name: str
   path: str
   vocab_size: int
+  chat_template: str = ''
 
   @property
   def is_trained(self) -> bool:

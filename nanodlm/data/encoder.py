@@ -29,6 +29,7 @@ import numpy as np
 
 from nanodlm.data.folder import Interrupted
 from nanodlm.data.sources.base import Part, Source
+from nanodlm.data.tokenizers import chat
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.types import InputError, reason
 
@@ -53,6 +54,11 @@ DOCUMENT = np.dtype(
     ('num_ends', np.int64),
   ]
 )
+
+# Marks of a token of a conversation: it is not scored; it ends a turn that is;
+# it is the first one of a conversation, or of what fills the row after it; it
+# fills the row.
+GIVEN, END, START, FILL = 1, 2, 4, 8
 
 _log = logging.getLogger('nanodlm')
 
@@ -84,11 +90,14 @@ class Job:
     """The dtype of a stored token.
 
     'token' is its id. If the tokenizer may change the text, 'num_bytes' are the
-    bytes of the text that it stands for, which its piece does not show.
+    bytes of the text that it stands for, which its piece does not show. Of a
+    conversation, 'marks' is a sum of GIVEN, END and START.
     """
     fields: list[Any] = [('token', self.dtype)]
     if not self.tokenizer.is_lossless:
       fields.append(('num_bytes', np.uint32))
+    if self.source.is_chat:
+      fields.append(('marks', np.uint8))
     return np.dtype(fields)
 
   def records(self, ids: np.ndarray, num_bytes: np.ndarray) -> np.ndarray:
@@ -189,6 +198,7 @@ def encode_part(job: Job, task: Task) -> None:
   partial = path.with_suffix(f'.partial-{os.getpid()}')
   with open(partial, 'wb') as file:
     write = _write_ids if job.source.is_tokens else _write_documents
+    write = _write_conversations if job.source.is_chat else write
     table = array.array('Q', write(job, task, file))
   os.replace(partial, path)
   with open(partial, 'wb') as file:
@@ -246,6 +256,28 @@ def _write_documents(job: Job, task: Task, file: Any) -> Iterator[int]:
         num_ends = int(is_end and task.stop is None)
         yield from (num_bytes, num_lost, num_tokens, prompt_length, num_ends)
         digest = None
+
+
+def _write_conversations(job: Job, task: Task, file: Any) -> Iterator[int]:
+  """Writes conversations up to their last scored turn; yields their table."""
+  chat_format = chat.make_format(job.tokenizer)
+  for document in job.source.read(task.part):
+    try:
+      encoded = chat_format.encode(job.tokenizer, document.messages)
+      if not encoded.ends.any():
+        raise InputError(f'it has no message of the role {chat.ASSISTANT!r}')
+    except InputError as error:
+      raise job.source.error(f'{document.place}: {error}') from error
+    num = int(np.flatnonzero(encoded.ends)[-1]) + 1
+    records = job.records(encoded.ids[:num], encoded.num_bytes[:num])
+    scored = encoded.scored[:num]
+    records['marks'] = np.where(scored, 0, GIVEN) + END * encoded.ends[:num]
+    records['marks'][0] += START
+    file.write(records.tobytes())
+    said = ''.join(document.open()).encode()
+    digest = hashlib.blake2b(said, digest_size=8).digest()
+    yield int.from_bytes(digest, 'little')
+    yield from (len(said), encoded.num_lost, num, 0, 1)
 
 
 def cut(pieces: Iterable[str], start: int, stop: int | None) -> Iterator[str]:

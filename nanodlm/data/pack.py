@@ -5,7 +5,8 @@ train and validation are packed separately. Nothing else is inserted: a BOS or
 EOS in every row would be a token that costs nothing to predict. Rows of token
 ids are a stream already and are cut as they are. With data.crop='document' a
 document is a row of its own, and so is a pair: the prompt, the response, and
-separators to the end of the row, at least one. The last tokens of a stream,
+separators to the end of the row, at least one. Conversations are never cut
+inside a turn: a row has one, or as many as fit. The last tokens of a stream,
 less than a row, are dropped, unless it is a text to evaluate as a whole: then
 its last row is the last L tokens, of which those that the row before has, too,
 are given.
@@ -49,9 +50,9 @@ class Stream:
   Attributes:
     job: what wrote the files.
     length: tokens per row.
-    ranges: [n, 4] int64, the number of a part, the first token in it, one past
-      the last, and the tokens of a pair's prompt.
-    has_documents: whether each range is a row, filled up with separators.
+    ranges: [n, 5] int64, the number of a part, the first token in it, one past
+      the last, the tokens of a pair's prompt, and the row, if rows are filled.
+    fills_rows: whether separators fill each row after its ranges.
     num_dropped_documents: those longer than a row.
     num_given: tokens of the last row that the row before has, too.
   """
@@ -59,15 +60,17 @@ class Stream:
   job: encoder.Job
   length: int
   ranges: np.ndarray
-  has_documents: bool
+  fills_rows: bool
   num_dropped_documents: int = 0
   num_given: int = 0
 
   @property
   def num_tokens(self) -> int:
     """The number of tokens; including the separators that fill rows."""
-    if self.has_documents:
-      return len(self.ranges) * self.length
+    if self.fills_rows:
+      return self.length * int(
+        self.ranges[-1, 4] + 1 if len(self.ranges) else 0
+      )
     return int((self.ranges[:, 2] - self.ranges[:, 1]).sum())
 
   @property
@@ -83,8 +86,9 @@ class Stream:
     borders = [self.num_rows * i // num_shards for i in range(num_shards + 1)]
     shards = []
     for start, stop in itertools.pairwise(borders):
-      if self.has_documents:
-        ranges = self.ranges[start:stop]
+      if self.fills_rows:
+        first, last = np.searchsorted(self.ranges[:, 4], [start, stop])
+        ranges = self.ranges[first:last] - [0, 0, 0, 0, start]
       else:
         ranges = part_of(self.ranges, start * self.length, stop * self.length)
       num_given = self.num_given if stop == self.num_rows else 0
@@ -96,7 +100,7 @@ class Stream:
   def with_last_row(self) -> 'Stream':
     """Returns the stream with its last L tokens as a row, if some are left."""
     num_left = self.num_tokens % self.length
-    if self.has_documents or not num_left or self.num_tokens < self.length:
+    if self.fills_rows or not num_left or self.num_tokens < self.length:
       return self
     rows = part_of(self.ranges, 0, self.num_tokens - num_left)
     last = part_of(self.ranges, self.num_tokens - self.length, self.num_tokens)
@@ -109,12 +113,20 @@ class Stream:
   def rows(self) -> Iterator[dict[str, Any]]:
     """Yields the examples; the last tokens, less than a row, are dropped."""
     job = self.job
-    if self.has_documents:
-      for records, start in zip(self._read(), self.ranges[:, 3].tolist()):
+    if self.fills_rows:
+      places = self.ranges[:, 3:].tolist()
+      items = zip(self._read(), places)
+      for _, group in itertools.groupby(items, lambda item: item[1][1]):
+        parts, places = zip(*group)
         row = np.zeros([self.length], job.record)
         row['token'] = job.tokenizer.separator_id
+        if job.source.is_chat:
+          row['marks'] = encoder.FILL
+        records = np.concatenate(parts)
         row[: records.size] = records
-        (example,) = self._examples(row[None], start)
+        if job.source.is_chat and records.size < self.length:
+          row['marks'][records.size] += encoder.START
+        (example,) = self._examples(row[None], start := places[0][0])
         yield example | {'prompt_length': start}
       return
     rest, num_left = np.zeros([0], job.record), self.num_rows
@@ -135,21 +147,36 @@ class Stream:
   ) -> Iterator[dict[str, Any]]:
     """Yields rows of records, with the bytes after the first `start` tokens."""
     tokens = block['token']
-    if self.job.tokenizer.is_lossless:
+    if self.job.source.is_chat:
+      yield from self._conversations(block)
+    elif self.job.tokenizer.is_lossless:
       sizes = self.job.tokenizer.num_bytes[tokens[:, start:]].sum(axis=1)
       for row, num_bytes in zip(tokens, sizes.tolist()):
         yield {'tokens': row, 'num_bytes': num_bytes}
-      return
-    sizes = block['num_bytes']
-    totals = sizes[:, start:].sum(axis=1).tolist()
-    for row, row_sizes, num_bytes in zip(tokens, sizes, totals):
-      yield {'tokens': row, 'token_bytes': row_sizes, 'num_bytes': num_bytes}
+    else:
+      sizes = block['num_bytes']
+      totals = sizes[:, start:].sum(axis=1).tolist()
+      for row, row_sizes, num_bytes in zip(tokens, sizes, totals):
+        yield {'tokens': row, 'token_bytes': row_sizes, 'num_bytes': num_bytes}
+
+  def _conversations(self, block: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Yields rows of records, with the bytes of what is scored."""
+    is_lossless = self.job.tokenizer.is_lossless
+    for row in block:
+      tokens, marks = row['token'], row['marks']
+      sizes = self.job.tokenizer.num_bytes[tokens]
+      sizes = sizes if is_lossless else row['num_bytes']
+      is_scored = (marks & (encoder.GIVEN | encoder.FILL)) == 0
+      example = {'tokens': tokens, 'marks': marks}
+      if not is_lossless:
+        example['token_bytes'] = sizes
+      yield example | {'num_bytes': int(sizes[is_scored].sum())}
 
   def count(self) -> dict[str, int]:
     """Returns the counts of PackedData.metadata."""
     num_documents, num_bytes = len(self.ranges), 0
     separator = self.job.tokenizer.separator_id
-    if not self.has_documents:
+    if not self.fills_rows:
       num_documents = sum(
         int((records['token'] == separator).sum()) for records in self._read()
       )
@@ -173,7 +200,7 @@ class Stream:
     ranges = self.ranges.tolist()
     for number, group in itertools.groupby(ranges, operator.itemgetter(0)):
       with open(encoder.tokens_path(folder, number), 'rb') as file:
-        for _, start, stop, _ in group:
+        for _, start, stop, *_ in group:
           file.seek(start * dtype.itemsize)
           for i in range(start, stop, size):
             # Pages of a mapped file would count as memory of this process.
@@ -208,30 +235,28 @@ def make_streams(
     InputError: nothing would be left to train on, or a split is shorter than a
       row.
   """
-  length, has_documents = data_config.length, data_config.has_documents
+  length, fills_rows = data_config.length, data_config.fills_rows
   streams = {}
   if tasks[0].split == 'stream':
     everything = [
-      [task.number, 0, table['num_tokens'].sum(), 0]
+      [task.number, 0, table['num_tokens'].sum(), 0, 0]
       for task, table in zip(tasks, tables, strict=True)
     ]
     ranges = np.array(everything, np.int64)
     total = int(ranges[:, 2].sum())
     borders = split.stream_borders(job.source, total, data_config)
     for name, border in borders.items():
-      streams[name] = Stream(
-        job, length, part_of(ranges, *border), has_documents
-      )
+      streams[name] = Stream(job, length, part_of(ranges, *border), fills_rows)
   else:
     for name in sides:
       # One part at a time, so that few ranges are in memory.
       ranges = [
-        _ranges(task.number, table, side, has_documents)
+        _ranges(task.number, table, side, fills_rows)
         for task, table, side in zip(tasks, tables, sides[name], strict=True)
       ]
-      streams[name] = Stream(job, length, np.concatenate(ranges), has_documents)
-      if has_documents:
-        streams[name] = _fit(name, streams[name], data_config.long_documents)
+      streams[name] = Stream(job, length, np.concatenate(ranges), fills_rows)
+      if fills_rows:
+        streams[name] = _fit(name, streams[name], data_config)
   shortest = min(stream.num_tokens for stream in streams.values())
   if shortest < length:
     sizes = ' and '.join(
@@ -253,18 +278,18 @@ def make_streams(
 
 
 def _ranges(
-  number: int, table: np.ndarray, side: np.ndarray, has_documents: bool
+  number: int, table: np.ndarray, side: np.ndarray, fills_rows: bool
 ) -> np.ndarray:
   """Returns the ranges of the documents of a part that `side` chooses.
 
-  Neighbours become one range, unless each document is a row.
+  Neighbours become one range, unless rows are filled.
   """
   stops = np.cumsum(table['num_tokens'])
   starts = stops - table['num_tokens']
   numbers = np.full(len(table), number)
-  columns = [numbers, starts, stops, table['prompt_length']]
+  columns = [numbers, starts, stops, table['prompt_length'], 0 * numbers]
   ranges = np.stack(columns, axis=1)[side]
-  if has_documents or not len(ranges):
+  if fills_rows or not len(ranges):
     return ranges
   is_border = ranges[1:, 1] != ranges[:-1, 2]
   merged = ranges[np.append(True, is_border)]
@@ -272,13 +297,14 @@ def _ranges(
   return merged
 
 
-def _fit(name: str, stream: Stream, long_documents: str) -> Stream:
-  """Drops, cuts or refuses, and reports, what is longer than a row.
+def _fit(name: str, stream: Stream, data_config: DataConfig) -> Stream:
+  """Assigns documents to rows, and reports those that are too long.
 
   Raises:
     InputError: nothing is left, or what is too long is refused.
   """
   length, ranges = stream.length, stream.ranges.copy()
+  long_documents = data_config.long_documents
   sizes = ranges[:, 2] - ranges[:, 1]
   num, num_long = len(sizes), int((sizes > length).sum())
   setting = f'data.length={length}'
@@ -291,8 +317,12 @@ def _fit(name: str, stream: Stream, long_documents: str) -> Stream:
     )
   is_kept = sizes <= length
   if long_documents == 'cut':
+    if stream.job.source.is_chat:
+      for i in np.flatnonzero(sizes > length):
+        ranges[i, 2] = ranges[i, 1] + _turns_that_fit(stream, ranges[i])
     ranges[:, 2] = np.minimum(ranges[:, 2], ranges[:, 1] + length)
-    is_kept = ranges[:, 3] < length  # Something of the response is left.
+    # Something of the response, or of the conversation, is left.
+    is_kept = (ranges[:, 3] < length) & (ranges[:, 1] < ranges[:, 2])
   num_dropped = int((~is_kept).sum())
   if num_dropped == num:
     raise InputError(
@@ -307,7 +337,12 @@ def _fit(name: str, stream: Stream, long_documents: str) -> Stream:
       f'{num_dropped} left out'
     )
   ranges = ranges[is_kept]
-  padding = 1 - (ranges[:, 2] - ranges[:, 1]).mean() / length
+  sizes = ranges[:, 2] - ranges[:, 1]
+  ranges[:, 4] = np.arange(len(ranges))
+  if not data_config.has_documents:
+    ranges[:, 4] = share_rows(sizes.tolist(), length)
+    ranges = ranges[np.argsort(ranges[:, 4], kind='stable')]
+  padding = 1 - sizes.sum() / (ranges[-1, 4] + 1) / length
   _log.info(
     f'{name}: {len(ranges)} documents; {padding:.0%} of their rows is padding'
   )
@@ -316,11 +351,43 @@ def _fit(name: str, stream: Stream, long_documents: str) -> Stream:
   )
 
 
+def _turns_that_fit(stream: Stream, place: np.ndarray) -> int:
+  """Returns the tokens of the turns of a conversation that fit into a row."""
+  first = dataclasses.replace(stream, ranges=place[None])
+  (records,) = itertools.islice(first._read(), 1)
+  ends = np.flatnonzero(records['marks'][: stream.length] & encoder.END)
+  return int(ends[-1]) + 1 if ends.size else 0
+
+
+def share_rows(sizes: Sequence[int], length: int) -> list[int]:
+  """Assigns documents of 1 to `length` tokens to rows.
+
+  Each goes to the row with the least space that is enough (best fit).
+  """
+  rows: list[list[int]] = [[] for _ in range(length + 1)]  # By their space.
+  spaces, num, chosen = 0, 0, []
+  for size in sizes:
+    # The lowest bit is the least space of a row.
+    enough = spaces >> size
+    if enough:
+      space = size + (enough & -enough).bit_length() - 1
+      row = rows[space].pop()
+      spaces ^= (not rows[space]) << space
+    else:
+      space, row, num = length, num, num + 1
+    chosen.append(row)
+    if left := space - size:
+      rows[left].append(row)
+      spaces |= 1 << left
+  return chosen
+
+
 def write(
   folder: pathlib.Path,
   streams: Mapping[str, Stream],
   metadata: Mapping[str, Any],
   engine: encoder.Engine,
+  has_documents: bool,
 ) -> None:
   """Writes the rows of each split and PackedData.metadata as a TFDS dataset."""
   shutil.rmtree(folder / NAME, ignore_errors=True)  # of an interrupted write
@@ -335,7 +402,7 @@ def write(
       for i, part in enumerate(parts)
     ]
   blank = dataclasses.replace(
-    next(iter(streams.values())), ranges=np.zeros([0, 4], np.int64)
+    next(iter(streams.values())), ranges=np.zeros([0, 5], np.int64)
   )
   tasks = [
     (part.ranges, part.num_given, path)
@@ -356,7 +423,11 @@ def write(
     features['token_bytes'] = tfds.features.Tensor(
       shape=(length,), dtype=np.uint32, encoding=tfds.features.Encoding.BYTES
     )
-  if blank.has_documents:
+  if job.source.is_chat:
+    features['marks'] = tfds.features.Tensor(
+      shape=(length,), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
+    )
+  if has_documents:
     features['prompt_length'] = tfds.features.Scalar(np.int32)
   with quiet_tfds():
     tfds.folder_dataset.write_metadata(

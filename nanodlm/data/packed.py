@@ -55,7 +55,9 @@ class PackedRows:
     the response. The last row of a text to evaluate as a whole may have
     'num_given', the number of tokens at its start that are also in the row
     before. 'token_bytes' are the bytes of the text of each token, [L], if the
-    tokenizer may change the text; otherwise they are those of its piece.
+    tokenizer may change the text; otherwise they are those of its piece. Of
+    conversations, 'marks' [L] are those of `encoder`, and num_bytes those of
+    what is scored.
 
     Raises:
       InputError: the row is damaged, by the hash that ArrayRecord stores.
@@ -72,6 +74,9 @@ class PackedRows:
     if 'token_bytes' in features:
       sizes = features['token_bytes'].bytes_list.value[0]
       row['token_bytes'] = np.frombuffer(sizes, np.uint32)
+    if 'marks' in features:
+      marks = features['marks'].bytes_list.value[0]
+      row['marks'] = np.frombuffer(marks, np.uint8)
     for name in features.keys() - row.keys():
       row[name] = features[name].int64_list.value[0]
     return row

@@ -5,12 +5,15 @@ rows of it and never communicate about data; a run resumes at step n by asking
 for step n.
 
 A position that is not eligible is given: it stays clean and is not scored, as
-the prompt of a pair or, in training, a prefix or the surroundings of a span.
-Nats are divided by the bytes and tokens of the text that is scored. Padding has
-0 bytes, and of the separators after a document or a response only one counts as
-a token, although all that are scored cost nats. The reported value therefore
-bounds -log p(text and its end | prompt) per such token; with padding='masked'
-and a network that is not causal, the length is given, too.
+the prompt of a pair, what an assistant is told or, in training, a prefix or the
+surroundings of a span. Nats are divided by the bytes and tokens of the text
+that is scored. Padding has 0 bytes, and of the separators after a document or a
+response only one counts as a token (after a conversation, whose last token is
+its end, none), although all that are scored cost nats. The reported value
+therefore bounds -log p(text and its end | prompt) per such token; with
+padding='masked' and a network that is not causal, the length is given, too. Of
+several answers in a conversation, such a network sees what follows an earlier
+one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +25,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from nanodlm.data import encoder
 from nanodlm.data.config import DataConfig
 from nanodlm.data.packed import PackedData
 from nanodlm.types import Batch
@@ -212,7 +216,18 @@ def _stack(
   is_separator = tokens == packed.tokenizer.separator_id
   if data_config.segment_ids:
     segment_ids = mark_documents(is_separator)
-  if packed.is_documents:
+  if data_config.is_chat:
+    marks = np.full(shape, encoder.GIVEN, np.uint8)
+    for i, example in enumerate(examples):
+      marks[i] = example['marks']
+    is_padding = marks & encoder.FILL > 0
+    eligible &= marks & encoder.GIVEN == 0
+    num_tokens = (eligible & ~is_padding).sum(axis=1, dtype=np.int32)
+    if data_config.padding == 'masked':
+      eligible &= ~is_padding
+      starts = marks & encoder.START > 0
+      segment_ids = np.cumsum(starts, axis=1, dtype=np.int32)
+  elif packed.is_documents:
     start = np.zeros([size], np.int32)
     start[:num] = [example['prompt_length'] for example in examples]
     position = np.arange(packed.length)

@@ -63,6 +63,7 @@ from nanodlm.data import packed as packed_data
 from nanodlm.data.config import DataConfig, TokenizerConfig
 from nanodlm.data.packed import PackedData
 from nanodlm.data.sources import base
+from nanodlm.data.tokenizers import chat
 from nanodlm.data.tokenizers.base import Tokenizer, warn_of_loss
 from nanodlm.types import InputError
 
@@ -219,11 +220,16 @@ def _prepare_one(
   for key in ('eval_tokens', 'test_tokens'):
     if getattr(data_config, key):
       identity[key] = getattr(data_config, key)
-  if data_config.has_documents:
+  if data_config.fills_rows:
     if not source.is_pairs:
       identity['crop'] = data_config.crop
     if data_config.long_documents != 'drop':
       identity['long_documents'] = data_config.long_documents
+  if source.is_chat and tokenizer:
+    text = tokenizer.chat_template + json.dumps(tokenizer.controls)
+    identity['chat_template'] = hashlib.sha256(text.encode()).hexdigest()
+  elif source.is_chat:
+    identity['chat_template'] = tokenizer_config.chat_template
   if tokenizer and tokenizer.revision:
     identity['tokenizer_revision'] = tokenizer.revision
   if whole:
@@ -257,6 +263,7 @@ def _prepare_one(
           )
   if tokenizer is None:
     tokenizer = tokenizers.find_class(name).make(name, str(path / model))
+    tokenizer = chat.with_template(tokenizer, tokenizer_config.chat_template)
   packed = packed_data.open_packed(path, tokenizer)
   if packed.metadata.get('tokenizer_revision', 0) != tokenizer.revision:
     raise InputError(
@@ -297,6 +304,7 @@ def _train_tokenizer(
     cls.train(texts, config.vocab_size, partial)
     os.replace(partial, model)
   tokenizer = cls.make(config.name, str(model))
+  tokenizer = chat.with_template(tokenizer, config.chat_template)
   return dataclasses.replace(tokenizer, path=str(final))
 
 
@@ -329,7 +337,7 @@ def _build(
   if shutil.disk_usage(work).free < 1.2 * needed:
     raise folders.disk_full(work.parent, needed)
   _log.info(f'writing {num_tokens:,} tokens')
-  pack.write(work, streams, metadata, engine)
+  pack.write(work, streams, metadata, engine, data_config.has_documents)
   for file in work.glob('part-*'):
     file.unlink()
   hashes = split.hashes_of(job.source, tables, sides)

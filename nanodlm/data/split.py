@@ -51,7 +51,7 @@ def plan(
       f'one document or of rows of tokens; data.source={source.spec!r} has '
       + ('a validation split' if source.has_validation else 'several documents')
     )
-  if is_whole and data_config.has_documents:
+  if is_whole and data_config.fills_rows:
     raise source.error(
       'it contains only one document; give at least two if each is a row'
     )

@@ -57,6 +57,7 @@ from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.data import network, tokenizers
 from nanodlm.data.config import TokenizerConfig
+from nanodlm.data.tokenizers import chat
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.data.tokenizers.huggingface import (
   HuggingFaceTokenizer,
@@ -82,7 +83,7 @@ HF_TOKENIZER = 'tokenizer.json'
 # The folder of an export that describes the run, and its file with the family.
 OWN, ORIGIN = 'nanodlm', 'origin.json'
 # The files of a repository of the hub that are downloaded, besides weights.
-_WANTED = ('*.json', '*.txt', '*.model')
+_WANTED = ('*.json', '*.txt', '*.model', '*.jinja')
 # The largest `data.length` of an imported network whose texts may be longer.
 _LENGTH = 1024
 # How many names of missing or surplus tensors an error lists.
@@ -181,12 +182,15 @@ def import_checkpoint(
       config.data.length = min(described.max_length, _LENGTH)
       config.sampler.stop_at_eos = True
       _update(config, {**described.settings, **changes})
-      if any(key.startswith('tokenizer.') for key in changes):
+      own_keys = {f'tokenizer.{key}' for key in ('name', 'path', 'vocab_size')}
+      if own_keys & set(changes):
         tokenizer = tokenizers.make_tokenizer(config.tokenizer)
       else:
         tokenizer = find_tokenizer(family, described, folder, scratch)
         ends = [int(described.rows[i]) for i in described.eos_ids]
         tokenizer = dataclasses.replace(tokenizer, eos_ids=tuple(ends))
+        tokenizer = _with_chat_template(tokenizer, folder)
+      tokenizer = chat.with_template(tokenizer, config.tokenizer.chat_template)
       if tokenizer.vocab_size != len(described.rows):
         raise InputError(
           f'tokenizer.name={tokenizer.name!r} has {tokenizer.vocab_size} ids '
@@ -194,7 +198,10 @@ def import_checkpoint(
           f'{len(described.rows)}'
         )
     config.tokenizer.update(
-      name=tokenizers.RUN, path=os.path.abspath(workdir), vocab_size=0
+      name=tokenizers.RUN,
+      path=os.path.abspath(workdir),
+      vocab_size=0,
+      chat_template='',
     )
     settings = configs.make_settings(config, changes)
     # The mesh is for other modes: one device is enough here.
@@ -435,6 +442,21 @@ def find_tokenizer(
   if isinstance(tokenizer, TiktokenTokenizer):
     tokenizer = tokenizer.with_spare_ids(described.spare_ids)
   return tokenizer
+
+
+def _with_chat_template(
+  tokenizer: Tokenizer, folder: pathlib.Path
+) -> Tokenizer:
+  """Returns the tokenizer with the template of a checkpoint, if it fits."""
+  template = chat.read_template(folder)
+  changed = dataclasses.replace(tokenizer, chat_template=template)
+  try:
+    if template:
+      chat.make_format(changed)
+  except InputError as error:
+    log.warning('%s; --mode=chat needs tokenizer.chat_template', error)
+    return tokenizer
+  return changed
 
 
 def check_names(

@@ -106,7 +106,7 @@ else:
 log = logging.getLogger('nanodlm')
 
 # The sections that --mode=serve reads, and keys that each request has instead.
-READS = ('sampler.', 'mesh.', 'model.', 'objective.')
+READS = ('sampler.', 'mesh.', 'model.', 'objective.', 'tokenizer.chat_template')
 UNREAD = ('sampler.num_samples', 'sampler.seed')
 
 MAX_CONNECTIONS = 512

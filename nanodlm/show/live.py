@@ -11,6 +11,8 @@ import threading
 import time
 from typing import TypeVar
 
+from absl import flags
+import jax
 import numpy as np
 from rich import cells, live, style
 from rich import console as consoles
@@ -18,6 +20,7 @@ from rich.text import Text
 
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.show import watch
+from nanodlm.types import InputError
 
 T = TypeVar('T')
 
@@ -48,6 +51,28 @@ def is_possible(console: consoles.Console) -> bool:
     and not console.is_dumb_terminal
     and console.encoding.startswith('utf')
   )
+
+
+def define_flag():
+  """Defines --live."""
+  flags.DEFINE_bool(
+    'live',
+    None,
+    'Whether to show the canvases during sampling; by default, if the output '
+    'is a terminal.',
+  )
+
+
+def make_display() -> 'Display | None':
+  """Returns the display that --live asks for; None is plain text."""
+  console, is_wanted = consoles.Console(), flags.FLAGS.live
+  can_show = is_possible(console) and jax.process_count() == 1
+  if is_wanted and not can_show:
+    raise InputError(
+      '--live needs a single process and a terminal with UTF-8 and cursor '
+      'movement'
+    )
+  return Display(console) if can_show and is_wanted is not False else None
 
 
 def visible(text: str) -> str:

@@ -17,7 +17,6 @@ configs/base.py for others.
 
 from absl import flags
 import jax
-import rich.console
 
 from nanodlm import lm as lms
 from nanodlm import prompts, sample
@@ -44,12 +43,8 @@ def define_flags():
     "A JSONL file with a prompt in the field 'prompt' of each line; see "
     '--prompt.',
   )
-  flags.DEFINE_bool(
-    'live',
-    None,
-    'Whether to show the canvases during sampling; by default, if the output '
-    'is a terminal.',
-  )
+  live.define_flag()
+  flags.adopt_module_key_flags(live)
   flags.DEFINE_string(
     'html',
     '',
@@ -81,26 +76,12 @@ def main(start: Start) -> int:
   if options.prompt_file is not None:
     texts += prompts.read_prompts(options.prompt_file)
   samplers = sample.split_samplers(options.samplers)
-  display = _make_display(options.live)
+  display = live.make_display()
   page = _make_page(options.html, options['alternatives'])
   lm = lms.load(start.workdir, settings=settings)
   sample.check_prompts(lm, texts)
   sample.sample_prompts(lm, texts, samplers, display, page)
   return 0
-
-
-def _make_display(is_wanted: bool | None) -> live.Display | None:
-  """Returns the display of --live; None is plain text."""
-  console = rich.console.Console()
-  is_possible = live.is_possible(console) and jax.process_count() == 1
-  if is_wanted and not is_possible:
-    raise InputError(
-      '--live needs a single process and a terminal with UTF-8 and cursor '
-      'movement'
-    )
-  if is_wanted is None:
-    is_wanted = is_possible
-  return live.Display(console) if is_wanted else None
 
 
 def _make_page(path: str, alternatives) -> replay.Page | None:

@@ -13,6 +13,8 @@
     hf_tokens:NAME[[:CONFIG]:FEATURE]
     pairs:GLOB[:PROMPT_FIELD:RESPONSE_FIELD]
                                 prompts with responses in JSONL files
+    chat:GLOB[:FIELD]           conversations in JSONL files: a list of messages
+                                with role and content on each line
     mix:0.7*SOURCE+0.3*SOURCE   a mixture; the weights are shares of the
                                 training examples
 
@@ -42,8 +44,8 @@ The weights of a mixture are shares of the training examples, the same in every
 batch. Each source is prepared separately and holds out its own part; a document
 that is held out of one of them is trained on in none. The evaluation takes rows
 of these parts in the shares of the weights, so that the bound is the mixture's.
---mode=eval --config.data.source=SOURCE evaluates on one of them. Pairs cannot
-be mixed.
+--mode=eval --config.data.source=SOURCE evaluates on one of them. Pairs and
+conversations cannot be mixed.
 
 data.eval_source, in the same forms, is evaluated instead of a part of
 data.source, which is then trained on as a whole. --mode=eval with another
@@ -64,6 +66,7 @@ SOURCES: dict[str, type[base.Source]] = {
   'text': files.TextSource,
   'jsonl': files.JsonlSource,
   'pairs': files.PairsSource,
+  'chat': files.ChatSource,
   'tfds': tfds.TfdsSource,
   'hf': arrow.HfSource,
   'hf_tokens': arrow.HfTokensSource,
@@ -147,7 +150,7 @@ def parse_mixture(
         f"{item!r} is not a positive weight, '*' and a source; {form}"
       )
     cls = find_class(source)
-    if cls is None or cls.is_pairs:
+    if cls is None or cls.is_pairs or cls.is_chat:
       raise error(
         f'{source!r} cannot be part of a mixture; only sources of text or '
         'token ids can'

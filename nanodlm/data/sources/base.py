@@ -54,6 +54,19 @@ class Document:
   is_end: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Conversation(Document):
+  """A conversation, whose pieces are what is said.
+
+  Attributes:
+    place: where it is, for messages.
+    messages: dicts with 'role' and 'content'.
+  """
+
+  place: str = ''
+  messages: tuple[Mapping[str, Any], ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenRows:
   """Consecutive rows of token ids.
@@ -85,6 +98,7 @@ class Source(abc.ABC):
     is_tokens: whether `read` yields TokenRows instead of documents.
     is_pairs: whether a document is a pair: exactly two pieces, the prompt and
       the response.
+    is_chat: whether documents are `Conversation`s.
     has_law: whether `law` is known.
     spec: the config.data.source it was made from.
   """
@@ -92,6 +106,7 @@ class Source(abc.ABC):
   forms: ClassVar[tuple[str, ...]]
   is_tokens: ClassVar[bool] = False
   is_pairs: ClassVar[bool] = False
+  is_chat: ClassVar[bool] = False
   has_law: ClassVar[bool] = False
 
   spec: str

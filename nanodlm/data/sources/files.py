@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, ClassVar, Self
 import zlib
 
 from nanodlm.data.sources import base
+from nanodlm.data.tokenizers import chat
 from nanodlm.types import InputError, reason
 
 _log = logging.getLogger('nanodlm')
@@ -377,17 +378,22 @@ class JsonlSource(FileSource):
         if not line.strip():
           continue
         try:
-          texts = self._texts(path, line)
+          record = self._record(path, line)
+          document = self._document(record)
         except InputError as error:
           number += _count_lines(path, start)
           raise self.error(f'{path}:{number} {error}') from error
-        if self.is_pairs:
-          yield base.Document(functools.partial(iter, texts))
-        else:
-          yield base.document_of(texts[0])
+        if self.is_chat:
+          number += _count_lines(path, start)
+          document = dataclasses.replace(document, place=f'{path}:{number}')
+        yield document
 
-  def _texts(self, path: str, line: bytes) -> list[str]:
-    """Returns the text of each of `fields`; an error describes the line."""
+  def _document(self, record: dict[str, Any]) -> base.Document:
+    """Returns the document of a line; an error describes the line."""
+    return base.document_of(*self._texts(record))
+
+  def _record(self, path: str, line: bytes) -> dict[str, Any]:
+    """Returns the JSON object of a line; an error describes the line."""
     try:
       record = json.loads(line.decode('utf-8-sig'))
     except UnicodeDecodeError as error:
@@ -401,6 +407,10 @@ class JsonlSource(FileSource):
       raise InputError(f'is not a JSON object: {error}{advice}') from error
     if not isinstance(record, dict):
       raise InputError(f'is not a JSON object, but a {type(record).__name__}')
+    return record
+
+  def _texts(self, record: dict[str, Any]) -> list[str]:
+    """Returns the text of each of `fields`."""
     texts = []
     for field in self.fields:
       text = record.get(field)
@@ -432,6 +442,35 @@ class PairsSource(JsonlSource):
   forms = ('pairs:GLOB', 'pairs:GLOB:PROMPT_FIELD:RESPONSE_FIELD')
   is_pairs = True
   default_fields = ('prompt', 'response')
+
+  def _document(self, record: dict[str, Any]) -> base.Document:
+    return base.Document(functools.partial(iter, self._texts(record)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSource(JsonlSource):
+  """Conversations, one JSON object with a list of messages per line."""
+
+  forms = ('chat:GLOB', 'chat:GLOB:FIELD')
+  is_chat = True
+  default_fields = ('messages',)
+
+  def _document(self, record: dict[str, Any]) -> base.Document:
+    (field,) = self.fields
+    if field not in record:
+      raise InputError(
+        f'has no field {field!r}, the list of messages; its fields are '
+        f'{sorted(record)}. Name the field as in {self.forms[-1]!r}'
+      )
+    try:
+      chat.check_messages(record[field])
+    except InputError as error:
+      raise InputError(f'has no conversation: {error}') from error
+    messages = tuple(
+      {'role': one['role'], 'content': one['content']} for one in record[field]
+    )
+    said = [one['content'] for one in messages if one['content']]
+    return base.Conversation(functools.partial(iter, said), messages=messages)
 
 
 def _count_lines(path: str, stop: int) -> int:

@@ -11,7 +11,13 @@ may change a text, and one entry in `TOKENIZERS`.
 from typing import Any
 
 from nanodlm.data.tokenizers import bytes as bytes_tokenizer
-from nanodlm.data.tokenizers import huggingface, saved, sentencepiece, tiktoken
+from nanodlm.data.tokenizers import (
+  chat,
+  huggingface,
+  saved,
+  sentencepiece,
+  tiktoken,
+)
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.types import InputError
 
@@ -45,9 +51,10 @@ def make_tokenizer(config: Any) -> Tokenizer:
   """Makes the tokenizer that config.tokenizer describes.
 
   Args:
-    config: has a `name`, and a `path` for the classes that read one.
+    config: `config.tokenizer`, or its checked settings.
 
   Raises:
     InputError: the name is unknown, or files are missing or damaged.
   """
-  return find_class(config.name).make(config.name, config.path)
+  tokenizer = find_class(config.name).make(config.name, config.path)
+  return chat.with_template(tokenizer, config.chat_template)

@@ -63,6 +63,7 @@ class Tokenizer(abc.ABC):
     fingerprint: a hash of everything that determines the ids; two tokenizers
       with the same fingerprint are interchangeable.
     eos_ids: the tokens that end a text; by default the separator alone.
+    chat_template: the Jinja template of conversations; see `chat`.
   """
 
   reads_path: ClassVar[bool] = False
@@ -77,6 +78,7 @@ class Tokenizer(abc.ABC):
   separator_id: int
   fingerprint: str
   eos_ids: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
+  chat_template: str = dataclasses.field(default='', kw_only=True)
 
   def __post_init__(self):
     if not self.eos_ids:
@@ -110,6 +112,11 @@ class Tokenizer(abc.ABC):
   def mask_id(self) -> int:
     """The id of the mask, vocab_size - 1."""
     return self.vocab_size - 1
+
+  @property
+  def controls(self) -> dict[str, int]:
+    """The control tokens that a chat template can write, and their ids."""
+    return {'<|endoftext|>': self.separator_id}
 
   @functools.cached_property
   def num_bytes(self) -> np.ndarray:
@@ -248,6 +255,7 @@ class Tokenizer(abc.ABC):
       'separator_id': self.separator_id,
       'fingerprint': self.fingerprint,
       'eos_ids': list(self.eos_ids),
+      **({'chat_template': self.chat_template} if self.chat_template else {}),
     }
 
 

@@ -10,10 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from nanodlm.data.tokenizers import chat
 from nanodlm.data.tokenizers.normalizing import NormalizingTokenizer, SPACE_MARK
 from nanodlm.types import InputError, reason
 
 NAME = 'huggingface'
+# The usual names of tokens, for files without a tokenizer_config.json.
+_ENDS = ('<|endoftext|>', '<|end_of_text|>', '<|im_end|>', '</s>', '<eos>')
+_MASKS = ('<|mdm_mask|>', '<|mask|>', '<|MASK|>', '[MASK]', '<mask>')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,16 +31,16 @@ class HuggingFaceTokenizer(NormalizingTokenizer):
       checkpoint's vocabulary, the two are exchanged.
   """
 
+  reads_path = True
+
   path: str
   processor: Any
   mask_place: int
 
   @classmethod
   def make(cls, name: str, path: str) -> 'HuggingFaceTokenizer':
-    raise InputError(
-      f'tokenizer.name={name!r} is the tokenizer of an imported checkpoint; '
-      "use tokenizer.name='run' and its workdir as tokenizer.path"
-    )
+    del name
+    return find_tokenizer_json(path)
 
   @classmethod
   def from_json(
@@ -65,6 +69,17 @@ class HuggingFaceTokenizer(NormalizingTokenizer):
   def _own_ids(self, ids: np.ndarray) -> np.ndarray:
     return np.where(ids == self.mask_id, self.mask_place, ids)
 
+  @property
+  def controls(self) -> dict[str, int]:
+    tokens = self.processor.get_added_tokens_decoder()
+    own = {
+      token.content: int(self.swap_mask(np.array(i)))
+      for i, token in tokens.items()
+      if token.special
+    }
+    own = {text: i for text, i in own.items() if i != self.mask_id}
+    return own if self.separator_id in own.values() else super().controls | own
+
   def swap_mask(self, ids: np.ndarray) -> np.ndarray:
     swapped = np.where(ids == self.mask_place, self.mask_id, ids)
     return np.where(ids == self.mask_id, self.mask_place, swapped)
@@ -88,23 +103,7 @@ def load_hugging_face(
   Raises:
     InputError: it is not such a file, or has more ids than the network.
   """
-  if importlib.util.find_spec('tokenizers') is None:
-    raise InputError(
-      f"{path} needs the tokenizers package: pip install -e '.[hub]'"
-    )
-  import tokenizers
-
-  try:
-    content = pathlib.Path(path).read_bytes()
-    processor = tokenizers.Tokenizer.from_buffer(content)
-  except OSError as error:
-    raise InputError(f'{path} cannot be read ({reason(error)})') from error
-  except Exception as error:  # The library raises no narrower class.
-    raise InputError(
-      f'{path} is not a tokenizer.json: {reason(error)}'
-    ) from error
-  processor.no_truncation()
-  processor.no_padding()
+  processor, content = _open(path)
   known = processor.get_vocab(with_added_tokens=True)
   if (last := max(known.values(), default=0)) >= vocab_size:
     raise InputError(
@@ -132,6 +131,60 @@ def load_hugging_face(
     processor=processor,
     mask_place=mask_place,
   )
+
+
+def _open(path: str) -> tuple[Any, bytes]:
+  """Returns the tokenizers.Tokenizer of a file, and its content."""
+  if importlib.util.find_spec('tokenizers') is None:
+    raise InputError(
+      f"{path} needs the tokenizers package: pip install -e '.[hub]'"
+    )
+  import tokenizers
+
+  try:
+    content = pathlib.Path(path).read_bytes()
+    processor = tokenizers.Tokenizer.from_buffer(content)
+  except OSError as error:
+    raise InputError(f'{path} cannot be read ({reason(error)})') from error
+  except Exception as error:  # The library raises no narrower class.
+    raise InputError(
+      f'{path} is not a tokenizer.json: {reason(error)}'
+    ) from error
+  processor.no_truncation()
+  processor.no_padding()
+  return processor, content
+
+
+def find_tokenizer_json(path: str) -> HuggingFaceTokenizer:
+  """Loads a published tokenizer.json, or the one in a folder.
+
+  tokenizer_config.json beside it says which tokens end a text and mask, and how
+  conversations are written. A tokenizer without a mask gets one.
+
+  Raises:
+    InputError: it cannot be read, or no token ends a text.
+  """
+  file = pathlib.Path(path)
+  file = file / 'tokenizer.json' if file.is_dir() else file
+  described = chat.read_described(file.parent)
+  processor, _ = _open(str(file))
+  known = processor.get_vocab(with_added_tokens=True)
+  find = lambda key, usual: next(
+    (x for x in (chat.token_text(described, key), *usual) if x in known), ''
+  )
+  end, mask = find('eos_token', _ENDS), find('mask_token', _MASKS)
+  if not end:
+    raise InputError(
+      f'tokenizer.path={path!r} has no token that ends a text: eos_token of '
+      f'tokenizer_config.json beside it, or one of {list(_ENDS)}'
+    )
+  size = max(known.values()) + 1 + (not mask)
+  place = known[mask] if mask else size - 1
+  ids = {size - 1: place, place: size - 1}
+  separator_id = ids.get(known[end], known[end])
+  tokenizer = load_hugging_face(str(file), size, place, separator_id)
+  template = chat.read_template(file.parent)
+  return dataclasses.replace(tokenizer, chat_template=template)
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -45,6 +45,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> base.Tokenizer:
     # Workdirs of older versions do not say it.
     if ends := described.get('eos_ids'):
       tokenizer = dataclasses.replace(tokenizer, eos_ids=tuple(ends))
+    if template := described.get('chat_template'):
+      tokenizer = dataclasses.replace(tokenizer, chat_template=template)
     is_same = tokenizer.fingerprint == described['fingerprint']
   except (KeyError, TypeError) as error:
     raise InputError(f'{path} is not a saved tokenizer: {error!r}') from error

@@ -42,7 +42,9 @@ TEXTS = (
 
 
 def config(name, path='', vocab_size=0):
-  return types.SimpleNamespace(name=name, path=path, vocab_size=vocab_size)
+  return types.SimpleNamespace(
+    name=name, path=path, vocab_size=vocab_size, chat_template=''
+  )
 
 
 class TokenizersTest(parameterized.TestCase):

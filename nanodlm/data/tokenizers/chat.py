@@ -1,0 +1,386 @@
+"""Conversations as token ids, by Jinja templates as published models have them.
+
+A template writes the control tokens, such as <|im_end|>; what people and models
+say never becomes one. Of an assistant's turn, all that follows the template's
+generation prompt is scored, up to and including the control token that ends it.
+The text before and after is encoded apart, as it is when a model answers.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nanodlm.data.tokenizers.base import Tokenizer
+from nanodlm.types import InputError, reason
+
+ASSISTANT = 'assistant'
+ROLES = ('system', 'user', ASSISTANT)
+# A message has the keys 'role' and 'content'.
+Message = Mapping[str, Any]
+
+_CHATML = (
+  '{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n'
+  '{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
+_HEADERS = (
+  '{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n'
+  '{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}'
+  '<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}'
+)
+# The values of config.tokenizer.chat_template that are not the path of a file.
+TEMPLATES = {
+  'chatml': _CHATML,
+  'dream': '{% if messages[0].role != "system" %}<|im_start|>system\n'
+  'You are a helpful assistant.<|im_end|>\n{% endif %}' + _CHATML,
+  'llama3': '<|begin_of_text|>' + _HEADERS,
+  'llada': '<|startoftext|>' + _HEADERS,
+  # For tokenizers whose only control token ends a document.
+  'plain': '{% for m in messages %}{{ eos_token }}{{ m.role | capitalize }}: '
+  '{{ m.content | trim }}{% endfor %}{% if add_generation_prompt %}'
+  '{{ eos_token }}Assistant: {% elif messages[-1].role == "assistant" %}'
+  '{{ eos_token }}{% endif %}',
+}
+# Code points that are not characters, with which a text is marked.
+_MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+# What all ranges of a template may have together.
+_MAX_LOOPS = 100_000
+_CONTROL = re.compile(r'<\|[^\s<>|]+\|>')
+
+
+class Encoded(NamedTuple):
+  """A conversation.
+
+  Attributes:
+    ids: [n] int32.
+    scored: [n] bool, what the assistant said.
+    ends: [n] bool, the last token of each turn of the assistant.
+    num_bytes: [n] int64, the UTF-8 bytes of text of each token.
+    num_lost: those of the characters that `decode` does not give back.
+  """
+
+  ids: np.ndarray
+  scored: np.ndarray
+  ends: np.ndarray
+  num_bytes: np.ndarray
+  num_lost: int
+
+
+def check_messages(messages: Any) -> None:
+  """Raises InputError unless it is a list of messages of known roles."""
+  if not isinstance(messages, Sequence) or isinstance(messages, str):
+    raise InputError(
+      f'messages={str(messages)[:40]!r} is not a list of messages such as '
+      '{"role": "user", "content": "Hello"}'
+    )
+  if not messages:
+    raise InputError('messages is empty; at least one message is needed')
+  for i, message in enumerate(messages):
+    is_message = isinstance(message, Mapping)
+    role = message.get('role') if is_message else None
+    if role not in ROLES:
+      raise InputError(
+        f'messages[{i}] has the role {role!r}; it must be an object with '
+        f'"role", one of {list(ROLES)}, and "content"'
+      )
+    content = message.get('content')
+    if not isinstance(content, str):
+      raise InputError(
+        f'messages[{i}] of role {role!r} has the content '
+        f'{str(content)[:40]!r}; it must be a text'
+      )
+    try:
+      content.encode()
+    except UnicodeEncodeError as error:
+      raise InputError(
+        f'messages[{i}] holds half of a surrogate pair at character '
+        f'{error.start}; write it as one character'
+      ) from error
+
+
+def with_template(tokenizer: Tokenizer, value: str) -> Tokenizer:
+  """Returns the tokenizer with config.tokenizer.chat_template, '' for its own.
+
+  Raises:
+    InputError: there is no such template, or it does not fit the tokenizer.
+  """
+  if not value:
+    return tokenizer
+  where, template = f'tokenizer.chat_template={value!r}', TEMPLATES.get(value)
+  if template is None:
+    try:
+      template = pathlib.Path(value).read_text('utf-8')
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+      raise InputError(
+        f'{where} is neither one of {list(TEMPLATES)} nor a file that can be '
+        f'read ({reason(error)})'
+      ) from error
+  changed = dataclasses.replace(tokenizer, chat_template=template)
+  try:
+    make_format(changed)
+  except InputError as error:
+    raise InputError(f'{where}: {error}') from error
+  return changed
+
+
+def read_template(folder: pathlib.Path) -> str:
+  """Returns the chat template beside a published tokenizer.json, '' without.
+
+  The texts of its first and last tokens are set in its first line.
+  """
+  described = read_described(folder)
+  template: Any = described.get('chat_template') or ''
+  if (path := folder / 'chat_template.jinja').is_file():
+    template = path.read_text('utf-8')
+  if isinstance(template, list):  # Of several, each with a name.
+    named = {one['name']: one['template'] for one in template}
+    template = named.get('default', '')
+  names = {
+    key: token_text(described, key) for key in ('bos_token', 'eos_token')
+  }
+  sets = [
+    f'{{%- set {key} = {json.dumps(text)} -%}}'
+    for key, text in names.items()
+    if text
+  ]
+  return template and ''.join(sets) + template
+
+
+def read_described(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns the tokenizer_config.json of a folder, {} without one."""
+  path = folder / 'tokenizer_config.json'
+  if not path.is_file():
+    return {}
+  try:
+    described = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError) as error:
+    raise InputError(f'{path} cannot be read: {reason(error)}') from error
+  return described if isinstance(described, dict) else {}
+
+
+def token_text(described: Mapping[str, Any], key: str) -> str:
+  """Returns the text of a token that tokenizer_config.json names, or ''."""
+  token = described.get(key) or ''
+  return token if isinstance(token, str) else str(token.get('content', ''))
+
+
+def make_format(tokenizer: Tokenizer) -> 'ChatFormat':
+  """Returns the format of a tokenizer's conversations, by its template.
+
+  Raises:
+    InputError: it has none, or one that does not fit its control tokens.
+  """
+  if not tokenizer.chat_template:
+    raise InputError(
+      f'the {tokenizer.name} tokenizer has no chat template; choose one with '
+      f'tokenizer.chat_template, of {list(TEMPLATES)} or a Jinja file'
+    )
+  controls = tuple(tokenizer.controls.items())
+  return _make_format(tokenizer.chat_template, controls, tokenizer.separator_id)
+
+
+@functools.lru_cache(maxsize=64)
+def _make_format(
+  template: str, controls: tuple[tuple[str, int], ...], separator_id: int
+) -> 'ChatFormat':
+  return ChatFormat(template, dict(controls), separator_id)
+
+
+class ChatFormat:
+  """A template and the control tokens of a tokenizer.
+
+  Attributes:
+    end_id: the control token that ends a turn of the assistant.
+  """
+
+  def __init__(
+    self, template: str, controls: Mapping[str, int], separator_id: int
+  ):
+    self._template = _compile(template)
+    self._controls = controls
+    self._eos = next(x for x, i in controls.items() if i == separator_id)
+    names = sorted(controls, key=len, reverse=True)
+    self._names = '|'.join(map(re.escape, names))
+    self._heads = {name[:i] for name in names for i in range(1, len(name))}
+    self._tails = {name[i:] for name in names for i in range(1, len(name))}
+    self._marks = [mark for mark in _MARKS if mark not in template]
+    question = [{'role': 'user', 'content': 'x'}]
+    before, after = (self._render(question, x) for x in (False, True))
+    if unknown := sorted({*_CONTROL.findall(after)} - {*controls}):
+      raise InputError(
+        f'the chat template writes {unknown}, which are no control tokens of '
+        f'the tokenizer; it has {self._some()}'
+      )
+    self._prompt = after.removeprefix(before)
+    if not after.startswith(before) or not re.search(self._names, self._prompt):
+      raise InputError(
+        'the chat template puts no control token of the tokenizer before an '
+        f'answer if add_generation_prompt is set; it has {self._some()}'
+      )
+    answer = {'role': ASSISTANT, 'content': 'y'}
+    parts = list(self._parts([*question, answer], False))
+    ends = [i for _, i, is_scored in parts if is_scored]
+    if not ends or ends[-1] < 0:
+      raise InputError(
+        'the chat template does not end an answer with a control token of the '
+        f'tokenizer; it has {self._some()}'
+      )
+    self.end_id = ends[-1]
+
+  def _some(self) -> str:
+    shown = [*self._controls][:8]
+    return f'{shown}' + ', ...' * (len(self._controls) > len(shown))
+
+  def _render(self, messages: Sequence[Message], generation: bool) -> str:
+    import jinja2
+
+    try:
+      return self._template.render(
+        messages=messages,
+        add_generation_prompt=generation,
+        eos_token=self._eos,
+        bos_token='',
+        range=_Range(),
+      )
+    # A template can fail in any way that Python can.
+    except Exception as error:
+      what = 'refuses' if isinstance(error, _Refusal) else 'cannot write'
+      kind = (
+        ''
+        if isinstance(error, (_Refusal, jinja2.TemplateError))
+        else (f'{type(error).__name__}: ')
+      )
+      raise InputError(
+        f'the chat template {what} the conversation ({kind}{error})'
+      ) from error
+
+  def _guard(self, text: str, mark: str) -> str:
+    """Marks what the regular expression of control tokens must not match."""
+    text = re.sub(f'(?=(?:{self._names}))(.)', rf'\1{mark}', text, flags=re.S)
+    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    sizes = range(1, max(map(len, self._controls)))
+    # A template may write the rest of a control token next to the text.
+    if any(text[max(end - n, 0) : end] in self._heads for n in sizes):
+      text = text[:end] + mark + text[end:]
+    if any(text[start : start + n] in self._tails for n in sizes):
+      text = text[:start] + mark + text[start:]
+    return text
+
+  def _parts(self, messages: Sequence[Message], generation: bool):
+    """Yields (text, id of a control token or -1, whether it is scored)."""
+    said = ''.join(message['content'] for message in messages)
+    guard, end, *_ = [mark for mark in self._marks if mark not in said]
+    guarded = []
+    for message in messages:
+      content = self._guard(message['content'], guard)
+      if message['role'] == ASSISTANT:
+        size = len(content.rstrip())
+        content = content[:size] + end + content[size:]
+      guarded.append({'role': message['role'], 'content': content})
+    text = self._render(guarded, generation)
+    control = re.compile(f'(?:{self._names})(?!{guard})')
+    borders, place = [], 0
+    while (place := text.find(end, place)) >= 0:
+      start = text.rfind(self._prompt, 0, place)
+      if start < 0 or borders and start + len(self._prompt) < borders[-1]:
+        raise InputError(
+          'the chat template writes an answer without its generation prompt '
+          f'{self._prompt!r} before it'
+        )
+      stop = control.search(text, place)
+      place = stop.end() if stop else len(text)
+      borders += [start + len(self._prompt), place]
+    for i, (first, last) in enumerate(
+      zip([0, *borders], [*borders, len(text)])
+    ):
+      part, done = text[first:last], 0
+      for match in (*control.finditer(part), None):
+        plain = part[done : match.start() if match else None]
+        plain = plain.replace(guard, '').replace(end, '')
+        if plain:
+          yield plain, -1, i % 2 == 1
+        if match:
+          yield match.group(), self._controls[match.group()], i % 2 == 1
+          done = match.end()
+
+  def encode(
+    self,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    generation: bool = False,
+  ) -> Encoded:
+    """Encodes a conversation, with what comes before an answer if `generation`.
+
+    Raises:
+      InputError: the template refuses the messages.
+    """
+    check_messages(messages)
+    rows, sizes, scored, ends, num_lost = [], [], [], [], 0
+    for text, control, is_scored in self._parts(messages, generation):
+      if control >= 0:
+        ids, size = np.array([control], np.int32), np.zeros([1], np.int64)
+      else:
+        is_start = not rows
+        encode = tokenizer.encode if is_start else tokenizer.encode_rest
+        ids = encode(text)
+        size = tokenizer.count_bytes(text, ids, is_start)
+        num_lost += tokenizer.lost_bytes(text, ids, is_start)
+      rows.append(ids)
+      sizes.append(size)
+      scored.append(np.full(len(ids), is_scored))
+      is_end = np.zeros(len(ids), bool)
+      is_end[-1:] = is_scored and control >= 0
+      ends.append(is_end)
+    join = lambda parts, kind: np.concatenate([np.zeros([0], kind), *parts])
+    return Encoded(
+      join(rows, np.int32),
+      join(scored, bool),
+      join(ends, bool),
+      join(sizes, np.int64),
+      num_lost,
+    )
+
+
+class _Refusal(Exception):
+  """What a template raises with raise_exception()."""
+
+
+class _Range:
+  """The range() of a template, whose sizes add up to _MAX_LOOPS at most."""
+
+  def __init__(self):
+    self._left = _MAX_LOOPS
+
+  def __call__(self, *args: int) -> range:
+    numbers = range(*args)
+    self._left -= len(numbers)
+    if self._left < 0:
+      raise InputError(f'it loops more than {_MAX_LOOPS:,} times')
+    return numbers
+
+
+def _refuse(message: str) -> None:
+  raise _Refusal(message)
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(template: str) -> Any:
+  """Compiles a template as published ones expect, in Jinja's sandbox."""
+  import jinja2
+  from jinja2 import sandbox
+
+  environment = sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
+  )
+  environment.globals['raise_exception'] = _refuse
+  try:
+    return environment.from_string(template)
+  except (jinja2.TemplateError, RecursionError) as error:
+    raise InputError(
+      f'the chat template is not a Jinja template: {reason(error)}'
+    ) from error

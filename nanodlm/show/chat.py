@@ -1,0 +1,93 @@
+r"""--mode=chat: a conversation with a model in the terminal.
+
+    python launch.py --mode=chat --workdir=runs/instruct \
+        --system='Answer in one sentence.'
+
+The model needs a chat template: that of its imported checkpoint, or of the run
+it was trained in, or --config.tokenizer.chat_template. In a terminal an answer
+is shown while it is denoised (--nolive: not). /clear begins a new conversation,
+and /quit or the end of the input ends the program. Each answer has what is left
+of the canvas (sampler.length, by default data.length).
+"""
+
+import time
+
+from absl import flags
+import jax
+
+from nanodlm import lm as lms
+from nanodlm import sample
+from nanodlm.config import Start
+from nanodlm.data.tokenizers import base, chat
+from nanodlm.show import live, sampling, watch
+from nanodlm.types import InputError
+
+READS = (*sampling.READS, 'tokenizer.chat_template')
+UNREAD = ('sampler.num_samples',)
+
+
+def define_flags():
+  """Defines the flags of --mode=chat."""
+  flags.DEFINE_string('system', '', 'The first message, of the role system.')
+  live.define_flag()
+  flags.adopt_module_key_flags(live)
+
+
+def main(start: Start) -> int:
+  """Runs --mode=chat: answers lines of the standard input until they end."""
+  settings = start.resolve_reading(READS, UNREAD)
+  if jax.process_count() > 1:
+    raise InputError(
+      f'--mode=chat runs in one process; there are {jax.process_count()}'
+    )
+  system = flags.FLAGS.system
+  before = [{'role': 'system', 'content': system}] if system else []
+  lm = lms.load(start.workdir, settings=settings)
+  chat.make_format(lm.tokenizer)
+  length = lm.run.settings.sample_length
+  watchers = sample.Watchers()
+  display = live.make_display()
+  view = None
+  if display:
+    view = watch.View(watchers, lm.tokenizer.mask_id)
+    watchers.those = [display.watch]
+  fill = lms.make_fill(lm.run, view=view)
+  print('/clear begins a new conversation, /quit ends the program', flush=True)
+  messages, num_answers = list(before), 0
+  while True:
+    try:
+      said = input('you: ').strip()
+    except EOFError:
+      print()
+      return 0
+    if said == '/quit':
+      return 0
+    if said == '/clear':
+      messages = list(before)
+    if said in ('', '/clear'):
+      continue
+    asked = [*messages, {'role': 'user', 'content': said}]
+    try:
+      tokens, fixed = (x[None] for x in lms.lay_out(lm.run, asked, length))
+    except InputError as error:
+      print(f'error: {error}; /clear begins a new conversation', flush=True)
+      continue
+    key = jax.random.key(lm.run.settings.sample.seed)
+    key = jax.random.fold_in(key, num_answers)
+    work = lambda: fill(lm.params, key, tokens, fixed)
+    began = time.monotonic()
+    if display:
+      title = f'{lm.run.sampler_name}, step {lm.step}'
+      filled, num_calls = display.run(work, lm.tokenizer, title, tokens, fixed)
+    else:
+      filled, num_calls = work()
+    ids = lms.answer_tokens(lm.run, filled[0], fixed[0])
+    answer = lm.tokenizer.decode(ids, is_start=False)
+    secs = time.monotonic() - began
+    print(f'{chat.ASSISTANT}: {base.escape_controls(answer)}')
+    print(
+      f'--- {len(ids)} tokens in {int(num_calls)} network calls, {secs:.1f} s',
+      flush=True,
+    )
+    messages = [*asked, {'role': chat.ASSISTANT, 'content': answer}]
+    num_answers += 1

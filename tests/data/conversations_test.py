@@ -1,0 +1,175 @@
+"""Conversations as rows: what is given, where they are cut, how they share."""
+
+import json
+import pathlib
+import tempfile
+
+from absl.testing import absltest, parameterized
+import jax
+import numpy as np
+
+from nanodlm import config as configs
+from nanodlm import lm as lms
+from nanodlm import run as runs
+from nanodlm.data import pack, pipeline, prepare
+from nanodlm.types import InputError
+
+
+def write(path, conversations):
+  path.write_text('\n'.join(json.dumps({'messages': x}) for x in conversations))
+
+
+def say(*texts):
+  roles = ('user', 'assistant')
+  return [
+    {'role': roles[i % 2], 'content': text} for i, text in enumerate(texts)
+  ]
+
+
+def rows_of(packed):
+  for split in packed.train, packed.validation:
+    yield from (split[i] for i in range(len(split)))
+
+
+class ConversationsTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    self.path = self.folder / 'chat.jsonl'
+
+  def settings(self, **changes):
+    config = configs.load()
+    config.data.update(
+      source=f'chat:{self.path}',
+      length=64,
+      eval_fraction=0.3,
+      data_dir=str(self.folder / 'data'),
+    )
+    config.tokenizer.chat_template = 'plain'
+    config.model.update(num_layers=1, embed_dim=16, num_heads=1)
+    for key, value in changes.items():
+      section, _, name = key.partition('__')
+      config[section][name] = value
+    return configs.make_settings(config)
+
+  def prepare(self, **changes):
+    settings = self.settings(**changes)
+    packed = prepare.prepare(settings.data, settings.tokenizer)
+    return settings, packed
+
+  def test_a_row_for_each(self):
+    write(
+      self.path, [say('a', f'b{i}', 'c', 'd', 'unanswered') for i in range(9)]
+    )
+    settings, packed = self.prepare(data__crop='document')
+    batch = next(
+      iter(pipeline.make_eval_batches(packed, settings.data, batch_size=2))
+    )
+    decode = packed.tokenizer.decode
+    for tokens, eligible in zip(batch.tokens, batch.eligible):
+      scored = decode(tokens[eligible]).rstrip('\n')
+      self.assertRegex(scored, '^b[0-9]\n\nd$')
+      self.assertRegex(
+        decode(tokens).rstrip('\n'),
+        '^\n\nUser: a\n\nAssistant: b[0-9]\n\nUser: c\n\nAssistant: d$',
+      )
+      # With the separators that fill the row.
+      self.assertTrue(eligible[-1])
+    self.assertEqual(batch.num_tokens.tolist(), [5, 5])
+    self.assertEqual(batch.num_bytes.tolist(), [3, 3])
+    self.assertIsNone(batch.segment_ids)
+
+  @parameterized.parameters('drop', 'cut', 'refuse')
+  def test_long_ones_end_after_a_turn(self, long_documents):
+    long = [say('a', f'b{i}', 'c', 'd' * 50) for i in range(9)]
+    write(
+      self.path,
+      [say('x' * 99, 'y'), *long, *[say(f'e{i}', 'f') for i in range(9)]],
+    )
+    changes = {'data__crop': 'document', 'data__long_documents': long_documents}
+    if long_documents == 'refuse':
+      with self.assertRaisesRegex(InputError, 'long_documents'):
+        self.prepare(**changes)
+      return
+    _, packed = self.prepare(**changes)
+    texts = [packed.tokenizer.decode(row['tokens']) for row in rows_of(packed)]
+    num_long = sum('User: a' in text for text in texts)
+    self.assertEqual(num_long, 9 * (long_documents == 'cut'))
+    for text in texts:
+      self.assertNotIn('x', text)
+      self.assertRegex(text, 'Assistant: (b[0-9]|f)\n+$')
+
+  def test_packed_ones_have_the_likelihood_of_single_ones(self):
+    write(
+      self.path, [say('ask' * (i % 4), f'{i}', 'b', 'c' * i) for i in range(20)]
+    )
+    changes = {
+      'data__padding': 'masked',
+      'objective__name': 'ar',
+      'data__length': 128,
+    }
+    totals = []
+    for more in (
+      {'data__crop': 'document'},
+      {'data__crop': 'chunk', 'data__segment_ids': True},
+    ):
+      settings, packed = self.prepare(**changes, **more)
+      run = runs.make_run(settings, devices=jax.devices()[:1])
+      run = run.with_tokenizer(packed.tokenizer)
+      params = run.network.init_params(jax.random.key(0))
+      params = jax.tree.map(lambda x: 8 * x, params)
+      score = lms.make_score(run, num_draws=1, batch_size=4)
+      total, num_rows, num_tokens = 0.0, 0, 0
+      for batch in pipeline.make_eval_batches(
+        packed, settings.data, batch_size=4
+      ):
+        values = score(params, jax.random.key(0), batch)
+        total += float(values['nll'].sum())
+        num_rows += int(batch.eligible.any(axis=1).sum())
+        num_tokens += int(batch.num_tokens.sum())
+      totals.append((total, num_tokens, num_rows))
+    single, shared = totals
+    self.assertEqual(single[1], shared[1])
+    self.assertLess(shared[2], single[2])
+    # Before a conversation's first token is the end of another, or the mask.
+    np.testing.assert_allclose(shared[0], single[0], rtol=1e-4)
+
+  def test_share_rows(self):
+    sizes = np.random.default_rng(0).integers(1, 65, 500).tolist()
+    rows = np.array(pack.share_rows(sizes, 64))
+    used = np.bincount(rows, weights=sizes)
+    self.assertLessEqual(used.max(), 64)
+    self.assertEqual(set(rows), set(range(rows.max() + 1)))
+    # As few as a best fit needs: no two of them fit into one row.
+    least = np.sort(used)
+    self.assertGreater(least[0] + least[1], 64)
+
+  @parameterized.parameters(
+    ({'data__crop': 'chunk'}, 'segment_ids'),
+    ({'data__crop': 'chunk', 'data__segment_ids': True}, 'padding'),
+    ({'data__crop': 'random'}, 'crop'),
+    ({'data__clean_prefix_rate': 0.5}, 'clean_prefix'),
+    ({'tokenizer__chat_template': ''}, 'chat_template'),
+    ({'data__eval_source': 'embedded'}, 'eval_source'),
+  )
+  def test_bad_settings(self, changes, key):
+    write(self.path, [say('a', 'b')] * 3)
+    with self.assertRaisesRegex(InputError, key):
+      self.prepare(**{'data__crop': 'document', **changes})
+
+  @parameterized.parameters(
+    ('{"messages": [{"content": "a"}]}', 'role None'),
+    ('{"text": "a"}', "'messages'"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "'assistant'"),
+    ('[]', 'not a JSON object'),
+  )
+  def test_a_bad_line_is_named(self, line, said):
+    self.path.write_text(
+      json.dumps({'messages': say('a', 'b')}) + '\n' + line + '\n'
+    )
+    with self.assertRaisesRegex(InputError, f'chat.jsonl:2.*{said}'):
+      self.prepare(data__crop='document')
+
+
+if __name__ == '__main__':
+  absltest.main()
