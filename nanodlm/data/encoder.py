@@ -265,7 +265,7 @@ def _write_conversations(job: Job, task: Task, file: Any) -> Iterator[int]:
     try:
       encoded = chat_format.encode(job.tokenizer, document.messages)
       if not encoded.ends.any():
-        raise InputError(f'it has no message of the role {chat.ASSISTANT!r}')
+        raise InputError(f'it lacks a message of the role {chat.ASSISTANT!r}')
     except InputError as error:
       raise job.source.error(f'{document.place}: {error}') from error
     num = int(np.flatnonzero(encoded.ends)[-1]) + 1

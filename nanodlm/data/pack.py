@@ -6,7 +6,7 @@ EOS in every row would be a token that costs nothing to predict. Rows of token
 ids are a stream already and are cut as they are. With data.crop='document' a
 document is a row of its own, and so is a pair: the prompt, the response, and
 separators to the end of the row, at least one. Conversations are never cut
-inside a turn: a row has one, or as many as fit. The last tokens of a stream,
+inside a turn: a row has one, or all that fit. The last tokens of a stream,
 less than a row, are dropped, unless it is a text to evaluate as a whole: then
 its last row is the last L tokens, of which those that the row before has, too,
 are given.

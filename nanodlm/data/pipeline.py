@@ -5,15 +5,15 @@ rows of it and never communicate about data; a run resumes at step n by asking
 for step n.
 
 A position that is not eligible is given: it stays clean and is not scored, as
-the prompt of a pair, what an assistant is told or, in training, a prefix or the
-surroundings of a span. Nats are divided by the bytes and tokens of the text
-that is scored. Padding has 0 bytes, and of the separators after a document or a
-response only one counts as a token (after a conversation, whose last token is
-its end, none), although all that are scored cost nats. The reported value
-therefore bounds -log p(text and its end | prompt) per such token; with
-padding='masked' and a network that is not causal, the length is given, too. Of
-several answers in a conversation, such a network sees what follows an earlier
-one.
+the prompt of a pair, the user's part of a conversation or, in training, a
+prefix or the surroundings of a span. Nats are divided by the bytes and tokens
+of the text that is scored. Padding has 0 bytes, and of the separators after a
+document or a response only one counts as a token (after a conversation, whose
+last token is its end, none), although all that are scored cost nats. The
+reported value therefore bounds -log p(text and its end | prompt) per such
+token; with padding='masked' and a network that is not causal, the length is
+given, too. Of several answers in a conversation, such a network sees what
+follows an earlier one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

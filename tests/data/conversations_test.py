@@ -1,4 +1,4 @@
-"""Conversations as rows: what is given, where they are cut, how they share."""
+"""Conversations as rows: what is given, cuts, shared rows."""
 
 import json
 import pathlib

@@ -63,7 +63,7 @@ class ChatTest(absltest.TestCase):
       self.assertEqual(sample.text, lm.tokenizer.decode(answer))
 
   def test_without_template(self):
-    with self.assertRaisesRegex(InputError, 'no chat template'):
+    with self.assertRaisesRegex(InputError, 'lacks a chat template'):
       self.talk('Hi\n')
 
 

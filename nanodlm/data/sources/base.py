@@ -59,7 +59,7 @@ class Conversation(Document):
   """A conversation, whose pieces are what is said.
 
   Attributes:
-    place: where it is, for messages.
+    place: the file and the line, for messages.
     messages: dicts with 'role' and 'content'.
   """
 

@@ -459,13 +459,13 @@ class ChatSource(JsonlSource):
     (field,) = self.fields
     if field not in record:
       raise InputError(
-        f'has no field {field!r}, the list of messages; its fields are '
+        f'lacks the field {field!r}, the list of messages; its fields are '
         f'{sorted(record)}. Name the field as in {self.forms[-1]!r}'
       )
     try:
       chat.check_messages(record[field])
     except InputError as error:
-      raise InputError(f'has no conversation: {error}') from error
+      raise InputError(f'is not a conversation: {error}') from error
     messages = tuple(
       {'role': one['role'], 'content': one['content']} for one in record[field]
     )

@@ -107,7 +107,7 @@ def with_template(tokenizer: Tokenizer, value: str) -> Tokenizer:
   """Returns the tokenizer with config.tokenizer.chat_template, '' for its own.
 
   Raises:
-    InputError: there is no such template, or it does not fit the tokenizer.
+    InputError: the template does not exist, or does not fit the tokenizer.
   """
   if not value:
     return tokenizer
@@ -129,7 +129,7 @@ def with_template(tokenizer: Tokenizer, value: str) -> Tokenizer:
 
 
 def read_template(folder: pathlib.Path) -> str:
-  """Returns the chat template beside a published tokenizer.json, '' without.
+  """Returns the chat template next to a tokenizer.json, '' without one.
 
   The texts of its first and last tokens are set in its first line.
   """
@@ -177,7 +177,7 @@ def make_format(tokenizer: Tokenizer) -> 'ChatFormat':
   """
   if not tokenizer.chat_template:
     raise InputError(
-      f'the {tokenizer.name} tokenizer has no chat template; choose one with '
+      f'the {tokenizer.name} tokenizer lacks a chat template; choose one with '
       f'tokenizer.chat_template, of {list(TEMPLATES)} or a Jinja file'
     )
   controls = tuple(tokenizer.controls.items())
@@ -213,7 +213,7 @@ class ChatFormat:
     before, after = (self._render(question, x) for x in (False, True))
     if unknown := sorted({*_CONTROL.findall(after)} - {*controls}):
       raise InputError(
-        f'the chat template writes {unknown}, which are no control tokens of '
+        f'the chat template writes {unknown}, which are not control tokens of '
         f'the tokenizer; it has {self._some()}'
       )
     self._prompt = after.removeprefix(before)

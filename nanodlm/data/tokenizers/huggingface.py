@@ -158,8 +158,8 @@ def _open(path: str) -> tuple[Any, bytes]:
 def find_tokenizer_json(path: str) -> HuggingFaceTokenizer:
   """Loads a published tokenizer.json, or the one in a folder.
 
-  tokenizer_config.json beside it says which tokens end a text and mask, and how
-  conversations are written. A tokenizer without a mask gets one.
+  The tokens that end a text and mask, and the chat template, are those of the
+  tokenizer_config.json next to it. A tokenizer without a mask gets one.
 
   Raises:
     InputError: it cannot be read, or no token ends a text.
@@ -175,8 +175,8 @@ def find_tokenizer_json(path: str) -> HuggingFaceTokenizer:
   end, mask = find('eos_token', _ENDS), find('mask_token', _MASKS)
   if not end:
     raise InputError(
-      f'tokenizer.path={path!r} has no token that ends a text: eos_token of '
-      f'tokenizer_config.json beside it, or one of {list(_ENDS)}'
+      f'tokenizer.path={path!r} lacks a token that ends a text: eos_token of '
+      f'tokenizer_config.json next to it, or one of {list(_ENDS)}'
     )
   size = max(known.values()) + 1 + (not mask)
   place = known[mask] if mask else size - 1

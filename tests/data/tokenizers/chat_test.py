@@ -187,7 +187,7 @@ class ChatTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, "chat_template='chatlm'"):
       published(self.folder, 'chatlm')
     tokenizer = tokenizers.make_tokenizer(TokenizerConfig('bytes', '', 0))
-    with self.assertRaisesRegex(InputError, 'no chat template'):
+    with self.assertRaisesRegex(InputError, 'lacks a chat template'):
       chat.make_format(tokenizer)
 
   @parameterized.parameters(
@@ -217,7 +217,7 @@ class TokenizerJsonTest(absltest.TestCase):
     content = json.loads(path.read_text())
     content['added_tokens'] = []
     path.write_text(json.dumps(content))
-    with self.assertRaisesRegex(InputError, 'ends a text'):
+    with self.assertRaisesRegex(InputError, 'lacks a token'):
       tokenizers.make_tokenizer(TokenizerConfig('huggingface', str(path), 0))
 
 
