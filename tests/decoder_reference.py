@@ -32,7 +32,9 @@ def turn(x, theta):
   return np.concatenate([z.real, z.imag], -1)
 
 
-def attend(q, k, v, num_heads, num_kv_heads, causal, prepare=lambda x, name: x):
+def attend(
+  q, k, v, num_heads, num_kv_heads, block_size, prepare=lambda x, name: x
+):
   """q [L, H Dh] on k, v [L, K Dh] -> [L, H Dh]."""
   head_dim = q.shape[-1] // num_heads
   part = lambda x, i: x[:, i * head_dim : (i + 1) * head_dim]
@@ -43,7 +45,9 @@ def attend(q, k, v, num_heads, num_kv_heads, causal, prepare=lambda x, name: x):
     one_k, one_v = prepare(part(k, shared), 'k_norm'), part(v, shared)
     rows = []
     for i, query in enumerate(one_q):
-      last = i + 1 if causal else len(one_k)
+      last = len(one_k)
+      if block_size:
+        last = (i // block_size + 1) * block_size
       scores = one_k[:last] @ query / np.sqrt(head_dim)
       p = np.exp(scores - scores.max())
       rows.append(p / p.sum() @ one_v[:last])
@@ -57,9 +61,9 @@ def linear(tensors, name, x):
 
 
 def llama(
-  tensors, ids, *, num_heads, num_kv_heads, eps, theta, causal, names=None
+  tensors, ids, *, num_heads, num_kv_heads, eps, theta, block_size, names=None
 ):
-  """Logits [L, V] of Llama, Mistral, Qwen2, Qwen3, LLaDA or Dream (unshifted).
+  """Logits [L, V], unshifted, of Llama, LLaDA and those with Llama's names.
 
   Args:
     tensors: {name: array}.
@@ -68,7 +72,8 @@ def llama(
     num_kv_heads: of keys and values.
     eps: of the norms.
     theta: rotary base.
-    causal: whether position i sees 0..i only.
+    block_size: each position sees its block and those before: 1 for a causal
+      network, 0 if it sees all.
     names: {part: name}; by default transformers'.
   """
   names = {
@@ -99,7 +104,7 @@ def llama(
 
     h = rms(x, tensors[f'{at("norm1")}.weight'], eps)
     q, k, v = (linear(tensors, at(part), h) for part in 'qkv')
-    h = attend(q, k, v, num_heads, num_kv_heads, causal, prepare)
+    h = attend(q, k, v, num_heads, num_kv_heads, block_size, prepare)
     x = x + linear(tensors, at('o'), h)
     h = rms(x, tensors[f'{at("norm2")}.weight'], eps)
     gated = silu(linear(tensors, at('gate'), h)) * linear(tensors, at('up'), h)
@@ -139,7 +144,7 @@ def gpt2(tensors, ids, *, num_heads, eps):
   while f'h.{layer}.ln_1.weight' in tensors:
     at = f'h.{layer}.'
     q, k, v = np.split(conv(f'{at}attn.c_attn', norm(f'{at}ln_1', x)), 3, -1)
-    h = attend(q, k, v, num_heads, num_heads, True)
+    h = attend(q, k, v, num_heads, num_heads, 1)
     x = x + conv(f'{at}attn.c_proj', h)
     h = gelu_tanh(conv(f'{at}mlp.c_fc', norm(f'{at}ln_2', x)))
     x = x + conv(f'{at}mlp.c_proj', h)

@@ -163,8 +163,11 @@ def import_checkpoint(
       peft.import_adapters(folder, work, changes, choose, source)
       return
     foreign = tensor_files.read_json(folder / HF_CONFIG) if has_config else {}
-    if ends := find_ends(folder, foreign):
+    ends, mask = find_tokens(folder, foreign)
+    if ends:
       foreign['eos_token_id'] = ends
+    if mask is not None and foreign.get('mask_token_id') is None:
+      foreign['mask_token_id'] = mask
     tensors = tensor_files.open_tensors(path, allow_pickle)
     if (folder / OWN / ORIGIN).is_file():
       own, config, tokenizer = read_own(folder / OWN)
@@ -292,8 +295,13 @@ def read_own(own: pathlib.Path) -> tuple[str, Any, Tokenizer]:
   return family, config, load_tokenizer(own)
 
 
-def find_ends(folder: pathlib.Path, foreign: dict[str, Any]) -> list[Any]:
-  """Returns the ids of all tokens that end a text, those of `foreign` first."""
+def find_tokens(
+  folder: pathlib.Path, foreign: dict[str, Any]
+) -> tuple[list[Any], int | None]:
+  """Returns the ids of all tokens that end a text, and that of the mask.
+
+  The ends in `foreign` come first. The mask is the tokenizer's, or None.
+  """
   names = 'generation_config.json', 'tokenizer_config.json', HF_TOKENIZER
   generation, settings, content = (
     tensor_files.read_json(folder / name) if (folder / name).is_file() else {}
@@ -304,13 +312,15 @@ def find_ends(folder: pathlib.Path, foreign: dict[str, Any]) -> list[Any]:
     ids = config.get('eos_token_id')
     found += ids if isinstance(ids, list) else [ids]
   try:
-    end = settings.get('eos_token')
-    text = end['content'] if isinstance(end, dict) else end
     tokens = {t['content']: t['id'] for t in content.get('added_tokens') or ()}
     for i, token in (settings.get('added_tokens_decoder') or {}).items():
       tokens[token['content']] = int(i)
-    found.append(tokens.get(text))
-    return [i for i in dict.fromkeys(found) if i is not None]
+    end, mask = (
+      tokens.get(token['content'] if isinstance(token, dict) else token)
+      for token in map(settings.get, ('eos_token', 'mask_token'))
+    )
+    found.append(end)
+    return [i for i in dict.fromkeys(found) if i is not None], mask
   except (LookupError, TypeError, ValueError, AttributeError) as error:
     raise InputError(
       f'the ids that end a text cannot be read from {names} in {folder}: '

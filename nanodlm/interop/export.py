@@ -139,6 +139,8 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     described = convert.describe_own(run.tokenizer, run.settings.data.length)
     foreign = form.to_config(network, described)
     write_json(work / convert.HF_CONFIG, foreign)
+    for name, content in form.files.items():
+      (work / name).write_text(content)
     layout = form.layout(network, checkpoint.flatten(params), ())
     write_tensors(work, params, layout, described)
     has_tokenizer = write_tokenizer(work, run, described)
@@ -279,6 +281,8 @@ def write_tokenizer(
   return True
 
 
+# What a model card says of `config.sampler`, besides what is not the default.
+_SHOWN = ('name', 'num_steps', 'temperature')
 _CARD = """---
 tags:
 - nanodlm
@@ -310,6 +314,10 @@ python launch.py --mode=import --from=THIS_FOLDER --workdir=runs/imported
 
 {training}
 
+## Sampling
+
+By default samples are drawn with {sampler}.
+
 ## Measured
 
 {measured}
@@ -333,9 +341,8 @@ def card(
   """Returns the model card: what config.json and the logs of the run say."""
   run, step, workdir = lm.run, lm.step, lm.workdir
   settings, tokenizer = run.settings, run.tokenizer
-  loading = (
-    'No architecture of transformers fits this network; the tensors have the '
-    f'names and shapes of the family `{family}`.'
+  loading = FAMILIES[family].loading + (
+    f'\n\nThe tensors have the names and shapes of the family `{family}`.'
   )
   if FAMILIES[family].is_stock:
     architecture, start = foreign['architectures'][0], foreign['bos_token_id']
@@ -363,6 +370,12 @@ def card(
     if source := settings.checkpoint.init_from:
       training += f'\n\nStarted from the weights of `{_public(source)}`.'
   model = sorted(settings.model.items())
+  default: Any = configs.load()
+  sampler = {
+    key: value
+    for key, value in run.describe_sampler().items()
+    if key in _SHOWN or value != default.sampler[key]
+  }
   return _CARD.format(
     name=pathlib.Path(workdir).resolve().name,
     objective=settings.objective['name'],
@@ -374,6 +387,7 @@ def card(
     num_ids=tokenizer.vocab_size,
     tokenizer=tokenizer.name,
     training=training,
+    sampler=', '.join(f'`sampler.{k}={v}`' for k, v in sampler.items()),
     measured=_measured(lm.run, pathlib.Path(lm.workdir), lm.step),
   )
 

@@ -418,7 +418,9 @@ class EndsTest(checkpoints.FolderTest):
     described = FAMILIES['llama'].describe(
       {
         **LLAMA,
-        'eos_token_id': convert.find_ends(source, {'eos_token_id': config}),
+        'eos_token_id': convert.find_tokens(source, {'eos_token_id': config})[
+          0
+        ],
       },
       {},
     )

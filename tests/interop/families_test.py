@@ -1,9 +1,11 @@
 """Tests of imports and exports, with the families of decoders."""
 
+import dataclasses
 import functools
 import json
 import pathlib
 import pickle
+import shutil
 import tempfile
 from unittest import mock
 
@@ -35,7 +37,7 @@ from tests import decoder_reference, workdirs
 safetensors = pytest.importorskip('safetensors.numpy')
 library = pytest.importorskip('tokenizers')
 
-D, F, V, LAYERS, LENGTH = 16, 24, 257, 3, 7
+D, F, V, LAYERS, LENGTH = 16, 24, 257, 3, 8
 # PLACE is a mask inside the vocabulary.
 START, END, PLACE = 5, 9, 200
 BYTES = {'tokenizer.name': 'bytes'}
@@ -55,6 +57,7 @@ LLAMA = dict(
   max_position_embeddings=64,
   tie_word_embeddings=False,
 )
+MASKED = {**LLAMA, 'vocab_size': V + 1, 'mask_token_id': PLACE}
 CONFIGS = {
   'gpt2': dict(
     model_type='gpt2',
@@ -77,9 +80,12 @@ CONFIGS = {
   ),
   'qwen2': dict(model_type='qwen2', **LLAMA),
   'qwen3': dict(model_type='qwen3', **LLAMA, head_dim=8),
-  'dream': dict(
-    model_type='Dream', **{**LLAMA, 'vocab_size': V + 1}, mask_token_id=PLACE
-  ),
+  'dream': dict(model_type='Dream', **MASKED),
+  'a2d-qwen3': dict(model_type='a2d-qwen3', **MASKED, head_dim=8),
+  'a2d-qwen2': dict(model_type='a2d-qwen2', **MASKED),
+  'a2d-llama': dict(model_type='a2d-llama', **MASKED),
+  'sdar': dict(model_type='sdar', **MASKED, head_dim=8, block_size=4),
+  'fast-dllm': dict(model_type='Fast_dLLM_Qwen', **MASKED, bd_size=4),
   'llada': dict(
     model_type='llada',
     vocab_size=V + 1,
@@ -101,6 +107,10 @@ CONFIGS = {
   ),
 }
 CAUSAL = ('gpt2', 'llama', 'mistral', 'tied', 'qwen2', 'qwen3')
+SHIFTED = ('dream', 'fast-dllm')
+BIASED = ('qwen2', 'a2d-qwen2', 'tied', *SHIFTED)
+# {family: tokens in a block}
+BLOCKS = {'sdar': 4, 'fast-dllm': 4}
 
 
 def tensors_of(name):
@@ -152,7 +162,7 @@ def tensors_of(name):
     put('lm_head.weight', vocab, D)
   else:
     out['lm_head.weight'] = out['model.embed_tokens.weight']
-  head, qkv = config.get('head_dim', D // 4), name in ('qwen2', 'dream', 'tied')
+  head, qkv = config.get('head_dim', D // 4), name in BIASED
   for i in range(LAYERS):
     at = f'model.layers.{i}.'
     put(f'{at}input_layernorm.weight', D)
@@ -163,7 +173,7 @@ def tensors_of(name):
     linear(f'{at}self_attn.o_proj', D, 4 * head, name == 'tied')
     for key, rows, columns in (('gate', F, D), ('up', F, D), ('down', D, F)):
       linear(f'{at}mlp.{key}_proj', rows, columns, name == 'tied')
-    if name == 'qwen3':
+    if name in ('qwen3', 'a2d-qwen3', 'sdar'):
       put(f'{at}self_attn.q_norm.weight', head)
       put(f'{at}self_attn.k_norm.weight', head)
   return out
@@ -173,7 +183,8 @@ def reference_logits(name, ids):
   """Returns the logits [L, V] of the family's own forward pass."""
   if name == 'gpt2':
     return decoder_reference.gpt2(tensors_of(name), ids, num_heads=2, eps=1e-5)
-  kwargs = dict(num_heads=4, eps=1e-5, theta=500.0, causal=name in CAUSAL)
+  size = 1 if name in CAUSAL else BLOCKS.get(name, 0)
+  kwargs = dict(num_heads=4, eps=1e-5, theta=500.0, block_size=size)
   if name == 'llada':
     return decoder_reference.llama(
       tensors_of(name),
@@ -185,6 +196,24 @@ def reference_logits(name, ids):
   return decoder_reference.llama(
     tensors_of(name), ids, num_kv_heads=2, **kwargs
   )
+
+
+def sampler_logits(name, ids, clean):
+  """Returns the logits [L, V] that the family's own sampler uses.
+
+  Args:
+    name: of the family.
+    ids: [L], some of them masks.
+    clean: [L], the text in the blocks before the one that is sampled.
+  """
+  size, rows = BLOCKS.get(name, len(ids)), []
+  for i in range(0, len(ids), size):
+    seen = np.concatenate([clean[:i], ids[i : i + size]])
+    logits = reference_logits(name, seen)
+    if name in SHIFTED:
+      logits = np.concatenate([logits[:1], logits[:-1]])
+    rows.append(logits[i:])
+  return np.concatenate(rows)
 
 
 def write(folder, name, tensors=None, files=1, **changes):
@@ -201,8 +230,9 @@ def write(folder, name, tensors=None, files=1, **changes):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def logits_of(config, params, tokens):
-  hidden = transformer.Transformer(config).apply({'params': params}, tokens)
+def logits_of(config, params, tokens, clean=None):
+  network = transformer.Transformer(config)
+  hidden = network.apply({'params': params}, tokens, clean=clean)
   return transformer.output_logits(transformer.output_kernel(params), hidden)
 
 
@@ -231,12 +261,13 @@ class ParityTest(FolderTest):
       ours = logits_of(network, params, np.concatenate([[V], ids])[None])[0]
       ours = ours[:, :V]
     else:  # PLACE is the mask; ours is the last id.
+      own = lambda ids: np.where(ids == PLACE, V, ids)[None]
+      clean = np.random.default_rng(2).integers(0, PLACE, LENGTH)
       ids[::2] = PLACE
-      theirs = reference_logits(name, ids)
-      if name == 'dream':  # Its sampler shifts the logits too.
-        theirs = np.concatenate([theirs[:1], theirs[:-1]])
+      theirs = sampler_logits(name, ids, clean)
       theirs[:, [PLACE, V]] = theirs[:, [V, PLACE]]
-      ours = logits_of(network, params, np.where(ids == PLACE, V, ids)[None])[0]
+      clean = own(clean) if name in BLOCKS else None
+      ours = logits_of(network, params, own(ids), clean)[0]
     self.assertGreater(np.abs(theirs).max(), 1)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
@@ -247,11 +278,18 @@ class ParityTest(FolderTest):
     ('mistral', 'Mistral'),
     ('qwen2', 'Qwen2'),
     ('qwen3', 'Qwen3'),
+    ('a2d-qwen3', 'Qwen3'),
+    ('a2d-qwen2', 'Qwen2'),
+    ('a2d-llama', 'Llama'),
+    ('dream', 'Qwen2'),
+    ('sdar', 'Qwen3'),
+    ('fast-dllm', 'Qwen2'),
   )
   def test_the_reference_is_what_transformers_computes(self, name, kind):
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
-    config = getattr(transformers, f'{kind}Config')(**CONFIGS[name])
+    config = {**CONFIGS[name], 'model_type': kind.lower()}
+    config = getattr(transformers, f'{kind}Config')(**config)
     cls = 'GPT2LMHeadModel' if kind == 'GPT2' else f'{kind}ForCausalLM'
     network = getattr(transformers, cls)(config).eval()
     prefix = 'transformer.' if name == 'gpt2' else ''
@@ -264,8 +302,12 @@ class ParityTest(FolderTest):
       state['lm_head.weight'] = state['transformer.wte.weight']
     network.load_state_dict(state)
     ids = np.random.default_rng(1).integers(0, V, LENGTH)
+    mask = None
+    if name not in CAUSAL:  # [1, 1, L, L], what each position sees.
+      block = torch.arange(LENGTH) // BLOCKS.get(name, LENGTH)
+      mask = (block[:, None] >= block)[None, None]
     with torch.no_grad():
-      theirs = network(torch.tensor(ids)[None]).logits[0].numpy()
+      theirs = network(torch.tensor(ids)[None], attention_mask=mask).logits[0]
     np.testing.assert_allclose(theirs, reference_logits(name, ids), atol=1e-4)
 
   def test_pairs_become_halves(self):
@@ -593,9 +635,18 @@ EXPORTS = {
     model__attention_bias='all',
     model__mlp_bias=True,
   ),
+  'a2d-qwen3': {},
   'llada': dict(model__qk_norm=False),
   'dream': dict(
     model__qk_norm=False, model__attention_bias='qkv', model__shift_outputs=True
+  ),
+  'sdar': dict(objective__name='block', objective__block_size=4),
+  'fast-dllm': dict(
+    objective__name='block',
+    objective__block_size=2,
+    model__qk_norm=False,
+    model__attention_bias='qkv',
+    model__shift_outputs=True,
   ),
   'nanodlm': dict(
     objective__name='ar', model__num_positions=16, model__keep_rotary=True
@@ -684,6 +735,18 @@ class ExportTest(FolderTest):
     self.assertEqual(again.network.config, network)
     self.assertEqual(again.tokenizer.fingerprint, 'bytes')
     if family not in STOCK:
+      if family != 'nanodlm':  # Others read it without our folder.
+        shutil.rmtree(out / 'nanodlm')
+        convert.import_checkpoint(str(out), str(folder / 'foreign'))
+        lm = lms.load(str(folder / 'foreign'))
+        jax.tree.map(np.testing.assert_array_equal, params, lm.params)
+        for field in dataclasses.fields(network):
+          name = layouts.RESOLVED.get(field.name, field.name)
+          found = getattr(lm.run.network.config, name)
+          self.assertEqual(found, getattr(network, name), name)
+        self.assertEqual(
+          lm.run.settings.objective['name'], again.settings.objective['name']
+        )
       return
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
@@ -845,7 +908,10 @@ class ExportTest(FolderTest):
     self.assertRegex(card, r'0 steps of 6 x 16 tokens of `text:[^/]+`')
     self.assertIn('Nothing was measured at this step.', card)
     self.assertIn('Started from the weights of `another`.', card)
-    self.assertIn('`nanodlm`', card)
+    self.assertIn('dllm.utils.get_model', card)
+    self.assertRegex(
+      card, 'sampler.name=fixed_count.*sampler.num_steps=.*temperature=1.0'
+    )
 
 
 if __name__ == '__main__':

@@ -7,7 +7,10 @@ A family is a subclass of `layout.Family` and a line in the dict.
     llama, mistral  safetensors     ar               transformers   3.4e-6
     qwen2, qwen3  safetensors       ar               transformers   2.0e-6
     llada    safetensors            masked           NumPy          3.1e-6
-    dream    safetensors            masked, shifted  NumPy          2.6e-6
+    dream    safetensors            masked, shifted  transformers   2.6e-6
+    a2d-qwen3, a2d-qwen2, a2d-llama  safetensors  masked  its own code  3.7e-5
+    sdar     safetensors            block            its own code   8.6e-6
+    fast-dllm  safetensors          block, shifted   its own code   5.8e-5
     mdlm     .ckpt, safetensors     masked           its own code   2.6e-6
     bd3lm    .ckpt, safetensors     block            its own code   2.4e-6
     duo      .ckpt, safetensors     uniform          its own code   3.6e-6
@@ -16,8 +19,9 @@ A family is a subclass of `layout.Family` and a line in the dict.
     md4      Orbax folder           masked           its own code   6.5e-5
 
 The difference is the largest one of the logits, in float32, of small networks
-with random weights (transformers 5.24, or a restatement in NumPy). No published
-file has been read; the shapes of LLaDA-8B and Dream-7B come to 8,015,581,184
+with random weights (transformers 5.24, the projects' own code, or a restatement
+in NumPy), of logits up to 12 where it is above 1e-5. No published file has been
+read; the shapes of LLaDA-8B and Dream-7B come to 8,015,581,184
 and 7,615,616,512 parameters. duo includes UDLM.
 
 Averaged weights are used if a file has them. What a family has and this network
@@ -28,8 +32,15 @@ for a config.json without model_type: a network of another type may compute
 something else with tensors of the same names.
 """
 
+from nanodlm.interop.families.adapted import (
+  A2DLlama,
+  A2DQwen2,
+  A2DQwen3,
+  Dream,
+  FastDLLM,
+  SDAR,
+)
 from nanodlm.interop.families.ddit import BD3LM, Duo, GIDD, MDLM, SEDD
-from nanodlm.interop.families.dream import Dream
 from nanodlm.interop.families.gpt2 import GPT2
 from nanodlm.interop.families.layout import Family
 from nanodlm.interop.families.llada import LLaDA
@@ -46,6 +57,11 @@ FAMILIES: dict[str, Family] = {
   'qwen3': Qwen3(),
   'llada': LLaDA(),
   'dream': Dream(),
+  'a2d-qwen3': A2DQwen3(),
+  'a2d-qwen2': A2DQwen2(),
+  'a2d-llama': A2DLlama(),
+  'sdar': SDAR(),
+  'fast-dllm': FastDLLM(),
   'mdlm': MDLM(),
   'bd3lm': BD3LM(),
   'sedd': SEDD(),

@@ -22,6 +22,7 @@ from collections.abc import Collection
 from nanodlm.interop.families.layout import (
   Family,
   HARMLESS,
+  InBlocks,
   Key,
   refuse,
   refuse_unknown,
@@ -148,11 +149,10 @@ class MDLM(DDiT):
   allowed = {'parameterization': ('subs',), 'backbone': ('dit',)}
 
 
-class BD3LM(DDiT):
+class BD3LM(InBlocks, DDiT):
   """BD3-LM, arXiv 2503.09573."""
 
   model_types = ('bd3lm',)
-  objective = 'block'
   required = ('block_size',)
   allowed = {
     'cross_attn': (True,),
@@ -171,23 +171,6 @@ class BD3LM(DDiT):
     'attn_backend': 'sdpa',
     'var_min': False,
   }
-
-  def settings(self, config, shapes):
-    return {
-      **super().settings(config, shapes),
-      'objective.block_size': config['block_size'],
-    }
-
-  def misfit(self, network, objective):
-    found = super().misfit(network, objective)
-    if network.block_size and network.causal:
-      # The form's clean copy is not delayed and sees the whole of its block.
-      found += ', ' * bool(found) + 'objective.ar_weight > 0'
-    return found
-
-  def to_config(self, network, described):
-    config = super().to_config(network, described)
-    return {**config, 'block_size': network.block_size}
 
 
 class Duo(DDiT):

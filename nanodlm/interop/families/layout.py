@@ -78,6 +78,16 @@ INERT = {
   'pruned_heads': ({}, None),
 }
 
+# How to load two of the families, for a model card.
+LLAMA_CPP = """llama.cpp's convert_hf_to_gguf.py knows these names of tensors:
+
+```
+python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf
+llama-diffusion-cli -m model.gguf -p PROMPT
+```
+
+It refuses tokenizers that llama.cpp does not know, such as bytes."""
+
 How = Callable[[np.ndarray], np.ndarray]
 SAME: How = np.asarray
 
@@ -234,6 +244,8 @@ class Family:
       HARMLESS. All other keys are refused.
     network: {field of config.model: value}, on top of PLAIN.
     written: {key: value} for an export's config.json.
+    files: {name: content} of other files of an export.
+    loading: which programs load an export, for its card, unless `is_stock`.
     length: the key of config.json with the longest text, and its default.
     tokenizer: `Description.tokenizer`.
     names: {array or module: name in the checkpoint}, with {top} for the prefix
@@ -258,6 +270,8 @@ class Family:
   harmless: Collection[str] = ()
   network: Mapping[str, Any] = {}
   written: Mapping[str, Any] = {}
+  files: Mapping[str, str] = {}
+  loading: str = 'No architecture of transformers fits this network.'
   length: tuple[str, int] = ('max_position_embeddings', 2048)
   tokenizer: str = ''
   names: Mapping[str, str] = {}
@@ -439,6 +453,32 @@ class Family:
       **self.fields(network),
       **self.written,
     }
+
+
+class InBlocks(Family):
+  """A family of block diffusion, whose clean copy sees the whole of a block.
+
+  Attributes:
+    block_key: the key of config.json with the size of a block.
+  """
+
+  objective = 'block'
+  block_key = 'block_size'
+
+  def settings(self, config, shapes):
+    size = {'objective.block_size': config[self.block_key]}
+    return {**super().settings(config, shapes), **size}
+
+  def misfit(self, network, objective):
+    found = super().misfit(network, objective)
+    if network.block_size and network.causal:
+      # nanodlm then delays the clean copy, whose positions see earlier ones.
+      found += ', ' * bool(found) + 'objective.ar_weight > 0'
+    return found
+
+  def to_config(self, network, described):
+    config = super().to_config(network, described)
+    return {**config, self.block_key: network.block_size}
 
 
 def require(config: Config, *keys: str):

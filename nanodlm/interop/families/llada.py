@@ -4,7 +4,7 @@ Source: arXiv 2502.09992; names of tensors and settings as in the published
 `LLaDAModelLM` (blocks of type 'llama', OLMo's names).
 """
 
-from nanodlm.interop.families.layout import Family, Key
+from nanodlm.interop.families.layout import Family, Key, LLAMA_CPP
 
 # The settings that change the network, with the only supported value.
 FIXED = {
@@ -59,6 +59,7 @@ class LLaDA(Family):
   """.split()
   network = {'mlp': 'swiglu'}
   written = {**FIXED, 'bias_for_layer_norm': False}
+  loading = LLAMA_CPP
   length = ('max_sequence_length', 1024)
   names = {
     'embedding': '{top}wte.weight',

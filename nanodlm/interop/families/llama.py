@@ -4,6 +4,9 @@ Source: arXiv 2302.13971, 2310.06825, 2407.10671, 2505.09388; names of tensors
 and settings as in Hugging Face's `LlamaForCausalLM` and so on.
 """
 
+import json
+
+from nanodlm.interop import tensors, tokenizer_json
 from nanodlm.interop.families.layout import Family, Key, refuse
 from nanodlm.types import InputError
 
@@ -31,6 +34,13 @@ ROPE = {
   'partial_rotary_factor': (1.0, None),
 }
 FLOAT32 = {'dtype': 'float32', 'torch_dtype': 'float32'}
+
+
+# Qwen2's merges do not cross the pieces that this cuts a text into.
+_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+  r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
 
 
 class Llama(Family):
@@ -113,7 +123,10 @@ class Mistral(Llama):
 
 
 class Qwen2(Llama):
-  """Qwen2 and Qwen2.5, whose queries, keys and values have biases."""
+  """Qwen2 and Qwen2.5, whose queries, keys and values have biases.
+
+  Their tokenizer may be published as a vocabulary and merges.
+  """
 
   model_types = ('qwen2',)
   architectures = ('Qwen2ForCausalLM', 'Qwen2Model')
@@ -122,6 +135,29 @@ class Qwen2(Llama):
   defaults = {'use_sliding_window': False, 'num_key_value_heads': 32}
   network = {'attention_bias': 'qkv'}
   written = {**FLOAT32, 'attention_bias': True, 'use_sliding_window': False}
+
+  def tokenizer_json(self, folder):
+    vocab, merges, config = (
+      folder / name
+      for name in ('vocab.json', 'merges.txt', 'tokenizer_config.json')
+    )
+    if not all(path.is_file() for path in (vocab, merges, config)):
+      return None
+    tensors.require('tokenizers')
+    from tokenizers.models import BPE
+
+    added = json.loads(config.read_bytes()).get('added_tokens_decoder', {})
+    ids, pairs = BPE.read_file(str(vocab), str(merges))
+    return {
+      **tokenizer_json.byte_level(ids, list(map(list, pairs)), _SPLIT),
+      'normalizer': {'type': 'NFC'},
+      'added_tokens': [
+        tokenizer_json.added_token(
+          int(i), token['content'], token.get('special', True)
+        )
+        for i, token in added.items()
+      ],
+    }
 
 
 class Qwen3(Llama):

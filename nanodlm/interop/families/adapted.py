@@ -1,0 +1,139 @@
+"""Decoders that were made diffusion models: Dream, A2D, SDAR, Fast-dLLM v2.
+
+Their tensors are those of Llama, Qwen2 or Qwen3. No position is hidden from
+another one, or none of its own block and those before. The logits of the
+published networks are unshifted; the samplers of Dream and Fast-dLLM shift
+them.
+"""
+
+from nanodlm.interop.families import llama
+from nanodlm.interop.families.layout import InBlocks, Key, LLAMA_CPP
+
+_DLLM = """dLLM loads it (github.com/ZHZisZZ/dllm):
+
+```python
+import dllm
+model = dllm.utils.get_model(model_name_or_path='THIS_FOLDER')
+tokenizer = dllm.utils.get_tokenizer(model_name_or_path='THIS_FOLDER')
+```"""
+_SGLANG = """SGLang and LMDeploy serve this architecture:
+
+```
+python -m sglang.launch_server --model-path THIS_FOLDER --trust-remote-code \\
+    --dllm-algorithm LowConfidence
+```
+
+Both take 151669 for the mask, and SGLang takes blocks of 4, whatever
+config.json says: another block_size goes into --dllm-algorithm-config, another
+mask into their source."""
+# The settings are attributes, which is all that servers read.
+_SDAR_CONFIG = """from transformers import PretrainedConfig
+
+
+class SDARConfig(PretrainedConfig):
+  model_type = 'sdar'
+"""
+
+
+class Masked:
+  """Mixed into a family of decoders: networks that are not causal."""
+
+  is_stock = False
+  objective = 'masked'
+  has_mask = True
+
+
+class Dream(Masked, llama.Qwen2):
+  """Dream, arXiv 2508.15487; names as in the published `DreamModel`."""
+
+  model_types = ('dream',)
+  architectures = ('DreamModel',)
+  defaults = {'use_sliding_window': False, 'mask_token_id': 151666}
+  # The published code does not read head_dim.
+  network = {**llama.Qwen2.network, 'shift_outputs': True, 'head_size': 0}
+  written = {**llama.FLOAT32, 'use_sliding_window': False}
+  loading = LLAMA_CPP
+
+  def to_config(self, network, described):
+    config = super().to_config(network, described)
+    own = {'model_type': 'Dream', 'bos_token_id': described.separator_id}
+    return {**config, **own}
+
+
+class A2DQwen3(Masked, llama.Qwen3):
+  """A2D of the project dLLM: Qwen3 with full attention.
+
+  Source: github.com/ZHZisZZ/dllm, `A2DQwen3LMHeadModel`. The tokenizer alone
+  says which id is the mask. Networks that it trained in blocks look the same:
+  import them with --config.objective.name=block, --config.objective.block_size.
+  """
+
+  model_types = ('a2d-qwen3',)
+  architectures = ('A2DQwen3LMHeadModel',)
+  loading = _DLLM
+
+
+class A2DQwen2(Masked, llama.Qwen2):
+  """A2D with the parts of Qwen2."""
+
+  model_types = ('a2d-qwen2',)
+  architectures = ('A2DQwen2LMHeadModel',)
+  loading = _DLLM
+
+
+class A2DLlama(Masked, llama.Llama):
+  """A2D with the parts of Llama."""
+
+  model_types = ('a2d-llama',)
+  architectures = ('A2DLlamaLMHeadModel',)
+  loading = _DLLM
+
+
+class SDAR(InBlocks, Masked, llama.Qwen3):
+  """SDAR, arXiv 2510.06303: Qwen3 in blocks, outputs at their own places.
+
+  Early files lack the size of a block and the mask's id.
+  """
+
+  model_types = ('sdar',)
+  architectures = ('SDARForCausalLM',)
+  # Its programs do not read the key.
+  keys = {
+    **llama.Qwen3.keys,
+    'hidden_act': Key('mlp', 'silu', {'silu': 'swiglu'}),
+  }
+  defaults = {**llama.Qwen3.defaults, 'block_size': 4, 'mask_token_id': 151669}
+  harmless = """
+    debug ep_size fuse_cross_entropy max_window_layers micro_forward
+    skip_checkpoint use_deepep
+  """.split()
+  # The published code reads the last two; one is about training.
+  written = {
+    **llama.Qwen3.written,
+    'sliding_window': None,
+    'fuse_cross_entropy': True,
+    'auto_map': {'AutoConfig': 'configuration_sdar.SDARConfig'},
+  }
+  files = {'configuration_sdar.py': _SDAR_CONFIG}
+  loading = _SGLANG
+
+
+class FastDLLM(InBlocks, Masked, llama.Qwen2):
+  """Fast-dLLM v2, arXiv 2509.26328: Qwen2.5 in blocks, with shifted outputs.
+
+  As in its sampler, the first token of a block is predicted at the last one of
+  the finished block before it.
+  """
+
+  model_types = ('fast_dllm_qwen',)
+  architectures = ('Fast_dLLM_QwenForCausalLM',)
+  block_key = 'bd_size'
+  defaults = {**llama.Qwen2.defaults, 'bd_size': 32, 'mask_token_id': 151665}
+  # The second is about training.
+  harmless = ('max_window_layers', 'conplemenrary_mask')
+  network = {**llama.Qwen2.network, 'shift_outputs': True}
+  written = {
+    **llama.FLOAT32,
+    'model_type': 'Fast_dLLM_Qwen',
+    'use_sliding_window': False,
+  }
