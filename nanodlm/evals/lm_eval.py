@@ -3,6 +3,9 @@ r"""A checkpoint under EleutherAI's lm-evaluation-harness.
     python -m nanodlm.evals.lm_eval --workdir=RUN \
         --tasks=arc_easy,lambada_openai
 
+With --chat, contexts are the user's part of a conversation, in the chat
+template of the run's tokenizer.
+
 `TextModel` scores and continues texts and is independent of the harness;
 `make_lm` wraps it in the interface of the harness, which needs
 pip install -e '.[lm_eval]'.
@@ -22,6 +25,7 @@ import numpy as np
 
 from nanodlm import lm as lms
 from nanodlm import prompts as prompting
+from nanodlm.data.tokenizers import chat
 from nanodlm.lm import LanguageModel
 from nanodlm.samplers import SAMPLERS
 from nanodlm.types import Batch, check_seed, InputError
@@ -32,6 +36,13 @@ LENGTH_STEP = 32
 GENERATION_SAMPLERS = ('block', 'confidence')
 # The default of the harness.
 MAX_NEW_TOKENS = 256
+# Not a character; around the messages of a conversation in a context.
+_CHAT = '\ufdd0'
+
+
+def write_chat(messages: Sequence[chat.Message], generation: bool) -> str:
+  """Writes a conversation as a context, which `TextModel` reads."""
+  return f'{_CHAT}{json.dumps([list(messages), generation])}{_CHAT}'
 
 
 class TextModel:
@@ -60,6 +71,21 @@ class TextModel:
     run_at = lambda t: lm.with_sampler({'temperature': t}).run
     self.fill = functools.cache(lambda t: lms.make_fill(run_at(t), batch_size))
 
+  def encode(self, text: str) -> np.ndarray:
+    """Encodes a text that may begin with a conversation."""
+    tokenizer = self.lm.tokenizer
+    if not text.startswith(_CHAT):
+      return tokenizer.encode(text)
+    _, described, rest = text.split(_CHAT)
+    messages, generation = json.loads(described)
+    encoded = chat.make_format(tokenizer).encode(
+      tokenizer, messages, generation
+    )
+    ids = encoded.ids
+    if not generation:  # The text continues the last message.
+      ids = ids[: np.flatnonzero(encoded.ends)[-1]]
+    return np.concatenate([ids, tokenizer.encode_rest(rest)]) if rest else ids
+
   def _padded(self, num_tokens: int) -> int:
     """Returns the length of a row that holds a number of tokens."""
     block = self.lm.run.objective.block_size or 1
@@ -77,7 +103,7 @@ class TextModel:
     Raises:
       InputError: the continuation alone is longer than the model's rows.
     """
-    encode = self.lm.tokenizer.encode
+    encode = self.encode
     stripped = context.rstrip(' ')
     continuation = context[len(stripped) :] + continuation
     head = encode(stripped)
@@ -176,7 +202,7 @@ class TextModel:
     tokenizer = self.lm.tokenizer
     heads, totals, texts = [], [], [''] * len(prompts)
     for prompt in prompts:
-      head = tokenizer.encode(prompting.before_gap(prompt, tokenizer))
+      head = self.encode(prompting.before_gap(prompt, tokenizer))
       room = min(max_new_tokens, self.length - min(len(head), self.length // 2))
       heads.append(head[max(0, len(head) + room - self.length) :])
       totals.append(len(heads[-1]) + room)
@@ -191,7 +217,9 @@ class TextModel:
       filled, _ = self.fill(temperature)(self.lm.params, key, tokens, fixed)
       for row, i in zip(filled, members):
         new = row[len(heads[i]) : totals[i]]
-        new = new[: prompting.find_end(new, tokenizer.eos_ids)]
+        is_chat = prompts[i].startswith(_CHAT)
+        ends = lms.answer_ends(self.lm.run) if is_chat else tokenizer.eos_ids
+        new = new[: prompting.find_end(new, ends)]
         texts[i] = cut_at(tokenizer.decode(new, is_start=False), stops)
     return texts
 
@@ -246,6 +274,16 @@ def make_lm(text_model: TextModel) -> Any:
         texts |= zip(members, text_model.generate(prompts, *one))
       return [texts[i] for i in range(len(requests))]
 
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+      return write_chat(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template=False):
+      return text_model.lm.tokenizer.chat_template
+
+    @property
+    def tokenizer_name(self):
+      return text_model.lm.tokenizer.fingerprint
+
   return Adapter()
 
 
@@ -270,6 +308,9 @@ def define_flags():
   flags.DEFINE_integer('num_draws', 32, 'Noise draws per log-likelihood.')
   flags.DEFINE_integer('batch_size', 32, 'Rows per network call.')
   flags.DEFINE_integer('seed', 0, 'Seed of the noise and the samples.')
+  flags.DEFINE_bool(
+    'chat', False, 'Whether to ask in the chat template of the tokenizer.'
+  )
   flags.DEFINE_bool(
     'greedy',
     True,
@@ -315,12 +356,16 @@ def run_tasks():
     seed=options.seed,
     is_greedy=options.greedy,
   )
+  if options.chat:
+    chat.make_format(text_model.lm.tokenizer)  # Raises if there is none.
   results = harness.simple_evaluate(
     make_lm(text_model),
     tasks=options.tasks,
     num_fewshot=options.num_fewshot,
     limit=options.limit,
     task_manager=manager,
+    apply_chat_template=options.chat,
+    fewshot_as_multiturn=options.chat,
   )
   print(tables.make_table(results))
   if options.output:

@@ -1,11 +1,14 @@
 """Tests of log-likelihoods and continuations, alone and under the harness."""
 
+import dataclasses
 import json
 import sys
 
 import numpy as np
 import pytest
 
+from nanodlm import lm as lms
+from nanodlm.data.tokenizers import chat
 from nanodlm.evals import lm_eval as adapter
 from nanodlm.types import InputError
 from tests import workdirs
@@ -280,3 +283,31 @@ def test_under_the_harness(causal, masked, block, tmp_path, monkeypatch):
       sample['resps'][0][0] for sample in results['samples']['writing']
     ]
     assert written == text_model.generate(questions, ['e'], 8, 0.0)
+  lm = dataclasses.replace(
+    causal.lm,
+    run=causal.lm.run.with_tokenizer(
+      chat.with_template(causal.lm.tokenizer, 'plain')
+    ),
+  )
+  talking = adapter.TextModel(lm)
+  results = lm_eval.simple_evaluate(
+    adapter.make_lm(talking),
+    tasks=['choices'],
+    bootstrap_iters=0,
+    task_manager=tasks.TaskManager(
+      include_path=str(tmp_path), include_defaults=False
+    ),
+    apply_chat_template=True,
+  )
+  for sample, document in zip(results['samples']['choices'], documents):
+    said = [{'role': 'user', 'content': document['question']}]
+    prompt = lms.lay_out(lm.run, said, lm.run.settings.data.length)
+    head = prompt[0][prompt[1]]
+    for i, choice in enumerate(document['choices']):
+      tail = lm.tokenizer.encode_rest(choice)
+      tokens = np.concatenate([head, tail])[None]
+      scored = np.arange(tokens.size)[None] >= len(head)
+      values = talking.score(lms.make_batch(tokens, scored))
+      np.testing.assert_allclose(
+        sample['resps'][i][0][0], -values['nll'][0], rtol=1e-5
+      )
