@@ -185,17 +185,21 @@ def make_canvas(
 
 
 def make_chat_canvas(
-  messages: Sequence[chat.Message], tokenizer: Tokenizer, length: int
+  messages: Sequence[chat.Message],
+  tokenizer: Tokenizer,
+  length: int,
+  size: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Makes the canvas of a conversation, with a gap for the answer.
 
   Args:
     messages: dicts with 'role' and 'content'.
     tokenizer: the model's tokenizer, with a chat template.
-    length: the number of tokens.
+    length: the maximum number of tokens.
+    size: the tokens of the gap; None is all that is left.
 
   Returns:
-    tokens [length] int32 with mask_id in the gap, and fixed [length] bool.
+    tokens [n] int32 with mask_id in the gap, and fixed [n] bool.
 
   Raises:
     InputError: messages or the template are missing or do not fit.
@@ -208,12 +212,14 @@ def make_chat_canvas(
       'messages contain characters that the '
       f'{tokenizer.name} tokenizer does not support'
     )
-  if len(ids) >= length:
+  left = length - len(ids)
+  if left < (size or 1):
     raise InputError(
-      f'the conversation has {len(ids)} tokens, which leaves no space for an '
-      f'answer on a canvas of {length} (sampler.length, by default '
-      'data.length); drop earlier messages'
+      f'the conversation has {len(ids)} tokens, which leaves {max(left, 0)} for '
+      f'an answer{f" of {size}" if size else ""} on a canvas of {length} '
+      '(sampler.length, by default data.length); drop earlier messages'
     )
+  length = length if size is None else len(ids) + size
   fixed = np.arange(length) < len(ids)
   tokens = np.full([length], tokenizer.mask_id, np.int32)
   tokens[: len(ids)] = ids

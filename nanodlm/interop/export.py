@@ -277,6 +277,8 @@ def write_tokenizer(
     'model_max_length': described.max_length,
     'clean_up_tokenization_spaces': False,
   }
+  if tokenizer.chat_template:
+    settings['chat_template'] = tokenizer.chat_template
   write_json(folder / 'tokenizer_config.json', settings)
   return True
 

@@ -1,0 +1,88 @@
+"""/v1/chat/completions of OpenAI's API: answers to conversations."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import fastapi
+
+from nanodlm import lm as lms
+from nanodlm import prompts
+from nanodlm.data.tokenizers import chat
+from nanodlm.serving import schemas
+from nanodlm.serving.engine import Row
+from nanodlm.serving.openai import check_name, Completions, Part
+from nanodlm.serving.service import Canvas, Service
+
+
+def add_routes(app: fastapi.FastAPI, model: Service):
+  """Adds the route of conversations to `app`."""
+
+  @app.post('/v1/chat/completions', summary='Answer a conversation')
+  async def answer(body: schemas.ChatRequest, request: fastapi.Request):
+    """Answers messages, as OpenAI's API does.
+
+    With `stream`, the text is sent in its order, as it becomes final.
+    """
+    check_name(model, body.model)
+    return await ChatCompletions(model, body).run(request)
+
+
+class ChatCompletions(Completions):
+  """The answers to one request."""
+
+  kind, part_kind, id_prefix = 'chat.completion', 'chat.completion.chunk', 'chatcmpl'
+
+  def _make_prompts(self) -> list[Any]:
+    return [[message.plain() for message in self._body.messages]]
+
+  @property
+  def _ends(self) -> tuple[int, ...]:
+    return lms.answer_ends(self._model.run)
+
+  def lay_out(self, prompt: Any) -> Canvas:
+    wanted = [self._body.max_completion_tokens, self._body.max_tokens]
+    size = next((x for x in wanted if x is not None), None)
+    tokenizer, length = self._model.tokenizer, self._model.engine.length
+    return prompts.make_chat_canvas(prompt, tokenizer, length, size)
+
+  def _given(self, i: int) -> str:
+    return ''
+
+  def _echo(self, i: int) -> str:
+    return ''
+
+  def _logprobs(
+    self, row: Row, parts: Sequence[Part], start: int
+  ) -> dict[str, Any] | None:
+    if not self._body.logprobs:
+      return None
+    found = self._model.score_tokens(
+      row, [place for place, _ in parts], self._body.top_logprobs or 0
+    )
+    describe = lambda text, value: {
+      'token': text,
+      'logprob': value,
+      'bytes': list(text.encode()),
+    }
+    content = [
+      describe(text, own)
+      | {'top_logprobs': [describe(name, value) for _, name, value in top]}
+      for (_, text), (own, top) in zip(parts, found)
+    ]
+    return {'content': content, 'refusal': None, 'definition': 'reveal'}
+
+  def _choice(
+    self,
+    i: int,
+    text: str,
+    reason: str | None,
+    logprobs: dict[str, Any] | None,
+    is_part: bool,
+  ) -> dict[str, Any]:
+    said = {'role': chat.ASSISTANT, 'content': text}
+    return {
+      'index': i,
+      'delta' if is_part else 'message': said,
+      'logprobs': logprobs,
+      'finish_reason': reason,
+    }
