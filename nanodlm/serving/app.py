@@ -32,11 +32,16 @@ of the workdir's folder as `model`. /v1/completions takes `prompt` (one or
 several, as text or ids), `suffix` (for models that read in both directions),
 `max_tokens`, `n`, `stop`, `echo`, `stream`, `stream_options`, and the settings
 above, with `n` for `num_samples`. Streamed text is sent in its order, as it
-becomes final. Log-probabilities, penalties and logit_bias are refused. A text
-ends before a stop and, with sampler.stop_at_eos (as for imported checkpoints),
-at an end-of-text token: finish_reason is "stop", and usage counts the tokens
-before it. Token ids are those of /api/tokenize; of an imported checkpoint, the
-mask and the last id are exchanged.
+becomes final. Penalties and logit_bias are refused. A text ends before a stop
+and, with sampler.stop_at_eos (as for imported checkpoints), at an end-of-text
+token: finish_reason is "stop", and usage counts the tokens before it. Token ids
+are those of /api/tokenize; of an imported checkpoint, the mask and the last id
+are exchanged.
+
+With `logprobs`, from 0 to 5, both answer with the log-probability of each token
+and of that many alternatives: the network's own, before temperature, top_k and
+top_p, in the call that revealed the token. Such texts have batches and programs
+of their own.
 
 Sampling. Texts of all clients are sampled together, up to 16 in a batch if they
 have the same sampler and number of steps, and clients take turns. A client is a
@@ -258,7 +263,8 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
       canvas = model.lay_out_ids(body.tokens)
     else:
       raise InputError('give either prompt or tokens')
-    return model.submit(request, body, [canvas], body.num_samples)
+    has_logprobs = body.logprobs is not None
+    return model.submit(request, body, [canvas], body.num_samples, has_logprobs)
 
   @app.post(
     '/api/generate',
@@ -268,7 +274,7 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
   async def generate(body: schemas.GenerateRequest, request: fastapi.Request):
     submission = submit(body, request)
     await submission.finish(request)
-    return model.respond(submission.rows)
+    return model.respond(submission.rows, body.logprobs)
 
   @app.post(
     '/api/stream',
@@ -291,7 +297,8 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     Lines that begin with a colon are comments.
     """
     submission = submit(body, request)
-    return EventStream(submission, model.events(submission), 'error')
+    events = model.events(submission, body.logprobs)
+    return EventStream(submission, events, 'error')
 
 
 def make_server(model: Service, host: str) -> uvicorn.Server:

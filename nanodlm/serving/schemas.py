@@ -1,11 +1,12 @@
 """The requests and responses of the API, with their limits."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Discriminator, Field, Tag
 
 from nanodlm.noise import categorical
+from nanodlm.show import watch
 
 MAX_SAMPLES = 16
 MAX_PROMPTS = 16
@@ -22,6 +23,7 @@ _Temperature = Annotated[
 _TopP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 _Zero = Annotated[float, Field(ge=0, le=0)]
+_Alternatives = Annotated[int, Field(ge=0, le=watch.NUM_ALTERNATIVES)]
 
 
 class _Response(pydantic.BaseModel):
@@ -65,6 +67,36 @@ class GenerateRequest(Sampling):
   tokens: list[_Id | None] | None = None
   """Token ids, with null for each token to fill in."""
   num_samples: _Samples = 1
+  logprobs: _Alternatives | None = None
+  """Asks for the log-probability of each token, with this number of the most
+  probable ones. The first request with it waits for a program to be compiled.
+  """
+
+
+class Alternative(_Response):
+  """One of the most probable tokens of a position."""
+
+  token: int
+  text: str
+  logprob: float
+
+
+class Logprobs(_Response):
+  """Log-probabilities of the tokens of a canvas, in nats.
+
+  They are the network's own, before temperature, top_k and top_p.
+  """
+
+  definition: Literal['reveal'] = 'reveal'
+  """Each is that of the network call that revealed the token, given the canvas
+  before the call; if the sampler changes tokens, of the last call after which
+  this one did not change. Their sum depends on the order of the calls, unless
+  tokens are drawn from left to right one by one (samplers ar and speculate):
+  then it is the text's. See /api/score for others."""
+  tokens: list[float | None]
+  """Null for the tokens of the prompt."""
+  top: list[list[Alternative]]
+  """The most probable tokens in the same call, best first."""
 
 
 class Sample(_Response):
@@ -82,6 +114,7 @@ class Sample(_Response):
   """Network calls for the batch of this sample."""
   tokens_per_call: float
   """Tokens of this sample that a call filled, on average."""
+  logprobs: Logprobs | None = None
 
 
 class GenerateResponse(_Response):
@@ -148,8 +181,10 @@ class CompletionRequest(Sampling):
   echo: bool | None = False
   best_of: int | None = None
   """Only n is supported."""
-  logprobs: None = None
-  """Not supported."""
+  logprobs: _Alternatives | None = None
+  """As in /api/generate. The answer's `logprobs` has tokens, token_logprobs,
+  top_logprobs (with the token itself) and text_offset in `text`, and
+  `definition`; with `echo`, tokens of the prompt have null."""
   frequency_penalty: _Zero | None = None
   """Only 0 is supported."""
   presence_penalty: _Zero | None = None
