@@ -8,6 +8,7 @@ The command line, the server and the evaluations use the same object.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -46,16 +47,26 @@ class Sample(NamedTuple):
     tokens: [n] int32, the whole canvas.
     fixed: [n] bool, positions of the prompt.
     num_calls: number of network calls of the batch.
-    probabilities: [n] float32, the network's probability of each token at its
-      reveal; NaN for the prompt and for tokens outside the NUM_RECORDED most
-      probable ones.
+    logprobs: [n] float32, the network's log-probability of each token; NaN for
+      the prompt. It is that of the call that revealed the token, given the
+      canvas before the call; with a sampler that changes tokens, of the last
+      call after which this one did not change. It is the network's own, before
+      temperature, top-k, top-p and guidance. The sum is the text's exact
+      log-probability for the samplers `ar` and `speculate`, on a blank canvas;
+      otherwise it depends on the order in which tokens are revealed, and the
+      tokens of one call are treated as independent; see `bound`.
+    top_tokens: [n, watch.NUM_ALTERNATIVES] int32, the most probable tokens in
+      this call, best first.
+    top_logprobs: their log-probabilities, float32.
   """
 
   text: str
   tokens: np.ndarray
   fixed: np.ndarray
   num_calls: int
-  probabilities: np.ndarray
+  logprobs: np.ndarray
+  top_tokens: np.ndarray
+  top_logprobs: np.ndarray
 
   @property
   def tokens_per_call(self) -> float:
@@ -155,7 +166,8 @@ class LanguageModel:
       seed: seed of the samples.
       length: number of tokens of the canvas; None is the run's. Answers end
         there, too.
-      details: whether to return `Sample` objects instead of texts.
+      details: whether to return `Sample` objects instead of texts, with the
+        log-probabilities of the tokens.
       **settings: other keys of `config.sampler`, such as top_p=0.9.
 
     Raises:
@@ -170,8 +182,9 @@ class LanguageModel:
     run = self.run.with_sampler(changes, is_given=True) if changes else self.run
     row, fixed = lay_out(run, prompt, length or run.settings.sample_length)
     tokens, is_fixed = (np.tile(x, (num_samples, 1)) for x in (row, fixed))
-    recorder = watch.Recorder(whole_batch(run, tokens))
-    view = watch.View(recorder, run.tokenizer.mask_id, NUM_RECORDED)
+    kept = [watch.Logprobs(len(row)) for _ in whole_batch(run, tokens)]
+    keep = functools.partial(watch.Logprobs.keep, kept)
+    view = watch.View(keep, run.tokenizer.mask_id, reveals=True)
     fill = make_fill(run, view=view if details else None)
     key = jax.random.key(seed)
     filled, num_calls = fill(self.params, key, tokens, is_fixed)
@@ -184,10 +197,16 @@ class LanguageModel:
     if not details:
       return texts
     return [
-      Sample(text, row, fixed, int(num_calls), _probabilities(trajectory))
-      for text, row, trajectory in zip(
-        texts, filled, recorder.trajectories(filled)
+      Sample(
+        text,
+        row,
+        fixed,
+        int(num_calls),
+        logprobs.chosen,
+        logprobs.top_tokens,
+        logprobs.top,
       )
+      for text, row, logprobs in zip(texts, filled, kept)
     ]
 
   def bound(
@@ -426,20 +445,6 @@ def load(
     tokenizer = chat.with_template(tokenizer, settings.tokenizer.chat_template)
   run = run.with_tokenizer(tokenizer)
   return LanguageModel(run, *runs.load_params(run, workdir, step), workdir)
-
-
-def _probabilities(trajectory: watch.Trajectory) -> np.ndarray:
-  """Returns the probability [n] of each token at its reveal."""
-  probabilities = np.full(trajectory.frames.shape[1], np.nan, np.float32)
-  for position, call in enumerate(trajectory.changed_at()):
-    answer = trajectory.answers[call] if call >= 0 else None
-    if answer is None:
-      continue
-    (row,) = np.nonzero(answer.positions == position)
-    is_token = answer.top_tokens[row] == trajectory.frames[-1, position]
-    if is_token.any():
-      probabilities[position] = answer.top_probs[row][is_token][0]
-  return probabilities
 
 
 def lay_out(

@@ -215,7 +215,7 @@ def make_chat_canvas(
   left = length - len(ids)
   if left < (size or 1):
     raise InputError(
-      f'the conversation has {len(ids)} tokens, which leaves {max(left, 0)} for '
+      f'the conversation has {len(ids)} tokens and leaves {max(left, 0)} for '
       f'an answer{f" of {size}" if size else ""} on a canvas of {length} '
       '(sampler.length, by default data.length); drop earlier messages'
     )

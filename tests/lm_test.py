@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import nanodlm
+from nanodlm import lm as lms
 from nanodlm.types import InputError
 from tests import foreign_tokenizers, launches, workdirs
 
@@ -25,6 +26,14 @@ def masked(tmp_path_factory):
 def ar(tmp_path_factory):
   folder = tmp_path_factory.mktemp('ar')
   return nanodlm.load(workdirs.make_workdir(folder, objective__name='ar'))
+
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory):
+  changes = {'name': 'block', 'block_size': 4, 'ar_weight': 1.0}
+  changes = {f'objective__{key}': value for key, value in changes.items()}
+  folder = tmp_path_factory.mktemp('both')
+  return nanodlm.load(workdirs.make_workdir(folder, **changes))
 
 
 def test_texts(masked):
@@ -51,9 +60,32 @@ def test_details(masked):
       assert sample.num_calls == num_calls
       assert sample.tokens_per_call == 14 / num_calls
       assert sample.text == masked.tokenizer.decode(sample.tokens)
-      known = sample.probabilities[~np.isnan(sample.probabilities)]
-      assert np.isnan(sample.probabilities[:2]).all() and known.size
-      assert 0 < known.min() and known.max() <= 1
+      assert np.isnan(sample.logprobs).tolist() == sample.fixed.tolist()
+      assert np.all(sample.logprobs[2:] <= sample.top_logprobs[2:, 0])
+      best = sample.top_tokens[2:, 0] == sample.tokens[2:]
+      own = sample.logprobs[2:] == sample.top_logprobs[2:, 0]
+      assert best.tolist() == own.tolist()
+
+
+@pytest.mark.parametrize('temperature', [1.0, 0.0])
+def test_log_probs_are_those_of_the_canvas_before_the_reveal(
+  masked, temperature
+):
+  # One token per call, in an order that can be seen from the left.
+  options = {'num_steps': 16, 'block_size': 1, 'temperature': temperature}
+  (sample,) = masked.sample(
+    'ab', sampler='confidence', top_p=0.9, details=True, **options
+  )
+  for i in range(2, 16):
+    canvas = sample.tokens.copy()
+    canvas[i:] = masked.tokenizer.mask_id
+    log_p = workdirs.log_probs(masked.run, masked.params, canvas)[i]
+    np.testing.assert_allclose(
+      sample.logprobs[i], log_p[sample.tokens[i]], rtol=1e-4
+    )
+    best = np.argsort(-log_p)[:5]
+    assert sample.top_tokens[i].tolist() == best.tolist()
+    np.testing.assert_allclose(sample.top_logprobs[i], log_p[best], rtol=1e-4)
 
 
 def test_bound_of_a_tokenizer_that_changes_the_text(tmp_path):
@@ -104,17 +136,21 @@ def test_a_text_ends_at_its_first_eos(masked, ar, kind):
   assert len(sizes) > 1
 
 
-def test_probabilities_are_those_of_the_call_that_revealed_a_token(ar):
-  (sample,) = ar.sample('ab', details=True)
-  log_p = workdirs.log_probs(
-    ar.run, ar.params, ar.run.objective.network_input(sample.tokens[None])[0]
+def test_log_probs_add_up_to_the_exact_value(ar, both):
+  model = both.with_sampler({'name': 'speculate'})
+  own = dataclasses.replace(
+    both.run,
+    objective=both.run.objective.autoregressive,
+    network=both.run.network.autoregressive(),
   )
-  expected = np.exp(log_p[np.arange(16), sample.tokens])
-  known = ~np.isnan(sample.probabilities)
-  assert known.any() and not known[:2].any()
-  np.testing.assert_allclose(
-    sample.probabilities[known], expected[known], rtol=1e-4
-  )
+  for lm, exact in ((ar, ar), (model, dataclasses.replace(both, run=own))):
+    for sample in lm.sample(num_samples=3, seed=1, details=True):
+      batch = lms.make_batch(sample.tokens[None], np.ones((1, 16), bool))
+      nats, _ = exact._bound(batch, np.zeros(1, int), None, 0)
+      assert math.isclose(-sample.logprobs.sum(), nats[0], rel_tol=1e-4)
+  (bound,) = ar.bound([ar.sample(temperature=0.0)[0]])
+  (sample,) = ar.sample(temperature=0.0, details=True)
+  assert math.isclose(-sample.logprobs.sum(), bound.nats, rel_tol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -221,21 +257,13 @@ def test_choices_that_are_bounds(masked):
   assert math.isclose(sum(x.probability for x in choices), 1, rel_tol=1e-6)
 
 
-def test_choices_of_several_tokens(ar, tmp_path):
+def test_choices_of_several_tokens(ar, both):
   choices = ar.choose('{{a}} {red|blue} b')
   bounds = ar.bound(['{a} red b', '{a} blue b'])
   for choice, bound in zip(choices, bounds):
     assert choice.is_exact and math.isclose(choice.nats, bound.nats)
   odds = math.exp(bounds[1].nats - bounds[0].nats)
   assert math.isclose(choices[0].probability, odds / (1 + odds), rel_tol=1e-4)
-  both = nanodlm.load(
-    workdirs.make_workdir(
-      tmp_path,
-      objective__name='block',
-      objective__block_size=4,
-      objective__ar_weight=1.0,
-    )
-  )
   first, second = both.choose('a {red|blue} b')
   assert first.is_exact and second.is_exact
   # By the chain rule, with the logits of the clean copy.

@@ -217,7 +217,7 @@ class TextModel:
       filled, _ = self.fill(temperature)(self.lm.params, key, tokens, fixed)
       for row, i in zip(filled, members):
         new = row[len(heads[i]) : totals[i]]
-        is_chat = prompts[i].startswith(_CHAT)
+        is_chat = prompts[int(i)].startswith(_CHAT)
         ends = lms.answer_ends(self.lm.run) if is_chat else tokenizer.eos_ids
         new = new[: prompting.find_end(new, ends)]
         texts[i] = cut_at(tokenizer.decode(new, is_start=False), stops)

@@ -15,12 +15,13 @@ Routes; bodies are JSON, and /openapi.json describes every field:
     POST /api/generate     fills the gaps of a text
     POST /api/stream       the same, with an event for each network call
     POST /v1/completions   completions as in OpenAI's API
+    POST /v1/chat/completions
+                           answers to conversations, if there is a chat template
     GET  /v1/models        the model; also /v1/models/NAME
 
-There is no /v1/chat/completions.
-
 /api/generate and /api/stream take either `prompt`, a text with gaps as in
---mode=sample, or `tokens`, ids with null in the gaps; and `num_samples`,
+--mode=sample, `tokens`, ids with null in the gaps, or `messages`, a
+conversation to answer, as /v1/chat/completions does; and `num_samples`,
 `sampler`, `num_steps`, `temperature`, `top_k`, `top_p`, `seed`. Settings that
 are left out come from the run's config, and the seed is random, or 0 if the
 most probable tokens are taken (temperature 0). The same prompt, settings and
@@ -31,12 +32,20 @@ OpenAI's clients use base_url='http://127.0.0.1:8000/v1', any key, and the name
 of the workdir's folder as `model`. /v1/completions takes `prompt` (one or
 several, as text or ids), `suffix` (for models that read in both directions),
 `max_tokens`, `n`, `stop`, `echo`, `stream`, `stream_options`, and the settings
-above, with `n` for `num_samples`. Streamed text is sent in its order, as it
-becomes final. Log-probabilities, penalties and logit_bias are refused. A text
-ends before a stop and, with sampler.stop_at_eos (as for imported checkpoints),
-at an end-of-text token: finish_reason is "stop", and usage counts the tokens
-before it. Token ids are those of /api/tokenize; of an imported checkpoint, the
-mask and the last id are exchanged.
+above, with `n` for `num_samples`. /v1/chat/completions takes `messages` with
+role and content instead, which are written as the chat template of the model
+says (--config.tokenizer.chat_template); what is said never becomes a control
+token, and an answer ends at the template's own. Streamed text is sent in its
+order, as it becomes final. Penalties and logit_bias are refused. A text ends
+before a stop and, with sampler.stop_at_eos (as for imported checkpoints), at an
+end-of-text token: finish_reason is "stop", and usage counts the tokens before
+it. Token ids are those of /api/tokenize; of an imported checkpoint, the mask
+and the last id are exchanged.
+
+With `logprobs`, from 0 to 5, both answer with the log-probability of each token
+and of that many alternatives: the network's own, before temperature, top_k and
+top_p, in the call that revealed the token. Such texts have batches and programs
+of their own.
 
 Sampling. Texts of all clients are sampled together, up to 16 in a batch if they
 have the same sampler and number of steps, and clients take turns. A client is a
@@ -95,7 +104,7 @@ try:
   import starlette.exceptions
   import uvicorn
 
-  from nanodlm.serving import guard, openai, schemas
+  from nanodlm.serving import chat, guard, openai, schemas
   from nanodlm.serving.engine import Engine
   from nanodlm.serving.service import ApiError, EventStream, Service
 except ImportError as error:  # Raised by main(), so that --help needs nothing.
@@ -164,6 +173,7 @@ def make_app(model: Service, host: str = '') -> guard.Guard:
     app.add_exception_handler(kind, _respond_to_error)
   _add_routes(app, model)
   openai.add_routes(app, model)
+  chat.add_routes(app, model)
   return guard.Guard(app, host)
 
 
@@ -194,11 +204,6 @@ async def _respond_to_error(request: fastapi.Request, error: Exception):
 def _describe_routes(request: fastapi.Request) -> str:
   """Says that the requested route does not exist, and which do."""
   message = f'there is no {request.method} {request.url.path[:100]}'
-  if request.url.path.startswith('/v1/chat'):
-    message += (
-      ': no chat template is known; send the text of the conversation as the '
-      'prompt of /v1/completions'
-    )
   known = [
     f'{method.upper()} {path}'
     for path, verbs in request.app.openapi()['paths'].items()
@@ -252,13 +257,17 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     return schemas.TokenizeResponse(tokens=ids.tolist(), texts=texts)
 
   def submit(body: schemas.GenerateRequest, request: fastapi.Request):
-    if body.prompt is not None and body.tokens is None:
-      canvas = model.lay_out(body.prompt)
-    elif body.tokens is not None and body.prompt is None:
+    given = [body.prompt, body.tokens, body.messages]
+    if sum(x is not None for x in given) != 1:
+      raise InputError('give either prompt or tokens or messages')
+    if body.tokens is not None:
       canvas = model.lay_out_ids(body.tokens)
+    elif body.messages is not None:
+      canvas = model.lay_out([message.plain() for message in body.messages])
     else:
-      raise InputError('give either prompt or tokens')
-    return model.submit(request, body, [canvas], body.num_samples)
+      canvas = model.lay_out(body.prompt or '')
+    has_logprobs = body.logprobs is not None
+    return model.submit(request, body, [canvas], body.num_samples, has_logprobs)
 
   @app.post(
     '/api/generate',
@@ -268,7 +277,7 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
   async def generate(body: schemas.GenerateRequest, request: fastapi.Request):
     submission = submit(body, request)
     await submission.finish(request)
-    return model.respond(submission.rows)
+    return model.respond(submission.rows, body.logprobs, bool(body.messages))
 
   @app.post(
     '/api/stream',
@@ -291,7 +300,8 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     Lines that begin with a colon are comments.
     """
     submission = submit(body, request)
-    return EventStream(submission, model.events(submission), 'error')
+    events = model.events(submission, body.logprobs, bool(body.messages))
+    return EventStream(submission, events, 'error')
 
 
 def make_server(model: Service, host: str) -> uvicorn.Server:

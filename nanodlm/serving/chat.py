@@ -30,10 +30,15 @@ def add_routes(app: fastapi.FastAPI, model: Service):
 class ChatCompletions(Completions):
   """The answers to one request."""
 
-  kind, part_kind, id_prefix = 'chat.completion', 'chat.completion.chunk', 'chatcmpl'
+  kind, part_kind = 'chat.completion', 'chat.completion.chunk'
+  id_prefix = 'chatcmpl'
 
   def _make_prompts(self) -> list[Any]:
     return [[message.plain() for message in self._body.messages]]
+
+  @property
+  def _has_logprobs(self) -> bool:
+    return bool(self._body.logprobs)
 
   @property
   def _ends(self) -> tuple[int, ...]:
@@ -54,7 +59,7 @@ class ChatCompletions(Completions):
   def _logprobs(
     self, row: Row, parts: Sequence[Part], start: int
   ) -> dict[str, Any] | None:
-    if not self._body.logprobs:
+    if not self._has_logprobs:
       return None
     found = self._model.score_tokens(
       row, [place for place, _ in parts], self._body.top_logprobs or 0
@@ -69,20 +74,15 @@ class ChatCompletions(Completions):
       | {'top_logprobs': [describe(name, value) for _, name, value in top]}
       for (_, text), (own, top) in zip(parts, found)
     ]
-    return {'content': content, 'refusal': None, 'definition': 'reveal'}
+    return {'content': content, 'definition': 'reveal'}
 
   def _choice(
-    self,
-    i: int,
-    text: str,
-    reason: str | None,
-    logprobs: dict[str, Any] | None,
-    is_part: bool,
+    self, i: int, text: str, reason: str | None, logprobs: Any
   ) -> dict[str, Any]:
     said = {'role': chat.ASSISTANT, 'content': text}
     return {
       'index': i,
-      'delta' if is_part else 'message': said,
+      'delta' if self._body.stream else 'message': said,
       'logprobs': logprobs,
       'finish_reason': reason,
     }

@@ -66,6 +66,7 @@ class _Group(NamedTuple):
 
   sampler: Sampler
   length: int
+  reveals: bool  # See `watch.View`.
 
 
 @dataclasses.dataclass(eq=False)
@@ -85,6 +86,8 @@ class Row:
       them, [n] int32. Replaced as a whole, so that the two belong together. At
       the end, the number is that of the whole batch.
     error: why the row failed, for the client.
+    logprobs: the log-probabilities of tokens in the gaps, before they are shown
+      in a frame; None if the client does not need them.
     is_cancelled: set by a client that no longer waits for the row.
     on_change: called from another thread after each change.
     group: the rows it can share a batch with, set by the engine.
@@ -100,6 +103,7 @@ class Row:
   num_asked: int = 0
   frame: tuple[int, np.ndarray] = (0, np.zeros(0, np.int32))
   error: str = ''
+  logprobs: watch.Logprobs | None = None
   is_cancelled: bool = False
   on_change: Callable[[], Any] | None = None
   group: Any = None
@@ -172,7 +176,7 @@ class Engine:
     if warm_up:
       choice, (size, *larger) = self.choose(), self._sizes
       lengths = self._lengths(choice)
-      *shorter, group = [_Group(choice.sampler, n) for n in lengths]
+      *shorter, group = [_Group(choice.sampler, n, False) for n in lengths]
       program = self._programs[group, size] = self._compile(group, size)
       # The first call allocates the memory that later calls reuse.
       jax.block_until_ready(
@@ -290,7 +294,7 @@ class Engine:
     length = len(row.tokens)
     if row.choice.pads:
       length = min(n for n in self._lengths(row.choice) if n >= length)
-    return _Group(row.choice.sampler, length)
+    return _Group(row.choice.sampler, length, row.logprobs is not None)
 
   def _sample_all(self):
     """Samples batches until the engine closes."""
@@ -402,7 +406,8 @@ class Engine:
 
   def _compile(self, group: _Group, size: int) -> Any:
     run = self.lm.run
-    view = watch.View(self._watch, run.tokenizer.mask_id)
+    mask_id = run.tokenizer.mask_id
+    view = watch.View(self._watch, mask_id, reveals=group.reveals)
     step = steps.make_rows_step(run.scorer, group.sampler, run.mesh, view)
     return step.lower(self.lm.params, self._rows([], group, size)).compile()
 
@@ -445,8 +450,12 @@ class Engine:
         row.change(frame=(num_calls, canvas), state='done')
 
   def _watch(self, event: Any) -> bool:
-    """Shows each row its part of a `watch.Asked`; see `watch.Watch`."""
+    """Shows each row its part of an event; see `watch.Watch`."""
     rows = self._current
+    if isinstance(event, watch.Revealed):
+      # All rows of a program that reveals have them.
+      kept = [row.logprobs for row in rows if row.logprobs]
+      return watch.Logprobs.keep(kept, event)
     shown = zip(rows[event.first_row :], event.tokens, event.start)
     for row, tokens, start in shown:
       if row.is_cancelled:

@@ -15,6 +15,9 @@ from nanodlm.serving.engine import Row
 from nanodlm.serving.service import ApiError, Canvas, Service, Submission
 from nanodlm.types import InputError
 
+# A token: its place on the canvas, and its part of the text.
+Part = tuple[int, str]
+
 _BRACES = str.maketrans({'{': '{{', '}': '}}'})
 
 
@@ -23,18 +26,13 @@ def add_routes(app: fastapi.FastAPI, model: Service):
   described: dict[str, Any] = {'id': model.name, 'object': 'model'}
   described |= {'created': int(time.time()), 'owned_by': 'nanodlm'}
 
-  def check_name(name: str | None):
-    if name not in (None, model.name):
-      message = f'model={name!r} is not served here; use {model.name!r}'
-      raise ApiError(404, message, 'model_not_found')
-
   @app.get('/v1/models', summary='List the model')
   async def list_models():
     return {'object': 'list', 'data': [described]}
 
   @app.get('/v1/models/{name}', summary='Describe the model')
   async def describe_model(name: str):
-    check_name(name)
+    check_name(model, name)
     return described
 
   @app.post('/v1/completions', summary='Complete a text')
@@ -43,43 +41,70 @@ def add_routes(app: fastapi.FastAPI, model: Service):
 
     With `stream`, the text is sent in its order, as it becomes final.
     """
-    check_name(body.model)
-    completions = Completions(model, body)
-    canvases = [completions.lay_out(prompt) for prompt in completions.prompts]
-    submission = model.submit(request, body, canvases, body.n or 1)
-    if body.stream:
-      events = completions.stream(submission)
-      return service.EventStream(submission, events)
-    await submission.finish(request, completions.have_ended)
-    return completions.respond(submission.rows)
+    check_name(model, body.model)
+    return await Completions(model, body).run(request)
+
+
+def check_name(model: Service, name: str | None):
+  """Raises ApiError unless `name` is None or the model's."""
+  if name not in (None, model.name):
+    message = f'model={name!r} is not served here; use {model.name!r}'
+    raise ApiError(404, message, 'model_not_found')
 
 
 class Completions:
   """The choices of one request."""
 
-  def __init__(self, model: Service, body: schemas.CompletionRequest):
+  kind = part_kind = 'text_completion'
+  id_prefix = 'cmpl'
+
+  def __init__(self, model: Service, body: Any):
     self._model, self._body = model, body
     self._num = body.n or 1
-    if body.best_of not in (None, self._num):
-      raise InputError(f'best_of={body.best_of!r} is not supported; use n')
     self._stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(self._stops) > 4 or not all(0 < len(x) <= 200 for x in self._stops):
       raise InputError(
         f'stop={body.stop!r:.100}: at most 4 texts, of 1 to 200 characters each'
       )
-    given: Any = body.prompt
-    if isinstance(given, str) or not given or isinstance(given[0], int):
-      given = [given or '']
-    self.prompts: list[str | list[int]] = given
-    most = schemas.MAX_PROMPTS
-    if len(given) > most:
-      raise InputError(f'{len(given)} prompts; at most {most} are allowed')
+    self.prompts = self._make_prompts()
     self._head = {
-      'id': f'cmpl-{secrets.token_hex(12)}',
-      'object': 'text_completion',
+      'id': f'{self.id_prefix}-{secrets.token_hex(12)}',
+      'object': self.part_kind if body.stream else self.kind,
       'created': int(time.time()),
       'model': model.name,
     }
+
+  async def run(self, request: fastapi.Request) -> Any:
+    """Returns the response, or a stream of it."""
+    body = self._body
+    canvases = [self.lay_out(prompt) for prompt in self.prompts]
+    submission = self._model.submit(
+      request, body, canvases, self._num, self._has_logprobs
+    )
+    if body.stream:
+      return service.EventStream(submission, self.stream(submission))
+    await submission.finish(request, self.have_ended)
+    return self.respond(submission.rows)
+
+  @property
+  def _has_logprobs(self) -> bool:
+    return self._body.logprobs is not None
+
+  @property
+  def _ends(self) -> tuple[int, ...]:
+    """The tokens that end a text."""
+    return self._model.run.eos_ids
+
+  def _make_prompts(self) -> list[Any]:
+    given, best_of = self._body.prompt, self._body.best_of
+    if best_of not in (None, self._num):
+      raise InputError(f'best_of={best_of!r} is not supported; use n')
+    if isinstance(given, str) or not given or isinstance(given[0], int):
+      given = [given or '']
+    most = schemas.MAX_PROMPTS
+    if len(given) > most:
+      raise InputError(f'{len(given)} prompts; at most {most} are allowed')
+    return given
 
   def lay_out(self, prompt: str | list[int]) -> Canvas:
     """Returns tokens and fixed [n] of a prompt, its gap and the suffix."""
@@ -104,6 +129,16 @@ class Completions:
       return model.lay_out(f'{text}{{{size}}}{suffix}')
     return model.lay_out_ids([*ids, *[None] * size, *suffix_ids], 'prompt')
 
+  def _given(self, i: int) -> str:
+    """The space before completion i that was left to the gap.
+
+    The client has it.
+    """
+    prompt, tokenizer = self.prompts[i // self._num], self._model.tokenizer
+    if not isinstance(prompt, str):
+      return ''
+    return prompt.removeprefix(prompts.before_gap(prompt, tokenizer))
+
   def _complete(self, i: int, row: Row) -> tuple[str, str | None, int]:
     """The text so far, the reason why it ended, and its number of tokens."""
     is_done = row.state == 'done'  # Read first: then the canvas is the last.
@@ -113,17 +148,12 @@ class Completions:
       hidden = [*(tokens == run.tokenizer.mask_id), True]
       is_final = row.choice.sampler.is_final
       tokens = tokens[: np.argmax(hidden) if is_final else 0]
-    is_blank = not row.fixed[:1].any()
-    prompt = self.prompts[i // self._num]
-    # A space before the gap was left to the gap, and the client has it.
-    given = ''
-    if isinstance(prompt, str):
-      given = prompt.removeprefix(prompts.before_gap(prompt, tokenizer))
+    is_blank, given = not row.fixed[:1].any(), self._given(i)
 
     def decode(ids: np.ndarray) -> str:
       return tokenizer.decode(ids, is_start=is_blank).removeprefix(given)
 
-    num_tokens = prompts.find_end(tokens, run.eos_ids, is_blank)
+    num_tokens = prompts.find_end(tokens, self._ends, is_blank)
     text = decode(tokens[:num_tokens])
     found = [(text.find(stop), len(stop)) for stop in self._stops]
     # A text ends at the stop that is complete first, whatever comes after it.
@@ -154,6 +184,49 @@ class Completions:
       return prompt
     return self._model.tokenizer.decode(np.array(prompt, np.int32))
 
+  def _spell(self, i: int, row: Row, num_tokens: int) -> list[Part]:
+    """The first tokens of completion i, whose texts are its text."""
+    places, is_blank = np.flatnonzero(~row.fixed), not row.fixed[:1].any()
+    ids = row.canvas[places[:num_tokens]]
+    texts = self._model.tokenizer.spell(ids, is_start=is_blank)
+    if texts:
+      texts[0] = texts[0].removeprefix(self._given(i))
+    return [*zip(places.tolist(), texts)]
+
+  def _spell_echo(self, i: int, row: Row) -> list[Part]:
+    """The tokens before completion i."""
+    if not self._echo(i) or not self._has_logprobs:
+      return []
+    tokenizer, ids = self._model.tokenizer, self.prompts[i // self._num]
+    num = len(tokenizer.encode(ids) if isinstance(ids, str) else ids)
+    num = int(np.argmin([*row.fixed[:num], False]))
+    return [*enumerate(tokenizer.spell(row.tokens[:num]))]
+
+  def _logprobs(
+    self, row: Row, parts: Sequence[Part], start: int
+  ) -> dict[str, Any] | None:
+    """OpenAI's `logprobs` of tokens whose text begins at `start`.
+
+    None if they are not wanted.
+    """
+    if not self._has_logprobs:
+      return None
+    places, texts = [place for place, _ in parts], [text for _, text in parts]
+    found = self._model.score_tokens(row, places, self._body.logprobs)
+    alternatives = []
+    for (own, top), text in zip(found, texts):
+      # The best of several tokens with the same text; the token itself always.
+      named = {name: value for _, name, value in reversed(top)}
+      alternatives.append(None if own is None else {**named, text: own})
+    ends = start + np.cumsum([len(text) for text in texts], dtype=int)
+    return {
+      'definition': 'reveal',
+      'tokens': texts,
+      'token_logprobs': [own for own, _ in found],
+      'top_logprobs': alternatives,
+      'text_offset': [int(x) - len(text) for x, text in zip(ends, texts)],
+    }
+
   def _usage(self, rows: Sequence[Row]) -> dict[str, int]:
     separator_id = self._model.tokenizer.separator_id
     # Separators after a suffix only fill the canvas.
@@ -170,8 +243,14 @@ class Completions:
     """Returns the response for rows that are done."""
     choices = []
     for i, row in enumerate(rows):
-      text, reason, _ = self._complete(i, row)
-      choices.append(_choice(i, self._echo(i) + text, reason))
+      text, reason, num_tokens = self._complete(i, row)
+      echoed, parts = self._echo(i), self._spell(i, row, num_tokens)
+      logprobs = self._logprobs(row, self._spell_echo(i, row), 0)
+      if logprobs:
+        own = self._logprobs(row, parts, len(echoed)) or {}
+        for key in own.keys() - {'definition'}:
+          logprobs[key] += own[key]
+      choices.append(self._choice(i, echoed + text, reason, logprobs))
     return self._head | {'choices': choices, 'usage': self._usage(rows)}
 
   async def stream(self, submission: Submission) -> AsyncIterator[bytes]:
@@ -182,21 +261,29 @@ class Completions:
       return service.make_event(None, data)
 
     rows = submission.rows
-    sent = [''] * len(rows)
+    sent, num_sent = [''] * len(rows), [0] * len(rows)
     reasons: list[str | None] = [None] * len(rows)
-    if self._body.echo:
-      for i in range(len(rows)):
-        yield event([_choice(i, self._echo(i), None)])
+    for i, row in enumerate(rows):
+      if echoed := self._echo(i):
+        logprobs = self._logprobs(row, self._spell_echo(i, row), 0)
+        yield event([self._choice(i, echoed, None, logprobs)])
     async for has_changed in submission.changes(service.HEARTBEAT_SECS):
       if not has_changed:
         yield service.COMMENT
       for i, row in enumerate(rows):
         if reasons[i] or row.state == 'failed':
           continue
-        text, reasons[i], _ = self._complete(i, row)
+        text, reasons[i], num_tokens = self._complete(i, row)
         if text != sent[i] or reasons[i]:
-          yield event([_choice(i, text[len(sent[i]) :], reasons[i])])
-          sent[i] = text
+          parts = self._spell(i, row, num_tokens)
+          ends = np.cumsum([len(spelled) for _, spelled in parts])
+          num = len(parts) if reasons[i] else int(np.sum(ends <= len(text)))
+          new = parts[num_sent[i] : num]
+          begin = len(self._echo(i)) + int([0, *ends][num_sent[i]])
+          logprobs = self._logprobs(row, new, begin)
+          part = text[len(sent[i]) :]
+          yield event([self._choice(i, part, reasons[i], logprobs)])
+          sent[i], num_sent[i] = text, max(num, num_sent[i])
       if all(reasons):
         break
     options = self._body.stream_options
@@ -204,6 +291,7 @@ class Completions:
       yield event([], self._usage(rows))
     yield b'data: [DONE]\n\n'
 
-
-def _choice(i: int, text: str, reason: str | None) -> dict[str, Any]:
-  return dict(index=i, text=text, logprobs=None, finish_reason=reason)
+  def _choice(
+    self, i: int, text: str, reason: str | None, logprobs: Any
+  ) -> dict[str, Any]:
+    return dict(index=i, text=text, logprobs=logprobs, finish_reason=reason)

@@ -1,11 +1,12 @@
 """The requests and responses of the API, with their limits."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Discriminator, Field, Tag
 
 from nanodlm.noise import categorical
+from nanodlm.show import watch
 
 MAX_SAMPLES = 16
 MAX_PROMPTS = 16
@@ -22,6 +23,7 @@ _Temperature = Annotated[
 _TopP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 _Zero = Annotated[float, Field(ge=0, le=0)]
+_Alternatives = Annotated[int, Field(ge=0, le=watch.NUM_ALTERNATIVES)]
 
 
 class _Response(pydantic.BaseModel):
@@ -55,8 +57,33 @@ class Sampling(_Request):
   By default, each connection is a client."""
 
 
+class TextPart(_Request):
+  """A part of a message."""
+
+  type: Literal['text']
+  text: str
+
+
+class Message(_Request):
+  """A message of a conversation."""
+
+  role: _Name
+  """'system' (also 'developer'), 'user' or 'assistant'."""
+  content: str | list[TextPart]
+  name: _Name | None = None
+  """Ignored."""
+
+  def plain(self) -> dict[str, str]:
+    """The role and content as chat templates know them."""
+    content = self.content
+    if not isinstance(content, str):
+      content = ''.join(part.text for part in content)
+    role = 'system' if self.role == 'developer' else self.role
+    return {'role': role, 'content': content}
+
+
 class GenerateRequest(Sampling):
-  """Either a text with gaps or its tokens."""
+  """A text with gaps, its tokens, or a conversation to answer."""
 
   prompt: str | None = Field(None, examples=['Return the {} of the {12}.'])
   """A text in which {} is a gap that takes an equal share of the free tokens of
@@ -64,7 +91,39 @@ class GenerateRequest(Sampling):
   text without a gap is continued."""
   tokens: list[_Id | None] | None = None
   """Token ids, with null for each token to fill in."""
+  messages: list[Message] | None = None
+  """A conversation, which is answered, if the model has a chat template."""
   num_samples: _Samples = 1
+  logprobs: _Alternatives | None = None
+  """Asks for the log-probability of each token, with this number of the most
+  probable ones. The first request with it waits for a program to be compiled.
+  """
+
+
+class Alternative(_Response):
+  """One of the most probable tokens of a position."""
+
+  token: int
+  text: str
+  logprob: float
+
+
+class Logprobs(_Response):
+  """Log-probabilities of the tokens of a canvas, in nats.
+
+  They are the network's own, before temperature, top_k and top_p.
+  """
+
+  definition: Literal['reveal'] = 'reveal'
+  """Each is that of the network call that revealed the token, given the canvas
+  before the call; if the sampler changes tokens, of the last call after which
+  this one did not change. Their sum depends on the order of the calls, unless
+  tokens are drawn from left to right one by one (samplers ar and speculate):
+  then it is the text's. See /api/score for others."""
+  tokens: list[float | None]
+  """Null for the tokens of the prompt."""
+  top: list[list[Alternative]]
+  """The most probable tokens in the same call, best first."""
 
 
 class Sample(_Response):
@@ -73,7 +132,7 @@ class Sample(_Response):
   text: str
   shown: str
   """The text that --mode=sample prints. If the model was trained on prompts
-  with responses, it ends with the response."""
+  with responses, it ends with the response. Of messages, it is the answer."""
   tokens: list[int]
   texts: list[str]
   """The text of each token. A character that is split into several tokens
@@ -82,6 +141,7 @@ class Sample(_Response):
   """Network calls for the batch of this sample."""
   tokens_per_call: float
   """Tokens of this sample that a call filled, on average."""
+  logprobs: Logprobs | None = None
 
 
 class GenerateResponse(_Response):
@@ -123,10 +183,42 @@ def _kind(prompt: Any) -> str:
   return kinds.get(type(prompt[0]), 'ids') if prompt else 'texts'
 
 
-class CompletionRequest(Sampling):
-  """The request of OpenAI's API, with the fields that choose a sampler."""
+class _OpenAI(Sampling):
+  """Requests of OpenAI's API, with the fields that choose a sampler."""
 
   model: _Name | None = None
+  n: _Samples | None = 1
+  stream: bool | None = False
+  stream_options: StreamOptions | None = None
+  stop: str | list[str] | None = None
+  """Up to 4 texts. A text ends before the first of them."""
+  seed: int | None = None
+  """Taken modulo 2^64."""
+  frequency_penalty: _Zero | None = None
+  """Only 0 is supported."""
+  presence_penalty: _Zero | None = None
+  """Only 0 is supported."""
+  logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+  """Not supported."""
+
+
+class ChatRequest(_OpenAI):
+  """A conversation to answer."""
+
+  messages: list[Message]
+  max_tokens: Annotated[int, Field(ge=1)] | None = None
+  """The tokens of the gap for the answer; by default the rest of the canvas.
+  """
+  max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+  """The newer name of max_tokens."""
+  logprobs: bool | None = False
+  """Asks for the log-probability of each token, as in /api/generate."""
+  top_logprobs: _Alternatives | None = None
+
+
+class CompletionRequest(_OpenAI):
+  """Texts to complete."""
+
   prompt: Annotated[
     Annotated[str, Tag('text')]
     | Annotated[list[str], Tag('texts')]
@@ -138,21 +230,10 @@ class CompletionRequest(Sampling):
   suffix: str | None = None
   """Text after the gap, for models that read in both directions."""
   max_tokens: Annotated[int, Field(ge=0)] | None = 16
-  n: _Samples | None = 1
-  stream: bool | None = False
-  stream_options: StreamOptions | None = None
-  stop: str | list[str] | None = None
-  """Up to 4 texts. A completion ends before the first of them."""
-  seed: int | None = None
-  """Taken modulo 2^64."""
   echo: bool | None = False
   best_of: int | None = None
   """Only n is supported."""
-  logprobs: None = None
-  """Not supported."""
-  frequency_penalty: _Zero | None = None
-  """Only 0 is supported."""
-  presence_penalty: _Zero | None = None
-  """Only 0 is supported."""
-  logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-  """Not supported."""
+  logprobs: _Alternatives | None = None
+  """As in /api/generate. The answer's `logprobs` has tokens, token_logprobs,
+  top_logprobs (with the token itself) and text_offset in `text`, and
+  `definition`; with `echo`, tokens of the prompt have null."""

@@ -17,6 +17,7 @@ from nanodlm import run as runs
 from nanodlm.noise import categorical
 from nanodlm.serving import schemas
 from nanodlm.serving.engine import Engine, FullError, Row
+from nanodlm.show import watch
 from nanodlm.types import InputError
 
 # A stream in which nothing changes repeats a comment this often.
@@ -185,6 +186,7 @@ class Service:
       'length': self.engine.length,
       'sees_right': objective.sees_right(self.engine.length),
       'tokenizer': self.tokenizer.name,
+      'has_chat': bool(self.tokenizer.chat_template),
       'vocab_size': self.tokenizer.vocab_size,
       'samplers': [
         {
@@ -204,8 +206,8 @@ class Service:
       },
     }
 
-  def lay_out(self, prompt: str) -> Canvas:
-    """Returns tokens and fixed [n] of a text with gaps."""
+  def lay_out(self, prompt: str | list[dict[str, str]]) -> Canvas:
+    """Returns tokens and fixed [n] of a text with gaps, or of messages."""
     return lms.lay_out(self.run, prompt, self.engine.length)
 
   def lay_out_ids(
@@ -236,8 +238,12 @@ class Service:
     body: schemas.Sampling,
     canvases: Sequence[Canvas],
     num: int,
+    logprobs: bool = False,
   ) -> Submission:
-    """Submits `num` rows for each canvas, to be sampled as `body` says."""
+    """Submits `num` rows for each canvas, to be sampled as `body` says.
+
+    With `logprobs`, the rows have log-probabilities.
+    """
     choice = self.engine.choose(body.sampler, body.num_steps)
     values = {key: self.run.settings.sampler[key] for key in DRAW}
     values |= body.model_dump(include={*DRAW}, exclude_none=True)
@@ -252,13 +258,54 @@ class Service:
       for _ in range(num):
         index = 0 if is_fixed else len(rows)
         row = Row(*canvas, choice, draw, seed % 2**64, index)
+        if logprobs:
+          row.logprobs = watch.Logprobs(len(row.tokens))
         row.state = 'waiting' if np.any(row.tokens == draw.mask_id) else 'done'
         rows.append(row)
     host, port = request.client or ('', 0)
     return Submission(self.engine, (host, body.user or port), rows)
 
-  def respond(self, rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns the `schemas.GenerateResponse` for rows that are done."""
+  def score_tokens(
+    self, row: Row, places: Sequence[int] | np.ndarray, num_top: int
+  ) -> list[tuple[float | None, list[tuple[int, str, float]]]]:
+    """Returns log-probabilities of the tokens at some places of a row.
+
+    For each the value, None in the prompt, and the ids, texts and values of the
+    `num_top` most probable tokens.
+    """
+    scored, logprobs = [], row.logprobs
+    assert logprobs is not None  # For type checkers.
+    for place in places:
+      own = float(logprobs.chosen[place])
+      if np.isnan(own):
+        scored.append((None, []))
+        continue
+      best = zip(logprobs.top_tokens[place], logprobs.top[place].tolist())
+      top = [
+        (int(token), self.name_token(token), value)
+        for token, value in [*best][:num_top]
+        if np.isfinite(value)  # There may be fewer tokens.
+      ]
+      scored.append((own, top))
+    return scored
+
+  def name_token(self, token: int) -> str:
+    """Returns the text of a token, as OpenAI writes a part of a character."""
+    (text,) = self.tokenizer.spell([token], is_start=False)
+    if '\ufffd' not in text:
+      return text
+    codes = [f'\\x{byte:02x}' for byte in self.tokenizer.pieces[token]]
+    return f'bytes:{"".join(codes)}'
+
+  def respond(
+    self, rows: Sequence[Row], num_top: int | None, is_chat: bool
+  ) -> dict[str, Any]:
+    """Returns the `schemas.GenerateResponse` for rows that are done.
+
+    With log-probabilities of `num_top` tokens, or without any (None); `is_chat`
+    is whether they are answers to messages.
+    """
+    show = lms.answer_tokens if is_chat else lms.shown_tokens
     first, decode = rows[0], self.tokenizer.decode
     used: dict[str, Any] = {'name': first.choice.name}
     used |= {key: getattr(first.draw, key) for key in DRAW}
@@ -272,17 +319,33 @@ class Service:
       'samples': [
         {
           'text': decode(row.canvas),
-          'shown': decode(lms.shown_tokens(self.run, row.canvas, row.fixed)),
+          'shown': decode(
+            show(self.run, row.canvas, row.fixed), is_start=not is_chat
+          ),
           'tokens': row.canvas.tolist(),
           'texts': self.tokenizer.spell(row.canvas),
           'num_calls': row.num_calls,
           'tokens_per_call': lms.tokens_per_call(row.fixed, row.num_calls),
+          'logprobs': self._logprobs(row, num_top),
         }
         for row in rows
       ],
     }
 
-  async def events(self, submission: Submission) -> AsyncIterator[bytes]:
+  def _logprobs(self, row: Row, num_top: int | None) -> dict[str, Any] | None:
+    if num_top is None:
+      return None
+    scored = self.score_tokens(row, range(len(row.tokens)), num_top)
+    keys = schemas.Alternative.model_fields
+    return {
+      'definition': 'reveal',
+      'tokens': [own for own, _ in scored],
+      'top': [[dict(zip(keys, one)) for one in top] for _, top in scored],
+    }
+
+  async def events(
+    self, submission: Submission, num_top: int | None, is_chat: bool
+  ) -> AsyncIterator[bytes]:
     """Yields the events of /api/stream."""
     seen: list[Any] = []
     for i, row in enumerate(submission.rows):
@@ -309,7 +372,7 @@ class Service:
           yield make_event('reveal', event)
         if state not in (old_state, 'failed'):
           yield make_event('state', {'row': i, 'state': state})
-    yield make_event('done', self.respond(submission.rows))
+    yield make_event('done', self.respond(submission.rows, num_top, is_chat))
 
   def _spell(self, canvas: np.ndarray) -> list[tuple[int | None, str]]:
     """The id and text of each token, None and '' for a mask."""

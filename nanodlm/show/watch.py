@@ -2,12 +2,13 @@
 
 A sampler calls its network through a `types.CachedDenoise`. `Watched` wraps one
 and shows each call; the sampler does not know and its tokens are the same.
-`Recorder` keeps what it is shown as a `Trajectory` for each row.
+`Recorder` keeps what it is shown as a `Trajectory` for each row, `Logprobs` the
+log-probabilities of its tokens.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import io_callback
@@ -16,10 +17,14 @@ import numpy as np
 
 from nanodlm.devices import sharding
 from nanodlm.noise import categorical
-from nanodlm.types import CachedDenoise
+from nanodlm.types import CachedDenoise, Canvas
 
 # Where the input of an autoregressive network starts, see `Asked.start`.
 AHEAD = -1
+# The number of alternatives to a revealed token.
+NUM_ALTERNATIVES = 5
+# At most this many new tokens of a row are projected again at a time.
+_MAX_SLOTS = 16
 
 
 class Asked(NamedTuple):
@@ -59,9 +64,33 @@ class Answered(NamedTuple):
   top_probs: np.ndarray
 
 
+class Revealed(NamedTuple):
+  """Log-probabilities of tokens, shown as soon as the sampler has set them.
+
+  They are the network's own, before temperature, top-k, top-p and guidance, in
+  the call that set the token: the last after which it did not change, or that
+  verified it (see `samplers.speculate`).
+
+  Attributes:
+    first_row: see `Asked`.
+    positions: [B, K] int32, canvas positions; L in unused slots.
+    log_probs: [B, K] float32, those of the tokens on the canvas.
+    top_tokens: [B, K, A] int32, the most probable tokens, best first.
+    top_log_probs: [B, K, A] float32.
+  """
+
+  first_row: int
+  positions: np.ndarray
+  log_probs: np.ndarray
+  top_tokens: np.ndarray
+  top_log_probs: np.ndarray
+
+
+Event = Asked | Answered | Revealed
+
 # Returns whether to continue after an `Asked`. Otherwise the remaining calls
 # skip the network, and the sampler soon returns meaningless tokens.
-Watch = Callable[[Asked | Answered], bool]
+Watch = Callable[[Any], bool]
 
 
 class View(NamedTuple):
@@ -71,11 +100,39 @@ class View(NamedTuple):
     watch: called on the host, for each device in the order of its calls.
     mask_id: the mask's id, which is never an alternative.
     num_top: A, the number of alternatives per position; 0: no `Answered`.
+    reveals: whether each `Revealed` is shown, with NUM_ALTERNATIVES. The hidden
+      states of all positions are kept for it, and new tokens projected twice.
   """
 
   watch: Watch
   mask_id: int
   num_top: int = 0
+  reveals: bool = False
+
+
+class Written(NamedTuple):
+  """What a device knows of the tokens of its rows, in references [B, L].
+
+  Attributes:
+    canvas: int32, the canvas, as far as it was an input of the network.
+    shown: int32, the tokens that were shown as `Revealed`; mask_id if none was.
+    is_known: bool, whether there was an output for the position.
+    fixed: [B, L] bool, positions of the prompt.
+    logits_again: positions [B, K] -> logits [B, K, V] of their last calls.
+  """
+
+  canvas: Any
+  shown: Any
+  is_known: Any
+  fixed: jax.Array
+  logits_again: Callable[[jax.Array], jax.Array]
+
+  @classmethod
+  def make(cls, canvas: Canvas, mask_id: int, logits_again: Any) -> 'Written':
+    nothing = canvas.tokens != canvas.tokens
+    blank = jnp.where(nothing, canvas.tokens, mask_id)
+    tokens, shown, known = map(jax.new_ref, (canvas.tokens, blank, nothing))
+    return cls(tokens, shown, known, canvas.fixed, logits_again)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +149,7 @@ class Watched:
       rows again after them, which are not shown.
     first_row: [] int32, index of this device's first row.
     shift: number of tokens by which a cached network's input is delayed.
+    written: what `Revealed` needs, or None.
   """
 
   denoise: CachedDenoise
@@ -99,6 +157,7 @@ class Watched:
   num_rows: int
   first_row: jax.Array
   shift: int = 0
+  written: Written | None = None
 
   def __call__(self, tokens, level, positions):
     ask = lambda: self.denoise(tokens, level, positions)
@@ -137,10 +196,63 @@ class Watched:
     asked = jnp.full(tokens.shape[:1], start)[:, None] + positions
     out = self._ask(ask, tokens, start - self.shift, asked, self.calls)
     self._answer(out[0], asked)
+    if self.written is not None and self.shift:
+      # The network did not see these tokens, but drafts may have been shown.
+      mask = jnp.full_like(asked, self.view.mask_id)
+      self._write(self.written.shown, asked, mask)
     return out
 
+  def finish(self, tokens: jax.Array) -> jax.Array:
+    """Shows the last tokens of the samples [B, L], which are returned."""
+    start = jnp.zeros_like(tokens[:, 0])
+    return self._reveal(tokens, start, _MAX_SLOTS)
+
+  def _write(self, ref, places, values):
+    """Writes values [B, S] at places [B, S] that are on the canvas."""
+    row = jnp.arange(self.num_rows)[:, None]
+    held = ref[...]
+    places = jnp.where(places < 0, held.shape[1], places)[: self.num_rows]
+    ref[...] = held.at[row, places].set(values[: self.num_rows], mode='drop')
+
+  def _reveal(self, tokens, start, num_slots):
+    """Shows what is new in the input [B, S] at `start` [B], which it returns.
+
+    It is projected in up to num_slots positions of each row at a time.
+    """
+    if self.written is None:
+      return tokens
+    canvas, shown, is_known, fixed, logits_again = self.written
+    mask_id, length = self.view.mask_id, fixed.shape[1]
+    self._write(
+      canvas, start[:, None] + jnp.arange(tokens.shape[1])[None], tokens
+    )
+    now, row = canvas[...], jnp.arange(self.num_rows)[:, None]
+    is_new = is_known[...] & ~fixed & (now != mask_id) & (now != shown[...])
+    shown[...] = jnp.where(is_known[...], now, shown[...])
+    num_slots = min(max(num_slots, 1), _MAX_SLOTS, length)
+
+    def show(is_new):
+      # The sort is stable: new tokens come first, from left to right.
+      places = jnp.argsort(~is_new, axis=1, stable=True)[:, :num_slots]
+      logits = logits_again(places)
+      log_p = categorical.log_prob(logits, mask_id)
+      own = jnp.take_along_axis(log_p, now[row, places][..., None], -1)[..., 0]
+      top_log_p, top = jax.lax.top_k(log_p, min(NUM_ALTERNATIVES, mask_id))
+      slots = jnp.where(is_new[row, places], places, length)
+      done = self._call(Revealed, slots, own, top, top_log_p)
+      # Never negative, but what follows has to wait for it.
+      return is_new.at[row, places].set(done < 0)
+
+    is_new = jax.lax.while_loop(
+      lambda is_new: sharding.on_any_device(jnp.any(is_new)), show, is_new
+    )
+    return jnp.where(jnp.any(is_new, axis=1, keepdims=True), mask_id, tokens)
+
   def _answer(self, logits, positions):
-    _, mask_id, num_top = self.view
+    _, mask_id, num_top, _ = self.view
+    if self.written is not None:
+      is_true = jnp.ones(positions.shape, bool)
+      self._write(self.written.is_known, positions, is_true)
     if num_top:
       log_p = categorical.log_prob(logits[: self.num_rows], mask_id)
       top_log_p, top = jax.lax.top_k(log_p, min(num_top, mask_id))
@@ -152,10 +264,11 @@ class Watched:
     rows = slice(self.num_rows)
     start = jnp.full(tokens.shape[:1], start, jnp.int32)[rows]
     num_calls = jnp.int32(tokens.shape[0] // self.num_rows * calls)
-    go_on = self._call(Asked, start, tokens[rows], positions[rows], num_calls)
+    shown = self._reveal(tokens[rows], start, positions.shape[1])
+    go_on = self._call(Asked, start, shown, positions[rows], num_calls)
     return jax.lax.cond(go_on > 0, ask, lambda: sharding.zeros_like(ask))
 
-  def _call(self, event: Callable[..., Asked | Answered], *values):
+  def _call(self, event: Callable[..., Event], *values):
     """Returns whether the host wants to continue, [] int32."""
 
     def show(first_row, *values):
@@ -198,6 +311,35 @@ class Trajectory(NamedTuple):
     changes = self.frames[1:] != self.frames[:-1]
     last = len(changes) - 1 - np.argmax(changes[::-1], axis=0)
     return np.where(changes.any(axis=0), last, -1).astype(np.int32)
+
+
+class Logprobs:
+  """Log-probabilities of one row's tokens; see `Revealed`.
+
+  Attributes:
+    chosen: [L] float32; NaN for the prompt and what is not set yet.
+    top_tokens: [L, A] int32, the most probable tokens, best first.
+    top: [L, A] float32, their log-probabilities.
+  """
+
+  def __init__(self, length: int):
+    self.chosen = np.full(length, np.nan, np.float32)
+    self.top_tokens = np.zeros((length, NUM_ALTERNATIVES), np.int32)
+    self.top = np.full((length, NUM_ALTERNATIVES), -np.inf, np.float32)
+
+  @staticmethod
+  def keep(rows: 'Sequence[Logprobs]', event: Event) -> bool:
+    """Adds a `Revealed` to those of all rows of the batch."""
+    if isinstance(event, Revealed):
+      first_row, *values = event
+      for row, places, own, top_tokens, top in zip(rows[first_row:], *values):
+        # Slots that are not used, and padding, are after the row.
+        is_own = places < len(row.chosen)
+        places, num = places[is_own], top.shape[-1]
+        row.chosen[places] = own[is_own]
+        row.top_tokens[places, :num] = top_tokens[is_own]
+        row.top[places, :num] = top[is_own]
+    return True
 
 
 class Recorder:

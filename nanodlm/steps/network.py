@@ -286,12 +286,15 @@ class Denoiser:
     objective: the objective that trained it.
     params: its parameters, from `Network.gather`.
     segment_ids: [B, L] int32 or None, segments of the plain call.
+    states: a reference to the states [B, L, D] of the last call at each canvas
+      position, for `logits_again`; None: they are not kept.
   """
 
   network: Network
   objective: Objective
   params: Any
   segment_ids: jax.Array | None = None
+  states: Any = None
 
   @property
   def calls(self) -> int:
@@ -380,7 +383,8 @@ class Denoiser:
     )
     condition = self._condition(lambda: call(None)[0])
     states, cache = call(wanted, condition)
-    return self._logits(states, positions), cache
+    places = jnp.reshape(start, (-1, 1)) + positions
+    return self._logits(states, places), cache
 
   def _advance(
     self, cache, tokens, start, visible, level, positions, condition=None
@@ -393,10 +397,29 @@ class Denoiser:
       self.params, tokens, time, start, cache, visible, positions, condition
     )
 
-  def _logits(self, states, positions):
+  def keep_states(self, tokens) -> 'Denoiser':
+    """Returns the denoiser of canvases [B, L] that keeps its `states`."""
+    level = jnp.zeros(tokens.shape[:1])
+    blank = sharding.zeros_like(lambda: self._hidden(tokens, level))
+    return dataclasses.replace(self, states=jax.new_ref(blank))
+
+  def logits_again(self, places):
+    """Returns the logits [B, K, V] of the last calls at canvas positions."""
+    states = jnp.take_along_axis(self.states[...], places[..., None], axis=1)
+    return self._project(states).reshape(*places.shape, -1)
+
+  def _project(self, states):
     kernel = self.network.kernel(self.params)
-    logits = _whole_logits(self.network, kernel, states)
-    return logits.reshape(*positions.shape, -1)
+    return _whole_logits(self.network, kernel, states)
+
+  def _logits(self, states, places):
+    if self.states is not None:
+      held = self.states[...]
+      own = places[: len(held)]  # The other rows are those of a guided call.
+      row = jnp.arange(len(held))[:, None]
+      new = states.reshape(*places.shape, -1)[: len(held)]
+      self.states[...] = held.at[row, own].set(new, mode='drop')
+    return self._project(states).reshape(*places.shape, -1)
 
 
 def _flat(positions: jax.Array, length: int) -> jax.Array:

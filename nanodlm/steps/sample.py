@@ -55,12 +55,21 @@ def _sample(
   )
   if scorer.network.self_conditions and sampler.remembers:
     canvas = canvas._replace(memory=denoise.init_memory(canvas.tokens))
+  watched = None
   if view is not None:
+    written = None
+    if view.reveals:
+      denoise = denoise.keep_states(canvas.tokens)
+      written = watch.Written.make(
+        canvas, objective.mask_id, denoise.logits_again
+      )
     first_row = network.row_index(num_rows)[0]
-    denoise = watch.Watched(denoise, view, num_rows, first_row)
+    watched = watch.Watched(denoise, view, num_rows, first_row, written=written)
   samples = sampler.with_rule(network.bind(objective, params))(
-    keys, canvas, denoise
+    keys, canvas, denoise if watched is None else watched
   )
+  if watched is not None:
+    samples = samples._replace(tokens=watched.finish(samples.tokens))
   num_calls = sharding.max_over_batch(samples.num_calls)
   return samples._replace(num_calls=num_calls)
 

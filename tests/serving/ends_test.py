@@ -144,7 +144,7 @@ def test_the_most_probable_text_is_always_the_same(running):
 @pytest.mark.parametrize(
   'method, path, body, status, words',
   [
-    ('POST', '/v1/chat/completions', {}, 404, ['/v1/completions', 'chat']),
+    ('POST', '/v1/chat', {}, 404, ['/v1/chat/completions']),
     ('POST', '/v1/embeddings', {}, 404, ['POST /v1/completions']),
     ('GET', '/v1/completions', None, 405, ['POST /v1/completions']),
     ('POST', '/v1/completions', {'prompt': [-1]}, 422, ['prompt.ids.0', '-1']),

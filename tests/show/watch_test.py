@@ -97,6 +97,16 @@ def sample(name, shape=(1, 1, 1), view=None):
   return jax.device_get(run(params, jax.random.key(1), canvas))
 
 
+def record_all(recorder, rows):
+  """Returns a watch that records all events."""
+
+  def look(event):
+    is_new = isinstance(event, watch.Revealed)
+    return watch.Logprobs.keep(rows, event) if is_new else recorder(event)
+
+  return look
+
+
 class WatchTest(parameterized.TestCase):
   def test_has_a_case_for_every_sampler(self):
     self.assertContainsSubset(SAMPLERS, CASES)
@@ -147,6 +157,36 @@ class WatchTest(parameterized.TestCase):
           )
           self.assertNotEqual(frames[call, position], frames[-1, position])
 
+  @parameterized.parameters(*CASES)
+  def test_log_probs_are_those_of_the_call_that_set_a_token(self, name):
+    tokens, fixed = make_canvas()
+    recorder = watch.Recorder(tokens)
+    rows = [watch.Logprobs(LENGTH) for _ in tokens]
+    # All tokens are alternatives.
+    look = record_all(recorder, rows)
+    view = watch.View(look, MASK, num_top=MASK, reveals=True)
+    samples = sample(name, view=view).tokens
+    np.testing.assert_array_equal(samples, sample(name).tokens)
+    for i, (trajectory, row) in enumerate(
+      zip(recorder.trajectories(samples), rows)
+    ):
+      np.testing.assert_array_equal(np.isnan(row.chosen), fixed[i])
+      changed_at = np.maximum(trajectory.changed_at(), 0)
+      for place in np.flatnonzero(~fixed[i]):
+        # The causal law verifies a draft in the call after it.
+        last = None if name == 'speculate' else changed_at[place] + 1
+        *_, answer = (
+          answer
+          for answer in trajectory.answers[:last]
+          if answer is not None and place in answer.positions
+        )
+        (k,) = np.flatnonzero(answer.positions == place)
+        top, p = answer.top_tokens[k], answer.top_probs[k]
+        (own,) = p[top == samples[i, place]]
+        np.testing.assert_allclose(row.chosen[place], np.log(own), rtol=1e-4)
+        np.testing.assert_array_equal(row.top_tokens[place], top[:5])
+        np.testing.assert_allclose(row.top[place], np.log(p[:5]), rtol=1e-4)
+
   def test_probabilities_are_the_networks(self):
     # At temperature 0 a revealed token is the first of the alternatives.
     tokens, _ = make_canvas()
@@ -172,14 +212,19 @@ class WatchTest(parameterized.TestCase):
   def test_many_devices_show_each_row_once(self, name, shape):
     tokens, _ = make_canvas()
     recorders = [watch.Recorder(tokens) for _ in range(2)]
-    for recorder, mesh in zip(recorders, ((1, 1, 1), shape)):
-      samples = sample(name, mesh, watch.View(recorder, MASK, 2))
+    rows = [[watch.Logprobs(LENGTH) for _ in tokens] for _ in range(2)]
+    for i, mesh in enumerate(((1, 1, 1), shape)):
+      look = record_all(recorders[i], rows[i])
+      samples = sample(name, mesh, watch.View(look, MASK, 2, reveals=True))
+    for a, b in zip(*rows):
+      np.testing.assert_allclose(a.chosen, b.chosen, atol=1e-4)
+      np.testing.assert_array_equal(a.top_tokens, b.top_tokens)
     one, many = (
       recorder.trajectories(samples.tokens) for recorder in recorders
     )
     for expected, actual in zip(one, many):
       np.testing.assert_array_equal(expected.frames, actual.frames)
-      for a, b in zip(expected.answers, actual.answers):
+      for a, b in zip(expected.answers, actual.answers, strict=True):
         self.assertEqual(a is None, b is None)
         if a is None:
           continue
