@@ -10,7 +10,7 @@ import pytest
 from nanodlm import config as configs
 from nanodlm import lm as lms
 from nanodlm.data.tokenizers import chat
-from tests import workdirs
+from tests import browsers, workdirs
 from tests.serving.servers import ask, events, post, serving
 
 PATH = '/v1/chat/completions'
@@ -184,3 +184,31 @@ def test_npm_client(talking):
   (choice,) = post(server, PATH, body)[1]['choices']
   assert whole == streamed == choice['message']['content']
   assert error.startswith('400') and 'of 90' in error
+
+
+def test_in_a_browser(talking):
+  _, server = talking
+  with browsers.opened() as browser:
+    page, expect = browser.new_page(), browsers.expect()
+    wrong = []
+    page.on('pageerror', lambda error: wrong.append(error))
+    page.goto(f'http://127.0.0.1:{server.port}/')
+    expect(page.locator('#facts')).to_contain_text('canvas of 96')
+    page.fill('#seed', '4')
+    said = page.locator('#said p')
+    page.fill('#message', 'Hi')
+    page.keyboard.press('Control+Enter')
+    expect(page.locator('#state')).to_have_text('Done')
+    expect(said).to_have_count(2)
+    expect(said.nth(0)).to_have_text('user: Hi')
+    own = {'messages': [{'role': 'user', 'content': 'Hi'}], 'seed': 4}
+    answer = post(server, '/api/generate', own)[1]['samples'][0]['shown']
+    assert said.nth(1).inner_text().startswith(f'assistant: {answer[:3]}')
+    # An error leaves the conversation as it was.
+    page.fill('#message', 'long ' * 20)
+    page.click('#send')
+    expect(page.locator('#error')).to_contain_text('leaves 0')
+    expect(said).to_have_count(2)
+    page.click('#forget')
+    expect(said).to_have_count(0)
+    assert not wrong
