@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import shutil
 import tempfile
+from typing import Any
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -27,7 +28,7 @@ from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from nanodlm.interop import convert, export, tokenizer_json
 from nanodlm.interop import tensors as tensor_files
-from nanodlm.interop.families import FAMILIES, md4
+from nanodlm.interop.families import FAMILIES, llama, md4
 from nanodlm.interop.families import layout as layouts
 from nanodlm.model import layers, transformer
 from nanodlm.training import checkpoint
@@ -70,10 +71,18 @@ CONFIGS = {
     eos_token_id=END,
   ),
   'llama': dict(model_type='llama', **LLAMA),
-  'mistral': dict(model_type='mistral', **LLAMA, sliding_window=None),
+  # Its waves are of 6, 167, 4443 and 118,120 tokens.
+  'llama3': dict(
+    model_type='llama',
+    **{**LLAMA, 'rope_theta': 5e5},
+    head_dim=8,
+    rope_scaling={'rope_type': 'llama3', 'factor': 8.0, **llama.LLAMA3},
+  ),
+  # No longer text is tested.
+  'mistral': dict(model_type='mistral', **LLAMA, sliding_window=LENGTH + 1),
   'tied': dict(
     model_type='llama',
-    **{**LLAMA, 'tie_word_embeddings': True},
+    **{**LLAMA, 'tie_word_embeddings': True, 'hidden_act': 'gelu_pytorch_tanh'},
     head_dim=6,
     attention_bias=True,
     mlp_bias=True,
@@ -106,7 +115,7 @@ CONFIGS = {
     max_sequence_length=64,
   ),
 }
-CAUSAL = ('gpt2', 'llama', 'mistral', 'tied', 'qwen2', 'qwen3')
+CAUSAL = ('gpt2', 'llama', 'llama3', 'mistral', 'tied', 'qwen2', 'qwen3')
 SHIFTED = ('dream', 'fast-dllm')
 BIASED = ('qwen2', 'a2d-qwen2', 'tied', *SHIFTED)
 # {family: tokens in a block}
@@ -184,7 +193,18 @@ def reference_logits(name, ids):
   if name == 'gpt2':
     return decoder_reference.gpt2(tensors_of(name), ids, num_heads=2, eps=1e-5)
   size = 1 if name in CAUSAL else BLOCKS.get(name, 0)
-  kwargs = dict(num_heads=4, eps=1e-5, theta=500.0, block_size=size)
+  config = CONFIGS[name]
+  is_tanh = config.get('hidden_act') == 'gelu_pytorch_tanh'
+  kwargs: Any = dict(
+    num_heads=4,
+    eps=1e-5,
+    theta=config['rope_theta'],
+    factor=config.get('rope_scaling', {}).get('factor', 1),
+    activation=decoder_reference.gelu_tanh
+    if is_tanh
+    else decoder_reference.silu,
+    block_size=size,
+  )
   if name == 'llada':
     return decoder_reference.llama(
       tensors_of(name),
@@ -250,7 +270,8 @@ class ParityTest(FolderTest):
     source = pathlib.Path(write(folder / 'theirs', name, files=2))
     foreign = tensor_files.read_json(source / 'config.json')
     family = convert.detect(foreign, tensor_files.open_tensors(source, False))
-    self.assertEqual(family, {'tied': 'llama'}.get(name, name))
+    others = {'tied': 'llama', 'llama3': 'llama'}
+    self.assertEqual(family, others.get(name, name))
     workdir = str(folder / 'ours')
     convert.import_checkpoint(str(source), workdir, changes=BYTES)
     lm = lms.load(workdir)
@@ -275,6 +296,7 @@ class ParityTest(FolderTest):
     ('gpt2', 'GPT2'),
     ('llama', 'Llama'),
     ('tied', 'Llama'),
+    ('llama3', 'Llama'),
     ('mistral', 'Mistral'),
     ('qwen2', 'Qwen2'),
     ('qwen3', 'Qwen3'),
@@ -442,7 +464,11 @@ class ImportTest(FolderTest):
       r"\[.*'dream', .*'gpt2', .*'llada', 'llama'",
     ),
     (dict(rope_scaling={'rope_type': 'yarn'}), {}, "rope_scaling=.*'yarn'"),
-    (dict(sliding_window=4096), {}, 'sliding_window=4096'),
+    (
+      dict(sliding_window=16),
+      {'data.length': 17},
+      'sliding_window=16 .*data.length=17',
+    ),
     (dict(hidden_act='relu'), {}, "hidden_act='relu' is not supported"),
     (dict(vocab_size=None), {}, r"config.json has no \['vocab_size'\]"),
     (
@@ -529,11 +555,6 @@ class ImportTest(FolderTest):
       'inverse_layer_idx=True',
     ),
     ('gpt2', dict(activation_function='relu'), "activation_function='relu'"),
-    (
-      'qwen2',
-      dict(use_sliding_window=True, sliding_window=8),
-      'sliding_window=8',
-    ),
   )
   def test_unsupported_settings(self, name, changes, message):
     with self.assertRaisesRegex(InputError, message):
@@ -616,7 +637,10 @@ EXPORTS = {
   'llama': dict(
     objective__name='ar',
     model__qk_norm=False,
-    model__mlp='geglu',
+    model__mlp='geglu_tanh',
+    model__rope_theta=5e5,
+    model__rope_factor=32.0,
+    model__head_size=8,
     model__tie_embeddings=False,
   ),
   'qwen2': dict(

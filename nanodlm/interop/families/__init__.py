@@ -20,16 +20,17 @@ A family is a subclass of `layout.Family` and a line in the dict.
 
 The difference is the largest one of the logits, in float32, of small networks
 with random weights (transformers 5.24, the projects' own code, or a restatement
-in NumPy), of logits up to 12 where it is above 1e-5. No published file has been
+in NumPy); those above 1e-5 are of logits up to 12. No published file has been
 read; the shapes of LLaDA-8B and Dream-7B come to 8,015,581,184
 and 7,615,616,512 parameters. duo includes UDLM.
 
 Averaged weights are used if a file has them. What a family has and this network
-lacks is refused by name: scaled rotary positions, sliding windows, SEDD's
-uniform noise, GenMD4, missing or surplus tensors, another vocabulary, and every
-key of config.json that is neither supported nor listed as harmless. --family is
-for a config.json without model_type: a network of another type may compute
-something else with tensors of the same names.
+lacks is refused by name: scaled rotary positions other than Llama 3's, sliding
+windows shorter than data.length, SEDD's uniform noise, GenMD4, missing or
+surplus tensors, another vocabulary, and every key of config.json that is
+neither supported nor listed as harmless. --family is for a config.json without
+model_type: a network of another type may compute something else with tensors of
+the same names.
 """
 
 from nanodlm.interop.families.adapted import (

@@ -34,6 +34,7 @@ PLAIN = {
   'embedding_dim': 0,
   'num_positions': 0,
   'keep_rotary': False,
+  'rope_factor': 1.0,
   'norm': 'rms',
   'norm_bias': False,
   'attention_bias': 'none',
@@ -144,6 +145,7 @@ class Description:
     separator_id: id of the token that ends a document.
     start_id: id of the token that begins one; read if mask_id is None.
     max_length: tokens of the longest text that the network is made for.
+    window: tokens of a sliding window, which longer texts need; 0: none.
     settings: {'section.key': value}, on top of configs/base.py.
     tokenizer: `tokenizer.name` for a folder without a tokenizer.json, or ''.
     spare_ids: number of ids that are neither that tokenizer's nor the mask.
@@ -159,6 +161,7 @@ class Description:
   tokenizer: str = ''
   spare_ids: int = 0
   eos_ids: tuple[int, ...] = ()
+  window: int = 0
 
   def __post_init__(self):
     start = 'start_id' if self.mask_id is None else 'mask_id'
