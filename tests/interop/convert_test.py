@@ -59,6 +59,7 @@ OTHERS = {
   'nemotron': dict(norm_eps=1e-5),
   'internlm2': dict(bias=False),
   'llada_moe': dict(num_experts=64),
+  'gidd': dict(attn_soft_cap=30.0, use_qk_norm=True, resid_scale=4.0),
 }
 
 
@@ -227,6 +228,19 @@ class FieldsTest(checkpoints.FolderTest):
     with self.assertRaisesRegex(InputError, 'no_rope_layers='):
       convert.import_checkpoint(source, workdir, family='llama', changes=BYTES)
     self.assertFalse(pathlib.Path(workdir).exists())
+
+  def test_all_other_networks_of_transformers_are_refused(self):
+    transformers = pytest.importorskip('transformers')
+    names = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    for cls in {cls.model_type: cls for cls in names}.values():
+      kind = cls.model_type
+      if kind in FAMILIES or kind == 'gemma4_assistant':  # It needs arguments.
+        continue
+      config = {'eos_token_id': 1, **cls().to_dict(), 'model_type': kind}
+      self.assertFalse([f for f in FAMILIES.values() if f.detect(config, {})])
+      for name in ('llama', 'qwen3', 'sdar', 'gpt2'):
+        with self.assertRaisesRegex(InputError, f"model_type='{kind}'"):
+          FAMILIES[name].describe(config, {})
 
   def test_a_config_without_a_type_needs_the_family(self):
     folder = self.folder()

@@ -797,27 +797,64 @@ class ExportTest(FolderTest):
     self.assertEqual(tokenizer.decode(tokenizer(text)['input_ids'][1:]), text)
     self.assertEqual(tokenizer.mask_token_id, again.tokenizer.mask_id)
 
-  def test_a_moved_mask_moves_back(self):
-    # Tensors of LLaDA with the mask inside the vocabulary are exported as they
-    # were imported, bit for bit.
-    folder = self.folder()
-    source = write(folder / 'theirs', 'llada')
-    content = export.bytes_tokenizer()
-    content['model']['vocab'].pop(
-      next(text for text, i in content['model']['vocab'].items() if i == PLACE)
+  @parameterized.parameters(
+    ('llada', V + 1, PLACE),
+    ('dream', V + 1, 5),
+    ('fast-dllm', V + 1, 100),
+    ('a2d-qwen3', 151_936, 151_669),
+    ('sdar', 157_184, 156_895),
+  )
+  def test_a_moved_mask_moves_back(self, name, size, mask):
+    # Tensors with the mask inside the vocabulary are exported as they were
+    # imported, bit for bit, and with the same ids.
+    folder, tensors = self.folder(), tensors_of(name)
+    for key, x in tensors.items():
+      if len(x) == V + 1:
+        tensors[key] = np.resize(x, (size, D)) + np.arange(size)[:, None] / size
+    tensors = {key: x.astype(np.float32) for key, x in tensors.items()}
+    sizes = {key: size for key in ('vocab_size', 'embedding_size')}
+    if name != 'llada':
+      del sizes['embedding_size']
+    source = write(
+      folder / 'theirs', name, tensors, mask_token_id=mask, **sizes
     )
+    content = export.bytes_tokenizer()
+    vocab = content['model']['vocab']
+    for text in [text for text, i in vocab.items() if i == mask]:
+      del vocab[text]
+    content['added_tokens'] = [tokenizer_json.added_token(mask, '<mask>')]
     (pathlib.Path(source) / 'tokenizer.json').write_text(json.dumps(content))
     convert.import_checkpoint(source, str(folder / 'ours'))
-    export.export_checkpoint(str(folder / 'ours'), str(folder / 'out'))
-    found = tensor_files.open_tensors(folder / 'out', False)
-    expected = tensors_of('llada')
-    self.assertEqual(set(found.shapes), set(expected))
-    for name, x in expected.items():
-      np.testing.assert_array_equal(found.read(name), x, name)
-    foreign = tensor_files.read_json(folder / 'out' / 'config.json')
-    self.assertEqual(
-      (foreign['mask_token_id'], foreign['eos_token_id']), (PLACE, END)
+    tokenizer = load_tokenizer(folder / 'ours')
+    self.assertEqual(tokenizer.vocab_size, size)
+    np.testing.assert_array_equal(
+      tokenizer.swap_mask(np.array([mask, size - 1, 7])), [size - 1, mask, 7]
     )
+    out = folder / 'out'
+    export.export_checkpoint(str(folder / 'ours'), str(out), name)
+    found = tensor_files.open_tensors(out, False)
+    self.assertEqual(set(found.shapes), set(tensors))
+    for key, x in tensors.items():
+      np.testing.assert_array_equal(found.read(key), x, key)
+    foreign = tensor_files.read_json(out / 'config.json')
+    self.assertEqual(
+      (foreign['mask_token_id'], foreign['eos_token_id']), (mask, END)
+    )
+    # The tokenizer of the export also says it.
+    self.assertEqual(convert.find_tokens(out, {})[1], mask)
+
+  @parameterized.parameters('llada', 'dream', 'qwen3', 'llama', 'qwen2', 'gpt2')
+  def test_the_converter_of_llama_cpp_knows_the_names(self, family):
+    gguf = pytest.importorskip('gguf')
+    folder = self.folder()
+    workdir, _ = make_run(folder / 'run', **EXPORTS[family])
+    export.export_checkpoint(workdir, str(folder / 'out'), family)
+    architecture = gguf.MODEL_ARCH[family.upper()]
+    names = gguf.get_tensor_name_map(architecture, LAYERS)
+    found = tensor_files.open_tensors(folder / 'out', False).shapes
+    theirs = [names.get_name(x, ('.weight', '.bias')) for x in found]
+    self.assertNotIn(None, theirs)
+    self.assertLen(set(theirs), len(found))
 
   @parameterized.parameters('sentencepiece', 'gpt2')
   def test_the_tokenizer_goes_with_it(self, name):
