@@ -1,17 +1,29 @@
 """Exports a run: safetensors, config.json, tokenizer and a model card.
 
-transformers loads an autoregressive run if it knows its architecture. Every
-export also has the folder `nanodlm`, from which --mode=import reads the run
-back exactly.
+    python launch.py --mode=export --workdir=runs/quickstart --output=out
 
-An autoregressive run without time conditioning loads in transformers, with
-trust_remote_code off, as Qwen3ForCausalLM (the default network),
-LlamaForCausalLM, Qwen2ForCausalLM or GPT2LMHeadModel; its texts begin with the
-mask's id, which tokenizer.json puts there. Masked runs are written as LLaDA,
-Dream or MDLM if they fit, otherwise under our own names. The model card repeats
-what the files of the run say. tokenizer.json is written if it makes the same
-ids as the run's tokenizer (bytes, SentencePiece as it is trained here,
-tiktoken's). An imported one is kept as it is, with a warning if it does not.
+What else loads it, which the model card repeats, depends on the network, of
+which the first is the default one, and on the objective:
+
+    network                    objective  family      loads it
+    qk_norm                    ar         qwen3       transformers, llama.cpp
+    qk_norm                    masked     a2d-qwen3   dLLM
+    qk_norm                    block      sdar        SGLang, LMDeploy
+    qk_norm=False              ar         llama       transformers, llama.cpp
+    qk_norm=False              masked     llada       llama.cpp
+    that, attention_bias=qkv   ar         qwen2       transformers, llama.cpp
+    that and shift_outputs     masked     dream       llama.cpp
+    that and shift_outputs     block      fast-dllm   its own code
+
+GPT-2's network is written as gpt2, DiT's as mdlm, bd3lm or sedd, others under
+our own names; --family chooses another form that fits. Every export also has
+the folder `nanodlm`, from which --mode=import reads the run back exactly.
+
+Autoregressive texts begin with the mask's id, which tokenizer.json puts there.
+It is written if it makes the same ids as the run's tokenizer (bytes,
+SentencePiece as it is trained here, tiktoken's). An imported one is kept as it
+is, with a warning if it does not. llama.cpp also needs a tokenizer that it
+knows, and SGLang and LMDeploy the mask of SDAR: they serve tuned imports.
 """
 
 from collections.abc import Iterator, Mapping

@@ -237,6 +237,8 @@ class Family:
     is_exportable: whether runs can be exported in this form.
     is_stock: whether transformers loads an export without remote code.
     objective: the `objective.name` that the network was trained with.
+    also: other objectives of runs that can be exported; an import does not see
+      them.
     has_mask: whether one of their ids is the mask.
     keys: {key of config.json: Key}.
     defaults: {key: value} for other keys that a config.json may leave out.
@@ -264,6 +266,7 @@ class Family:
   is_exportable: bool = True
   is_stock: bool = False
   objective: str = 'masked'
+  also: tuple[str, ...] = ()
   has_mask: bool = True
   keys: Mapping[str, Key] = {}
   defaults: Mapping[str, Any] = {}
@@ -431,8 +434,11 @@ class Family:
       for key, values in allowed.items()
       if getattr(network, key) not in values
     ]
-    if objective != self.objective:
+    if objective not in (self.objective, *self.also):
       found.insert(0, f'objective.name={objective!r}')
+    if network.block_size and network.causal:
+      # No form's clean copy is delayed, with positions that see earlier ones.
+      found.append('objective.ar_weight > 0')
     return ', '.join(found)
 
   def fields(self, network: ModelConfig) -> dict[str, Any]:
@@ -471,13 +477,6 @@ class InBlocks(Family):
   def settings(self, config, shapes):
     size = {'objective.block_size': config[self.block_key]}
     return {**super().settings(config, shapes), **size}
-
-  def misfit(self, network, objective):
-    found = super().misfit(network, objective)
-    if network.block_size and network.causal:
-      # nanodlm then delays the clean copy, whose positions see earlier ones.
-      found += ', ' * bool(found) + 'objective.ar_weight > 0'
-    return found
 
   def to_config(self, network, described):
     config = super().to_config(network, described)
