@@ -10,9 +10,9 @@ which the first is the default one, and on the objective:
     qk_norm                    masked     a2d-qwen3   dLLM
     qk_norm                    block      sdar        SGLang, LMDeploy
     qk_norm=False              ar         llama       transformers, llama.cpp
-    qk_norm=False              masked     llada       llama.cpp
+    qk_norm=False              masked     llada       dLLM, llama.cpp
     that, attention_bias=qkv   ar         qwen2       transformers, llama.cpp
-    that and shift_outputs     masked     dream       llama.cpp
+    that and shift_outputs     masked     dream       dLLM, llama.cpp
     that and shift_outputs     block      fast-dllm   its own code
 
 GPT-2's network is written as gpt2, DiT's as mdlm, bd3lm or sedd, others under
@@ -71,6 +71,8 @@ log = logging.getLogger('nanodlm')
 
 # A file of tensors has fewer bytes, or ends with the one that exceeds them.
 SHARD_BYTES = 2**30
+# The keys of config.json that generation_config.json repeats.
+_SPECIAL = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'mask_token_id')
 MASK_TEXT, SEPARATOR_TEXT = '<|mask|>', '<|separator|>'
 
 
@@ -156,12 +158,10 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     layout = form.layout(network, checkpoint.flatten(params), ())
     write_tensors(work, params, layout, described)
     has_tokenizer = write_tokenizer(work, run, described)
-    if form.is_stock:
-      # The mask begins a text and is never a part of it.
-      keys = ('bos_token_id', 'eos_token_id', 'pad_token_id')
-      special = {key: foreign[key] for key in keys}
+    special = {key: foreign[key] for key in _SPECIAL if key in foreign}
+    if form.is_stock:  # The mask begins a text and is never a part of it.
       special['suppress_tokens'] = [described.mask_id]
-      write_json(work / 'generation_config.json', special)
+    write_json(work / 'generation_config.json', special)
     own = work / convert.OWN
     own.mkdir()
     save_tokenizer(run.tokenizer, own)

@@ -843,10 +843,11 @@ class ExportTest(FolderTest):
     self.assertEqual(set(found.shapes), set(tensors))
     for key, x in tensors.items():
       np.testing.assert_array_equal(found.read(key), x, key)
-    foreign = tensor_files.read_json(out / 'config.json')
-    self.assertEqual(
-      (foreign['mask_token_id'], foreign['eos_token_id']), (mask, END)
-    )
+    for file in ('config.json', 'generation_config.json'):
+      foreign = tensor_files.read_json(out / file)
+      self.assertEqual(
+        (foreign['mask_token_id'], foreign['eos_token_id']), (mask, END)
+      )
     # The tokenizer of the export also says it.
     self.assertEqual(convert.find_tokens(out, {})[1], mask)
 

@@ -80,7 +80,8 @@ INERT = {
 }
 
 # How to load two of the families, for a model card.
-LLAMA_CPP = """llama.cpp's convert_hf_to_gguf.py knows these names of tensors:
+LLAMA_CPP = """The code that was published with this form loads it, and so does
+dLLM (github.com/ZHZisZZ/dllm). llama.cpp's converter knows the tensors:
 
 ```
 python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf
