@@ -111,6 +111,9 @@ def get_config() -> config_dict.ConfigDict:
   # the call before instead, which is another law. Not for 'ar'.
   model.self_conditioning = False
   model.rope_theta = 10_000.0
+  # Above 1: divides the rotary frequencies of waves longer than 8192 tokens, as
+  # Llama 3.1 (8) and 3.2 (32) do.
+  model.rope_factor = 1.0
   # Number of learned positions, at least the length of the longest row; 0:
   # rotary positions.
   model.num_positions = 0

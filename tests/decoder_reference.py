@@ -24,10 +24,23 @@ def gelu_tanh(x):
   return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def turn(x, theta):
+def stretched(frequency, factor):
+  """Returns Llama 3.1's frequency, with its constants 1, 4 and 8192."""
+  wave = 2 * np.pi / frequency
+  if wave < 8192 / 4:
+    return frequency
+  if wave > 8192:
+    return frequency / factor
+  smooth = (8192 / wave - 1) / (4 - 1)
+  return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def turn(x, theta, factor=1):
   """Rotates [L, Dh]: features i and i + Dh / 2 form a complex number."""
   half = x.shape[-1] // 2
-  angle = np.arange(len(x))[:, None] * theta ** (-np.arange(half) / half)
+  frequencies = theta ** (-np.arange(half) / half)
+  frequencies = np.array([stretched(x, factor) for x in frequencies])
+  angle = np.arange(len(x))[:, None] * frequencies
   z = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
   return np.concatenate([z.real, z.imag], -1)
 
@@ -61,7 +74,17 @@ def linear(tensors, name, x):
 
 
 def llama(
-  tensors, ids, *, num_heads, num_kv_heads, eps, theta, block_size, names=None
+  tensors,
+  ids,
+  *,
+  num_heads,
+  num_kv_heads,
+  eps,
+  theta,
+  block_size,
+  factor=1,
+  activation=silu,
+  names=None,
 ):
   """Logits [L, V], unshifted, of Llama, LLaDA and those with Llama's names.
 
@@ -74,6 +97,8 @@ def llama(
     theta: rotary base.
     block_size: each position sees its block and those before: 1 for a causal
       network, 0 if it sees all.
+    factor: by which long rotary waves are stretched.
+    activation: of the MLP.
     names: {part: name}; by default transformers'.
   """
   names = {
@@ -100,15 +125,16 @@ def llama(
 
     def prepare(y, norm):
       key = f'{names["layers"]}.{layer}.self_attn.{norm}.weight'
-      return turn(rms(y, tensors[key], eps) if key in tensors else y, theta)
+      y = rms(y, tensors[key], eps) if key in tensors else y
+      return turn(y, theta, factor)
 
     h = rms(x, tensors[f'{at("norm1")}.weight'], eps)
     q, k, v = (linear(tensors, at(part), h) for part in 'qkv')
     h = attend(q, k, v, num_heads, num_kv_heads, block_size, prepare)
     x = x + linear(tensors, at('o'), h)
     h = rms(x, tensors[f'{at("norm2")}.weight'], eps)
-    gated = silu(linear(tensors, at('gate'), h)) * linear(tensors, at('up'), h)
-    x = x + linear(tensors, at('down'), gated)
+    gate = activation(linear(tensors, at('gate'), h))
+    x = x + linear(tensors, at('down'), gate * linear(tensors, at('up'), h))
     layer += 1
   x = rms(x, tensors[f'{names["norm"]}.weight'], eps)
   head = f'{names["head"]}.weight'

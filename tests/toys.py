@@ -279,6 +279,7 @@ def model_config(**changes):
     causal=False,
     block_size=0,
     rope_theta=1e4,
+    rope_factor=1.0,
     dtype='float32',
     remat='none',
     unroll=False,

@@ -185,6 +185,12 @@ def import_checkpoint(
       config.data.length = min(described.max_length, _LENGTH)
       config.sampler.stop_at_eos = True
       _update(config, {**described.settings, **changes})
+      if 0 < described.window < config.data.length:
+        raise InputError(
+          f'{tensors.where}: sliding_window={described.window!r} is not '
+          f'supported for longer texts: data.length={config.data.length!r} '
+          'must not exceed it'
+        )
       own_keys = {f'tokenizer.{key}' for key in ('name', 'path', 'vocab_size')}
       if own_keys & set(changes):
         tokenizer = tokenizers.make_tokenizer(config.tokenizer)

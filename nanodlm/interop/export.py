@@ -1,17 +1,29 @@
 """Exports a run: safetensors, config.json, tokenizer and a model card.
 
-transformers loads an autoregressive run if it knows its architecture. Every
-export also has the folder `nanodlm`, from which --mode=import reads the run
-back exactly.
+    python launch.py --mode=export --workdir=runs/quickstart --output=out
 
-An autoregressive run without time conditioning loads in transformers, with
-trust_remote_code off, as Qwen3ForCausalLM (the default network),
-LlamaForCausalLM, Qwen2ForCausalLM or GPT2LMHeadModel; its texts begin with the
-mask's id, which tokenizer.json puts there. Masked runs are written as LLaDA,
-Dream or MDLM if they fit, otherwise under our own names. The model card repeats
-what the files of the run say. tokenizer.json is written if it makes the same
-ids as the run's tokenizer (bytes, SentencePiece as it is trained here,
-tiktoken's). An imported one is kept as it is, with a warning if it does not.
+What else loads it, which the model card repeats, depends on the network, of
+which the first is the default one, and on the objective:
+
+    network                    objective  family      loads it
+    qk_norm                    ar         qwen3       transformers, llama.cpp
+    qk_norm                    masked     a2d-qwen3   dLLM
+    qk_norm                    block      sdar        SGLang, LMDeploy
+    qk_norm=False              ar         llama       transformers, llama.cpp
+    qk_norm=False              masked     llada       dLLM, llama.cpp
+    that, attention_bias=qkv   ar         qwen2       transformers, llama.cpp
+    that and shift_outputs     masked     dream       dLLM, llama.cpp
+    that and shift_outputs     block      fast-dllm   its own code
+
+GPT-2's network is written as gpt2, DiT's as mdlm, bd3lm or sedd, others under
+our own names; --family chooses another form that fits. Every export also has
+the folder `nanodlm`, from which --mode=import reads the run back exactly.
+
+Autoregressive texts begin with the mask's id, which tokenizer.json puts there.
+It is written if it makes the same ids as the run's tokenizer (bytes,
+SentencePiece as it is trained here, tiktoken's). An imported one is kept as it
+is, with a warning if it does not. llama.cpp also needs a tokenizer that it
+knows, and SGLang and LMDeploy the mask of SDAR: they serve tuned imports.
 """
 
 from collections.abc import Iterator, Mapping
@@ -59,6 +71,8 @@ log = logging.getLogger('nanodlm')
 
 # A file of tensors has fewer bytes, or ends with the one that exceeds them.
 SHARD_BYTES = 2**30
+# The keys of config.json that generation_config.json repeats.
+_SPECIAL = ('bos_token_id', 'eos_token_id', 'pad_token_id', 'mask_token_id')
 MASK_TEXT, SEPARATOR_TEXT = '<|mask|>', '<|separator|>'
 
 
@@ -144,12 +158,10 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     layout = form.layout(network, checkpoint.flatten(params), ())
     write_tensors(work, params, layout, described)
     has_tokenizer = write_tokenizer(work, run, described)
-    if form.is_stock:
-      # The mask begins a text and is never a part of it.
-      keys = ('bos_token_id', 'eos_token_id', 'pad_token_id')
-      special = {key: foreign[key] for key in keys}
+    special = {key: foreign[key] for key in _SPECIAL if key in foreign}
+    if form.is_stock:  # The mask begins a text and is never a part of it.
       special['suppress_tokens'] = [described.mask_id]
-      write_json(work / 'generation_config.json', special)
+    write_json(work / 'generation_config.json', special)
     own = work / convert.OWN
     own.mkdir()
     save_tokenizer(run.tokenizer, own)

@@ -154,6 +154,7 @@ class ModelConfig:
   causal: bool
   block_size: int
   rope_theta: float
+  rope_factor: float
   num_positions: int
   keep_rotary: bool
   norm: str
@@ -217,6 +218,12 @@ class ModelConfig:
       require(getattr(self, key) in allowed, key, rule)
     for key in ('rope_theta', 'norm_eps', 'embedding_std'):
       require(getattr(self, key) > 0, key, 'must be > 0')
+    require(self.rope_factor >= 1, 'rope_factor', 'must be >= 1')
+    require(
+      self.has_rotary or self.rope_factor == 1,
+      'rope_factor',
+      'is ignored by learned positions; it must be 1.0',
+    )
     require(0 <= self.dropout < 1, 'dropout', 'must be in [0, 1)')
     require(self.time_dim % 2 == 0, 'time_dim', 'must be even')
     require(

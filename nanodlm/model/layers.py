@@ -19,18 +19,25 @@ INIT_STD = 0.02
 # Number of sinusoids of the time, and the longest wave's length over 2 pi.
 TIME_FEATURES = 256
 TIME_PERIOD = 10_000.0
+# Llama 3's scaling: longer waves are stretched, those of less than a quarter of
+# this number of tokens are kept, and those in between are mixtures.
+LONG_WAVE = 8192
 
 
 def rotary_table(
-  positions: jax.Array, head_dim: int, theta: float
+  positions: jax.Array, head_dim: int, theta: float, factor: float = 1.0
 ) -> jax.Array:
   """Tabulates cos and sin of the angles at positions, [2, 1, L, 1, Dh / 2].
 
   The positions are [L], or [B, L] for a table [2, B, L, 1, Dh / 2].
 
-  Source: RoFormer, arXiv 2104.09864, equation 34.
+  Source: RoFormer, arXiv 2104.09864, equation 34; the factor by which long
+  waves are stretched: Llama 3.1, arXiv 2407.21783, as in its published code.
   """
   frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
+  if factor != 1:
+    kept = jnp.clip((LONG_WAVE * frequency / (2 * jnp.pi) - 1) / 3, 0, 1)
+    frequency *= kept + (1 - kept) / factor
   angle = jnp.atleast_2d(positions)[..., None] * frequency[None, None]
   return jnp.stack([jnp.cos(angle), jnp.sin(angle)])[..., None, :]
 

@@ -492,7 +492,7 @@ class Transformer(nn.Module):
       t = t[:, None] if t.ndim == 1 else t
       context = context._replace(time=self.time_embedding(t))
     if cfg.has_rotary:
-      table = rotary_table(where, cfg.head_dim, cfg.rope_theta)
+      table = rotary_table(where, cfg.head_dim, cfg.rope_theta, cfg.rope_factor)
       context = context._replace(rotary=table)
     if self.is_initializing():
       self._init_layers(x, context)

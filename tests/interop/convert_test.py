@@ -59,6 +59,7 @@ OTHERS = {
   'nemotron': dict(norm_eps=1e-5),
   'internlm2': dict(bias=False),
   'llada_moe': dict(num_experts=64),
+  'gidd': dict(attn_soft_cap=30.0, use_qk_norm=True, resid_scale=4.0),
 }
 
 
@@ -97,9 +98,8 @@ class FieldsTest(checkpoints.FolderTest):
     (
       'qwen3',
       dict(layer_types=['full_attention', 'sliding_attention']),
-      "'sliding_attention'",
+      'sliding_window',
     ),
-    ('qwen3', dict(use_sliding_window=True, sliding_window=9), 'window=9'),
     ('gpt2', dict(n_experts=2), 'n_experts=2'),
     (
       'llama',
@@ -158,6 +158,27 @@ class FieldsTest(checkpoints.FolderTest):
     described = FAMILIES[name].describe(config, {})
     self.assertEqual(described, FAMILIES[name].describe(CONFIGS[name], {}))
 
+  @parameterized.parameters(
+    ('mistral', dict(sliding_window=9), 9),
+    ('mistral', dict(sliding_window=None), 0),
+    ('llama', dict(sliding_window=9), 9),
+    ('qwen2', dict(sliding_window=9), 0),
+    ('qwen2', dict(sliding_window=9, use_sliding_window=True), 9),
+    ('qwen3', dict(sliding_window=9, layer_types=['sliding_attention']), 9),
+    ('qwen3', dict(sliding_window=9, layer_types=['full_attention']), 0),
+  )
+  def test_windows_limit_the_length(self, name, changes, window):
+    found = FAMILIES[name].describe({**CONFIGS[name], **changes}, {})
+    self.assertEqual((found.window, found.max_length), (window, window or 64))
+
+  @parameterized.parameters(
+    ('low_freq_factor', 2.0), ('original_max_position_embeddings', 4096)
+  )
+  def test_other_scaling_than_llama_3(self, key, value):
+    rope = {**CONFIGS['llama3']['rope_scaling'], key: value}
+    with self.assertRaisesRegex(InputError, f'{key}.*must be one of'):
+      FAMILIES['llama'].describe({**LLAMA, 'rope_scaling': rope}, {})
+
   def test_parts_of_heads_that_rotate(self):
     rope = dict(rope_type='default', rope_theta=1e6, partial_rotary_factor=0.5)
     with self.assertRaisesRegex(InputError, 'partial_rotary_factor'):
@@ -176,8 +197,7 @@ class FieldsTest(checkpoints.FolderTest):
     settings = FAMILIES['mistral'].describe(config, {}).settings
     self.assertEqual(settings['model.num_kv_heads'], 8)
     del config['sliding_window']
-    with self.assertRaisesRegex(InputError, 'sliding_window=4096'):
-      FAMILIES['mistral'].describe(config, {})
+    self.assertEqual(FAMILIES['mistral'].describe(config, {}).window, 4096)
     for name in ('qwen2', 'qwen3'):
       config = {**CONFIGS[name], 'num_attention_heads': 64}
       del config['num_key_value_heads']
@@ -208,6 +228,19 @@ class FieldsTest(checkpoints.FolderTest):
     with self.assertRaisesRegex(InputError, 'no_rope_layers='):
       convert.import_checkpoint(source, workdir, family='llama', changes=BYTES)
     self.assertFalse(pathlib.Path(workdir).exists())
+
+  def test_all_other_networks_of_transformers_are_refused(self):
+    transformers = pytest.importorskip('transformers')
+    names = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    for cls in {cls.model_type: cls for cls in names}.values():
+      kind = cls.model_type
+      if kind in FAMILIES or kind == 'gemma4_assistant':  # It needs arguments.
+        continue
+      config = {'eos_token_id': 1, **cls().to_dict(), 'model_type': kind}
+      self.assertFalse([f for f in FAMILIES.values() if f.detect(config, {})])
+      for name in ('llama', 'qwen3', 'sdar', 'gpt2'):
+        with self.assertRaisesRegex(InputError, f"model_type='{kind}'"):
+          FAMILIES[name].describe(config, {})
 
   def test_a_config_without_a_type_needs_the_family(self):
     folder = self.folder()

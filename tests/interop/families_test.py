@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import shutil
 import tempfile
+from typing import Any
 from unittest import mock
 
 from absl.testing import absltest, parameterized
@@ -27,7 +28,7 @@ from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from nanodlm.interop import convert, export, tokenizer_json
 from nanodlm.interop import tensors as tensor_files
-from nanodlm.interop.families import FAMILIES, md4
+from nanodlm.interop.families import FAMILIES, llama, md4
 from nanodlm.interop.families import layout as layouts
 from nanodlm.model import layers, transformer
 from nanodlm.training import checkpoint
@@ -70,10 +71,18 @@ CONFIGS = {
     eos_token_id=END,
   ),
   'llama': dict(model_type='llama', **LLAMA),
-  'mistral': dict(model_type='mistral', **LLAMA, sliding_window=None),
+  # Its waves are of 6, 167, 4443 and 118,120 tokens.
+  'llama3': dict(
+    model_type='llama',
+    **{**LLAMA, 'rope_theta': 5e5},
+    head_dim=8,
+    rope_scaling={'rope_type': 'llama3', 'factor': 8.0, **llama.LLAMA3},
+  ),
+  # No longer text is tested.
+  'mistral': dict(model_type='mistral', **LLAMA, sliding_window=LENGTH + 1),
   'tied': dict(
     model_type='llama',
-    **{**LLAMA, 'tie_word_embeddings': True},
+    **{**LLAMA, 'tie_word_embeddings': True, 'hidden_act': 'gelu_pytorch_tanh'},
     head_dim=6,
     attention_bias=True,
     mlp_bias=True,
@@ -106,7 +115,7 @@ CONFIGS = {
     max_sequence_length=64,
   ),
 }
-CAUSAL = ('gpt2', 'llama', 'mistral', 'tied', 'qwen2', 'qwen3')
+CAUSAL = ('gpt2', 'llama', 'llama3', 'mistral', 'tied', 'qwen2', 'qwen3')
 SHIFTED = ('dream', 'fast-dllm')
 BIASED = ('qwen2', 'a2d-qwen2', 'tied', *SHIFTED)
 # {family: tokens in a block}
@@ -184,7 +193,18 @@ def reference_logits(name, ids):
   if name == 'gpt2':
     return decoder_reference.gpt2(tensors_of(name), ids, num_heads=2, eps=1e-5)
   size = 1 if name in CAUSAL else BLOCKS.get(name, 0)
-  kwargs = dict(num_heads=4, eps=1e-5, theta=500.0, block_size=size)
+  config = CONFIGS[name]
+  is_tanh = config.get('hidden_act') == 'gelu_pytorch_tanh'
+  kwargs: Any = dict(
+    num_heads=4,
+    eps=1e-5,
+    theta=config['rope_theta'],
+    factor=config.get('rope_scaling', {}).get('factor', 1),
+    activation=decoder_reference.gelu_tanh
+    if is_tanh
+    else decoder_reference.silu,
+    block_size=size,
+  )
   if name == 'llada':
     return decoder_reference.llama(
       tensors_of(name),
@@ -250,7 +270,8 @@ class ParityTest(FolderTest):
     source = pathlib.Path(write(folder / 'theirs', name, files=2))
     foreign = tensor_files.read_json(source / 'config.json')
     family = convert.detect(foreign, tensor_files.open_tensors(source, False))
-    self.assertEqual(family, {'tied': 'llama'}.get(name, name))
+    others = {'tied': 'llama', 'llama3': 'llama'}
+    self.assertEqual(family, others.get(name, name))
     workdir = str(folder / 'ours')
     convert.import_checkpoint(str(source), workdir, changes=BYTES)
     lm = lms.load(workdir)
@@ -275,6 +296,7 @@ class ParityTest(FolderTest):
     ('gpt2', 'GPT2'),
     ('llama', 'Llama'),
     ('tied', 'Llama'),
+    ('llama3', 'Llama'),
     ('mistral', 'Mistral'),
     ('qwen2', 'Qwen2'),
     ('qwen3', 'Qwen3'),
@@ -442,7 +464,11 @@ class ImportTest(FolderTest):
       r"\[.*'dream', .*'gpt2', .*'llada', 'llama'",
     ),
     (dict(rope_scaling={'rope_type': 'yarn'}), {}, "rope_scaling=.*'yarn'"),
-    (dict(sliding_window=4096), {}, 'sliding_window=4096'),
+    (
+      dict(sliding_window=16),
+      {'data.length': 17},
+      'sliding_window=16 .*data.length=17',
+    ),
     (dict(hidden_act='relu'), {}, "hidden_act='relu' is not supported"),
     (dict(vocab_size=None), {}, r"config.json has no \['vocab_size'\]"),
     (
@@ -529,11 +555,6 @@ class ImportTest(FolderTest):
       'inverse_layer_idx=True',
     ),
     ('gpt2', dict(activation_function='relu'), "activation_function='relu'"),
-    (
-      'qwen2',
-      dict(use_sliding_window=True, sliding_window=8),
-      'sliding_window=8',
-    ),
   )
   def test_unsupported_settings(self, name, changes, message):
     with self.assertRaisesRegex(InputError, message):
@@ -616,7 +637,10 @@ EXPORTS = {
   'llama': dict(
     objective__name='ar',
     model__qk_norm=False,
-    model__mlp='geglu',
+    model__mlp='geglu_tanh',
+    model__rope_theta=5e5,
+    model__rope_factor=32.0,
+    model__head_size=8,
     model__tie_embeddings=False,
   ),
   'qwen2': dict(
@@ -641,6 +665,9 @@ EXPORTS = {
     model__qk_norm=False, model__attention_bias='qkv', model__shift_outputs=True
   ),
   'sdar': dict(objective__name='block', objective__block_size=4),
+  'a2d-llama': dict(
+    objective__name='block', objective__block_size=4, model__qk_norm=False
+  ),
   'fast-dllm': dict(
     objective__name='block',
     objective__block_size=2,
@@ -737,8 +764,12 @@ class ExportTest(FolderTest):
     if family not in STOCK:
       if family != 'nanodlm':  # Others read it without our folder.
         shutil.rmtree(out / 'nanodlm')
-        convert.import_checkpoint(str(out), str(folder / 'foreign'))
-        lm = lms.load(str(folder / 'foreign'))
+        changes = {}
+        if family == 'a2d-llama':  # Nothing in its form says it.
+          changes = {'objective.name': 'block', 'objective.block_size': 4}
+        foreign = str(folder / 'foreign')
+        convert.import_checkpoint(str(out), foreign, changes=changes)
+        lm = lms.load(foreign)
         jax.tree.map(np.testing.assert_array_equal, params, lm.params)
         for field in dataclasses.fields(network):
           name = layouts.RESOLVED.get(field.name, field.name)
@@ -773,27 +804,65 @@ class ExportTest(FolderTest):
     self.assertEqual(tokenizer.decode(tokenizer(text)['input_ids'][1:]), text)
     self.assertEqual(tokenizer.mask_token_id, again.tokenizer.mask_id)
 
-  def test_a_moved_mask_moves_back(self):
-    # Tensors of LLaDA with the mask inside the vocabulary are exported as they
-    # were imported, bit for bit.
-    folder = self.folder()
-    source = write(folder / 'theirs', 'llada')
-    content = export.bytes_tokenizer()
-    content['model']['vocab'].pop(
-      next(text for text, i in content['model']['vocab'].items() if i == PLACE)
+  @parameterized.parameters(
+    ('llada', V + 1, PLACE),
+    ('dream', V + 1, 5),
+    ('fast-dllm', V + 1, 100),
+    ('a2d-qwen3', 151_936, 151_669),
+    ('sdar', 157_184, 156_895),
+  )
+  def test_a_moved_mask_moves_back(self, name, size, mask):
+    # Tensors with the mask inside the vocabulary are exported as they were
+    # imported, bit for bit, and with the same ids.
+    folder, tensors = self.folder(), tensors_of(name)
+    for key, x in tensors.items():
+      if len(x) == V + 1:
+        tensors[key] = np.resize(x, (size, D)) + np.arange(size)[:, None] / size
+    tensors = {key: x.astype(np.float32) for key, x in tensors.items()}
+    sizes = {key: size for key in ('vocab_size', 'embedding_size')}
+    if name != 'llada':
+      del sizes['embedding_size']
+    source = write(
+      folder / 'theirs', name, tensors, mask_token_id=mask, **sizes
     )
+    content = export.bytes_tokenizer()
+    vocab = content['model']['vocab']
+    for text in [text for text, i in vocab.items() if i == mask]:
+      del vocab[text]
+    content['added_tokens'] = [tokenizer_json.added_token(mask, '<mask>')]
     (pathlib.Path(source) / 'tokenizer.json').write_text(json.dumps(content))
     convert.import_checkpoint(source, str(folder / 'ours'))
-    export.export_checkpoint(str(folder / 'ours'), str(folder / 'out'))
-    found = tensor_files.open_tensors(folder / 'out', False)
-    expected = tensors_of('llada')
-    self.assertEqual(set(found.shapes), set(expected))
-    for name, x in expected.items():
-      np.testing.assert_array_equal(found.read(name), x, name)
-    foreign = tensor_files.read_json(folder / 'out' / 'config.json')
-    self.assertEqual(
-      (foreign['mask_token_id'], foreign['eos_token_id']), (PLACE, END)
+    tokenizer = load_tokenizer(folder / 'ours')
+    self.assertEqual(tokenizer.vocab_size, size)
+    np.testing.assert_array_equal(
+      tokenizer.swap_mask(np.array([mask, size - 1, 7])), [size - 1, mask, 7]
     )
+    out = folder / 'out'
+    export.export_checkpoint(str(folder / 'ours'), str(out), name)
+    found = tensor_files.open_tensors(out, False)
+    self.assertEqual(set(found.shapes), set(tensors))
+    for key, x in tensors.items():
+      np.testing.assert_array_equal(found.read(key), x, key)
+    for file in ('config.json', 'generation_config.json'):
+      foreign = tensor_files.read_json(out / file)
+      self.assertEqual(
+        (foreign['mask_token_id'], foreign['eos_token_id']), (mask, END)
+      )
+    # The tokenizer of the export also says it.
+    self.assertEqual(convert.find_tokens(out, {})[1], mask)
+
+  @parameterized.parameters('llada', 'dream', 'qwen3', 'llama', 'qwen2', 'gpt2')
+  def test_the_converter_of_llama_cpp_knows_the_names(self, family):
+    gguf = pytest.importorskip('gguf')
+    folder = self.folder()
+    workdir, _ = make_run(folder / 'run', **EXPORTS[family])
+    export.export_checkpoint(workdir, str(folder / 'out'), family)
+    architecture = gguf.MODEL_ARCH[family.upper()]
+    names = gguf.get_tensor_name_map(architecture, LAYERS)
+    found = tensor_files.open_tensors(folder / 'out', False).shapes
+    theirs = [names.get_name(x, ('.weight', '.bias')) for x in found]
+    self.assertNotIn(None, theirs)
+    self.assertLen(set(theirs), len(found))
 
   @parameterized.parameters('sentencepiece', 'gpt2')
   def test_the_tokenizer_goes_with_it(self, name):

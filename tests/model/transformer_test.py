@@ -957,6 +957,7 @@ class PartsTest(parameterized.TestCase):
     ('dtype', 'float8'),
     ('dropout', 1.0),
     ('rope_theta', 0.0),
+    ('rope_factor', 0.5),
     ('attention', 'flash'),
     ('attention', 'cudnn'),
   )

@@ -2,34 +2,37 @@
 
 A family is a subclass of `layout.Family` and a line in the dict.
 
-    family   files                  objective        compared with  difference
-    gpt2     safetensors            ar               transformers   9.5e-7
-    llama, mistral  safetensors     ar               transformers   3.4e-6
-    qwen2, qwen3  safetensors       ar               transformers   2.0e-6
-    llada    safetensors            masked           NumPy          3.1e-6
-    dream    safetensors            masked, shifted  transformers   2.6e-6
-    a2d-qwen3, a2d-qwen2, a2d-llama  safetensors  masked  its own code  3.7e-5
-    sdar     safetensors            block            its own code   8.6e-6
-    fast-dllm  safetensors          block, shifted   its own code   5.8e-5
-    mdlm     .ckpt, safetensors     masked           its own code   2.6e-6
-    bd3lm    .ckpt, safetensors     block            its own code   2.4e-6
-    duo      .ckpt, safetensors     uniform          its own code   3.6e-6
-    sedd     .pth, safetensors      sedd             its own code   2.6e-6
-    gidd     safetensors            hybrid           its own code   2.4e-6
-    md4      Orbax folder           masked           its own code   6.5e-5
+    family           objective        compared with  difference
+    gpt2             ar               transformers   9.5e-7
+    llama, mistral   ar               transformers   3.4e-6
+    qwen2, qwen3     ar               transformers   2.0e-6
+    llada            masked           its own code   3.7e-5
+    dream            masked, shifted  its own code   3.7e-5
+    a2d-*            masked           its own code   3.7e-5
+    sdar             block            its own code   8.6e-6
+    fast-dllm        block, shifted   its own code   5.8e-5
+    mdlm             masked           its own code   2.6e-6
+    bd3lm            block            its own code   2.4e-6
+    duo              uniform          its own code   3.6e-6
+    sedd             sedd             its own code   2.6e-6
+    gidd             hybrid           its own code   2.4e-6
+    md4              masked           its own code   6.5e-5
 
 The difference is the largest one of the logits, in float32, of small networks
-with random weights (transformers 5.24, the projects' own code, or a restatement
-in NumPy), of logits up to 12 where it is above 1e-5. No published file has been
-read; the shapes of LLaDA-8B and Dream-7B come to 8,015,581,184
-and 7,615,616,512 parameters. duo includes UDLM.
+with random weights (transformers 5.24 or 4.56); those above 1e-5 are of logits
+up to 12. No published file has been read; the shapes of LLaDA-8B and Dream-7B
+come to 8,015,581,184 and 7,615,616,512 parameters. duo includes UDLM.
+
+All are read from safetensors, mdlm, bd3lm and duo also from .ckpt, sedd from
+.pth, and md4 from its Orbax folder.
 
 Averaged weights are used if a file has them. What a family has and this network
-lacks is refused by name: scaled rotary positions, sliding windows, SEDD's
-uniform noise, GenMD4, missing or surplus tensors, another vocabulary, and every
-key of config.json that is neither supported nor listed as harmless. --family is
-for a config.json without model_type: a network of another type may compute
-something else with tensors of the same names.
+lacks is refused by name: scaled rotary positions other than Llama 3's, sliding
+windows shorter than data.length, SEDD's uniform noise, GenMD4, missing or
+surplus tensors, another vocabulary, and every key of config.json that is
+neither supported nor listed as harmless. --family is for a config.json without
+model_type: a network of another type may compute something else with tensors of
+the same names.
 """
 
 from nanodlm.interop.families.adapted import (
@@ -57,11 +60,11 @@ FAMILIES: dict[str, Family] = {
   'qwen3': Qwen3(),
   'llada': LLaDA(),
   'dream': Dream(),
+  'sdar': SDAR(),
+  'fast-dllm': FastDLLM(),
   'a2d-qwen3': A2DQwen3(),
   'a2d-qwen2': A2DQwen2(),
   'a2d-llama': A2DLlama(),
-  'sdar': SDAR(),
-  'fast-dllm': FastDLLM(),
   'mdlm': MDLM(),
   'bd3lm': BD3LM(),
   'sedd': SEDD(),

@@ -15,7 +15,10 @@ _DLLM = """dLLM loads it (github.com/ZHZisZZ/dllm):
 import dllm
 model = dllm.utils.get_model(model_name_or_path='THIS_FOLDER')
 tokenizer = dllm.utils.get_tokenizer(model_name_or_path='THIS_FOLDER')
-```"""
+sampler = dllm.core.samplers.MDLMSampler(model=model, tokenizer=tokenizer)
+```
+
+A model of blocks needs BD3LMSampler instead, and its block_size."""
 _SGLANG = """SGLang and LMDeploy serve this architecture:
 
 ```
@@ -60,33 +63,37 @@ class Dream(Masked, llama.Qwen2):
     return {**config, **own}
 
 
-class A2DQwen3(Masked, llama.Qwen3):
-  """A2D of the project dLLM: Qwen3 with full attention.
+class A2D(Masked):
+  """Mixed into a family: A2D of the project dLLM, with full attention.
 
   Source: github.com/ZHZisZZ/dllm, `A2DQwen3LMHeadModel`. The tokenizer alone
   says which id is the mask. Networks that it trained in blocks look the same:
-  import them with --config.objective.name=block, --config.objective.block_size.
+  import them with --config.objective.name=block --config.objective.block_size.
   """
 
-  model_types = ('a2d-qwen3',)
-  architectures = ('A2DQwen3LMHeadModel',)
+  also = ('block',)
   loading = _DLLM
 
 
-class A2DQwen2(Masked, llama.Qwen2):
+class A2DQwen3(A2D, llama.Qwen3):
+  """A2D with the parts of Qwen3: the default network of nanodlm."""
+
+  model_types = ('a2d-qwen3',)
+  architectures = ('A2DQwen3LMHeadModel',)
+
+
+class A2DQwen2(A2D, llama.Qwen2):
   """A2D with the parts of Qwen2."""
 
   model_types = ('a2d-qwen2',)
   architectures = ('A2DQwen2LMHeadModel',)
-  loading = _DLLM
 
 
-class A2DLlama(Masked, llama.Llama):
+class A2DLlama(A2D, llama.Llama):
   """A2D with the parts of Llama."""
 
   model_types = ('a2d-llama',)
   architectures = ('A2DLlamaLMHeadModel',)
-  loading = _DLLM
 
 
 class SDAR(InBlocks, Masked, llama.Qwen3):

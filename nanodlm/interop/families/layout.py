@@ -34,6 +34,7 @@ PLAIN = {
   'embedding_dim': 0,
   'num_positions': 0,
   'keep_rotary': False,
+  'rope_factor': 1.0,
   'norm': 'rms',
   'norm_bias': False,
   'attention_bias': 'none',
@@ -79,7 +80,8 @@ INERT = {
 }
 
 # How to load two of the families, for a model card.
-LLAMA_CPP = """llama.cpp's convert_hf_to_gguf.py knows these names of tensors:
+LLAMA_CPP = """The code that was published with this form loads it, and so does
+dLLM (github.com/ZHZisZZ/dllm). llama.cpp's converter knows the tensors:
 
 ```
 python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf
@@ -144,6 +146,7 @@ class Description:
     separator_id: id of the token that ends a document.
     start_id: id of the token that begins one; read if mask_id is None.
     max_length: tokens of the longest text that the network is made for.
+    window: tokens of a sliding window, which longer texts need; 0: none.
     settings: {'section.key': value}, on top of configs/base.py.
     tokenizer: `tokenizer.name` for a folder without a tokenizer.json, or ''.
     spare_ids: number of ids that are neither that tokenizer's nor the mask.
@@ -159,6 +162,7 @@ class Description:
   tokenizer: str = ''
   spare_ids: int = 0
   eos_ids: tuple[int, ...] = ()
+  window: int = 0
 
   def __post_init__(self):
     start = 'start_id' if self.mask_id is None else 'mask_id'
@@ -234,6 +238,8 @@ class Family:
     is_exportable: whether runs can be exported in this form.
     is_stock: whether transformers loads an export without remote code.
     objective: the `objective.name` that the network was trained with.
+    also: other objectives of runs that can be exported; an import does not see
+      them.
     has_mask: whether one of their ids is the mask.
     keys: {key of config.json: Key}.
     defaults: {key: value} for other keys that a config.json may leave out.
@@ -261,6 +267,7 @@ class Family:
   is_exportable: bool = True
   is_stock: bool = False
   objective: str = 'masked'
+  also: tuple[str, ...] = ()
   has_mask: bool = True
   keys: Mapping[str, Key] = {}
   defaults: Mapping[str, Any] = {}
@@ -428,8 +435,11 @@ class Family:
       for key, values in allowed.items()
       if getattr(network, key) not in values
     ]
-    if objective != self.objective:
+    if objective not in (self.objective, *self.also):
       found.insert(0, f'objective.name={objective!r}')
+    if network.block_size and network.causal:
+      # No form's clean copy is delayed, with positions that see earlier ones.
+      found.append('objective.ar_weight > 0')
     return ', '.join(found)
 
   def fields(self, network: ModelConfig) -> dict[str, Any]:
@@ -468,13 +478,6 @@ class InBlocks(Family):
   def settings(self, config, shapes):
     size = {'objective.block_size': config[self.block_key]}
     return {**super().settings(config, shapes), **size}
-
-  def misfit(self, network, objective):
-    found = super().misfit(network, objective)
-    if network.block_size and network.causal:
-      # nanodlm then delays the clean copy, whose positions see earlier ones.
-      found += ', ' * bool(found) + 'objective.ar_weight > 0'
-    return found
 
   def to_config(self, network, described):
     config = super().to_config(network, described)

@@ -1,17 +1,25 @@
-"""Llama, Mistral without a sliding window, Qwen2, Qwen2.5 and Qwen3.
+"""Llama, Mistral, Qwen2, Qwen2.5 and Qwen3.
 
 Source: arXiv 2302.13971, 2310.06825, 2407.10671, 2505.09388; names of tensors
-and settings as in Hugging Face's `LlamaForCausalLM` and so on.
+and settings as in Hugging Face's `LlamaForCausalLM` and so on. Sliding windows
+are read if they change nothing: if no text is longer.
 """
 
 import json
 
 from nanodlm.interop import tensors, tokenizer_json
-from nanodlm.interop.families.layout import Family, Key, refuse
+from nanodlm.interop.families.layout import Family, Key, refuse, require
+from nanodlm.model.layers import LONG_WAVE
 from nanodlm.types import InputError
 
 # {activation of a gated MLP: config.model.mlp}.
-GATED = {'silu': 'swiglu', 'swish': 'swiglu', 'gelu': 'geglu'}
+GATED = {
+  'silu': 'swiglu',
+  'swish': 'swiglu',
+  'gelu': 'geglu',
+  'gelu_pytorch_tanh': 'geglu_tanh',
+  'gelu_new': 'geglu_tanh',
+}
 # {whether the projections have biases: config.model.attention_bias}.
 BIASES = {False: 'none', True: 'all'}
 # The keys that the families after Llama share.
@@ -32,6 +40,12 @@ ROPE = {
   'rope_type': ('default', None),
   'type': ('default', None),
   'partial_rotary_factor': (1.0, None),
+}
+# What Llama 3's scaling of them has besides its factor.
+LLAMA3 = {
+  'low_freq_factor': 1.0,
+  'high_freq_factor': 4.0,
+  'original_max_position_embeddings': LONG_WAVE,
 }
 FLOAT32 = {'dtype': 'float32', 'torch_dtype': 'float32'}
 
@@ -91,29 +105,55 @@ class Llama(Family):
 
   def settings(self, config, shapes):
     del shapes
-    window, use = config.get('sliding_window'), config.get('use_sliding_window')
-    if window and use is not False:
-      raise InputError(
-        f'config.json: sliding_window={window!r} is not supported, only null, '
-        'with attention to the whole text'
-      )
-    for kind in config.get('layer_types') or ():
-      refuse({'layer_types': kind}, {'layer_types': ('full_attention',)})
     # Newer files keep the base of the rotary frequencies in rope_parameters.
     name = 'rope_scaling' if config.get('rope_scaling') else 'rope_parameters'
     rope = dict(config.get(name) or {})
-    theta = rope.pop('rope_theta', None)
-    for key, value in rope.items():
-      if value not in ROPE.get(key, (None,)):
+    theta, allowed, factor = rope.pop('rope_theta', None), ROPE, 1.0
+    if 'llama3' in (rope.get('rope_type'), rope.get('type')):
+      factor = float(rope.pop('factor'))
+      allowed = {
+        **ROPE,
+        **dict.fromkeys(('rope_type', 'type'), ('llama3', None)),
+      }
+      allowed |= {key: (value,) for key, value in LLAMA3.items()}
+    for key, value in {**dict.fromkeys(allowed), **rope}.items():
+      if value not in allowed.get(key, (None,)):
         raise InputError(
           f'config.json: {name}={rope!r} is not supported: {key} must be one '
-          f'of {ROPE.get(key, (None,))}'
+          f'of {allowed.get(key, (None,))}'
         )
-    return {'model.rope_theta': float(theta)} if theta else {}
+    theta = {'model.rope_theta': float(theta)} if theta else {}
+    return {**theta, 'model.rope_factor': factor}
+
+  def vocabulary(self, config, shapes):
+    found = super().vocabulary(config, shapes)
+    window, kinds = config.get('sliding_window'), config.get('layer_types')
+    for kind in kinds or ():
+      allowed = ('full_attention', 'sliding_attention')
+      refuse({'layer_types': kind}, {'layer_types': allowed})
+    slides = 'sliding_attention' in (kinds or ())
+    if slides:
+      require(config, 'sliding_window')
+    if window and (slides or config.get('use_sliding_window') is not False):
+      found |= {
+        'window': window,
+        'max_length': min(window, found['max_length']),
+      }
+    return found
+
+  def fixed(self, network):
+    return {**super().fixed(network), 'rope_factor': network.rope_factor}
+
+  def fields(self, network):
+    fields = super().fields(network)
+    if network.rope_factor != 1:
+      scaling = {'rope_type': 'llama3', 'factor': network.rope_factor}
+      fields['rope_scaling'] = {**scaling, **LLAMA3}
+    return fields
 
 
 class Mistral(Llama):
-  """Mistral without a sliding window."""
+  """Mistral, with texts no longer than its sliding window."""
 
   model_types = ('mistral',)
   architectures = ('MistralForCausalLM', 'MistralModel')
