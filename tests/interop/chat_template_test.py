@@ -1,0 +1,59 @@
+"""The chat template of a checkpoint, exported and imported."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from nanodlm import config as configs
+from nanodlm import lm as lms
+from nanodlm.data.tokenizers import chat
+from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
+from nanodlm.interop import convert, export
+from tests import workdirs
+
+SAID = [
+  {'role': 'system', 'content': 'Be brief.'},
+  {'role': 'user', 'content': ' Hi \n'},
+  {'role': 'assistant', 'content': 'Hello\n'},
+  {'role': 'user', 'content': 'Bye'},
+]
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+  pytest.importorskip('tokenizers')
+  folder = tmp_path_factory.mktemp('chat')
+  workdir = workdirs.make_workdir(folder / 'run', data__length=96)
+  tokenizer = chat.with_template(load_tokenizer(workdir), 'plain')
+  save_tokenizer(tokenizer, workdir)
+  export.export_checkpoint(str(workdir), str(folder / 'exported'))
+  # As if it were somebody else's.
+  shutil.rmtree(folder / 'exported' / convert.OWN)
+  return lms.load(str(workdir)), folder / 'exported'
+
+
+def test_a_checkpoint_brings_its_template(exported, tmp_path):
+  lm, folder = exported
+  workdir = str(tmp_path / 'run')
+  convert.import_checkpoint(str(folder), workdir)
+  settings = configs.make_settings(configs.read_run(workdir))
+  again = lms.load(workdir, settings=settings)
+  encode = lambda lm: chat.make_format(lm.tokenizer).encode(lm.tokenizer, SAID)
+  for ours, theirs in zip(encode(lm), encode(again)):
+    np.testing.assert_array_equal(ours, theirs)
+  options = {'num_samples': 2, 'num_steps': 4}
+  assert again.sample(SAID, **options) == lm.sample(SAID, **options)
+
+
+def test_ids_are_those_of_transformers(exported):
+  transformers = pytest.importorskip('transformers')
+  lm, folder = exported
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  ids = tokenizer.apply_chat_template(
+    SAID, add_generation_prompt=True, tokenize=True, return_dict=False
+  )
+  ours = chat.make_format(lm.tokenizer).encode(
+    lm.tokenizer, SAID, generation=True
+  )
+  assert lm.tokenizer.swap_mask(ours.ids).tolist() == ids
