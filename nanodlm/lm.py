@@ -115,14 +115,28 @@ class Choice(NamedTuple):
   is_exact: bool
 
 
+def _call(step: Callable[..., Any], *args: Any) -> Any:
+  return step(*args)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
-  """A run with its averaged parameters, of a step's checkpoint in `workdir`."""
+  """A run with its averaged parameters, of a step's checkpoint in `workdir`.
+
+  Attributes:
+    run: the settings and what is made from them.
+    params: the parameters.
+    step: training step of the checkpoint.
+    workdir: folder of the run.
+    call: runs a jitted function of `bound`, `choose` or `logits` on its
+      arguments; the server has it wait for its turn.
+  """
 
   run: Run
   params: Any
   step: int
   workdir: str
+  call: Callable[..., Any] = _call
 
   def __repr__(self) -> str:
     name = self.run.settings.objective['name']
@@ -281,7 +295,11 @@ class LanguageModel:
     `owner` [N] is the text of each row of the batch; see `bound`.
     """
     num_draws = num_draws or self.run.settings.eval.num_draws
-    score = make_score(self.run, num_draws=num_draws, batch_size=batch_size)
+    # A power of two, to compile fewer programs.
+    batch_size = min(batch_size, 1 << (len(batch.tokens) - 1).bit_length())
+    score = make_score(
+      self.run, num_draws=num_draws, batch_size=batch_size, call=self.call
+    )
     num = 1 if self.run.objective.exact else NUM_REPEATS
     repeats = []
     for key in jax.random.split(jax.random.key(seed), num):
@@ -416,11 +434,18 @@ class LanguageModel:
       if not 0 <= level <= 1:
         raise InputError(f'level={level!r} must be in [0, 1]')
       levels = np.full(len(rows), level, np.float32)
-    mesh = self.run.mesh
+    mesh, length = self.run.mesh, rows.shape[1]
     step = sample_steps.make_logits_step(self.run.scorer, mesh)
-    padded = whole_batch(self.run, rows), whole_batch(self.run, levels)
-    logits = step(self.params, *meshes.shard_whole_batch(mesh, padded))
-    logits = jax.device_get(logits)[: len(rows)]
+    size = -(-length // LENGTH_STEP) * LENGTH_STEP
+    size = max(min(size, self.run.settings.sample_length), length)
+    if length % (self.run.objective.block_size or 1):
+      size = length  # The last block would see the padding.
+    lengths = np.full(len(rows), length, np.int32)
+    rows = np.pad(rows, ((0, 0), (0, size - length)))
+    padded = (whole_batch(self.run, x) for x in (rows, levels, lengths))
+    padded = meshes.shard_whole_batch(mesh, tuple(padded))
+    logits = self.call(step, self.params, *padded)
+    logits = jax.device_get(logits)[: len(lengths), :length]
     return logits if ids.ndim == 2 else logits[0]
 
 
@@ -612,6 +637,7 @@ def make_score(
   num_draws: int,
   batch_size: int,
   objective: Objective | None = None,
+  call: Callable[..., Any] = _call,
 ) -> Callable[..., dict[str, np.ndarray]]:
   """Returns score(params, key, batch) -> values [N], for any N.
 
@@ -623,6 +649,7 @@ def make_score(
     num_draws: noise draws per row.
     batch_size: rows per network call, rounded up to the mesh's batch shards.
     objective: the form of the objective; None is its evaluation form.
+    call: runs the jitted function on its arguments.
   """
   if objective is None:
     objective = run.objective.evaluation()
@@ -639,7 +666,7 @@ def make_score(
     for first in range(0, num, batch_size):
       cut = lambda x: pad_rows(x[first : first + batch_size], batch_size)
       part = meshes.shard_whole_batch(run.mesh, jax.tree.map(cut, batch))
-      values = score_step(params, jax.random.clone(key), part)
+      values = call(score_step, params, jax.random.clone(key), part)
       parts.append(jax.device_get(values))
       countdown.count()
     return {

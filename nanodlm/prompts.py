@@ -69,6 +69,11 @@ def literal_braces(prompt: str) -> list[str]:
   return list(dict.fromkeys(re.findall(r'\{[^{}\0]*\}|[{}]', rest)))
 
 
+def has_choices(prompt: str) -> bool:
+  """Returns whether a prompt has a slot; see `split_choices`."""
+  return any(match.group(1) for match in _SLOTS.finditer(prompt))
+
+
 def split_choices(prompt: str) -> tuple[str, list[str], str]:
   """Splits a prompt at its slot, such as '{yes|no|maybe}'.
 

@@ -166,6 +166,35 @@ def sample_prompts(
     print(f'--- {page.path}: {size / 2**20:.2f} MiB', flush=True)
 
 
+def choose_texts(lm: LanguageModel, prompts: Sequence[str]):
+  """Prints the choices of prompts with a slot; see `LanguageModel.choose`.
+
+  Each prompt is a line of samples.jsonl, with 'choices' in place of a text.
+  """
+  chosen = [lm.choose(prompt) for prompt in prompts]
+  if jax.process_index():
+    return
+  for prompt, choices in zip(prompts, chosen):
+    kind = 'exact'
+    if not choices[0].is_exact:
+      kind = 'not exact: as if all bounds of -log p were equally tight'
+    shown = []
+    for choice in choices:
+      text = f'{choice.probability:.4f} {base.escape_controls(choice.text)!r}'
+      if not choice.is_exact:
+        text += f'  -log p <= {choice.nats:.2f} ± {choice.nats_ci95:.2f} nats'
+      shown.append(text)
+    print(f'--- probabilities of the choices, {kind}, prompt {prompt!r}')
+    print('\n'.join(shown), flush=True)
+    line = {
+      'prompt': prompt,
+      'shown': '\n'.join(shown),
+      'choices': [choice._asdict() for choice in choices],
+      'step': lm.step,
+    }
+    workdirs.append(lm.workdir, workdirs.SAMPLES, line)
+
+
 def make_draw(
   run: Run, packed: PackedData, writer: Any, workdir: str
 ) -> Callable[[int, Any], None]:

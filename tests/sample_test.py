@@ -1,5 +1,8 @@
 """Several samplers for one model, from the command line's text."""
 
+import json
+import pathlib
+
 import pytest
 
 from nanodlm import lm as lms
@@ -55,3 +58,25 @@ def test_parse_sampler():
 def test_wrong_samplers(lm, text, message):
   with pytest.raises(InputError, match=f'(?s)--samplers=.*{message}'):
     sample.with_samplers(lm, [text])
+
+
+def test_choices_are_printed_and_written(lm, capsys):
+  prompts = ['ab {x|y}', 'ab {xy|z}']
+  sample.choose_texts(lm, prompts)
+  printed = capsys.readouterr().out
+  text = (pathlib.Path(lm.workdir) / 'samples.jsonl').read_text()
+  lines = [json.loads(line) for line in text.splitlines()]
+  assert [line['prompt'] for line in lines] == prompts
+  for line, exact in zip(lines, (True, False)):
+    expected = [one._asdict() for one in lm.choose(line['prompt'])]
+    assert line['choices'] == expected and line['step'] == 0
+    assert line['shown'] in printed
+    for one in expected:
+      assert one['is_exact'] == exact
+      assert f'{one["probability"]:.4f} {one["text"]!r}' in printed
+  assert 'nats' not in lines[0]['shown']
+  assert f'{expected[0]["nats"]:.2f} ±' in lines[1]['shown']
+  with pytest.raises(InputError, match='2 slots'):
+    sample.choose_texts(lm, ['ab {x|y}', '{a|b} {c|d}'])
+  # Nothing is written if one of the prompts is wrong.
+  assert (pathlib.Path(lm.workdir) / 'samples.jsonl').read_text() == text

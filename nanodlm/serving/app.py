@@ -14,6 +14,8 @@ Routes; bodies are JSON, and /openapi.json describes every field:
     POST /api/tokenize     the ids and texts of the tokens of `text`
     POST /api/generate     fills the gaps of a text
     POST /api/stream       the same, with an event for each network call
+    POST /api/score        bounds the log-probability of texts
+    POST /api/choose       the probability of each choice of a {yes|no} slot
     POST /v1/completions   completions as in OpenAI's API
     POST /v1/chat/completions
                            answers to conversations, if there is a chat template
@@ -56,15 +58,24 @@ number of times, at least 32 tokens; but networks that know the time, and
 samplers with a cache of the whole canvas, compile a program for each length. A
 client that disconnects cancels its texts.
 
+/api/score takes `texts`, one or several, and answers with the nats and bits per
+byte of each: an upper bound on -log p with its 95% interval, or the exact value
+(`is_exact`). /api/choose takes a `prompt` with one slot, such as 'The sky is
+{blue|green}.', and answers with the probability of each choice, and whether it
+is exact; see LanguageModel.choose. Both are computed one after the other, in
+steps that take turns with the batches of texts.
+
 Limits. A prompt and its gaps fit in sampler.length tokens (by default
 data.length). A request asks for at most 16 texts of each of 16 prompts, 64
 texts in all, with 1024 steps and 4 stops of 200 characters; its body has at
 most 256 KiB, which arrive within 10 s. At most 64 texts of a client wait, and
-256 of all clients. There are at most 512 connections;
-those that send no whole head of a request within 10 to 20 s are closed and, on
-Linux, those whose client reads nothing for 30 s. A quiet stream has a comment
-every 5 s. SIGINT and SIGTERM end the streams within 5 s; the exit status is 128
-+ the number of the signal.
+256 of all clients. A request scores at most 64 texts, which fill at most 64
+rows of data.length tokens, or 64 choices; at most 4 such requests of a client
+wait, and 32 of all clients. There are at most 512 connections; those that send
+no whole head of a request within 10 to 20 s are closed and, on Linux, those
+whose client reads nothing for 30 s. A quiet stream has a comment every 5 s.
+SIGINT and SIGTERM end the streams within 5 s; the exit status is 128 + the
+number of the signal.
 
 Errors are {"error": {"message", "type", "param", "code"}}, as in OpenAI's API,
 or the last event of a stream:
@@ -303,6 +314,18 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     events = model.events(submission, body.logprobs, bool(body.messages))
     return EventStream(submission, events, 'error')
 
+  @app.post('/api/score', summary='Bound the log-probability of texts')
+  async def score(
+    body: schemas.ScoreRequest, request: fastapi.Request
+  ) -> schemas.ScoreResponse:
+    return schemas.ScoreResponse(**await model.score(request, body))
+
+  @app.post('/api/choose', summary='Compare the texts that can fill a slot')
+  async def choose(
+    body: schemas.ChooseRequest, request: fastapi.Request
+  ) -> schemas.ChooseResponse:
+    return schemas.ChooseResponse(**await model.choose(request, body))
+
 
 def make_server(model: Service, host: str) -> uvicorn.Server:
   """Builds a server to be run on a socket that listens on `host`."""
@@ -385,7 +408,8 @@ def main(start: Start) -> int:
   begin = time.monotonic()
   engine.start()
   name = pages.printable(pathlib.Path(lm.workdir).resolve().name)
-  server = make_server(Service(engine, name), host)
+  model = Service(engine, name)
+  server = make_server(model, host)
   received = []
 
   def stop(number, frame):
@@ -420,6 +444,8 @@ def main(start: Start) -> int:
     serving.result()
   log.info('stopped')
   status = 128 + received[0] if received else 0
-  if not has_ended:  # A compilation cannot be interrupted.
+  if (
+    model.is_computing or not has_ended
+  ):  # A compilation cannot be interrupted.
     multihost.leave(status)
   return status

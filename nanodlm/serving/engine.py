@@ -1,8 +1,9 @@
 """Fills the canvases of many clients on one device; knows nothing of HTTP.
 
-One thread owns the device. It samples a batch of rows at a time, taken from all
-clients whose rows share a compiled program, while another thread compiles. A
-row's tokens do not depend on the rest of its batch (`make_rows_step`).
+One thread samples a batch of rows at a time, taken from all clients whose rows
+share a compiled program, while another thread compiles. A row's tokens do not
+depend on the rest of its batch (`make_rows_step`). Between two batches the
+device takes one step of what another thread computes (`Engine.call`).
 """
 
 import collections
@@ -59,6 +60,20 @@ class Choice(NamedTuple):
   num_steps: int | None
   sampler: Sampler
   pads: bool
+
+
+class _Turns:
+  """A lock that two threads take in turns."""
+
+  def __init__(self):
+    self._next, self._held = threading.Lock(), threading.Lock()
+
+  def __enter__(self):
+    with self._next:
+      self._held.acquire()
+
+  def __exit__(self, *_):
+    self._held.release()
 
 
 class _Group(NamedTuple):
@@ -161,10 +176,27 @@ class Engine:
     self._programs = collections.OrderedDict[tuple[_Group, int], Any]()
     self._errors: dict[tuple[_Group, int], str] = {}
     self._warm_up: list[tuple[_Group, int]] = []
+    self._device = _Turns()
+    self._steps = collections.OrderedDict[Any, Any]()
     self._threads = [
       threading.Thread(target=target, daemon=True)
       for target in (self._sample_all, self._compile_all)
     ]
+
+  def call(self, step: Any, *args: Any) -> Any:
+    """Runs a jitted function between two batches; compiles it before.
+
+    One thread at a time calls this.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    key = step, tree, *((x.shape, x.dtype) for x in leaves)
+    if key not in self._steps:
+      self._steps[key] = step.lower(*args).compile()
+    self._steps.move_to_end(key)
+    if len(self._steps) > MAX_PROGRAMS:
+      self._steps.popitem(last=False)
+    with self._device:
+      return jax.device_get(self._steps[key](*args))
 
   def start(self, warm_up: bool = True):
     """Starts the threads.
@@ -306,7 +338,8 @@ class Engine:
           self._changed.wait()
         self._current, program, size = batch
       try:
-        self._fill(self._current, program, size)
+        with self._device:
+          self._fill(self._current, program, size)
       except Exception:
         # The cause may be specific to this batch, so the thread continues.
         log.exception('sampling a batch failed')

@@ -11,6 +11,8 @@ from nanodlm.show import watch
 MAX_SAMPLES = 16
 MAX_PROMPTS = 16
 MAX_STEPS = 1024
+# Rows of data.length tokens that one request scores, and choices of a slot.
+MAX_SCORED = 64
 MAX_SEED = 2**32 - 1
 MAX_BODY_BYTES = 2**18
 
@@ -21,6 +23,7 @@ _Temperature = Annotated[
   float, Field(ge=0, le=categorical.MAX_TEMPERATURE, allow_inf_nan=False)
 ]
 _TopP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+_Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 _Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 _Zero = Annotated[float, Field(ge=0, le=0)]
 _Alternatives = Annotated[int, Field(ge=0, le=watch.NUM_ALTERNATIVES)]
@@ -48,7 +51,7 @@ class Sampling(_Request):
   top_p: _TopP | None = None
   """Draws from the smallest set of tokens that is at least this probable; 0:
   the most probable token."""
-  seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
+  seed: _Seed | None = None
   """The same seed gives the same texts. The default is a random seed, or 0 if
   the most probable tokens are taken, in every text of the request: they differ
   only by the order in which tokens are drawn."""
@@ -152,6 +155,76 @@ class GenerateResponse(_Response):
   seed: int
   sampler: dict[str, Any]
   samples: list[Sample]
+
+
+class ScoreRequest(_Request):
+  """Texts, in which braces are literal."""
+
+  texts: str | list[str]
+  """A text longer than data.length is split into rows that are scored
+  independently; 64 rows in all are allowed."""
+  seed: _Seed = 0
+  """Seed of the noise of a bound."""
+  user: _Name | None = None
+  """See /api/generate."""
+
+
+class Score(_Response):
+  """An upper bound on -log p(text), or its exact value."""
+
+  nats: float
+  """The bound for the whole text."""
+  nats_ci95: float
+  """Half width of its 95% interval over the noise; 0 if it is exact."""
+  bits_per_byte: float
+  bits_per_byte_ci95: float
+  num_tokens: int
+  num_bytes: int
+  is_exact: bool
+
+
+class ScoreResponse(_Response):
+  """The scores of texts, in their order."""
+
+  model: str
+  step: int
+  scores: list[Score]
+
+
+class ChooseRequest(_Request):
+  """A text with one slot."""
+
+  prompt: str = Field(examples=['The sky is {blue|green}.'])
+  """A text in which {blue|green} is a slot for one of several texts, up to 64.
+  {{ and }} are literal braces. It may have gaps, as in /api/generate, if each
+  choice is one token and the model predicts masked tokens."""
+  seed: _Seed = 0
+  """Seed of the noise of a bound."""
+  user: _Name | None = None
+  """See /api/generate."""
+
+
+class Choice(_Response):
+  """One of the texts that can fill the slot."""
+
+  text: str
+  probability: float
+  """Among the choices. If `nats` are bounds, what it would be if all of them
+  were equally tight."""
+  nats: float
+  """-log p(text | the rest), or of the whole text with it."""
+  nats_ci95: float
+  """Half width of its 95% interval over the noise; 0 if it is exact."""
+  is_exact: bool
+  """Whether `nats` is the exact value; if not, it is an upper bound."""
+
+
+class ChooseResponse(_Response):
+  """The choices, in their order in the prompt."""
+
+  model: str
+  step: int
+  choices: list[Choice]
 
 
 class TokenizeRequest(_Request):

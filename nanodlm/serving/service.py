@@ -1,11 +1,15 @@
 """What the routes share: the model, the rows of a request, errors, events."""
 
 import asyncio
+import collections
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
+from concurrent import futures
 import contextlib
+import dataclasses
 import functools
 import json
 import secrets
+import threading
 from typing import Any
 
 import fastapi
@@ -13,7 +17,9 @@ from fastapi import responses
 import numpy as np
 
 from nanodlm import lm as lms
+from nanodlm import prompts
 from nanodlm import run as runs
+from nanodlm.lm import LanguageModel
 from nanodlm.noise import categorical
 from nanodlm.serving import schemas
 from nanodlm.serving.engine import Engine, FullError, Row
@@ -24,6 +30,11 @@ from nanodlm.types import InputError
 HEARTBEAT_SECS = 5.0
 COMMENT = b': nanodlm\n\n'
 RETRY_AFTER_SECS = 2
+# Scores and choices that wait or are computed, of all clients and of one.
+MAX_JOBS = 32
+MAX_CLIENT_JOBS = 4
+# Rows of a text that are scored between two batches.
+ROWS_PER_STEP = 16
 
 # The settings of a draw, in the config and in requests.
 DRAW = ('temperature', 'top_k', 'top_p')
@@ -55,6 +66,18 @@ class ApiError(fastapi.HTTPException):
     )
 
 
+def queue_full(status: int, message: str) -> ApiError:
+  """An error that asks the client to retry later."""
+  headers = {'Retry-After': str(RETRY_AFTER_SECS)}
+  return ApiError(status, message, 'queue_full', headers)
+
+
+def client_of(request: fastapi.Request, user: str | None) -> Hashable:
+  """Returns whose turns a request uses: a connection's or a named user's."""
+  host, port = request.client or ('', 0)
+  return host, user or port
+
+
 def make_event(name: str | None, data: Any) -> bytes:
   """A server-sent event with JSON data."""
   head = f'event: {name}\n' if name else ''
@@ -83,9 +106,8 @@ class Submission:
       if waiting := [row for row in rows if not row.is_over]:
         engine.submit(client, waiting, notify)
     except FullError as error:
-      headers = {'Retry-After': str(RETRY_AFTER_SECS)}
       status = 503 if engine.is_closing else 429
-      raise ApiError(status, str(error), 'queue_full', headers) from error
+      raise queue_full(status, str(error)) from error
 
   def cancel(self):
     """Drops the rows that are not done."""
@@ -169,6 +191,8 @@ class Service:
     self.engine, self.name = engine, name
     self.run, self.step = engine.lm.run, engine.lm.step
     self.tokenizer = engine.lm.tokenizer
+    self._pool, self.is_computing = futures.ThreadPoolExecutor(1), False
+    self._jobs = collections.Counter[Hashable]()
 
   @functools.cached_property
   def info(self) -> dict[str, Any]:
@@ -262,8 +286,89 @@ class Service:
           row.logprobs = watch.Logprobs(len(row.tokens))
         row.state = 'waiting' if np.any(row.tokens == draw.mask_id) else 'done'
         rows.append(row)
-    host, port = request.client or ('', 0)
-    return Submission(self.engine, (host, body.user or port), rows)
+    return Submission(self.engine, client_of(request, body.user), rows)
+
+  async def compute(
+    self,
+    request: fastapi.Request,
+    user: str | None,
+    work: Callable[[LanguageModel], Any],
+  ) -> Any:
+    """Returns work(lm), computed in a thread between the batches.
+
+    Raises:
+      ApiError: too many are waiting, the client has left, or the server stops.
+    """
+    client, is_unwanted = client_of(request, user), threading.Event()
+    num, num_own = self._jobs.total(), self._jobs[client]
+    if num >= MAX_JOBS or num_own >= MAX_CLIENT_JOBS:
+      message = (
+        f'{num} scores and choices are being computed, {num_own} of them '
+        f'yours; at most {MAX_JOBS} are allowed, and {MAX_CLIENT_JOBS} yours'
+      )
+      raise queue_full(429, message)
+
+    def call(step: Any, *args: Any) -> Any:
+      if is_unwanted.is_set():
+        raise futures.CancelledError
+      return self.engine.call(step, *args)
+
+    def run() -> Any:
+      self.is_computing = True
+      try:
+        return work(dataclasses.replace(self.engine.lm, call=call))
+      finally:
+        self.is_computing = False
+
+    job = asyncio.get_running_loop().run_in_executor(self._pool, run)
+    self._jobs[client] += 1
+    try:
+      while not (await asyncio.wait([job], timeout=1.0))[0]:
+        if self.engine.is_closing:
+          raise queue_full(503, 'the server is stopping')
+        if await request.is_disconnected():
+          raise ApiError(499, 'the client has closed the connection')
+      return job.result()
+    finally:
+      is_unwanted.set()
+      job.cancel()
+      self._jobs.subtract([client])
+      self._jobs = +self._jobs  # Without clients that have none.
+
+  async def score(
+    self, request: fastapi.Request, body: schemas.ScoreRequest
+  ) -> dict[str, Any]:
+    """Returns the `schemas.ScoreResponse` of texts."""
+    texts = [body.texts] if isinstance(body.texts, str) else body.texts
+    longest, most = self.run.settings.data.length, schemas.MAX_SCORED
+    sizes = map(len, self.tokenizer.encode_batch(texts))
+    num_rows = sum(-(-size // longest) for size in sizes)
+    if not 0 < len(texts) <= most or num_rows > most:
+      raise InputError(
+        f'texts: {len(texts)} texts make {num_rows} rows of {longest} tokens '
+        f'(data.length); at most {most} of each are allowed, at least one text'
+      )
+    work = lambda lm: lm.bound(texts, seed=body.seed, batch_size=ROWS_PER_STEP)
+    bounds = await self.compute(request, body.user, work)
+    scores = [bound._asdict() for bound in bounds]
+    return {'model': self.name, 'step': self.step, 'scores': scores}
+
+  async def choose(
+    self, request: fastapi.Request, body: schemas.ChooseRequest
+  ) -> dict[str, Any]:
+    """Returns the `schemas.ChooseResponse` of a prompt with a slot."""
+    before, choices, after = prompts.split_choices(body.prompt)
+    size = len(self.tokenizer.encode(before + max(choices, key=len) + after))
+    most, length = schemas.MAX_SCORED, self.engine.length
+    if len(choices) > most or size > length:
+      raise InputError(
+        f'prompt: {len(choices)} choices, {size} tokens with the longest of '
+        f'them; at most {most} choices and {length} tokens are allowed'
+      )
+    work = lambda lm: lm.choose(body.prompt, seed=body.seed)
+    chosen = await self.compute(request, body.user, work)
+    named = [choice._asdict() for choice in chosen]
+    return {'model': self.name, 'step': self.step, 'choices': named}
 
   def score_tokens(
     self, row: Row, places: Sequence[int] | np.ndarray, num_top: int

@@ -7,7 +7,9 @@ r"""--mode=sample: samples of a run, printed, drawn live, and kept as a page.
 
 '{}' takes an equal share of the free space, '{12}' is 12 tokens; a prompt
 without a gap is continued; '{{' and '}}' are braces. --prompt_file reads many,
-{"prompt": "def f("} on each line. Samples are printed and appended to
+{"prompt": "def f("} on each line. For a prompt with a slot, such as 'The sky is
+{blue|green}.', the probability of each choice is printed first, and whether it
+is exact; nothing is sampled. Samples are printed and appended to
 samples.jsonl. In a terminal the canvases are shown while they are filled
 (--nolive: not): the prompt cyan, masked tokens dim, new ones green, changed
 ones yellow, and a cross for one that is masked again. Settings that --samplers
@@ -35,7 +37,8 @@ def define_flags():
     'prompt',
     [],
     'A text with gaps, {} of automatic size or {12} of 12 tokens; a prompt '
-    'without a gap is continued. Doubled braces are literal. May be repeated.',
+    'without a gap is continued. Of a slot such as {yes|no}, the probability '
+    'of each choice is printed. Doubled braces are literal. May be repeated.',
   )
   flags.DEFINE_string(
     'prompt_file',
@@ -78,9 +81,18 @@ def main(start: Start) -> int:
   samplers = sample.split_samplers(options.samplers)
   display = live.make_display()
   page = _make_page(options.html, options['alternatives'])
+  slots = [text for text in texts if prompts.has_choices(text)]
+  others = [text for text in texts if text not in slots]
+  if slots and not others and (samplers or page):
+    raise InputError(
+      f'prompt={slots[0]!r}: --samplers and --html are ignored, since nothing '
+      'is sampled for a slot'
+    )
   lm = lms.load(start.workdir, settings=settings)
-  sample.check_prompts(lm, texts)
-  sample.sample_prompts(lm, texts, samplers, display, page)
+  sample.check_prompts(lm, others)
+  sample.choose_texts(lm, slots)
+  if others or not slots:
+    sample.sample_prompts(lm, others, samplers, display, page)
   return 0
 
 

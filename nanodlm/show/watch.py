@@ -129,6 +129,7 @@ class Written(NamedTuple):
 
   @classmethod
   def make(cls, canvas: Canvas, mask_id: int, logits_again: Any) -> 'Written':
+    """Makes the references for a canvas that no call has seen."""
     nothing = canvas.tokens != canvas.tokens
     blank = jnp.where(nothing, canvas.tokens, mask_id)
     tokens, shown, known = map(jax.new_ref, (canvas.tokens, blank, nothing))

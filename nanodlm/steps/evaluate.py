@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -52,6 +53,7 @@ def make_eval_step(
   return jax.jit(sharded, out_shardings=meshes.replicated(mesh))
 
 
+@functools.lru_cache(maxsize=16)
 def make_score_step(
   scorer: Scorer, mesh: jax.sharding.Mesh, *, num_draws: int
 ) -> Callable[[Any, jax.Array, Batch], dict[str, jax.Array]]:

@@ -1,6 +1,7 @@
 """Sampling steps: run a sampler and a network on a mesh."""
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from nanodlm.noise import categorical
 from nanodlm.show import watch
 from nanodlm.steps import network
 from nanodlm.steps.network import Scorer
-from nanodlm.types import Canvas, Sampler, Samples
+from nanodlm.types import Canvas, Objective, Sampler, Samples
 
 
 def make_sample_step(
@@ -109,13 +110,9 @@ def make_rows_step(
   `make_sample_step`; the sampler's own draw is replaced.
   """
   objective = scorer.objective
-  is_one_way = objective.causal or objective.block_size
 
   def step(params, rows):
-    segment_ids = None
-    if not is_one_way:
-      where = jnp.arange(rows.tokens.shape[1])[None]
-      segment_ids = (where >= rows.length[:, None]).astype(jnp.int32)
+    segment_ids = _segments(objective, rows.tokens, rows.length)
     draw = categorical.RowDraw(
       objective.mask_id, rows.temperature, rows.top_k, rows.top_p
     )
@@ -128,23 +125,41 @@ def make_rows_step(
   return _jit(step, scorer, mesh, P(meshes.BATCH_AXES))
 
 
+def _segments(
+  objective: Objective, tokens: jax.Array, length: jax.Array
+) -> jax.Array | None:
+  """Returns the segments [B, L] of tokens and of padding after `length` [B].
+
+  None for a network that does not see what is after a token or its block.
+  """
+  if objective.causal or objective.block_size:
+    return None
+  where = jnp.arange(tokens.shape[1])[None]
+  return (where >= length[:, None]).astype(jnp.int32)
+
+
+@functools.lru_cache(maxsize=16)
 def make_logits_step(
   scorer: Scorer, mesh: jax.sharding.Mesh
-) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-  """Builds the jitted (params, tokens [B, L], level [B]) -> logits [B, L, V].
+) -> Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]:
+  """Builds the jitted (params, tokens, level, length) -> logits [B, L, V].
 
-  B is a multiple of the mesh's batch shards.
+  tokens [B, L] are arbitrary after the first `length` [B] of each row, which do
+  not attend to the others. B is a multiple of the mesh's batch shards.
   """
 
-  def step(params, tokens, level):
+  def step(params, tokens, level, length):
     denoise = network.Denoiser(
-      scorer.network, scorer.objective, scorer.network.gather(params)
+      scorer.network,
+      scorer.objective,
+      scorer.network.gather(params),
+      _segments(scorer.objective, tokens, length),
     )
     where = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     return denoise(tokens, level, jnp.broadcast_to(where, tokens.shape))
 
   rows = P(meshes.BATCH_AXES)
   sharded = jax.shard_map(
-    step, mesh=mesh, in_specs=(scorer.specs(), rows, rows), out_specs=rows
+    step, mesh=mesh, in_specs=(scorer.specs(), rows, rows, rows), out_specs=rows
   )
   return jax.jit(sharded, out_shardings=meshes.replicated(mesh))

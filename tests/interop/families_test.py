@@ -1,6 +1,5 @@
 """Tests of imports and exports, with the families of decoders."""
 
-import dataclasses
 import functools
 import json
 import pathlib
