@@ -14,6 +14,10 @@ A folder needs no network. The workdir is like any other: for --mode=sample,
 --config.checkpoint.init_from=runs/llada, which without --config takes over the
 settings of the model too.
 
+The config.json says what the network is, and the tokenizer's own files which id
+is the mask, if the config.json does not. data.length is at most 1024, and no
+longer than a sliding window of the checkpoint, which has no effect then.
+
 Pickles (.ckpt, .pth, .bin) are refused without --allow_pickle, and then read as
 weights only. A .ckpt keeps its settings as Python objects and MD4 keeps none,
 so a config.json must lie next to them, such as {"model_type": "mdlm",

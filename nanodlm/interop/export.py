@@ -1,6 +1,6 @@
 """Exports a run: safetensors, config.json, tokenizer and a model card.
 
-    python launch.py --mode=export --workdir=runs/quickstart --output=out
+    python launch.py --mode=export --workdir=runs/docs --output=out
 
 What else loads it, which the model card repeats, depends on the network, of
 which the first is the default one, and on the objective:
@@ -11,12 +11,14 @@ which the first is the default one, and on the objective:
     qk_norm                    block      sdar        SGLang, LMDeploy
     qk_norm=False              ar         llama       transformers, llama.cpp
     qk_norm=False              masked     llada       dLLM, llama.cpp
+    qk_norm=False              block      a2d-llama   dLLM
     that, attention_bias=qkv   ar         qwen2       transformers, llama.cpp
     that and shift_outputs     masked     dream       dLLM, llama.cpp
     that and shift_outputs     block      fast-dllm   its own code
 
-GPT-2's network is written as gpt2, DiT's as mdlm, bd3lm or sedd, others under
-our own names; --family chooses another form that fits. Every export also has
+GPT-2's network is written as gpt2, that of MDLM as mdlm, bd3lm or sedd, and
+others, such as that of configs/quickstart.py with its learned positions, under
+our own names. --family chooses another form that fits. Every export also has
 the folder `nanodlm`, from which --mode=import reads the run back exactly.
 
 Autoregressive texts begin with the mask's id, which tokenizer.json puts there.

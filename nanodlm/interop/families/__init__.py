@@ -20,8 +20,10 @@ A family is a subclass of `layout.Family` and a line in the dict.
 
 The difference is the largest one of the logits, in float32, of small networks
 with random weights (transformers 5.24 or 4.56); those above 1e-5 are of logits
-up to 12. No published file has been read; the shapes of LLaDA-8B and Dream-7B
-come to 8,015,581,184 and 7,615,616,512 parameters. duo includes UDLM.
+up to 12. No published weights have been read. The shapes of LLaDA-8B come to
+8,015,581,184 parameters, those of SDAR-8B to 8,190,735,360, and those of
+Dream-7B and Fast-dLLM v2 7B to 7,615,616,512, and the names of the tensors are
+those in the published indices of the last one and of SDAR. duo includes UDLM.
 
 All are read from safetensors, mdlm, bd3lm and duo also from .ckpt, sedd from
 .pth, and md4 from its Orbax folder.

@@ -85,7 +85,7 @@ dLLM (github.com/ZHZisZZ/dllm). llama.cpp's converter knows the tensors:
 
 ```
 python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf
-llama-diffusion-cli -m model.gguf -p PROMPT
+llama-diffusion-cli -m model.gguf -p PROMPT -ub 512 --diffusion-eps 0.001
 ```
 
 It refuses tokenizers that llama.cpp does not know, such as bytes."""
