@@ -28,7 +28,7 @@ def exported(tmp_path_factory):
   tokenizer = chat.with_template(load_tokenizer(workdir), 'plain')
   save_tokenizer(tokenizer, workdir)
   export.export_checkpoint(str(workdir), str(folder / 'exported'))
-  # As if it were somebody else's.
+  # As if another program had written it.
   shutil.rmtree(folder / 'exported' / convert.OWN)
   return lms.load(str(workdir)), folder / 'exported'
 

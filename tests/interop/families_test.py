@@ -1,5 +1,6 @@
 """Tests of imports and exports, with the families of decoders."""
 
+import dataclasses
 import functools
 import json
 import pathlib
