@@ -39,6 +39,7 @@ MODES = {
   'serve': 'nanodlm.serving.app',
   'compare': 'nanodlm.evals.compare',
   'study': 'nanodlm.evals.study',
+  'zeroshot': 'nanodlm.evals.zeroshot',
   'report': 'nanodlm.show.report',
   'prepare': 'nanodlm.data.prepare',
   'compile': 'nanodlm.perf.compile',
