@@ -185,7 +185,12 @@ class Completions:
     return self._model.tokenizer.decode(np.array(prompt, np.int32))
 
   def _spell(self, i: int, row: Row, num_tokens: int) -> list[Part]:
-    """The first tokens of completion i, whose texts are its text."""
+    """The first tokens of completion i, whose texts are its text.
+
+    None of them without log-probabilities; likewise of `_spell_echo`.
+    """
+    if not self._has_logprobs:
+      return []
     places, is_blank = np.flatnonzero(~row.fixed), not row.fixed[:1].any()
     ids = row.canvas[places[:num_tokens]]
     texts = self._model.tokenizer.spell(ids, is_start=is_blank)
@@ -217,7 +222,9 @@ class Completions:
     for (own, top), text in zip(found, texts):
       # The best of several tokens with the same text; the token itself always.
       named = {name: value for _, name, value in reversed(top)}
-      alternatives.append(None if own is None else {**named, text: own})
+      named |= {} if own is None else {text: own}
+      best_first = sorted(named, key=lambda name: -named[name])
+      alternatives.append({name: named[name] for name in best_first} or None)
     ends = start + np.cumsum([len(text) for text in texts], dtype=int)
     return {
       'definition': 'reveal',

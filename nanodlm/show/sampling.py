@@ -7,14 +7,16 @@ r"""--mode=sample: samples of a run, printed, drawn live, and kept as a page.
 
 '{}' takes an equal share of the free space, '{12}' is 12 tokens; a prompt
 without a gap is continued; '{{' and '}}' are braces. --prompt_file reads many,
-{"prompt": "def f("} on each line. For a prompt with a slot, such as 'The sky is
-{blue|green}.', the probability of each choice is printed first, and whether it
-is exact; nothing is sampled. Samples are printed and appended to
+{"prompt": "def f("} on each line. Samples are printed and appended to
 samples.jsonl. In a terminal the canvases are shown while they are filled
 (--nolive: not): the prompt cyan, masked tokens dim, new ones green, changed
 ones yellow, and a cross for one that is masked again. Settings that --samplers
 leaves out are the run's for its own sampler, and the defaults of
 configs/base.py for others.
+
+For a prompt with a slot, such as 'The sky is {blue|green}.', nothing is
+sampled: the probability of each choice is printed, before all samples, and
+whether it is exact. Its line in samples.jsonl has them as 'choices'.
 """
 
 from absl import flags

@@ -88,7 +88,8 @@ def table_of(scorer, params):
   """Logits of the composite network on every canvas, [64, L, V]."""
   step = sample_steps.make_logits_step(scorer, one_device())
   canvases = toys.CANVASES
-  return np.array(step(params, canvases, jnp.zeros(len(canvases))))
+  level, length = jnp.zeros(len(canvases)), jnp.full(len(canvases), LENGTH)
+  return np.array(step(params, canvases, level, length))
 
 
 SAMPLERS = {
