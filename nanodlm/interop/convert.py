@@ -333,8 +333,8 @@ def find_tokens(
     return [i for i in dict.fromkeys(found) if i is not None], mask
   except (LookupError, TypeError, ValueError, AttributeError) as error:
     raise InputError(
-      f'the ids that end a text cannot be read from {names} in {folder}: '
-      f'{error!r}'
+      f'the ids of the mask and of the ends of a text cannot be read from '
+      f'{names} in {folder}: {error!r}'
     ) from error
 
 

@@ -6,13 +6,13 @@ What else loads it, which the model card repeats, depends on the network, of
 which the first is the default one, and on the objective:
 
     network                    objective  family      loads it
-    qk_norm                    ar         qwen3       transformers, llama.cpp
+    qk_norm                    ar         qwen3       transformers
     qk_norm                    masked     a2d-qwen3   dLLM
     qk_norm                    block      sdar        SGLang, LMDeploy
-    qk_norm=False              ar         llama       transformers, llama.cpp
+    qk_norm=False              ar         llama       transformers
     qk_norm=False              masked     llada       dLLM, llama.cpp
     qk_norm=False              block      a2d-llama   dLLM
-    that, attention_bias=qkv   ar         qwen2       transformers, llama.cpp
+    that, attention_bias=qkv   ar         qwen2       transformers
     that and shift_outputs     masked     dream       dLLM, llama.cpp
     that and shift_outputs     block      fast-dllm   its own code
 
@@ -24,8 +24,9 @@ the folder `nanodlm`, from which --mode=import reads the run back exactly.
 Autoregressive texts begin with the mask's id, which tokenizer.json puts there.
 It is written if it makes the same ids as the run's tokenizer (bytes,
 SentencePiece as it is trained here, tiktoken's). An imported one is kept as it
-is, with a warning if it does not. llama.cpp also needs a tokenizer that it
-knows, and SGLang and LMDeploy the mask of SDAR: they serve tuned imports.
+is, with a warning if it does not. llama.cpp's converter refuses tokenizers that
+it does not know, such as bytes and those that put a mask in front; it takes
+GPT-2's. SGLang and LMDeploy need the mask of SDAR: they serve tuned imports.
 """
 
 from collections.abc import Iterator, Mapping
@@ -341,9 +342,12 @@ By default samples are drawn with {sampler}.
 _STOCK = """transformers loads it as `{}`, with trust_remote_code off:
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 model = AutoModelForCausalLM.from_pretrained('THIS_FOLDER')
+tokenizer = PreTrainedTokenizerFast.from_pretrained('THIS_FOLDER')
 ```
+
+AutoTokenizer of transformers 5 has a tokenizer of its own for Qwen2.
 
 A text begins with the token {} (the mask), whose own logit means nothing."""
 

@@ -795,7 +795,7 @@ class ExportTest(FolderTest):
       atol=1e-4,
       rtol=1e-5,
     )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(out)
     text = ' H\u00e9\n\t'
     self.assertEqual(
       tokenizer(text)['input_ids'],

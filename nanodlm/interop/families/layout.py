@@ -88,7 +88,7 @@ python convert_hf_to_gguf.py THIS_FOLDER --outfile model.gguf
 llama-diffusion-cli -m model.gguf -p PROMPT -ub 512 --diffusion-eps 0.001
 ```
 
-It refuses tokenizers that llama.cpp does not know, such as bytes."""
+The converter refuses tokenizers that it does not know, such as bytes."""
 
 How = Callable[[np.ndarray], np.ndarray]
 SAME: How = np.asarray

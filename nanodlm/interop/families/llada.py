@@ -100,5 +100,7 @@ class LLaDA(Family):
     return {
       **super().to_config(network, described),
       'embedding_size': described.vocab_size,
+      # llama.cpp begins a prompt with it.
+      'bos_token_id': described.separator_id,
       'include_qkv_bias': network.attention_bias != 'none',
     }
