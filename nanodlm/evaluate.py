@@ -250,7 +250,7 @@ def own_tokenizer(settings: Settings, workdir: str) -> TokenizerConfig:
   # The original file, possibly of another run, may have been removed.
   is_run = wanted.name == tokenizers.RUN
   path = workdir if is_run else f'{workdir}/{workdirs.TOKENIZER_MODEL}'
-  return TokenizerConfig(wanted.name, path, 0)
+  return TokenizerConfig(wanted.name, path, 0, wanted.chat_template)
 
 
 class Text(NamedTuple):

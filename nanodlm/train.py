@@ -247,16 +247,18 @@ def train(
       else:
         log.info(f'saved step {last}; the same command resumes')
     elif not jax.process_index():
-      log.info('%s', _what_next(workdir))
+      has_chat = bool(run.tokenizer.chat_template)
+      log.info('%s', _what_next(workdir, has_chat))
   return caught.number
 
 
-def _what_next(workdir: str) -> str:
+def _what_next(workdir: str, has_chat: bool) -> str:
   """Returns the commands that show what a finished run has learnt."""
   is_script = pathlib.Path(sys.argv[0]).name == 'launch.py'
   program = f'python {sys.argv[0]}' if is_script else 'python -m nanodlm'
   run = shlex.quote(workdir)
   commands = (
+    *[(f'chat --workdir={run}', 'jax', '')] * has_chat,
     (f'sample --workdir={run}', 'jax', ''),
     (f'serve --workdir={run}', 'fastapi', 'serve'),
     (f'report --workdirs={run} --output=report.html', 'matplotlib', 'plots'),
