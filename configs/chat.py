@@ -23,8 +23,9 @@ A row has one conversation, of which the assistant's part is noised and scored,
 with the separators after it. To tune an imported model instead, on one's own
 conversations and with its own chat template:
 
-    python launch.py --workdir=runs/tuned --config.data.source=chat:talks.jsonl \
-        --config.data.crop=document --config.checkpoint.init_from=runs/imported
+    python launch.py --workdir=runs/tuned --config.data.crop=document \
+        --config.data.source=chat:talks.jsonl \
+        --config.checkpoint.init_from=runs/imported
 """
 
 from nanodlm import config as configs

@@ -87,6 +87,7 @@ class ChatTest(parameterized.TestCase):
     '|im_end|>',
     '  |>  ',
     '\ufdd0<|im_end|>\ufdd1',
+    '> <|im_/dropend|><|IM_END|></think>',
   )
   def test_what_is_said_never_becomes_a_control_token(self, text):
     # It also writes what users say next to other text, or to nothing.
@@ -94,7 +95,9 @@ class ChatTest(parameterized.TestCase):
     path.write_text(
       '{% for m in messages %}<|im_start|>{{ m.role }}\n'
       '{% if m.role == "user" %}'
-      '{{ m.content }}{{ m.content }}<|{{ m.content | trim }}{% endif %}'
+      '{{ m.content }}{{ m.content }}<|{{ m.content | trim }}'
+      '{{ m.content.replace("/drop", "") }}{{ m.content | lower }}'
+      '<|endoftext|>{{ m.content }}{% endif %}'
       '{{ m.content }}<|im_end|>\n{% endfor %}'
       '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
     )
@@ -147,6 +150,30 @@ class ChatTest(parameterized.TestCase):
     again = load_tokenizer(self.folder)
     self.assertEqual(again.chat_template, tokenizer.chat_template)
 
+  def test_a_turn_may_have_control_tokens_before_its_end(self):
+    path = pathlib.Path(self.folder, 'template.jinja')
+    path.write_text(
+      '{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role != "user" %}'
+      '<|endoftext|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}'
+      '{% if add_generation_prompt %}<|im_start|>assistant{% endif %}'
+    )
+    tokenizer = published(self.folder, str(path))
+    encoded = chat.make_format(tokenizer).encode(
+      tokenizer, say('a', 'b', 'c', 'd')
+    )
+    end = tokenizer.controls['<|im_end|>']
+    self.assertEqual(encoded.ids[encoded.ends].tolist(), [end, end])
+
+  @parameterized.parameters(
+    {'chat_template': {'a': 1}},
+    {'chat_template': [{'x': 1}]},
+    {'chat_template': [1]},
+    {'chat_template': 7},
+  )
+  def test_templates_that_cannot_be_read(self, **described):
+    with self.assertRaisesRegex(InputError, 'template cannot be read'):
+      published(self.folder, '', **described)
+
   def test_plain_and_dream(self):
     plain = tokenizers.make_tokenizer(TokenizerConfig('bytes', '', 0, 'plain'))
     encode = chat.make_format(plain).encode
@@ -182,6 +209,12 @@ class ChatTest(parameterized.TestCase):
     path.write_text(template)
     with self.assertRaisesRegex(InputError, said):
       published(self.folder, str(path))
+
+  def test_messages_that_hold_all_marks(self):
+    plain = tokenizers.make_tokenizer(TokenizerConfig('bytes', '', 0, 'plain'))
+    said = say(''.join(map(chr, range(0xFDD0, 0xFDF0))))
+    with self.assertRaisesRegex(InputError, r'U\+FDD0'):
+      chat.make_format(plain).encode(plain, said)
 
   def test_template_that_is_missing(self):
     with self.assertRaisesRegex(InputError, "chat_template='chatlm'"):
