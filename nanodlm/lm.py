@@ -381,12 +381,13 @@ class LanguageModel:
   ) -> tuple[np.ndarray, int]:
     """Returns a canvas [n] with a gap of `size` tokens, and where it begins."""
     length = self.run.settings.sample_length
-    canvas, _ = lay_out(self.run, f'{before}{{{size}}}{after}', length)
-    # What is before it does not depend on the gap.
-    row, _ = prompts.make_canvas(
-      f'{before}{{1}}', self.tokenizer, length, sees_right=True
+    prompt = f'{before}{{{size}}}{after}'
+    canvas, _ = lay_out(self.run, prompt, length)
+    parts = prompts.encode_parts(
+      prompt, self.tokenizer, length, sees_right=True
     )
-    return canvas, len(row) - 1
+    num_before = len(prompts.parse_prompt(f'{before}{{1}}')) - 1
+    return canvas, sum(map(len, parts[:num_before]))
 
   def _windows(self, rows: Sequence[np.ndarray]) -> tuple[Batch, np.ndarray]:
     """Splits texts into rows; returns them and the text of each, [N]."""
