@@ -112,21 +112,25 @@ def with_template(tokenizer: Tokenizer, value: str) -> Tokenizer:
   """
   if not value:
     return tokenizer
-  where, template = f'tokenizer.chat_template={value!r}', TEMPLATES.get(value)
-  if template is None:
-    try:
-      template = pathlib.Path(value).read_text('utf-8')
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-      raise InputError(
-        f'{where} is neither one of {list(TEMPLATES)} nor a file that can be '
-        f'read ({reason(error)})'
-      ) from error
-  changed = dataclasses.replace(tokenizer, chat_template=template)
+  changed = dataclasses.replace(tokenizer, chat_template=find_template(value))
   try:
     make_format(changed)
   except InputError as error:
-    raise InputError(f'{where}: {error}') from error
+    raise InputError(f'tokenizer.chat_template={value!r}: {error}') from error
   return changed
+
+
+def find_template(value: str) -> str:
+  """Returns the template of config.tokenizer.chat_template, '' for ''."""
+  if not value or value in TEMPLATES:
+    return TEMPLATES.get(value, '')
+  try:
+    return pathlib.Path(value).read_text('utf-8')
+  except (OSError, ValueError) as error:
+    raise InputError(
+      f'tokenizer.chat_template={value!r} is neither one of {list(TEMPLATES)} '
+      f'nor a file that can be read ({reason(error)})'
+    ) from error
 
 
 def read_template(folder: pathlib.Path) -> str:
