@@ -224,7 +224,7 @@ def make_chat_canvas(
   is_unknown = tokenizer.num_bytes[ids] == 0
   if np.any(is_unknown & ~np.isin(ids, [*tokenizer.controls.values()])):
     raise InputError(
-      'messages contain characters that the '
+      'messages, or the chat template, contain characters that the '
       f'{tokenizer.name} tokenizer does not support'
     )
   left = length - len(ids)
