@@ -261,6 +261,16 @@ def test_choices_that_are_bounds(masked):
     assert abs(choice.nats + np.mean(orders)) <= 2 * choice.nats_ci95 + 1e-4
     assert choice.nats_ci95 < 1
   assert math.isclose(sum(x.probability for x in choices), 1, rel_tol=1e-6)
+  shapes = set()
+
+  def call(step, params, key, batch):
+    shapes.add(batch.tokens.shape)
+    return step(params, key, batch)
+
+  # Prompts of different lengths share a program.
+  for prompt in ('a {xy|zw} b', 'ab {xy|zw} b'):
+    dataclasses.replace(masked, call=call).choose(prompt, num_draws=2)
+  assert len(shapes) == 1
 
 
 def test_choices_of_several_tokens(ar, both):
