@@ -99,7 +99,7 @@ def test_limits_stops_and_logprobs(talking):
     [one['logprob'] for one in content], values[: len(content)], rtol=1e-4
   )
   ids = sample['tokens'][len(prompt.ids) :][: len(content)]
-  # Of a byte, also if it is not a character.
+  # A byte is named even if it is only a part of a character.
   assert [one['bytes'] for one in content] == [[i] for i in ids]
   assert max(ids) >= 128
   for one, top in zip(content, sample['logprobs']['top'][len(prompt.ids) :]):

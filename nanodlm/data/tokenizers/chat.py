@@ -261,6 +261,9 @@ class ChatFormat:
       return self._template.render(
         messages=messages,
         add_generation_prompt=generation,
+        # Undefined, "tools is not none" would hold.
+        tools=None,
+        documents=None,
         eos_token=self._eos,
         bos_token='',
         range=_Range(),

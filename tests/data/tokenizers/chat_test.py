@@ -139,12 +139,16 @@ class ChatTest(parameterized.TestCase):
         {'name': 'tools', 'template': 'x'},
         {
           'name': 'default',
-          'template': '{{ bos_token }}' + chat.TEMPLATES['plain'],
+          'template': '{{ bos_token }}{% if tools is not none or documents is '
+          'not none %}Tools:{% endif %}' + chat.TEMPLATES['plain'],
         },
       ],
     )
     encoded = chat.make_format(tokenizer).encode(tokenizer, say('a'))
-    self.assertEqual(encoded.ids[0], tokenizer.controls['<|im_start|>'])
+    self.assertEqual(
+      encoded.ids[:2].tolist(),
+      [tokenizer.controls['<|im_start|>'], tokenizer.separator_id],
+    )
     # A workdir keeps it.
     save_tokenizer(tokenizer, self.folder)
     again = load_tokenizer(self.folder)
