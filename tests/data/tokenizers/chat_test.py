@@ -252,6 +252,13 @@ class TokenizerJsonTest(absltest.TestCase):
     self.assertEqual(tokenizer.encode('<|mask|>').tolist(), [*b'<|mask|>'])
     path = pathlib.Path(folder, 'tokenizer.json')
     content = json.loads(path.read_text())
+    for token in content['added_tokens']:
+      token['special'] = False  # The two are control tokens nevertheless.
+    path.write_text(json.dumps(content))
+    config = TokenizerConfig('huggingface', folder, 0)
+    tokenizer = tokenizers.make_tokenizer(config)
+    for text in '<|mask|>', '<|endoftext|>':
+      self.assertEqual(tokenizer.encode(text).tolist(), [*text.encode()])
     content['added_tokens'] = []
     path.write_text(json.dumps(content))
     with self.assertRaisesRegex(InputError, 'lacks a token'):
