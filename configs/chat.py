@@ -23,6 +23,7 @@ A row has one conversation, of which the assistant's part is noised and scored,
 with the separators after it. To tune an imported model instead, on one's own
 conversations and with its own chat template:
 
+<<<<<<< HEAD
     python launch.py --workdir=runs/tuned \
         --config.checkpoint.init_from=runs/imported \
         --config.data.source=chat:talks.jsonl --config.data.crop=document
@@ -31,6 +32,11 @@ Measured on one shared core of an AMD EPYC (Zen 5), one run: training took 1 min
 46 s of processor time. Held-out conversations cost 0.0006 nats/token, and all
 180 answers in conversations about the 90 pairs of countries, four of which are
 held out, were right.
+=======
+    python launch.py --workdir=runs/tuned --config.data.crop=document \
+        --config.data.source=chat:talks.jsonl \
+        --config.checkpoint.init_from=runs/imported
+>>>>>>> rev
 """
 
 from nanodlm import config as configs

@@ -24,6 +24,8 @@ from nanodlm.data import (
   tokenizers,
 )
 from nanodlm.data.config import TokenizerConfig
+from nanodlm.data.tokenizers.base import Tokenizer
+from nanodlm.data.tokenizers.saved import load_tokenizer
 from nanodlm.devices import mesh as meshes
 from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
@@ -242,15 +244,19 @@ def describe(
   )
 
 
-def own_tokenizer(settings: Settings, workdir: str) -> TokenizerConfig:
-  """Returns the tokenizer's settings, with the run's copy of its file."""
+def own_tokenizer(
+  settings: Settings, workdir: str
+) -> TokenizerConfig | Tokenizer:
+  """Returns a run's own tokenizer, or its settings if the text determines it.
+
+  The files that it and its chat template came from may have changed.
+  """
   wanted = settings.tokenizer
-  if not wanted.path:
+  if wanted.is_trained:
     return wanted
-  # The original file, possibly of another run, may have been removed.
-  is_run = wanted.name == tokenizers.RUN
-  path = workdir if is_run else f'{workdir}/{workdirs.TOKENIZER_MODEL}'
-  return TokenizerConfig(wanted.name, path, 0, wanted.chat_template)
+  if wanted.name == tokenizers.RUN:  # Prepared data has this name.
+    return TokenizerConfig(wanted.name, workdir, 0)
+  return load_tokenizer(workdir)
 
 
 class Text(NamedTuple):

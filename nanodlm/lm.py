@@ -352,7 +352,7 @@ class LanguageModel:
         texts[-1][slot : slot + len(row)] = row
         place = np.arange(len(canvas))
         is_slot.append((place >= slot) & (place < slot + len(row)))
-      size = max(map(len, texts))
+      size = self._padded(max(map(len, texts)))
       tokens, is_text = pad(texts, size)
       eligible, _ = pad(is_slot, size)
       batch = make_batch(tokens, eligible > 0, (~is_text).astype(np.int32))
@@ -376,17 +376,25 @@ class LanguageModel:
       for text, share, value in zip(choices, shares, values)
     ]
 
+  def _padded(self, length: int) -> int:
+    """Returns the length that rows of `length` tokens are padded to."""
+    if length % (self.run.objective.block_size or 1):
+      return length  # The last block would see the padding.
+    size = -(-length // LENGTH_STEP) * LENGTH_STEP
+    return max(min(size, self.run.settings.sample_length), length)
+
   def _lay_out_slot(
     self, before: str, after: str, size: int
   ) -> tuple[np.ndarray, int]:
     """Returns a canvas [n] with a gap of `size` tokens, and where it begins."""
     length = self.run.settings.sample_length
-    canvas, _ = lay_out(self.run, f'{before}{{{size}}}{after}', length)
-    # What is before it does not depend on the gap.
-    row, _ = prompts.make_canvas(
-      f'{before}{{1}}', self.tokenizer, length, sees_right=True
+    prompt = f'{before}{{{size}}}{after}'
+    canvas, _ = lay_out(self.run, prompt, length)
+    parts = prompts.encode_parts(
+      prompt, self.tokenizer, length, sees_right=True
     )
-    return canvas, len(row) - 1
+    num_before = len(prompts.parse_prompt(f'{before}{{1}}')) - 1
+    return canvas, sum(map(len, parts[:num_before]))
 
   def _windows(self, rows: Sequence[np.ndarray]) -> tuple[Batch, np.ndarray]:
     """Splits texts into rows; returns them and the text of each, [N]."""
@@ -436,10 +444,7 @@ class LanguageModel:
       levels = np.full(len(rows), level, np.float32)
     mesh, length = self.run.mesh, rows.shape[1]
     step = sample_steps.make_logits_step(self.run.scorer, mesh)
-    size = -(-length // LENGTH_STEP) * LENGTH_STEP
-    size = max(min(size, self.run.settings.sample_length), length)
-    if length % (self.run.objective.block_size or 1):
-      size = length  # The last block would see the padding.
+    size = self._padded(length)
     lengths = np.full(len(rows), length, np.int32)
     rows = np.pad(rows, ((0, 0), (0, size - length)))
     padded = (whole_batch(self.run, x) for x in (rows, levels, lengths))

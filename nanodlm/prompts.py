@@ -124,7 +124,20 @@ def automatic_size(prompt: str, num_free: int) -> int:
 def make_canvas(
   prompt: str, tokenizer: Tokenizer, length: int, sees_right: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Makes a canvas of n <= `length` tokens.
+  """Makes a canvas of n <= `length` tokens; see `encode_parts`.
+
+  Returns:
+    tokens [n] int32 with mask_id in the gaps, and fixed [n] bool.
+  """
+  parts = encode_parts(prompt, tokenizer, length, sees_right)
+  tokens = np.concatenate(parts)
+  return tokens, tokens != tokenizer.mask_id
+
+
+def encode_parts(
+  prompt: str, tokenizer: Tokenizer, length: int, sees_right: bool
+) -> list[np.ndarray]:
+  """Encodes the parts of a prompt, of at most `length` tokens in all.
 
   Args:
     prompt: see `parse_prompt`; '' is a blank canvas.
@@ -134,7 +147,7 @@ def make_canvas(
       be at the end of the prompt.
 
   Returns:
-    tokens [n] int32 with mask_id in the gaps, and fixed [n] bool.
+    The ids of each of `parse_prompt`, int32, mask_id in a gap.
 
   Raises:
     InputError: the prompt is too long, or has text after a gap that the model
@@ -178,15 +191,12 @@ def make_canvas(
   borders = (length - used) * np.arange(automatic + 1) // max(automatic, 1)
   shares = iter(np.diff(borders))
   rows = [next(shares) if row is None else row for row in rows]
-  tokens = np.concatenate(
-    [
-      row
-      if isinstance(row, np.ndarray)
-      else np.full([row], tokenizer.mask_id, np.int32)
-      for row in rows
-    ]
-  )
-  return tokens, tokens != tokenizer.mask_id
+  return [
+    row
+    if isinstance(row, np.ndarray)
+    else np.full([row], tokenizer.mask_id, np.int32)
+    for row in rows
+  ]
 
 
 def make_chat_canvas(
@@ -214,7 +224,7 @@ def make_chat_canvas(
   is_unknown = tokenizer.num_bytes[ids] == 0
   if np.any(is_unknown & ~np.isin(ids, [*tokenizer.controls.values()])):
     raise InputError(
-      'messages contain characters that the '
+      'messages, or the chat template, contain characters that the '
       f'{tokenizer.name} tokenizer does not support'
     )
   left = length - len(ids)

@@ -275,10 +275,17 @@ def open_own_text(settings: Settings, workdir: str) -> PackedData:
   """Opens the text with the tokenizer that the run in `workdir` has."""
   tokenizer = evaluate.own_tokenizer(settings, workdir)
   packed = prepare.prepare(settings.data, tokenizer)
-  if load_tokenizer(workdir).fingerprint != packed.tokenizer.fingerprint:
+  saved = load_tokenizer(workdir)
+  if saved.fingerprint != packed.tokenizer.fingerprint:
     raise InputError(
       f'workdir={workdir!r} holds a run whose tokenizer made different ids; '
       'the text it was trained on has changed. Give another workdir'
+    )
+  if saved.chat_template != packed.tokenizer.chat_template:
+    raise InputError(
+      f'workdir={workdir!r} holds a run with another chat template; '
+      f'tokenizer.chat_template={settings.tokenizer.chat_template!r} has '
+      'changed. Give another workdir'
     )
   return packed
 

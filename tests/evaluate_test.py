@@ -15,9 +15,12 @@ from nanodlm import config as configs
 from nanodlm import evaluate
 from nanodlm import lm as lms
 from nanodlm import run as runs
+from nanodlm.data import tokenizers
+from nanodlm.data.config import TokenizerConfig
+from nanodlm.data.tokenizers import chat, saved
 from nanodlm.objectives import masking
 from nanodlm.types import InputError
-from tests import workdirs
+from tests import foreign_tokenizers, workdirs
 
 # Zero parameters: each token costs log of this many, whatever the noise.
 NUM_IDS = 257
@@ -40,19 +43,28 @@ def evaluate_on(workdir, source, **options):
 
 
 def test_a_workdir_has_its_own_tokenizer(tmp_path):
-  # The run or the file that it came from may be gone.
-  for name, path, expected in (
-    ('run', '/gone/run', str(tmp_path)),
-    ('sentencepiece', '/gone/a.model', str(tmp_path / 'tokenizer.model')),
-    ('sentencepiece', '', ''),
+  # The run and the files that it came from may be gone.
+  config = configs.load()
+  find = lambda: evaluate.own_tokenizer(
+    configs.make_settings(config), str(tmp_path)
+  )
+  config.tokenizer.update(name='run', path='/gone/run')
+  own = find()
+  assert (own.name, own.path, own.vocab_size) == ('run', str(tmp_path), 0)
+  model = foreign_tokenizers.path_of_sentencepiece(tmp_path, vocab_size=60)
+  for name, path, gone in (
+    ('sentencepiece', model, '/gone/a.model'),
     ('bytes', '', ''),
   ):
-    config = configs.load()
-    config.tokenizer.name, config.tokenizer.path = name, path
-    config.tokenizer.vocab_size = 300 * (name == 'sentencepiece' and not path)
-    own = evaluate.own_tokenizer(configs.make_settings(config), str(tmp_path))
-    assert (own.name, own.path) == (name, expected)
-    assert own.vocab_size == config.tokenizer.vocab_size
+    made = TokenizerConfig(name, path, 0, 'plain')
+    saved.save_tokenizer(tokenizers.make_tokenizer(made), tmp_path)
+    config.tokenizer.update(
+      name=name, path=gone, chat_template='/gone/template.jinja'
+    )
+    own = find()
+    assert own.name == name and own.chat_template == chat.TEMPLATES['plain']
+  config.tokenizer.update(name='sentencepiece', path='', vocab_size=300)
+  assert find() == configs.make_settings(config).tokenizer
 
 
 @pytest.mark.parametrize('tokenizer', ['bytes', 'sentencepiece'])

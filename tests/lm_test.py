@@ -219,12 +219,18 @@ def test_bounds_have_an_interval(masked):
   assert masked.bound([]) == []
 
 
-def test_choices_of_one_token(masked):
-  choices = masked.choose('ab {x|y|z} {2}f')
+@pytest.mark.parametrize(
+  'prompt, canvas, slot',
+  [
+    ('ab {x|y|z} {2}f', [*b'ab ', 257, 32, 257, 257, *b'f'], 3),
+    ('{} {x|y|z}{}f', [*[257] * 6, 32, *[257] * 8, *b'f'], 7),
+  ],
+)
+def test_choices_of_one_token(masked, prompt, canvas, slot):
+  choices = masked.choose(prompt)
   texts = [choice.text for choice in choices]
   assert texts == ['x', 'y', 'z']
-  canvas = np.array([*b'ab ', 257, 32, 257, 257, *b'f'], np.int32)
-  log_p = jax.nn.log_softmax(masked.logits(canvas)[3, :257])
+  log_p = jax.nn.log_softmax(masked.logits(canvas)[slot, :257])
   expected = np.asarray(log_p[np.array([120, 121, 122])])
   nats = [choice.nats for choice in choices]
   np.testing.assert_allclose(nats, -expected, rtol=1e-5)
@@ -255,6 +261,16 @@ def test_choices_that_are_bounds(masked):
     assert abs(choice.nats + np.mean(orders)) <= 2 * choice.nats_ci95 + 1e-4
     assert choice.nats_ci95 < 1
   assert math.isclose(sum(x.probability for x in choices), 1, rel_tol=1e-6)
+  shapes = set()
+
+  def call(step, params, key, batch):
+    shapes.add(batch.tokens.shape)
+    return step(params, key, batch)
+
+  # Prompts of different lengths share a program.
+  for prompt in ('a {xy|zw} b', 'ab {xy|zw} b'):
+    dataclasses.replace(masked, call=call).choose(prompt, num_draws=2)
+  assert len(shapes) == 1
 
 
 def test_choices_of_several_tokens(ar, both):

@@ -225,11 +225,13 @@ def _prepare_one(
       identity['crop'] = data_config.crop
     if data_config.long_documents != 'drop':
       identity['long_documents'] = data_config.long_documents
-  if source.is_chat and tokenizer:
-    text = tokenizer.chat_template + json.dumps(tokenizer.controls)
+  if source.is_chat:
+    text = (
+      tokenizer.chat_template + json.dumps(tokenizer.controls)
+      if tokenizer
+      else chat.find_template(tokenizer_config.chat_template)
+    )
     identity['chat_template'] = hashlib.sha256(text.encode()).hexdigest()
-  elif source.is_chat:
-    identity['chat_template'] = tokenizer_config.chat_template
   if tokenizer and tokenizer.revision:
     identity['tokenizer_revision'] = tokenizer.revision
   if whole:

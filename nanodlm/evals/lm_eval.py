@@ -40,11 +40,6 @@ MAX_NEW_TOKENS = 256
 _CHAT = '\ufdd0'
 
 
-def write_chat(messages: Sequence[chat.Message], generation: bool) -> str:
-  """Writes a conversation as a context, which `TextModel` reads."""
-  return f'{_CHAT}{json.dumps([list(messages), generation])}{_CHAT}'
-
-
 class TextModel:
   """Log-likelihoods and continuations of texts by a run.
 
@@ -70,14 +65,28 @@ class TextModel:
     self.score = functools.partial(score, lm.params, self.key)
     run_at = lambda t: lm.with_sampler({'temperature': t}).run
     self.fill = functools.cache(lambda t: lms.make_fill(run_at(t), batch_size))
+    self._chats: set[str] = set()
+
+  def write_chat(
+    self, messages: Sequence[chat.Message], generation: bool
+  ) -> str:
+    """Writes a conversation as a context, which `encode` reads."""
+    text = f'{_CHAT}{json.dumps([list(messages), generation])}{_CHAT}'
+    self._chats.add(text)
+    return text
+
+  def _chat_of(self, text: str) -> str:
+    """Returns what `write_chat` wrote at the start of a text, or ''."""
+    head = text[: text.find(_CHAT, 1) + 1]
+    return head if head in self._chats else ''
 
   def encode(self, text: str) -> np.ndarray:
     """Encodes a text that may begin with a conversation."""
-    tokenizer = self.lm.tokenizer
-    if not text.startswith(_CHAT):
+    tokenizer, head = self.lm.tokenizer, self._chat_of(text)
+    if not head:
       return tokenizer.encode(text)
-    _, described, rest = text.split(_CHAT)
-    messages, generation = json.loads(described)
+    rest = text.removeprefix(head)
+    messages, generation = json.loads(head.strip(_CHAT))
     encoded = chat.make_format(tokenizer).encode(
       tokenizer, messages, generation
     )
@@ -217,7 +226,7 @@ class TextModel:
       filled, _ = self.fill(temperature)(self.lm.params, key, tokens, fixed)
       for row, i in zip(filled, members):
         new = row[len(heads[i]) : totals[i]]
-        is_chat = prompts[int(i)].startswith(_CHAT)
+        is_chat = self._chat_of(prompts[int(i)])
         ends = lms.answer_ends(self.lm.run) if is_chat else tokenizer.eos_ids
         new = new[: prompting.find_end(new, ends)]
         texts[i] = cut_at(tokenizer.decode(new, is_start=False), stops)
@@ -275,7 +284,7 @@ def make_lm(text_model: TextModel) -> Any:
       return [texts[i] for i in range(len(requests))]
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
-      return write_chat(chat_history, add_generation_prompt)
+      return text_model.write_chat(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template=False):
       return text_model.lm.tokenizer.chat_template

@@ -166,8 +166,10 @@ def parse_sets(names: list[str], texts: list[str]) -> dict[str, TextSet]:
   """Returns the sets of --sets, with the sources of --texts.
 
   Raises:
-    InputError: a name is unknown.
+    InputError: a name is unknown, or lacks a source.
   """
+  if wrong := [text for text in texts if '=' not in text]:
+    raise InputError(f'--texts: {wrong} must have the form NAME=SOURCE')
   pairs = [text.partition('=') for text in texts]
   given = {name: source for name, _, source in pairs}
   for key, found in (('sets', names), ('texts', list(given))):

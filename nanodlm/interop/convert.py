@@ -468,9 +468,9 @@ def _with_chat_template(
   tokenizer: Tokenizer, folder: pathlib.Path
 ) -> Tokenizer:
   """Returns the tokenizer with the template of a checkpoint, if it fits."""
-  template = chat.read_template(folder)
-  changed = dataclasses.replace(tokenizer, chat_template=template)
   try:
+    template = chat.read_template(folder)
+    changed = dataclasses.replace(tokenizer, chat_template=template)
     if template:
       chat.make_format(changed)
   except InputError as error:

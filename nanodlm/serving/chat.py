@@ -64,15 +64,15 @@ class ChatCompletions(Completions):
     found = self._model.score_tokens(
       row, [place for place, _ in parts], self._body.top_logprobs or 0
     )
-    describe = lambda text, value: {
+    describe = lambda token, text, value: {
       'token': text,
       'logprob': value,
-      'bytes': list(text.encode()),
+      'bytes': list(self._model.tokenizer.piece(int(token))),
     }
     content = [
-      describe(text, own)
-      | {'top_logprobs': [describe(name, value) for _, name, value in top]}
-      for (_, text), (own, top) in zip(parts, found)
+      describe(row.canvas[place], text, own)
+      | {'top_logprobs': [describe(*one) for one in top]}
+      for (place, text), (own, top) in zip(parts, found)
     ]
     return {'content': content, 'definition': 'reveal'}
 

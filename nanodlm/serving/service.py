@@ -399,7 +399,7 @@ class Service:
     (text,) = self.tokenizer.spell([token], is_start=False)
     if '\ufffd' not in text:
       return text
-    codes = [f'\\x{byte:02x}' for byte in self.tokenizer.pieces[token]]
+    codes = [f'\\x{byte:02x}' for byte in self.tokenizer.piece(token)]
     return f'bytes:{"".join(codes)}'
 
   def respond(

@@ -168,7 +168,7 @@ def make_data(
 
 
 def _piece(tokenizer: Tokenizer, token: int) -> str | list[int]:
-  piece = tokenizer.pieces[token] if token < len(tokenizer.pieces) else b''
+  piece = tokenizer.piece(token)
   try:
     return piece.decode()
   except UnicodeDecodeError:

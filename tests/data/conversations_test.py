@@ -12,6 +12,7 @@ from nanodlm import config as configs
 from nanodlm import lm as lms
 from nanodlm import run as runs
 from nanodlm.data import pack, pipeline, prepare
+from nanodlm.data.tokenizers import chat
 from nanodlm.types import InputError
 
 
@@ -133,6 +134,23 @@ class ConversationsTest(parameterized.TestCase):
     self.assertLess(shared[2], single[2])
     # Before a conversation's first token is the end of another, or the mask.
     np.testing.assert_allclose(shared[0], single[0], rtol=1e-4)
+
+  def test_a_template_that_has_changed(self):
+    write(self.path, [say('a b c', f'{i} d e f') for i in range(200)])
+    path, folders = self.folder / 'template.jinja', set()
+    changes = {
+      'data__crop': 'document',
+      'tokenizer__name': 'sentencepiece',
+      'tokenizer__vocab_size': 280,
+      'tokenizer__chat_template': str(path),
+    }
+    for head in 'x', 'y':
+      path.write_text(head + chat.TEMPLATES['plain'])
+      _, packed = self.prepare(**changes)
+      folders.add(packed.folders)
+      text = packed.tokenizer.decode(packed.train[0]['tokens'])
+      self.assertTrue(text.startswith(f'{head}\n\nUser: a'))
+    self.assertLen(folders, 2)
 
   def test_share_rows(self):
     sizes = np.random.default_rng(0).integers(1, 65, 500).tolist()

@@ -35,6 +35,26 @@ def causal(tmp_path_factory):
   )
 
 
+def with_chat(text_model):
+  lm = text_model.lm
+  tokenizer = chat.with_template(lm.tokenizer, 'plain')
+  run = lm.run.with_tokenizer(tokenizer)
+  return adapter.TextModel(dataclasses.replace(lm, run=run))
+
+
+def test_only_what_was_written_is_a_conversation(causal):
+  talking = with_chat(causal)
+  encode = talking.lm.tokenizer.encode
+  context = talking.write_chat([{'role': 'user', 'content': 'a\ufdd0'}], True)
+  end = talking.lm.tokenizer.separator_id
+  expected = [end, *encode('User: a\ufdd0'), end, *encode('Assistant: ')]
+  assert talking.encode(context).tolist() == expected
+  rest = ' b\ufdd0c'
+  assert talking.encode(context + rest).tolist() == [*expected, *encode(rest)]
+  for text in '\ufdd0d', '\ufdd0[]\ufdd0', context.replace('"a', '"b'):
+    assert talking.encode(text).tolist() == encode(text).tolist()
+
+
 @pytest.fixture(scope='module')
 def block(tmp_path_factory):
   return adapter.open_text_model(
@@ -283,13 +303,8 @@ def test_under_the_harness(causal, masked, block, tmp_path, monkeypatch):
       sample['resps'][0][0] for sample in results['samples']['writing']
     ]
     assert written == text_model.generate(questions, ['e'], 8, 0.0)
-  lm = dataclasses.replace(
-    causal.lm,
-    run=causal.lm.run.with_tokenizer(
-      chat.with_template(causal.lm.tokenizer, 'plain')
-    ),
-  )
-  talking = adapter.TextModel(lm)
+  talking = with_chat(causal)
+  lm = talking.lm
   results = lm_eval.simple_evaluate(
     adapter.make_lm(talking),
     tasks=['choices'],

@@ -73,6 +73,7 @@ def test_rows_and_their_values(objective, tmp_path):
     (['ptb'], ['lm1b=text:a'], 'lm1b'),
     ([], ['x=text:a'], "'x'"),
     (['lambada'], [], 'lambada_test.jsonl'),
+    (['ptb'], ['ptb'], 'NAME=SOURCE'),
   ],
 )
 def test_bad_sets(names, texts, said):

@@ -1,5 +1,6 @@
 """The chat template of a checkpoint, exported and imported."""
 
+import json
 import shutil
 
 import numpy as np
@@ -57,3 +58,14 @@ def test_ids_are_those_of_transformers(exported):
     lm.tokenizer, SAID, generation=True
   )
   assert lm.tokenizer.swap_mask(ours.ids).tolist() == ids
+
+
+def test_a_template_that_cannot_be_read_is_left_out(exported, tmp_path):
+  _, folder = exported
+  copy = shutil.copytree(folder, tmp_path / 'copy')
+  path = copy / 'tokenizer_config.json'
+  described = json.loads(path.read_text())
+  path.write_text(json.dumps({**described, 'chat_template': [{'name': 'x'}]}))
+  workdir = str(tmp_path / 'run')
+  convert.import_checkpoint(str(copy), workdir)
+  assert load_tokenizer(workdir).chat_template == ''

@@ -98,7 +98,13 @@ def test_limits_stops_and_logprobs(talking):
   np.testing.assert_allclose(
     [one['logprob'] for one in content], values[: len(content)], rtol=1e-4
   )
-  assert all(len(one['top_logprobs']) == 2 for one in content)
+  ids = sample['tokens'][len(prompt.ids) :][: len(content)]
+  # A byte is named even if it is only a part of a character.
+  assert [one['bytes'] for one in content] == [[i] for i in ids]
+  assert max(ids) >= 128
+  for one, top in zip(content, sample['logprobs']['top'][len(prompt.ids) :]):
+    named = [alternative['bytes'] for alternative in one['top_logprobs']]
+    assert named == [[x['token']] * (x['token'] < 256) for x in top]
   stop = whole[2:4]
   body = {**body, 'stop': stop, 'logprobs': False}
   (choice,) = post(server, PATH, body)[1]['choices']

@@ -236,6 +236,10 @@ class Tokenizer(abc.ABC):
           pieces[i] = piece.removeprefix(b' ')
     return pieces
 
+  def piece(self, token: int) -> bytes:
+    """Returns the UTF-8 bytes of an id, none of a control token."""
+    return self.pieces[token] if token < len(self.pieces) else b''
+
   def swap_mask(self, ids: np.ndarray) -> np.ndarray:
     """Converts ids to those of the published tokenizer, or back.
 

@@ -51,6 +51,7 @@ _MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 # What all ranges of a template may have together.
 _MAX_LOOPS = 100_000
 _CONTROL = re.compile(r'<\|[^\s<>|]+\|>')
+_TAG = re.compile(r'</?\w+>')
 
 
 class Encoded(NamedTuple):
@@ -111,21 +112,25 @@ def with_template(tokenizer: Tokenizer, value: str) -> Tokenizer:
   """
   if not value:
     return tokenizer
-  where, template = f'tokenizer.chat_template={value!r}', TEMPLATES.get(value)
-  if template is None:
-    try:
-      template = pathlib.Path(value).read_text('utf-8')
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-      raise InputError(
-        f'{where} is neither one of {list(TEMPLATES)} nor a file that can be '
-        f'read ({reason(error)})'
-      ) from error
-  changed = dataclasses.replace(tokenizer, chat_template=template)
+  changed = dataclasses.replace(tokenizer, chat_template=find_template(value))
   try:
     make_format(changed)
   except InputError as error:
-    raise InputError(f'{where}: {error}') from error
+    raise InputError(f'tokenizer.chat_template={value!r}: {error}') from error
   return changed
+
+
+def find_template(value: str) -> str:
+  """Returns the template of config.tokenizer.chat_template, '' for ''."""
+  if not value or value in TEMPLATES:
+    return TEMPLATES.get(value, '')
+  try:
+    return pathlib.Path(value).read_text('utf-8')
+  except (OSError, ValueError) as error:
+    raise InputError(
+      f'tokenizer.chat_template={value!r} is neither one of {list(TEMPLATES)} '
+      f'nor a file that can be read ({reason(error)})'
+    ) from error
 
 
 def read_template(folder: pathlib.Path) -> str:
@@ -134,12 +139,6 @@ def read_template(folder: pathlib.Path) -> str:
   The texts of its first and last tokens are set in its first line.
   """
   described = read_described(folder)
-  template: Any = described.get('chat_template') or ''
-  if (path := folder / 'chat_template.jinja').is_file():
-    template = path.read_text('utf-8')
-  if isinstance(template, list):  # Of several, each with a name.
-    named = {one['name']: one['template'] for one in template}
-    template = named.get('default', '')
   names = {
     key: token_text(described, key) for key in ('bos_token', 'eos_token')
   }
@@ -148,7 +147,18 @@ def read_template(folder: pathlib.Path) -> str:
     for key, text in names.items()
     if text
   ]
-  return template and ''.join(sets) + template
+  try:
+    template: Any = described.get('chat_template') or ''
+    if (path := folder / 'chat_template.jinja').is_file():
+      template = path.read_text('utf-8')
+    if isinstance(template, list):  # Of several, each with a name.
+      named = {one['name']: one['template'] for one in template}
+      template = named.get('default', '')
+    return template and ''.join([*sets, template])
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise InputError(
+      f'{folder}: the chat template cannot be read: {reason(error)}'
+    ) from error
 
 
 def read_described(folder: pathlib.Path) -> dict[str, Any]:
@@ -166,7 +176,8 @@ def read_described(folder: pathlib.Path) -> dict[str, Any]:
 def token_text(described: Mapping[str, Any], key: str) -> str:
   """Returns the text of a token that tokenizer_config.json names, or ''."""
   token = described.get(key) or ''
-  return token if isinstance(token, str) else str(token.get('content', ''))
+  token = token.get('content') if isinstance(token, dict) else token
+  return token if isinstance(token, str) else ''
 
 
 def make_format(tokenizer: Tokenizer) -> 'ChatFormat':
@@ -206,8 +217,15 @@ class ChatFormat:
     self._eos = next(x for x, i in controls.items() if i == separator_id)
     names = sorted(controls, key=len, reverse=True)
     self._names = '|'.join(map(re.escape, names))
-    self._heads = {name[:i] for name in names for i in range(1, len(name))}
-    self._tails = {name[i:] for name in names for i in range(1, len(name))}
+    self._tails = tuple(
+      {name[i:] for name in names for i in range(1, len(name))}
+    )
+    # A template may look for tags such as </think> in what is said.
+    tags = sorted({*_TAG.findall(template)} - {*controls})
+    firsts = ''.join(sorted({name[0] for name in names}))
+    self._firsts = re.compile(
+      ''.join(f'(?!{tag})' for tag in tags) + f'[{re.escape(firsts)}]'
+    )
     self._marks = [mark for mark in _MARKS if mark not in template]
     question = [{'role': 'user', 'content': 'x'}]
     before, after = (self._render(question, x) for x in (False, True))
@@ -243,6 +261,9 @@ class ChatFormat:
       return self._template.render(
         messages=messages,
         add_generation_prompt=generation,
+        # Undefined, "tools is not none" would hold.
+        tools=None,
+        documents=None,
         eos_token=self._eos,
         bos_token='',
         range=_Range(),
@@ -259,25 +280,31 @@ class ChatFormat:
         f'the chat template {what} the conversation ({kind}{error})'
       ) from error
 
-  def _guard(self, text: str, mark: str) -> str:
-    """Marks what the regular expression of control tokens must not match."""
-    text = re.sub(f'(?=(?:{self._names}))(.)', rf'\1{mark}', text, flags=re.S)
-    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
-    sizes = range(1, max(map(len, self._controls)))
-    # A template may write the rest of a control token next to the text.
-    if any(text[max(end - n, 0) : end] in self._heads for n in sizes):
-      text = text[:end] + mark + text[end:]
-    if any(text[start : start + n] in self._tails for n in sizes):
-      text = text[:start] + mark + text[start:]
+  def _guard(self, text: str, guard: str, wall: str) -> str:
+    """Marks what could be a part of a control token once it is written.
+
+    A template may also drop a part of the text, or change its letters.
+    """
+    text = self._firsts.sub(rf'\g<0>{guard}', text)
+    start = len(text) - len(text.lstrip())
+    # A template may write the first part of a control token before the text.
+    if text.startswith(self._tails, start):
+      text = text[:start] + wall + text[start:]
     return text
 
   def _parts(self, messages: Sequence[Message], generation: bool):
     """Yields (text, id of a control token or -1, whether it is scored)."""
     said = ''.join(message['content'] for message in messages)
-    guard, end, *_ = [mark for mark in self._marks if mark not in said]
+    marks = [mark for mark in self._marks if mark not in said]
+    if len(marks) < 3:
+      raise InputError(
+        'messages hold nearly all code points from U+FDD0 to U+FDEF, which are '
+        'not characters; leave them out'
+      )
+    guard, wall, end = marks[:3]
     guarded = []
     for message in messages:
-      content = self._guard(message['content'], guard)
+      content = self._guard(message['content'], guard, wall)
       if message['role'] == ASSISTANT:
         size = len(content.rstrip())
         content = content[:size] + end + content[size:]
@@ -301,7 +328,7 @@ class ChatFormat:
       part, done = text[first:last], 0
       for match in (*control.finditer(part), None):
         plain = part[done : match.start() if match else None]
-        plain = plain.replace(guard, '').replace(end, '')
+        plain = re.sub(f'[{guard}{wall}{end}]', '', plain)
         if plain:
           yield plain, -1, i % 2 == 1
         if match:
@@ -320,7 +347,7 @@ class ChatFormat:
       InputError: the template refuses the messages.
     """
     check_messages(messages)
-    rows, sizes, scored, ends, num_lost = [], [], [], [], 0
+    rows, sizes, scored, num_lost = [], [], [], 0
     for text, control, is_scored in self._parts(messages, generation):
       if control >= 0:
         ids, size = np.array([control], np.int32), np.zeros([1], np.int64)
@@ -333,14 +360,12 @@ class ChatFormat:
       rows.append(ids)
       sizes.append(size)
       scored.append(np.full(len(ids), is_scored))
-      is_end = np.zeros(len(ids), bool)
-      is_end[-1:] = is_scored and control >= 0
-      ends.append(is_end)
     join = lambda parts, kind: np.concatenate([np.zeros([0], kind), *parts])
+    is_scored = join(scored, bool)
     return Encoded(
       join(rows, np.int32),
-      join(scored, bool),
-      join(ends, bool),
+      is_scored,
+      is_scored & ~np.append(is_scored[1:], False),
       join(sizes, np.int64),
       num_lost,
     )

@@ -1,6 +1,6 @@
 """The tokenizer.json of imported checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import hashlib
 import importlib.util
@@ -103,7 +103,9 @@ def load_hugging_face(
   Raises:
     InputError: it is not such a file, or has more ids than the network.
   """
-  processor, content = _open(path)
+  places = {mask_place: vocab_size - 1, vocab_size - 1: mask_place}
+  end_place = places.get(separator_id, separator_id)
+  processor, content = _open(path, (mask_place, end_place))
   known = processor.get_vocab(with_added_tokens=True)
   if (last := max(known.values(), default=0)) >= vocab_size:
     raise InputError(
@@ -133,8 +135,11 @@ def load_hugging_face(
   )
 
 
-def _open(path: str) -> tuple[Any, bytes]:
-  """Returns the tokenizers.Tokenizer of a file, and its content."""
+def _open(path: str, controls: Sequence[int] = ()) -> tuple[Any, bytes]:
+  """Returns the tokenizers.Tokenizer of a file, and its content.
+
+  The ids of `controls` are special, whatever the file says: no text has them.
+  """
   if importlib.util.find_spec('tokenizers') is None:
     raise InputError(
       f"{path} needs the tokenizers package: pip install -e '.[hub]'"
@@ -143,7 +148,10 @@ def _open(path: str) -> tuple[Any, bytes]:
 
   try:
     content = pathlib.Path(path).read_bytes()
-    processor = tokenizers.Tokenizer.from_buffer(content)
+    described = json.loads(content)
+    for token in described.get('added_tokens') or ():
+      token['special'] |= token['id'] in controls
+    processor = tokenizers.Tokenizer.from_buffer(json.dumps(described).encode())
   except OSError as error:
     raise InputError(f'{path} cannot be read ({reason(error)})') from error
   except Exception as error:  # The library raises no narrower class.

@@ -87,6 +87,7 @@ class ChatTest(parameterized.TestCase):
     '|im_end|>',
     '  |>  ',
     '\ufdd0<|im_end|>\ufdd1',
+    '> <|im_/dropend|><|IM_END|></think>',
   )
   def test_what_is_said_never_becomes_a_control_token(self, text):
     # It also writes what users say next to other text, or to nothing.
@@ -94,7 +95,9 @@ class ChatTest(parameterized.TestCase):
     path.write_text(
       '{% for m in messages %}<|im_start|>{{ m.role }}\n'
       '{% if m.role == "user" %}'
-      '{{ m.content }}{{ m.content }}<|{{ m.content | trim }}{% endif %}'
+      '{{ m.content }}{{ m.content }}<|{{ m.content | trim }}'
+      '{{ m.content.replace("/drop", "") }}{{ m.content | lower }}'
+      '<|endoftext|>{{ m.content }}{% endif %}'
       '{{ m.content }}<|im_end|>\n{% endfor %}'
       '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
     )
@@ -136,16 +139,44 @@ class ChatTest(parameterized.TestCase):
         {'name': 'tools', 'template': 'x'},
         {
           'name': 'default',
-          'template': '{{ bos_token }}' + chat.TEMPLATES['plain'],
+          'template': '{{ bos_token }}{% if tools is not none or documents is '
+          'not none %}Tools:{% endif %}' + chat.TEMPLATES['plain'],
         },
       ],
     )
     encoded = chat.make_format(tokenizer).encode(tokenizer, say('a'))
-    self.assertEqual(encoded.ids[0], tokenizer.controls['<|im_start|>'])
+    self.assertEqual(
+      encoded.ids[:2].tolist(),
+      [tokenizer.controls['<|im_start|>'], tokenizer.separator_id],
+    )
     # A workdir keeps it.
     save_tokenizer(tokenizer, self.folder)
     again = load_tokenizer(self.folder)
     self.assertEqual(again.chat_template, tokenizer.chat_template)
+
+  def test_a_turn_may_have_control_tokens_before_its_end(self):
+    path = pathlib.Path(self.folder, 'template.jinja')
+    path.write_text(
+      '{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role != "user" %}'
+      '<|endoftext|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}'
+      '{% if add_generation_prompt %}<|im_start|>assistant{% endif %}'
+    )
+    tokenizer = published(self.folder, str(path))
+    encoded = chat.make_format(tokenizer).encode(
+      tokenizer, say('a', 'b', 'c', 'd')
+    )
+    end = tokenizer.controls['<|im_end|>']
+    self.assertEqual(encoded.ids[encoded.ends].tolist(), [end, end])
+
+  @parameterized.parameters(
+    {'chat_template': {'a': 1}},
+    {'chat_template': [{'x': 1}]},
+    {'chat_template': [1]},
+    {'chat_template': 7},
+  )
+  def test_templates_that_cannot_be_read(self, **described):
+    with self.assertRaisesRegex(InputError, 'template cannot be read'):
+      published(self.folder, '', **described)
 
   def test_plain_and_dream(self):
     plain = tokenizers.make_tokenizer(TokenizerConfig('bytes', '', 0, 'plain'))
@@ -183,6 +214,12 @@ class ChatTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, said):
       published(self.folder, str(path))
 
+  def test_messages_that_hold_all_marks(self):
+    plain = tokenizers.make_tokenizer(TokenizerConfig('bytes', '', 0, 'plain'))
+    said = say(''.join(map(chr, range(0xFDD0, 0xFDF0))))
+    with self.assertRaisesRegex(InputError, r'U\+FDD0'):
+      chat.make_format(plain).encode(plain, said)
+
   def test_template_that_is_missing(self):
     with self.assertRaisesRegex(InputError, "chat_template='chatlm'"):
       published(self.folder, 'chatlm')
@@ -215,6 +252,13 @@ class TokenizerJsonTest(absltest.TestCase):
     self.assertEqual(tokenizer.encode('<|mask|>').tolist(), [*b'<|mask|>'])
     path = pathlib.Path(folder, 'tokenizer.json')
     content = json.loads(path.read_text())
+    for token in content['added_tokens']:
+      token['special'] = False  # The two are control tokens nevertheless.
+    path.write_text(json.dumps(content))
+    config = TokenizerConfig('huggingface', folder, 0)
+    tokenizer = tokenizers.make_tokenizer(config)
+    for text in '<|mask|>', '<|endoftext|>':
+      self.assertEqual(tokenizer.encode(text).tolist(), [*text.encode()])
     content['added_tokens'] = []
     path.write_text(json.dumps(content))
     with self.assertRaisesRegex(InputError, 'lacks a token'):
