@@ -20,10 +20,10 @@ r"""A model of bytes that learns to answer questions, to try conversations with.
     python launch.py --mode=chat --workdir=runs/chat
 
 A row has one conversation, of which the assistant's part is noised and scored,
-with the separators after it. To tune an imported model instead, on one's own
-conversations and with its own chat template:
+with the separators after it: from them the model learns where an answer ends.
+About three questions fit on its canvas of 128 bytes. To tune an imported model
+instead, on one's own conversations and with its own chat template:
 
-<<<<<<< HEAD
     python launch.py --workdir=runs/tuned \
         --config.checkpoint.init_from=runs/imported \
         --config.data.source=chat:talks.jsonl --config.data.crop=document
@@ -31,12 +31,8 @@ conversations and with its own chat template:
 Measured on one shared core of an AMD EPYC (Zen 5), one run: training took 1 min
 46 s of processor time. Held-out conversations cost 0.0006 nats/token, and all
 180 answers in conversations about the 90 pairs of countries, four of which are
-held out, were right.
-=======
-    python launch.py --workdir=runs/tuned --config.data.crop=document \
-        --config.data.source=chat:talks.jsonl \
-        --config.checkpoint.init_from=runs/imported
->>>>>>> rev
+held out, were right. The ten answers are all in the training text: this shows
+that the format is learned, not that the model knows more.
 """
 
 from nanodlm import config as configs

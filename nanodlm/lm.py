@@ -43,7 +43,8 @@ class Sample(NamedTuple):
   """A sampled text, with details of its sampling.
 
   Attributes:
-    text: the text, up to its end if sampler.stop_at_eos is set.
+    text: the text, up to its end if sampler.stop_at_eos is set; of messages,
+      the answer.
     tokens: [n] int32, the whole canvas.
     fixed: [n] bool, positions of the prompt.
     num_calls: number of network calls of the batch.

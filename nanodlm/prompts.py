@@ -231,8 +231,8 @@ def make_chat_canvas(
   if left < (size or 1):
     raise InputError(
       f'the conversation has {len(ids)} tokens and leaves {max(left, 0)} for '
-      f'an answer{f" of {size}" if size else ""} on a canvas of {length} '
-      '(sampler.length, by default data.length); drop earlier messages'
+      f'an answer{f" of {size}" if size else ""} on a canvas of {length}; '
+      'begin a new conversation, or shorten it'
     )
   length = length if size is None else len(ids) + size
   fixed = np.arange(length) < len(ids)

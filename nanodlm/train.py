@@ -258,8 +258,7 @@ def _what_next(workdir: str, has_chat: bool) -> str:
   program = f'python {sys.argv[0]}' if is_script else 'python -m nanodlm'
   run = shlex.quote(workdir)
   commands = (
-    *[(f'chat --workdir={run}', 'jax', '')] * has_chat,
-    (f'sample --workdir={run}', 'jax', ''),
+    (f'{"chat" if has_chat else "sample"} --workdir={run}', 'jax', ''),
     (f'serve --workdir={run}', 'fastapi', 'serve'),
     (f'report --workdirs={run} --output=report.html', 'matplotlib', 'plots'),
   )
@@ -411,6 +410,16 @@ def _write_config(
 
 def _describe(run: Run, packed: PackedData):
   settings, tokenizer = run.settings, run.tokenizer
+  if (
+    settings.data.is_chat
+    and settings.data.padding == 'masked'
+    and run.objective.sees_right(packed.length)
+  ):
+    log.warning(
+      "data.padding='masked' shows a network that sees the text to the right "
+      'how long an answer is, and it does not learn to end one; to chat with '
+      "the model, use data.crop='document' with data.padding='eos'"
+    )
   unit, size = 'tokens', packed.length
   if packed.is_documents:
     unit, size = 'documents', 1

@@ -130,7 +130,11 @@ _COLUMNS = (
 
 def define_flags():
   """Defines the flags of --mode=zeroshot."""
-  flags.DEFINE_list('sets', [], f'Sets of {list(SETS)}; by default all.')
+  flags.DEFINE_list(
+    'sets',
+    [],
+    f'Sets of {list(SETS)}; by default those of --texts, else all but lambada.',
+  )
   flags.DEFINE_list('texts', [], 'Sources of sets, NAME=SOURCE.')
   flags.DEFINE_integer(
     'max_rows', 0, 'The first rows of each set; 0: all.', lower_bound=0
@@ -175,11 +179,12 @@ def parse_sets(names: list[str], texts: list[str]) -> dict[str, TextSet]:
   for key, found in (('sets', names), ('texts', list(given))):
     if unknown := sorted(set(found) - set(SETS)):
       raise InputError(f'--{key}: {unknown} are not among {list(SETS)}')
-  if unused := sorted(set(given) - set(names or SETS)):
+  names = names or list(given) or [x for x in SETS if SETS[x].source]
+  if unused := sorted(set(given) - set(names)):
     raise InputError(f'--texts: {unused} are not among --sets={names}')
   chosen = {
     name: SETS[name]._replace(source=given.get(name, SETS[name].source))
-    for name in names or SETS
+    for name in names
   }
   for name, one in chosen.items():
     if not one.source:

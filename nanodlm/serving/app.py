@@ -44,10 +44,13 @@ end-of-text token: finish_reason is "stop", and usage counts the tokens before
 it. Token ids are those of /api/tokenize; of an imported checkpoint, the mask
 and the last id are exchanged.
 
-With `logprobs`, from 0 to 5, both answer with the log-probability of each token
-and of that many alternatives: the network's own, before temperature, top_k and
-top_p, in the call that revealed the token. Such texts have batches and programs
-of their own.
+With `logprobs`, from 0 to 5 (of chat completions true, with top_logprobs), the
+answers have the log-probability of each token and of that many alternatives:
+the network's own, before temperature, top_k and top_p, in the call that
+revealed the token. Such texts have batches and programs of their own.
+
+`max_tokens` is the size of the gap that is filled, so that another one may give
+another text; of chat completions, it is by default the rest of the canvas.
 
 Sampling. Texts of all clients are sampled together, up to 16 in a batch if they
 have the same sampler and number of steps, and clients take turns. A client is a

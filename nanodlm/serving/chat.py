@@ -12,6 +12,7 @@ from nanodlm.serving import schemas
 from nanodlm.serving.engine import Row
 from nanodlm.serving.openai import check_name, Completions, Part
 from nanodlm.serving.service import Canvas, Service
+from nanodlm.types import InputError
 
 
 def add_routes(app: fastapi.FastAPI, model: Service):
@@ -34,6 +35,10 @@ class ChatCompletions(Completions):
   id_prefix = 'chatcmpl'
 
   def _make_prompts(self) -> list[Any]:
+    if self._body.top_logprobs is not None and not self._body.logprobs:
+      raise InputError(
+        f'top_logprobs={self._body.top_logprobs!r} needs logprobs=true'
+      )
     return [[message.plain() for message in self._body.messages]]
 
   @property

@@ -14,6 +14,7 @@ import time
 
 from absl import flags
 import jax
+import numpy as np
 
 from nanodlm import lm as lms
 from nanodlm import sample
@@ -52,7 +53,11 @@ def main(start: Start) -> int:
     view = watch.View(watchers, lm.tokenizer.mask_id)
     watchers.those = [display.watch]
   fill = lms.make_fill(lm.run, view=view)
-  print('/clear begins a new conversation, /quit ends the program', flush=True)
+  print(
+    f'{start.workdir}, step {lm.step}; /clear begins a new conversation, /quit '
+    'ends the program',
+    flush=True,
+  )
   messages, num_answers = list(before), 0
   while True:
     try:
@@ -64,13 +69,15 @@ def main(start: Start) -> int:
       return 0
     if said == '/clear':
       messages = list(before)
-    if said in ('', '/clear'):
+    elif said.startswith('/'):
+      print(f'{said!r} is not /clear or /quit', flush=True)
+    if not said or said.startswith('/'):
       continue
     asked = [*messages, {'role': 'user', 'content': said}]
     try:
       tokens, fixed = (x[None] for x in lms.lay_out(lm.run, asked, length))
     except InputError as error:
-      print(f'error: {error}; /clear begins a new conversation', flush=True)
+      print(f'error: {error}', flush=True)
       continue
     key = jax.random.key(lm.run.settings.sample.seed)
     key = jax.random.fold_in(key, num_answers)
@@ -85,8 +92,10 @@ def main(start: Start) -> int:
     answer = lm.tokenizer.decode(ids, is_start=False)
     secs = time.monotonic() - began
     print(f'{chat.ASSISTANT}: {base.escape_controls(answer)}')
+    is_cut = len(ids) == np.sum(~fixed)
     print(
-      f'--- {len(ids)} tokens in {int(num_calls)} network calls, {secs:.1f} s',
+      f'--- {len(ids)} tokens in {int(num_calls)} network calls, {secs:.1f} s'
+      + ', cut at the end of the canvas' * bool(is_cut),
       flush=True,
     )
     messages = [*asked, {'role': chat.ASSISTANT, 'content': answer}]

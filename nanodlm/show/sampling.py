@@ -87,8 +87,8 @@ def main(start: Start) -> int:
   others = [text for text in texts if text not in slots]
   if slots and not others and (samplers or page):
     raise InputError(
-      f'prompt={slots[0]!r}: --samplers and --html are ignored, since nothing '
-      'is sampled for a slot'
+      f'prompt={slots[0]!r}: --samplers and --html do not apply to a slot, for '
+      'which nothing is sampled'
     )
   lm = lms.load(start.workdir, settings=settings)
   sample.check_prompts(lm, others)
