@@ -106,7 +106,7 @@ def test_limits_stops_and_logprobs(talking):
     named = [alternative['bytes'] for alternative in one['top_logprobs']]
     assert named == [[x['token']] * (x['token'] < 256) for x in top]
   stop = whole[2:4]
-  body = {**body, 'stop': stop, 'logprobs': False}
+  body = {**body, 'stop': stop, 'logprobs': False, 'top_logprobs': None}
   (choice,) = post(server, PATH, body)[1]['choices']
   assert choice['message']['content'] == whole[: whole.find(stop)]
   assert choice['finish_reason'] == 'stop'
@@ -123,6 +123,7 @@ def test_limits_stops_and_logprobs(talking):
     ({'messages': PLAIN, 'max_tokens': 90}, 400, 'of 90'),
     ({'messages': PLAIN, 'tools': []}, 422, 'tools'),
     ({'messages': PLAIN, 'top_logprobs': 6, 'logprobs': True}, 422, 'logprobs'),
+    ({'messages': PLAIN, 'top_logprobs': 2}, 400, 'top_logprobs'),
     ({'messages': PLAIN, 'model': 'gpt'}, 404, 'gpt'),
   ],
 )
