@@ -84,7 +84,7 @@ What holds of what papers say, at this scale:
   and ar_weight=1), and speculation has the law of `ar` in 0.57 of its calls,
   1.8 tokens each.
 - At 8 and 16 calls psi is nearer the law than posterior for every noise but
-  uniform's, where they do not differ. Uniform noise with Duo's curriculum and
+  uniform's, for which it makes no difference. Uniform noise with Duo's curriculum and
   psi is then as near as masked noise or a little nearer (0.0053 and 0.0052 at
   8, 0.0038 and 0.0044 at 16), although its bound is far worse; without the
   curriculum, and for more calls, it is not.
