@@ -84,9 +84,9 @@ What holds of what papers say, at this scale:
   and ar_weight=1), and speculation has the law of `ar` in 0.57 of its calls,
   1.8 tokens each.
 - At 8 and 16 calls psi is nearer the law than posterior for every noise but
-  uniform's, for which it makes no difference. Uniform noise with Duo's curriculum and
-  psi is then as near as masked noise or a little nearer (0.0053 and 0.0052 at
-  8, 0.0038 and 0.0044 at 16), although its bound is far worse; without the
+  uniform's, for which it makes no difference. Uniform noise with Duo's
+  curriculum and psi is then as near as masked noise (0.0053 and 0.0052 at 8,
+  0.0038 and 0.0044 at 16), although its bound is far worse; without the
   curriculum, and for more calls, it is not.
 - Distillation does not help here: every student is farther from the law than
   its teacher at the same number of calls, and less diverse (entropy of a text
