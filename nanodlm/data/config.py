@@ -104,22 +104,21 @@ class DataConfig:
       f'needs data.length >= 3, not {self.length!r}',
     )
     where = f'with data.source={self.source!r}'
-    if self.is_chat:
-      self._check('crop', self.crop != 'random', f'is not allowed {where}')
+    if self.is_pairs or self.is_chat:
+      text = f'is not allowed {where}: a window would begin inside a document'
+      self._check('crop', self.crop != 'random', text)
+      text = f'is not allowed {where}: what is to be answered is given already'
       for key in ('clean_prefix_rate', 'clean_infill_rate'):
-        text = (
-          f'is not allowed {where}: the turns of the user are given already'
-        )
         self._check(key, not getattr(self, key), text)
-      if self.crop == 'chunk':
-        text = (
-          f'{where}: several conversations share a row, which need '
-          "data.segment_ids=True and data.padding='masked'; or use "
-          "data.crop='document', a row for each"
-        )
-        self._check('segment_ids', self.segment_ids, text)
-        self._check('padding', self.padding == 'masked', text)
-        return
+    if self.is_chat and not self.has_documents:
+      text = (
+        f'{where}: several conversations share a row, which need '
+        "data.segment_ids=True and data.padding='masked'; or use "
+        "data.crop='document', a row for each"
+      )
+      self._check('segment_ids', self.segment_ids, text)
+      self._check('padding', self.padding == 'masked', text)
+      return
     if not self.has_documents:
       text = f"is ignored {where}, except with data.crop='document'"
       self._check('padding', self.padding == 'eos', text)
@@ -127,12 +126,6 @@ class DataConfig:
       return
     text = f'is not allowed {where}: a row is a single document or pair'
     self._check('segment_ids', not self.segment_ids, text)
-    if self.is_pairs:
-      text = f'is not allowed {where}: a window would begin inside a pair'
-      self._check('crop', self.crop != 'random', text)
-      text = f'is not allowed {where}: the prompt of a pair is given already'
-      for key in ('clean_prefix_rate', 'clean_infill_rate'):
-        self._check(key, not getattr(self, key), text)
     for _, source in sources.parse_mixture(self.source):
       cls = sources.find_class(source)
       self._check(

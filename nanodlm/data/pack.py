@@ -145,32 +145,29 @@ class Stream:
   def _examples(
     self, block: np.ndarray, start: int = 0
   ) -> Iterator[dict[str, Any]]:
-    """Yields rows of records, with the bytes after the first `start` tokens."""
-    tokens = block['token']
-    if self.job.source.is_chat:
-      yield from self._conversations(block)
-    elif self.job.tokenizer.is_lossless:
-      sizes = self.job.tokenizer.num_bytes[tokens[:, start:]].sum(axis=1)
-      for row, num_bytes in zip(tokens, sizes.tolist()):
-        yield {'tokens': row, 'num_bytes': num_bytes}
-    else:
-      sizes = block['num_bytes']
-      totals = sizes[:, start:].sum(axis=1).tolist()
-      for row, row_sizes, num_bytes in zip(tokens, sizes, totals):
-        yield {'tokens': row, 'token_bytes': row_sizes, 'num_bytes': num_bytes}
+    """Yields rows of records, with the bytes of what is scored.
 
-  def _conversations(self, block: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Yields rows of records, with the bytes of what is scored."""
-    is_lossless = self.job.tokenizer.is_lossless
-    for row in block:
-      tokens, marks = row['token'], row['marks']
-      sizes = self.job.tokenizer.num_bytes[tokens]
-      sizes = sizes if is_lossless else row['num_bytes']
-      is_scored = (marks & (encoder.GIVEN | encoder.FILL)) == 0
-      example = {'tokens': tokens, 'marks': marks}
+    That is what follows the first `start` tokens or, of conversations, what
+    their marks say.
+    """
+    tokens, job = block['token'], self.job
+    is_lossless, is_chat = job.tokenizer.is_lossless, job.source.is_chat
+    sizes = (
+      block['num_bytes']
+      if not is_lossless
+      else (job.tokenizer.num_bytes[tokens])
+    )
+    is_scored = np.arange(self.length) >= start
+    if is_chat:
+      is_scored = (block['marks'] & (encoder.GIVEN | encoder.FILL)) == 0
+    totals = sizes.sum(axis=1, where=is_scored).tolist()
+    for i, num_bytes in enumerate(totals):
+      example = {'tokens': tokens[i], 'num_bytes': num_bytes}
       if not is_lossless:
-        example['token_bytes'] = sizes
-      yield example | {'num_bytes': int(sizes[is_scored].sum())}
+        example['token_bytes'] = sizes[i]
+      if is_chat:
+        example['marks'] = block['marks'][i]
+      yield example
 
   def count(self) -> dict[str, int]:
     """Returns the counts of PackedData.metadata."""
