@@ -21,6 +21,17 @@ def opened():
     browser.close()
 
 
+@contextlib.contextmanager
+def visiting(url):
+  """A page that is open in a browser, whose scripts must not fail."""
+  with opened() as browser:
+    page, wrong = browser.new_page(), []
+    page.on('pageerror', lambda error: wrong.append(error))
+    page.goto(url)
+    yield page
+    assert not wrong
+
+
 def expect():
   """Playwright's `expect`."""
   return pytest.importorskip('playwright.sync_api').expect

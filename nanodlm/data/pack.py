@@ -152,11 +152,8 @@ class Stream:
     """
     tokens, job = block['token'], self.job
     is_lossless, is_chat = job.tokenizer.is_lossless, job.source.is_chat
-    sizes = (
-      block['num_bytes']
-      if not is_lossless
-      else (job.tokenizer.num_bytes[tokens])
-    )
+    piece_bytes = job.tokenizer.num_bytes[tokens]
+    sizes = piece_bytes if is_lossless else block['num_bytes']
     is_scored = np.arange(self.length) >= start
     if is_chat:
       is_scored = (block['marks'] & (encoder.GIVEN | encoder.FILL)) == 0

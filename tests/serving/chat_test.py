@@ -195,11 +195,8 @@ def test_npm_client(talking):
 
 def test_in_a_browser(talking):
   _, server = talking
-  with browsers.opened() as browser:
-    page, expect = browser.new_page(), browsers.expect()
-    wrong = []
-    page.on('pageerror', lambda error: wrong.append(error))
-    page.goto(f'http://127.0.0.1:{server.port}/')
+  with browsers.visiting(f'http://127.0.0.1:{server.port}/') as page:
+    expect = browsers.expect()
     expect(page.locator('#facts')).to_contain_text('canvas of 96')
     page.fill('#seed', '4')
     said = page.locator('#said p')
@@ -218,4 +215,3 @@ def test_in_a_browser(talking):
     expect(said).to_have_count(2)
     page.click('#forget')
     expect(said).to_have_count(0)
-    assert not wrong
