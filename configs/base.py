@@ -293,6 +293,12 @@ def get_config() -> config_dict.ConfigDict:
 
   config.train = train = config_dict.ConfigDict()
   train.batches = 'text'  # Where batches come from: 'text' is the data above.
+  # What the samples that a policy learns from are worth, a sum of Python
+  # functions and laws such as '0.5*my_rewards:brevity+law:valid'; see
+  # nanodlm/rewards.py.
+  train.reward = ''
+  # The longest that one of these functions may take for all texts of a step.
+  train.reward_secs = 60.0
   train.batch_size = 32  # Examples per step, over all devices.
   train.num_steps = 2000
   # Parts of a step's batch, computed in turn on each device to save memory.
