@@ -7,6 +7,7 @@ The command line, the server and the evaluations use the same object.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import copy
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanodlm import config as configs
-from nanodlm import prompts
+from nanodlm import prompts, rewards, searches
 from nanodlm import run as runs
 from nanodlm.data.tokenizers import chat
 from nanodlm.data.tokenizers.base import Tokenizer
@@ -166,6 +167,10 @@ class LanguageModel:
     seed: int = 0,
     length: int | None = None,
     details: bool = False,
+    reward: str = '',
+    best_of: int = 1,
+    num_refinements: int = 0,
+    reward_temperature: float = 0.0,
     **settings: Any,
   ) -> list[Any]:
     """Samples texts.
@@ -182,7 +187,11 @@ class LanguageModel:
       length: number of tokens of the canvas; None is the run's. Answers end
         there, too.
       details: whether to return `Sample` objects instead of texts, with the
-        log-probabilities of the tokens.
+        log-probabilities of the tokens, and the number of network calls.
+      reward: what texts are worth, such as 'law:valid'; see `nanodlm.rewards`.
+      best_of: number of samples for each text, the best of which is returned.
+      num_refinements: see `searches.Search`.
+      reward_temperature: see `searches.Search`.
       **settings: other keys of `config.sampler`, such as top_p=0.9.
 
     Raises:
@@ -201,6 +210,18 @@ class LanguageModel:
     keep = functools.partial(watch.Logprobs.keep, kept)
     view = watch.View(keep, run.tokenizer.mask_id, reveals=True)
     fill = make_fill(run, view=view if details else None)
+    search = make_search(
+      run, reward, best_of, num_refinements, reward_temperature
+    )
+    if search:
+      taken = copy.deepcopy(kept)
+
+      def on_candidate(is_taken):
+        for i, is_new in enumerate(is_taken):
+          source, target = (kept, taken) if is_new else (taken, kept)
+          target[i] = copy.deepcopy(source[i])
+
+      fill = search.around(fill, on_candidate)
     key = jax.random.key(seed)
     filled, num_calls = fill(self.params, key, tokens, is_fixed)
     is_chat = not isinstance(prompt, str)
@@ -514,6 +535,51 @@ def shown_tokens(run: Run, tokens: np.ndarray, fixed: np.ndarray) -> np.ndarray:
   first = int(np.max(np.flatnonzero(fixed), initial=-1)) + 1
   size = prompts.find_end(tokens[first:], run.eos_ids, is_blank=not first)
   return tokens[: first + size]
+
+
+def read_texts(
+  run: Run, rows: np.ndarray, fixed: np.ndarray
+) -> tuple[list[str], list[str]]:
+  """Returns the texts of samples [N, n], and what is before their first gap."""
+  decode = run.tokenizer.decode
+  firsts = np.where(fixed.all(axis=1), fixed.shape[1], fixed.argmin(axis=1))
+  texts = [decode(shown_tokens(run, *both)) for both in zip(rows, fixed)]
+  return texts, [decode(row[:first]) for row, first in zip(rows, firsts)]
+
+
+def make_search(
+  run: Run,
+  reward: str,
+  best_of: int = 1,
+  num_refinements: int = 0,
+  temperature: float = 0.0,
+) -> searches.Search | None:
+  """Makes a search by a reward of `nanodlm.rewards`; None without a reward.
+
+  Raises:
+    InputError: a value is not allowed, or ignored without a reward.
+  """
+  given = {
+    'best_of': best_of,
+    'num_refinements': num_refinements,
+    'reward_temperature': temperature,
+  }
+  if not reward:
+    for key, value in given.items():
+      if value != (key == 'best_of'):
+        raise InputError(f"{key}={value!r} is ignored with reward=''")
+    return None
+  settings = run.settings
+  of_texts = rewards.make_reward(
+    reward, settings.data, settings.train.reward_secs, 'reward'
+  )
+  return searches.Search(
+    best_of,
+    num_refinements,
+    temperature,
+    lambda rows, fixed: of_texts(*read_texts(run, rows, fixed)),
+    run.objective.sees_right(settings.sample_length),
+  )
 
 
 def answer_tokens(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanodlm import laws
+from nanodlm import laws, searches
 from nanodlm import lm as lms
 from nanodlm import prompts as prompting
 from nanodlm import workdir as workdirs
@@ -96,6 +96,7 @@ def sample_prompts(
   samplers: Sequence[str] = (),
   display: Any = None,
   page: Any = None,
+  search: searches.Search | None = None,
 ):
   """Prints samples and appends them to samples.jsonl in the workdir.
 
@@ -110,6 +111,8 @@ def sample_prompts(
     samplers: see `with_samplers`; number, length and seed are the run's.
     display: a `show.live.Display` of the canvases during sampling, or None.
     page: a `show.replay.Page` that records the trajectories, or None.
+    search: how texts of high reward are found, without display and page; None:
+      every sample is one.
   """
   run, sample = lm.run, lm.run.settings.sample
   models = with_samplers(lm, samplers)
@@ -120,6 +123,8 @@ def sample_prompts(
     view = watch.View(watchers, run.tokenizer.mask_id, num_top)
   law = laws.law_of_rows(run.settings.data)
   fills = [lms.make_fill(model.run, view=view) for _, model in models]
+  if search:
+    fills = [search.around(fill) for fill in fills]
   if not display:
     log.info('compiling the sampler, then sampling')
   for i, prompt in enumerate(prompts or ['']):
@@ -154,7 +159,10 @@ def sample_prompts(
         )
       if not jax.process_index():
         title = f', {label}' if len(models) > 1 else ''
-        _report(model, law, prompt, samples, fixed[0], num_calls, title, secs)
+        values = search.reward(samples, fixed) if search else None
+        _report(
+          model, law, prompt, samples, fixed[0], num_calls, title, secs, values
+        )
   if page:
     settings = run.settings
     size = page.write(
@@ -301,7 +309,7 @@ def _line(
   }
 
 
-def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs):
+def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs, rewards):
   """Prints the samples [N, n] of a prompt and appends them to samples.jsonl.
 
   With a law, it also says which of them are possible, and why others are not.
@@ -313,6 +321,9 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs):
     num_more = np.sum(~np.isin(row[len(ids) :], tokenizer.eos_ids))
     title = f'--- sample {j + 1} of {len(tokens)}{label}'
     title += f', prompt {prompt!r}' if prompt else ''
+    if rewards is not None:
+      line['reward'] = float(rewards[j])
+      title += f', reward {rewards[j]:.4g}'
     if len(ids) < len(row):
       title += f', ends after {len(ids)} of {len(row)} tokens'
     if num_more:
@@ -328,6 +339,8 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs):
     f'text per call, {secs:.1f} s with compilation',
     flush=True,
   )
+  if rewards is not None:
+    print(f'--- mean reward {np.mean(rewards):.4g}', flush=True)
   if law:
     if described := laws.describe_gaps(law, tokenizer, prompt):
       print(f'--- {described}')
