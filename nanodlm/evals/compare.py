@@ -278,8 +278,9 @@ def compare_run(
   def reference():
     if judge is None or not has_mauve:
       return None
-    others = _cut_ends(subject.run, read_rows()[1::2, :length])
-    return judge.features(others, subject.lm.tokenizer)
+    lm = subject.lm
+    others = _cut_ends(lm.run, read_rows()[1::2, :length])
+    return judge.features(others, lm.tokenizer)
 
   length = request.length or subject.settings.data.length
   planned = plan_points(subject.run, request, length)

@@ -150,10 +150,11 @@ def test_mauve(runs, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(compare, 'MIN_MAUVE_SAMPLES', 20)
   args = (f'--judge={runs[1]}', '--mauve', '--num_steps=4', '--noplot')
   output = tmp_path / 'new'
+  ends = workdirs.make_workdir(tmp_path / 'ends', sampler__stop_at_eos=True)
   few = run_main(runs, f'--output={output}', *args, '--num_samples=40')
   assert few == 2 and '--num_samples=40' in capsys.readouterr().err
   assert not output.exists()
-  assert not run_main(runs[:1], f'--output={output}', *args, '--num_samples=30')
+  assert not run_main([ends], f'--output={output}', *args, '--num_samples=30')
   table = capsys.readouterr().out
   assert 'MAUVE' in table and '3 clusters, seed 0' in table
   value = json.loads((output / 'comparison.json').read_text())
