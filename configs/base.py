@@ -188,7 +188,8 @@ def get_config() -> config_dict.ConfigDict:
   # Trains low-rank matrices next to the frozen weights of checkpoint.init_from,
   # and nothing else; 0: all parameters. Checkpoints hold them alone: keep
   # that run and its checkpoint, or export the whole model. If it has moved,
-  # give --config.checkpoint.init_from to the modes that load the run.
+  # give --config.checkpoint.init_from to the modes that load the run. If that
+  # run has such matrices itself, they are trained further.
   lora.rank = 0
   lora.alpha = 16.0  # > 0. Updates are scaled by alpha / rank.
   lora.rslora = False  # Whether by alpha / sqrt(rank) instead.

@@ -729,21 +729,29 @@ def make_score(
   score_step = evaluate_steps.make_score_step(
     scorer, run.mesh, num_draws=num_draws
   )
-  shards = meshes.num_batch_shards(run.mesh)
-  batch_size = -(-batch_size // shards) * shards
 
   def score(params: Any, key: jax.Array, batch: Batch) -> dict[str, np.ndarray]:
-    num, parts = len(batch.tokens), []
-    countdown = progress.Countdown('scoring', -(-num // batch_size))
-    for first in range(0, num, batch_size):
-      cut = lambda x: pad_rows(x[first : first + batch_size], batch_size)
-      part = meshes.shard_whole_batch(run.mesh, jax.tree.map(cut, batch))
-      values = call(score_step, params, jax.random.clone(key), part)
-      parts.append(jax.device_get(values))
-      countdown.count()
-    return {
-      name: np.concatenate([part[name] for part in parts])[:num]
-      for name in parts[0]
-    }
+    step = lambda part: call(score_step, params, jax.random.clone(key), part)
+    return map_batches(run, step, batch, batch_size)
 
   return score
+
+
+def map_batches(
+  run: Run, step: Callable[[Any], Any], rows: Any, batch_size: int
+) -> Any:
+  """Applies a step to N rows, `batch_size` at once; returns its values [N].
+
+  `rows` is a pytree of NumPy arrays that are equal on all processes.
+  `batch_size` is rounded up to the mesh's batch shards.
+  """
+  shards = meshes.num_batch_shards(run.mesh)
+  batch_size = -(-batch_size // shards) * shards
+  num, parts = len(jax.tree.leaves(rows)[0]), []
+  countdown = progress.Countdown('scoring', -(-num // batch_size))
+  for first in range(0, num, batch_size):
+    cut = lambda x: pad_rows(x[first : first + batch_size], batch_size)
+    part = meshes.shard_whole_batch(run.mesh, jax.tree.map(cut, rows))
+    parts.append(jax.device_get(step(part)))
+    countdown.count()
+  return jax.tree.map(lambda *x: np.concatenate(x)[:num], *parts)

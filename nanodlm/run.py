@@ -84,12 +84,19 @@ class Run:
     return self.tokenizer.eos_ids if has_end else ()
 
   def num_params(self) -> int:
-    """Returns the number of parameters, without what pads the vocabulary."""
+    """Returns the number of parameters, without what pads the vocabulary.
+
+    With `config.lora` those of the base and of the adapters.
+    """
     whole = dataclasses.replace(self.network, shards=Shards())  # pyright: ignore
     shapes = jax.eval_shape(
       lambda: states.init_params(whole, self.objective, jax.random.key(0))
     )
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+  def num_trained(self) -> int:
+    """Returns the number of those that `config.lora` trains."""
+    return sum(leaf.size for leaf in jax.tree.leaves(trained_shapes(self)))
 
   def with_vocabulary(self, vocab_size: int) -> 'Run':
     """Returns the run of a network with this number of ids, mask included."""
@@ -649,6 +656,9 @@ def load_base(
     InputError: they are not there, do not fit, or are others than `expected`.
   """
   saved = run.settings.checkpoint
+  workdir, step = find_base(saved.init_from), saved.init_step
+  if expected is None and workdir != saved.init_from:
+    expected = _read_identity(saved.init_from, step)
   trained, shapes = _shapes(run)
   if in_full:
     shapes = meshes.shapes_sharded(
@@ -657,17 +667,35 @@ def load_base(
     )
   elif 'objective' in trained:
     shapes = {**shapes, 'objective': trained['objective']}
-  step = expected['step'] if expected else saved.init_step
-  base, found, digest = _restore(run, saved.init_from, shapes, step)
+  step = expected['step'] if expected else step
+  base, found, digest = _restore(run, workdir, shapes, step)
   if in_full:
     base.pop('objective', None)
   identity = {'step': found, 'sha256': digest}
   if expected not in (None, identity):
     raise InputError(
-      f'checkpoint.init_from={saved.init_from!r}, step {found}, has changed '
+      f'checkpoint.init_from={workdir!r}, step {found}, has changed '
       'since the adapters were trained'
     )
   return base, identity
+
+
+def find_base(workdir: str) -> str:
+  """Returns the workdir of the base of adapters in `workdir`.
+
+  That is `workdir` itself if it holds a whole model.
+  """
+  config: Any = configs.read_run(workdir, 'checkpoint.init_from')
+  if not config.lora.rank:
+    return workdir
+  return find_base(config.checkpoint.init_from)
+
+
+def _read_identity(workdir: str, step: int) -> dict[str, Any]:
+  """Returns the identity of the base of adapters; see `load_base`."""
+  with checkpoint.open_manager(workdir, read_only=True) as manager:
+    found = multihost.on_process_0(lambda: checkpoint.find_step(manager, step))
+    return checkpoint.restore_meta(manager, found)['data']['base']
 
 
 def check_start(run: Run, workdir: str):
@@ -678,11 +706,16 @@ def check_start(run: Run, workdir: str):
       f'lacks {workdirs.TOKENIZER}'
     )
   config: Any = configs.read_run(workdir, 'checkpoint.init_from')
-  if config.lora.rank:
+  ours, theirs = run.settings.lora, config.lora
+  keys = ('rank', 'alpha', 'rslora', 'targets')  # What the adapters compute.
+  differing = {key: (theirs[key], ours[key]) for key in keys}
+  differing = {key: x for key, x in differing.items() if x[0] != x[1]}
+  if theirs.rank and differing:
     raise InputError(
-      f'checkpoint.init_from={workdir!r} holds adapters alone (lora.rank='
-      f'{config.lora.rank}): write the whole model with --mode=export and read '
-      'it with --mode=import'
+      f'checkpoint.init_from={workdir!r} holds adapters, which can only be '
+      f'trained further as they are; {{key of lora: (there, here)}} is '
+      f'{differing}. For other adapters, or none, write the whole model with '
+      '--mode=export and read it with --mode=import'
     )
   if run.trained.uses_frozen:
     check_teacher(run, workdir)

@@ -169,11 +169,15 @@ def train(
     expected = before['data']['base'] if before else None
     base, identity = runs.load_base(run, expected)
     state, origin = _with_base(state, base), {'base': identity}
-    log.info(
-      'training adapters of %s, step %d',
-      settings.checkpoint.init_from,
-      identity['step'],
-    )
+    source = settings.checkpoint.init_from
+    whole = runs.find_base(source)
+    if init_from and whole != init_from:
+      adapters, first = runs.load_trained(
+        run, init_from, settings.checkpoint.init_step
+      )
+      state = _with_weights(state, adapters)
+      log.info('starting from the adapters of %s, step %d', init_from, first)
+    log.info('training adapters of %s, step %d', whole, identity['step'])
   with checkpoint.open_manager(
     workdir,
     max_to_keep=settings.checkpoint.max_to_keep,
@@ -364,14 +368,15 @@ def _initial_state(
   # The base of adapters is loaded later. XLA does not draw what is not used.
   init = lambda: dataclasses.replace(training.init_state(), base=None)
   state: Any = meshes.init_sharded(run.mesh, init)
-  if initial is not None:
-    copy = lambda: jax.tree.map(lambda x: x.copy(), initial)
-    if state.ema_params is not None:
-      state = state.replace(ema_params=copy())
-    if state.frozen is not None:
-      state = state.replace(frozen=copy())
-    state = state.replace(params=initial)
-  return state
+  return state if initial is None else _with_weights(state, initial)
+
+
+def _with_weights(state: Any, params: Any) -> Any:
+  """Returns the state of step 0 that starts from these parameters."""
+  copy = lambda old: old and jax.tree.map(lambda x: x.copy(), params)
+  return state.replace(
+    params=params, ema_params=copy(state.ema_params), frozen=copy(state.frozen)
+  )
 
 
 def _with_base(state: Any, base: dict[str, Any]) -> Any:
@@ -433,8 +438,7 @@ def _describe(run: Run, packed: PackedData):
     log.info(guesses.describe(guesses.measure(packed, settings.data)))
   trained = ''
   if settings.lora['rank']:
-    leaves = jax.tree.leaves(runs.trained_shapes(run))
-    trained = f' ({sum(leaf.size for leaf in leaves):,} trained)'
+    trained = f' ({run.num_trained():,} trained)'
   mesh = ', '.join(f'{axis} {size}' for axis, size in run.mesh.shape.items())
   log.info(
     f'model: {run.num_params():,} parameters{trained}, '

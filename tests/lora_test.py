@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import shutil
 from unittest import mock
 
@@ -12,6 +13,7 @@ from nanodlm import config as configs
 from nanodlm import lm as lms
 from nanodlm import model, train
 from nanodlm import run as runs
+from nanodlm.show import runs as reading
 from nanodlm.types import InputError
 from tests import seams_test, workdirs
 from tests.distill_test import saved
@@ -175,9 +177,72 @@ def test_mistakes(base, tmp_path, changes, named):
   assert not pathlib.Path(start.workdir).exists()
 
 
-def test_adapters_alone_are_not_a_base(adapted, base, tmp_path):
-  for rank in 0, 2:
-    start = start_from(tmp_path / str(rank), adapted.workdir, lora__rank=rank)
-    with pytest.raises(InputError, match='holds adapters alone'):
-      train.main(start)
-    assert not pathlib.Path(start.workdir).exists()
+@pytest.mark.parametrize(
+  'changes, named',
+  [
+    ({'lora__rank': 0}, "'rank': (2, 0)"),
+    ({'lora__rank': 3}, "'rank': (2, 3)"),
+    ({'lora__alpha': 5.0}, "'alpha': (6.0, 5.0)"),
+    ({'lora__rslora': True}, "'rslora': (False, True)"),
+    ({'lora__targets': 'query'}, "'targets': ('.*', 'query')"),
+  ],
+)
+def test_other_adapters_on_top_of_adapters(adapted, tmp_path, changes, named):
+  start = start_from(tmp_path, adapted.workdir, **changes)
+  with pytest.raises(InputError, match=re.escape(named)):
+    train.main(start)
+  assert not pathlib.Path(start.workdir).exists()
+
+
+def test_adapters_are_trained_further(base, adapted, tmp_path, caplog):
+  # A step of size 0 shows where it starts, and keeps the adapters' dropout.
+  start = start_from(
+    tmp_path / 'more',
+    adapted.workdir,
+    train__num_steps=1,
+    optim__learning_rate=1e-30,
+    lora__dropout=0.0,
+  )
+  with caplog.at_level('INFO'):
+    assert train.main(start) == 0
+  assert f'starting from the adapters of {adapted.workdir}, step 6' in (
+    caplog.text
+  )
+  assert f'training adapters of {base}, step 0' in caplog.text
+  before = saved(adapted.workdir, NUM_STEPS, 'ema_params')
+  after = saved(start.workdir, 1, 'params')
+  assert before.keys() == after.keys()
+  for name, x in before.items():
+    np.testing.assert_allclose(after[name], x, rtol=1e-6, atol=1e-20)
+  tokens = np.arange(12, dtype=np.int32)
+  first, second = (lms.load(x.workdir) for x in (adapted, start))
+  np.testing.assert_allclose(
+    second.logits(tokens), first.logits(tokens), atol=1e-6
+  )
+  # Once more, by the command line alone, which takes over all settings.
+  again = configs.Start(
+    'train',
+    str(tmp_path / 'again'),
+    configs.load(),
+    False,
+    {'checkpoint.init_from': start.workdir, 'optim.learning_rate': 0.1},
+  )
+  assert train.main(again) == 0
+  assert runs.find_base(again.workdir) == base
+  merged = runs.load_merged(lms.load(again.workdir).run, again.workdir)[1]
+  own = saved(again.workdir, 1, 'ema_params')
+  a, b = (own[f"['last_layer']['mlp_out']['lora_{x}']"] for x in 'ab')
+  kernel = lms.load(base).params['last_layer']['mlp_out']['kernel']
+  np.testing.assert_allclose(
+    merged['last_layer']['mlp_out']['kernel'], kernel + 3 * (a @ b), atol=1e-5
+  )
+  assert np.abs(b - after["['last_layer']['mlp_out']['lora_b']"]).max() > 1e-3
+  # The numbers of parameters: all of them, and those that are trained.
+  plain = lms.load(base).run.num_params()
+  num = sum(x.size for x in own.values())
+  assert lms.load(again.workdir).run.num_trained() == num
+  for workdir in adapted.workdir, again.workdir:
+    read = reading.read_run(pathlib.Path(workdir), '')
+    assert (read.num_params, read.num_trained) == (plain + num, num)
+  read = reading.read_run(pathlib.Path(base), '')
+  assert (read.num_params, read.num_trained) == (plain, None)

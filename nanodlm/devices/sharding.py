@@ -24,18 +24,20 @@ DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
 # The axes that split the batch.
 BATCH_AXES = (DATA, FSDP)
 
-_COLUMNS = {
-  'kernel': (FSDP, TENSOR),
-  'bias': (TENSOR,),
-  'lora_a': (FSDP, None),
-  'lora_b': (None, TENSOR),
-}
-_ROWS = {
-  'kernel': (TENSOR, FSDP),
-  'bias': (FSDP,),
-  'lora_a': (TENSOR, None),
-  'lora_b': (None, FSDP),
-}
+# The names of a dense layer's adapter, matrices [D, r] and [r, F].
+LORA_A, LORA_B = 'lora_a', 'lora_b'
+
+
+def _dense(inputs: str, outputs: str) -> dict[str, tuple[str | None, ...]]:
+  return {
+    'kernel': (inputs, outputs),
+    'bias': (outputs,),
+    LORA_A: (inputs, None),
+    LORA_B: (None, outputs),
+  }
+
+
+_COLUMNS, _ROWS = _dense(FSDP, TENSOR), _dense(TENSOR, FSDP)
 _WIDTH = {'scale': (FSDP,), 'bias': (FSDP,)}
 _TIME = {'kernel': (None, FSDP)}
 # The mesh axes of a parameter's LAST dimensions, by module and parameter name

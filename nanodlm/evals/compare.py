@@ -4,9 +4,11 @@ r"""--mode=compare: bounds of runs, and sample quality against network calls.
         --judge=AR_RUN --num_steps=16,64,256 --samplers=fixed_count,ancestral
 
 --judge=law compares the samples to the law of the text, if that is known, as of
-data.source='stories'. Writes comparison.json, comparison.txt and, if there are
-samples, curves.png into a new folder. Apart from times, the same command gives
-the same numbers.
+data.source='stories'. --mauve adds MAUVE (Pillutla et al., arXiv 2102.01454),
+which compares features of samples and of held-out text; faiss warns that its
+clusters, a tenth of the samples, are many, as they are in the paper. Writes
+comparison.json, comparison.txt and, if there are samples, curves.png into a new
+folder. Apart from times, the same command gives the same numbers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +43,11 @@ ALL = 'all'
 MARKERS = 'osvD^P*X<>'
 DRAW_FLAGS = ('temperature', 'top_k', 'top_p')
 # Flags that only matter if texts are sampled.
-SAMPLE_FLAGS = ('num_steps', 'num_samples', 'length', 'seed', *DRAW_FLAGS)
+SAMPLE_FLAGS = (
+  *('num_steps', 'num_samples', 'length', 'seed', *DRAW_FLAGS, 'mauve'),
+)
+# With fewer samples, whose clusters are fewer, MAUVE is far too high.
+MIN_MAUVE_SAMPLES = 500
 
 
 def define_flags():
@@ -93,6 +99,12 @@ def define_measurements():
   flags.DEFINE_integer('top_k', 0, 'Overrides sampler.top_k.')
   flags.DEFINE_float('top_p', 1.0, 'Overrides sampler.top_p.')
   flags.DEFINE_integer('seed', 0, 'Seed of the samples.')
+  flags.DEFINE_bool(
+    'mauve',
+    False,
+    'Whether to measure MAUVE too, by the package mauve-text, on features of '
+    '--judge, which must be a model.',
+  )
   flags.DEFINE_bool('plot', True, 'Whether to draw the curves.')
 
 
@@ -157,7 +169,10 @@ def plan_points(
 
 
 def sample_point(
-  lm: LanguageModel, judge: judges.Judge | None, request: Request
+  lm: LanguageModel,
+  judge: judges.Judge | None,
+  request: Request,
+  reference: np.ndarray | None = None,
 ) -> dict[str, Any]:
   """Samples texts and measures their quality.
 
@@ -189,6 +204,7 @@ def sample_point(
       _cut_ends(lm.run, tokens),
       lm.tokenizer,
       lm.run.settings.data.source,
+      reference,
     ),
   }
 
@@ -243,14 +259,39 @@ def compare_run(
   With samples, the first point is the text, whose values are those of perfect
   samples if neither the run nor the judge was trained on it.
   """
+  mauve_seed = None if judge is None else judge.mauve_seed
+  has_mauve = mauve_seed is not None
+
+  @functools.cache
+  def read_rows():
+    num = request.num_samples * (1 + has_mauve)
+    rows = evaluate.validation_rows(subject.lm.run, subject.text.packed, num)
+    if has_mauve and len(rows.tokens) < num:
+      raise InputError(
+        f'--num_samples={request.num_samples!r} is too large for --mauve: it '
+        'takes twice as many rows of held-out text, of which '
+        f'{subject.workdir!r} has {len(rows.tokens)}'
+      )
+    return rows.tokens
+
+  @functools.cache
+  def reference():
+    if judge is None or not has_mauve:
+      return None
+    lm = subject.lm
+    others = _cut_ends(lm.run, read_rows()[1::2, :length])
+    return judge.features(others, lm.tokenizer)
+
+  length = request.length or subject.settings.data.length
+  planned = plan_points(subject.run, request, length)
+  if has_mauve and planned:
+    read_rows()  # Raises what is wrong before anything takes long.
   bound = functools.partial(measure_bound, subject, max_examples)
   result = {
     'workdir': subject.workdir,
     **recall({'what': 'bound', 'max_examples': max_examples}, bound),
     'points': [],
   }
-  length = request.length or subject.settings.data.length
-  planned = plan_points(subject.run, request, length)
   if not planned:
     return result
   what = {
@@ -259,11 +300,18 @@ def compare_run(
     'num_samples': request.num_samples,
     'length': length,
   }
-  text = functools.partial(_measure_text, subject, judge, request)
-  points = [recall({**what, 'sampler': None}, text)]
+  if has_mauve:
+    what['mauve_seed'] = mauve_seed
+
+  def measure_text():
+    rows = read_rows()[:: 1 + has_mauve]
+    return _measure_text(subject, judge, rows, length, reference())
+
+  points = [recall({**what, 'sampler': None}, measure_text)]
 
   def sample(changes):
-    point = sample_point(subject.lm.with_sampler(changes), judge, request)
+    lm = subject.lm.with_sampler(changes)
+    point = sample_point(lm, judge, request, reference())
     print(
       f'{subject.workdir}: {changes["name"]}, {point["num_calls"]:.0f} network '
       f'calls, setting {len(points)} of {len(planned)}',
@@ -297,22 +345,27 @@ def measure_bound(subject: Subject, max_examples: int) -> dict[str, Any]:
 
 
 def _measure_text(
-  subject: Subject, judge: judges.Judge | None, request: Request
+  subject: Subject,
+  judge: judges.Judge | None,
+  rows: np.ndarray,
+  length: int,
+  reference: np.ndarray | None,
 ) -> dict[str, Any]:
   lm, text = subject.lm, subject.text
-  length = request.length or text.packed.length
-  rows = evaluate.validation_rows(lm.run, text.packed, request.num_samples)
-  real = rows.tokens
   return {
     'sampler': {'name': 'held-out text' if text.is_held_out else 'the text'},
     'num_calls': None,
     'tokens_per_call': None,
-    'num_samples': len(real),
+    'num_samples': len(rows),
     'length': min(length, text.packed.length),
     'tokens_per_sec': None,
-    'judge_trained_share': judge and judge.trained_share(real, lm.tokenizer),
+    'judge_trained_share': judge and judge.trained_share(rows, lm.tokenizer),
     **judges.measure_quality(
-      judge, _cut_ends(lm.run, real[:, :length]), lm.tokenizer, text.source
+      judge,
+      _cut_ends(lm.run, rows[:, :length]),
+      lm.tokenizer,
+      text.source,
+      reference,
     ),
   }
 
@@ -544,10 +597,23 @@ def parse_request(options: flags.FlagValues, judge: str) -> Request:
         f'--{name}={options[name].value!r} is ignored without --samplers or '
         '--judge, because nothing is sampled'
       )
+  if options.mauve and options.num_samples < MIN_MAUVE_SAMPLES:
+    raise InputError(
+      f'--num_samples={options.num_samples!r} are too few for --mauve, which '
+      f'needs {MIN_MAUVE_SAMPLES}; papers take 5,000'
+    )
   draw = {key: getattr(options, key) for key in DRAW_FLAGS}
   check_seed(options.seed, '--seed')
   sizes = options.num_samples, options.length
   return Request(tuple(names), num_steps, *sizes, draw, options.seed)
+
+
+def make_judge(options: flags.FlagValues, spec: str) -> judges.Judge | None:
+  """Makes what measures the samples that the flags ask for; '': nothing."""
+  if not spec and not options.mauve:
+    return None
+  seed = options.seed if options.mauve else None
+  return judges.make_judge(spec, mauve_seed=seed)
 
 
 def check(
@@ -600,7 +666,7 @@ def main(start: Start) -> int:
       f'--output={str(output)!r} exists and is not an empty folder'
     )
   settings = _open_settings(options.workdirs, options.source)
-  judge = judges.make_judge(options.judge) if options.judge else None
+  judge = make_judge(options, options.judge)
   check(settings, request, judge)
   results = [
     compare_run(Subject(*run), request, judge, options.max_examples)

@@ -12,6 +12,7 @@ distribution differs from that of the text.
 
 import abc
 from collections.abc import Mapping, Sequence
+import functools
 import math
 import types
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from nanodlm import lm as lms
 from nanodlm.data import overlap, pipeline, sources
 from nanodlm.data.config import DataConfig
 from nanodlm.data.tokenizers.base import count_lost, Tokenizer, warn_of_loss
+from nanodlm.steps import evaluate as evaluate_steps
 from nanodlm.training import metrics
 from nanodlm.types import InputError, reason
 
@@ -49,8 +51,10 @@ class Judge(abc.ABC):
     name: value of --judge.
     columns: columns of what it measures, for `metrics.format_table`.
     panels: which of them are plotted, {key: label}.
+    mauve_seed: seed of the clusters of MAUVE; None: it is not measured.
   """
 
+  mauve_seed: int | None = None
   name: str
   columns: tuple[tuple[str, str, str], ...]
   panels: Mapping[str, str]
@@ -62,11 +66,24 @@ class Judge(abc.ABC):
     """
     del data, length  # By default, it judges any text.
 
+  def features(
+    self, tokens: Sequence[np.ndarray], tokenizer: Tokenizer
+  ) -> np.ndarray:
+    """Returns features [N, D] of texts, for MAUVE."""
+    raise NotImplementedError
+
   @abc.abstractmethod
   def measure(
-    self, tokens: Sequence[np.ndarray], tokenizer: Tokenizer, source: str
+    self,
+    tokens: Sequence[np.ndarray],
+    tokenizer: Tokenizer,
+    source: str,
+    reference: np.ndarray | None = None,
   ) -> dict[str, Any]:
-    """Measures texts, ids [N, L] of a tokenizer, of a run on a source."""
+    """Measures texts, ids [N, L] of a tokenizer, of a run on a source.
+
+    `reference` [N, D] are the features of texts that MAUVE compares them to.
+    """
 
   @abc.abstractmethod
   def remarks(self, points: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -114,9 +131,8 @@ class LawJudge(Judge):
         f'data.length={data.length}; a law is that of whole ones'
       )
 
-  def measure(
-    self, tokens: Sequence[np.ndarray], tokenizer: Tokenizer, source: str
-  ) -> dict[str, Any]:
+  def measure(self, tokens, tokenizer, source, reference=None):
+    del reference
     if source not in self._features:
       law = sources.law_of(source)
       assert law is not None  # See `check`.
@@ -153,9 +169,12 @@ class ModelJudge(Judge):
   )
   window: int
 
-  def __init__(self, name: str):
-    self.name = name
+  def __init__(self, name: str, mauve_seed: int | None = None):
+    self.name, self.mauve_seed = name, mauve_seed
     self.panels = {'gen_bits_per_byte': f'bits/byte under {name}'}
+    if mauve_seed is not None:
+      self.columns += (('MAUVE', 'mauve', '.4f'),)
+      self.panels['mauve'] = f'MAUVE, features of {name}'
 
   @abc.abstractmethod
   def reads_ids_of(self, tokenizer: Tokenizer) -> bool:
@@ -171,9 +190,17 @@ class ModelJudge(Judge):
   ) -> np.ndarray:
     """Returns the nats [M] of the text in windows of `cut_windows`, M >= 1."""
 
-  def measure(
-    self, tokens: Sequence[np.ndarray], tokenizer: Tokenizer, source: str
-  ) -> dict[str, Any]:
+  @abc.abstractmethod
+  def last_states(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the last hidden state [N, D] at the last of each row's ids.
+
+    Of a longer row, that of the last id which fits into a network call.
+    """
+
+  def features(self, tokens, tokenizer):
+    return self.last_states(self._own_ids(tokens, tokenizer))
+
+  def measure(self, tokens, tokenizer, source, reference=None):
     del source
     judged = self.score(tokens, tokenizer)
     nll, _ = metrics.ratio_interval(judged.nll, judged.num_tokens)
@@ -188,6 +215,23 @@ class ModelJudge(Judge):
       **{key: value for key, value in values.items() if math.isfinite(value)},
       'judge_tokens': 'own' if self.reads_ids_of(tokenizer) else 'text',
       'num_empty': int(np.sum(judged.num_bytes == 0)),
+      **self._mauve(tokens, tokenizer, reference),
+    }
+
+  def _mauve(self, tokens, tokenizer, reference) -> dict[str, Any]:
+    if reference is None or self.mauve_seed is None:
+      return {}
+    import mauve  # pyright: ignore[reportMissingImports]  (optional)
+
+    result = mauve.compute_mauve(
+      p_features=reference,
+      q_features=self.features(tokens, tokenizer),
+      seed=self.mauve_seed,
+    )
+    return {
+      'mauve': float(result.mauve),
+      'mauve_clusters': result.num_buckets,
+      'mauve_seed': self.mauve_seed,
     }
 
   def remarks(self, points: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -198,12 +242,32 @@ class ModelJudge(Judge):
       if 'judge_trained_share' in point
     }
     remark = ', which re-encoded other tokenizers: compare bits/byte' * is_text
+    clusters = {
+      str(point['mauve_clusters'])
+      for point in points
+      if 'mauve_clusters' in point
+    }
+    of_mauve = [
+      'MAUVE: by the package mauve-text, on the last hidden state of '
+      f'{self.name} at the last token of a text. Samples against as many '
+      'held-out texts; in the line of the held-out text, these against as many '
+      f'others: what perfect samples reach. {" or ".join(sorted(clusters))} '
+      f'clusters, seed {self.mauve_seed}. It does not compare to values of '
+      'another judge, length or number of samples; papers take 5,000.'
+    ]
     return [
       f'Judge: {self.name}; gen ppl is per token of the judge{remark}. A low '
       'value with a low entropy means repetition.',
       f'Share of the texts of the runs that the judge was trained on: '
       f'{", ".join(sorted(shares))}.',
+      *(of_mauve if clusters else []),
     ]
+
+  def _own_ids(self, tokens, tokenizer) -> list[np.ndarray]:
+    """Returns the ids of texts in the judge's own vocabulary."""
+    if self.reads_ids_of(tokenizer):
+      return [np.asarray(row, np.int32) for row in tokens]
+    return self.encode([tokenizer.decode(row) for row in tokens])
 
   def score(self, tokens: Sequence[np.ndarray], tokenizer: Tokenizer) -> Judged:
     """Scores N texts given as ids of `tokenizer`.
@@ -212,12 +276,11 @@ class ModelJudge(Judge):
     breaks for separators, and of U+FFFD for bytes that are not UTF-8. A judge
     that reads the ids pays for separators as well, which have no bytes.
     """
+    rows = self._own_ids(tokens, tokenizer)
     if self.reads_ids_of(tokenizer):
-      rows = [np.asarray(row, np.int32) for row in tokens]
       num_bytes = [tokenizer.text_bytes(row) for row in tokens]
     else:
-      texts = [tokenizer.decode(row) for row in tokens]
-      rows, num_bytes = self.encode(texts), [len(x.encode()) for x in texts]
+      num_bytes = [len(tokenizer.decode(row).encode()) for row in tokens]
     windows, is_text, owner = lms.cut_windows(rows, self.window)
     nll = self.score_windows(windows, is_text) if len(windows) else []
     return Judged(
@@ -230,9 +293,9 @@ class ModelJudge(Judge):
 class NanodlmJudge(ModelJudge):
   """An autoregressive run. Texts of another tokenizer are re-encoded."""
 
-  def __init__(self, spec: str, batch_size: int):
-    super().__init__(spec)
-    self.lm = lms.load(spec)
+  def __init__(self, spec: str, batch_size: int, mauve_seed: int | None = None):
+    super().__init__(spec, mauve_seed)
+    self.lm, self.batch_size = lms.load(spec), batch_size
     settings = self.lm.run.settings
     if not self.lm.run.objective.exact:
       raise InputError(
@@ -251,9 +314,7 @@ class NanodlmJudge(ModelJudge):
   def trained_share(
     self, tokens: np.ndarray, tokenizer: Tokenizer
   ) -> float | None:
-    rows = tokens
-    if not self.reads_ids_of(tokenizer):
-      rows = self.encode([tokenizer.decode(row) for row in tokens])
+    rows = self._own_ids(tokens, tokenizer)
     separator_id = self.lm.tokenizer.separator_id
     if self.lm.run.settings.data.has_documents:  # The start of each row is one.
       rows = [np.append(separator_id, row) for row in rows]
@@ -265,18 +326,37 @@ class NanodlmJudge(ModelJudge):
   def score_windows(
     self, tokens: np.ndarray, is_text: np.ndarray
   ) -> np.ndarray:
-    segment_ids = None
-    if self.lm.run.settings.data.segment_ids:
-      is_separator = tokens == self.lm.tokenizer.separator_id
-      segment_ids = pipeline.mark_documents(is_separator)
+    segment_ids = self._mark(tokens == self.lm.tokenizer.separator_id)
     batch = lms.make_batch(tokens, is_text, segment_ids)
     return self._score(self.lm.params, jax.random.key(0), batch)['nll']
+
+  def _mark(self, is_separator: np.ndarray) -> np.ndarray | None:
+    """Returns the segments of rows, as in training; None without segments."""
+    if not self.lm.run.settings.data.segment_ids:
+      return None
+    return pipeline.mark_documents(is_separator)
+
+  def last_states(self, rows):
+    # The state that has read id i is at position i + 1, that of the next one.
+    tokens, is_text = lms.pad([x[: self.window - 1] for x in rows], self.window)
+    places = is_text.sum(1, dtype=np.int32)
+    is_last = np.arange(self.window) == places[:, None] - 1
+    # The last separator begins no other segment.
+    is_separator = tokens == self.lm.tokenizer.separator_id
+    segment_ids = self._mark(is_separator & ~is_last)
+    step = evaluate_steps.make_states_step(self.lm.run.scorer, self.lm.run.mesh)
+    return lms.map_batches(
+      self.lm.run,
+      functools.partial(step, self.lm.params),
+      (tokens, places, segment_ids),
+      self.batch_size,
+    )
 
 
 class HuggingFaceJudge(ModelJudge):
   """A causal language model of `transformers`, in float32. It reads text."""
 
-  def __init__(self, spec: str, batch_size: int):
+  def __init__(self, spec: str, batch_size: int, mauve_seed: int | None = None):
     try:
       import torch  # pyright: ignore[reportMissingImports]  (optional)
       import transformers  # pyright: ignore[reportMissingImports]  (optional)
@@ -285,7 +365,7 @@ class HuggingFaceJudge(ModelJudge):
         f"--judge={spec!r} needs {error.name}: pip install -e '.[judge]', or "
         'give the workdir of an autoregressive run'
       ) from error
-    super().__init__(spec)
+    super().__init__(spec, mauve_seed)
     name, self.batch_size = spec.removeprefix(HUGGING_FACE), batch_size
     try:
       self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -342,17 +422,51 @@ class HuggingFaceJudge(ModelJudge):
       parts.append(nll.cpu().numpy())
     return np.sum(np.concatenate(parts) * is_text[:, :longest], 1)
 
+  def last_states(self, rows):
+    import torch  # pyright: ignore[reportMissingImports]  (optional)
 
-def make_judge(spec: str, batch_size: int = 32) -> Judge:
+    states = []
+    for row in rows:
+      given = torch.tensor([[self._start_id, *row[: self.window]]])
+      with torch.inference_mode():
+        called = self.model(
+          given.to(self.model.device), output_hidden_states=True
+        )
+      states.append(called.hidden_states[-1][0, -1].cpu().numpy())
+    return np.stack(states)
+
+
+def make_judge(
+  spec: str, batch_size: int = 32, mauve_seed: int | None = None
+) -> Judge:
   """Makes a judge: 'law', a workdir of an 'ar' run, or 'hf:NAME_OR_PATH'.
 
-  `batch_size` windows are scored at once. Raises InputError if the model cannot
-  be loaded or is not autoregressive.
+  Args:
+    spec: value of --judge.
+    batch_size: number of windows that are scored at once.
+    mauve_seed: see `Judge`.
+
+  Raises:
+    InputError: the model cannot be loaded or is not autoregressive, or MAUVE
+      cannot be measured.
   """
+  if mauve_seed is not None:
+    if spec in ('', LAW):
+      raise InputError(
+        f'--mauve compares features of a model, which --judge={spec!r} lacks: '
+        f"give a model as --judge; {LAW!r} measures the texts' divergence from "
+        'their law instead'
+      )
+    try:
+      import mauve  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+      raise InputError(
+        f"--mauve needs {error.name}: pip install -e '.[mauve]'"
+      ) from error
   if spec == LAW:
     return LawJudge()
   cls = HuggingFaceJudge if spec.startswith(HUGGING_FACE) else NanodlmJudge
-  return cls(spec, batch_size)
+  return cls(spec, batch_size, mauve_seed)
 
 
 def measure_quality(
@@ -360,6 +474,7 @@ def measure_quality(
   tokens: Sequence[np.ndarray],
   tokenizer: Tokenizer,
   source: str = '',
+  reference: np.ndarray | None = None,
 ) -> dict[str, Any]:
   """Measures the quality of sampled texts.
 
@@ -368,6 +483,8 @@ def measure_quality(
     tokens: N arrays of ids of `tokenizer`, the sampling model's.
     tokenizer: their tokenizer.
     source: data.source of the model; read by the law alone.
+    reference: features of texts for MAUVE, see `Judge.features`; None: it is
+      not measured.
 
   Returns:
     The values of `metrics.text_statistics`, in tokens of `tokenizer`. With a
@@ -375,11 +492,12 @@ def measure_quality(
     of the judge; gen_bits_per_byte, which compares across tokenizers and
     judges, and its interval over texts, gen_bits_per_byte_ci95; judge_tokens,
     'own' if the judge scored the ids themselves, 'text' if it encoded their
-    text; num_empty, the number of samples without text. With the law those of
+    text; num_empty, the number of samples without text; and with a reference
+    mauve, mauve_clusters and mauve_seed. With the law those of
     `laws.sample_means`; divergence, own_divergence and num_features, see
     `laws.Features`. What is undefined for lack of texts is left out.
   """
   quality = metrics.text_statistics(tokens)
   if judge is not None:
-    quality |= judge.measure(tokens, tokenizer, source)
+    quality |= judge.measure(tokens, tokenizer, source, reference)
   return quality

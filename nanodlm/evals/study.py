@@ -470,7 +470,7 @@ def main(start: Start) -> int:
   )
   spec = options.judge or (judges.LAW if has_law else '')
   request = compare.parse_request(options, spec)
-  judge = judges.make_judge(spec) if spec else None
+  judge = compare.make_judge(options, spec)
   compare.check(settings, request, judge)
   output = pathlib.Path(options.output)
   workdirs.make(options.output)

@@ -127,7 +127,8 @@ def export_adapters(workdir: str, output: str, family: str = ''):
     run = run.with_tokenizer(load_tokenizer(workdir))
     params, step = runs.load_trained(run, workdir)
     form = FAMILIES[convert.choose_family(run, family)]
-    peft.write(work, run, params, form, _public(settings.checkpoint.init_from))
+    base = runs.find_base(settings.checkpoint.init_from)
+    peft.write(work, run, params, form, _public(base))
   log.info('exported %s, step %d, into %s', workdir, step, output)
 
 
@@ -146,8 +147,9 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
   for package in ('safetensors', 'tokenizers'):
     tensor_files.require(package)
   with convert.new_folder(output, '--output') as work:
-    lm = lms.load(workdir)
+    lm, num_adapted = lms.load(workdir), 0
     if lm.run.settings.lora['rank']:
+      num_adapted = lm.run.num_trained()
       whole, params, _ = runs.load_merged(lm.run, workdir)
       lm = dataclasses.replace(lm, run=whole, params=params)
     run, params, step = lm.run, lm.params, lm.step
@@ -170,7 +172,7 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     save_tokenizer(run.tokenizer, own)
     write_json(own / workdirs.CONFIG, published(run.settings))
     write_json(own / convert.ORIGIN, {'family': family, 'step': step})
-    text = card(lm, family, foreign, has_tokenizer)
+    text = card(lm, family, foreign, has_tokenizer, num_adapted)
     (work / 'README.md').write_text(text)
   log.info('exported %s, step %d, as %s into %s', workdir, step, family, output)
 
@@ -357,8 +359,12 @@ def card(
   family: str,
   foreign: dict[str, Any],
   has_tokenizer: bool,
+  num_adapted: int = 0,
 ) -> str:
-  """Returns the model card: what config.json and the logs of the run say."""
+  """Returns the model card: what config.json and the logs of the run say.
+
+  `num_adapted` is the number of parameters of adapters, which are merged.
+  """
   run, step, workdir = lm.run, lm.step, lm.workdir
   settings, tokenizer = run.settings, run.tokenizer
   loading = FAMILIES[family].loading + (
@@ -389,6 +395,11 @@ def card(
     )
     if source := settings.checkpoint.init_from:
       training += f'\n\nStarted from the weights of `{_public(source)}`.'
+  if num_adapted:
+    training += (
+      f' Adapters of {num_adapted:,} parameters were trained, and are added to '
+      'the weights.'
+    )
   model = sorted(settings.model.items())
   default: Any = configs.load()
   sampler = {

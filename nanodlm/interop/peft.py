@@ -7,8 +7,9 @@
 The folder has adapter_config.json and adapter_model.safetensors, with names of
 the family that the base has the form of, as in --mode=export. An import needs
 the workdir of the base, for example itself an import. What it makes can be
-evaluated, sampled and exported, but not trained on. Without --adapters, an
-export holds the whole model, with the adapters added to its weights.
+evaluated, sampled, exported, and trained further in another workdir, with
+--config.checkpoint.init_from=runs/again. Without --adapters, an export holds
+the whole model, with the adapters added to its weights.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -198,6 +199,7 @@ def import_adapters(
   foreign = tensor_files.read_json(folder / CONFIG)
   _check(foreign)
   config: Any = configs.start_from(base)
+  config.lora.rank = 0
   for key, value in changes.items():
     configs.set_value(config, key, value)
   settings = configs.make_settings(config, changes)

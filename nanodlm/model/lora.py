@@ -15,6 +15,7 @@ from typing import Any
 from flax import traverse_util
 import jax.numpy as jnp
 
+from nanodlm.devices import sharding
 from nanodlm.types import InputError
 
 # The dense layers of a block, which can have adapters.
@@ -27,7 +28,7 @@ LAYERS = (
   'mlp_in',
   'mlp_out',
 )
-A, B = LEAVES = ('lora_a', 'lora_b')
+A, B = LEAVES = sharding.LORA_A, sharding.LORA_B
 # The base is stored in the dtype of matrix products, to which it would be cast
 # (the embedding after learned positions are added). Norms and biases are small,
 # and stay as they are.

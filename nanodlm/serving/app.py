@@ -44,7 +44,7 @@ end-of-text token: finish_reason is "stop", and usage counts the tokens before
 it. Token ids are those of /api/tokenize; of an imported checkpoint, the mask
 and the last id are exchanged.
 
-With `logprobs`, from 0 to 5 (of chat completions true, with top_logprobs), the
+With `logprobs`, from 0 to 20 (of chat completions true, with top_logprobs), the
 answers have the log-probability of each token and of that many alternatives:
 the network's own, before temperature, top_k and top_p, in the call that
 revealed the token. Such texts have batches and programs of their own.

@@ -93,7 +93,8 @@ def _summary(run: Run) -> dict[str, str]:
   return {
     'run': run.name,
     **_facts(run.config, objective='objective.name'),
-    'parameters': _show(run.num_params, ','),
+    'parameters': _show(run.num_params, ',')
+    + (f' ({run.num_trained:,} trained)' if run.num_trained else ''),
     'step': f'{run.last_step:,} / {num_steps}',
     'state': run.state,
     'held-out nats/token': bound,

@@ -4,7 +4,7 @@ Files may be missing, incomplete or of another shape. `Run.problems` lists what
 cannot be read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import datetime
 import json
@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from nanodlm import workdir as workdir_files
 from nanodlm.devices import lock
-from nanodlm.training import metrics
+from nanodlm.model import lora
+from nanodlm.training import checkpoint, metrics
 from nanodlm.training.metrics import is_number
 from nanodlm.types import InputError, reason
 
@@ -37,8 +38,10 @@ class Run(NamedTuple):
     samples: the lines of samples.jsonl.
     state: 'finished', 'in progress' or 'stopped', and the time since the last
       write.
-    num_params: number of parameters in the last checkpoint, or None.
+    num_params: number of parameters in the last checkpoint, or None; with
+      `config.lora` together with the base's.
     problems: files that are missing or cannot be read, and other warnings.
+    num_trained: number of those that `config.lora` trains; None without it.
   """
 
   name: str
@@ -49,6 +52,7 @@ class Run(NamedTuple):
   state: str
   num_params: int | None
   problems: list[str]
+  num_trained: int | None = None
 
   @property
   def last_step(self) -> int:
@@ -114,20 +118,30 @@ def _read_config(path: pathlib.Path, problems: list[str]) -> dict[str, Any]:
   return flat
 
 
-def _count_params(workdir: pathlib.Path) -> int | None:
-  """Counts the parameters of the last checkpoint, from Orbax's metadata.
+def _count_params(
+  workdir: pathlib.Path, config: Mapping[str, Any]
+) -> tuple[int | None, int | None]:
+  """Returns num_params and num_trained of `Run`, from the last checkpoint.
 
-  With mesh.tensor this includes the padding of the vocabulary. Of a run with
-  `config.lora`, only adapters are there.
+  With mesh.tensor the first includes the padding of the vocabulary.
   """
-  files = workdir.glob('checkpoints/*/params/_METADATA')
-  by_step = {int(f.parts[-3]): f for f in files if f.parts[-3].isdigit()}
+  folders = workdir.glob(f'{workdir_files.CHECKPOINTS}/*/params')
+  by_step = {int(x.parts[-2]): x for x in folders if x.parts[-2].isdigit()}
   try:
-    tree = json.loads(by_step[max(by_step)].read_text())['tree_metadata']
-    shapes = [leaf['value_metadata']['write_shape'] for leaf in tree.values()]
-    return sum(map(math.prod, shapes)) or None
+    shapes = checkpoint.read_shapes(by_step[max(by_step)])
   except (OSError, ValueError, KeyError, TypeError, AttributeError):
-    return None
+    return None, None
+  sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+  num = sum(sizes.values()) or None
+  if not num or not config.get('lora.rank'):
+    return num, None
+  origin = pathlib.Path(config.get('checkpoint.init_from', ''))
+  other = _read_config(origin / workdir_files.CONFIG, [])
+  whole, num_adapters = _count_params(origin, other)
+  if whole and num_adapters is None:  # A base, which has none of them yet.
+    ends = tuple(f'/{leaf}' for leaf in lora.LEAVES)
+    whole += sum(x for name, x in sizes.items() if name.endswith(ends))
+  return whole, num
 
 
 def _find_state(workdir: pathlib.Path, is_complete: bool) -> str:
@@ -163,6 +177,7 @@ def read_run(workdir: pathlib.Path, name: str) -> Run:
   for path in sorted(workdir.glob('config.until_step_*.json')):
     step = path.stem.rpartition('_')[2]
     problems.append(f'settings were changed at step {step}')
+  num_params, num_trained = _count_params(workdir, config)
   run = Run(
     name,
     config,
@@ -170,8 +185,9 @@ def read_run(workdir: pathlib.Path, name: str) -> Run:
     evals=_read_lines(workdir / workdir_files.EVAL, problems),
     samples=_read_lines(workdir / workdir_files.SAMPLES, problems),
     state='',
-    num_params=_count_params(workdir),
+    num_params=num_params,
     problems=problems,
+    num_trained=num_trained,
   )
   is_complete = run.last_step >= config.get('train.num_steps', math.inf)
   return run._replace(state=_find_state(workdir, is_complete))

@@ -21,8 +21,8 @@ from nanodlm.types import CachedDenoise, Canvas
 
 # Where the input of an autoregressive network starts, see `Asked.start`.
 AHEAD = -1
-# The number of alternatives to a revealed token.
-NUM_ALTERNATIVES = 5
+# The number of alternatives to a revealed token, the most of OpenAI's API.
+NUM_ALTERNATIVES = 20
 # At most this many new tokens of a row are projected again at a time.
 _MAX_SLOTS = 16
 

@@ -78,6 +78,35 @@ def make_score_step(
   return jax.jit(sharded, out_shardings=meshes.replicated(mesh))
 
 
+@functools.lru_cache(maxsize=16)
+def make_states_step(
+  scorer: Scorer, mesh: jax.sharding.Mesh
+) -> Callable[[Any, Any], jax.Array]:
+  """Builds the jitted (params, (tokens, place, segment_ids)) -> states [B, D].
+
+  These are the last hidden states at a place [B] of each row of tokens [B, L],
+  whose network input shifts the tokens if the objective does; segment_ids
+  [B, L] or None.
+  """
+
+  def step(params, rows):
+    tokens, place, segment_ids = rows
+    num, length = tokens.shape
+    return scorer.network.hidden(
+      scorer.network.gather(params),
+      scorer.objective.network_input(tokens),
+      scorer.objective.network_time(jnp.zeros(num)),
+      segment_ids=segment_ids,
+      positions=jnp.arange(num) * length + place,
+    ).states.reshape(num, -1)
+
+  rows = P(meshes.BATCH_AXES)
+  sharded = jax.shard_map(
+    step, mesh=mesh, in_specs=(scorer.specs(), rows), out_specs=rows
+  )
+  return jax.jit(sharded, out_shardings=meshes.replicated(mesh))
+
+
 def _check_draws(objective: Objective, num_draws: int) -> int:
   """Returns the number of draws per example; 1 if the objective is exact."""
   if objective.exact:

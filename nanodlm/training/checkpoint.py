@@ -12,6 +12,7 @@ is used.
 from collections.abc import Mapping
 import contextlib
 import dataclasses
+import json
 import logging
 import pathlib
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from absl import logging as absl_logging
 import jax
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from nanodlm import workdir as workdirs
 from nanodlm.devices import sharding
@@ -324,6 +326,23 @@ def check_shapes(
       + '\n'.join(lines)
     )
   return there == here
+
+
+def read_shapes(folder: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """Returns {path with '/': shape} of the parameters that a folder holds.
+
+  Unlike `ocp`, it starts no JAX backend, which a run in progress may occupy.
+
+  Raises:
+    OSError, ValueError, KeyError, TypeError: the folder is damaged.
+  """
+  tree = json.loads((folder / '_METADATA').read_text())['tree_metadata']
+  names = [[str(x['key']) for x in y['key_metadata']] for y in tree.values()]
+  spec = {'driver': 'ocdbt', 'base': f'file://{folder.absolute()}/'}
+  store = ts.KvStore.open(spec).result()
+  # The shapes in _METADATA are those of the parts that devices wrote.
+  read = lambda name: json.loads(store[f'{".".join(name)}/.zarray'])
+  return {'/'.join(name): tuple(read(name)['shape']) for name in names}
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

@@ -145,6 +145,26 @@ def test_two_runs(runs, tmp_path, capsys):
   assert (output / 'comparison.txt').read_text() == before
 
 
+def test_mauve(runs, tmp_path, capsys, monkeypatch):
+  pytest.importorskip('mauve')
+  monkeypatch.setattr(compare, 'MIN_MAUVE_SAMPLES', 20)
+  args = (f'--judge={runs[1]}', '--mauve', '--num_steps=4', '--noplot')
+  output = tmp_path / 'new'
+  ends = workdirs.make_workdir(tmp_path / 'ends', sampler__stop_at_eos=True)
+  few = run_main(runs, f'--output={output}', *args, '--num_samples=40')
+  assert few == 2 and '--num_samples=40' in capsys.readouterr().err
+  assert not output.exists()
+  assert not run_main([ends], f'--output={output}', *args, '--num_samples=30')
+  table = capsys.readouterr().out
+  assert 'MAUVE' in table and '3 clusters, seed 0' in table
+  value = json.loads((output / 'comparison.json').read_text())
+  assert 'mauve' in value['panels'] and value['request']['num_samples'] == 30
+  real, sampled = value['runs'][0]['points']
+  assert {'mauve_clusters': 3, 'mauve_seed': 0}.items() <= sampled.items()
+  # The text repeats itself, and an untrained network writes noise.
+  assert 0 < sampled['mauve'] < 0.8 < real['mauve'] <= 1
+
+
 def test_settings_of_samples_without_samples_are_refused(
   runs, tmp_path, capsys
 ):
@@ -177,6 +197,9 @@ def test_common_source(runs, tmp_path):
     (['--judge=MASKED'], 'must be autoregressive'),
     (['--output='], 'needs --output'),
     (['--judge=MASKED', '--seed=4294967296'], '--seed=4294967296'),
+    (['--mauve'], '--mauve=True'),
+    (['--mauve', '--judge=MASKED', '--num_samples=499'], '--num_samples=499'),
+    (['--mauve', '--judge=law', '--num_samples=500'], "--judge='law'"),
   ],
 )
 def test_refused(runs, tmp_path, capsys, args, words):

@@ -10,6 +10,7 @@ import pytest
 from nanodlm import lm as lms
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.evals import judge as judges
+from nanodlm.model import transformer
 from nanodlm.types import InputError
 from tests import foreign_tokenizers, workdirs
 
@@ -220,3 +221,67 @@ def test_hugging_face(tmp_path, caplog):
   assert '2 of 4 bytes' in caplog.text
   with pytest.raises(InputError, match='cannot be loaded'):
     judges.make_judge(f'hf:{tmp_path}/gone')
+
+
+def test_features_are_the_states_that_have_read_the_last_token(judge, tmp_path):
+  tokens = [row[:n] for row, n in zip(rows(5, 16), (16, 15, 7, 1, 0))]
+  found = judge.features(tokens, BYTES)
+
+  def state_after(judge, given):
+    network = transformer.Transformer(judge.lm.run.network.config)
+    tokens = np.array([given], np.int32)
+    params = {'params': judge.lm.params}
+    return network.apply(params, tokens, np.zeros(1))[0, -1]
+
+  for row, state in zip(tokens, found):
+    # The start symbol takes one of the 16 positions.
+    expected = state_after(judge, [BYTES.mask_id, *row[:15]])
+    np.testing.assert_allclose(state, expected, rtol=1e-4, atol=1e-5)
+  # With segments, a final separator is read with the document that it ends.
+  marked = judges.make_judge(
+    workdirs.make_workdir(
+      tmp_path, objective__name='ar', data__segment_ids=True
+    )
+  )
+  first, second = rows(2, 7)
+  first[-1] = second[-1] = separator = BYTES.separator_id
+  states = marked.features([first, np.append(second, first)], BYTES)
+  for state, start in zip(states, (BYTES.mask_id, separator)):
+    expected = state_after(marked, [start, *first])
+    np.testing.assert_allclose(state, expected, rtol=1e-4, atol=1e-5)
+
+
+def area(p, q, c=5.0):
+  """The area below MAUVE's curve, by a fine grid, of histograms."""
+  share = np.linspace(1e-9, 1 - 1e-9, 20001)[:, None]
+  mix = share * p + (1 - share) * q
+  kl = lambda x: np.sum(np.where(x > 0, x * np.log((x + 1e-300) / mix), 0), 1)
+  x, y = np.exp(-c * kl(q)), np.exp(-c * kl(p))
+  order = np.argsort(x)
+  x, y = np.append(x[order], 1), np.append(y[order], 0)
+  return np.trapezoid(y, x) + x[0]
+
+
+def test_mauve(judge, monkeypatch):
+  pytest.importorskip('mauve')
+  measured = judges.make_judge(judge.name, mauve_seed=3)
+  p, q = np.array([0.5, 0.3, 0.2, 0.0]), np.array([0.2, 0.2, 0.4, 0.2])
+  points = 10 * np.eye(4, 8, dtype=np.float32)
+  draw = lambda law: np.repeat(points, np.rint(500 * law).astype(int), axis=0)
+  monkeypatch.setattr(measured, 'features', lambda *_: draw(q))
+  tokens = rows(2, 16)
+  value = measured.measure(tokens, BYTES, '', draw(p))
+  np.testing.assert_allclose(value['mauve'], area(p, q), atol=0.01)
+  assert (value['mauve_clusters'], value['mauve_seed']) == (50, 3)
+  same = measured.measure(tokens, BYTES, '', draw(q))['mauve']
+  np.testing.assert_allclose(same, 1, rtol=1e-6)
+  assert 'mauve' not in measured.measure(tokens, BYTES, '')
+
+
+def test_mauve_is_optional(judge, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'mauve', None)  # Fails to be imported.
+  with pytest.raises(InputError, match=r"--mauve needs mauve: .*'.\[mauve\]'"):
+    judges.make_judge(judge.name, mauve_seed=0)
+  for spec in ('', 'law'):
+    with pytest.raises(InputError, match=f'--judge={spec!r}'):
+      judges.make_judge(spec, mauve_seed=0)

@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
 
+from nanodlm import config as configs
 from nanodlm import lm as lms
 from nanodlm import run as runs
+from nanodlm import train
 from nanodlm.interop import convert, export, peft
 from nanodlm.types import InputError
+from tests import workdirs
 from tests.interop.families_test import D, EXPORTS, F, LAYERS, make_run
 
 safetensors = pytest.importorskip('safetensors.numpy')
@@ -103,6 +107,43 @@ def test_there_and_back(base, tmp_path):
     merged.params['layers']['query']['kernel'],
     params['layers']['query']['kernel'],
   )
+
+
+def test_imported_adapters_are_trained_further(base, tmp_path):
+  source = write(tmp_path / 'theirs')
+  workdir = read(base, source, tmp_path / 'run')
+  (tmp_path / 'text.txt').write_text(workdirs.TEXT)
+  changes = {
+    'checkpoint.init_from': workdir,
+    'data.source': f'text:{tmp_path}/text.txt',
+    'data.data_dir': str(tmp_path / 'data'),
+    'train.num_steps': 1,
+    'train.batch_size': 16,
+    'train.num_samples': 0,
+    'eval.batch_size': 16,
+    'eval.max_examples': 16,
+    'eval.num_draws': 2,
+    'optim.learning_rate': 0.01,
+  }
+  more = str(tmp_path / 'more')
+  start = configs.Start('train', more, configs.load(), False, changes)
+  assert train.main(start) == 0
+  export.export_adapters(more, str(tmp_path / 'out'))
+  again = safetensors.load_file(tmp_path / 'out' / peft.TENSORS)
+  # A first step of Adam has at most the size of the learning rate.
+  changes = [np.abs(again[name] - x).max() for name, x in adapters().items()]
+  assert len(changes) == len(again) and 1e-5 < max(changes) < 0.02
+  content = json.loads((tmp_path / 'out' / peft.CONFIG).read_text())
+  assert content['base_model_name_or_path'] == pathlib.Path(base).name
+  export.export_checkpoint(more, str(tmp_path / 'whole'))
+  card = (tmp_path / 'whole' / 'README.md').read_text()
+  num = sum(x.size for x in again.values())
+  assert f'Adapters of {num:,} parameters' in card
+  assert f'{lms.load(base).run.num_params():,} parameters' in card
+  # Adapters are not a base for others.
+  with pytest.raises(InputError, match=re.escape("'rank': (3, 0)")):
+    read(workdir, source, tmp_path / 'top')
+  assert not (tmp_path / 'top').exists()
 
 
 def test_peft_computes_the_same(base, tmp_path):

@@ -168,7 +168,7 @@ def is_compiled(engine):
       f", not '{'u' * 99}",
     ),
     ('/api/generate', [], 422, 'body'),
-    ('/v1/completions', {'prompt': 'a', 'logprobs': 6}, 422, 'logprobs'),
+    ('/v1/completions', {'prompt': 'a', 'logprobs': 21}, 422, 'logprobs'),
     (
       '/v1/completions',
       {'prompt': 'a', 'presence_penalty': 0.5},

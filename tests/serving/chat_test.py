@@ -122,7 +122,11 @@ def test_limits_stops_and_logprobs(talking):
     ({'messages': [{'role': 'user', 'content': 'a' * 99}]}, 400, 'leaves 0'),
     ({'messages': PLAIN, 'max_tokens': 90}, 400, 'of 90'),
     ({'messages': PLAIN, 'tools': []}, 422, 'tools'),
-    ({'messages': PLAIN, 'top_logprobs': 6, 'logprobs': True}, 422, 'logprobs'),
+    (
+      {'messages': PLAIN, 'top_logprobs': 21, 'logprobs': True},
+      422,
+      'top_logprobs: Input should be less than or equal to 20, not 21',
+    ),
     ({'messages': PLAIN, 'top_logprobs': 2}, 400, 'top_logprobs'),
     ({'messages': PLAIN, 'model': 'gpt'}, 404, 'gpt'),
   ],

@@ -1,11 +1,16 @@
 """Tests of nanodlm.show.runs: reading of finished and broken workdirs."""
 
 import json
+import shutil
 
+import jax
+from jax.sharding import PartitionSpec as P
+import numpy as np
 import pytest
 
 from nanodlm.devices import lock
 from nanodlm.show import runs
+from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 from tests.show.fake_runs import line_of, write_run
 
@@ -48,16 +53,22 @@ def test_state_by_the_lock(tmp_path):
 def test_parameters_of_the_last_checkpoint(tmp_path):
   count = lambda: runs.read_run(tmp_path, '').num_params
   assert count() is None
-  leaf = lambda *shape: {'value_metadata': {'write_shape': list(shape)}}
-  # One of the folders is not a complete checkpoint.
-  for step, size in ('20', 5), ('100', 7), ('300.tmp', 9):
-    folder = tmp_path / 'checkpoints' / step / 'params'
-    folder.mkdir(parents=True)
-    tree = {'a': leaf(3, 4), 'b': leaf(size)}
-    (folder / '_METADATA').write_text(json.dumps({'tree_metadata': tree}))
-  assert count() == 12 + 7
-  last = tmp_path / 'checkpoints' / '100' / 'params' / '_METADATA'
-  last.write_text('{"tree_meta')
+  # A copy on each of several devices, which write a part of it each.
+  replicated = jax.NamedSharding(jax.make_mesh((8,), ('x',)), P())
+  params = {'a': {'b': jax.device_put(np.zeros((16, 4)), replicated)}}
+  with checkpoint.open_manager(str(tmp_path)) as manager:
+    checkpoint.save_params(manager, {**params, 'c': np.zeros(7)}, {}, {})
+    checkpoint.wait(manager)
+  saved = tmp_path / 'checkpoints'
+  assert count() == 16 * 4 + 7
+  # The last one counts; one of the folders is not complete.
+  shutil.copytree(saved / '0', saved / '20')
+  (saved / '300.tmp').mkdir()
+  assert count() == 16 * 4 + 7
+  (saved / '20' / 'params' / '_METADATA').write_text('{"tree_meta')
+  assert count() is None
+  shutil.rmtree(saved / '20')
+  (saved / '0' / 'params' / 'manifest.ocdbt').write_bytes(b'x')
   assert count() is None
 
 

@@ -184,8 +184,10 @@ class WatchTest(parameterized.TestCase):
         top, p = answer.top_tokens[k], answer.top_probs[k]
         (own,) = p[top == samples[i, place]]
         np.testing.assert_allclose(row.chosen[place], np.log(own), rtol=1e-4)
-        np.testing.assert_array_equal(row.top_tokens[place], top[:5])
-        np.testing.assert_allclose(row.top[place], np.log(p[:5]), rtol=1e-4)
+        num = len(top)  # Tokens, fewer than there could be.
+        np.testing.assert_array_equal(row.top_tokens[place][:num], top)
+        np.testing.assert_allclose(row.top[place][:num], np.log(p), rtol=1e-4)
+        assert np.all(row.top[place][num:] == -np.inf)
 
   def test_probabilities_are_the_networks(self):
     # At temperature 0 a revealed token is the first of the alternatives.
