@@ -547,6 +547,8 @@ def read_params(
     for part in parts:
       ours = part.of(params)
       array = _theirs(tensor, part)
+      if part.path in described.factors:
+        array = array * np.float32(described.factors[part.path])
       has_ids = part.path in sharding.BY_VOCABULARY
       if has_ids and len(array) == described.vocab_size:
         array = array[described.rows]

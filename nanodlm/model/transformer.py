@@ -200,9 +200,18 @@ class Block(nn.Module):
     v = project('value', kv_heads)
     q = Heads(cfg, name='q_norm')(q, context.rotary)
     k = Heads(cfg, name='k_norm')(k, context.rotary)
-    own = None
+    own = sink = None
+    if cfg.attention_sink:
+      sink = tuple(
+        self.param(
+          name, nn.initializers.zeros, (kv_heads, cfg.head_dim)
+        ).astype(dtype)[None, None]
+        for name in ('sink_key', 'sink_value')
+      )
+    scoring = attention.Scoring(cfg.attention_cap, sink)
     kernel = {
       'segment_ids': context.segment_ids,
+      'scoring': scoring,
       'backend': cfg.attention,
       'platform': cfg.platform,
     }
@@ -217,6 +226,7 @@ class Block(nn.Module):
         cached_v,
         context.visible,
         causal=cfg.causal and not cfg.block_size,
+        scoring=scoring,
       )
     elif cfg.block_size:
       if positions is not None and not (cfg.causal or cfg.shift_outputs):
@@ -492,7 +502,8 @@ class Transformer(nn.Module):
       t = t[:, None] if t.ndim == 1 else t
       context = context._replace(time=self.time_embedding(t))
     if cfg.has_rotary:
-      table = rotary_table(where, cfg.head_dim, cfg.rope_theta, cfg.rope_factor)
+      scaling = cfg.rope_factor, cfg.rope_scaling, cfg.rope_length
+      table = rotary_table(where, cfg.head_dim, cfg.rope_theta, *scaling)
       context = context._replace(rotary=table)
     if self.is_initializing():
       self._init_layers(x, context)

@@ -28,7 +28,7 @@ from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from nanodlm.interop import convert, export, tokenizer_json
 from nanodlm.interop import tensors as tensor_files
-from nanodlm.interop.families import FAMILIES, llama, md4
+from nanodlm.interop.families import FAMILIES, md4
 from nanodlm.interop.families import layout as layouts
 from nanodlm.model import layers, transformer
 from nanodlm.training import checkpoint
@@ -59,6 +59,21 @@ LLAMA = dict(
   tie_word_embeddings=False,
 )
 MASKED = {**LLAMA, 'vocab_size': V + 1, 'mask_token_id': PLACE}
+GIDD = dict(
+  model_type='gidd',
+  vocab_size=V + 1,
+  hidden_size=D,
+  intermediate_size=F,
+  num_hidden_layers=LAYERS,
+  num_attention_heads=4,
+  attn_soft_cap=2.0,
+  resid_scale=4.0,
+  rms_norm_eps=1e-5,
+  rope_theta=500.0,
+  mask_token_id=PLACE,
+  eos_token_id=END,
+  max_position_embeddings=64,
+)
 CONFIGS = {
   'gpt2': dict(
     model_type='gpt2',
@@ -76,7 +91,26 @@ CONFIGS = {
     model_type='llama',
     **{**LLAMA, 'rope_theta': 5e5},
     head_dim=8,
-    rope_scaling={'rope_type': 'llama3', 'factor': 8.0, **llama.LLAMA3},
+    rope_scaling={
+      'rope_type': 'llama3',
+      'factor': 8.0,
+      'low_freq_factor': 1.0,
+      'high_freq_factor': 4.0,
+      'original_max_position_embeddings': 8192,
+    },
+  ),
+  # Its waves turn 10, 2.2, 0.5 and 0.1 times within 64 tokens.
+  'yarn': dict(
+    model_type='llama',
+    **LLAMA,
+    head_dim=8,
+    rope_scaling={
+      'rope_type': 'yarn',
+      'factor': 4.0,
+      'original_max_position_embeddings': 64,
+      'mscale': 1.0,
+      'mscale_all_dim': 1.0,
+    },
   ),
   # No longer text is tested.
   'mistral': dict(model_type='mistral', **LLAMA, sliding_window=LENGTH + 1),
@@ -114,8 +148,40 @@ CONFIGS = {
     eos_token_id=END,
     max_sequence_length=64,
   ),
+  'gidd-uniform': dict(
+    **GIDD,
+    attention_bias=True,
+    mlp_bias=True,
+    noise_type=1000.0,
+    weight_scaling='fan_in',
+    head_scaling=0.5,
+    tie_word_embeddings=False,
+    use_qk_norm=True,
+  ),
+  'gidd-masked': dict(
+    **GIDD,
+    attention_bias=False,
+    mlp_bias=False,
+    noise_type=-1000.0,
+    weight_scaling=0.3,
+    tie_word_embeddings=True,
+    use_qk_norm=False,
+  ),
 }
-CAUSAL = ('gpt2', 'llama', 'llama3', 'mistral', 'tied', 'qwen2', 'qwen3')
+CAUSAL = (
+  'gpt2',
+  'llama',
+  'llama3',
+  'yarn',
+  'mistral',
+  'tied',
+  'qwen2',
+  'qwen3',
+)
+ALIASES = {
+  **dict.fromkeys(('tied', 'llama3', 'yarn'), 'llama'),
+  **dict.fromkeys(('gidd-uniform', 'gidd-masked'), 'scaled-gidd'),
+}
 SHIFTED = ('dream', 'fast-dllm')
 BIASED = ('qwen2', 'a2d-qwen2', 'tied', *SHIFTED)
 # {family: tokens in a block}
@@ -167,6 +233,27 @@ def tensors_of(name):
     return out
   vocab = config['vocab_size']
   put('model.embed_tokens.weight', vocab, D), put('model.norm.weight', D)
+  if config['model_type'] == 'gidd':
+    if not config['tie_word_embeddings']:
+      put('lm_head.weight', vocab, D)
+    for i in range(LAYERS):
+      at, has_bias = f'model.layers.{i}.', config['mlp_bias']
+      put(f'{at}attn_layernorm.weight', D), put(f'{at}mlp_layernorm.weight', D)
+      for key in 'qkvo':
+        linear(f'{at}self_attn.{key}_proj', D, D)
+      if config['attention_bias']:
+        put(f'{at}self_attn.k_bias', 4, D // 4)
+        put(f'{at}self_attn.v_bias', 4, D // 4)
+      if config['use_qk_norm']:
+        put(f'{at}self_attn.q_norm.weight', D)
+        put(f'{at}self_attn.k_norm.weight', D)
+      linear(f'{at}mlp.up_proj', F, D, has_bias)
+      linear(f'{at}mlp.down_proj', D, F, has_bias)
+    # Weights are multiplied by small constants, and norms by one more.
+    return {
+      key: x - ('norm' in key) if x.ndim < 2 or 'embed' in key else 3 * x
+      for key, x in out.items()
+    }
   if not config['tie_word_embeddings']:
     put('lm_head.weight', vocab, D)
   else:
@@ -194,12 +281,14 @@ def reference_logits(name, ids):
     return decoder_reference.gpt2(tensors_of(name), ids, num_heads=2, eps=1e-5)
   size = 1 if name in CAUSAL else BLOCKS.get(name, 0)
   config = CONFIGS[name]
+  if config['model_type'] == 'gidd':
+    return decoder_reference.gidd(tensors_of(name), ids, config)
   is_tanh = config.get('hidden_act') == 'gelu_pytorch_tanh'
   kwargs: Any = dict(
     num_heads=4,
     eps=1e-5,
     theta=config['rope_theta'],
-    factor=config.get('rope_scaling', {}).get('factor', 1),
+    scaling=config.get('rope_scaling'),
     activation=decoder_reference.gelu_tanh
     if is_tanh
     else decoder_reference.silu,
@@ -270,8 +359,7 @@ class ParityTest(FolderTest):
     source = pathlib.Path(write(folder / 'theirs', name, files=2))
     foreign = tensor_files.read_json(source / 'config.json')
     family = convert.detect(foreign, tensor_files.open_tensors(source, False))
-    others = {'tied': 'llama', 'llama3': 'llama'}
-    self.assertEqual(family, others.get(name, name))
+    self.assertEqual(family, ALIASES.get(name, name))
     workdir = str(folder / 'ours')
     convert.import_checkpoint(str(source), workdir, changes=BYTES)
     lm = lms.load(workdir)
@@ -297,6 +385,7 @@ class ParityTest(FolderTest):
     ('llama', 'Llama'),
     ('tied', 'Llama'),
     ('llama3', 'Llama'),
+    ('yarn', 'Llama'),
     ('mistral', 'Mistral'),
     ('qwen2', 'Qwen2'),
     ('qwen3', 'Qwen3'),
@@ -555,10 +644,15 @@ class ImportTest(FolderTest):
       'inverse_layer_idx=True',
     ),
     ('gpt2', dict(activation_function='relu'), "activation_function='relu'"),
+    ('gidd-uniform', dict(noise_type=0.5), 'noise_type=0.5'),
+    ('gidd-uniform', dict(is_causal=True), 'is_causal=True'),
+    ('gidd-uniform', dict(head_dim=8), 'head_dim=8'),
   )
   def test_unsupported_settings(self, name, changes, message):
     with self.assertRaisesRegex(InputError, message):
-      FAMILIES[name].describe({**CONFIGS[name], **changes}, {})
+      FAMILIES[ALIASES.get(name, name)].describe(
+        {**CONFIGS[name], **changes}, {}
+      )
 
   def test_sources(self):
     folder = self.folder()
@@ -666,7 +760,12 @@ EXPORTS = {
   ),
   'sdar': dict(objective__name='block', objective__block_size=4),
   'a2d-llama': dict(
-    objective__name='block', objective__block_size=4, model__qk_norm=False
+    objective__name='block',
+    objective__block_size=4,
+    model__qk_norm=False,
+    model__rope_factor=4.0,
+    model__rope_scaling='yarn',
+    model__rope_length=64,
   ),
   'fast-dllm': dict(
     objective__name='block',

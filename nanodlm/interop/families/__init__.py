@@ -16,6 +16,7 @@ A family is a subclass of `layout.Family` and a line in the dict.
     duo              uniform          its own code   3.6e-6
     sedd             sedd             its own code   2.6e-6
     gidd             hybrid           its own code   2.4e-6
+    scaled-gidd      uniform, masked  its own code   3.5e-6
     md4              masked           its own code   6.5e-5
 
 The difference is the largest one of the logits, in float32, of small networks
@@ -46,6 +47,7 @@ from nanodlm.interop.families.adapted import (
   SDAR,
 )
 from nanodlm.interop.families.ddit import BD3LM, Duo, GIDD, MDLM, SEDD
+from nanodlm.interop.families.gidd import ScaledGIDD
 from nanodlm.interop.families.gpt2 import GPT2
 from nanodlm.interop.families.layout import Family
 from nanodlm.interop.families.llada import LLaDA
@@ -72,6 +74,7 @@ FAMILIES: dict[str, Family] = {
   'sedd': SEDD(),
   'duo': Duo(),
   'gidd': GIDD(),
+  'scaled-gidd': ScaledGIDD(),
   'md4': MD4(),
   'nanodlm': Native(),
 }
