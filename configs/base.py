@@ -137,6 +137,9 @@ def get_config() -> config_dict.ConfigDict:
   # Whether the prediction for position i is read at i - 1, as in a network
   # that was autoregressive.
   model.shift_outputs = False
+  # Id of the token before each text of 'ar', or of 'block' with ar_weight > 0,
+  # in a network that was published with it; -1: the mask.
+  model.start_token = -1
   model.dtype = 'float32'  # Type of matrix products: 'float32' | 'bfloat16'.
   # What the backward pass recomputes: 'none' | 'dots' (all but the matrix
   # products) | 'full' (everything).

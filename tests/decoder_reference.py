@@ -73,11 +73,13 @@ def attend(
   prepare=lambda x, name: x,
   cap=0,
   sink=None,
+  context=None,
 ):
   """q [L, H Dh] on k, v [L, K Dh] -> [L, H Dh].
 
   Scores are capped by cap * tanh(s / cap). The sink is (key, value), [H, Dh]
-  each, of a place that all see.
+  each, of a place that all see. With a context, its places see those before,
+  and the others see all.
   """
   head_dim = q.shape[-1] // num_heads
   part = lambda x, i: x[:, i * head_dim : (i + 1) * head_dim]
@@ -91,6 +93,8 @@ def attend(
       last = len(one_k)
       if block_size:
         last = (i // block_size + 1) * block_size
+      elif context is not None and i < context:
+        last = i + 1
       seen_k, seen_v = one_k[:last], one_v[:last]
       if sink is not None:
         seen_k = np.concatenate([sink[0][head : head + 1], seen_k])
@@ -120,6 +124,7 @@ def llama(
   scaling=None,
   activation=silu,
   names=None,
+  context=None,
 ):
   """Logits [L, V], unshifted, of Llama, LLaDA and those with Llama's names.
 
@@ -135,6 +140,8 @@ def llama(
     scaling: config.json's rope_scaling.
     activation: of the MLP.
     names: {part: name}; by default transformers'.
+    context: number of first positions that see those before only, with
+      block_size 0.
   """
   names = {
     'embed': 'model.embed_tokens',
@@ -165,7 +172,9 @@ def llama(
 
     h = rms(x, tensors[f'{at("norm1")}.weight'], eps)
     q, k, v = (linear(tensors, at(part), h) for part in 'qkv')
-    h = attend(q, k, v, num_heads, num_kv_heads, block_size, prepare)
+    h = attend(
+      *(q, k, v, num_heads, num_kv_heads, block_size, prepare), context=context
+    )
     x = x + linear(tensors, at('o'), h)
     h = rms(x, tensors[f'{at("norm2")}.weight'], eps)
     gate = activation(linear(tensors, at('gate'), h))
@@ -176,6 +185,12 @@ def llama(
   return x @ tensors.get(head, tensors[f'{names["embed"]}.weight']).T
 
 
+NEMOTRON = {
+  'embed': 'encoder.embed_tokens',
+  'layers': 'encoder.layers',
+  'norm': 'encoder.norm',
+  'head': 'diffusion_head',
+}
 LLADA = {
   'embed': 'model.transformer.wte',
   'layers': 'model.transformer.blocks',

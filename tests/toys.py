@@ -285,6 +285,7 @@ def model_config(**changes):
     rope_factor=1.0,
     rope_scaling='llama3',
     rope_length=8192,
+    start_token=-1,
     dtype='float32',
     remat='none',
     unroll=False,

@@ -191,9 +191,9 @@ def import_checkpoint(
       _update(config, {**described.settings, **changes})
       if 0 < described.window < config.data.length:
         raise InputError(
-          f'{tensors.where}: sliding_window={described.window!r} is not '
-          f'supported for longer texts: data.length={config.data.length!r} '
-          'must not exceed it'
+          f'{tensors.where}: sliding_window={described.window!r} (or scaled '
+          'queries from there on) is not supported for longer texts: '
+          f'data.length={config.data.length!r} must not exceed it'
         )
       own_keys = {f'tokenizer.{key}' for key in ('name', 'path', 'vocab_size')}
       if own_keys & set(changes):

@@ -126,6 +126,10 @@ class ModelConfig:
       call before, and W is 0 initially. Source: Analog Bits, arXiv 2208.04202,
       in the form of DiffusionGemma (google-deepmind/gemma, `diffusion`), whose
       W is an MLP and whose sum is normalised.
+    start_token: id of the token that begins the clean copy of a causal network,
+      in place of the mask, if it is >= 0. As the first token of a text it has
+      position 0, so that token i, noisy or clean, has i + 1; otherwise a noisy
+      token has the position i of its place in the row.
     unroll: applies the layers without a scan, which copies each layer's
       activations: 13% less CPU time a step, but slower to compile.
     platform: 'cpu', 'gpu' or 'tpu', for which programs are compiled; '': this
@@ -169,6 +173,7 @@ class ModelConfig:
   attention_bias: str
   mlp_bias: bool
   shift_outputs: bool
+  start_token: int
   dtype: str
   remat: str
   unroll: bool
@@ -277,6 +282,15 @@ class ModelConfig:
       'self_conditioning',
       'must be False with a network that is causal: it predicts each token in '
       'one call',
+    )
+    require(
+      self.start_token == -1
+      or self.start_token >= 0
+      and self.causal
+      and not self.num_positions,
+      'start_token',
+      "must be -1 without objective.ar_weight > 0 or objective.name='ar', and "
+      'with learned positions',
     )
     if self.lora is not None:
       has_gate = self.mlp in GATED

@@ -129,6 +129,24 @@ CONFIGS = {
   'a2d-llama': dict(model_type='a2d-llama', **MASKED),
   'sdar': dict(model_type='sdar', **MASKED, head_dim=8, block_size=4),
   'fast-dllm': dict(model_type='Fast_dLLM_Qwen', **MASKED, bd_size=4),
+  'nemotron': dict(
+    model_type='nemotron_labs_diffusion',
+    **MASKED,
+    head_dim=8,
+    block_size=4,
+    dlm_loss_weight=0.5,
+    rope_parameters={
+      'rope_type': 'yarn',
+      'rope_theta': 500.0,
+      'factor': 4.0,
+      'original_max_position_embeddings': 64,
+      'beta_fast': 32.0,
+      'beta_slow': 1.0,
+      'mscale': 1.0,
+      'mscale_all_dim': 1.0,
+      'llama_4_scaling_beta': 0.1,
+    },
+  ),
   'llada': dict(
     model_type='llada',
     vocab_size=V + 1,
@@ -185,7 +203,7 @@ ALIASES = {
 SHIFTED = ('dream', 'fast-dllm')
 BIASED = ('qwen2', 'a2d-qwen2', 'tied', *SHIFTED)
 # {family: tokens in a block}
-BLOCKS = {'sdar': 4, 'fast-dllm': 4}
+BLOCKS = {'sdar': 4, 'fast-dllm': 4, 'nemotron': 4}
 
 
 def tensors_of(name):
@@ -272,6 +290,13 @@ def tensors_of(name):
     if name in ('qwen3', 'a2d-qwen3', 'sdar'):
       put(f'{at}self_attn.q_norm.weight', head)
       put(f'{at}self_attn.k_norm.weight', head)
+  if name == 'nemotron':
+    out = {
+      key.replace('model.', 'encoder.', 1).replace(
+        'lm_head', 'diffusion_head'
+      ): x
+      for key, x in out.items()
+    }
   return out
 
 
@@ -302,6 +327,13 @@ def reference_logits(name, ids):
       names=decoder_reference.LLADA,
       **kwargs,
     )
+  if name == 'nemotron':  # The last block is noisy, the rest clean and causal.
+    kwargs |= dict(
+      scaling=config['rope_parameters'],
+      names=decoder_reference.NEMOTRON,
+      context=len(ids) - size,
+      block_size=0,
+    )
   return decoder_reference.llama(
     tensors_of(name), ids, num_kv_heads=2, **kwargs
   )
@@ -317,8 +349,9 @@ def sampler_logits(name, ids, clean):
   """
   size, rows = BLOCKS.get(name, len(ids)), []
   for i in range(0, len(ids), size):
-    seen = np.concatenate([clean[:i], ids[i : i + size]])
-    logits = reference_logits(name, seen)
+    start = [START] if name == 'nemotron' else []
+    seen = np.concatenate([start, clean[:i], ids[i : i + size]]).astype(int)
+    logits = reference_logits(name, seen)[len(start) :]
     if name in SHIFTED:
       logits = np.concatenate([logits[:1], logits[:-1]])
     rows.append(logits[i:])
@@ -375,6 +408,8 @@ class ParityTest(FolderTest):
       ids[::2] = PLACE
       theirs = sampler_logits(name, ids, clean)
       theirs[:, [PLACE, V]] = theirs[:, [V, PLACE]]
+      if lm.run.objective.autoregressive:  # It delays the clean copy.
+        clean = np.concatenate([[PLACE], clean[:-1]])
       clean = own(clean) if name in BLOCKS else None
       ours = logits_of(network, params, own(ids), clean)[0]
     self.assertGreater(np.abs(theirs).max(), 1)
@@ -395,6 +430,7 @@ class ParityTest(FolderTest):
     ('dream', 'Qwen2'),
     ('sdar', 'Qwen3'),
     ('fast-dllm', 'Qwen2'),
+    ('nemotron', 'Ministral3'),
   )
   def test_the_reference_is_what_transformers_computes(self, name, kind):
     torch = pytest.importorskip('torch')
@@ -405,7 +441,9 @@ class ParityTest(FolderTest):
     network = getattr(transformers, cls)(config).eval()
     prefix = 'transformer.' if name == 'gpt2' else ''
     state = {
-      prefix + key: torch.tensor(x)
+      prefix + key.replace('encoder', 'model').replace('diffusion_h', 'lm_h'): (
+        torch.tensor(x)
+      )
       for key, x in tensors_of(name).items()
       if not key.endswith('.attn.bias')
     }
@@ -417,9 +455,59 @@ class ParityTest(FolderTest):
     if name not in CAUSAL:  # [1, 1, L, L], what each position sees.
       block = torch.arange(LENGTH) // BLOCKS.get(name, LENGTH)
       mask = (block[:, None] >= block)[None, None]
+    if name == 'nemotron':
+      place = torch.arange(LENGTH)
+      mask = mask & ((place[:, None] >= place) | (block[:, None] == 1))
     with torch.no_grad():
       theirs = network(torch.tensor(ids)[None], attention_mask=mask).logits[0]
     np.testing.assert_allclose(theirs, reference_logits(name, ids), atol=1e-4)
+
+  def test_the_samplers_of_nemotron(self):
+    # The most probable tokens by its own forward pass: from left to right, and
+    # block by block, with one call each.
+    folder, size = self.folder(), BLOCKS['nemotron']
+    source = write(folder / 'theirs', 'nemotron')
+    convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
+    lm = lms.load(str(folder / 'ours'))
+    self.assertEqual(lm.run.settings.objective['ar_weight'], 2.0)
+
+    def likeliest(ids, num, context):
+      logits = decoder_reference.llama(
+        tensors_of('nemotron'),
+        np.array(ids),
+        num_heads=4,
+        num_kv_heads=2,
+        eps=1e-5,
+        theta=500.0,
+        scaling=CONFIGS['nemotron']['rope_parameters'],
+        names=decoder_reference.NEMOTRON,
+        context=context,
+        block_size=0,
+      )[-num:]
+      logits[:, PLACE] = -np.inf
+      return logits.argmax(-1).tolist()
+
+    causal, blocks = [START], [START]
+    for _ in range(LENGTH):
+      causal += likeliest(causal, 1, len(causal))
+    for _ in range(LENGTH // size):
+      blocks += likeliest(blocks + size * [PLACE], size, len(blocks))
+    for expected, settings in (
+      (causal, dict(sampler='speculate')),
+      (causal, dict(sampler='ar')),
+      (causal, dict(sampler='ar', cache=False)),
+      (blocks, dict(sampler='block', num_steps=1)),
+      (blocks, dict(sampler='block', num_steps=1, cache=False)),
+    ):
+      (sample,) = lm.sample(
+        length=LENGTH,
+        temperature=0,
+        stop_at_eos=False,
+        details=True,
+        **settings,
+      )
+      expected = [PLACE if i == V else i for i in expected[1:]]
+      self.assertEqual(sample.tokens.tolist(), expected, settings)
 
   def test_pairs_become_halves(self):
     # The scores of neighbouring rotary features are those of the halves.
@@ -759,6 +847,16 @@ EXPORTS = {
     model__qk_norm=False, model__attention_bias='qkv', model__shift_outputs=True
   ),
   'sdar': dict(objective__name='block', objective__block_size=4),
+  'nemotron': dict(
+    objective__name='block',
+    objective__block_size=4,
+    objective__ar_weight=1.0,
+    model__qk_norm=False,
+    model__start_token=START,
+    model__rope_factor=0.25,
+    model__rope_scaling='yarn',
+    model__rope_length=64,
+  ),
   'a2d-llama': dict(
     objective__name='block',
     objective__block_size=4,

@@ -48,6 +48,7 @@ PLAIN = {
   'attention_bias': 'none',
   'mlp_bias': False,
   'shift_outputs': False,
+  'start_token': -1,
   'self_conditioning': False,
 }
 # Fields of `config.model` in which 0 means a default, and where its value is.
@@ -154,7 +155,8 @@ class Description:
     separator_id: id of the token that ends a document.
     start_id: id of the token that begins one; read if mask_id is None.
     max_length: tokens of the longest text that the network is made for.
-    window: tokens of a sliding window, which longer texts need; 0: none.
+    window: tokens of a sliding window, or of the texts whose queries are not
+      scaled, which longer texts need; 0: none.
     factors: {path of a parameter: number by which its tensor is multiplied}.
     settings: {'section.key': value}, on top of configs/base.py.
     tokenizer: `tokenizer.name` for a folder without a tokenizer.json, or ''.
@@ -447,8 +449,8 @@ class Family:
     ]
     if objective not in (self.objective, *self.also):
       found.insert(0, f'objective.name={objective!r}')
-    if network.block_size and network.causal:
-      # No form's clean copy is delayed, with positions that see earlier ones.
+    if network.block_size and network.causal and network.start_token < 0:
+      # No form's clean copy begins with a mask at the place of the first token.
       found.append('objective.ar_weight > 0')
     return ', '.join(found)
 

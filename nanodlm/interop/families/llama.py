@@ -52,7 +52,7 @@ SCALINGS = {
     'truncate': (True, None),
   },
 }
-_LENGTH = 'original_max_position_embeddings'
+LENGTH = 'original_max_position_embeddings'
 FLOAT32 = {'dtype': 'float32', 'torch_dtype': 'float32'}
 
 
@@ -117,13 +117,13 @@ class Llama(Family):
     theta, allowed, settings = rope.pop('rope_theta', None), ROPE, {}
     if theta:
       settings['model.rope_theta'] = float(theta)
-    for kind in {rope.get('rope_type'), rope.get('type')} & set(SCALINGS):
+    for kind in set(SCALINGS) & {rope.get('rope_type'), rope.get('type')}:
       allowed = {**ROPE, **SCALINGS[kind]}
       allowed |= dict.fromkeys(('rope_type', 'type'), (kind, None))
-      factor, length = rope.pop('factor', None), rope.pop(_LENGTH, None)
+      factor, length = rope.pop('factor', None), rope.pop(LENGTH, None)
       if factor is None or length is None:
         raise InputError(
-          f'config.json: {name}={rope!r} has no factor, or no {_LENGTH}'
+          f'config.json: {name}={rope!r} lacks factor or {LENGTH}'
         )
       if kind == 'yarn' and rope.get('attention_factor') is None:
         rope['attention_factor'] = temperature(
@@ -173,7 +173,7 @@ class Llama(Family):
       fields['rope_scaling'] = {
         'rope_type': kind,
         'factor': network.rope_factor,
-        _LENGTH: network.rope_length,
+        LENGTH: network.rope_length,
         **{key: values[0] for key, values in SCALINGS[kind].items()},
       }
     return fields
