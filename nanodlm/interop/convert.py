@@ -191,9 +191,9 @@ def import_checkpoint(
       _update(config, {**described.settings, **changes})
       if 0 < described.window < config.data.length:
         raise InputError(
-          f'{tensors.where}: sliding_window={described.window!r} is not '
-          f'supported for longer texts: data.length={config.data.length!r} '
-          'must not exceed it'
+          f'{tensors.where}: sliding_window={described.window!r} (or scaled '
+          'queries from there on) is not supported for longer texts: '
+          f'data.length={config.data.length!r} must not exceed it'
         )
       own_keys = {f'tokenizer.{key}' for key in ('name', 'path', 'vocab_size')}
       if own_keys & set(changes):
@@ -547,6 +547,8 @@ def read_params(
     for part in parts:
       ours = part.of(params)
       array = _theirs(tensor, part)
+      if part.path in described.factors:
+        array = array * np.float32(described.factors[part.path])
       has_ids = part.path in sharding.BY_VOCABULARY
       if has_ids and len(array) == described.vocab_size:
         array = array[described.rows]

@@ -80,6 +80,7 @@ def make_network(name, shape, **changes):
         mlp_dim=64,
         mlp='swiglu',
         qk_norm=True,
+        attention_sink=name == 'block',
         causal=objective.autoregressive is not None,
         block_size=objective.block_size,
         time_conditioning='hybrid' in name
