@@ -63,8 +63,15 @@ class Run:
   @property
   def scorer(self) -> Scorer:
     """The network and the objective, put together."""
-    chunk_size = self.settings.train.chunk_size
-    return Scorer(self.network, self.objective, chunk_size)
+    settings = self.settings
+    # Before a document is the separator that ends the one before it. Before a
+    # conversation is nothing, as when the model answers.
+    return Scorer(
+      self.network,
+      self.objective,
+      settings.train.chunk_size,
+      restarts=settings.data.is_chat,
+    )
 
   @property
   def trained(self) -> Objective:

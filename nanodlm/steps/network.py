@@ -37,11 +37,14 @@ class Scorer:
     network: the network.
     objective: the objective.
     chunk_size: number of positions per call of the output projection.
+    restarts: whether autoregressive input has the start symbol at the beginning
+      of each segment, instead of the last token of the one before.
   """
 
   network: Network
   objective: Objective
   chunk_size: int
+  restarts: bool = False
 
   @property
   def shards(self) -> Shards:
@@ -86,11 +89,20 @@ class Scorer:
 
   def _caller(self, params, noised, segment_ids, seen, is_conditioned) -> Any:
     """Returns `Network.hidden` of a batch, after the first call of two."""
+    tokens, clean = noised.tokens, noised.clean
+    if self.restarts and segment_ids is not None:
+      before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+      is_first = segment_ids != before
+      start = lambda x: jnp.where(is_first, self.objective.mask_id, x)
+      if self.objective.causal:
+        tokens = start(tokens)
+      elif self.objective.autoregressive is not None:
+        clean = start(clean)
     hidden = functools.partial(
       self.network.hidden,
-      tokens=noised.tokens,
+      tokens=tokens,
       t=noised.t,
-      clean=noised.clean,
+      clean=clean,
       soft=noised.soft,
       segment_ids=segment_ids,
       seen=seen,
