@@ -91,7 +91,8 @@ def main(start: Start) -> int:
       'which nothing is sampled'
     )
   lm = lms.load(start.workdir, settings=settings)
-  sample.check_prompts(lm, others)
+  for _, model in sample.with_samplers(lm, samplers):
+    sample.check_prompts(model, others)
   sample.choose_texts(lm, slots)
   if others or not slots:
     sample.sample_prompts(lm, others, samplers, display, page)
