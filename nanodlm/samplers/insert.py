@@ -119,7 +119,7 @@ def ends_gap(tokens: jax.Array, free: jax.Array, mask_id: int) -> jax.Array:
 def insert(
   tokens: jax.Array, free: jax.Array, count: jax.Array, mask_id: int
 ) -> jax.Array:
-  """Inserts masks before tokens of a canvas, as many as there is room for.
+  """Inserts masks before tokens of a canvas, up to the room there.
 
   Args:
     tokens: [B, L] int32; in each run of free positions, its tokens come first,

@@ -46,7 +46,7 @@ def test_targets_of_one_alignment_would_cost_more():
       )
       share = gaps.probability(noisy, t)
       excess += p_text * np.sum(weight / t * share * entropy)
-  # Of an entropy of 2.2 nats; the gaps beside each mask cost more again.
+  # The entropy is 2.2 nats. Gaps on both sides of a mask would add to it.
   assert 0.1 < excess < 1
 
 

@@ -83,7 +83,7 @@ def test_the_law_of_whole_texts():
   ],
 )
 def test_the_law_of_gaps(row, fixed):
-  """That of texts with the prompt at its place, and room in each gap."""
+  """The law of texts with the prompt at its place, and room in gaps."""
   row, fixed = np.array(row), np.array(fixed, bool)
   texts, eligible, shown, law = [], [], [], []
   runs = np.split(np.arange(len(row)), np.flatnonzero(np.diff(fixed)) + 1)
