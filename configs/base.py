@@ -150,7 +150,7 @@ def get_config() -> config_dict.ConfigDict:
 
   config.objective = objective = config_dict.ConfigDict()
   # 'masked' | 'block' | 'block_uniform' | 'block_hybrid' | 'ar' | 'uniform' |
-  # 'hybrid' | 'd3pm' | 'sedd' | 'genmd4'.
+  # 'hybrid' | 'd3pm' | 'sedd' | 'genmd4' | 'flex' (texts of any length).
   objective.name = 'masked'
   objective.block_size = 16  # Tokens per block; divides data.length.
   # Weight of an autoregressive loss of block's clean copy, >= 0; 0: off. The
@@ -214,7 +214,7 @@ def get_config() -> config_dict.ConfigDict:
   config.sampler = sampler = config_dict.ConfigDict()
   # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |
   # 'first_hitting' | 'confidence' | 'remask' | 'prefix_cache' | 'posterior' |
-  # 'psi' | 'renoise' | 'edit' | 'block' | 'ar' | 'speculate'.
+  # 'psi' | 'renoise' | 'edit' | 'block' | 'ar' | 'speculate' | 'insert'.
   sampler.name = 'auto'
   # Network calls, per block if there are blocks; 0 if confidence uses its
   # threshold or entropy_budget instead. ancestral and remask make up to 1.7
@@ -223,8 +223,9 @@ def get_config() -> config_dict.ConfigDict:
   # The schedule of ancestral and remask; see objective.schedule and power.
   sampler.schedule = 'linear'
   sampler.power = 2.0
-  # Times of ancestral, remask, posterior and psi: 'uniform' | 'cosine' | a list
-  # falling from 1 to 0, such as '1,0.5,0.2,0', which replaces num_steps.
+  # Times of ancestral, remask, posterior, psi and insert: 'uniform' | 'cosine'
+  # | a list falling from 1 to 0, such as '1,0.5,0.2,0', which replaces
+  # num_steps.
   sampler.grid = 'uniform'
   # What confidence ranks positions by: 'max_prob' | 'margin' | 'entropy' |
   # 'random'.

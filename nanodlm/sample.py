@@ -128,11 +128,11 @@ def sample_prompts(
   if not display:
     log.info('compiling the sampler, then sampling')
   for i, prompt in enumerate(prompts or ['']):
-    tokens, fixed = (
-      np.tile(x, (sample.num_samples, 1))
-      for x in lms.lay_out(run, prompt, length)
-    )
     for (label, model), fill in zip(models, fills):
+      tokens, fixed = (
+        np.tile(x, (sample.num_samples, 1))
+        for x in lms.lay_out(model.run, prompt, length)
+      )
       key = jax.random.fold_in(jax.random.key(sample.seed), i)
       work = lambda: fill(lm.params, key, tokens, fixed)
       recorder = watch.Recorder(lms.whole_batch(run, tokens))
@@ -155,13 +155,16 @@ def sample_prompts(
           prompt,
           fixed[0],
           recorder.trajectories(samples),
-          [len(lms.shown_tokens(run, row, fixed[0])) for row in samples],
+          [len(lms.shown_tokens(model.run, row, fixed[0])) for row in samples],
+          ~fixed[0] & (tokens[0] != run.tokenizer.mask_id),
         )
+      lms.warn_of_full(model.run, samples, fixed[0])
+      values = search.reward(samples, fixed) if search else None
+      samples, fixed = lms.without_room(model.run, samples, fixed)
       if not jax.process_index():
         title = f', {label}' if len(models) > 1 else ''
-        values = search.reward(samples, fixed) if search else None
         _report(
-          model, law, prompt, samples, fixed[0], num_calls, title, secs, values
+          model, law, prompt, samples, fixed, num_calls, title, secs, values
         )
   if page:
     settings = run.settings
@@ -229,8 +232,10 @@ def make_draw(
     if trajectories := [one for one in trajectories if one.answers]:
       image = watch.order_image(trajectories[:MAX_SHOWN], fixed)[None]
       writer.write_images(step, {'samples/reveal_order': image})
+    filled, given = lms.without_room(run, filled, is_fixed)
     lines = [
-      _line(run, law, step, prompt, row, fixed, num_calls) for row in filled
+      _line(run, law, step, prompt, *row, num_calls)
+      for row in zip(filled, given)
     ]
     texts = [line['shown'] for line in lines[:MAX_SHOWN]]
     blocks = {f'samples/{i}': f'```\n{x}\n```' for i, x in enumerate(texts)}
@@ -310,14 +315,14 @@ def _line(
 
 
 def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs, rewards):
-  """Prints the samples [N, n] of a prompt and appends them to samples.jsonl.
+  """Prints samples and fixed [N, n] and appends them to samples.jsonl.
 
   With a law, it also says which of them are possible, and why others are not.
   """
   tokenizer, lines = lm.tokenizer, []
-  for j, row in enumerate(tokens):
-    ids = lms.shown_tokens(lm.run, row, fixed)
-    line = _line(lm.run, law, lm.step, prompt, row, fixed, num_calls)
+  for j, (row, given) in enumerate(zip(tokens, fixed)):
+    ids = lms.shown_tokens(lm.run, row, given)
+    line = _line(lm.run, law, lm.step, prompt, row, given, num_calls)
     num_more = np.sum(~np.isin(row[len(ids) :], tokenizer.eos_ids))
     title = f'--- sample {j + 1} of {len(tokens)}{label}'
     title += f', prompt {prompt!r}' if prompt else ''
@@ -332,7 +337,7 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs, rewards):
     if problem := line.get('problem'):
       print(f'--- the text is impossible: {problem}')
     lines.append(line)
-  num_filled = len(tokens) * int(np.sum(~fixed))
+  num_filled = int(np.sum(~fixed))
   print(
     f'--- filled {num_filled} of {tokens.size} tokens in {int(num_calls)} '
     f'network calls, {lms.tokens_per_call(fixed, num_calls):.2f} tokens of a '
@@ -361,9 +366,9 @@ def check_prompts(lm: LanguageModel, prompts: Sequence[str]):
     if literal := prompting.literal_braces(prompt):
       log.warning(
         f'prompt={prompt!r}: {", ".join(map(repr, literal))} is text; a gap '
-        'is written {} or {12}, a literal brace is doubled'
+        'is written {}, {12} or {*}, a literal brace is doubled'
       )
     size = prompting.automatic_size(prompt, int(np.sum(~fixed)))
-    if size and size not in told:
+    if size and size not in told and lm.run.sampler.fills_masks:
       told.add(size)
       log.info(f'each {{}} is {size} tokens here; {{5}} would be 5')

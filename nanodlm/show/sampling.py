@@ -135,7 +135,8 @@ def main(start: Start) -> int:
     )
   lm = lms.load(start.workdir, settings=settings)
   search = lms.make_search(lm.run, *wanted)
-  sample.check_prompts(lm, others)
+  for _, model in sample.with_samplers(lm, samplers):
+    sample.check_prompts(model, others)
   sample.choose_texts(lm, slots)
   if others or not slots:
     sample.sample_prompts(lm, others, samplers, display, page, search)
