@@ -312,11 +312,12 @@ def find_tokens(
 
   The ends in `foreign` come first. The mask is the tokenizer's, or None.
   """
-  names = 'generation_config.json', 'tokenizer_config.json', HF_TOKENIZER
-  generation, settings, content = (
+  names = 'generation_config.json', HF_TOKENIZER
+  generation, content = (
     tensor_files.read_json(folder / name) if (folder / name).is_file() else {}
     for name in names
   )
+  settings = chat.read_described(folder)
   found = []
   for config in (foreign, generation):
     ids = config.get('eos_token_id')
@@ -326,15 +327,15 @@ def find_tokens(
     for i, token in (settings.get('added_tokens_decoder') or {}).items():
       tokens[token['content']] = int(i)
     end, mask = (
-      tokens.get(token['content'] if isinstance(token, dict) else token)
-      for token in map(settings.get, ('eos_token', 'mask_token'))
+      tokens.get(chat.token_text(settings, key))
+      for key in ('eos_token', 'mask_token')
     )
     found.append(end)
     return [i for i in dict.fromkeys(found) if i is not None], mask
   except (LookupError, TypeError, ValueError, AttributeError) as error:
     raise InputError(
       f'the ids of the mask and of the ends of a text cannot be read from '
-      f'{names} in {folder}: {error!r}'
+      f'tokenizer_config.json and {names} in {folder}: {error!r}'
     ) from error
 
 
@@ -403,6 +404,11 @@ def detect(foreign: dict[str, Any], tensors: tensor_files.Tensors) -> str:
     if family.detect(foreign, tensors.shapes):
       return name
   kind, hint = foreign.get('model_type'), ''
+  experts = {k: v for k, v in foreign.items() if 'expert' in k and v}
+  if experts:
+    hint = (
+      f'. Mixtures of experts are not supported, only dense MLPs: {experts}'
+    )
   if not kind:
     hint = '. Name one with --family, and write a config.json if it is missing'
   raise InputError(

@@ -40,7 +40,7 @@ library = pytest.importorskip('tokenizers')
 
 D, F, V, LAYERS, LENGTH = 16, 24, 257, 3, 8
 # PLACE is a mask inside the vocabulary.
-START, END, PLACE = 5, 9, 200
+START, END, PLACE = 4, 9, 200
 BYTES = {'tokenizer.name': 'bytes'}
 CACHE = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 'tiktoken_cache'
 LLAMA = dict(
@@ -127,6 +127,7 @@ CONFIGS = {
   'a2d-qwen3': dict(model_type='a2d-qwen3', **MASKED, head_dim=8),
   'a2d-qwen2': dict(model_type='a2d-qwen2', **MASKED),
   'a2d-llama': dict(model_type='a2d-llama', **MASKED),
+  'illada': dict(model_type='illada', **MASKED),
   'sdar': dict(model_type='sdar', **MASKED, head_dim=8, block_size=4),
   'fast-dllm': dict(model_type='Fast_dLLM_Qwen', **MASKED, bd_size=4),
   'nemotron': dict(
@@ -427,6 +428,7 @@ class ParityTest(FolderTest):
     ('a2d-qwen3', 'Qwen3'),
     ('a2d-qwen2', 'Qwen2'),
     ('a2d-llama', 'Llama'),
+    ('illada', 'Llama'),
     ('dream', 'Qwen2'),
     ('sdar', 'Qwen3'),
     ('fast-dllm', 'Qwen2'),
@@ -639,6 +641,11 @@ class ImportTest(FolderTest):
       {},
       r"no known family: model_type='bert'.*known are "
       r"\[.*'dream', .*'gpt2', .*'llada', 'llama'",
+    ),
+    (
+      dict(model_type='llada_moe', num_experts=64),
+      {},
+      r"model_type='llada_moe'.*experts are not supported.*'num_experts': 64",
     ),
     (dict(rope_scaling={'rope_type': 'yarn'}), {}, "rope_scaling=.*'yarn'"),
     (
@@ -1003,6 +1010,8 @@ class ExportTest(FolderTest):
 
   @parameterized.parameters(
     ('llada', V + 1, PLACE),
+    ('illada', V + 1, 5),
+    ('nemotron', V + 1, 100),
     ('dream', V + 1, 5),
     ('fast-dllm', V + 1, 100),
     ('a2d-qwen3', 151_936, 151_669),

@@ -9,6 +9,7 @@ A family is a subclass of `layout.Family` and a line in the dict.
     llada            masked           its own code   3.7e-5
     dream            masked, shifted  its own code   3.7e-5
     a2d-*            masked           its own code   3.7e-5
+    illada           masked           transformers   3.7e-6
     sdar             block            its own code   8.6e-6
     fast-dllm        block, shifted   its own code   5.8e-5
     nemotron         block and ar     transformers   3.0e-6
@@ -45,6 +46,7 @@ from nanodlm.interop.families.adapted import (
   A2DQwen3,
   Dream,
   FastDLLM,
+  ILLaDA,
   Nemotron,
   SDAR,
 )
@@ -72,6 +74,7 @@ FAMILIES: dict[str, Family] = {
   'a2d-qwen3': A2DQwen3(),
   'a2d-qwen2': A2DQwen2(),
   'a2d-llama': A2DLlama(),
+  'illada': ILLaDA(),
   'mdlm': MDLM(),
   'bd3lm': BD3LM(),
   'sedd': SEDD(),

@@ -1,4 +1,4 @@
-"""Decoders made diffusion models: Dream, A2D, SDAR, Fast-dLLM v2, Nemotron.
+"""Decoders with other masks: Dream, A2D, SDAR, Fast-dLLM v2, Nemotron, iLLaDA.
 
 Their tensors are those of Llama, Qwen2 or Qwen3. No position is hidden from
 another one, or none of its own block and those before. The logits of the
@@ -94,6 +94,20 @@ class A2DLlama(A2D, llama.Llama):
 
   model_types = ('a2d-llama',)
   architectures = ('A2DLlamaLMHeadModel',)
+
+
+class ILLaDA(Masked, llama.Llama):
+  """iLLaDA, arXiv 2606.25331: Llama's parts; only its sampler says the mask."""
+
+  model_types = ('illada',)
+  architectures = ('ILLaDAForCausalLM', 'ILLaDAModel')
+  defaults = {'mask_token_id': 5}
+  allowed = {**llama.Llama.allowed, 'layer_norm_eps': (None,)}
+  harmless = (*llama.Llama.harmless, 'embd_pdrop', 'resid_pdrop')
+  # The published code does not read head_dim.
+  network = {'head_size': 0}
+  written = {**llama.FLOAT32, 'layer_norm_eps': None}
+  loading = 'The code that was published with this form loads it.'
 
 
 class SDAR(InBlocks, Masked, llama.Qwen3):

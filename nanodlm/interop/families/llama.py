@@ -5,9 +5,9 @@ and settings as in Hugging Face's `LlamaForCausalLM` and so on. Sliding windows
 are read if they change nothing: if no text is longer.
 """
 
-import json
 import math
 
+from nanodlm.data.tokenizers import chat
 from nanodlm.interop import tensors, tokenizer_json
 from nanodlm.interop.families.layout import Family, Key, refuse, require
 from nanodlm.types import InputError
@@ -211,16 +211,14 @@ class Qwen2(Llama):
   written = {**FLOAT32, 'attention_bias': True, 'use_sliding_window': False}
 
   def tokenizer_json(self, folder):
-    vocab, merges, config = (
-      folder / name
-      for name in ('vocab.json', 'merges.txt', 'tokenizer_config.json')
-    )
-    if not all(path.is_file() for path in (vocab, merges, config)):
+    vocab, merges = folder / 'vocab.json', folder / 'merges.txt'
+    described = chat.read_described(folder)
+    if not (described and vocab.is_file() and merges.is_file()):
       return None
     tensors.require('tokenizers')
     from tokenizers.models import BPE
 
-    added = json.loads(config.read_bytes()).get('added_tokens_decoder', {})
+    added = described.get('added_tokens_decoder', {})
     ids, pairs = BPE.read_file(str(vocab), str(merges))
     return {
       **tokenizer_json.byte_level(ids, list(map(list, pairs)), _SPLIT),
