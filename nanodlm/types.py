@@ -24,6 +24,10 @@ class InputError(ValueError):
   """
 
 
+class NoDocumentError(InputError):
+  """An error of `Law.posterior`: no document agrees with a text."""
+
+
 def reason(error: BaseException) -> str:
   """Returns what an error says, which is never empty."""
   return getattr(error, 'strerror', '') or str(error) or type(error).__name__
@@ -870,9 +874,13 @@ class Law(abc.ABC):
     """
 
   @abc.abstractmethod
-  def posterior(self, text: str) -> Posterior:
+  def posterior(self, text: str, max_visited: int = 0) -> Posterior:
     """Returns the law of the words in the gaps (a word each) of a text.
 
+    Of beginnings of documents it visits up to `max_visited`; 0: the law's own
+    limit.
+
     Raises:
-      InputError: no document agrees with the text, or too many do.
+      NoDocumentError: no document agrees with the text.
+      InputError: too many do.
     """
