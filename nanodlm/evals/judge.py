@@ -249,11 +249,12 @@ class ModelJudge(Judge):
     }
     of_mauve = [
       'MAUVE: by the package mauve-text, on the last hidden state of '
-      f'{self.name} at the last token of a text. Samples against as many '
-      'held-out texts; in the line of the held-out text, these against as many '
-      f'others: what perfect samples reach. {" or ".join(sorted(clusters))} '
-      f'clusters, seed {self.mauve_seed}. It does not compare to values of '
-      'another judge, length or number of samples; papers take 5,000.'
+      f'{self.name} at the last token of a text. Samples against an equal '
+      'number of held-out texts; in the line of the held-out text, two such '
+      'sets of it against each other: what perfect samples reach. '
+      f'{" or ".join(sorted(clusters))} clusters, seed {self.mauve_seed}. It '
+      'does not compare to values of another judge, length or number of '
+      'samples; papers take 5,000.'
     ]
     return [
       f'Judge: {self.name}; gen ppl is per token of the judge{remark}. A low '
