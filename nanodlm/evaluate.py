@@ -340,6 +340,11 @@ def open_text(lm: LanguageModel) -> Text:
       f'data.source={source!r} has changed since the run in {lm.workdir!r} was '
       'trained, and its tokenizer now makes different ids'
     )
+  if packed.tokenizer.chat_template != lm.tokenizer.chat_template:
+    raise InputError(
+      f'tokenizer.chat_template={config.tokenizer.chat_template!r} has changed '
+      f'since the run in {lm.workdir!r} was trained'
+    )
   laws.warn_of_other_law(trained.source, source)
   record = overlap.load(lm.workdir)
   is_older = not (record.hashes.size or config.checkpoint.init_from)

@@ -88,7 +88,8 @@ class Sample(NamedTuple):
     return tokens_per_call(self.fixed, self.num_calls)
 
 
-class Bound(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Bound:
   """An upper bound on -log p(text), or its exact value.
 
   Attributes:
@@ -110,7 +111,8 @@ class Bound(NamedTuple):
   is_exact: bool
 
 
-class Choice(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Choice:
   """One of the texts that can fill a slot, see `LanguageModel.choose`.
 
   Attributes:
@@ -533,7 +535,7 @@ def lay_out(
   did.
   """
   if not isinstance(prompt, str):
-    return prompts.make_chat_canvas(prompt, run.tokenizer, length)
+    return lay_out_chat(run, prompt, length)
   sampler = sampler or run.sampler
   tokens, fixed = prompts.make_canvas(
     prompt,
@@ -550,6 +552,22 @@ def lay_out(
     tokens = np.pad(tokens, padding, constant_values=separator_id)
     fixed = np.pad(fixed, padding, constant_values=True)
   return tokens, fixed
+
+
+def lay_out_chat(
+  run: Run,
+  messages: Sequence[chat.Message],
+  length: int,
+  size: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Makes the canvas of a conversation; see `prompts.make_chat_canvas`."""
+  if length > run.settings.data.length:
+    raise InputError(
+      f'sampler.length={length!r} is more than data.length='
+      f'{run.settings.data.length!r}: the model was not trained on longer '
+      'conversations'
+    )
+  return prompts.make_chat_canvas(messages, run.tokenizer, length, size)
 
 
 def shown_tokens(run: Run, tokens: np.ndarray, fixed: np.ndarray) -> np.ndarray:

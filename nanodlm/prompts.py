@@ -258,8 +258,15 @@ def make_chat_canvas(
     tokens [n] int32 with mask_id in the gap, and fixed [n] bool.
 
   Raises:
-    InputError: messages or the template are missing or do not fit.
+    InputError: messages or the template are missing or do not fit, or the last
+      message is the assistant's.
   """
+  chat.check_messages(messages)
+  if messages[-1]['role'] == chat.ASSISTANT:
+    raise InputError(
+      f'messages[{len(messages) - 1}] is of the role {chat.ASSISTANT!r}, and '
+      'nothing after it is to be answered; end with a message of the user'
+    )
   chat_format = chat.make_format(tokenizer)
   ids, *_ = chat_format.encode(tokenizer, messages, generation=True)
   is_unknown = tokenizer.num_bytes[ids] == 0

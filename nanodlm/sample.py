@@ -1,6 +1,7 @@
 """Sampling, also in training: unconditional, continuations and infilling."""
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import json
 import logging
 import pathlib
@@ -200,7 +201,7 @@ def choose_texts(lm: LanguageModel, prompts: Sequence[str]):
     line = {
       'prompt': prompt,
       'shown': '\n'.join(shown),
-      'choices': [choice._asdict() for choice in choices],
+      'choices': [dataclasses.asdict(choice) for choice in choices],
       'step': lm.step,
     }
     workdirs.append(lm.workdir, workdirs.SAMPLES, line)

@@ -391,3 +391,28 @@ def test_a_whole_split_has_the_same_interval_in_any_batches(tmp_path):
   expected /= rows.num_tokens.sum()
   assert found[0]['eval/nll'] == pytest.approx(mean, rel=1e-5)
   assert found[0]['eval/nll_ci95'] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_chat_template_that_has_changed(tmp_path):
+  chats, template = tmp_path / 'chat.jsonl', tmp_path / 'template.jinja'
+  say = lambda role, content: {'role': role, 'content': content}
+  lines = [
+    {'messages': [say('user', f'Is {i} odd?'), say('assistant', f'{i % 2}')]}
+    for i in range(40)
+  ]
+  chats.write_text('\n'.join(map(json.dumps, lines)))
+  template.write_text(chat.TEMPLATES['plain'])
+  # The tokenizer is trained on the text; its ids do not depend on the template.
+  workdir = workdirs.make_workdir(
+    tmp_path / 'folder',
+    data__source=f'chat:{chats}',
+    data__length=64,
+    data__crop='document',
+    tokenizer__name='sentencepiece',
+    tokenizer__vocab_size=300,
+    tokenizer__chat_template=str(template),
+  )
+  assert len(evaluate.open_text(lms.load(workdir)).packed.validation)
+  template.write_text(chat.TEMPLATES['plain'].replace('| trim', ''))
+  with pytest.raises(InputError, match='tokenizer.chat_template=.* changed'):
+    evaluate.open_text(lms.load(workdir))

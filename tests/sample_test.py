@@ -1,5 +1,6 @@
 """Several samplers for one model, from the command line's text."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -68,7 +69,7 @@ def test_choices_are_printed_and_written(lm, capsys):
   lines = [json.loads(line) for line in text.splitlines()]
   assert [line['prompt'] for line in lines] == prompts
   for line, exact in zip(lines, (True, False)):
-    expected = [one._asdict() for one in lm.choose(line['prompt'])]
+    expected = [dataclasses.asdict(one) for one in lm.choose(line['prompt'])]
     assert line['choices'] == expected and line['step'] == 0
     assert line['shown'] in printed
     for one in expected:

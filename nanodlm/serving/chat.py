@@ -6,7 +6,6 @@ from typing import Any
 import fastapi
 
 from nanodlm import lm as lms
-from nanodlm import prompts
 from nanodlm.data.tokenizers import chat
 from nanodlm.serving import schemas
 from nanodlm.serving.engine import Row
@@ -52,8 +51,8 @@ class ChatCompletions(Completions):
   def lay_out(self, prompt: Any) -> Canvas:
     wanted = [self._body.max_completion_tokens, self._body.max_tokens]
     size = next((x for x in wanted if x is not None), None)
-    tokenizer, length = self._model.tokenizer, self._model.engine.length
-    return prompts.make_chat_canvas(prompt, tokenizer, length, size)
+    model = self._model
+    return lms.lay_out_chat(model.run, prompt, model.engine.length, size)
 
   def _given(self, i: int) -> str:
     return ''

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Discriminator, Field, Tag
 
+from nanodlm import lm
 from nanodlm.noise import categorical
 from nanodlm.show import watch
 
@@ -169,26 +170,12 @@ class ScoreRequest(_Request):
   """See /api/generate."""
 
 
-class Score(_Response):
-  """An upper bound on -log p(text), or its exact value."""
-
-  nats: float
-  """The bound for the whole text."""
-  nats_ci95: float
-  """Half width of its 95% interval over the noise; 0 if it is exact."""
-  bits_per_byte: float
-  bits_per_byte_ci95: float
-  num_tokens: int
-  num_bytes: int
-  is_exact: bool
-
-
 class ScoreResponse(_Response):
   """The scores of texts, in their order."""
 
   model: str
   step: int
-  scores: list[Score]
+  scores: list[lm.Bound]
 
 
 class ChooseRequest(_Request):
@@ -204,27 +191,12 @@ class ChooseRequest(_Request):
   """See /api/generate."""
 
 
-class Choice(_Response):
-  """One of the texts that can fill the slot."""
-
-  text: str
-  probability: float
-  """Among the choices. If `nats` are bounds, what it would be if all of them
-  were equally tight."""
-  nats: float
-  """-log p(text | the rest), or of the whole text with it."""
-  nats_ci95: float
-  """Half width of its 95% interval over the noise; 0 if it is exact."""
-  is_exact: bool
-  """Whether `nats` is the exact value; if not, it is an upper bound."""
-
-
 class ChooseResponse(_Response):
   """The choices, in their order in the prompt."""
 
   model: str
   step: int
-  choices: list[Choice]
+  choices: list[lm.Choice]
 
 
 class TokenizeRequest(_Request):

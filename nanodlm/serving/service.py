@@ -368,7 +368,7 @@ class Service:
       )
     work = lambda lm: lm.bound(texts, seed=body.seed, batch_size=ROWS_PER_STEP)
     bounds = await self.compute(request, body.user, work)
-    scores = [bound._asdict() for bound in bounds]
+    scores = [dataclasses.asdict(bound) for bound in bounds]
     return {'model': self.name, 'step': self.step, 'scores': scores}
 
   async def choose(
@@ -385,7 +385,7 @@ class Service:
       )
     work = lambda lm: lm.choose(body.prompt, seed=body.seed)
     chosen = await self.compute(request, body.user, work)
-    named = [choice._asdict() for choice in chosen]
+    named = [dataclasses.asdict(choice) for choice in chosen]
     return {'model': self.name, 'step': self.step, 'choices': named}
 
   def score_tokens(

@@ -7,9 +7,10 @@ The model needs a chat template: that of its imported checkpoint, or of the run
 it was trained in, or --config.tokenizer.chat_template. In a terminal an answer
 is shown while it is denoised (--nolive: not). /clear begins a new conversation,
 and /quit or the end of the input ends the program. Each answer has what is left
-of the canvas (sampler.length, by default data.length).
+of the canvas (sampler.length, at most data.length, the default).
 """
 
+import re
 import time
 
 from absl import flags
@@ -23,6 +24,11 @@ from nanodlm.data.tokenizers import base, chat
 from nanodlm.show import live, sampling, watch
 from nanodlm.types import InputError
 
+COMMANDS = {
+  '/clear': 'begins a new conversation',
+  '/help': 'lists these commands',
+  '/quit': 'ends the program',
+}
 READS = (*sampling.READS, 'tokenizer.chat_template')
 UNREAD = ('sampler.num_samples',)
 
@@ -44,8 +50,8 @@ def main(start: Start) -> int:
   system = flags.FLAGS.system
   before = [{'role': 'system', 'content': system}] if system else []
   lm = lms.load(start.workdir, settings=settings)
-  chat.make_format(lm.tokenizer)
   length = lm.run.settings.sample_length
+  lms.lay_out(lm.run, [*before, {'role': 'user', 'content': ''}], length)
   watchers = sample.Watchers()
   display = live.make_display()
   view = None
@@ -53,11 +59,8 @@ def main(start: Start) -> int:
     view = watch.View(watchers, lm.tokenizer.mask_id)
     watchers.those = [display.watch]
   fill = lms.make_fill(lm.run, view=view)
-  print(
-    f'{start.workdir}, step {lm.step}; /clear begins a new conversation, /quit '
-    'ends the program',
-    flush=True,
-  )
+  commands = ', '.join(f'{name} {what}' for name, what in COMMANDS.items())
+  print(f'{start.workdir}, step {lm.step}; {commands}', flush=True)
   messages, num_answers = list(before), 0
   while True:
     try:
@@ -67,11 +70,14 @@ def main(start: Start) -> int:
       return 0
     if said == '/quit':
       return 0
+    # Other lines that begin with a slash may well be said, such as paths.
+    is_command = re.fullmatch('/[a-z]*', said)
     if said == '/clear':
       messages = list(before)
-    elif said.startswith('/'):
-      print(f'{said!r} is not /clear or /quit', flush=True)
-    if not said or said.startswith('/'):
+    elif is_command:
+      unknown = f'{said!r} is not a command; ' * (said not in COMMANDS)
+      print(f'{unknown}{commands}', flush=True)
+    if not said or is_command:
       continue
     asked = [*messages, {'role': 'user', 'content': said}]
     try:

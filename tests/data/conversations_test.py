@@ -185,6 +185,7 @@ class ConversationsTest(parameterized.TestCase):
   @parameterized.parameters(
     ('{"messages": [{"content": "a"}]}', 'role None'),
     ('{"text": "a"}', "'messages'"),
+    ('{"conversations": [{"from": "gpt", "value": "a"}]}', 'gpt: "assistant"'),
     ('{"messages": [{"role": "user", "content": "a"}]}', "'assistant'"),
     ('[]', 'not a JSON object'),
   )

@@ -121,6 +121,11 @@ def test_limits_stops_and_logprobs(talking):
     ({'messages': [{'role': 'tool', 'content': 'a'}]}, 400, "'tool'"),
     ({'messages': [{'role': 'user', 'content': 'a' * 99}]}, 400, 'leaves 0'),
     ({'messages': PLAIN, 'max_tokens': 90}, 400, 'of 90'),
+    (
+      {'messages': [*PLAIN, {'role': 'assistant', 'content': 'b'}]},
+      400,
+      'end with a message of the user',
+    ),
     ({'messages': PLAIN, 'tools': []}, 422, 'tools'),
     (
       {'messages': PLAIN, 'top_logprobs': 21, 'logprobs': True},

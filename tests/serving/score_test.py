@@ -1,5 +1,6 @@
 """/api/score and /api/choose: the values of lm.bound and lm.choose."""
 
+import dataclasses
 import json
 import threading
 
@@ -16,17 +17,19 @@ def test_scores_are_the_bounds(running, opened):
   status, answer = post(server, '/api/score', {'texts': texts, 'seed': 2})
   assert status == 200 and answer['model'] == 'tiny'
   for actual, expected in zip(answer['scores'], opened.bound(texts, seed=2)):
-    assert actual == pytest.approx(expected._asdict(), rel=1e-5)
+    assert actual == pytest.approx(dataclasses.asdict(expected), rel=1e-5)
   assert not actual['is_exact'] and actual['nats_ci95'] > 0
   (alone,) = post(server, '/api/score', {'texts': texts[0]})[1]['scores']
-  assert alone == pytest.approx(opened.bound(texts[:1])[0]._asdict(), rel=1e-5)
+  assert alone == pytest.approx(
+    dataclasses.asdict(opened.bound(texts[:1])[0]), rel=1e-5
+  )
 
 
 def test_choices_are_those_of_the_model(running, opened):
   _, server = running
   for prompt in ('ab {x|y} {2}e', 'ab {xy|z}'):
     answer = post(server, '/api/choose', {'prompt': prompt})[1]
-    expected = [choice._asdict() for choice in opened.choose(prompt)]
+    expected = [dataclasses.asdict(choice) for choice in opened.choose(prompt)]
     for actual, choice in zip(answer['choices'], expected, strict=True):
       assert actual.pop('text') == choice.pop('text')
       assert actual == pytest.approx(choice, rel=1e-4)

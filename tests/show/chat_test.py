@@ -62,6 +62,27 @@ class ChatTest(absltest.TestCase):
         answer = answer[: answer.index(end)]
       self.assertEqual(sample.text, lm.tokenizer.decode(answer))
 
+  def test_commands(self):
+    plain = {'tokenizer.chat_template': 'plain'}
+    out = self.talk('/help\n/halp\n/etc/x?\n', **plain)
+    self.assertEqual(out.count('/clear begins a new conversation'), 3)
+    self.assertEqual(out.count("'/halp' is not a command"), 1)
+    self.assertEqual(out.count('assistant: '), 1)
+
+  def test_a_canvas_is_not_longer_than_in_training(self):
+    plain = {'tokenizer.chat_template': 'plain'}
+    with self.assertRaisesRegex(InputError, 'sampler.length=65 .*=64'):
+      self.talk('Hi\n', **plain, **{'sampler.length': 65})
+    config = configs.read_run(str(self.workdir))
+    config.tokenizer.chat_template = 'plain'
+    settings = configs.make_settings(config, ['tokenizer.chat_template'])
+    lm = lms.load(str(self.workdir), settings=settings)
+    user = {'role': 'user', 'content': 'Hi'}
+    with self.assertRaisesRegex(InputError, 'sampler.length=65 .*=64'):
+      lm.sample([user], length=65)
+    with self.assertRaisesRegex(InputError, r"messages\[1\].*'assistant'"):
+      lm.sample([user, {'role': 'assistant', 'content': 'b'}])
+
   def test_without_template(self):
     with self.assertRaisesRegex(InputError, 'lacks a chat template'):
       self.talk('Hi\n')

@@ -457,6 +457,8 @@ class ChatSource(JsonlSource):
 
   def _document(self, record: dict[str, Any]) -> base.Document:
     (field,) = self.fields
+    if field not in record and 'conversations' in record:
+      raise InputError(f'lacks the field {field!r}; {chat.SHAREGPT}')
     if field not in record:
       raise InputError(
         f'lacks the field {field!r}, the list of messages; its fields are '

@@ -14,8 +14,10 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 
+from nanodlm.data.tokenizers import sandbox
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.types import InputError, reason
 
@@ -46,10 +48,13 @@ TEMPLATES = {
   '{{ eos_token }}Assistant: {% elif messages[-1].role == "assistant" %}'
   '{{ eos_token }}{% endif %}',
 }
+SHAREGPT = (
+  'a file in the form of ShareGPT must be rewritten, for example by jq -c '
+  '\'{messages: [.conversations[] | {role: ({human: "user", gpt: "assistant"}'
+  "[.from] // .from), content: .value}]}' OLD > NEW"
+)
 # Code points that are not characters, with which a text is marked.
 _MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
-# What all ranges of a template may have together.
-_MAX_LOOPS = 100_000
 _CONTROL = re.compile(r'<\|[^\s<>|]+\|>')
 _TAG = re.compile(r'</?\w+>')
 
@@ -84,6 +89,8 @@ def check_messages(messages: Any) -> None:
   for i, message in enumerate(messages):
     is_message = isinstance(message, Mapping)
     role = message.get('role') if is_message else None
+    if is_message and {'from', 'value'} <= message.keys():
+      raise InputError(f'messages[{i}] has "from" and "value"; {SHAREGPT}')
     if role not in ROLES:
       raise InputError(
         f'messages[{i}] has the role {role!r}; it must be an object with '
@@ -255,8 +262,6 @@ class ChatFormat:
     return f'{shown}' + ', ...' * (len(self._controls) > len(shown))
 
   def _render(self, messages: Sequence[Message], generation: bool) -> str:
-    import jinja2
-
     try:
       return self._template.render(
         messages=messages,
@@ -266,16 +271,12 @@ class ChatFormat:
         documents=None,
         eos_token=self._eos,
         bos_token='',
-        range=_Range(),
       )
     # A template can fail in any way that Python can.
     except Exception as error:
-      what = 'refuses' if isinstance(error, _Refusal) else 'cannot write'
-      kind = (
-        ''
-        if isinstance(error, (_Refusal, jinja2.TemplateError))
-        else (f'{type(error).__name__}: ')
-      )
+      what = 'refuses' if isinstance(error, sandbox.Refusal) else 'cannot write'
+      known = sandbox.Refusal, sandbox.Excess, jinja2.TemplateError
+      kind = '' if isinstance(error, known) else f'{type(error).__name__}: '
       raise InputError(
         f'the chat template {what} the conversation ({kind}{error})'
       ) from error
@@ -371,40 +372,11 @@ class ChatFormat:
     )
 
 
-class _Refusal(Exception):
-  """What a template raises with raise_exception()."""
-
-
-class _Range:
-  """The range() of a template, whose sizes add up to _MAX_LOOPS at most."""
-
-  def __init__(self):
-    self._left = _MAX_LOOPS
-
-  def __call__(self, *args: int) -> range:
-    numbers = range(*args)
-    self._left -= len(numbers)
-    if self._left < 0:
-      raise InputError(f'it loops more than {_MAX_LOOPS:,} times')
-    return numbers
-
-
-def _refuse(message: str) -> None:
-  raise _Refusal(message)
-
-
 @functools.lru_cache(maxsize=64)
-def _compile(template: str) -> Any:
-  """Compiles a template as published ones expect, in Jinja's sandbox."""
-  import jinja2
-  from jinja2 import sandbox
-
-  environment = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
-  )
-  environment.globals['raise_exception'] = _refuse
+def _compile(template: str) -> sandbox.Template:
+  """Compiles a template as published ones expect."""
   try:
-    return environment.from_string(template)
+    return sandbox.Template(template)
   except (jinja2.TemplateError, RecursionError) as error:
     raise InputError(
       f'the chat template is not a Jinja template: {reason(error)}'

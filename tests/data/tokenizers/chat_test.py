@@ -195,9 +195,33 @@ class ChatTest(parameterized.TestCase):
     self.assertEqual(text, 'system\nYou are a helpful assistant.\nuser\na\n')
 
   @parameterized.parameters(
-    ('{% for i in range(10 ** 9) %}{% endfor %}', 'loops'),
+    ('{% for i in range(999999999) %}{% endfor %}', 'loops'),
     ('{% for i in range(999) %}{% for j in range(999) %}'
      '{% endfor %}{% endfor %}', 'loops'),
+    # One range serves several loops; so does a text; and a macro recurs.
+    ('{% set r = range(400) %}{% for i in r %}{% for j in r %}'
+     '{% endfor %}{% endfor %}', 'loops'),
+    ('{% set r = "x" * 400 %}{% for i in r %}{% for j in r %}'
+     '{% endfor %}{% endfor %}', 'loops'),
+    ('{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}'
+     '{% endmacro %}{{ f(40) }}', 'loops'),
+    ('{{ "x" * 10000000000 }}', 'characters'),
+    ('{{ ("x" * 10000) * 10000 }}', 'characters'),
+    ('{% set n = namespace(x="x") %}{% for i in range(60) %}'
+     '{% set n.x = n.x ~ n.x %}{% endfor %}', 'characters'),
+    ('{% set n = namespace(x="x") %}{% for i in range(60) %}'
+     '{% set n.x = n.x + n.x %}{% endfor %}', 'characters'),
+    ('{% set n = namespace(x=3) %}{% for i in range(60) %}'
+     '{% set n.x = n.x * n.x %}{% endfor %}', 'characters'),
+    ('{{ 9 ** 9 }}', 'power'),
+    ('{{ "%999999999d" % 1 }}', 'width'),
+    ('{{ "{:999999999}".format(1) }}', 'width'),
+    ('{{ "%999999999d" | format(1) }}', 'format'),
+    ('{{ "x" | center(999999999) }}', 'characters'),
+    ('{{ "x".ljust(999999999) }}', 'characters'),
+    ('{% set x = "x" * 9999 %}{{ x.replace("x", x) }}', 'characters'),
+    ('{% set x = "x" * 9999 %}{% for i in range(9999) %}{{ x }}'
+     '{% endfor %}', 'characters'),
     ('{% import "os" as x %}', 'loader'),
     ('{% include "/etc/passwd" %}', 'loader'),
     ('{{ "".__class__.__mro__ }}', 'unsafe'),
@@ -234,6 +258,7 @@ class ChatTest(parameterized.TestCase):
     ([{'content': 'a'}], 'role None'),
     ([{'role': 'tool', 'content': 'a'}], "role 'tool'"),
     ([{'role': 'user', 'content': None}], 'content'),
+    ([{'from': 'human', 'value': 'a'}], 'human: "user"'),
     ([{'role': 'user', 'content': '\ud800'}], 'surrogate'),
   )
   def test_bad_messages(self, messages, said):

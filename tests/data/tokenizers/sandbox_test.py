@@ -1,0 +1,53 @@
+"""Templates with limits write what they write in Jinja's own sandbox."""
+
+from jinja2 import sandbox as jinja
+import pytest
+
+from nanodlm.data.tokenizers import chat, sandbox
+
+# What published templates make use of.
+EVERYTHING = """
+{%- macro text(content) -%}
+  {%- if content is string -%}{{ content }}
+  {%- else -%}{%- for one in content -%}{{ text(one) }}{%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- macro wrap(name) -%}<{{ name }}>{{ caller() }}</{{ name }}>{%- endmacro -%}
+{%- set ns = namespace(last=-1, all='') -%}
+{%- for m in messages[::-1] -%}
+  {%- if loop.index0 % 2 == 0 and ns.last < 0 -%}
+    {%- set ns.last = messages | length - loop.index -%}
+    {%- continue -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set head -%} {% for i in range(2) %}-{% endfor %} {%- endset -%}
+{{- head ~ ns.last ~ none ~ missing ~ 1.5 ~ ['a'] }}
+{%- for m in messages if m.role != 'tool' recursive -%}
+  {%- set ns.all = ns.all + m.content.split('</think>')[-1].strip('\\n') -%}
+  {{- '<|' + m['role'] | upper + '|>\n' ~ text([m.content, ['!']]) }}
+  {%- call wrap('b') %}{{ m.content | replace('a', 'bb') | trim }}{% endcall -%}
+  {{- '=' * 3 + m.content.replace('l', '').lstrip() | indent(2) }}
+  {{- '%s %d' | string % ('a', 7) if loop.last else '\n' }}
+  {{- m | tojson }}{{ [m.role, 'x'] | join(', ') }}
+{%- else -%}none{%- endfor -%}
+{{- ns.all }}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
+"""
+
+
+@pytest.mark.parametrize('template', [*chat.TEMPLATES.values(), EVERYTHING])
+def test_limits_change_nothing(template):
+  plain = jinja.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
+  )
+  values = {
+    'messages': [
+      {'role': 'user', 'content': ' Hello, {all}\n of \u00e9 <|im_end|>'},
+      {'role': 'assistant', 'content': '<think>a\n</think>\nb '},
+    ],
+    'add_generation_prompt': True,
+    'eos_token': '<e>',
+  }
+  expected = plain.from_string(template).render(values)
+  found = sandbox.Template(template)
+  assert found.render(**values) == found.render(**values) == expected
