@@ -754,6 +754,8 @@ class OptionsTest(parameterized.TestCase):
     ('attention_bias', 'some', 'is not one of'),
     ('attention_cap', -1.0, 'must be >= 0'),
     ('joint_qk_norm', True, 'qk_norm=False'),
+    ('start_token', 3, 'must be -1'),
+    ('start_token', -2, 'must be -1'),
   )
   def test_errors(self, key, value, message):
     with self.assertRaisesRegex(
