@@ -195,6 +195,7 @@ class ModelConfig:
       ('num_positions', 'none'),
       ('time_dim', 'embed_dim'),
       ('embedding_dim', 'embed_dim'),
+      ('attention_cap', 'none'),
     ):
       require(getattr(self, key) >= 0, key, f'must be >= 0 (0: {default})')
     require(
@@ -233,28 +234,12 @@ class ModelConfig:
       *('norm_eps', 'embedding_std'),
     ):
       require(getattr(self, key) > 0, key, 'must be > 0')
-    for key, unset in (('rope_scaling', 'llama3'), ('rope_length', 8192)):
-      require(
-        self.rope_factor != 1 or getattr(self, key) == unset,
-        key,
-        f'is ignored by model.rope_factor=1.0; it must be {unset!r}',
-      )
     require(
       self.has_rotary or self.rope_factor == 1,
       'rope_factor',
       'is ignored by learned positions; it must be 1.0',
     )
     require(0 <= self.dropout < 1, 'dropout', 'must be in [0, 1)')
-    require(
-      0 <= self.attention_cap < float('inf'),
-      'attention_cap',
-      'must be >= 0 and finite (0: off)',
-    )
-    require(
-      self.qk_norm or not self.joint_qk_norm,
-      'joint_qk_norm',
-      'is ignored by model.qk_norm=False; it must be False',
-    )
     require(self.time_dim % 2 == 0, 'time_dim', 'must be even')
     require(
       not self.norm_bias or self.norm == 'layer',
@@ -266,11 +251,17 @@ class ModelConfig:
       'shift_outputs',
       'must be False with objectives that shift their input',
     )
-    for key, unset in (('time_form', 'dit'), ('time_dim', 0)):
+    for key, unset, reader, default in (
+      ('time_form', 'dit', 'time_conditioning', False),
+      ('time_dim', 0, 'time_conditioning', False),
+      ('joint_qk_norm', False, 'qk_norm', False),
+      ('rope_scaling', 'llama3', 'rope_factor', 1.0),
+      ('rope_length', 8192, 'rope_factor', 1.0),
+    ):
       require(
-        self.time_conditioning or getattr(self, key) == unset,
+        getattr(self, reader) != default or getattr(self, key) == unset,
         key,
-        f'is ignored by model.time_conditioning=False; it must be {unset!r}',
+        f'is ignored by model.{reader}={default!r}; it must be {unset!r}',
       )
     require(
       not self.embedding_dim or not self.tie_embeddings,
@@ -283,14 +274,12 @@ class ModelConfig:
       'must be False with a network that is causal: it predicts each token in '
       'one call',
     )
+    has_start = self.causal and not self.num_positions
     require(
-      self.start_token == -1
-      or self.start_token >= 0
-      and self.causal
-      and not self.num_positions,
+      -1 <= self.start_token and (has_start or self.start_token < 0),
       'start_token',
-      "must be -1 without objective.ar_weight > 0 or objective.name='ar', and "
-      'with learned positions',
+      "must be -1, or an id with rotary positions and objective.name='ar' or "
+      'objective.ar_weight > 0',
     )
     if self.lora is not None:
       has_gate = self.mlp in GATED

@@ -46,14 +46,14 @@ def rotary_table(
     if scaling == 'llama3':
       kept = jnp.clip((length * frequency / (2 * jnp.pi) - 1) / 3, 0, 1)
     else:
-      index = lambda turns: (
-        math.log(length / (2 * math.pi * turns))
-        / math.log(theta)
-        * head_dim
-        / 2
+      longest = length / (2 * math.pi)
+      once, often = (
+        math.log(longest / n) / math.log(theta) * head_dim / 2 for n in (1, 32)
       )
-      first = max(math.floor(index(32)), 0)
-      last = min(math.ceil(index(1)), head_dim - 1)
+      first, last = (
+        max(math.floor(often), 0),
+        min(math.ceil(once), head_dim - 1),
+      )
       place = jnp.arange(head_dim // 2) - first
       kept = 1 - jnp.clip(place / max(last - first, 1e-3), 0, 1)
     frequency *= kept + (1 - kept) / factor

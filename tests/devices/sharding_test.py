@@ -82,7 +82,6 @@ def make_network(name, shape, **changes):
         mlp_dim=64,
         mlp='swiglu',
         qk_norm=True,
-        attention_sink=name == 'block',
         causal=objective.autoregressive is not None,
         block_size=objective.block_size,
         time_conditioning='hybrid' in name
@@ -269,10 +268,16 @@ class TrainTest(parameterized.TestCase):
     ('ar', (1, 2, 2)), ('masked', (2, 2, 2)), ('block_ar', (2, 2, 2))
   )
   def test_options_of_published_networks(self, name, shape):
-    # Keys shared by two queries each, biases, LayerNorm, learned positions; and
-    # the options that turn an autoregressive network into a masked one.
+    # Keys shared by two queries each, biases, LayerNorm, learned positions, and
+    # a cap and a sink of attention; and the options that turn an autoregressive
+    # network into a masked one.
     options = dict(
-      num_layers=2, num_kv_heads=4, attention_bias='all', mlp_bias=True
+      num_layers=2,
+      num_kv_heads=4,
+      attention_bias='all',
+      mlp_bias=True,
+      attention_cap=2.0,
+      attention_sink=True,
     )
     if name == 'ar':
       options |= dict(norm='layer', norm_bias=True, num_positions=LENGTH)
@@ -280,6 +285,8 @@ class TrainTest(parameterized.TestCase):
       options |= dict(shift_outputs=True)
     if name == 'masked':
       options |= dict(anneal_steps=2)
+    if name == 'block_ar':
+      options |= dict(start_token=3)
     jax.tree.map(
       assert_close,
       train(name, (1, 1, 1), **options),
@@ -520,10 +527,11 @@ class SpecTest(parameterized.TestCase):
     ((1, 3, 1), r'mesh.fsdp=3 must divide model.embed_dim=32'),
     ((1, 1, 3), r'mesh.tensor=3 must divide model.num_heads=8'),
     ((1, 1, 4), r'mesh.tensor=4 must divide model.num_kv_heads=2'),
+    ((1, 1, 2), r'mesh.tensor=2 must be 1 with model.joint_qk_norm', True),
   )
-  def test_a_network_that_cannot_be_split(self, shape, message):
+  def test_a_network_that_cannot_be_split(self, shape, message, joint=False):
     with self.assertRaisesRegex(InputError, message):
-      make_network('masked', shape, num_kv_heads=2)
+      make_network('masked', shape, num_kv_heads=2, joint_qk_norm=joint)
 
   @parameterized.parameters(
     ((-1, 2, 2), (2, 2, 2)), ((2, -1, 1), (2, 4, 1)), ((1, 1, -1), (1, 1, 8))

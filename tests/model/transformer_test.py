@@ -754,6 +754,8 @@ class OptionsTest(parameterized.TestCase):
     ('attention_bias', 'some', 'is not one of'),
     ('attention_cap', -1.0, 'must be >= 0'),
     ('joint_qk_norm', True, 'qk_norm=False'),
+    ('start_token', 3, 'must be -1'),
+    ('start_token', -2, 'must be -1'),
   )
   def test_errors(self, key, value, message):
     with self.assertRaisesRegex(
@@ -832,6 +834,20 @@ class PartsTest(parameterized.TestCase):
       TransformerNetwork(config).flops_per_token(0),
       6 * (2 * (block - 2 * 16) + 12 * 16),
     )
+
+  def test_the_size_of_a_sink_and_of_norms_over_all_heads(self):
+    plain, other = (
+      toys.model_config(**SHARED),
+      toys.model_config(**SHARED, **SCORING),
+    )
+    count = lambda config: sum(
+      leaf.size for leaf in jax.tree.leaves(params_of(config))
+    )
+    # A key and a value for each of 2 heads of 6, and scales of 24 and 12.
+    self.assertEqual(count(other) - count(plain), 3 * (2 * 2 * 6 + 24 + 12))
+    # One more key for each query of 4 heads of 6.
+    flops = lambda config: TransformerNetwork(config).flops_per_token(LENGTH)
+    self.assertEqual(flops(other) - flops(plain), 12 * 3 * 24)
 
   @parameterized.parameters(
     ('relu2', 0, 64), ('swiglu', 0, 64), ('swiglu', 40, 40), ('gelu', 40, 40)

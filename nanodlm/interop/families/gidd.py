@@ -6,8 +6,9 @@ multiplied into the weights, and 1 is added to the scales of its norms: the
 function is the same one, and so is the set of functions that fine-tuning can
 reach, but not the size of an update.
 
-Its samplers keep a prompt from seeing the noise after it, as its training did
-in a fifth of the texts; here all positions see each other, as in the others.
+Its samplers keep a prompt from seeing the noise after it, as its training does
+for texts with a clean beginning. Here all positions see each other, as in its
+training for texts without one: samples with a prompt have another law.
 """
 
 import numpy as np
