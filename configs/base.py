@@ -91,7 +91,12 @@ def get_config() -> config_dict.ConfigDict:
   # 'gelu' | 'gelu_tanh' | 'relu2', or gated: 'geglu' | 'geglu_tanh' | 'swiglu'
   # | 'glu'.
   model.mlp = 'swiglu'
-  model.qk_norm = True
+  model.qk_norm = True  # Whether queries and keys are normalised, each head.
+  model.joint_qk_norm = False  # Whether qk_norm is over all heads together.
+  # c > 0: scores s of attention become c tanh(s / c), on XLA only; 0: off.
+  model.attention_cap = 0.0
+  # Whether every position also sees a learned key and value, on XLA only.
+  model.attention_sink = False
   model.tie_embeddings = True
   model.dropout = 0.0  # In [0, 1).
   # Whether the network reads the time, through adaLN-zero.
@@ -111,9 +116,12 @@ def get_config() -> config_dict.ConfigDict:
   # the call before instead, which is another law. Not for 'ar'.
   model.self_conditioning = False
   model.rope_theta = 10_000.0
-  # Above 1: divides the rotary frequencies of waves longer than 8192 tokens, as
+  # Divides the rotary frequencies of waves longer than rope_length tokens, as
   # Llama 3.1 (8) and 3.2 (32) do.
   model.rope_factor = 1.0
+  # Which waves are long: 'llama3' | 'yarn', as in Nemotron-Labs-Diffusion.
+  model.rope_scaling = 'llama3'
+  model.rope_length = 8192
   # Number of learned positions, at least the length of the longest row; 0:
   # rotary positions.
   model.num_positions = 0
@@ -129,6 +137,9 @@ def get_config() -> config_dict.ConfigDict:
   # Whether the prediction for position i is read at i - 1, as in a network
   # that was autoregressive.
   model.shift_outputs = False
+  # Id of the token before each text of 'ar', or of 'block' with ar_weight > 0,
+  # in a network that was published with it; -1: the mask.
+  model.start_token = -1
   model.dtype = 'float32'  # Type of matrix products: 'float32' | 'bfloat16'.
   # What the backward pass recomputes: 'none' | 'dots' (all but the matrix
   # products) | 'full' (everything).
@@ -139,7 +150,7 @@ def get_config() -> config_dict.ConfigDict:
 
   config.objective = objective = config_dict.ConfigDict()
   # 'masked' | 'block' | 'block_uniform' | 'block_hybrid' | 'ar' | 'uniform' |
-  # 'hybrid' | 'd3pm' | 'sedd' | 'genmd4'.
+  # 'hybrid' | 'd3pm' | 'sedd' | 'genmd4' | 'flex' (texts of any length).
   objective.name = 'masked'
   objective.block_size = 16  # Tokens per block; divides data.length.
   # Weight of an autoregressive loss of block's clean copy, >= 0; 0: off. The
@@ -162,6 +173,8 @@ def get_config() -> config_dict.ConfigDict:
   objective.gamma = 1.0  # How fast the uniform part of hybrid grows, >= 1.
   # Largest training weight of uniform and hybrid; 0: no limit.
   objective.max_weight = 0.0
+  # Whether uniform refuses a network that does not read the time.
+  objective.needs_time = True
   # First steps of uniform, whose network reads mixtures of embeddings instead
   # of noisy tokens; 0: off. At most train.num_steps.
   objective.curriculum_steps = 0
@@ -201,7 +214,7 @@ def get_config() -> config_dict.ConfigDict:
   config.sampler = sampler = config_dict.ConfigDict()
   # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |
   # 'first_hitting' | 'confidence' | 'remask' | 'prefix_cache' | 'posterior' |
-  # 'psi' | 'renoise' | 'edit' | 'block' | 'ar' | 'speculate'.
+  # 'psi' | 'renoise' | 'edit' | 'block' | 'ar' | 'speculate' | 'insert'.
   sampler.name = 'auto'
   # Network calls, per block if there are blocks; 0 if confidence uses its
   # threshold or entropy_budget instead. ancestral and remask make up to 1.7
@@ -210,8 +223,9 @@ def get_config() -> config_dict.ConfigDict:
   # The schedule of ancestral and remask; see objective.schedule and power.
   sampler.schedule = 'linear'
   sampler.power = 2.0
-  # Times of ancestral, remask, posterior and psi: 'uniform' | 'cosine' | a list
-  # falling from 1 to 0, such as '1,0.5,0.2,0', which replaces num_steps.
+  # Times of ancestral, remask, posterior, psi and insert: 'uniform' | 'cosine'
+  # | a list falling from 1 to 0, such as '1,0.5,0.2,0', which replaces
+  # num_steps.
   sampler.grid = 'uniform'
   # What confidence ranks positions by: 'max_prob' | 'margin' | 'entropy' |
   # 'random'.
@@ -294,6 +308,12 @@ def get_config() -> config_dict.ConfigDict:
 
   config.train = train = config_dict.ConfigDict()
   train.batches = 'text'  # Where batches come from: 'text' is the data above.
+  # What the samples that a policy learns from are worth, a sum of Python
+  # functions and laws such as '0.5*my_rewards:brevity+law:valid'; see
+  # nanodlm/rewards.py.
+  train.reward = ''
+  # The longest that one of these functions may take for all texts of a step.
+  train.reward_secs = 60.0
   train.batch_size = 32  # Examples per step, over all devices.
   train.num_steps = 2000
   # Parts of a step's batch, computed in turn on each device to save memory.

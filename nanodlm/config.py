@@ -34,6 +34,8 @@ class TrainConfig:
   """`config.train`."""
 
   batches: str
+  reward: str
+  reward_secs: float
   batch_size: int
   num_steps: int
   num_microbatches: int
@@ -52,6 +54,8 @@ class TrainConfig:
     check_at_least(1, self, 'train', 'log_every_steps', 'max_skipped_steps')
     counts = 'anneal_steps', 'eval_every_steps', 'num_samples', 'profile_steps'
     check_at_least(0, self, 'train', *counts)
+    if not self.reward_secs > 0:
+      raise InputError(f'train.reward_secs={self.reward_secs!r} must be > 0')
     if self.wandb_project and importlib.util.find_spec('wandb') is None:
       raise InputError(
         f'train.wandb_project={self.wandb_project!r} needs the wandb package: '

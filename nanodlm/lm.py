@@ -7,8 +7,10 @@ The command line, the server and the evaluations use the same object.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import copy
 import dataclasses
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanodlm import config as configs
-from nanodlm import prompts
+from nanodlm import prompts, rewards, searches
 from nanodlm import run as runs
 from nanodlm.data.tokenizers import chat
 from nanodlm.data.tokenizers.base import Tokenizer
@@ -27,7 +29,16 @@ from nanodlm.show import watch
 from nanodlm.steps import evaluate as evaluate_steps
 from nanodlm.steps import sample as sample_steps
 from nanodlm.training import progress
-from nanodlm.types import Batch, Canvas, check_seed, InputError, Objective
+from nanodlm.types import (
+  Batch,
+  Canvas,
+  check_seed,
+  InputError,
+  Objective,
+  Sampler,
+)
+
+log = logging.getLogger('nanodlm')
 
 # Number of independent evaluations for the interval of a bound.
 NUM_REPEATS = 8
@@ -46,12 +57,14 @@ class Sample(NamedTuple):
     text: the text, up to its end if sampler.stop_at_eos is set; of messages,
       the answer.
     tokens: [n] int32, the whole canvas.
-    fixed: [n] bool, positions of the prompt.
+    fixed: [n] bool, positions of the prompt, and separators after the text of a
+      sampler that fills gaps of any length.
     num_calls: number of network calls of the batch.
     logprobs: [n] float32, the network's log-probability of each token; NaN for
-      the prompt. It is that of the call that revealed the token, given the
-      canvas before the call; with a sampler that changes tokens, of the last
-      call after which this one did not change. It is the network's own, before
+      the prompt, and with a sampler that fills gaps of any length. It is that
+      of the call that revealed the token, given the canvas before the call;
+      with a sampler that changes tokens, of the last call after which this one
+      did not change. It is the network's own, before
       temperature, top-k, top-p and guidance. The sum is the text's exact
       log-probability for the samplers `ar` and `speculate`, on a blank canvas;
       otherwise it depends on the order in which tokens are revealed, and the
@@ -168,14 +181,19 @@ class LanguageModel:
     seed: int = 0,
     length: int | None = None,
     details: bool = False,
+    reward: str = '',
+    best_of: int = 1,
+    num_refinements: int = 0,
+    reward_temperature: float = 0.0,
     **settings: Any,
   ) -> list[Any]:
     """Samples texts.
 
     Args:
-      prompt: a text with gaps, '{}' of automatic size or '{12}' of 12 tokens. A
-        prompt without a gap is continued; '' is a blank canvas. Messages, such
-        as [{'role': 'user', 'content': 'Hello'}], are answered.
+      prompt: a text with gaps, '{}' of automatic size, '{12}' of 12 tokens, or
+        '{*}' of any length (objective.name='flex'). A prompt without a gap is
+        continued; '' is a blank canvas. Messages, such as
+        [{'role': 'user', 'content': 'Hello'}], are answered.
       num_samples: number of texts.
       sampler: a name in `samplers.SAMPLERS`; None is the run's sampler.
       num_steps: number of network calls, per block if there are blocks.
@@ -184,7 +202,11 @@ class LanguageModel:
       length: number of tokens of the canvas; None is the run's. Answers end
         there, too.
       details: whether to return `Sample` objects instead of texts, with the
-        log-probabilities of the tokens.
+        log-probabilities of the tokens, and the number of network calls.
+      reward: what texts are worth, such as 'law:valid'; see `nanodlm.rewards`.
+      best_of: number of samples for each text, the best of which is returned.
+      num_refinements: see `searches.Search`.
+      reward_temperature: see `searches.Search`.
       **settings: other keys of `config.sampler`, such as top_p=0.9.
 
     Raises:
@@ -202,9 +224,23 @@ class LanguageModel:
     kept = [watch.Logprobs(len(row)) for _ in whole_batch(run, tokens)]
     keep = functools.partial(watch.Logprobs.keep, kept)
     view = watch.View(keep, run.tokenizer.mask_id, reveals=True)
-    fill = make_fill(run, view=view if details else None)
+    keeps = details and not run.sampler.fills_room
+    fill = make_fill(run, view=view if keeps else None)
+    search = make_search(
+      run, reward, best_of, num_refinements, reward_temperature
+    )
+    if search:
+      taken = copy.deepcopy(kept)
+
+      def on_candidate(is_taken):
+        for i, is_new in enumerate(is_taken):
+          source, target = (kept, taken) if is_new else (taken, kept)
+          target[i] = copy.deepcopy(source[i])
+
+      fill = search.around(fill, on_candidate)
     key = jax.random.key(seed)
     filled, num_calls = fill(self.params, key, tokens, is_fixed)
+    warn_of_full(run, filled, fixed)
     is_chat = not isinstance(prompt, str)
     show = answer_tokens if is_chat else shown_tokens
     texts = [
@@ -213,6 +249,7 @@ class LanguageModel:
     ]
     if not details:
       return texts
+    filled, is_fixed = without_room(run, filled, is_fixed)
     return [
       Sample(
         text,
@@ -223,7 +260,7 @@ class LanguageModel:
         logprobs.top_tokens,
         logprobs.top,
       )
-      for text, row, logprobs in zip(texts, filled, kept)
+      for text, row, fixed, logprobs in zip(texts, filled, is_fixed, kept)
     ]
 
   def bound(
@@ -345,7 +382,7 @@ class LanguageModel:
       logits = self.logits(canvas)[slot][: tokenizer.mask_id]
       log_p = np.asarray(jax.nn.log_softmax(logits))
       values = [(-float(log_p[row[0]]), 0.0, True) for row in rows]
-    elif sees_right:
+    elif sees_right and run.sampler.fills_masks:
       for part in before, after:
         prompts.plain_text(part)
       texts, is_slot = [], []
@@ -449,7 +486,8 @@ class LanguageModel:
     step = sample_steps.make_logits_step(self.run.scorer, mesh)
     size = self._padded(length)
     lengths = np.full(len(rows), length, np.int32)
-    rows = np.pad(rows, ((0, 0), (0, size - length)))
+    # The last token of a row can mean its end.
+    rows = np.pad(rows, ((0, 0), (0, size - length)), mode='edge')
     padded = (whole_batch(self.run, x) for x in (rows, levels, lengths))
     padded = meshes.shard_whole_batch(mesh, tuple(padded))
     logits = self.call(step, self.params, *padded)
@@ -481,9 +519,14 @@ def load(
 
 
 def lay_out(
-  run: Run, prompt: str | Sequence[chat.Message], length: int
+  run: Run,
+  prompt: str | Sequence[chat.Message],
+  length: int,
+  sampler: Sampler | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Makes the canvas of a prompt; see `prompts.make_canvas`.
+
+  It is for a sampler, by default that of the run.
 
   That of messages ends with a gap for the answer.
 
@@ -493,8 +536,14 @@ def lay_out(
   """
   if not isinstance(prompt, str):
     return lay_out_chat(run, prompt, length)
+  sampler = sampler or run.sampler
   tokens, fixed = prompts.make_canvas(
-    prompt, run.tokenizer, length, run.objective.sees_right(length)
+    prompt,
+    run.tokenizer,
+    length,
+    run.objective.sees_right(length),
+    sampler.fills_masks,
+    sampler.fills_room,
   )
   data = run.settings.data
   if data.has_documents and data.padding == 'eos' and fixed[-1]:
@@ -526,12 +575,100 @@ def shown_tokens(run: Run, tokens: np.ndarray, fixed: np.ndarray) -> np.ndarray:
 
   The text does not end before the last of the `fixed` tokens [n] of its prompt.
   """
+  tokens, fixed = without_room(run, tokens, fixed)
   if fixed[-1]:  # Separators at the end only fill the canvas; see `lay_out`.
     is_other = tokens != run.tokenizer.separator_id
     fixed = fixed & (np.arange(len(tokens)) <= np.argmax(is_other.cumsum()))
   first = int(np.max(np.flatnonzero(fixed), initial=-1)) + 1
   size = prompts.find_end(tokens[first:], run.eos_ids, is_blank=not first)
   return tokens[: first + size]
+
+
+def read_texts(
+  run: Run, rows: np.ndarray, fixed: np.ndarray
+) -> tuple[list[str], list[str]]:
+  """Returns the texts of samples [N, n], and what is before their first gap."""
+  decode = run.tokenizer.decode
+  firsts = np.where(fixed.all(axis=1), fixed.shape[1], fixed.argmin(axis=1))
+  texts = [decode(shown_tokens(run, *both)) for both in zip(rows, fixed)]
+  return texts, [decode(row[:first]) for row, first in zip(rows, firsts)]
+
+
+def make_search(
+  run: Run,
+  reward: str,
+  best_of: int = 1,
+  num_refinements: int = 0,
+  temperature: float = 0.0,
+) -> searches.Search | None:
+  """Makes a search by a reward of `nanodlm.rewards`; None without a reward.
+
+  Raises:
+    InputError: a value is not allowed, or ignored without a reward.
+  """
+  given = {
+    'best_of': best_of,
+    'num_refinements': num_refinements,
+    'reward_temperature': temperature,
+  }
+  if not reward:
+    for key, value in given.items():
+      if value != (key == 'best_of'):
+        raise InputError(f"{key}={value!r} is ignored with reward=''")
+    return None
+  if num_refinements and run.sampler.fills_room:
+    raise InputError(
+      f'num_refinements={num_refinements!r} must be 0 with sampler.name='
+      f'{run.sampler_name!r}, which cannot draw parts of a text again'
+    )
+  settings = run.settings
+  of_texts = rewards.make_reward(
+    reward, settings.data, settings.train.reward_secs, 'reward'
+  )
+  return searches.Search(
+    best_of,
+    num_refinements,
+    temperature,
+    lambda rows, fixed: of_texts(*read_texts(run, rows, fixed)),
+    run.objective.sees_right(settings.sample_length),
+  )
+
+
+def without_room(
+  run: Run, tokens: np.ndarray, fixed: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Moves what is left of the room in gaps to the end of samples [..., n].
+
+  Returns:
+    The tokens, and `fixed`, True also where nothing was filled.
+  """
+  if not run.sampler.fills_room:
+    return tokens, fixed
+  is_room = ~fixed & (tokens == run.tokenizer.separator_id)
+  order = np.argsort(is_room, axis=-1, kind='stable')
+  take = lambda x: np.take_along_axis(x, order, axis=-1)
+  return take(tokens), take(fixed | is_room)
+
+
+def warn_of_full(run: Run, tokens: np.ndarray, fixed: np.ndarray):
+  """Warns of gaps of any length that samples [N, n] fill to their last place.
+
+  `fixed` [n] is that of the canvas.
+  """
+  if not run.sampler.fills_room:
+    return
+  borders = np.flatnonzero(np.diff(fixed)) + 1
+  is_full = np.zeros(len(tokens), bool)
+  for places in np.split(np.arange(len(fixed)), borders):
+    if not fixed[places[0]]:
+      rows = tokens[:, places]
+      is_full |= np.all(rows != run.tokenizer.separator_id, axis=1)
+  if np.any(is_full):
+    log.warning(
+      f'{np.sum(is_full)} of {len(tokens)} samples fill a gap to the last of '
+      f'its places: their texts may be cut; sampler.length={len(fixed)} should '
+      'be larger'
+    )
 
 
 def answer_tokens(
@@ -638,6 +775,12 @@ def make_fill(
   def fill(
     params: Any, key: jax.Array, tokens: np.ndarray, fixed: np.ndarray
   ) -> tuple[np.ndarray, float]:
+    is_masked = np.any(~fixed & (tokens == run.tokenizer.mask_id))
+    if is_masked and not run.sampler.fills_masks:
+      raise InputError(
+        f'sampler.name={run.sampler_name!r} fills gaps of any length, and not '
+        'those of a given number of tokens'
+      )
     size = -(-(batch_size or len(tokens)) // shards) * shards
     filled, calls = [], []
     countdown = progress.Countdown('sampling', -(-len(tokens) // size))

@@ -17,25 +17,29 @@ from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.types import InputError, reason
 
 # Doubled braces are literal; {} is a gap with an equal share of the remaining
-# tokens, {12} a gap of 12 tokens.
-_PARTS = re.compile(r'\{\{|\}\}|\{(\d*)\}')
+# tokens, {12} a gap of 12 tokens, {*} one of any length.
+_PARTS = re.compile(r'\{\{|\}\}|\{(\d*|\*)\}')
 # {yes|no} is a slot for one of several texts.
 _SLOTS = re.compile(r'\{\{|\}\}|\{([^{}|]*(?:\|[^{}|]*)+)\}')
 
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-  """A gap of `size` tokens; None is a share of the remaining tokens."""
+  """A gap of `size` tokens; None is a share of the remaining tokens.
+
+  Of a gap of `any_length`, it is the number of tokens that there is room for.
+  """
 
   size: int | None
+  any_length: bool = False
 
 
 def parse_prompt(prompt: str) -> list[str | Gap]:
   """Splits a prompt into texts and gaps.
 
-  '{}' is a gap of automatic size, '{12}' a gap of 12 tokens; '{{', '}}' and all
-  other braces are text. A prompt without a gap is continued to the end of the
-  canvas.
+  '{}' is a gap of automatic size, '{12}' a gap of 12 tokens, '{*}' one of any
+  length; '{{', '}}' and all other braces are text. A prompt without a gap is
+  continued to the end of the canvas.
   """
   parts, text, end = [], '', 0
   for match in _PARTS.finditer(prompt):
@@ -47,13 +51,13 @@ def parse_prompt(prompt: str) -> list[str | Gap]:
     if text:
       parts.append(text)
     # 18 digits exceed any canvas, and int() refuses very long numbers.
-    size = int(match.group(1)[:18]) if match.group(1) else None
+    size = int(match.group(1)[:18]) if match.group(1).isdigit() else None
     if size == 0:
       raise InputError(
         f'prompt={prompt!r} has a gap of 0 tokens; use at least 1, '
         'or {} for a share of the canvas'
       )
-    parts.append(Gap(size))
+    parts.append(Gap(size, match.group(1) == '*'))
     text = ''
   text += prompt[end:]
   if text:
@@ -116,22 +120,59 @@ def automatic_size(prompt: str, num_free: int) -> int:
   may have one token more.
   """
   sizes = [m.group(1) for m in _PARTS.finditer(prompt)]
-  num_automatic = sizes.count('')
-  num_free -= sum(int(size) for size in sizes if size)
-  return num_free // max(num_automatic, 1) if num_automatic else 0
+  if '' not in sizes:
+    return 0
+  num_free -= sum(int(size) for size in sizes if size and size != '*')
+  return num_free // (sizes.count('') + sizes.count('*'))
 
 
 def make_canvas(
-  prompt: str, tokenizer: Tokenizer, length: int, sees_right: bool
+  prompt: str,
+  tokenizer: Tokenizer,
+  length: int,
+  sees_right: bool,
+  fills_masks: bool = True,
+  fills_room: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Makes a canvas of n <= `length` tokens; see `encode_parts`.
 
+  `fills_masks` and `fills_room` are those of the `types.Sampler`. If it cannot
+  do the former, '{}' is '{*}', too. Room in such gaps holds separators, and a
+  separator ends the canvas.
+
   Returns:
-    tokens [n] int32 with mask_id in the gaps, and fixed [n] bool.
+    tokens [n] int32 with mask_id in other gaps, and fixed [n] bool.
+
+  Raises:
+    InputError: the sampler does not fill such a gap, or see `encode_parts`.
   """
-  parts = encode_parts(prompt, tokenizer, length, sees_right)
-  tokens = np.concatenate(parts)
-  return tokens, tokens != tokenizer.mask_id
+  parts = parse_prompt(prompt)
+  gaps = [part for part in parts if isinstance(part, Gap)]
+  is_any = [x.any_length or not (fills_masks or x.size) for x in gaps]
+  if any(is_any) and not fills_room:
+    raise InputError(
+      f'prompt={prompt!r} has a gap of any length, {{*}}, which this sampler '
+      "does not fill: use {} or {12}, or a model of objective.name='flex', "
+      "whose sampler.name is 'insert'"
+    )
+  if not fills_masks and not all(is_any):
+    raise InputError(
+      f'prompt={prompt!r} has a gap of a given number of tokens, which this '
+      'model chooses itself: use {*}'
+    )
+  num_ends = int(any(is_any))
+  rows = encode_parts(prompt, tokenizer, length - num_ends, sees_right)
+  fixed = [np.full(len(row), isinstance(x, str)) for row, x in zip(rows, parts)]
+  for row, is_room in zip(
+    [r for r, f in zip(rows, fixed) if not all(f)], is_any
+  ):
+    if is_room:
+      row[:] = tokenizer.separator_id
+  ends = np.full(num_ends, tokenizer.separator_id, np.int32)
+  return (
+    np.concatenate([*rows, ends]),
+    np.concatenate([*fixed, np.ones(num_ends, bool)]),
+  )
 
 
 def encode_parts(

@@ -371,6 +371,18 @@ def _check_network(run: Run):
       f'supported by objective.name={name!r}, which sees nothing to the right '
       'of a gap; set it to 0 or use data.clean_prefix_rate'
     )
+  if objective.any_length:
+    for key, is_right, wanted in (
+      ('crop', data.has_documents and not data.is_chat, "'document'"),
+      ('padding', data.padding == 'eos', "'eos'"),
+      ('long_documents', data.long_documents != 'cut', "'drop' or 'refuse'"),
+    ):
+      if not is_right:
+        raise InputError(
+          f'data.{key}={getattr(data, key)!r} must be {wanted} with '
+          f'objective.name={name!r}, which models the length of whole '
+          f'documents (data.source={data.source!r})'
+        )
   for key, length in (
     ('data', data.length),
     ('sampler', settings.sample.length),

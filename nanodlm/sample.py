@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanodlm import laws
+from nanodlm import laws, searches
 from nanodlm import lm as lms
 from nanodlm import prompts as prompting
 from nanodlm import workdir as workdirs
@@ -97,6 +97,7 @@ def sample_prompts(
   samplers: Sequence[str] = (),
   display: Any = None,
   page: Any = None,
+  search: searches.Search | None = None,
 ):
   """Prints samples and appends them to samples.jsonl in the workdir.
 
@@ -111,6 +112,8 @@ def sample_prompts(
     samplers: see `with_samplers`; number, length and seed are the run's.
     display: a `show.live.Display` of the canvases during sampling, or None.
     page: a `show.replay.Page` that records the trajectories, or None.
+    search: how texts of high reward are found, without display and page; None:
+      every sample is one.
   """
   run, sample = lm.run, lm.run.settings.sample
   models = with_samplers(lm, samplers)
@@ -121,14 +124,16 @@ def sample_prompts(
     view = watch.View(watchers, run.tokenizer.mask_id, num_top)
   law = laws.law_of_rows(run.settings.data)
   fills = [lms.make_fill(model.run, view=view) for _, model in models]
+  if search:
+    fills = [search.around(fill) for fill in fills]
   if not display:
     log.info('compiling the sampler, then sampling')
   for i, prompt in enumerate(prompts or ['']):
-    tokens, fixed = (
-      np.tile(x, (sample.num_samples, 1))
-      for x in lms.lay_out(run, prompt, length)
-    )
     for (label, model), fill in zip(models, fills):
+      tokens, fixed = (
+        np.tile(x, (sample.num_samples, 1))
+        for x in lms.lay_out(model.run, prompt, length)
+      )
       key = jax.random.fold_in(jax.random.key(sample.seed), i)
       work = lambda: fill(lm.params, key, tokens, fixed)
       recorder = watch.Recorder(lms.whole_batch(run, tokens))
@@ -151,11 +156,17 @@ def sample_prompts(
           prompt,
           fixed[0],
           recorder.trajectories(samples),
-          [len(lms.shown_tokens(run, row, fixed[0])) for row in samples],
+          [len(lms.shown_tokens(model.run, row, fixed[0])) for row in samples],
+          ~fixed[0] & (tokens[0] != run.tokenizer.mask_id),
         )
+      lms.warn_of_full(model.run, samples, fixed[0])
+      values = search.reward(samples, fixed) if search else None
+      samples, fixed = lms.without_room(model.run, samples, fixed)
       if not jax.process_index():
         title = f', {label}' if len(models) > 1 else ''
-        _report(model, law, prompt, samples, fixed[0], num_calls, title, secs)
+        _report(
+          model, law, prompt, samples, fixed, num_calls, title, secs, values
+        )
   if page:
     settings = run.settings
     size = page.write(
@@ -222,8 +233,10 @@ def make_draw(
     if trajectories := [one for one in trajectories if one.answers]:
       image = watch.order_image(trajectories[:MAX_SHOWN], fixed)[None]
       writer.write_images(step, {'samples/reveal_order': image})
+    filled, given = lms.without_room(run, filled, is_fixed)
     lines = [
-      _line(run, law, step, prompt, row, fixed, num_calls) for row in filled
+      _line(run, law, step, prompt, *row, num_calls)
+      for row in zip(filled, given)
     ]
     texts = [line['shown'] for line in lines[:MAX_SHOWN]]
     blocks = {f'samples/{i}': f'```\n{x}\n```' for i, x in enumerate(texts)}
@@ -302,18 +315,21 @@ def _line(
   }
 
 
-def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs):
-  """Prints the samples [N, n] of a prompt and appends them to samples.jsonl.
+def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs, rewards):
+  """Prints samples and fixed [N, n] and appends them to samples.jsonl.
 
   With a law, it also says which of them are possible, and why others are not.
   """
   tokenizer, lines = lm.tokenizer, []
-  for j, row in enumerate(tokens):
-    ids = lms.shown_tokens(lm.run, row, fixed)
-    line = _line(lm.run, law, lm.step, prompt, row, fixed, num_calls)
+  for j, (row, given) in enumerate(zip(tokens, fixed)):
+    ids = lms.shown_tokens(lm.run, row, given)
+    line = _line(lm.run, law, lm.step, prompt, row, given, num_calls)
     num_more = np.sum(~np.isin(row[len(ids) :], tokenizer.eos_ids))
     title = f'--- sample {j + 1} of {len(tokens)}{label}'
     title += f', prompt {prompt!r}' if prompt else ''
+    if rewards is not None:
+      line['reward'] = float(rewards[j])
+      title += f', reward {rewards[j]:.4g}'
     if len(ids) < len(row):
       title += f', ends after {len(ids)} of {len(row)} tokens'
     if num_more:
@@ -322,13 +338,15 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs):
     if problem := line.get('problem'):
       print(f'--- the text is impossible: {problem}')
     lines.append(line)
-  num_filled = len(tokens) * int(np.sum(~fixed))
+  num_filled = int(np.sum(~fixed))
   print(
     f'--- filled {num_filled} of {tokens.size} tokens in {int(num_calls)} '
     f'network calls, {lms.tokens_per_call(fixed, num_calls):.2f} tokens of a '
     f'text per call, {secs:.1f} s with compilation',
     flush=True,
   )
+  if rewards is not None:
+    print(f'--- mean reward {np.mean(rewards):.4g}', flush=True)
   if law:
     if described := laws.describe_gaps(law, tokenizer, prompt):
       print(f'--- {described}')
@@ -349,9 +367,9 @@ def check_prompts(lm: LanguageModel, prompts: Sequence[str]):
     if literal := prompting.literal_braces(prompt):
       log.warning(
         f'prompt={prompt!r}: {", ".join(map(repr, literal))} is text; a gap '
-        'is written {} or {12}, a literal brace is doubled'
+        'is written {}, {12} or {*}, a literal brace is doubled'
       )
     size = prompting.automatic_size(prompt, int(np.sum(~fixed)))
-    if size and size not in told:
+    if size and size not in told and lm.run.sampler.fills_masks:
       told.add(size)
       log.info(f'each {{}} is {size} tokens here; {{5}} would be 5')

@@ -24,6 +24,10 @@ class InputError(ValueError):
   """
 
 
+class NoDocumentError(InputError):
+  """An error of `Law.posterior`: no document agrees with a text."""
+
+
 def reason(error: BaseException) -> str:
   """Returns what an error says, which is never empty."""
   return getattr(error, 'strerror', '') or str(error) or type(error).__name__
@@ -236,6 +240,8 @@ class Objective(abc.ABC):
       of the parameters again; 0: never.
     noises: allowed values of objective.noise; see `auto_noise`.
     curriculum_steps: number of first steps that train `curriculum`.
+    any_length: whether it also models the length of a document. On a canvas,
+      the separators that fill it are room, which the network does not read.
   """
 
   mask_id: int
@@ -251,6 +257,7 @@ class Objective(abc.ABC):
   round_steps: int = 0
   noises: tuple[str, ...] = ()
   curriculum_steps: int = 0
+  any_length: bool = False
 
   @classmethod
   def auto_noise(cls, settings: Mapping[str, Any]) -> str:
@@ -265,7 +272,7 @@ class Objective(abc.ABC):
     `levels` [B, ...] are from `sample_levels`; `keys` [B] are one per example.
     """
     noised = self.corrupt(keys, levels, batch.tokens, batch.eligible)
-    return score(noised, batch.eligible * batch.weight[:, None])
+    return score(noised, noised.scored * batch.weight[:, None])
 
   def init_params(self) -> dict[str, Array]:
     """Returns the parameters that the objective itself learns."""
@@ -330,6 +337,13 @@ class Objective(abc.ABC):
   def network_input(self, tokens: Array) -> Array:
     """Converts a sampler's canvas [B, L] to the network's input [B, L]."""
     return tokens
+
+  def places(self, tokens: Array) -> Array | None:
+    """Returns where in its input the network predicts each canvas position.
+
+    [B, L] int32 of a canvas [B, L]; None: at the same position.
+    """
+    return None
 
   def clean_input(self, tokens: Array) -> Array | None:
     """Converts clean texts [B, L] to the network's clean copy; None: none.
@@ -412,6 +426,17 @@ class ReverseRule(abc.ABC):
       t: [], time of xt.
       draw: a `categorical.Draw`: temperature, top-k and top-p of the predicted
         clean token.
+    """
+
+
+class InsertRule(abc.ABC):
+  """A mixin of objectives whose networks also say what a text lacks."""
+
+  @abc.abstractmethod
+  def num_absent(self, logits: Array, t: Array) -> Array:
+    """Returns the expected number of tokens that are absent before a token.
+
+    [...] of its logits [..., V] at time t [...].
     """
 
 
@@ -715,6 +740,10 @@ class Sampler(abc.ABC):
     remembers: whether it gives a network that self-conditions its previous
       prediction (`Canvas.memory`). The prediction is that of an earlier canvas,
       so that the law is not that of the bound's network, which takes two calls.
+    fills_masks: whether it fills gaps of a given number of tokens, the masks of
+      a canvas.
+    fills_room: whether it fills gaps of any length, the free positions of a
+      canvas that hold the last token of their row (`Objective.any_length`).
     needs: the settings without which it does not fit, for errors; '' if the
       name of the objective says it.
   """
@@ -726,6 +755,8 @@ class Sampler(abc.ABC):
   caches_noise: bool = False
   needs_cache: bool = False
   remembers: bool = False
+  fills_masks: bool = True
+  fills_room: bool = False
   needs: str = ''
 
   @classmethod
@@ -843,9 +874,13 @@ class Law(abc.ABC):
     """
 
   @abc.abstractmethod
-  def posterior(self, text: str) -> Posterior:
+  def posterior(self, text: str, max_visited: int = 0) -> Posterior:
     """Returns the law of the words in the gaps (a word each) of a text.
 
+    Of beginnings of documents it visits up to `max_visited`; 0: the law's own
+    limit.
+
     Raises:
-      InputError: no document agrees with the text, or too many do.
+      NoDocumentError: no document agrees with the text.
+      InputError: too many do.
     """

@@ -43,6 +43,7 @@ FITS = {
   'ar': ('ar',),
   'block': ('block', 'block_hybrid', 'block_uniform'),
   'edit': ('hybrid',),
+  'insert': ('flex',),
   'renoise': REPLACING,
   **dict.fromkeys(('posterior', 'psi'), (*MASKED, *REPLACING, 'genmd4')),
   'speculate': (),  # It needs objective.ar_weight.
@@ -58,6 +59,10 @@ class ValidateTest(parameterized.TestCase):
   @parameterized.parameters(*objectives.OBJECTIVES)
   def test_every_objective(self, name):
     changes = {'objective__name': name}
+    if objectives.OBJECTIVES[name].any_length:
+      with self.assertRaisesRegex(InputError, "^data.crop='chunk' must be"):
+        validate(**changes)
+      changes['data__crop'] = 'document'
     if objectives.OBJECTIVES[name].needs_time:
       with self.assertRaisesRegex(InputError, '^model.time_conditioning=False'):
         validate(**changes)
@@ -113,6 +118,8 @@ class ValidateTest(parameterized.TestCase):
       changes = {'objective__name': objective, 'sampler__name': name}
       if objectives.OBJECTIVES[objective].needs_time:
         changes['model__time_conditioning'] = True
+      if objectives.OBJECTIVES[objective].any_length:
+        changes['data__crop'] = 'document'
       if objective in FITS[name]:
         validate(**changes)
         sampler = make_run(**changes).with_vocabulary(8).sampler

@@ -24,31 +24,63 @@ def gelu_tanh(x):
   return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def stretched(frequency, factor):
-  """Returns Llama 3.1's frequency, with its constants 1, 4 and 8192."""
+def llama3(frequency, i, factor, length, **_):
+  """Returns Llama 3.1's frequency, with its constants 1 and 4."""
+  del i
   wave = 2 * np.pi / frequency
-  if wave < 8192 / 4:
+  if wave < length / 4:
     return frequency
-  if wave > 8192:
+  if wave > length:
     return frequency / factor
-  smooth = (8192 / wave - 1) / (4 - 1)
+  smooth = (length / wave - 1) / (4 - 1)
   return (1 - smooth) * frequency / factor + smooth * frequency
 
 
-def turn(x, theta, factor=1):
+def yarn(frequency, i, factor, length, theta, dim):
+  """Returns YaRN's frequency of wave i, with its constants 32 and 1."""
+  # The index at which a wave turns n times within the length.
+  index = lambda n: dim * np.log(length / (n * 2 * np.pi)) / (2 * np.log(theta))
+  first, last = max(np.floor(index(32)), 0), np.ceil(index(1))
+  ramp = min(max((i - first) / (last - first), 0), 1)
+  return ramp * frequency / factor + (1 - ramp) * frequency
+
+
+def turn(x, theta, scaling=None):
   """Rotates [L, Dh]: features i and i + Dh / 2 form a complex number."""
   half = x.shape[-1] // 2
   frequencies = theta ** (-np.arange(half) / half)
-  frequencies = np.array([stretched(x, factor) for x in frequencies])
+  if scaling:
+    rule = {'llama3': llama3, 'yarn': yarn}[scaling['rope_type']]
+    length = scaling['original_max_position_embeddings']
+    frequencies = np.array(
+      [
+        rule(x, i, scaling['factor'], length, theta=theta, dim=2 * half)
+        for i, x in enumerate(frequencies)
+      ]
+    )
   angle = np.arange(len(x))[:, None] * frequencies
   z = (x[:, :half] + 1j * x[:, half:]) * np.exp(1j * angle)
   return np.concatenate([z.real, z.imag], -1)
 
 
 def attend(
-  q, k, v, num_heads, num_kv_heads, block_size, prepare=lambda x, name: x
+  q,
+  k,
+  v,
+  num_heads,
+  num_kv_heads,
+  block_size,
+  prepare=lambda x, name: x,
+  cap=0,
+  sink=None,
+  context=None,
 ):
-  """q [L, H Dh] on k, v [L, K Dh] -> [L, H Dh]."""
+  """q [L, H Dh] on k, v [L, K Dh] -> [L, H Dh].
+
+  Scores are capped by cap * tanh(s / cap). The sink is (key, value), [H, Dh]
+  each, of a place that all see. With a context, its places see those before,
+  and the others see all.
+  """
   head_dim = q.shape[-1] // num_heads
   part = lambda x, i: x[:, i * head_dim : (i + 1) * head_dim]
   out = []
@@ -61,9 +93,16 @@ def attend(
       last = len(one_k)
       if block_size:
         last = (i // block_size + 1) * block_size
-      scores = one_k[:last] @ query / np.sqrt(head_dim)
+      elif context is not None and i < context:
+        last = i + 1
+      seen_k, seen_v = one_k[:last], one_v[:last]
+      if sink is not None:
+        seen_k = np.concatenate([sink[0][head : head + 1], seen_k])
+        seen_v = np.concatenate([sink[1][head : head + 1], seen_v])
+      scores = seen_k @ query / np.sqrt(head_dim)
+      scores = cap * np.tanh(scores / cap) if cap else scores
       p = np.exp(scores - scores.max())
-      rows.append(p / p.sum() @ one_v[:last])
+      rows.append(p / p.sum() @ seen_v)
     out.append(np.stack(rows))
   return np.concatenate(out, -1)
 
@@ -82,9 +121,10 @@ def llama(
   eps,
   theta,
   block_size,
-  factor=1,
+  scaling=None,
   activation=silu,
   names=None,
+  context=None,
 ):
   """Logits [L, V], unshifted, of Llama, LLaDA and those with Llama's names.
 
@@ -97,9 +137,11 @@ def llama(
     theta: rotary base.
     block_size: each position sees its block and those before: 1 for a causal
       network, 0 if it sees all.
-    factor: by which long rotary waves are stretched.
+    scaling: config.json's rope_scaling.
     activation: of the MLP.
     names: {part: name}; by default transformers'.
+    context: number of first positions that see those before only, with
+      block_size 0.
   """
   names = {
     'embed': 'model.embed_tokens',
@@ -126,11 +168,13 @@ def llama(
     def prepare(y, norm):
       key = f'{names["layers"]}.{layer}.self_attn.{norm}.weight'
       y = rms(y, tensors[key], eps) if key in tensors else y
-      return turn(y, theta, factor)
+      return turn(y, theta, scaling)
 
     h = rms(x, tensors[f'{at("norm1")}.weight'], eps)
     q, k, v = (linear(tensors, at(part), h) for part in 'qkv')
-    h = attend(q, k, v, num_heads, num_kv_heads, block_size, prepare)
+    h = attend(
+      *(q, k, v, num_heads, num_kv_heads, block_size, prepare), context=context
+    )
     x = x + linear(tensors, at('o'), h)
     h = rms(x, tensors[f'{at("norm2")}.weight'], eps)
     gate = activation(linear(tensors, at('gate'), h))
@@ -141,6 +185,12 @@ def llama(
   return x @ tensors.get(head, tensors[f'{names["embed"]}.weight']).T
 
 
+NEMOTRON = {
+  'embed': 'encoder.embed_tokens',
+  'layers': 'encoder.layers',
+  'norm': 'encoder.norm',
+  'head': 'diffusion_head',
+}
 LLADA = {
   'embed': 'model.transformer.wte',
   'layers': 'model.transformer.blocks',
@@ -176,3 +226,43 @@ def gpt2(tensors, ids, *, num_heads, eps):
     x = x + conv(f'{at}mlp.c_proj', h)
     layer += 1
   return norm('ln_f', x) @ tensors['wte.weight'].T
+
+
+def gidd(tensors, ids, config):
+  """Logits [L, V] of GIDD's decoder, by its config.json."""
+  tensors = {name: x.astype(np.float64) for name, x in tensors.items()}
+  eps, heads = config['rms_norm_eps'], config['num_attention_heads']
+  layers = config['num_hidden_layers']
+  branch = config['resid_scale'] / layers
+  norm = lambda x, name: rms(x, 1 + tensors[f'{name}.weight'], eps)
+
+  def scaled(x, name, how=config['weight_scaling']):
+    weight = tensors[f'{name}.weight']
+    fans = {'fan_in': weight.shape[1] ** -0.5, 'fan_out': len(weight) ** -0.5}
+    bias = tensors.get(f'{name}.bias', 0)
+    return x @ weight.T * fans.get(how, how) + bias
+
+  x = tensors['model.embed_tokens.weight'][ids]
+  for layer in range(layers):
+    at = f'model.layers.{layer}.self_attn'
+    h = norm(x, f'model.layers.{layer}.attn_layernorm')
+    q, k, v = (scaled(h, f'{at}.{part}_proj') for part in 'qkv')
+    if config['use_qk_norm']:  # Over all heads at once.
+      q, k = norm(q, f'{at}.q_norm'), norm(k, f'{at}.k_norm')
+    sink = None
+    if config['attention_bias']:
+      sink = tensors[f'{at}.k_bias'], tensors[f'{at}.v_bias']
+    h = attend(
+      *(q, k, v, heads, heads, 0),
+      lambda y, _: turn(y, config['rope_theta']),
+      config['attn_soft_cap'],
+      sink,
+    )
+    x = x + branch * scaled(h, f'{at}.o_proj')
+    h = norm(x, f'model.layers.{layer}.mlp_layernorm')
+    h = np.maximum(scaled(h, f'model.layers.{layer}.mlp.up_proj'), 0) ** 2
+    x = x + branch * scaled(h, f'model.layers.{layer}.mlp.down_proj')
+  x = norm(x, 'model.norm')
+  if config['tie_word_embeddings']:
+    return x @ tensors['model.embed_tokens.weight'].T
+  return scaled(x, 'lm_head', config['head_scaling'])

@@ -81,3 +81,21 @@ def test_choices_are_printed_and_written(lm, capsys):
     sample.choose_texts(lm, ['ab {x|y}', '{a|b} {c|d}'])
   # Nothing is written if one of the prompts is wrong.
   assert (pathlib.Path(lm.workdir) / 'samples.jsonl').read_text() == text
+
+
+def brevity(texts, prompts):
+  del prompts
+  return [-float(len(text)) for text in texts]
+
+
+def test_rewards_are_printed_and_written(lm, capsys):
+  search = lms.make_search(lm.run, f'{__name__}:brevity', best_of=3)
+  sample.sample_prompts(lm, ['ab'], search=search)
+  printed = capsys.readouterr().out
+  text = (pathlib.Path(lm.workdir) / 'samples.jsonl').read_text()
+  lines = [json.loads(line) for line in text.splitlines()]
+  lines = [line for line in lines if 'reward' in line]
+  assert len(lines) == 4
+  for line in lines:
+    assert line['reward'] == -len(line['shown']) and line['num_calls'] == 12
+    assert f'reward {line["reward"]:.4g}' in printed

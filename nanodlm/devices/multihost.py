@@ -18,10 +18,13 @@ from nanodlm.types import InputError, reason
 HEARTBEAT_TIMEOUT_SECS = 60
 # How long a process that ends waits for the others to end.
 SHUTDOWN_TIMEOUT_SECS = 60
+_NUMBER = np.int32(0)
 
 
-def on_process_0(function: Callable[[], int]) -> int:
-  """Calls function() on process 0 and returns its int32 value on every process.
+def on_process_0(function: Callable[[], Any], like: Any = _NUMBER) -> Any:
+  """Calls function() on process 0 and returns its value on every process.
+
+  The value has the shape and type of `like`: by default, it is an int32.
 
   Use it for actions that only one process may take (renaming a file) and for
   observations that may differ between processes (the state of a shared disk).
@@ -31,7 +34,7 @@ def on_process_0(function: Callable[[], int]) -> int:
     InputError: function() raised InputError or OSError on process 0, which
       itself raises that error.
   """
-  error, value = None, 0
+  error, value = None, like
   if jax.process_index() == 0:
     try:
       value = function()
@@ -41,8 +44,9 @@ def on_process_0(function: Callable[[], int]) -> int:
     from jax.experimental import multihost_utils
 
     failed, value = multihost_utils.broadcast_one_to_all(
-      np.array([error is not None, value], np.int32)
-    ).tolist()
+      (np.int32(error is not None), np.asarray(value, like.dtype))
+    )
+    value = value if like.ndim else int(value)
     if failed and error is None:
       error = InputError('process 0 stopped with an error; see its output')
   if error is not None:

@@ -54,6 +54,8 @@ _BY_NAME = {
   'output': (TENSOR, FSDP),
   'output_bias': (TENSOR,),
   'position_embedding': (None, FSDP),
+  'sink_key': (TENSOR, None),
+  'sink_value': (TENSOR, None),
 }
 # Parameters with one row per id. Rows after the last id are padding.
 BY_VOCABULARY = frozenset({'embedding', 'output', 'output_bias'})

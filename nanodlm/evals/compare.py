@@ -181,14 +181,16 @@ def sample_point(
   """
   length = request.length or lm.run.settings.data.length
   fill = lms.make_fill(lm.run)
-  shape = (request.num_samples, length)
-  tokens = np.full(shape, lm.tokenizer.mask_id, np.int32)
-  fixed = np.zeros(shape, bool)
+  tokens, fixed = (
+    np.tile(x, (request.num_samples, 1))
+    for x in lms.lay_out(lm.run, '', length)
+  )
   keys = jax.random.split(jax.random.key(request.seed))
   fill(lm.params, keys[0], np.zeros_like(tokens), ~fixed)  # Compiles.
   start = time.perf_counter()
   tokens, num_calls = fill(lm.params, keys[1], tokens, fixed)
   secs = time.perf_counter() - start
+  tokens, _ = lms.without_room(lm.run, tokens, fixed)
   settings = lm.run.describe_sampler()
   for key in ('num_samples', 'length', 'seed'):
     del settings[key]
@@ -269,8 +271,8 @@ def compare_run(
     if has_mauve and len(rows.tokens) < num:
       raise InputError(
         f'--num_samples={request.num_samples!r} is too large for --mauve: it '
-        f'needs {num} rows of held-out text, of which {subject.workdir!r} has '
-        f'{len(rows.tokens)}'
+        'takes two rows of held-out text for each sample, of which '
+        f'{subject.workdir!r} has {len(rows.tokens)}'
       )
     return rows.tokens
 

@@ -20,12 +20,16 @@ from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
 from nanodlm.training import metrics
-from nanodlm.types import Batch, InputError, Law, Posterior
+from nanodlm.types import Batch, InputError, Law, NoDocumentError, Posterior
 
 log = logging.getLogger('nanodlm')
 
 # 'uniform' masks single tokens anywhere in the row, 'span' one run of tokens.
 PATTERNS = ('uniform', 'span')
+# The law of a gap of any length is that of at most this number of words more
+# than it has in the text, and of beginnings of documents that are visited.
+MAX_MORE_WORDS = 12
+MAX_VISITED = 1000
 
 
 def define_flags(ratios: Sequence[str]):
@@ -321,13 +325,140 @@ def measure_words(
     }
 
 
+class WordsOfAnyNumber(NamedTuple):
+  """The law of a gap whose number of words is not known.
+
+  Attributes:
+    fills: probability of each filling, a tuple of words.
+    lengths: probability of each number of words.
+  """
+
+  fills: Mapping[tuple[str, ...], float]
+  lengths: Mapping[int, float]
+
+
+def any_number(
+  law: Law, before: str, after: str, most: int
+) -> WordsOfAnyNumber:
+  """Returns the law of what is between two texts, if it has up to `most` words.
+
+  Raises:
+    InputError: too many fillings are possible.
+  """
+  found: dict[int, Posterior] = {}
+  for num in range(most + 1):
+    try:
+      gap = ' '.join([law.gap] * num)
+      found[num] = law.posterior(f'{before}{gap}{after}', MAX_VISITED)
+    except NoDocumentError:
+      continue
+  logs = {num: one.log_prob for num, one in found.items()}
+  total = np.logaddexp.reduce([*logs.values()])
+  lengths = {num: math.exp(log - total) for num, log in logs.items()}
+  fills = {
+    fill: lengths[num] * p
+    for num, one in found.items()
+    for fill, p in one.fills.items()
+  }
+  return WordsOfAnyNumber(fills, lengths)
+
+
+def measure_lengths(
+  lm: LanguageModel, law: Law, rows: Batch, ratios: Sequence[float]
+) -> Iterator[dict[str, Any]]:
+  """Measures how well a sampler fills a gap whose length it is not given.
+
+  Each document has one gap, of the given share of its words. Documents that
+  were cut, whose gap can only have one length, or with more completions than
+  the law can enumerate, are left out.
+
+  Yields:
+    For each ratio a dict with pattern='span', unit='gap' and the keys of
+    `measure_words`, where the accuracy is that of whole gaps; num_gaps; and
+    length_accuracy, length_accuracy_ci95, bayes_length_accuracy and
+    exact_length_accuracy, the same of the numbers of words.
+
+  Raises:
+    InputError: no document can be enumerated.
+  """
+  run, settings = lm.run, lm.run.settings.eval
+  fill = lms.make_fill(run, settings.batch_size)
+  texts = [laws.read_text(lm.tokenizer, row) for row in rows.tokens]
+  for pattern, ratio, generator, key in _trials(settings.seed, ratios):
+    if pattern != 'span':
+      continue
+    kept, problem = [], 'every document was cut, or all gaps have one length'
+    for text, is_whole in texts:
+      words = law.words(text) if is_whole else []
+      if not words:
+        continue
+      ones = np.ones((1, len(words)), bool)
+      (chosen,) = np.nonzero(sample_gaps(generator, ones, ratio, pattern)[0])
+      start, stop = words[chosen[0]][0], words[chosen[-1]][1]
+      before, after = text[:start], text[stop:]
+      escape = lambda x: x.replace('{', '{{').replace('}', '}}')
+      prompt = f'{escape(before)}{{*}}{escape(after)}'
+      canvas = lms.lay_out(run, prompt, run.settings.data.length)
+      try:
+        most = law.num_words(text[start:stop]) + MAX_MORE_WORDS
+        found = any_number(law, before, after, most)
+      except InputError as error:
+        problem = str(error)
+        continue
+      if len(found.lengths) > 1:
+        kept.append((text, found, *canvas))
+    if not kept:
+      raise InputError(
+        f'--infill={ratio:g}: the exact posterior of a gap is not known for '
+        f'any of {len(texts)} documents: {problem}'
+      )
+    tokens, fixed = (np.stack([one[i] for one in kept]) for i in (2, 3))
+    filled, num_calls = fill(lm.params, key, tokens, fixed)
+    scores = []
+    for (text, found, _, given), row in zip(kept, filled):
+      shown = lm.tokenizer.decode(lms.shown_tokens(run, row, given))
+      is_long = law.num_words(shown) == law.num_words(text)
+      scores.append((shown == text, is_long))
+      for law_of in found.fills, found.lengths:
+        p = np.array([*law_of.values()])
+        scores[-1] += p.max(), np.sum(p * p)
+    columns = np.array(scores, np.float64).T
+    interval = lambda x: metrics.ratio_interval(x, np.ones(len(kept)))
+    correct, long, best, exact, best_length, exact_length = columns
+    names = ('accuracy', 'length_accuracy', 'bayes_accuracy')
+    values: dict[str, float] = {}
+    for name, x in zip(names, (correct, long, best)):
+      values[name], values[f'{name}_ci95'] = interval(x)
+    _, own = lms.without_room(run, filled, fixed)
+    yield {
+      'pattern': pattern,
+      'ratio': ratio,
+      'unit': 'gap',
+      **values,
+      'exact_accuracy': float(exact.mean()),
+      'exact_match': values['accuracy'],
+      'bayes_length_accuracy': float(best_length.mean()),
+      'exact_length_accuracy': float(exact_length.mean()),
+      'num_examples': len(kept),
+      'num_left_out': len(texts) - len(kept),
+      'num_gaps': len(kept),
+      'num_calls': num_calls,
+      'tokens_per_call': lms.tokens_per_call(own, num_calls),
+    }
+
+
 def measure(
   lm: LanguageModel, text: evaluate.Text, rows: Batch, ratios: Sequence[float]
 ) -> Iterator[dict[str, Any]]:
   """Measures the infilling of rows of a text: of words if its law is known."""
-  if law := laws.law_of_rows(lm.run.settings.data, text.source):
-    return measure_words(lm, law, rows, ratios)
-  return measure_infilling(lm, rows, ratios)
+  law = laws.law_of_rows(lm.run.settings.data, text.source)
+  if law and lm.run.sampler.fills_room:
+    return measure_lengths(lm, law, rows, ratios)
+  return (
+    measure_words(lm, law, rows, ratios)
+    if law
+    else measure_infilling(lm, rows, ratios)
+  )
 
 
 def describe(result: Mapping[str, Any]) -> str:
@@ -341,6 +472,13 @@ def describe(result: Mapping[str, Any]) -> str:
     text += (
       f' of at most {result["bayes_accuracy"]:.4f} (by draws from the exact '
       f'posterior {result["exact_accuracy"]:.4f})'
+    )
+  if 'length_accuracy' in result:
+    text += (
+      f', of the length {result["length_accuracy"]:.4f} ± '
+      f'{result["length_accuracy_ci95"]:.4f} of at most '
+      f'{result["bayes_length_accuracy"]:.4f} (by draws '
+      f'{result["exact_length_accuracy"]:.4f})'
     )
   left_out = result.get('num_left_out')
   return (

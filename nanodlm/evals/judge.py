@@ -249,9 +249,9 @@ class ModelJudge(Judge):
     }
     of_mauve = [
       'MAUVE: by the package mauve-text, on the last hidden state of '
-      f'{self.name} at the last token of a text. Samples against an equal '
-      'number of held-out texts; in the line of the held-out text, two such '
-      'sets of it against each other: what perfect samples reach. '
+      f'{self.name} at the last token of a text. Samples are compared to the '
+      'same number of held-out texts. The line of the held-out text compares '
+      'these to other held-out texts: what perfect samples reach. '
       f'{" or ".join(sorted(clusters))} clusters, seed {self.mauve_seed}. It '
       'does not compare to values of another judge, length or number of '
       'samples; papers take 5,000.'

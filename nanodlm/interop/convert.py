@@ -191,9 +191,9 @@ def import_checkpoint(
       _update(config, {**described.settings, **changes})
       if 0 < described.window < config.data.length:
         raise InputError(
-          f'{tensors.where}: sliding_window={described.window!r} is not '
-          f'supported for longer texts: data.length={config.data.length!r} '
-          'must not exceed it'
+          f'{tensors.where}: sliding_window={described.window!r} (or scaled '
+          'queries from there on) is not supported for longer texts: '
+          f'data.length={config.data.length!r} must not exceed it'
         )
       own_keys = {f'tokenizer.{key}' for key in ('name', 'path', 'vocab_size')}
       if own_keys & set(changes):
@@ -312,11 +312,12 @@ def find_tokens(
 
   The ends in `foreign` come first. The mask is the tokenizer's, or None.
   """
-  names = 'generation_config.json', 'tokenizer_config.json', HF_TOKENIZER
-  generation, settings, content = (
+  names = 'generation_config.json', HF_TOKENIZER
+  generation, content = (
     tensor_files.read_json(folder / name) if (folder / name).is_file() else {}
     for name in names
   )
+  settings = chat.read_described(folder)
   found = []
   for config in (foreign, generation):
     ids = config.get('eos_token_id')
@@ -326,15 +327,15 @@ def find_tokens(
     for i, token in (settings.get('added_tokens_decoder') or {}).items():
       tokens[token['content']] = int(i)
     end, mask = (
-      tokens.get(token['content'] if isinstance(token, dict) else token)
-      for token in map(settings.get, ('eos_token', 'mask_token'))
+      tokens.get(chat.token_text(settings, key))
+      for key in ('eos_token', 'mask_token')
     )
     found.append(end)
     return [i for i in dict.fromkeys(found) if i is not None], mask
   except (LookupError, TypeError, ValueError, AttributeError) as error:
     raise InputError(
       f'the ids of the mask and of the ends of a text cannot be read from '
-      f'{names} in {folder}: {error!r}'
+      f'tokenizer_config.json and {names} in {folder}: {error!r}'
     ) from error
 
 
@@ -403,6 +404,11 @@ def detect(foreign: dict[str, Any], tensors: tensor_files.Tensors) -> str:
     if family.detect(foreign, tensors.shapes):
       return name
   kind, hint = foreign.get('model_type'), ''
+  experts = {k: v for k, v in foreign.items() if 'expert' in k and v}
+  if experts:
+    hint = (
+      f'. Mixtures of experts are not supported, only dense MLPs: {experts}'
+    )
   if not kind:
     hint = '. Name one with --family, and write a config.json if it is missing'
   raise InputError(
@@ -547,6 +553,8 @@ def read_params(
     for part in parts:
       ours = part.of(params)
       array = _theirs(tensor, part)
+      if part.path in described.factors:
+        array = array * np.float32(described.factors[part.path])
       has_ids = part.path in sharding.BY_VOCABULARY
       if has_ids and len(array) == described.vocab_size:
         array = array[described.rows]

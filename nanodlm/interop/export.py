@@ -15,6 +15,7 @@ which the first is the default one, and on the objective:
     that, attention_bias=qkv   ar         qwen2       transformers
     that and shift_outputs     masked     dream       dLLM, llama.cpp
     that and shift_outputs     block      fast-dllm   its own code
+    qk_norm=False, start_token block      nemotron    its own code
 
 GPT-2's network is written as gpt2, that of MDLM as mdlm, bd3lm or sedd, and
 others, such as that of configs/quickstart.py with its learned positions, under

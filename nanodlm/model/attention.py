@@ -1,6 +1,10 @@
 """Scaled dot-product attention on the kernels that JAX offers for a device."""
 
-from typing import Any
+from collections.abc import Callable
+import functools
+import itertools
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +16,22 @@ BACKENDS = ('auto', 'xla', 'cudnn', 'pallas')
 _NEEDS = {'cudnn': ('gpu', 'an NVIDIA GPU'), 'pallas': ('tpu', 'a TPU')}
 # Largest head of cuDNN's kernel on every GPU that has it; 256 from Hopper on.
 CUDNN_MAX_HEAD = 128
+
+
+class Scoring(NamedTuple):
+  """How scores are made, besides products of queries and keys; by XLA only.
+
+  Attributes:
+    cap: c in scores c tanh(s / c); 0: s.
+    sink: (key, value), [1, 1, K, Dh] each, of one more place that every query
+      sees; None: there is none.
+  """
+
+  cap: float = 0.0
+  sink: tuple[jax.Array, jax.Array] | None = None
+
+
+PLAIN = Scoring()
 
 
 def check_backend(backend: str, platform: str):
@@ -69,8 +89,10 @@ def has_kernels(backend: str, platform: str, x: jax.Array) -> bool:
   )
 
 
-def _choose(backend, platform, q, num_keys, is_plain) -> str:
+def _choose(backend, platform, q, num_keys, scoring, is_plain) -> str:
   """Resolves 'auto'; other backends must support the sizes."""
+  if backend == 'auto' and scoring != PLAIN:
+    return 'xla'
   if backend != 'auto':
     check_sizes(backend, q, num_keys)
     return backend
@@ -90,6 +112,7 @@ def attention(
   causal: bool,
   seen: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  scoring: Scoring = PLAIN,
   backend: str = 'auto',
   platform: str = '',
 ) -> jax.Array:
@@ -103,6 +126,7 @@ def attention(
     seen: [B, Lq, Lk] bool, the keys that each query sees, by XLA only; None: as
       `causal` says.
     segment_ids: [B, L] int32; a position sees its own segment only. None: all.
+    scoring: how scores are made.
     backend: 'xla', 'cudnn', 'pallas', or 'auto': cuDNN's fused kernel on a GPU
       in 16 bits without segment ids, `pallas_attention` on a TPU, XLA elsewhere
       and for sizes that these do not support.
@@ -120,7 +144,7 @@ def attention(
       )
     backend, seen = 'xla', seen[:, None]
   is_plain = segment_ids is None
-  backend = _choose(backend, platform, q, k.shape[1], is_plain)
+  backend = _choose(backend, platform, q, k.shape[1], scoring, is_plain)
   if backend == 'cudnn':  # It supports shared keys.
     mask = None
     if segment_ids is not None:
@@ -140,7 +164,9 @@ def attention(
     same = _same(segment_ids, segment_ids)
     seen = same if seen is None else seen & same
   q, k, v = _heads_first(q, k, v)
-  return _weigh(_scores(q, k, seen), v).transpose(0, 2, 1, 3)
+  own = _scores(q, k, seen, scoring.cap)
+  out = _mix((own, lambda p: p @ v), *_sink(q, scoring), dtype=v.dtype)
+  return out.transpose(0, 2, 1, 3)
 
 
 def block_attention(
@@ -151,6 +177,7 @@ def block_attention(
   block_size: int,
   causal: bool = False,
   segment_ids: jax.Array | None = None,
+  scoring: Scoring = PLAIN,
   backend: str = 'auto',
   platform: str = '',
 ) -> jax.Array:
@@ -174,6 +201,7 @@ def block_attention(
     block_size: S, divides L.
     causal: whether the clean rows are causal.
     segment_ids: [2B, L] int32 or None, as in `attention`.
+    scoring: as in `attention`.
     backend: 'xla', 'pallas' (noisy and clean keys concatenated) or 'auto'.
     platform: as in `attention`.
 
@@ -182,7 +210,8 @@ def block_attention(
   """
   k, v = _one_per_query(q, k, v)
   batch, length = k.shape[0] // 2, k.shape[1]
-  if _choose(backend, platform, q, 2 * length, is_plain=False) == 'pallas':
+  chosen = _choose(backend, platform, q, 2 * length, scoring, is_plain=False)
+  if chosen == 'pallas':
     return _block_kernel(q, k, v, block_size, segment_ids, causal)
   num_blocks = length // block_size
   block = jnp.arange(length) // block_size
@@ -206,15 +235,23 @@ def block_attention(
     shape = batch, 1, num_blocks, block_size, block_size
     same_block = _same(blocks, blocks).reshape(shape)
   noisy_q = q[:batch]
-  own = _scores(split(noisy_q), split(noisy_k), same_block)
-  context = split(_scores(noisy_q, clean_k, before))
-  weights = softmax(jnp.concatenate([own, context], axis=-1)).astype(v.dtype)
-  own, context = jnp.split(weights, [block_size], axis=-1)
-  out = merge(own @ split(noisy_v)) + merge(context) @ clean_v
+  own = _scores(split(noisy_q), split(noisy_k), same_block, scoring.cap)
+  context = _scores(noisy_q, clean_k, before, scoring.cap)
+  out = _mix(
+    (own, lambda p: merge(p @ split(noisy_v))),
+    (split(context), lambda p: merge(p) @ clean_v),
+    *((split(s), lambda p: f(merge(p))) for s, f in _sink(noisy_q, scoring)),
+    dtype=v.dtype,
+  )
   if q.shape[0] > batch:
     if segment_ids is not None:
       seen = seen & _same(segment_ids[batch:], segment_ids[batch:])
-    clean = _weigh(_scores(q[batch:], clean_k, seen), clean_v)
+    clean_q = q[batch:]
+    clean = _mix(
+      (_scores(clean_q, clean_k, seen, scoring.cap), lambda p: p @ clean_v),
+      *_sink(clean_q, scoring),
+      dtype=v.dtype,
+    )
     out = jnp.concatenate([out, clean])
   return out.transpose(0, 2, 1, 3)
 
@@ -252,6 +289,7 @@ def cached_attention(
   visible: jax.Array,
   *,
   causal: bool,
+  scoring: Scoring = PLAIN,
 ) -> jax.Array:
   """Attention of a few tokens to themselves and to a cache, by XLA.
 
@@ -264,6 +302,7 @@ def cached_attention(
     visible: [C] bool, the cached positions that all of the tokens see; or
       [B, C], those that the tokens of a row see.
     causal: whether, among its own, a token sees its predecessors only.
+    scoring: as in `attention`.
 
   Returns:
     [B, S, H, Dh] in q's dtype.
@@ -274,11 +313,14 @@ def cached_attention(
   k, v, cached_k, cached_v = _one_per_query(q, k, v, cached_k, cached_v)
   q, k, v = _heads_first(q, k, v)
   cached_k, cached_v = (x.transpose(0, 2, 1, 3) for x in (cached_k, cached_v))
-  own = _scores(q, k, own_seen)
-  context = _scores(q, cached_k, jnp.atleast_2d(visible)[:, None, None])
-  weights = softmax(jnp.concatenate([own, context], axis=-1)).astype(v.dtype)
-  own, context = jnp.split(weights, [q.shape[2]], axis=-1)
-  return (own @ v + context @ cached_v).transpose(0, 2, 1, 3)
+  visible = jnp.atleast_2d(visible)[:, None, None]
+  out = _mix(
+    (_scores(q, k, own_seen, scoring.cap), lambda p: p @ v),
+    (_scores(q, cached_k, visible, scoring.cap), lambda p: p @ cached_v),
+    *_sink(q, scoring),
+    dtype=v.dtype,
+  )
+  return out.transpose(0, 2, 1, 3)
 
 
 def _one_per_query(q, *shared):
@@ -300,18 +342,43 @@ def _same(rows, columns):
   return (rows[:, :, None] == columns[:, None, :])[:, None]
 
 
-def _scores(q, k, seen):
+def _scores(q, k, seen, cap):
   """Returns the scores [..., Lq, Lk] of q [..., Lq, Dh] and k [..., Lk, Dh]."""
   scores = jnp.einsum(
     '...qd,...kd->...qk', q, k, preferred_element_type=jnp.float32
   )
+  if cap:
+    scores = cap * jnp.tanh(scores / cap)
   if seen is None:
     return scores
   return jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
 
 
-def _weigh(scores, v):
-  return softmax(scores).astype(v.dtype) @ v
+def _sink(q, scoring):
+  """Returns the part of `_mix` that a sink is for q [B, H, Lq, Dh], if any."""
+  if scoring.sink is None:
+    return []
+  copies = q.shape[1] // scoring.sink[0].shape[2]
+  k, v = (
+    jnp.repeat(x, copies, axis=2).transpose(0, 2, 1, 3) for x in scoring.sink
+  )
+  return [(_scores(q, k, None, scoring.cap), lambda p: p @ v)]
+
+
+def _mix(*parts: tuple[jax.Array, Callable[[jax.Array], jax.Array]], dtype):
+  """Weighs values by one softmax over the scores of several parts.
+
+  Args:
+    parts: scores [..., Lq, n], and what maps their weights to an output.
+    dtype: of the weights.
+  """
+  scores, outputs = zip(*parts)
+  ends = itertools.accumulate(x.shape[-1] for x in scores)
+  weights = softmax(jnp.concatenate(scores, axis=-1)).astype(dtype)
+  weights = jnp.split(weights, list(ends)[:-1], axis=-1)
+  return functools.reduce(
+    operator.add, (output(p) for output, p in zip(outputs, weights))
+  )
 
 
 @jax.custom_jvp

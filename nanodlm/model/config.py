@@ -48,6 +48,7 @@ MLPS = {
 }
 GATED = ('geglu', 'geglu_tanh', 'swiglu', 'glu')
 NORMS = ('rms', 'layer')
+ROPE_SCALINGS = ('llama3', 'yarn')
 ATTENTION_BIASES = ('none', 'qkv', 'all')
 REMATS = {
   'none': None,
@@ -125,6 +126,10 @@ class ModelConfig:
       call before, and W is 0 initially. Source: Analog Bits, arXiv 2208.04202,
       in the form of DiffusionGemma (google-deepmind/gemma, `diffusion`), whose
       W is an MLP and whose sum is normalised.
+    start_token: id of the token that begins the clean copy of a causal network,
+      in place of the mask, if it is >= 0. As the first token of a text it has
+      position 0, so that token i, noisy or clean, has i + 1; otherwise a noisy
+      token has the position i of its place in the row.
     unroll: applies the layers without a scan, which copies each layer's
       activations: 13% less CPU time a step, but slower to compile.
     platform: 'cpu', 'gpu' or 'tpu', for which programs are compiled; '': this
@@ -142,6 +147,7 @@ class ModelConfig:
   mlp_dim: int
   mlp: str
   qk_norm: bool
+  joint_qk_norm: bool
   tie_embeddings: bool
   dropout: float
   time_conditioning: bool
@@ -155,14 +161,19 @@ class ModelConfig:
   block_size: int
   rope_theta: float
   rope_factor: float
+  rope_scaling: str
+  rope_length: int
   num_positions: int
   keep_rotary: bool
+  attention_cap: float
+  attention_sink: bool
   norm: str
   norm_eps: float
   norm_bias: bool
   attention_bias: str
   mlp_bias: bool
   shift_outputs: bool
+  start_token: int
   dtype: str
   remat: str
   unroll: bool
@@ -213,18 +224,37 @@ class ModelConfig:
       ('norm', NORMS),
       ('attention_bias', ATTENTION_BIASES),
       ('time_form', TIME_FORMS),
+      ('rope_scaling', ROPE_SCALINGS),
     ):
       rule = f'is not one of {sorted(allowed)}'
       require(getattr(self, key) in allowed, key, rule)
-    for key in ('rope_theta', 'norm_eps', 'embedding_std'):
+    for key in (
+      *('rope_theta', 'rope_factor', 'rope_length'),
+      *('norm_eps', 'embedding_std'),
+    ):
       require(getattr(self, key) > 0, key, 'must be > 0')
-    require(self.rope_factor >= 1, 'rope_factor', 'must be >= 1')
+    for key, unset in (('rope_scaling', 'llama3'), ('rope_length', 8192)):
+      require(
+        self.rope_factor != 1 or getattr(self, key) == unset,
+        key,
+        f'is ignored by model.rope_factor=1.0; it must be {unset!r}',
+      )
     require(
       self.has_rotary or self.rope_factor == 1,
       'rope_factor',
       'is ignored by learned positions; it must be 1.0',
     )
     require(0 <= self.dropout < 1, 'dropout', 'must be in [0, 1)')
+    require(
+      0 <= self.attention_cap < float('inf'),
+      'attention_cap',
+      'must be >= 0 and finite (0: off)',
+    )
+    require(
+      self.qk_norm or not self.joint_qk_norm,
+      'joint_qk_norm',
+      'is ignored by model.qk_norm=False; it must be False',
+    )
     require(self.time_dim % 2 == 0, 'time_dim', 'must be even')
     require(
       not self.norm_bias or self.norm == 'layer',
@@ -253,6 +283,15 @@ class ModelConfig:
       'must be False with a network that is causal: it predicts each token in '
       'one call',
     )
+    require(
+      self.start_token == -1
+      or self.start_token >= 0
+      and self.causal
+      and not self.num_positions,
+      'start_token',
+      "must be -1 without objective.ar_weight > 0 or objective.name='ar', and "
+      'with learned positions',
+    )
     if self.lora is not None:
       has_gate = self.mlp in GATED
       layers = [x for x in LAYERS if has_gate or x != 'mlp_gate']
@@ -260,6 +299,12 @@ class ModelConfig:
     attention.check_backend(
       self.attention, self.platform or jax.default_backend()
     )
+    for key in ('attention_cap', 'attention_sink'):
+      require(
+        not getattr(self, key) or self.attention in ('auto', 'xla'),
+        key,
+        f"needs model.attention='auto' or 'xla', not {self.attention!r}",
+      )
     require(
       not self.block_size or self.attention != 'cudnn',
       'attention',

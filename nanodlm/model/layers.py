@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -19,24 +20,42 @@ INIT_STD = 0.02
 # Number of sinusoids of the time, and the longest wave's length over 2 pi.
 TIME_FEATURES = 256
 TIME_PERIOD = 10_000.0
-# Llama 3's scaling: longer waves are stretched, those of less than a quarter of
-# this number of tokens are kept, and those in between are mixtures.
-LONG_WAVE = 8192
 
 
 def rotary_table(
-  positions: jax.Array, head_dim: int, theta: float, factor: float = 1.0
+  positions: jax.Array,
+  head_dim: int,
+  theta: float,
+  factor: float = 1.0,
+  scaling: str = 'llama3',
+  length: int = 8192,
 ) -> jax.Array:
   """Tabulates cos and sin of the angles at positions, [2, 1, L, 1, Dh / 2].
 
   The positions are [L], or [B, L] for a table [2, B, L, 1, Dh / 2].
 
-  Source: RoFormer, arXiv 2104.09864, equation 34; the factor by which long
-  waves are stretched: Llama 3.1, arXiv 2407.21783, as in its published code.
+  Source: RoFormer, arXiv 2104.09864, equation 34. Waves that turn rarely within
+  `length` tokens are stretched by the factor, those that turn often are kept,
+  and those in between are mixtures: by the number of turns, 1 to 4, with
+  'llama3' (arXiv 2407.21783, as in its published code), and by the index of the
+  wave, from that of 32 turns to that of one, with 'yarn' (arXiv 2309.00071, as
+  in its published code, without its temperature).
   """
   frequency = theta ** (-jnp.arange(0, head_dim, 2) / head_dim)
   if factor != 1:
-    kept = jnp.clip((LONG_WAVE * frequency / (2 * jnp.pi) - 1) / 3, 0, 1)
+    if scaling == 'llama3':
+      kept = jnp.clip((length * frequency / (2 * jnp.pi) - 1) / 3, 0, 1)
+    else:
+      index = lambda turns: (
+        math.log(length / (2 * math.pi * turns))
+        / math.log(theta)
+        * head_dim
+        / 2
+      )
+      first = max(math.floor(index(32)), 0)
+      last = min(math.ceil(index(1)), head_dim - 1)
+      place = jnp.arange(head_dim // 2) - first
+      kept = 1 - jnp.clip(place / max(last - first, 1e-3), 0, 1)
     frequency *= kept + (1 - kept) / factor
   angle = jnp.atleast_2d(positions)[..., None] * frequency[None, None]
   return jnp.stack([jnp.cos(angle), jnp.sin(angle)])[..., None, :]
@@ -198,7 +217,12 @@ class Heads(nn.Module):
   def __call__(self, x, rotary):
     cfg, scale = self.config, None
     if cfg.qk_norm:
-      scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+      shape = x.shape[-2:] if cfg.joint_qk_norm else x.shape[-1:]
+      scale = self.param('scale', nn.initializers.ones, (math.prod(shape),))
+    if cfg.joint_qk_norm:
+      flat = x.reshape(*x.shape[:-2], -1)
+      norm = normalize(flat, scale, jnp.dtype(cfg.dtype), cfg.norm_eps)
+      x, scale = norm.reshape(x.shape), None
     if (
       rotary is not None
       and rotary.shape[1] == 1

@@ -44,6 +44,11 @@ class TransformerNetwork(Network):
           f'mesh.{axis}={size!r} must divide model.{key}={value!r}{chosen}, '
           'which is split over that many devices'
         )
+    if self.config.joint_qk_norm and self.shards.tensor > 1:
+      raise InputError(
+        f'mesh.tensor={self.shards.tensor!r} must be 1 with '
+        'model.joint_qk_norm=True, which needs all heads on one device'
+      )
 
   @classmethod
   def make(
@@ -191,7 +196,8 @@ class TransformerNetwork(Network):
     layers = cfg.num_layers * (heads + mlp)
     copies = 2 if cfg.block_size else 1
     matrices = copies * layers + width * cfg.vocab_size
-    attention = 12 * copies * cfg.num_layers * length * inner
+    keys = length + cfg.attention_sink
+    attention = 12 * copies * cfg.num_layers * keys * inner
     passes = 4 if cfg.lora else 6
     if cfg.self_conditioning:
       passes, attention = passes + 2, attention * 4 / 3

@@ -200,9 +200,15 @@ class Block(nn.Module):
     v = project('value', kv_heads)
     q = Heads(cfg, name='q_norm')(q, context.rotary)
     k = Heads(cfg, name='k_norm')(k, context.rotary)
-    own = None
+    own = sink = None
+    if cfg.attention_sink:
+      shape, zeros = (kv_heads, cfg.head_dim), nn.initializers.zeros
+      weight = lambda name: self.param(name, zeros, shape).astype(dtype)
+      sink = weight('sink_key')[None, None], weight('sink_value')[None, None]
+    scoring = attention.Scoring(cfg.attention_cap, sink)
     kernel = {
       'segment_ids': context.segment_ids,
+      'scoring': scoring,
       'backend': cfg.attention,
       'platform': cfg.platform,
     }
@@ -217,6 +223,7 @@ class Block(nn.Module):
         cached_v,
         context.visible,
         causal=cfg.causal and not cfg.block_size,
+        scoring=scoring,
       )
     elif cfg.block_size:
       if positions is not None and not (cfg.causal or cfg.shift_outputs):
@@ -354,9 +361,15 @@ class Transformer(nn.Module):
       hidden [B, L, D], or [N, D] with `positions`, in the compute dtype.
     """
     (batch, length), segments = tokens.shape, segment_ids
-    if self.config.block_size:
+    where, has_start = jnp.arange(length), self.config.start_token >= 0
+    if not self.config.block_size:
+      tokens = self._started(tokens)
+    else:
       twice = lambda x: None if x is None else jnp.concatenate([x, x])
-      tokens = jnp.concatenate([tokens, jnp.asarray(clean)])
+      tokens = jnp.concatenate([tokens, self._started(jnp.asarray(clean))])
+      if has_start:
+        is_noisy = jnp.arange(2 * batch) < batch
+        where = where[None] + is_noisy[:, None]
       t = None if t is None else jnp.concatenate([t, jnp.zeros_like(t)])
       segment_ids = twice(segment_ids)
       if condition is not None:
@@ -376,9 +389,8 @@ class Transformer(nn.Module):
     context = Context(
       segment_ids=segment_ids, dropout_keys=dropout_keys, seen=seen
     )
-    where, cache = jnp.arange(length), Cache(None, None)
     hidden, _ = self._layers(
-      tokens, t, where, cache, context, wanted, condition, soft
+      tokens, t, where, Cache(None, None), context, wanted, condition, soft
     )
     return (
       hidden if positions is not None else hidden.reshape(batch, length, -1)
@@ -417,6 +429,10 @@ class Transformer(nn.Module):
     start = jnp.asarray(start)
     offset = jnp.expand_dims(jnp.arange(tokens.shape[1]), range(start.ndim))
     where = start[..., None] + offset
+    if self.config.block_size:  # The tokens are noisy if there is a start.
+      where += self.config.start_token >= 0
+    else:
+      tokens = self._started(tokens)
     context = Context(visible=visible)
     has_states = cache.states is not None
     wanted = None if has_states else positions
@@ -443,6 +459,13 @@ class Transformer(nn.Module):
     return hidden, jax.tree.map(
       write_rows if start.ndim else one_start, cache, own
     )
+
+  def _started(self, tokens):
+    """Replaces the mask, the start symbol, by `config.start_token`, if any."""
+    cfg = self.config
+    if cfg.start_token < 0:
+      return tokens
+    return jnp.where(tokens == cfg.vocab_size - 1, cfg.start_token, tokens)
 
   def _shifted(self, wanted, batch, length, segments):
     """Returns the rows of the output that predict the wanted tokens [N].
@@ -492,7 +515,8 @@ class Transformer(nn.Module):
       t = t[:, None] if t.ndim == 1 else t
       context = context._replace(time=self.time_embedding(t))
     if cfg.has_rotary:
-      table = rotary_table(where, cfg.head_dim, cfg.rope_theta, cfg.rope_factor)
+      scaling = cfg.rope_factor, cfg.rope_scaling, cfg.rope_length
+      table = rotary_table(where, cfg.head_dim, cfg.rope_theta, *scaling)
       context = context._replace(rotary=table)
     if self.is_initializing():
       self._init_layers(x, context)
@@ -653,9 +677,14 @@ def init_params(config: ModelConfig, key: jax.Array, shards: Shards = UNSPLIT):
   The numbers do not depend on `shards`, for which the vocabulary is padded with
   rows of zeros that stay zero.
   """
+  if config.start_token >= config.vocab_size:
+    raise InputError(
+      f'model.start_token={config.start_token!r} must be an id of the '
+      f'vocabulary, below {config.vocab_size}'
+    )
   # These settings change no shape, and kernels do not support two tokens.
   config = dataclasses.replace(
-    config, block_size=0, causal=False, attention='xla'
+    config, block_size=0, causal=False, start_token=-1, attention='xla'
   )
   tokens = jnp.zeros((1, 2), jnp.int32)
   params: Any = Transformer(config).init(key, tokens, jnp.zeros((1,)))['params']

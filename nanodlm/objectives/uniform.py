@@ -19,10 +19,12 @@ class Uniform(mixture.MixtureNoise):
   """Uniform noise on any schedule. Source: UDLM, arXiv 2412.10193.
 
   The noise level is not visible in the text, so the network must be
-  time-conditioned.
+  time-conditioned, unless `needs_time` is off: it then infers what it can, and
+  the bound is looser. Source: GIDD at scale, arXiv 2512.10858.
 
   Attributes:
     schedule: alpha(t).
+    needs_time: whether a network that does not read the time is refused.
     curriculum_steps: number of first steps that train `Relaxed` tokens; 0: off.
     tau: temperature of the relaxed tokens, >= 0.
     num_soft_tokens: K, tokens in the mixture that replaces a noisy one.
@@ -32,8 +34,8 @@ class Uniform(mixture.MixtureNoise):
   curriculum_steps: int = 0
   tau: float = 1e-3
   num_soft_tokens: int = 8
+  needs_time: bool = True
 
-  needs_time = True
   starts_masked = False
 
   def __post_init__(self):

@@ -15,6 +15,7 @@ psi             As remask, for any noise.
 renoise         Approximate.
 block           As the inner sampler; finished blocks are cached exactly.
 prefix_cache    Approximate: keys and values outside the block are stale.
+insert          Exact as num_steps grows; it also draws the length.
 ar              Exact, left to right, cached.
 speculate       As ar, exactly, for block models that are also autoregressive.
 """
@@ -27,6 +28,7 @@ from nanodlm.samplers import (
   edit,
   first_hitting,
   fixed_count,
+  insert,
   posterior,
   prefix_cache,
   psi,
@@ -44,6 +46,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
   'edit': edit.Edit,
   'first_hitting': first_hitting.FirstHitting,
   'fixed_count': fixed_count.FixedCount,
+  'insert': insert.Insert,
   'posterior': posterior.Posterior,
   'prefix_cache': prefix_cache.PrefixCache,
   'psi': psi.Psi,

@@ -277,9 +277,10 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     if body.tokens is not None:
       canvas = model.lay_out_ids(body.tokens)
     elif body.messages is not None:
-      canvas = model.lay_out([message.plain() for message in body.messages])
+      messages = [message.plain() for message in body.messages]
+      canvas = model.lay_out(messages, body.sampler)
     else:
-      canvas = model.lay_out(body.prompt or '')
+      canvas = model.lay_out(body.prompt or '', body.sampler)
     has_logprobs = body.logprobs is not None
     return model.submit(request, body, [canvas], body.num_samples, has_logprobs)
 

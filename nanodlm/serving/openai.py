@@ -126,7 +126,8 @@ class Completions:
       return model.lay_out_ids(given, 'prompt') if given else blank
     if isinstance(prompt, str):  # This also rejects unknown characters.
       text, suffix = prompt.translate(_BRACES), suffix.translate(_BRACES)
-      return model.lay_out(f'{text}{{{size}}}{suffix}')
+      prompt = f'{text}{{{size}}}{suffix}'
+      return model.lay_out(prompt, self._body.sampler)
     return model.lay_out_ids([*ids, *[None] * size, *suffix_ids], 'prompt')
 
   def _given(self, i: int) -> str:

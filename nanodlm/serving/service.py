@@ -230,9 +230,15 @@ class Service:
       },
     }
 
-  def lay_out(self, prompt: str | list[dict[str, str]]) -> Canvas:
-    """Returns tokens and fixed [n] of a text with gaps, or of messages."""
-    return lms.lay_out(self.run, prompt, self.engine.length)
+  def lay_out(
+    self, prompt: str | list[dict[str, str]], sampler: str | None
+  ) -> Canvas:
+    """Returns tokens and fixed [n] of a text with gaps, or of messages.
+
+    They are for a sampler by name, None: that of the run.
+    """
+    own = self.engine.choose(sampler).sampler
+    return lms.lay_out(self.run, prompt, self.engine.length, own)
 
   def lay_out_ids(
     self, ids: Sequence[int | None], field: str = 'tokens'
@@ -269,6 +275,18 @@ class Service:
     With `logprobs`, the rows have log-probabilities.
     """
     choice = self.engine.choose(body.sampler, body.num_steps)
+    mask_id, sampler = self.tokenizer.mask_id, choice.sampler
+    if logprobs and sampler.fills_room:
+      raise InputError(
+        f'logprobs: sampler={choice.name!r} moves tokens, and does not record '
+        'their log-probabilities'
+      )
+    is_masked = any(np.any(tokens == mask_id) for tokens, _ in canvases)
+    if is_masked and not sampler.fills_masks:
+      raise InputError(
+        f'sampler={choice.name!r} fills gaps of any length, {{*}}, and not '
+        'those of a given number of tokens'
+      )
     values = {key: self.run.settings.sampler[key] for key in DRAW}
     values |= body.model_dump(include={*DRAW}, exclude_none=True)
     draw = categorical.Draw(self.tokenizer.mask_id, **values)
@@ -284,7 +302,7 @@ class Service:
         row = Row(*canvas, choice, draw, seed % 2**64, index)
         if logprobs:
           row.logprobs = watch.Logprobs(len(row.tokens))
-        row.state = 'waiting' if np.any(row.tokens == draw.mask_id) else 'done'
+        row.state = 'done' if np.all(row.fixed) else 'waiting'
         rows.append(row)
     return Submission(self.engine, client_of(request, body.user), rows)
 
@@ -412,6 +430,8 @@ class Service:
     """
     show = lms.answer_tokens if is_chat else lms.shown_tokens
     first, decode = rows[0], self.tokenizer.decode
+    run = dataclasses.replace(self.run, sampler=first.choice.sampler)
+    written = [lms.without_room(run, row.canvas, row.fixed) for row in rows]
     used: dict[str, Any] = {'name': first.choice.name}
     used |= {key: getattr(first.draw, key) for key in DRAW}
     if first.choice.num_steps is not None:
@@ -423,17 +443,15 @@ class Service:
       'sampler': used,
       'samples': [
         {
-          'text': decode(row.canvas),
-          'shown': decode(
-            show(self.run, row.canvas, row.fixed), is_start=not is_chat
-          ),
+          'text': decode(tokens),
+          'shown': decode(show(run, tokens, fixed), is_start=not is_chat),
           'tokens': row.canvas.tolist(),
           'texts': self.tokenizer.spell(row.canvas),
           'num_calls': row.num_calls,
-          'tokens_per_call': lms.tokens_per_call(row.fixed, row.num_calls),
+          'tokens_per_call': lms.tokens_per_call(fixed, row.num_calls),
           'logprobs': self._logprobs(row, num_top),
         }
-        for row in rows
+        for row, (tokens, fixed) in zip(rows, written)
       ],
     }
 

@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import time
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from absl import flags
 import jax
@@ -93,8 +93,10 @@ def wrap(text: Text, width: int) -> list[Text]:
 class _Canvas:
   """One sample while it is made."""
 
-  def __init__(self, tokens: np.ndarray, mask_id: int):
+  def __init__(self, tokens: np.ndarray, mask_id: int, room: Any = False):
     self.tokens, self.mask_id = np.array(tokens, np.int32), mask_id
+    # Where a gap has any length, in which tokens move.
+    self.room = np.broadcast_to(room, tokens.shape)
     # Numbers of calls: so far, and when it was last drawn.
     self.calls, self.drawn_at = 0, 0
     # The call that last changed a position, or 0, and if it replaced a token.
@@ -108,7 +110,8 @@ class _Canvas:
     changed = (before != self.tokens) & (self.calls > 0)
     self.calls += 1
     self.changed_at[changed] = self.calls
-    self.replaced[changed] = before[changed] != self.mask_id
+    was_token = (before != self.mask_id) & ~self.room
+    self.replaced[changed] = was_token[changed]
 
   def kinds(self, fixed: np.ndarray) -> list[str]:
     """Returns a key of STYLES per position; new is new since the last call."""
@@ -161,7 +164,10 @@ class Display:
 
     `tokens` and `fixed` [N, L] are the canvases, with mask_id in the gaps.
     """
-    self._canvases = [_Canvas(row, tokenizer.mask_id) for row in tokens]
+    self._canvases = [
+      _Canvas(row, tokenizer.mask_id, ~given & (row != tokenizer.mask_id))
+      for row, given in zip(tokens, fixed)
+    ]
     self._first_call = 0.0
 
     def draw() -> Text:
@@ -193,7 +199,7 @@ class Display:
     num = len(self._canvases)
     for i, canvas in enumerate(self._canvases):
       kinds = canvas.kinds(fixed[i])
-      body = wrap(_paint(tokenizer, canvas.tokens, kinds), width)
+      body = wrap(_paint(tokenizer, canvas.tokens, kinds, canvas.room), width)
       # A label, and a line for the number of further samples.
       room = max(height - len(lines) - 1 - (i < num - 1), 0)
       if i and len(body) > room:
@@ -212,7 +218,10 @@ class Display:
       return 'compiling'
     tokens = np.stack([canvas.tokens for canvas in self._canvases])
     num_free = np.sum(~fixed)
-    written = np.sum(~fixed & (tokens != self._canvases[0].mask_id))
+    is_written = ~fixed & (tokens != self._canvases[0].mask_id)
+    # What is left of the room of a row is as at its end.
+    room = np.stack([canvas.room for canvas in self._canvases])
+    written = np.sum(is_written & ~(room & (tokens == tokens[:, -1:])))
     # A canvas of noise is full from the start.
     changed = sum(np.sum(canvas.changed_at > 0) for canvas in self._canvases)
     secs = max(time.monotonic() - self._first_call, 1e-3)
@@ -224,14 +233,19 @@ class Display:
 
 
 def _paint(
-  tokenizer: Tokenizer, tokens: np.ndarray, kinds: Sequence[str]
+  tokenizer: Tokenizer,
+  tokens: np.ndarray,
+  kinds: Sequence[str],
+  room: np.ndarray,
 ) -> Text:
   """Returns the text of tokens, each in the style of its kind."""
   painted = Text()
   shapes = {'back': TAKEN_BACK, 'masked': MASK}
   ends = {tokenizer.separator_id, *tokenizer.eos_ids}
-  for text, token, kind in zip(tokenizer.spell(tokens, MASK), tokens, kinds):
-    text = '¶\n' if token in ends else visible(text)
+  texts = tokenizer.spell(tokens, MASK)
+  for text, token, kind, is_room in zip(texts, tokens, kinds, room):
+    end = '' if is_room else '¶\n'
+    text = end if token in ends else visible(text)
     painted.append(shapes.get(kind, text), STYLES[kind])
   return painted
 

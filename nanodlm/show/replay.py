@@ -34,6 +34,7 @@ class Take(NamedTuple):
     fixed: [L] bool, positions of the prompt.
     trajectory: the calls of the network.
     num_shown: number of tokens before its end, see `lm.shown_tokens`.
+    room: [L] bool, positions of gaps of any length.
   """
 
   sampler: str
@@ -43,6 +44,7 @@ class Take(NamedTuple):
   fixed: np.ndarray
   trajectory: watch.Trajectory
   num_shown: int
+  room: Any = np.False_
 
 
 class Page:
@@ -69,11 +71,12 @@ class Page:
     fixed: np.ndarray,
     trajectories: Sequence[watch.Trajectory],
     num_shown: Sequence[int],
+    room: Any = np.False_,
   ):
-    """Adds the samples of one prompt and sampler; fixed is [L]."""
+    """Adds the samples of one prompt and sampler; fixed and room are [L]."""
     settings = label.partition(':')[2].replace(';', ', ')
     for i, (trajectory, num) in enumerate(zip(trajectories, num_shown), 1):
-      take = Take(sampler, settings, prompt, i, fixed, trajectory, num)
+      take = Take(sampler, settings, prompt, i, fixed, trajectory, num, room)
       self.takes.append(take)
 
   def write(self, tokenizer: Tokenizer, title: str, facts: str) -> int:
@@ -81,7 +84,11 @@ class Page:
     path, first = pathlib.Path(self.path), self.takes[0]
     if path.suffix == '.svg':
       frames, answers = first.trajectory
-      texts = tokenizer.spell(frames[-1][: first.num_shown])
+      written = ~first.room | (frames[-1] != tokenizer.separator_id)
+      first = first._replace(
+        trajectory=watch.Trajectory(frames[:, written], answers)
+      )
+      texts = tokenizer.spell(frames[-1][written][: first.num_shown])
       facts = (
         f'{title}: {np.sum(~first.fixed)} tokens in {len(answers)} network '
         f'calls, {first.sampler}'
@@ -122,8 +129,9 @@ def make_data(
     for before, after, answer in zip(frames[:-1], frames[1:], answers):
       changed = before != after
       was_text, is_text = before != mask_id, after != mask_id
-      takes_back |= bool(np.any(changed & ~is_text))
-      changes |= bool(np.any(changed & was_text & is_text))
+      stays = changed & ~take.room
+      takes_back |= bool(np.any(stays & ~is_text))
+      changes |= bool(np.any(stays & was_text & is_text))
       said, probs = [], {}
       for position, tokens, top in zip(*answer) if answer else ():
         permille = [round(1000 * p) for p in top.tolist()]
@@ -141,6 +149,7 @@ def make_data(
         share = probs.get(position, {}).get(token, -1)
         revealed += [int(position), local(token), share]
       calls.append({'c': revealed, 'a': said})
+    written = ~take.room | (frames[-1] != tokenizer.separator_id)
     shown.append(
       {
         'sampler': take.sampler,
@@ -148,9 +157,10 @@ def make_data(
         'prompt': prompts.index(take.prompt),
         'sample': take.sample,
         'fixed': np.flatnonzero(take.fixed).tolist(),
+        'room': np.flatnonzero(take.room).tolist(),
         'start': [local(token) for token in frames[0]],
         'calls': calls,
-        'text': tokenizer.decode(frames[-1][: take.num_shown]),
+        'text': tokenizer.decode(frames[-1][written][: take.num_shown]),
       }
     )
   ends = {tokenizer.separator_id, *tokenizer.eos_ids}
@@ -164,6 +174,7 @@ def make_data(
     'changes': changes,
     'vocab': [_piece(tokenizer, token) for token in vocab],
     'takes': shown,
+    'separator': vocab.get(tokenizer.separator_id, -1),
   }
 
 

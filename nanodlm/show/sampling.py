@@ -14,6 +14,11 @@ ones yellow, and a cross for one that is masked again. Settings that --samplers
 leaves out are the run's for its own sampler, and the defaults of
 configs/base.py for others.
 
+--reward=law:valid --best_of=16 keeps the best of 16 samples for each text, by
+the rewards of nanodlm/rewards.py; --num_refinements=50 then draws parts of it
+again, and keeps what is better (nanodlm/searches.py). The calls of all
+candidates are added up.
+
 For a prompt with a slot, such as 'The sky is {blue|green}.', nothing is
 sampled: the probability of each choice is printed, before all samples, and
 whether it is exact. Its line in samples.jsonl has them as 'choices'.
@@ -63,6 +68,33 @@ def define_flags():
     'fixed_count,confidence:threshold=0.9;num_steps=0; by default, the '
     'sampler of the run.',
   )
+  flags.DEFINE_string(
+    'reward',
+    '',
+    'What texts are worth, such as law:valid or 0.5*module:function+law:valid; '
+    'see nanodlm/rewards.py.',
+  )
+  flags.DEFINE_integer(
+    'best_of',
+    1,
+    'With --reward: number of samples for each text, of which the one of '
+    'highest reward is kept.',
+    lower_bound=1,
+  )
+  flags.DEFINE_integer(
+    'num_refinements',
+    0,
+    'With --reward: number of times that a part of each text is drawn again, '
+    'at random; see --reward_temperature.',
+    lower_bound=0,
+  )
+  flags.DEFINE_float(
+    'reward_temperature',
+    0.0,
+    'With --num_refinements: the texts tend to the law of the model times '
+    'exp(reward / temperature), up to a constant; 0: rewards never fall.',
+    lower_bound=0.0,
+  )
   flags.DEFINE_integer(
     'alternatives',
     5,
@@ -81,7 +113,13 @@ def main(start: Start) -> int:
   if options.prompt_file is not None:
     texts += prompts.read_prompts(options.prompt_file)
   samplers = sample.split_samplers(options.samplers)
-  display = live.make_display()
+  wanted = (
+    options.reward,
+    options.best_of,
+    options.num_refinements,
+    options.reward_temperature,
+  )
+  display = None if wanted[0] else live.make_display()
   page = _make_page(options.html, options['alternatives'])
   slots = [text for text in texts if prompts.has_choices(text)]
   others = [text for text in texts if text not in slots]
@@ -90,11 +128,18 @@ def main(start: Start) -> int:
       f'prompt={slots[0]!r}: --samplers and --html do not apply to a slot, for '
       'which nothing is sampled'
     )
+  if page and wanted[0]:
+    raise InputError(
+      f'--html={options.html!r} shows single samples; leave out --reward='
+      f'{wanted[0]!r}'
+    )
   lm = lms.load(start.workdir, settings=settings)
-  sample.check_prompts(lm, others)
+  search = lms.make_search(lm.run, *wanted)
+  for _, model in sample.with_samplers(lm, samplers):
+    sample.check_prompts(model, others)
   sample.choose_texts(lm, slots)
   if others or not slots:
-    sample.sample_prompts(lm, others, samplers, display, page)
+    sample.sample_prompts(lm, others, samplers, display, page, search)
   return 0
 
 

@@ -139,7 +139,7 @@ def _score_rows(scorer, num_draws, params, key, batch):
     draw_keys = jax.vmap(lambda key: fold_in_each(key, index))(noise_keys)
     level = levels[:, index].reshape(-1, *levels.shape[2:])
     noised = objective.corrupt(draw_keys.reshape(-1), level, tokens, eligible)
-    scores = score(noised, eligible.astype(jnp.float32))
+    scores = score(noised, noised.scored.astype(jnp.float32))
     by_example = jax.tree.map(
       lambda x: x.reshape(-1, group).sum(1), scores.rows
     )

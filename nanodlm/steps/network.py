@@ -314,9 +314,16 @@ class Denoiser:
 
   def __call__(self, tokens, level, positions):
     condition = self._condition(lambda: self._hidden(tokens, level))
-    wanted = _flat(positions, tokens.shape[1])
+    wanted = _flat(self._in_input(tokens, positions), tokens.shape[1])
     states = self._hidden(tokens, level, condition, wanted)
     return self._logits(states, positions)
+
+  def _in_input(self, tokens, positions):
+    """Converts canvas positions [B, K] to those of the network's input."""
+    places = self.objective.places(tokens)
+    if places is None:
+      return positions
+    return jnp.take_along_axis(places, positions, axis=1)
 
   def init_memory(self, tokens):
     """Returns the first memory of `recall` for tokens [B, L], zeros."""
@@ -327,7 +334,8 @@ class Denoiser:
 
   def recall(self, tokens, level, positions, memory):
     states = self._hidden(tokens, level, memory)
-    chosen = jnp.take_along_axis(states, positions[..., None], axis=1)
+    places = self._in_input(tokens, positions)
+    chosen = jnp.take_along_axis(states, places[..., None], axis=1)
     return self._logits(chosen, positions), self._condition(lambda: states)
 
   def _hidden(self, tokens, level, condition=None, positions=None):

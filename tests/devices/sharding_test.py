@@ -24,6 +24,7 @@ from nanodlm.objectives import (
   ar,
   block,
   d3pm,
+  flex,
   genmd4,
   masked,
   mixture,
@@ -49,6 +50,7 @@ OBJECTIVES = {
   'block_ar': block.Block(MASK, block_size=4, ar_weight=0.5),
   'ar': ar.Autoregressive(MASK),
   'd3pm': d3pm.D3PM(MASK),
+  'flex': flex.Flex(MASK),
   'genmd4': genmd4.GenMD4(MASK),
   'sedd': sedd.ScoreEntropy(MASK),
   'uniform': uniform.Uniform(MASK),
@@ -80,11 +82,12 @@ def make_network(name, shape, **changes):
         mlp_dim=64,
         mlp='swiglu',
         qk_norm=True,
+        attention_sink=name == 'block',
         causal=objective.autoregressive is not None,
         block_size=objective.block_size,
         time_conditioning='hybrid' in name
         or 'uniform' in name
-        or name in ('curriculum', 'dcd'),
+        or name in ('curriculum', 'dcd', 'flex'),
         tie_embeddings=name != 'ar',
         self_conditioning=name == 'self_conditioning',
       ),
@@ -233,6 +236,7 @@ class TrainTest(parameterized.TestCase):
     ('block', (2, 2, 2), 1, 'full', True),
     ('block_ar', (2, 2, 2), 2, 'none', False),
     ('block_uniform', (2, 2, 2), 2, 'full', False),
+    ('flex', (2, 2, 2), 2, 'none', False),
     ('ar', (1, 2, 4), 2, 'full', False),
   )
   def test_is_the_same_with_remat_and_microbatches(
@@ -309,7 +313,7 @@ class TrainTest(parameterized.TestCase):
     )
 
   @parameterized.parameters(
-    'd3pm', 'genmd4', 'sedd', 'curriculum', 'self_conditioning'
+    'd3pm', 'flex', 'genmd4', 'sedd', 'curriculum', 'self_conditioning'
   )
   def test_other_losses_sum_over_a_split_vocabulary(self, name):
     jax.tree.map(assert_close, on_one_device(name), train(name, (1, 2, 4)))
@@ -326,7 +330,15 @@ class TrainTest(parameterized.TestCase):
 
 class EvalAndSampleTest(parameterized.TestCase):
   @parameterized.product(
-    name=('masked', 'hybrid', 'block', 'block_ar', 'block_uniform', 'ar'),
+    name=(
+      'masked',
+      'hybrid',
+      'block',
+      'block_ar',
+      'block_uniform',
+      'ar',
+      'flex',
+    ),
     shape=((1, 8, 1), (2, 2, 2)),
   )
   def test_evaluation_is_the_same(self, name, shape):
@@ -365,6 +377,7 @@ class EvalAndSampleTest(parameterized.TestCase):
       'genmd4',
       'self_conditioning',
       'speculate',
+      'insert',
     ),
     shape=((1, 8, 1), (2, 2, 2)),
   )
@@ -373,6 +386,7 @@ class EvalAndSampleTest(parameterized.TestCase):
     # of different lengths would wait for each other forever.
     objective = name if name in OBJECTIVES else 'masked'
     replacing = {'psi': 'uniform', 'renoise': 'uniform', 'edit': 'hybrid'}
+    replacing['insert'] = 'flex'
     objective = replacing.get(name, objective)
     draw = Draw(MASK)
     inner = samplers.SAMPLERS['fixed_count'](draw, 2)
@@ -382,6 +396,7 @@ class EvalAndSampleTest(parameterized.TestCase):
       'posterior': lambda cls: cls(draw, 4, OBJECTIVES[objective]),
       'edit': lambda cls: cls(draw, 0.2, 0.2, num_corrections=3),
       'renoise': lambda cls: cls(draw, 4, OBJECTIVES['uniform']),
+      'insert': lambda cls: cls(draw, 4, OBJECTIVES['flex']),
       'psi': lambda cls: cls(draw, 4, OBJECTIVES['uniform'], greedy_tail=True),
       # At random, since on a blank canvas confidences are tied up to rounding.
       'confidence': lambda cls: cls(draw, 4, 'random'),
@@ -408,7 +423,11 @@ class EvalAndSampleTest(parameterized.TestCase):
     if objective == 'ar':
       num_fixed = np.full((8, 1), 3)
     fixed = np.arange(LENGTH)[None] < num_fixed
+    if name == 'insert':
+      fixed[:, -1] = True
     tokens = np.where(fixed, 5, MASK).astype(np.int32)
+    if name == 'insert':
+      tokens[:, -1] = 6
 
     def sample(shape):
       mesh = make_mesh(shape)

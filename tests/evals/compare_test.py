@@ -46,6 +46,8 @@ def plan(objective, names, steps, length=64, **sampler):
   config.objective.name = objective
   needs_time = objectives.OBJECTIVES[objective].needs_time
   config.model.time_conditioning = needs_time
+  if objectives.OBJECTIVES[objective].any_length:
+    config.data.crop = 'document'
   config.sampler.update(sampler)
   run = run_module.make_run(configs.make_settings(config), refit=True)
   request = compare.Request(names, steps, 4, 0, DRAW, 0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nanodlm import lm as lms
+from nanodlm.data import sources
 from nanodlm.evals import infill
 from nanodlm.types import InputError
 from tests import workdirs
@@ -71,3 +72,72 @@ def test_ratios(texts):
   assert infill.parse_ratios(['0.1', '1']) == [0.1, 1.0]
   with pytest.raises(InputError, match='--infill='):
     infill.parse_ratios(texts)
+
+
+def test_the_law_of_a_gap_of_any_number_of_words():
+  law = sources.law_of('stories:small')
+  text = law.sample(3, 1)
+  start = text.index('and Carl had a')
+  stop = start + len('and Carl had a')
+  before, after = text[:start], text[stop:]
+  found = infill.any_number(law, before, after, 12)
+  assert sorted(found.lengths) == [4, 10, 11]
+  np.testing.assert_allclose(sum(found.fills.values()), 1)
+  # Independently: what each filled text costs under the law.
+  names = [
+    ' '.join(fill).replace(' ,', ',').replace(' .', '.') for fill in found.fills
+  ]
+  weights = np.exp([law.log_prob(before + name + after) for name in names])
+  np.testing.assert_allclose([*found.fills.values()], weights / weights.sum())
+  for num, p in found.lengths.items():
+    own = [x for fill, x in found.fills.items() if len(fill) == num]
+    np.testing.assert_allclose(sum(own), p)
+
+
+def test_gaps_of_any_length(tmp_path, monkeypatch):
+  workdir = workdirs.make_workdir(
+    tmp_path,
+    objective__name='flex',
+    model__time_conditioning=True,
+    data__source='stories:small:0-60',
+    data__crop='document',
+    data__length=100,
+    tokenizer__name='sentencepiece',
+    tokenizer__vocab_size=512,
+  )
+  lm = lms.load(workdir)
+  law, encode = sources.law_of('stories:small'), lm.tokenizer.encode
+  texts = [law.sample(3, i) for i in range(30)]
+  end = lm.tokenizer.separator_id
+  tokens = np.full((30, 100), end, np.int32)
+  for row, text in zip(tokens, texts):
+    row[: len(encode(text))] = encode(text)
+  rows = lms.make_batch(tokens, np.ones(tokens.shape, bool))
+
+  def make_fill(run, batch_size):
+    def fill(params, key, canvas, fixed):
+      """Fills half of the gaps with the truth, others with one token."""
+      filled = canvas.copy()
+      for i, (row, given) in enumerate(zip(filled, fixed)):
+        places = np.flatnonzero(~given)
+        (text,) = [
+          x for x in tokens if np.array_equal(x[: places[0]], row[: places[0]])
+        ]
+        size = int(np.argmax(text == end)) - np.sum(given & (row != end))
+        own = text[places[0] : places[0] + size]
+        own = own if i % 2 else own[:1]
+        row[places[: len(own)]] = own
+      return filled, 7.0
+
+    return fill
+
+  monkeypatch.setattr(lms, 'make_fill', make_fill)
+  (result,) = infill.measure_lengths(lm, law, rows, [0.3])
+  num = result['num_examples']
+  assert num + result['num_left_out'] == 30 and num > 1
+  assert result['accuracy'] == result['exact_match'] == num // 2 / num
+  assert result['length_accuracy'] == num // 2 / num
+  for key in ('', 'length_'):
+    best = result[f'bayes_{key}accuracy']
+    assert 0 < result[f'exact_{key}accuracy'] <= best < 1
+  assert 'of the length' in infill.describe(result)

@@ -171,13 +171,23 @@ class FieldsTest(checkpoints.FolderTest):
     found = FAMILIES[name].describe({**CONFIGS[name], **changes}, {})
     self.assertEqual((found.window, found.max_length), (window, window or 64))
 
-  @parameterized.parameters(
-    ('low_freq_factor', 2.0), ('original_max_position_embeddings', 4096)
-  )
+  @parameterized.parameters(('low_freq_factor', 2.0), ('high_freq_factor', 8.0))
   def test_other_scaling_than_llama_3(self, key, value):
     rope = {**CONFIGS['llama3']['rope_scaling'], key: value}
     with self.assertRaisesRegex(InputError, f'{key}.*must be one of'):
       FAMILIES['llama'].describe({**LLAMA, 'rope_scaling': rope}, {})
+
+  def test_yarn_without_its_temperature(self):
+    rope = CONFIGS['yarn']['rope_scaling']
+    describe = lambda **changes: FAMILIES['llama'].describe(
+      {**LLAMA, 'rope_scaling': {**rope, **changes}}, {}
+    )
+    self.assertEqual(describe(factor=0.25).settings['model.rope_factor'], 0.25)
+    # 1 + 0.1 log 4.
+    with self.assertRaisesRegex(InputError, 'attention_factor.*1.1386'):
+      describe(mscale=0)
+    with self.assertRaisesRegex(InputError, 'beta_fast'):
+      describe(beta_fast=16.0)
 
   def test_parts_of_heads_that_rotate(self):
     rope = dict(rope_type='default', rope_theta=1e6, partial_rotary_factor=0.5)

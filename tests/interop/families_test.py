@@ -28,7 +28,7 @@ from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from nanodlm.interop import convert, export, tokenizer_json
 from nanodlm.interop import tensors as tensor_files
-from nanodlm.interop.families import FAMILIES, llama, md4
+from nanodlm.interop.families import FAMILIES, md4
 from nanodlm.interop.families import layout as layouts
 from nanodlm.model import layers, transformer
 from nanodlm.training import checkpoint
@@ -40,7 +40,7 @@ library = pytest.importorskip('tokenizers')
 
 D, F, V, LAYERS, LENGTH = 16, 24, 257, 3, 8
 # PLACE is a mask inside the vocabulary.
-START, END, PLACE = 5, 9, 200
+START, END, PLACE = 4, 9, 200
 BYTES = {'tokenizer.name': 'bytes'}
 CACHE = pathlib.Path(__file__).parents[3] / 'shared' / 'data' / 'tiktoken_cache'
 LLAMA = dict(
@@ -59,6 +59,21 @@ LLAMA = dict(
   tie_word_embeddings=False,
 )
 MASKED = {**LLAMA, 'vocab_size': V + 1, 'mask_token_id': PLACE}
+GIDD = dict(
+  model_type='gidd',
+  vocab_size=V + 1,
+  hidden_size=D,
+  intermediate_size=F,
+  num_hidden_layers=LAYERS,
+  num_attention_heads=4,
+  attn_soft_cap=2.0,
+  resid_scale=4.0,
+  rms_norm_eps=1e-5,
+  rope_theta=500.0,
+  mask_token_id=PLACE,
+  eos_token_id=END,
+  max_position_embeddings=64,
+)
 CONFIGS = {
   'gpt2': dict(
     model_type='gpt2',
@@ -76,7 +91,26 @@ CONFIGS = {
     model_type='llama',
     **{**LLAMA, 'rope_theta': 5e5},
     head_dim=8,
-    rope_scaling={'rope_type': 'llama3', 'factor': 8.0, **llama.LLAMA3},
+    rope_scaling={
+      'rope_type': 'llama3',
+      'factor': 8.0,
+      'low_freq_factor': 1.0,
+      'high_freq_factor': 4.0,
+      'original_max_position_embeddings': 8192,
+    },
+  ),
+  # Its waves turn 10, 2.2, 0.5 and 0.1 times within 64 tokens.
+  'yarn': dict(
+    model_type='llama',
+    **LLAMA,
+    head_dim=8,
+    rope_scaling={
+      'rope_type': 'yarn',
+      'factor': 4.0,
+      'original_max_position_embeddings': 64,
+      'mscale': 1.0,
+      'mscale_all_dim': 1.0,
+    },
   ),
   # No longer text is tested.
   'mistral': dict(model_type='mistral', **LLAMA, sliding_window=LENGTH + 1),
@@ -93,8 +127,27 @@ CONFIGS = {
   'a2d-qwen3': dict(model_type='a2d-qwen3', **MASKED, head_dim=8),
   'a2d-qwen2': dict(model_type='a2d-qwen2', **MASKED),
   'a2d-llama': dict(model_type='a2d-llama', **MASKED),
+  'illada': dict(model_type='illada', **MASKED),
   'sdar': dict(model_type='sdar', **MASKED, head_dim=8, block_size=4),
   'fast-dllm': dict(model_type='Fast_dLLM_Qwen', **MASKED, bd_size=4),
+  'nemotron': dict(
+    model_type='nemotron_labs_diffusion',
+    **MASKED,
+    head_dim=8,
+    block_size=4,
+    dlm_loss_weight=0.5,
+    rope_parameters={
+      'rope_type': 'yarn',
+      'rope_theta': 500.0,
+      'factor': 4.0,
+      'original_max_position_embeddings': 64,
+      'beta_fast': 32.0,
+      'beta_slow': 1.0,
+      'mscale': 1.0,
+      'mscale_all_dim': 1.0,
+      'llama_4_scaling_beta': 0.1,
+    },
+  ),
   'llada': dict(
     model_type='llada',
     vocab_size=V + 1,
@@ -114,12 +167,44 @@ CONFIGS = {
     eos_token_id=END,
     max_sequence_length=64,
   ),
+  'gidd-uniform': dict(
+    **GIDD,
+    attention_bias=True,
+    mlp_bias=True,
+    noise_type=1000.0,
+    weight_scaling='fan_in',
+    head_scaling=0.5,
+    tie_word_embeddings=False,
+    use_qk_norm=True,
+  ),
+  'gidd-masked': dict(
+    **GIDD,
+    attention_bias=False,
+    mlp_bias=False,
+    noise_type=-1000.0,
+    weight_scaling=0.3,
+    tie_word_embeddings=True,
+    use_qk_norm=False,
+  ),
 }
-CAUSAL = ('gpt2', 'llama', 'llama3', 'mistral', 'tied', 'qwen2', 'qwen3')
+CAUSAL = (
+  'gpt2',
+  'llama',
+  'llama3',
+  'yarn',
+  'mistral',
+  'tied',
+  'qwen2',
+  'qwen3',
+)
+ALIASES = {
+  **dict.fromkeys(('tied', 'llama3', 'yarn'), 'llama'),
+  **dict.fromkeys(('gidd-uniform', 'gidd-masked'), 'scaled-gidd'),
+}
 SHIFTED = ('dream', 'fast-dllm')
 BIASED = ('qwen2', 'a2d-qwen2', 'tied', *SHIFTED)
 # {family: tokens in a block}
-BLOCKS = {'sdar': 4, 'fast-dllm': 4}
+BLOCKS = {'sdar': 4, 'fast-dllm': 4, 'nemotron': 4}
 
 
 def tensors_of(name):
@@ -167,6 +252,27 @@ def tensors_of(name):
     return out
   vocab = config['vocab_size']
   put('model.embed_tokens.weight', vocab, D), put('model.norm.weight', D)
+  if config['model_type'] == 'gidd':
+    if not config['tie_word_embeddings']:
+      put('lm_head.weight', vocab, D)
+    for i in range(LAYERS):
+      at, has_bias = f'model.layers.{i}.', config['mlp_bias']
+      put(f'{at}attn_layernorm.weight', D), put(f'{at}mlp_layernorm.weight', D)
+      for key in 'qkvo':
+        linear(f'{at}self_attn.{key}_proj', D, D)
+      if config['attention_bias']:
+        put(f'{at}self_attn.k_bias', 4, D // 4)
+        put(f'{at}self_attn.v_bias', 4, D // 4)
+      if config['use_qk_norm']:
+        put(f'{at}self_attn.q_norm.weight', D)
+        put(f'{at}self_attn.k_norm.weight', D)
+      linear(f'{at}mlp.up_proj', F, D, has_bias)
+      linear(f'{at}mlp.down_proj', D, F, has_bias)
+    # Weights are multiplied by small constants, and norms by one more.
+    return {
+      key: x - ('norm' in key) if x.ndim < 2 or 'embed' in key else 3 * x
+      for key, x in out.items()
+    }
   if not config['tie_word_embeddings']:
     put('lm_head.weight', vocab, D)
   else:
@@ -185,6 +291,13 @@ def tensors_of(name):
     if name in ('qwen3', 'a2d-qwen3', 'sdar'):
       put(f'{at}self_attn.q_norm.weight', head)
       put(f'{at}self_attn.k_norm.weight', head)
+  if name == 'nemotron':
+    out = {
+      key.replace('model.', 'encoder.', 1).replace(
+        'lm_head', 'diffusion_head'
+      ): x
+      for key, x in out.items()
+    }
   return out
 
 
@@ -194,12 +307,14 @@ def reference_logits(name, ids):
     return decoder_reference.gpt2(tensors_of(name), ids, num_heads=2, eps=1e-5)
   size = 1 if name in CAUSAL else BLOCKS.get(name, 0)
   config = CONFIGS[name]
+  if config['model_type'] == 'gidd':
+    return decoder_reference.gidd(tensors_of(name), ids, config)
   is_tanh = config.get('hidden_act') == 'gelu_pytorch_tanh'
   kwargs: Any = dict(
     num_heads=4,
     eps=1e-5,
     theta=config['rope_theta'],
-    factor=config.get('rope_scaling', {}).get('factor', 1),
+    scaling=config.get('rope_scaling'),
     activation=decoder_reference.gelu_tanh
     if is_tanh
     else decoder_reference.silu,
@@ -212,6 +327,13 @@ def reference_logits(name, ids):
       num_kv_heads=4,
       names=decoder_reference.LLADA,
       **kwargs,
+    )
+  if name == 'nemotron':  # The last block is noisy, the rest clean and causal.
+    kwargs |= dict(
+      scaling=config['rope_parameters'],
+      names=decoder_reference.NEMOTRON,
+      context=len(ids) - size,
+      block_size=0,
     )
   return decoder_reference.llama(
     tensors_of(name), ids, num_kv_heads=2, **kwargs
@@ -228,8 +350,9 @@ def sampler_logits(name, ids, clean):
   """
   size, rows = BLOCKS.get(name, len(ids)), []
   for i in range(0, len(ids), size):
-    seen = np.concatenate([clean[:i], ids[i : i + size]])
-    logits = reference_logits(name, seen)
+    start = [START] if name == 'nemotron' else []
+    seen = np.concatenate([start, clean[:i], ids[i : i + size]]).astype(int)
+    logits = reference_logits(name, seen)[len(start) :]
     if name in SHIFTED:
       logits = np.concatenate([logits[:1], logits[:-1]])
     rows.append(logits[i:])
@@ -270,8 +393,7 @@ class ParityTest(FolderTest):
     source = pathlib.Path(write(folder / 'theirs', name, files=2))
     foreign = tensor_files.read_json(source / 'config.json')
     family = convert.detect(foreign, tensor_files.open_tensors(source, False))
-    others = {'tied': 'llama', 'llama3': 'llama'}
-    self.assertEqual(family, others.get(name, name))
+    self.assertEqual(family, ALIASES.get(name, name))
     workdir = str(folder / 'ours')
     convert.import_checkpoint(str(source), workdir, changes=BYTES)
     lm = lms.load(workdir)
@@ -287,6 +409,8 @@ class ParityTest(FolderTest):
       ids[::2] = PLACE
       theirs = sampler_logits(name, ids, clean)
       theirs[:, [PLACE, V]] = theirs[:, [V, PLACE]]
+      if lm.run.objective.autoregressive:  # It delays the clean copy.
+        clean = np.concatenate([[PLACE], clean[:-1]])
       clean = own(clean) if name in BLOCKS else None
       ours = logits_of(network, params, own(ids), clean)[0]
     self.assertGreater(np.abs(theirs).max(), 1)
@@ -297,15 +421,18 @@ class ParityTest(FolderTest):
     ('llama', 'Llama'),
     ('tied', 'Llama'),
     ('llama3', 'Llama'),
+    ('yarn', 'Llama'),
     ('mistral', 'Mistral'),
     ('qwen2', 'Qwen2'),
     ('qwen3', 'Qwen3'),
     ('a2d-qwen3', 'Qwen3'),
     ('a2d-qwen2', 'Qwen2'),
     ('a2d-llama', 'Llama'),
+    ('illada', 'Llama'),
     ('dream', 'Qwen2'),
     ('sdar', 'Qwen3'),
     ('fast-dllm', 'Qwen2'),
+    ('nemotron', 'Ministral3'),
   )
   def test_the_reference_is_what_transformers_computes(self, name, kind):
     torch = pytest.importorskip('torch')
@@ -316,7 +443,9 @@ class ParityTest(FolderTest):
     network = getattr(transformers, cls)(config).eval()
     prefix = 'transformer.' if name == 'gpt2' else ''
     state = {
-      prefix + key: torch.tensor(x)
+      prefix + key.replace('encoder', 'model').replace('diffusion_h', 'lm_h'): (
+        torch.tensor(x)
+      )
       for key, x in tensors_of(name).items()
       if not key.endswith('.attn.bias')
     }
@@ -328,9 +457,59 @@ class ParityTest(FolderTest):
     if name not in CAUSAL:  # [1, 1, L, L], what each position sees.
       block = torch.arange(LENGTH) // BLOCKS.get(name, LENGTH)
       mask = (block[:, None] >= block)[None, None]
+    if name == 'nemotron':
+      place = torch.arange(LENGTH)
+      mask = mask & ((place[:, None] >= place) | (block[:, None] == 1))
     with torch.no_grad():
       theirs = network(torch.tensor(ids)[None], attention_mask=mask).logits[0]
     np.testing.assert_allclose(theirs, reference_logits(name, ids), atol=1e-4)
+
+  def test_the_samplers_of_nemotron(self):
+    # The most probable tokens by its own forward pass: from left to right, and
+    # block by block, with one call each.
+    folder, size = self.folder(), BLOCKS['nemotron']
+    source = write(folder / 'theirs', 'nemotron')
+    convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
+    lm = lms.load(str(folder / 'ours'))
+    self.assertEqual(lm.run.settings.objective['ar_weight'], 2.0)
+
+    def likeliest(ids, num, context):
+      logits = decoder_reference.llama(
+        tensors_of('nemotron'),
+        np.array(ids),
+        num_heads=4,
+        num_kv_heads=2,
+        eps=1e-5,
+        theta=500.0,
+        scaling=CONFIGS['nemotron']['rope_parameters'],
+        names=decoder_reference.NEMOTRON,
+        context=context,
+        block_size=0,
+      )[-num:]
+      logits[:, PLACE] = -np.inf
+      return logits.argmax(-1).tolist()
+
+    causal, blocks = [START], [START]
+    for _ in range(LENGTH):
+      causal += likeliest(causal, 1, len(causal))
+    for _ in range(LENGTH // size):
+      blocks += likeliest(blocks + size * [PLACE], size, len(blocks))
+    for expected, settings in (
+      (causal, dict(sampler='speculate')),
+      (causal, dict(sampler='ar')),
+      (causal, dict(sampler='ar', cache=False)),
+      (blocks, dict(sampler='block', num_steps=1)),
+      (blocks, dict(sampler='block', num_steps=1, cache=False)),
+    ):
+      (sample,) = lm.sample(
+        length=LENGTH,
+        temperature=0,
+        stop_at_eos=False,
+        details=True,
+        **settings,
+      )
+      expected = [PLACE if i == V else i for i in expected[1:]]
+      self.assertEqual(sample.tokens.tolist(), expected, settings)
 
   def test_pairs_become_halves(self):
     # The scores of neighbouring rotary features are those of the halves.
@@ -463,6 +642,11 @@ class ImportTest(FolderTest):
       r"no known family: model_type='bert'.*known are "
       r"\[.*'dream', .*'gpt2', .*'llada', 'llama'",
     ),
+    (
+      dict(model_type='llada_moe', num_experts=64),
+      {},
+      r"model_type='llada_moe'.*experts are not supported.*'num_experts': 64",
+    ),
     (dict(rope_scaling={'rope_type': 'yarn'}), {}, "rope_scaling=.*'yarn'"),
     (
       dict(sliding_window=16),
@@ -555,10 +739,15 @@ class ImportTest(FolderTest):
       'inverse_layer_idx=True',
     ),
     ('gpt2', dict(activation_function='relu'), "activation_function='relu'"),
+    ('gidd-uniform', dict(noise_type=0.5), 'noise_type=0.5'),
+    ('gidd-uniform', dict(is_causal=True), 'is_causal=True'),
+    ('gidd-uniform', dict(head_dim=8), 'head_dim=8'),
   )
   def test_unsupported_settings(self, name, changes, message):
     with self.assertRaisesRegex(InputError, message):
-      FAMILIES[name].describe({**CONFIGS[name], **changes}, {})
+      FAMILIES[ALIASES.get(name, name)].describe(
+        {**CONFIGS[name], **changes}, {}
+      )
 
   def test_sources(self):
     folder = self.folder()
@@ -665,8 +854,23 @@ EXPORTS = {
     model__qk_norm=False, model__attention_bias='qkv', model__shift_outputs=True
   ),
   'sdar': dict(objective__name='block', objective__block_size=4),
+  'nemotron': dict(
+    objective__name='block',
+    objective__block_size=4,
+    objective__ar_weight=1.0,
+    model__qk_norm=False,
+    model__start_token=START,
+    model__rope_factor=0.25,
+    model__rope_scaling='yarn',
+    model__rope_length=64,
+  ),
   'a2d-llama': dict(
-    objective__name='block', objective__block_size=4, model__qk_norm=False
+    objective__name='block',
+    objective__block_size=4,
+    model__qk_norm=False,
+    model__rope_factor=4.0,
+    model__rope_scaling='yarn',
+    model__rope_length=64,
   ),
   'fast-dllm': dict(
     objective__name='block',
@@ -806,6 +1010,8 @@ class ExportTest(FolderTest):
 
   @parameterized.parameters(
     ('llada', V + 1, PLACE),
+    ('illada', V + 1, 5),
+    ('nemotron', V + 1, 100),
     ('dream', V + 1, 5),
     ('fast-dllm', V + 1, 100),
     ('a2d-qwen3', 151_936, 151_669),

@@ -190,3 +190,6 @@ class ForTpuTest(parameterized.TestCase):
 
   def test_no_kernels(self):
     self.assertNotIn('tpu_custom_call', self.lowered('cpu'))
+    capped = self.lowered('tpu', attention_cap=1.0)
+    self.assertNotIn('attention_forward', capped)
+    self.assertIn('kernel_name = "rotate"', capped)

@@ -29,6 +29,10 @@ EVERYTHING = dict(
   mlp='swiglu',
   tie_embeddings=False,
 )
+# What attention has in some networks, by XLA only.
+SCORING = dict(
+  qk_norm=True, joint_qk_norm=True, attention_cap=0.5, attention_sink=True
+)
 
 
 def params_of(config):
@@ -200,14 +204,16 @@ class BlockDiffusionTest(parameterized.TestCase):
           after[i], full[0, start + 1 : start + 1 + size], atol=1e-5
         )
 
-  @parameterized.product(size=(2, 3, 6), unroll=(False, True))
+  @parameterized.product(
+    size=(2, 3, 6), options=(dict(qk_norm=True), dict(SCORING, unroll=True))
+  )
   def test_is_the_plain_network_on_each_block_after_its_past(
-    self, size, unroll
+    self, size, options
   ):
     # One block of noisy tokens after its clean past, as one sequence with a
     # mask by which clean tokens see clean ones only: by the cache, and with S =
     # L by the plain bidirectional network.
-    config = toys.model_config(block_size=size, qk_norm=True, unroll=unroll)
+    config = toys.model_config(block_size=size, **options)
     params, clean = params_of(config), TOKENS[::-1]
     both = hidden_of(config, params, TOKENS, None, clean=clean)
 
@@ -228,7 +234,7 @@ class BlockDiffusionTest(parameterized.TestCase):
 
     np.testing.assert_allclose(both, by_cache(params), atol=1e-5)
     if size == LENGTH:
-      plain = toys.model_config(qk_norm=True)
+      plain = toys.model_config(**options)
       np.testing.assert_allclose(
         both, hidden_of(plain, params, TOKENS, None), atol=1e-5
       )
@@ -525,19 +531,24 @@ FOREIGN = dict(
 
 
 class OptionsTest(parameterized.TestCase):
-  @parameterized.parameters(dict(), dict(causal=True), dict(block_size=2))
+  @parameterized.parameters(
+    dict(qk_norm=True),
+    dict(qk_norm=True, causal=True),
+    dict(qk_norm=True, block_size=2),
+    dict(attention_sink=True, attention_cap=0.5, block_size=2),
+  )
   def test_shared_keys_are_repeated_keys(self, **kind):
     # The same as plain attention on keys and values repeated for their queries.
-    shared = toys.model_config(**SHARED, qk_norm=True, **kind)
-    plain = toys.model_config(
-      **{**SHARED, 'num_kv_heads': 0}, qk_norm=True, **kind
-    )
+    shared = toys.model_config(**SHARED, **kind)
+    plain = toys.model_config(**{**SHARED, 'num_kv_heads': 0}, **kind)
     params, clean = (
       params_of(shared),
       TOKENS[::-1] if shared.block_size else None,
     )
 
     def widen(path, x):
+      if path[-1].key in ('sink_key', 'sink_value'):
+        return np.repeat(x, 2, axis=-2)
       if path[-2:] not in (
         [jax.tree_util.DictKey(name), jax.tree_util.DictKey('kernel')]
         for name in ('key', 'value')
@@ -656,7 +667,7 @@ class OptionsTest(parameterized.TestCase):
       },
     )
 
-  @parameterized.parameters(dict(), FOREIGN)
+  @parameterized.parameters(dict(), FOREIGN, SCORING)
   def test_a_cache_of_them(self, **options):
     config = toys.model_config(causal=True, **{**SHARED, **options})
     params = params_of(config)
@@ -741,6 +752,8 @@ class OptionsTest(parameterized.TestCase):
     ('norm_eps', 0.0, 'must be > 0'),
     ('norm_bias', True, "model.norm='rms'"),
     ('attention_bias', 'some', 'is not one of'),
+    ('attention_cap', -1.0, 'must be >= 0'),
+    ('joint_qk_norm', True, 'qk_norm=False'),
   )
   def test_errors(self, key, value, message):
     with self.assertRaisesRegex(
@@ -754,6 +767,9 @@ class OptionsTest(parameterized.TestCase):
     with self.assertRaisesRegex(InputError, 'model.head_size=5'):
       toys.model_config(head_size=5)
     toys.model_config(head_size=5, num_positions=8)  # Without rotation.
+    for key, value in ('attention_cap', 1.0), ('attention_sink', True):
+      with self.assertRaisesRegex(InputError, f"^model.{key}=.*'pallas'"):
+        toys.model_config(**{key: value}, attention='pallas', platform='tpu')
 
 
 class PartsTest(parameterized.TestCase):
@@ -957,7 +973,10 @@ class PartsTest(parameterized.TestCase):
     ('dtype', 'float8'),
     ('dropout', 1.0),
     ('rope_theta', 0.0),
-    ('rope_factor', 0.5),
+    ('rope_factor', 0.0),
+    ('rope_scaling', 'ntk'),
+    ('rope_scaling', 'yarn'),
+    ('rope_length', 100),
     ('attention', 'flash'),
     ('attention', 'cudnn'),
   )
@@ -969,11 +988,14 @@ class PartsTest(parameterized.TestCase):
 class AttentionTest(parameterized.TestCase):
   @parameterized.parameters(
     (64, 'bfloat16', True),
+    (64, 'bfloat16', False, attention.Scoring(cap=1.0)),
     (12, 'bfloat16', False),
     (136, 'bfloat16', False),
     (64, 'float32', False),
   )
-  def test_a_gpu_takes_cudnn_where_it_can(self, head_dim, dtype, is_cudnn):
+  def test_a_gpu_takes_cudnn_where_it_can(
+    self, head_dim, dtype, is_cudnn, scoring=attention.PLAIN
+  ):
     q = jnp.zeros((1, 8, 2, head_dim), dtype)
     seen = []
     with mock.patch.object(
@@ -981,7 +1003,9 @@ class AttentionTest(parameterized.TestCase):
       'dot_product_attention',
       lambda q, *_, implementation, **__: seen.append(implementation) or q,
     ):
-      attention.attention(q, q, q, causal=False, platform='gpu')
+      attention.attention(
+        q, q, q, causal=False, scoring=scoring, platform='gpu'
+      )
     self.assertEqual(seen, ['cudnn'] * is_cudnn)
 
   @parameterized.product(causal=(False, True), segments=(False, True))

@@ -17,6 +17,7 @@ from nanodlm.objectives import masking, mixture
 from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block, BlockHybrid, BlockUniform
 from nanodlm.objectives.d3pm import D3PM
+from nanodlm.objectives.flex import Flex
 from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
 from nanodlm.objectives.mixture import Hybrid
@@ -25,7 +26,7 @@ from nanodlm.objectives.uniform import Uniform
 from nanodlm.steps import evaluate as evaluate_steps
 from nanodlm.steps.network import Denoiser, Scorer
 from nanodlm.types import Batch, InputError
-from tests import toys
+from tests import gaps, toys
 from tests.toys import LENGTH, MASK, TEXTS
 
 ALL_SCHEDULES = {
@@ -227,6 +228,19 @@ def ar_nll(objective, table, x0, eligible):
   return nll
 
 
+def flex_nll(objective, table, x0, eligible):
+  """A row whose last tokens are its padding, as in `gaps`."""
+  del objective
+  text, eligible = list(x0), np.isin(np.arange(LENGTH), eligible)
+  while text and text[-1] == x0[-1]:
+    text.pop()
+  size = len(text)
+  logits = lambda tokens, t: table[
+    toys.canvas_index(np.array([*tokens, *[x0[-1]] * (LENGTH - len(tokens))]))
+  ]
+  return gaps.bound(text, eligible[: size + 1], logits)
+
+
 def table_logits(table, noised):
   return jnp.asarray(table)[toys.canvas_index(noised.tokens)]
 
@@ -360,6 +374,9 @@ CASES = {
     genmd4_nll,
     is_masked=True,
   ),
+  'flex': Case(
+    {'stratified': Flex(MASK), 'uniform': Flex(MASK, noise='uniform')}, flex_nll
+  ),
   'sedd': Case(
     {
       'count': ScoreEntropy(MASK),
@@ -403,6 +420,7 @@ KINDS = [
     'masked_stratified_linear',
     'd3pm_linear',
     'genmd4_learned',
+    'flex_stratified',
     'sedd_count',
     'sedd_stratified',
     'uniform_stratified_linear',
@@ -546,12 +564,13 @@ class ConformanceTest(parameterized.TestCase):
     levels = objective.sample_levels(jax.random.key(2), num, length)
     noised = jax.jit(objective.corrupt)(keys, levels, x0, eligible)
     scored = np.asarray(noised.scored)
-    self.assertFalse(scored[~eligible].any())
+    if not objective.any_length:  # Its tokens move; see flex_test.
+      self.assertFalse(scored[~eligible].any())
     if case.is_masked:
       np.testing.assert_array_equal(noised.tokens, np.where(scored, MASK, x0))
-    else:
+    elif not objective.any_length:
       np.testing.assert_array_equal(scored, eligible)
-    if not objective.causal:
+    if not objective.causal and not objective.any_length:
       np.testing.assert_array_equal(noised.tokens[~eligible], x0[~eligible])
     groups = scored.reshape(num // objective.group_size, -1).sum(1)
     self.assertLessEqual(

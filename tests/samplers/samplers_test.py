@@ -187,7 +187,9 @@ def chain_law(noise, table=POSTERIOR):
 
 class ConformanceTest(parameterized.TestCase):
   def test_every_sampler_has_a_row(self):
-    self.assertEqual(set(CASES), set(samplers.SAMPLERS))
+    # Samplers whose gaps have any length are in insert_test.
+    expected = {k for k, cls in samplers.SAMPLERS.items() if cls.fills_masks}
+    self.assertEqual(set(CASES), expected)
     for name, case in ROWS:
       self.assertIsInstance(case.exact, samplers.SAMPLERS[name])
 

@@ -109,7 +109,8 @@ def record_all(recorder, rows):
 
 class WatchTest(parameterized.TestCase):
   def test_has_a_case_for_every_sampler(self):
-    self.assertContainsSubset(SAMPLERS, CASES)
+    filling = {name for name, cls in SAMPLERS.items() if cls.fills_masks}
+    self.assertContainsSubset(filling, CASES)
 
   @parameterized.parameters(*CASES)
   def test_does_not_change_samples_and_shows_all_calls(self, name):

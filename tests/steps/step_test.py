@@ -15,6 +15,7 @@ from nanodlm.model.network import TransformerNetwork
 from nanodlm.noise.categorical import Draw
 from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block
+from nanodlm.objectives.flex import Flex
 from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
 from nanodlm.objectives.mixture import Hybrid
@@ -51,6 +52,7 @@ OBJECTIVES = {
   'block_shifted': Block(MASK, block_size=4),
   'block_ar_shifted': Block(MASK, block_size=4, ar_weight=0.5),
   'genmd4': GenMD4(MASK),
+  'flex': Flex(MASK),
   # The first of two steps.
   'curriculum': Uniform(MASK, curriculum_steps=1, tau=0.3),
   'self_conditioning': Masked(MASK),
@@ -231,6 +233,7 @@ class TrainStepTest(parameterized.TestCase):
     ('block_ar', 4, 2),
     ('hybrid', 4, 2),
     ('genmd4', 4, 2),
+    ('flex', 4, 2),
     ('curriculum', 4, 2),
     ('self_conditioning', 4, 2),
   )

@@ -30,7 +30,7 @@ import re
 import numpy as np
 
 from nanodlm.data.sources import base
-from nanodlm.types import InputError, Law, Posterior
+from nanodlm.types import InputError, Law, NoDocumentError, Posterior
 
 # Stories of a source that does not say which; the law itself has any number.
 NUM_STORIES = 50_000
@@ -380,14 +380,15 @@ class StoriesLaw(Law):
       ]
     )
 
-  def posterior(self, text: str) -> Posterior:
+  def posterior(self, text: str, max_visited: int = 0) -> Posterior:
+    max_visited = max_visited or MAX_VISITED
     pattern = _words(text)
     gaps = [i for i, word in enumerate(pattern) if word == GAP]
     found: list[tuple[tuple[str, ...], float]] = []
     furthest = (0, 'no story is that short')
     # Each entry holds the first phrases of stories that agree with the text.
     waiting: list[tuple[str, ...]] = [()]
-    for _ in range(MAX_VISITED):
+    for _ in range(max_visited):
       if not waiting:
         break
       given = waiting.pop()
@@ -418,11 +419,11 @@ class StoriesLaw(Law):
           found.append((tuple(words[i] for i in gaps), log_prob))
     else:
       raise InputError(
-        f'the text has too many completions: over {MAX_VISITED:,} beginnings '
+        f'the text has too many completions: over {max_visited:,} beginnings '
         f'agree with it; leave fewer words out than {len(gaps)}'
       )
     if not found:
-      raise InputError(f'no story agrees with the text: {furthest[1]}')
+      raise NoDocumentError(f'no story agrees with the text: {furthest[1]}')
     logs = np.array([log_prob for _, log_prob in found])
     total = float(np.logaddexp.reduce(logs))
     fills: dict[tuple[str, ...], float] = {

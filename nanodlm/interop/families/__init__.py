@@ -9,13 +9,16 @@ A family is a subclass of `layout.Family` and a line in the dict.
     llada            masked           its own code   3.7e-5
     dream            masked, shifted  its own code   3.7e-5
     a2d-*            masked           its own code   3.7e-5
+    illada           masked           transformers   3.7e-6
     sdar             block            its own code   8.6e-6
     fast-dllm        block, shifted   its own code   5.8e-5
+    nemotron         block and ar     transformers   3.0e-6
     mdlm             masked           its own code   2.6e-6
     bd3lm            block            its own code   2.4e-6
     duo              uniform          its own code   3.6e-6
     sedd             sedd             its own code   2.6e-6
     gidd             hybrid           its own code   2.4e-6
+    scaled-gidd      uniform, masked  its own code   3.5e-6
     md4              masked           its own code   6.5e-5
 
 The difference is the largest one of the logits, in float32, of small networks
@@ -29,12 +32,12 @@ All are read from safetensors, mdlm, bd3lm and duo also from .ckpt, sedd from
 .pth, and md4 from its Orbax folder.
 
 Averaged weights are used if a file has them. What a family has and this network
-lacks is refused by name: scaled rotary positions other than Llama 3's, sliding
-windows shorter than data.length, SEDD's uniform noise, GenMD4, missing or
-surplus tensors, another vocabulary, and every key of config.json that is
-neither supported nor listed as harmless. --family is for a config.json without
-model_type: a network of another type may compute something else with tensors of
-the same names.
+lacks is refused by name: rotary scaling other than Llama 3's and YaRN without
+its temperature, sliding windows shorter than data.length, mixtures of experts,
+SEDD's uniform noise, GenMD4, missing or surplus tensors, another vocabulary,
+and every key of config.json that is neither supported nor listed as harmless.
+--family is for a config.json without model_type: a network of another type may
+compute something else with tensors of the same names.
 """
 
 from nanodlm.interop.families.adapted import (
@@ -43,9 +46,12 @@ from nanodlm.interop.families.adapted import (
   A2DQwen3,
   Dream,
   FastDLLM,
+  ILLaDA,
+  Nemotron,
   SDAR,
 )
 from nanodlm.interop.families.ddit import BD3LM, Duo, GIDD, MDLM, SEDD
+from nanodlm.interop.families.gidd import ScaledGIDD
 from nanodlm.interop.families.gpt2 import GPT2
 from nanodlm.interop.families.layout import Family
 from nanodlm.interop.families.llada import LLaDA
@@ -64,14 +70,17 @@ FAMILIES: dict[str, Family] = {
   'dream': Dream(),
   'sdar': SDAR(),
   'fast-dllm': FastDLLM(),
+  'nemotron': Nemotron(),
   'a2d-qwen3': A2DQwen3(),
   'a2d-qwen2': A2DQwen2(),
   'a2d-llama': A2DLlama(),
+  'illada': ILLaDA(),
   'mdlm': MDLM(),
   'bd3lm': BD3LM(),
   'sedd': SEDD(),
   'duo': Duo(),
   'gidd': GIDD(),
+  'scaled-gidd': ScaledGIDD(),
   'md4': MD4(),
   'nanodlm': Native(),
 }

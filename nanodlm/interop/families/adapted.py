@@ -1,4 +1,4 @@
-"""Decoders that were made diffusion models: Dream, A2D, SDAR, Fast-dLLM v2.
+"""Decoders with other masks: Dream, A2D, SDAR, Fast-dLLM v2, Nemotron, iLLaDA.
 
 Their tensors are those of Llama, Qwen2 or Qwen3. No position is hidden from
 another one, or none of its own block and those before. The logits of the
@@ -7,7 +7,7 @@ them.
 """
 
 from nanodlm.interop.families import llama
-from nanodlm.interop.families.layout import InBlocks, Key, LLAMA_CPP
+from nanodlm.interop.families.layout import InBlocks, Key, LLAMA_CPP, token_id
 
 _DLLM = """dLLM loads it (github.com/ZHZisZZ/dllm):
 
@@ -96,6 +96,20 @@ class A2DLlama(A2D, llama.Llama):
   architectures = ('A2DLlamaLMHeadModel',)
 
 
+class ILLaDA(Masked, llama.Llama):
+  """iLLaDA, arXiv 2606.25331: Llama's parts; only its sampler says the mask."""
+
+  model_types = ('illada',)
+  architectures = ('ILLaDAForCausalLM', 'ILLaDAModel')
+  defaults = {'mask_token_id': 5}
+  allowed = {**llama.Llama.allowed, 'layer_norm_eps': (None,)}
+  harmless = (*llama.Llama.harmless, 'embd_pdrop', 'resid_pdrop')
+  # The published code does not read head_dim.
+  network = {'head_size': 0}
+  written = {**llama.FLOAT32, 'layer_norm_eps': None}
+  loading = 'The code that was published with this form loads it.'
+
+
 class SDAR(InBlocks, Masked, llama.Qwen3):
   """SDAR, arXiv 2510.06303: Qwen3 in blocks, outputs at their own places.
 
@@ -144,3 +158,82 @@ class FastDLLM(InBlocks, Masked, llama.Qwen2):
     'model_type': 'Fast_dLLM_Qwen',
     'use_sliding_window': False,
   }
+
+
+class Nemotron(InBlocks, Masked, llama.Llama):
+  """Nemotron-Labs-Diffusion, arXiv 2607.05722: Ministral 3 in blocks, and `ar`.
+
+  Its config.json may name any of its three modes (dlm_paradigm), which have the
+  same weights. Blocks see clean tokens that see earlier ones only, as in its
+  training and by default in its sampler, and a text begins with bos_token_id,
+  before the first block. Texts are short enough that no query is scaled
+  (llama_4_scaling_beta). The adapters of its drafts are not read.
+  """
+
+  model_types = ('nemotron_labs_diffusion',)
+  architectures = ('NemotronLabsDiffusionModel',)
+  keys = {
+    **llama.KEYS,
+    'num_key_value_heads': Key('num_kv_heads', 8),
+    'head_dim': Key('head_size', 128),
+    'rms_norm_eps': Key('norm_eps', 1e-5),
+    'rope_theta': Key('rope_theta', 1e6),
+  }
+  defaults = {'block_size': 32}
+  required = ('bos_token_id', 'rope_parameters')
+  allowed = {
+    'attention_bias': (False,),
+    'mlp_bias': (False,),
+    'dlm_paradigm': ('bidirectional', 'autoregressive', 'block_diff'),
+  }
+  others = (*llama.Llama.others, 'ar_loss_weight', 'dlm_loss_weight')
+  harmless = ('dp_varying_mask_ratio',)
+  names = {
+    name: theirs.replace('lm_head', 'diffusion_head')
+    for name, theirs in llama.Llama.names.items()
+  }
+  prefixes = ('encoder.',)
+  loading = 'The code that was published with this form loads it.'
+
+  def settings(self, config, shapes):
+    rope = dict(config['rope_parameters'])
+    for key in ('llama_4_scaling_beta', 'max_position_embeddings'):
+      rope.pop(key, None)
+    own = {**config, 'rope_parameters': rope, 'rope_scaling': None}
+    start, mask = config['bos_token_id'], token_id(config, 'mask_token_id')
+    weights = config.get('ar_loss_weight'), config.get('dlm_loss_weight')
+    ar, dlm = (1.0 if weight is None else weight for weight in weights)
+    return {
+      **super().settings(own, shapes),
+      'objective.ar_weight': ar / dlm,
+      # The mask changes places with the last id.
+      'model.start_token': mask if start == config['vocab_size'] - 1 else start,
+    }
+
+  def vocabulary(self, config, shapes):
+    found = super().vocabulary(config, shapes)
+    rope = config['rope_parameters']
+    if rope.get('llama_4_scaling_beta'):
+      window = min(rope[llama.LENGTH], found.get('window', 2**31))
+      length = min(window, found['max_length'])
+      found |= {'window': window, 'max_length': length}
+    return found
+
+  def fixed(self, network):
+    return {**super().fixed(network), 'start_token': network.start_token}
+
+  def misfit(self, network, objective):
+    found = super().misfit(network, objective)
+    is_plain = network.block_size and not network.causal
+    return ', '.join(filter(None, [found, is_plain * 'objective.ar_weight=0']))
+
+  def fields(self, network):
+    fields = super().fields(network)
+    scaling = {'rope_type': 'yarn', 'factor': 1.0, llama.LENGTH: 8192}
+    rope = fields.pop('rope_scaling', scaling)
+    theta = {'rope_theta': network.rope_theta, 'llama_4_scaling_beta': 0.0}
+    return {**fields, 'rope_parameters': {**theta, **rope}}
+
+  def to_config(self, network, described):
+    config = super().to_config(network, described)
+    return {**config, 'bos_token_id': int(described.rows[network.start_token])}

@@ -23,23 +23,32 @@ Shapes = Mapping[str, tuple[int, ...]]
 LAYER = '{layer}'
 # Our parameters that are arrays; all others belong to a module, which is a norm
 # (scale and bias) or a projection (kernel and bias).
-ARRAYS = ('embedding', 'position_embedding', 'output', 'output_bias')
+ARRAYS = (
+  *('embedding', 'position_embedding', 'output', 'output_bias'),
+  *('sink_key', 'sink_value'),
+)
 # Values of `config.model`, unless a family says something else.
 PLAIN = {
   'num_kv_heads': 0,
   'head_size': 0,
   'qk_norm': False,
+  'joint_qk_norm': False,
+  'attention_cap': 0.0,
+  'attention_sink': False,
   'time_conditioning': False,
   'output_bias': False,
   'embedding_dim': 0,
   'num_positions': 0,
   'keep_rotary': False,
   'rope_factor': 1.0,
+  'rope_scaling': 'llama3',
+  'rope_length': 8192,
   'norm': 'rms',
   'norm_bias': False,
   'attention_bias': 'none',
   'mlp_bias': False,
   'shift_outputs': False,
+  'start_token': -1,
   'self_conditioning': False,
 }
 # Fields of `config.model` in which 0 means a default, and where its value is.
@@ -146,7 +155,9 @@ class Description:
     separator_id: id of the token that ends a document.
     start_id: id of the token that begins one; read if mask_id is None.
     max_length: tokens of the longest text that the network is made for.
-    window: tokens of a sliding window, which longer texts need; 0: none.
+    window: tokens of a sliding window, or of the texts whose queries are not
+      scaled, which longer texts need; 0: none.
+    factors: {path of a parameter: number by which its tensor is multiplied}.
     settings: {'section.key': value}, on top of configs/base.py.
     tokenizer: `tokenizer.name` for a folder without a tokenizer.json, or ''.
     spare_ids: number of ids that are neither that tokenizer's nor the mask.
@@ -163,6 +174,7 @@ class Description:
   spare_ids: int = 0
   eos_ids: tuple[int, ...] = ()
   window: int = 0
+  factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     start = 'start_id' if self.mask_id is None else 'mask_id'
@@ -437,8 +449,8 @@ class Family:
     ]
     if objective not in (self.objective, *self.also):
       found.insert(0, f'objective.name={objective!r}')
-    if network.block_size and network.causal:
-      # No form's clean copy is delayed, with positions that see earlier ones.
+    if network.block_size and network.causal and network.start_token < 0:
+      # No form's clean copy begins with a mask at the place of the first token.
       found.append('objective.ar_weight > 0')
     return ', '.join(found)
 

@@ -5,11 +5,11 @@ and settings as in Hugging Face's `LlamaForCausalLM` and so on. Sliding windows
 are read if they change nothing: if no text is longer.
 """
 
-import json
+import math
 
+from nanodlm.data.tokenizers import chat
 from nanodlm.interop import tensors, tokenizer_json
 from nanodlm.interop.families.layout import Family, Key, refuse, require
-from nanodlm.model.layers import LONG_WAVE
 from nanodlm.types import InputError
 
 # {activation of a gated MLP: config.model.mlp}.
@@ -41,12 +41,18 @@ ROPE = {
   'type': ('default', None),
   'partial_rotary_factor': (1.0, None),
 }
-# What Llama 3's scaling of them has besides its factor.
-LLAMA3 = {
-  'low_freq_factor': 1.0,
-  'high_freq_factor': 4.0,
-  'original_max_position_embeddings': LONG_WAVE,
+# What their scalings have besides the factor and the length, with the supported
+# values, of which an export writes the first.
+SCALINGS = {
+  'llama3': {'low_freq_factor': (1.0,), 'high_freq_factor': (4.0,)},
+  'yarn': {
+    'attention_factor': (1.0,),
+    'beta_fast': (32.0, None),
+    'beta_slow': (1.0, None),
+    'truncate': (True, None),
+  },
 }
+LENGTH = 'original_max_position_embeddings'
 FLOAT32 = {'dtype': 'float32', 'torch_dtype': 'float32'}
 
 
@@ -108,22 +114,34 @@ class Llama(Family):
     # Newer files keep the base of the rotary frequencies in rope_parameters.
     name = 'rope_scaling' if config.get('rope_scaling') else 'rope_parameters'
     rope = dict(config.get(name) or {})
-    theta, allowed, factor = rope.pop('rope_theta', None), ROPE, 1.0
-    if 'llama3' in (rope.get('rope_type'), rope.get('type')):
-      factor = float(rope.pop('factor'))
-      allowed = {
-        **ROPE,
-        **dict.fromkeys(('rope_type', 'type'), ('llama3', None)),
-      }
-      allowed |= {key: (value,) for key, value in LLAMA3.items()}
+    theta, allowed, settings = rope.pop('rope_theta', None), ROPE, {}
+    if theta:
+      settings['model.rope_theta'] = float(theta)
+    for kind in set(SCALINGS) & {rope.get('rope_type'), rope.get('type')}:
+      allowed = {**ROPE, **SCALINGS[kind]}
+      allowed |= dict.fromkeys(('rope_type', 'type'), (kind, None))
+      factor, length = rope.pop('factor', None), rope.pop(LENGTH, None)
+      if factor is None or length is None:
+        raise InputError(
+          f'config.json: {name}={rope!r} lacks factor or {LENGTH}'
+        )
+      if kind == 'yarn' and rope.get('attention_factor') is None:
+        rope['attention_factor'] = temperature(
+          factor, rope.pop('mscale', 0), rope.pop('mscale_all_dim', 0)
+        )
+      if factor != 1:
+        settings |= {
+          'model.rope_factor': float(factor),
+          'model.rope_scaling': kind,
+          'model.rope_length': length,
+        }
     for key, value in {**dict.fromkeys(allowed), **rope}.items():
       if value not in allowed.get(key, (None,)):
         raise InputError(
           f'config.json: {name}={rope!r} is not supported: {key} must be one '
           f'of {allowed.get(key, (None,))}'
         )
-    theta = {'model.rope_theta': float(theta)} if theta else {}
-    return {**theta, 'model.rope_factor': factor}
+    return settings
 
   def vocabulary(self, config, shapes):
     found = super().vocabulary(config, shapes)
@@ -142,14 +160,30 @@ class Llama(Family):
     return found
 
   def fixed(self, network):
-    return {**super().fixed(network), 'rope_factor': network.rope_factor}
+    free = ('rope_factor', 'rope_scaling', 'rope_length')
+    return {
+      **super().fixed(network),
+      **{key: getattr(network, key) for key in free},
+    }
 
   def fields(self, network):
     fields = super().fields(network)
     if network.rope_factor != 1:
-      scaling = {'rope_type': 'llama3', 'factor': network.rope_factor}
-      fields['rope_scaling'] = {**scaling, **LLAMA3}
+      kind = network.rope_scaling
+      fields['rope_scaling'] = {
+        'rope_type': kind,
+        'factor': network.rope_factor,
+        LENGTH: network.rope_length,
+        **{key: values[0] for key, values in SCALINGS[kind].items()},
+      }
     return fields
+
+
+def temperature(factor: float, mscale: float, mscale_all_dim: float) -> float:
+  """Returns the factor of queries and keys in YaRN, arXiv 2309.00071."""
+  scale = lambda m: 1 + 0.1 * m * math.log(max(factor, 1))
+  both = mscale and mscale_all_dim
+  return scale(mscale) / scale(mscale_all_dim) if both else scale(1)
 
 
 class Mistral(Llama):
@@ -177,16 +211,14 @@ class Qwen2(Llama):
   written = {**FLOAT32, 'attention_bias': True, 'use_sliding_window': False}
 
   def tokenizer_json(self, folder):
-    vocab, merges, config = (
-      folder / name
-      for name in ('vocab.json', 'merges.txt', 'tokenizer_config.json')
-    )
-    if not all(path.is_file() for path in (vocab, merges, config)):
+    vocab, merges = folder / 'vocab.json', folder / 'merges.txt'
+    described = chat.read_described(folder)
+    if not (described and vocab.is_file() and merges.is_file()):
       return None
     tensors.require('tokenizers')
     from tokenizers.models import BPE
 
-    added = json.loads(config.read_bytes()).get('added_tokens_decoder', {})
+    added = described.get('added_tokens_decoder', {})
     ids, pairs = BPE.read_file(str(vocab), str(merges))
     return {
       **tokenizer_json.byte_level(ids, list(map(list, pairs)), _SPLIT),
