@@ -271,8 +271,8 @@ def compare_run(
     if has_mauve and len(rows.tokens) < num:
       raise InputError(
         f'--num_samples={request.num_samples!r} is too large for --mauve: it '
-        'takes two rows of held-out text for each sample, of which '
-        f'{subject.workdir!r} has {len(rows.tokens)}'
+        f'needs {num} rows of held-out text, of which {subject.workdir!r} has '
+        f'{len(rows.tokens)}'
       )
     return rows.tokens
 
