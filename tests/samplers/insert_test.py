@@ -182,7 +182,7 @@ def test_masks_expand_and_are_deleted_until_a_gap_has_its_length(truth):
   expected = [0, *truth, *[FILL] * (7 - len(truth)), 1, 0, 0, FILL]
   np.testing.assert_array_equal(samples.tokens, [expected] * num)
   changes = abs(len(truth) - 3)
-  # At least as many calls as there are changes and tokens.
+  # A call for each change and each token.
   assert samples.num_calls == changes + len(truth) + 2
   assert samples.num_calls <= sampler.max_calls(9)
 
