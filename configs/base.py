@@ -167,6 +167,9 @@ def get_config() -> config_dict.ConfigDict:
   objective.power = 2.0  # Exponent of the polynomial schedule, > 0.
   # Number of discrete times; 0: continuous time, or 1000 for d3pm.
   objective.num_timesteps = 0
+  # Whether masks of masked can also expand and be deleted, for the sampler
+  # expand. Rows must be whole documents.
+  objective.expand = False
   objective.min_time = 0.0  # Times below it are not trained on; in [0, 1).
   # Probability of a uniformly random token at t = 1/2, for hybrid; in [0, 1).
   objective.p_uniform = 0.1
@@ -214,7 +217,8 @@ def get_config() -> config_dict.ConfigDict:
   config.sampler = sampler = config_dict.ConfigDict()
   # 'auto' (the objective's default) | 'ancestral' | 'fixed_count' |
   # 'first_hitting' | 'confidence' | 'remask' | 'prefix_cache' | 'posterior' |
-  # 'psi' | 'renoise' | 'edit' | 'block' | 'ar' | 'speculate' | 'insert'.
+  # 'psi' | 'renoise' | 'edit' | 'block' | 'ar' | 'speculate' | 'insert' |
+  # 'expand'.
   sampler.name = 'auto'
   # Network calls, per block if there are blocks; 0 if confidence uses its
   # threshold or entropy_budget instead. ancestral and remask make up to 1.7
@@ -246,6 +250,8 @@ def get_config() -> config_dict.ConfigDict:
   # The sampler that fills a block, for block and prefix_cache; 'auto': the
   # default one of the noise.
   sampler.inner = 'auto'
+  # Masks that expand begins a gap of any length with.
+  sampler.num_masks = 4
   sampler.cache = True  # Whether block and ar keep keys and values.
   # Whether an end-of-text token (the separator of documents, or those of an
   # imported checkpoint, for which this is True) ends a sampled text. Responses

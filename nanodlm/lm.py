@@ -775,7 +775,7 @@ def make_fill(
   def fill(
     params: Any, key: jax.Array, tokens: np.ndarray, fixed: np.ndarray
   ) -> tuple[np.ndarray, float]:
-    is_masked = np.any(~fixed & (tokens == run.tokenizer.mask_id))
+    is_masked = np.any(~fixed & (tokens == run.objective.mask_id))
     if is_masked and not run.sampler.fills_masks:
       raise InputError(
         f'sampler.name={run.sampler_name!r} fills gaps of any length, and not '

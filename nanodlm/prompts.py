@@ -152,8 +152,8 @@ def make_canvas(
   if any(is_any) and not fills_room:
     raise InputError(
       f'prompt={prompt!r} has a gap of any length, {{*}}, which this sampler '
-      "does not fill: use {} or {12}, or a model of objective.name='flex', "
-      "whose sampler.name is 'insert'"
+      "does not fill: use {} or {12}, or sampler.name='insert' of models with "
+      "objective.name='flex', or 'expand' with objective.expand=True"
     )
   if not fills_masks and not all(is_any):
     raise InputError(

@@ -44,6 +44,7 @@ FITS = {
   'block': ('block', 'block_hybrid', 'block_uniform'),
   'edit': ('hybrid',),
   'insert': ('flex',),
+  'expand': (),  # It needs objective.expand.
   'renoise': REPLACING,
   **dict.fromkeys(('posterior', 'psi'), (*MASKED, *REPLACING, 'genmd4')),
   'speculate': (),  # It needs objective.ar_weight.
@@ -59,7 +60,7 @@ class ValidateTest(parameterized.TestCase):
   @parameterized.parameters(*objectives.OBJECTIVES)
   def test_every_objective(self, name):
     changes = {'objective__name': name}
-    if objectives.OBJECTIVES[name].any_length:
+    if objectives.OBJECTIVES[name].any_length is True:
       with self.assertRaisesRegex(InputError, "^data.crop='chunk' must be"):
         validate(**changes)
       changes['data__crop'] = 'document'
@@ -118,7 +119,7 @@ class ValidateTest(parameterized.TestCase):
       changes = {'objective__name': objective, 'sampler__name': name}
       if objectives.OBJECTIVES[objective].needs_time:
         changes['model__time_conditioning'] = True
-      if objectives.OBJECTIVES[objective].any_length:
+      if objectives.OBJECTIVES[objective].any_length is True:
         changes['data__crop'] = 'document'
       if objective in FITS[name]:
         validate(**changes)

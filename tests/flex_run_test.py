@@ -121,10 +121,40 @@ def test_other_models_do_not_fill_them(tmp_path):
   lm = nanodlm.load(make(tmp_path / 'masked'))
   with pytest.raises(InputError, match=r'\{\*\}.*objective.name=.flex.'):
     lm.sample('a{*}')
+  with pytest.raises(InputError, match="'expand'.*objective.expand=True"):
+    lm.sample('a{*}', sampler='expand')
   with pytest.raises(InputError, match=r"data.padding='masked' must be 'eos'"):
     make(tmp_path / 'a', objective__name='flex', data__padding='masked')
   with pytest.raises(InputError, match="data.long_documents='cut' must be"):
     make(tmp_path / 'b', objective__name='flex', data__long_documents='cut')
+
+
+def test_masks_that_expand(tmp_path):
+  lm = nanodlm.load(make(tmp_path / 'expand', objective__expand=True))
+  for sampler in ('fixed_count', 'expand'):
+    (text,) = lm.sample('a{3} cat', sampler=sampler)
+    assert text.startswith('a') and text.endswith(' cat')
+  with pytest.raises(InputError, match=r"\{\*\}.*'expand'"):
+    lm.sample('a{*} cat')
+  with pytest.raises(InputError, match='num_masks=0'):
+    lm.sample('a{*} cat', sampler='expand', num_masks=0)
+  samples = lm.sample(
+    'a{*} cat', sampler='expand', num_samples=20, num_masks=2, details=True
+  )
+  sizes = {int(np.sum(~one.fixed)) for one in samples}
+  assert len(sizes) > 1
+  for one in samples:
+    assert one.text.startswith('a') and one.text.endswith(' cat')
+  assert lm.bound(['a cat'])[0].nats > 0
+  with servers.serving(lm) as (_, server):
+    body = {'prompt': 'a{*} cat', 'num_samples': 2, 'sampler': 'expand'}
+    status, answer = servers.post(server, '/api/generate', body)
+    assert status == 200
+    for one in answer['samples']:
+      assert one['shown'].startswith('a') and one['shown'].endswith(' cat')
+    body['sampler'] = 'fixed_count'
+    status, _ = servers.post(server, '/api/generate', body)
+    assert status == 400
 
 
 def test_command_line_and_page(flex, tmp_path, capsys):

@@ -83,6 +83,8 @@ def test_calls_stay_below_what_a_sampler_states(name):
   if name == 'speculate':
     fits[name], config.objective.ar_weight = 'block', 1.0
   config.model.time_conditioning = name == 'renoise'
+  if name == 'expand':
+    config.objective.expand, config.data.crop = True, 'document'
   config.objective.name = fits.get(name, 'masked')
   config.sampler.update({'name': name, 'num_steps': 5, **SAMPLERS[name]})
   run = runs.make_run(configs.make_settings(config)).with_vocabulary(9)

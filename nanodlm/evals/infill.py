@@ -102,10 +102,10 @@ def check_run(run: Run):
 
 
 def _trials(
-  seed: int, ratios: Sequence[float]
+  seed: int, ratios: Sequence[float], patterns: Sequence[str] = PATTERNS
 ) -> Iterator[tuple[str, float, np.random.Generator, jax.Array]]:
   """Yields each pattern and ratio with the randomness of gaps and sampler."""
-  for p, pattern in enumerate(PATTERNS):
+  for p, pattern in enumerate(patterns):
     for i, ratio in enumerate(ratios):
       generator = np.random.default_rng((seed, p, i))
       number = p * len(ratios) + i
@@ -113,7 +113,7 @@ def _trials(
       log.info(
         'infilling, part %d of %d: %.0f%% masked, %s',
         number + 1,
-        len(PATTERNS) * len(ratios),
+        len(patterns) * len(ratios),
         100 * ratio,
         pattern,
       )
@@ -384,9 +384,8 @@ def measure_lengths(
   run, settings = lm.run, lm.run.settings.eval
   fill = lms.make_fill(run, settings.batch_size)
   texts = [laws.read_text(lm.tokenizer, row) for row in rows.tokens]
-  for pattern, ratio, generator, key in _trials(settings.seed, ratios):
-    if pattern != 'span':
-      continue
+  trials = _trials(settings.seed, ratios, ('span',))
+  for pattern, ratio, generator, key in trials:
     kept, problem = [], 'every document was cut, or all gaps have one length'
     for text, is_whole in texts:
       words = law.words(text) if is_whole else []

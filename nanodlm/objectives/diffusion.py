@@ -46,7 +46,7 @@ class Diffusion(ReverseRule, Objective):
 
   def in_form(self, cls: 'type[Diffusion]') -> 'Diffusion':
     """Returns an objective of another class, with this one's settings."""
-    names = [field.name for field in dataclasses.fields(cls)]
+    names = [x.name for x in dataclasses.fields(cls) if hasattr(self, x.name)]
     return cls(**{name: getattr(self, name) for name in names})
 
   def sample_levels(self, key, batch_size, length):

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax.scipy import special
 
 from nanodlm.noise import categorical, times
-from nanodlm.types import InputError, InsertRule, Noised, Objective, Terms
+from nanodlm.objectives import room
+from nanodlm.types import InputError, InsertRule, Noised, Terms
 
 
 @dataclasses.dataclass(frozen=True)
-class Flex(InsertRule, Objective):
+class Flex(InsertRule, room.Roomy):
   """The bound of joint insertion and unmasking, for texts of any length.
 
   Source: FlexMDM, arXiv 2509.01025. At time t, a token of the text is absent
@@ -157,15 +158,6 @@ class Flex(InsertRule, Objective):
     logit = vocab.pick(logits.astype(jnp.float32), mask) + jnp.log(t)
     low, high = jnp.minimum(logit, 0.0), jnp.maximum(logit, 0.0)
     return jnp.exp(low) + high + high * high / 2
-
-  def network_input(self, tokens):
-    order = jnp.argsort(tokens == tokens[:, -1:], axis=1, stable=True)
-    return jnp.take_along_axis(tokens, order, axis=1)
-
-  def places(self, tokens):
-    present = tokens != tokens[:, -1:]
-    num = jnp.sum(present, axis=1, keepdims=True)
-    return jnp.where(present, jnp.cumsum(present, axis=1) - 1, num)
 
 
 def _last_index(where: jax.Array) -> jax.Array:

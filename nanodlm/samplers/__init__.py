@@ -10,6 +10,7 @@ confidence      margin, entropy, random: exact with one position per call.
 remask          cap, rescale, constant: exact as num_steps grows. conf, loop:
                 approximate.
 edit            Approximate.
+expand          Approximate; it also changes the length.
 posterior       Exact as num_steps grows, for any noise.
 psi             As remask, for any noise.
 renoise         Approximate.
@@ -26,6 +27,7 @@ from nanodlm.samplers import (
   block,
   confidence,
   edit,
+  expand,
   first_hitting,
   fixed_count,
   insert,
@@ -44,6 +46,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
   'block': block.Block,
   'confidence': confidence.Confidence,
   'edit': edit.Edit,
+  'expand': expand.Expand,
   'first_hitting': first_hitting.FirstHitting,
   'fixed_count': fixed_count.FixedCount,
   'insert': insert.Insert,

@@ -50,6 +50,7 @@ OBJECTIVES = {
   'block_ar': block.Block(MASK, block_size=4, ar_weight=0.5),
   'ar': ar.Autoregressive(MASK),
   'd3pm': d3pm.D3PM(MASK),
+  'expand': masked.Masked(MASK, expand=True),
   'flex': flex.Flex(MASK),
   'genmd4': genmd4.GenMD4(MASK),
   'sedd': sedd.ScoreEntropy(MASK),
@@ -236,6 +237,7 @@ class TrainTest(parameterized.TestCase):
     ('block_ar', (2, 2, 2), 2, 'none', False),
     ('block_uniform', (2, 2, 2), 2, 'full', False),
     ('flex', (2, 2, 2), 2, 'none', False),
+    ('expand', (2, 2, 2), 2, 'none', False),
     ('ar', (1, 2, 4), 2, 'full', False),
   )
   def test_is_the_same_with_remat_and_microbatches(

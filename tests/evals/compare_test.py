@@ -46,7 +46,7 @@ def plan(objective, names, steps, length=64, **sampler):
   config.objective.name = objective
   needs_time = objectives.OBJECTIVES[objective].needs_time
   config.model.time_conditioning = needs_time
-  if objectives.OBJECTIVES[objective].any_length:
+  if objectives.OBJECTIVES[objective].any_length is True:
     config.data.crop = 'document'
   config.sampler.update(sampler)
   run = run_module.make_run(configs.make_settings(config), refit=True)

@@ -9,7 +9,7 @@ import pytest
 
 from nanodlm.noise.categorical import Draw
 from nanodlm.objectives.flex import Flex
-from nanodlm.samplers import insert
+from nanodlm.samplers import expand, insert
 from nanodlm.types import Canvas
 from tests import gaps, toys
 from tests.gaps import FILL
@@ -158,3 +158,42 @@ def test_a_full_canvas_takes_no_call():
   canvas = canvas_of([0, 1, FILL], [True] * 3, 2)
   denoise = lambda tokens, level, positions: jnp.zeros((2, 3, MASK + 1))
   assert run(SAMPLER, denoise, canvas).num_calls == 0
+
+
+@pytest.mark.parametrize('truth', [(), (1,), (0, 1, 1), (1, 0, 1, 0, 0, 1)])
+def test_masks_expand_and_are_deleted_until_a_gap_has_its_length(truth):
+  length, num = 12, 20
+  row = np.array([0, *[FILL] * 7, 1, MASK, MASK, FILL])
+  fixed = np.array([True, *[False] * 7, True, False, False, True])
+
+  def denoise(tokens, level, positions):
+    """Knows what is between the fixed tokens; 0 in the other gap."""
+    gap = tokens[:, 1:8]
+    size = jnp.sum(gap != FILL, axis=1)[:, None]
+    # What a gap of the right length holds; other ones change.
+    right = jnp.array([*truth, *[0] * length])[positions - 1]
+    change = jnp.where(size < len(truth), MASK, FILL)
+    right = jnp.where(size == len(truth), right, change)
+    right = jnp.where(positions > 8, 0, right)
+    return 50.0 * jax.nn.one_hot(right, MASK + 1)
+
+  sampler = expand.Expand(Draw(MASK), num_masks=3)
+  samples = run(sampler, denoise, canvas_of(row, fixed, num))
+  expected = [0, *truth, *[FILL] * (7 - len(truth)), 1, 0, 0, FILL]
+  np.testing.assert_array_equal(samples.tokens, [expected] * num)
+  changes = abs(len(truth) - 3)
+  # A call for each change and each token.
+  assert samples.num_calls == changes + len(truth) + 2
+  assert samples.num_calls <= sampler.max_calls(9)
+
+
+def test_no_more_masks_than_there_is_room_for():
+  canvas = canvas_of([0, FILL, FILL, FILL], [True, False, False, True], 8)
+  always = lambda tokens, level, positions: (
+    50.0 * jax.nn.one_hot(jnp.full(positions.shape, MASK), MASK + 1)
+  )
+  sampler = expand.Expand(Draw(MASK), num_masks=1)
+  samples = run(sampler, always, canvas)
+  tokens = np.array(samples.tokens)
+  assert np.all(tokens < MASK)
+  assert samples.num_calls <= sampler.max_calls(2)

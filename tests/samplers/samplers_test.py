@@ -28,6 +28,7 @@ from nanodlm.samplers.ar import LeftToRight
 from nanodlm.samplers.block import Block
 from nanodlm.samplers.confidence import Confidence
 from nanodlm.samplers.edit import Edit
+from nanodlm.samplers.expand import Expand
 from nanodlm.samplers.first_hitting import FirstHitting
 from nanodlm.samplers.fixed_count import FixedCount
 from nanodlm.samplers.guidance import Guided
@@ -98,6 +99,8 @@ CASES = {
   ),
   # One mask per call, and tokens are final.
   'edit': Case(Edit(DRAW, 1.01, 1.01), lambda n: (n, n)),
+  # Here, no gap has room.
+  'expand': Case(Expand(DRAW), lambda n: (n, n)),
   'first_hitting': Case(FirstHitting(DRAW), lambda n: (n, n)),
   'fixed_count': Case(FixedCount(DRAW, num_steps=LENGTH), lambda n: (n, n)),
   'posterior': Case(Posterior(DRAW, 64, Masked(MASK)), lambda n: (64, 64)),

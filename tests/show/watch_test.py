@@ -27,6 +27,7 @@ MASK = VOCAB - 1
 DRAW = Draw(MASK)
 OBJECTIVES = {
   'hybrid': Hybrid(MASK),
+  'expanding': Masked(MASK, expand=True),
   'masked': Masked(MASK),
   'ar': Autoregressive(MASK),
   'block': Block(MASK, block_size=4),
@@ -43,6 +44,7 @@ CASES = {
   'block_without_cache': ('block', SAMPLERS['block'](INNER, 4, MASK, False)),
   'confidence': ('masked', SAMPLERS['confidence'](DRAW, 4, 'random')),
   'edit': ('hybrid', SAMPLERS['edit'](DRAW, 0.3, 0.3, num_corrections=2)),
+  'expand': ('expanding', SAMPLERS['expand'](DRAW)),
   'first_hitting': ('masked', SAMPLERS['first_hitting'](DRAW)),
   'fixed_count': ('masked', SAMPLERS['fixed_count'](DRAW, 4)),
   'guided': ('masked', Guided(SAMPLERS['fixed_count'](DRAW, 4), 0.5, MASK)),

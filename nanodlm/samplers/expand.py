@@ -1,0 +1,111 @@
+"""DreamOn's sampler: a mask becomes a token, two masks, or nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from nanodlm.devices import sharding
+from nanodlm.noise import categorical
+from nanodlm.noise.categorical import Draw
+from nanodlm.samplers import insert, reveal
+from nanodlm.types import InputError, Objective, Sampler, Samples
+
+
+@dataclasses.dataclass(frozen=True)
+class Expand(Sampler):
+  """Fills a random mask in each call, and can change the length of gaps.
+
+  APPROXIMATE. A gap of any length starts with `num_masks` masks. There, a mask
+  can also become two masks, if there is room, or none, with the probabilities
+  that the network gives to the mask and to the last token of the row. The number
+  of expansions of a row is at most its room at the start. Temperature, top-k
+  and top-p are those of the choice between tokens. Source: DreamOn
+  (DreamLM/DreamOn), which takes the most probable position.
+
+  Attributes:
+    num_masks: see above.
+  """
+
+  draw: Draw
+  num_masks: int = 4
+
+  fills_room = True
+  needs = 'objective.expand=True'
+
+  def __post_init__(self):
+    if self.num_masks < 1:
+      raise InputError(f'sampler.num_masks={self.num_masks!r} must be >= 1')
+
+  @classmethod
+  def fits(cls, objective: Objective) -> bool:
+    return objective.predicts_masked and objective.any_length
+
+  def max_calls(self, length: int) -> int:
+    return 3 * length
+
+  def __call__(self, keys, canvas, denoise):
+    mask_id, (_, length) = self.draw.mask_id, canvas.tokens.shape
+    free, last = ~canvas.fixed, canvas.tokens[:, -1:]
+    # Gaps of a given length have no room.
+    is_any = free & (canvas.tokens == last) & canvas.fixed[:, -1:]
+    row, place = jnp.arange(len(free))[:, None], jnp.arange(length)[None]
+    begins = jnp.pad(free[:, 1:] != free[:, :-1], ((0, 0), (1, 0)))
+    start = jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+    is_first = is_any & (place - start < self.num_masks)
+    tokens = jnp.where(free & (is_first | ~is_any), mask_id, canvas.tokens)
+
+    def body(state):
+      tokens, budget, step = state
+      masked = free & (tokens == mask_id)
+      when_keys, kind_keys, draw_keys = reveal.split_each(
+        reveal.fold_in_each(keys, step), 3
+      )
+      u = reveal.uniform_each(when_keys, length)
+      at = jnp.argmax(jnp.where(masked, u, -1.0), axis=1)[:, None]
+      level = jnp.mean(masked, axis=1)
+      logits = denoise(tokens, level, at)
+      own = lambda x: jnp.take_along_axis(x, at, axis=1)
+      is_open = jnp.any(masked, axis=1, keepdims=True) & own(is_any)
+      room = (
+        jnp.zeros_like(tokens)
+        .at[row, start]
+        .add(free & (tokens == last))[row, start]
+      )
+      can_two = is_open & (own(room) > 0) & (budget > 0)
+      ids = jnp.arange(logits.shape[-1])[None]
+      is_two, is_none = ids == mask_id, (ids == last) & is_open
+      # Whether there are two masks, none, or a token.
+      log_p = categorical.log_prob(logits, mask_id + 1)[:, 0]
+      of = lambda where: categorical.log_sum_exp(
+        jnp.where(where, log_p, categorical.NEG_INF)
+      )
+      kinds = is_two & can_two, is_none, ~is_two & ~is_none
+      kind = jax.vmap(categorical.sample_categorical)(
+        kind_keys, jnp.stack([of(where) for where in kinds], axis=1)
+      )[:, None]
+      two, none = kind == 0, kind == 1
+      barred = jnp.where(is_none[:, None], categorical.NEG_INF, logits)
+      new = self.draw.sample(draw_keys, barred)
+      new = jnp.where(none, last, jnp.where(two, mask_id, new))
+      is_at = (place == at) & masked
+      tokens = jnp.where(is_at, new, tokens)
+      # No row does both.
+      count = (is_at & two).astype(tokens.dtype)
+      longer = insert.insert(tokens, free, count, mask_id)
+      # What is deleted is room at the end of its gap.
+      is_room = is_any & (tokens == last)
+      order = jnp.argsort(2 * start + is_room, axis=1)
+      shorter = jnp.take_along_axis(tokens, order, axis=1)
+      tokens = jnp.where(two, longer, shorter)
+      return tokens, budget - two, step + 1
+
+    def goes_on(state):
+      return sharding.on_any_device(jnp.any(free & (state[0] == mask_id)))
+
+    budget = jnp.sum(is_any, axis=1, keepdims=True)
+    zero = jnp.zeros_like(tokens[0, 0])
+    tokens, _, num_calls = jax.lax.while_loop(
+      goes_on, body, (tokens, budget, zero)
+    )
+    return Samples(tokens=tokens, num_calls=num_calls)
