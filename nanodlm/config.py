@@ -369,7 +369,6 @@ FREE_KEYS = frozenset(
 BOUND_KEYS = frozenset(
   {
     'seed',
-    'train.batches',
     'train.reward',
     'train.batch_size',
     'train.anneal_steps',
