@@ -24,6 +24,7 @@ def get_config() -> config_dict.ConfigDict:
   # 'tfds:NAME[:FEATURE]' | 'hf:NAME[[:CONFIG]:FEATURE]' |
   # 'tokens:GLOB[:FIELD]' | 'hf_tokens:NAME[[:CONFIG]:FEATURE]' |
   # 'pairs:GLOB[:PROMPT_FIELD:RESPONSE_FIELD]' | 'chat:GLOB[:FIELD]' |
+  # 'preferences:GLOB[:PROMPT_FIELD:CHOSEN_FIELD:REJECTED_FIELD]' |
   # 'mix:0.7*SOURCE+0.3*SOURCE'
   data.source = 'embedded'
   data.length = 256  # Tokens per example.
@@ -200,6 +201,28 @@ def get_config() -> config_dict.ConfigDict:
   distill.divergence = 'bwd'
   distill.teacher_temperature = 1.0  # > 0.
 
+  config.policy = policy = config_dict.ConfigDict()
+  # How the run in checkpoint.init_from, of the same objective and network, is
+  # tuned by the rewards of samples: 'sequence' (all but genmd4 and ar_weight) |
+  # 'one_step' or 'coupled' (masked noise without blocks); '': not at all. They
+  # differ in what stands for log p of a sample. 'dpo' (as 'sequence') learns
+  # from data.source=preferences:GLOB instead, and needs kl_weight, such as 0.1.
+  policy.name = ''
+  # Samples of each prompt, at least 2; divides train.batch_size. A sample is
+  # rewarded by how much better it is than the others.
+  policy.num_samples = 8
+  # Whether that is divided by the standard deviation of the rewards.
+  policy.scale_advantages = True
+  # Steps on the same samples. Above 1 another copy of the parameters is kept.
+  policy.num_updates = 1
+  # Largest change of a ratio to the old probability, in (0, 1).
+  policy.clip = 0.2
+  # Weight of the divergence from the network at the start, in nats per text, of
+  # which a copy is kept; 0: off.
+  policy.kl_weight = 0.0
+  # Noisy texts that estimate log p of a text, for 'sequence' and 'dpo'.
+  policy.num_draws = 2
+
   config.lora = lora = config_dict.ConfigDict()
   # Trains low-rank matrices next to the frozen weights of checkpoint.init_from,
   # and nothing else; 0: all parameters. Checkpoints hold them alone: keep
@@ -313,7 +336,9 @@ def get_config() -> config_dict.ConfigDict:
   optim.ema_decay = 0.999
 
   config.train = train = config_dict.ConfigDict()
-  train.batches = 'text'  # Where batches come from: 'text' is the data above.
+  # Where batches come from: 'text', the data above | 'rollouts', samples of the
+  # model | 'auto', what the objective needs.
+  train.batches = 'auto'
   # What the samples that a policy learns from are worth, a sum of Python
   # functions and laws such as '0.5*my_rewards:brevity+law:valid'; see
   # nanodlm/rewards.py.

@@ -116,9 +116,9 @@ class SampleConfig:
 class Settings:
   """A whole config, checked section by section.
 
-  `model`, `objective`, `distill`, `sampler` and `lora` are read-only mappings,
-  since the classes that they name decide which keys matter; `run.make_run`
-  builds those.
+  `model`, `objective`, `distill`, `policy`, `sampler` and `lora` are read-only
+  mappings, since the classes that they name decide which keys matter;
+  `run.make_run` builds those.
 
   Attributes:
     given: keys ('section.key') that the user set by hand. A config file may set
@@ -131,6 +131,7 @@ class Settings:
   model: Section
   objective: Section
   distill: Section
+  policy: Section
   sampler: Section
   lora: Section
   optim: OptimConfig
@@ -199,6 +200,7 @@ def make_settings(config: Any, given: Collection[str] = ()) -> Settings:
     model=frozen(config.model),
     objective=frozen(config.objective),
     distill=frozen(config.distill),
+    policy=frozen(config.policy),
     sampler=frozen(config.sampler),
     lora=frozen(config.lora),
     optim=OptimConfig(**config.optim),
@@ -365,9 +367,23 @@ FREE_KEYS = frozenset(
   }
 )
 BOUND_KEYS = frozenset(
-  {'seed', 'train.batch_size', 'train.anneal_steps', 'optim.name'}
+  {
+    'seed',
+    'train.reward',
+    'train.batch_size',
+    'train.anneal_steps',
+    'optim.name',
+  }
 )
-BOUND_SECTIONS = ('data', 'tokenizer', 'model', 'lora', 'objective', 'distill')
+BOUND_SECTIONS = (
+  'data',
+  'tokenizer',
+  'model',
+  'lora',
+  'objective',
+  'distill',
+  'policy',
+)
 # Whether these are zero decides what the optimiser's state holds.
 BOUND_SWITCHES = ('optim.ema_decay', 'optim.clip_norm')
 
@@ -381,7 +397,8 @@ def start_from(workdir: str) -> config_dict.ConfigDict:
   config: Any = read_run(workdir, 'checkpoint.init_from')
   config.checkpoint.update(init_from=workdir, init_step=0)
   # How the other run was trained is not how this one is.
-  config.distill.name, config.objective.curriculum_steps = '', 0
+  config.distill.name = config.policy.name = config.train.reward = ''
+  config.train.batches, config.objective.curriculum_steps = 'auto', 0
   if config.tokenizer.name in ('run', 'sentencepiece'):
     config.tokenizer.update(name='run', path=workdir, vocab_size=0)
   return config

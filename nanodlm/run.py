@@ -18,7 +18,6 @@ from nanodlm.devices import multihost
 from nanodlm.devices.sharding import Shards, UNSPLIT
 from nanodlm.model import NETWORKS
 from nanodlm.noise import categorical, schedules, times
-from nanodlm.objectives import distill
 from nanodlm.samplers import guidance
 from nanodlm.steps import train as train_steps
 from nanodlm.steps.network import check_batch_size, Scorer
@@ -75,8 +74,8 @@ class Run:
 
   @property
   def trained(self) -> Objective:
-    """What training minimises: the objective, or a distillation of it."""
-    return make_distillation(self.settings, self.objective) or self.objective
+    """What training minimises: the objective, or that of a method."""
+    return make_method(self.settings, self.objective) or self.objective
 
   @property
   def sampler_name(self) -> str:
@@ -231,17 +230,36 @@ def make_objective(settings: Settings) -> Objective:
   return _build(cls, section, given)
 
 
-def make_distillation(
-  settings: Settings, objective: Objective
-) -> distill.Distillation | None:
-  """Builds the distillation of `config.distill`, which must fit, if any."""
-  section, table = settings.distill, objectives.DISTILLATIONS
-  if not section['name']:
+def method_name(settings: Settings) -> str:
+  """Returns which of `objectives.METHODS` has a name; '' if none has one.
+
+  Raises:
+    InputError: several have one.
+  """
+  values = settings.to_dict()
+  chosen = [key for key in objectives.METHODS if values[key]['name']]
+  if len(chosen) > 1:
+    raise InputError(
+      ' and '.join(f'{key}.name={values[key]["name"]!r}' for key in chosen)
+      + " exclude each other; set one of them to ''"
+    )
+  return ''.join(chosen)
+
+
+def make_method(settings: Settings, objective: Objective) -> Any:
+  """Builds the objective of `config.distill` or `config.policy`, if any.
+
+  Raises:
+    InputError: it does not fit the objective, or a value is not allowed.
+  """
+  if not (kind := method_name(settings)):
     return None
-  cls = _choose(table, section['name'], 'distill', '')
+  section: Any = settings.to_dict()[kind]
+  table: Any = objectives.METHODS[kind]
+  cls = _choose(table, section['name'], kind, '')
   if not cls.fits(objective):
     raise InputError(
-      f'distill.name={section["name"]!r} does not fit objective.name='
+      f'{kind}.name={section["name"]!r} does not fit objective.name='
       f'{settings.objective["name"]!r}'
       + f' and objective.ar_weight={settings.objective["ar_weight"]!r}'
       * bool(objective.block_size and objective.autoregressive)
@@ -466,7 +484,7 @@ def _check_batches(run: Run):
 def check_training(run: Run):
   """Raises InputError unless mesh, batches and numbers of steps go together.
 
-  A distillation also needs a teacher.
+  A method also needs a run to start from.
   """
   train = run.settings.train
   if (first := run.trained.curriculum_steps) > train.num_steps:
@@ -474,12 +492,21 @@ def check_training(run: Run):
       f'objective.curriculum_steps={first!r} must be at most train.num_steps='
       f'{train.num_steps!r}'
     )
-  if method := make_distillation(run.settings, run.objective):
-    method.check_rounds(train.num_steps)
+  data, method = run.settings.data, make_method(run.settings, run.objective)
+  if data.num_alternatives != run.trained.num_alternatives:
+    raise InputError(
+      f'data.source={data.source!r} does not fit policy.name='
+      f"{run.settings.policy['name']!r}: 'dpo' learns from "
+      "'preferences:GLOB', and nothing else does"
+    )
+  if method:
+    method.check(run.settings)
     if not (init_from := run.settings.checkpoint.init_from):
+      kind = method_name(run.settings)
+      name = run.settings.to_dict()[kind]['name']
       raise InputError(
-        f'checkpoint.init_from={init_from!r} must be the workdir of the '
-        f'teacher with distill.name={run.settings.distill["name"]!r}'
+        f'checkpoint.init_from={init_from!r} must be the workdir of a trained '
+        f'run with {kind}.name={name!r}'
       )
   lora, init_from = run.settings.lora, run.settings.checkpoint.init_from
   if lora['rank'] and not init_from:
@@ -496,8 +523,8 @@ def check_training(run: Run):
   )
 
 
-def check_teacher(run: Run, workdir: str):
-  """Raises InputError unless the run in `workdir` can be the run's teacher.
+def check_same_model(run: Run, workdir: str):
+  """Raises InputError unless the run in `workdir` has a model of the same kind.
 
   Its objective must be the same, up to how training draws times, and its
   network, up to how it is computed.
@@ -509,7 +536,7 @@ def check_teacher(run: Run, workdir: str):
   theirs = dataclasses.replace(theirs, mask_id=ours.mask_id)  # pyright: ignore
   changed = configs.differing_keys(other.to_dict(), run.settings.to_dict())
   lines = [
-    f'  {key}: {old!r} of the teacher, {new!r} of this run'
+    f'  {key}: {old!r} of that run, {new!r} of this run'
     for key, (old, new) in changed.items()
     if key.startswith('objective.')
     and ours != theirs
@@ -519,8 +546,9 @@ def check_teacher(run: Run, workdir: str):
   ]
   if lines:
     raise InputError(
-      f'checkpoint.init_from={workdir!r} cannot be the teacher of this run; '
-      'they differ in\n' + '\n'.join(lines)
+      f'checkpoint.init_from={workdir!r} cannot be what this run starts from '
+      f'with {method_name(run.settings)}.name; they differ in\n'
+      + '\n'.join(lines)
     )
 
 
@@ -552,17 +580,21 @@ def _check_effects(run: Run, given: Collection[str]):
     sampled.discard('block_size')
   sampled |= {'num_samples', 'length', 'seed', 'guidance', 'stop_at_eos'}
   uses_time = settings.model['time_conditioning'] or 'rule' in sampled
-  method = make_distillation(settings, objective)
+  kind, method = method_name(settings), make_method(settings, objective)
   read = _keys_of(objective, objective.unread_keys(uses_time))
   effects = {
     'objective': read - method.ignored if method else read,
-    'distill': _keys_of(method, ()) if method else set(),
+    **{
+      key: _keys_of(method, ()) if key == kind else set()
+      for key in objectives.METHODS
+    },
     'sampler': sampled,
     'optim': optim.reads(settings.optim.name, settings.optim.schedule),
   }
   names = {
     'objective': settings.objective['name'],
     'distill': settings.distill['name'],
+    'policy': settings.policy['name'],
     'sampler': run.sampler_name,
     'optim': settings.optim.name,
   }
@@ -736,8 +768,8 @@ def check_start(run: Run, workdir: str):
       f'{differing}. For other adapters, or none, write the whole model with '
       '--mode=export and read it with --mode=import'
     )
-  if run.trained.uses_frozen:
-    check_teacher(run, workdir)
+  if run.trained is not run.objective:
+    check_same_model(run, workdir)
 
 
 def trained_shapes(run: Run) -> Any:

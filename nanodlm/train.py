@@ -49,7 +49,7 @@ from typing import Any
 import jax
 
 from nanodlm import config as configs
-from nanodlm import evaluate, laws, sample
+from nanodlm import evaluate, laws, rollouts, sample
 from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
@@ -144,10 +144,7 @@ def train(
     configs.check_resumable(saved, settings, workdir)
   run = runs.make_run(settings)
   runs.check_training(run)
-  if (batches := settings.train.batches) not in BATCHES:
-    raise InputError(
-      f'train.batches={batches!r} is not one of {sorted(BATCHES)}'
-    )
+  make_batches = _find_batches(run)
   # All processes must see the same, since it decides what they do together.
   step = multihost.on_process_0(lambda: checkpoint.find_intact(workdir))
   init_from = settings.checkpoint.init_from if step < 0 else ''
@@ -175,7 +172,7 @@ def train(
       adapters, first = runs.load_trained(
         run, init_from, settings.checkpoint.init_step
       )
-      state = _with_weights(state, adapters)
+      state = _with_weights(run, state, adapters)
       log.info('starting from the adapters of %s, step %d', init_from, first)
     log.info('training adapters of %s, step %d', whole, identity['step'])
   with checkpoint.open_manager(
@@ -221,7 +218,7 @@ def train(
       try:
         _loop(
           run,
-          BATCHES[settings.train.batches](run, packed, step),
+          make_batches(run, packed, step),
           state,
           training.step,
           save=functools.partial(_save, manager, run, packed, origin),
@@ -368,15 +365,17 @@ def _initial_state(
   # The base of adapters is loaded later. XLA does not draw what is not used.
   init = lambda: dataclasses.replace(training.init_state(), base=None)
   state: Any = meshes.init_sharded(run.mesh, init)
-  return state if initial is None else _with_weights(state, initial)
+  return state if initial is None else _with_weights(run, state, initial)
 
 
-def _with_weights(state: Any, params: Any) -> Any:
+def _with_weights(run: Run, state: Any, params: Any) -> Any:
   """Returns the state of step 0 that starts from these parameters."""
-  copy = lambda old: old and jax.tree.map(lambda x: x.copy(), params)
-  return state.replace(
-    params=params, ema_params=copy(state.ema_params), frozen=copy(state.frozen)
-  )
+  copy = lambda: jax.tree.map(lambda x: x.copy(), params)
+  if state.ema_params is not None:
+    state = state.replace(ema_params=copy())
+  if state.frozen is not None:
+    state = state.replace(frozen=run.trained.init_frozen(params))
+  return state.replace(params=params)
 
 
 def _with_base(state: Any, base: dict[str, Any]) -> Any:
@@ -487,8 +486,32 @@ class TextBatches:
 
 # Where batches come from, by config.train.batches.
 BATCHES: dict[str, Callable[[Run, PackedData, int], Batches]] = {
-  'text': TextBatches
+  'rollouts': rollouts.Rollouts,
+  'text': TextBatches,
 }
+
+
+def _find_batches(run: Run) -> Callable[[Run, PackedData, int], Batches]:
+  """Returns the entry of BATCHES for train.batches."""
+  name, reward = run.settings.train.batches, run.settings.train.reward
+  wanted = run.trained.batches
+  if name not in ('auto', *BATCHES):
+    raise InputError(
+      f'train.batches={name!r} is not one of {["auto", *sorted(BATCHES)]}'
+    )
+  if name not in ('auto', wanted) and 'rollouts' in (name, wanted):
+    raise InputError(
+      f'train.batches={name!r} must be {wanted!r} with policy.name='
+      f'{run.settings.policy["name"]!r}'
+    )
+  if reward and wanted != 'rollouts':
+    raise InputError(
+      f'train.reward={reward!r} is ignored with policy.name='
+      f'{run.settings.policy["name"]!r}'
+    )
+  if reward:
+    rollouts.make_reward(run.settings)
+  return BATCHES[wanted if name == 'auto' else name]
 
 
 def _loop(
@@ -521,8 +544,15 @@ def _loop(
   if step < train.num_steps:
     log.info('compiling; the first step takes longest')
   while step < train.num_steps and not caught.should_stop(step):
-    with progress.timing('wait'):
-      batch = batches(state, step)
+    try:
+      with progress.timing('wait'):
+        batch = batches(state, step)
+    except InputError:
+      progress.finish()
+      if step > saved_step and not progress.num_skipped:
+        save(state)
+        log.info(f'saved step {step}; the same command resumes')
+      raise
     if step == first_step:
       train_step = train_step.lower(state, batch).compile()
       hugepages.release_free_memory()

@@ -13,6 +13,7 @@ import dataclasses
 import numbers
 from typing import Any, NamedTuple, Protocol
 
+import jax
 from jax import Array
 import jax.numpy as jnp
 
@@ -70,6 +71,7 @@ class Batch(NamedTuple):
       evaluation derives the noise. Training uses the row in the global batch.
     law_nats: [B] float32 or None, -log p of each document under the law of its
       source, to which evaluation compares; NaN leaves a document out.
+    reports: {name: [B] float32} or None, whose means the objective may report.
   """
 
   tokens: Any
@@ -80,6 +82,7 @@ class Batch(NamedTuple):
   segment_ids: Any = None
   index: Any = None
   law_nats: Any = None
+  reports: Any = None
 
 
 class SoftTokens(NamedTuple):
@@ -166,22 +169,33 @@ class Scores(NamedTuple):
       output.
     rows: sums over each scored row.
     by_level: sums by noise level, for reports: {name: [NUM_LEVEL_BINS]}.
+    losses: [R, L] float32, the weighted loss of each position, 0 if not scored.
+    reports: {name: [B]}, whose means over the examples are metrics; or None.
   """
 
   total: Array
   rows: RowSums
   by_level: dict[str, Array]
+  losses: Array
+  reports: Any = None
 
 
 class Score(Protocol):
-  """Runs the network on a noised batch and sums the objective's terms."""
+  """Runs the network on a noised batch and sums the objective's terms.
+
+  Attributes:
+    frozen: `TrainState.frozen`.
+  """
+
+  @property
+  def frozen(self) -> Any: ...
 
   def __call__(
     self,
     noised: Noised,
     weight: Array,
-    of_rows: Callable[[Array], Array] | None = None,
-    use_frozen: bool = False,
+    of_losses: Callable[[Array], Array] | None = None,
+    params: Any = None,
   ) -> Scores:
     """Scores R rows, R = n B; rows n i to n i + n - 1 belong to example i.
 
@@ -189,9 +203,10 @@ class Score(Protocol):
       noised: the noised rows.
       weight: [R, L] float32, factor of each position's loss; 0 if not eligible.
         Like `noised.scored`, [2R, L] with the clean copy.
-      of_rows: maps the weighted losses of the rows, [R], to the minimised value
-        []; None is their sum.
-      use_frozen: whether to use `TrainState.frozen`, without a gradient.
+      of_losses: maps `Scores.losses` to the minimised value []; None is their
+        sum.
+      params: used instead of the trained ones, without a gradient, such as
+        `frozen`.
     """
     ...
 
@@ -234,10 +249,11 @@ class Objective(abc.ABC):
     needs_time: whether the network must be time-conditioned.
     can_correct: whether the network also predicts tokens that are not masked,
       so that it can correct a finished text.
-    uses_frozen: whether training needs `TrainState.frozen`, which starts as a
-      copy of the parameters.
-    round_steps: number of steps after which `TrainState.frozen` becomes a copy
-      of the parameters again; 0: never.
+    num_alternatives: number of consecutive rows that belong together, as a
+      chosen and a rejected text do; the source must have them.
+    batches: where its training batches come from, with train.batches='auto'.
+    uses_frozen: whether training needs `TrainState.frozen`; see `init_frozen`.
+    round_steps: number of steps after which `renew_frozen` renews it; 0: never.
     noises: allowed values of objective.noise; see `auto_noise`.
     curriculum_steps: number of first steps that train `curriculum`.
     any_length: whether it also models the length of a document. On a canvas,
@@ -253,6 +269,8 @@ class Objective(abc.ABC):
   group_size: int = 1
   needs_time: bool = False
   can_correct: bool = False
+  num_alternatives: int = 1
+  batches: str = 'text'
   uses_frozen: bool = False
   round_steps: int = 0
   noises: tuple[str, ...] = ()
@@ -281,6 +299,17 @@ class Objective(abc.ABC):
   def bind(self, params: dict[str, Array]) -> 'Objective':
     """Returns the objective with the given values of its parameters."""
     return self
+
+  def init_frozen(self, params: Any) -> Any:
+    """Returns the first `TrainState.frozen`: copies of the parameters.
+
+    By default, a single one.
+    """
+    return jax.tree.map(jnp.copy, params)
+
+  def renew_frozen(self, frozen: Any, params: Any) -> Any:
+    """Returns `TrainState.frozen` after a round; by default, the parameters."""
+    return params
 
   def at_step(self, step: Array) -> 'Objective':
     """Returns the objective of the training step after `step` steps, [].

@@ -516,10 +516,10 @@ class ValidateTest(parameterized.TestCase):
           fields -= {'vocab_size', 'causal', 'block_size', 'platform', 'lora'}
           fields.add('name')
         self.assertEqual(set(values), fields, section)
-      elif section in ('objective', 'distill', 'sampler'):
+      elif section in ('objective', 'distill', 'policy', 'sampler'):
         table = {
           'objective': objectives.OBJECTIVES,
-          'distill': objectives.DISTILLATIONS,
+          **objectives.METHODS,
           'sampler': samplers.SAMPLERS,
         }[section]
         fields = {'name'}.union(

@@ -121,15 +121,15 @@ def test_a_student_is_a_model_like_its_teacher(teacher, student):
     ),
     (
       {'distill__name': 'dcd', 'objective__name': 'hybrid'},
-      "objective.name: 'masked' of the teacher, 'hybrid' of this run",
+      "objective.name: 'masked' of that run, 'hybrid' of this run",
     ),
     (
       {'objective__schedule': 'cosine'},
-      "objective.schedule: 'linear' of the teacher, 'cosine' of this run",
+      "objective.schedule: 'linear' of that run, 'cosine' of this run",
     ),
     (
       {'model__rope_theta': 100.0},
-      'model.rope_theta: 10000.0 of the teacher, 100.0 of this run',
+      'model.rope_theta: 10000.0 of that run, 100.0 of this run',
     ),
     (
       {'tokenizer__name': 'sentencepiece', 'tokenizer__vocab_size': 290},

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / 'nanodlm'
 GROUND = ('types', 'noise', 'devices')
 PARTS = ('objectives', 'samplers', 'model', 'data', 'training', 'steps')
-STORIES = ('train', 'evaluate', 'sample')
+STORIES = ('train', 'rollouts', 'evaluate', 'sample')
 CORE = (
   *GROUND,
   *PARTS,

@@ -87,13 +87,13 @@ class Preference(Objective):
     weight = batch.eligible.astype(jnp.float32)
     reference = 0.0
     if self.with_reference:
-      reference = score(noised, weight, use_frozen=True).rows.loss
+      reference = score(noised, weight, params=score.frozen).rows.loss
 
-    def of_rows(nll):
-      pairs = (nll - reference).reshape(-1, 2)
+    def of_losses(nll):
+      pairs = (nll.sum(axis=1) - reference).reshape(-1, 2)
       return jnp.sum(-jax.nn.log_sigmoid(BETA * (pairs[:, 1] - pairs[:, 0])))
 
-    return score(noised, weight, of_rows)
+    return score(noised, weight, of_losses)
 
 
 def make_pairs():
@@ -443,10 +443,10 @@ class Rollouts:
 
 
 def test_batches_from_the_current_parameters(tmp_path):
-  with mock.patch.dict(train.BATCHES, rollouts=Rollouts):
-    whole = start_of(tmp_path, train__batches='rollouts')
+  with mock.patch.dict(train.BATCHES, written=Rollouts):
+    whole = start_of(tmp_path, train__batches='written')
     assert train.main(whole) == 0
-    first = start_of(tmp_path, train__batches='rollouts', train__num_steps=4)
+    first = start_of(tmp_path, train__batches='written', train__num_steps=4)
     first = dataclasses.replace(first, workdir=str(tmp_path / 'two'))
     assert train.main(first) == 0
     second = dataclasses.replace(whole, workdir=first.workdir)

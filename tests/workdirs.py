@@ -41,6 +41,7 @@ class DataConfig:
 
   is_pairs = data_config.DataConfig.is_pairs
   is_chat = data_config.DataConfig.is_chat
+  num_alternatives = data_config.DataConfig.num_alternatives
   fills_rows = data_config.DataConfig.fills_rows
   has_documents = data_config.DataConfig.has_documents
 

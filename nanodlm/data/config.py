@@ -34,6 +34,12 @@ class DataConfig:
     return cls is not None and cls.is_pairs
 
   @property
+  def num_alternatives(self) -> int:
+    """Number of consecutive rows that belong together; see `sources.base`."""
+    cls = sources.find_class(self.source)
+    return 1 if cls is None else cls.num_alternatives
+
+  @property
   def is_chat(self) -> bool:
     """Whether a row has whole conversations."""
     cls = sources.find_class(self.source)
@@ -68,9 +74,10 @@ class DataConfig:
       self._check(
         'eval_source',
         self.is_pairs == bool(cls and cls.is_pairs)
-        and self.is_chat == bool(cls and cls.is_chat),
+        and self.is_chat == bool(cls and cls.is_chat)
+        and self.num_alternatives == (cls.num_alternatives if cls else 1),
         f'and data.source={self.source!r} must both be pairs, both be '
-        'conversations, or neither',
+        'preferences, both be conversations, or none of these',
       )
     # Text is held out in exactly one way.
     self._check(

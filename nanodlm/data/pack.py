@@ -317,6 +317,8 @@ def _fit(name: str, stream: Stream, data_config: DataConfig) -> Stream:
     ranges[:, 2] = np.minimum(ranges[:, 2], ranges[:, 1] + length)
     # Something of the response, or of the conversation, is left.
     is_kept = (ranges[:, 3] < length) & (ranges[:, 1] < ranges[:, 2])
+  num_together = data_config.num_alternatives
+  is_kept = is_kept.reshape(-1, num_together).all(axis=1).repeat(num_together)
   num_dropped = int((~is_kept).sum())
   if num_dropped == num:
     raise InputError(

@@ -73,7 +73,8 @@ def make_train_iterator(
   """
   rows = rows or slice(0, batch_size)
   rates = data_config.clean_prefix_rate, data_config.clean_infill_rate
-  stream: Any = _shuffled(packed, seed)
+  num_together = data_config.num_alternatives
+  stream: Any = _shuffled(packed, seed, num_together)
   read: Callable[[Any], dict[str, Any]] = packed.train.__getitem__
   if data_config.crop == 'random':
     # The generator of random_map depends only on (seed, global index).
@@ -85,7 +86,11 @@ def make_train_iterator(
   def batch_of(step: int) -> Batch:
     first = step * batch_size
     indices = range(first + rows.start, first + rows.stop)
-    examples = [read(stream[i]) for i in indices]
+    if num_together > 1:
+      rows_of = lambda i: stream[i // num_together] * num_together
+      examples = [read(rows_of(i) + i % num_together) for i in indices]
+    else:
+      examples = [read(stream[i]) for i in indices]
     batch = _stack(examples, len(indices), packed, data_config)
     if not any(rates):
       return batch
@@ -164,10 +169,18 @@ def make_eval_batches(
   return steps.map(batch_of).to_iter_dataset(_read_options(data_config))
 
 
-def _shuffled(packed: PackedData, seed: int) -> grain.MapDataset:
-  """Returns the rows to train on: epochs of each dataset, mixed by weight."""
+def _shuffled(
+  packed: PackedData, seed: int, num_together: int = 1
+) -> grain.MapDataset:
+  """Returns the rows to train on: epochs of each dataset, mixed by weight.
+
+  Of rows that belong together, the number of each group.
+  """
   streams = [
-    grain.MapDataset.range(start, stop).seed(seed).shuffle().repeat()
+    grain.MapDataset.range(start // num_together, stop // num_together)
+    .seed(seed)
+    .shuffle()
+    .repeat()
     for start, stop in itertools.pairwise(packed.train_borders)
   ]
   if len(streams) == 1:

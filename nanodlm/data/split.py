@@ -101,7 +101,10 @@ def _cut(
 
 
 def choose(
-  hashes: np.ndarray, sizes: np.ndarray, eval_fraction: float
+  hashes: np.ndarray,
+  sizes: np.ndarray,
+  eval_fraction: float,
+  num_alternatives: int = 1,
 ) -> np.ndarray:
   """Chooses the validation documents, [n] bool, in the order of their hashes.
 
@@ -112,7 +115,9 @@ def choose(
     hashes: [n] uint64, of the documents' texts.
     sizes: [n] int64, in bytes or tokens.
     eval_fraction: the share of the sizes to choose, in (0, 1).
+    num_alternatives: see `Source`.
   """
+  hashes = np.repeat(hashes[::num_alternatives], num_alternatives)
   # np.unique sorts the hashes: an order that does not depend on the texts.
   text_of = np.unique(hashes, return_inverse=True)[1]
   text_sizes = np.bincount(text_of, weights=sizes)
@@ -197,7 +202,7 @@ def _held_out(
   if wanted >= 1:
     raise _nothing_to_train(data_config, total)
   hashes = np.concatenate([table['hash'] for table in tables])
-  chosen = choose(hashes, sizes, wanted)
+  chosen = choose(hashes, sizes, wanted, source.num_alternatives)
   share = sizes[chosen].sum() / total
   if share == 0:
     raise source.error(
@@ -273,7 +278,9 @@ def training_texts(
       num_bytes += len(data)
     hashes.append(int.from_bytes(digest.digest(), 'little'))
     sizes.append(num_bytes)
-  chosen = choose(np.array(hashes), np.array(sizes), eval_fraction)
+  chosen = choose(
+    np.array(hashes), np.array(sizes), eval_fraction, source.num_alternatives
+  )
   for is_held_out, document in zip(chosen, _documents(source), strict=True):
     if not is_held_out:
       yield from document.open()

@@ -1,5 +1,7 @@
 """Objectives by name. To add one, write a file and list its class here."""
 
+from collections.abc import Mapping
+
 from nanodlm.objectives import (
   ar,
   block,
@@ -9,6 +11,8 @@ from nanodlm.objectives import (
   genmd4,
   masked,
   mixture,
+  policy,
+  preference,
   sedd,
   uniform,
 )
@@ -32,4 +36,18 @@ OBJECTIVES: dict[str, type[Objective]] = {
 DISTILLATIONS: dict[str, type[distill.Distillation]] = {
   'dcd': distill.DiscreteConsistency,
   'sdtt': distill.SelfDistillation,
+}
+
+# How it is tuned by rewards or preferences, by config.policy.name.
+POLICIES: dict[str, type[policy.Tuning]] = {
+  'coupled': policy.Coupled,
+  'dpo': preference.Preference,
+  'one_step': policy.OneStep,
+  'sequence': policy.Sequence,
+}
+
+# The sections of the config that train a network by another objective.
+METHODS: Mapping[str, Mapping[str, type[Objective]]] = {
+  'distill': DISTILLATIONS,
+  'policy': POLICIES,
 }

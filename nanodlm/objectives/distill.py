@@ -88,8 +88,9 @@ class Distillation(Objective):
       and base.autoregressive is None
     )
 
-  def check_rounds(self, num_steps: int):
+  def check(self, settings: Any):
     """Raises InputError unless training steps are whole rounds."""
+    num_steps = settings.train.num_steps
     rounds, left = divmod(num_steps, self.round_steps)
     if left:
       raise InputError(

@@ -72,6 +72,7 @@ class Scorer:
     self,
     params: Any,
     frozen: Any = None,
+    base: Any = None,
     *,
     segment_ids: jax.Array | None = None,
     dropout_keys: jax.Array | None = None,
@@ -80,12 +81,12 @@ class Scorer:
   ) -> Score:
     """Returns the `types.Score` of B examples with the given parameters.
 
-    `params` and `frozen` (of `TrainState`) are this device's part;
+    `params`, `frozen` and `base` (of `TrainState`) are this device's part;
     `is_conditioned` [B] says which rows of a network that self-conditions take
     two calls, None: all. The other arguments are those of `Network.hidden`.
     """
     given = (segment_ids, dropout_keys, seen, is_conditioned)
-    return _Scoring(self, params, frozen, given)
+    return _Scoring(self, params, frozen, base, given)
 
   def _caller(self, params, noised, segment_ids, seen, is_conditioned) -> Any:
     """Returns `Network.hidden` of a batch, after the first call of two."""
@@ -117,7 +118,7 @@ class Scorer:
         condition = jnp.where(is_conditioned[:, None, None], condition, 0.0)
     return functools.partial(hidden, params, condition=condition)
 
-  def _score(self, params, frozen, noised, weight, of_rows, given) -> Scores:
+  def _score(self, params, frozen, noised, weight, of_losses, given) -> Scores:
     segment_ids, dropout_keys, seen, is_conditioned = given
     num_rows, length = noised.tokens.shape
     batch = len(noised.scored)  # Twice num_rows if the clean copy is scored.
@@ -146,6 +147,13 @@ class Scorer:
       reference = kernel, take(noised.reference)
     per_row = lambda x: jax.ops.segment_sum(x, row, batch)
 
+    def by_position(x):
+      if positions is None:
+        return x.reshape(batch, length)
+      # What fills the static number of positions has weight 0.
+      whole = jnp.zeros(batch * length).at[positions].add(x)
+      return whole.reshape(batch, length)
+
     def project(weight) -> Any:
       return losses.projected_terms(
         self.network.logits,
@@ -161,16 +169,18 @@ class Scorer:
         reference,
       )
 
-    if of_rows is None:
+    if of_losses is None:
       total, terms = project(weight)
       loss = per_row(terms.loss * weight)
     else:
-      # The first pass computes the losses of the rows, without a gradient. The
-      # second weights each position by the derivative with respect to its row's
-      # loss, so that the gradient of `total` is that of `value`.
+      # The first pass computes the losses, without a gradient. The second
+      # weights each of them by the derivative with respect to it, so that the
+      # gradient of `total` is that of `value`.
       _, terms = jax.lax.stop_gradient(project(weight))
-      value, slope = jax.value_and_grad(of_rows)(per_row(terms.loss * weight))
-      total, _ = project(weight * jax.lax.stop_gradient(slope)[row])
+      value, slope = jax.value_and_grad(of_losses)(
+        by_position(terms.loss * weight)
+      )
+      total, _ = project(weight * jax.lax.stop_gradient(take(slope)))
       total += jax.lax.stop_gradient(value - total)
       loss = jnp.full((batch,), 1 / batch) * value
     if hidden.aux_loss is not None:
@@ -185,7 +195,10 @@ class Scorer:
       scored=per_row(counted),
     )
     return Scores(
-      total, rows, _level_sums(take(noised.level), cross_entropy, counted)
+      total,
+      rows,
+      _level_sums(take(noised.level), cross_entropy, counted),
+      by_position(terms.loss * weight),
     )
 
 
@@ -196,6 +209,7 @@ class _Scoring:
   scorer: Scorer
   params: Any
   frozen: Any
+  base: Any
   given: tuple[Any, Any, Any, Any]
 
   def _options(self, noised: Noised) -> Any:
@@ -211,17 +225,25 @@ class _Scoring:
     self,
     noised: Noised,
     weight: jax.Array,
-    of_rows: Callable[[jax.Array], jax.Array] | None = None,
-    use_frozen: bool = False,
+    of_losses: Callable[[jax.Array], jax.Array] | None = None,
+    params: Any = None,
   ) -> Scores:
     given, score = self._options(noised), self.scorer._score
-    if use_frozen:
-      scores: Any = score(self.frozen, None, noised, weight, None, given)
+    if params is not None:
+      params = states.join(params, self.base)
+      scores: Any = score(params, None, noised, weight, None, given)
       return jax.lax.stop_gradient(scores)
-    return score(self.params, self.frozen, noised, weight, of_rows, given)
+    frozen = None
+    if noised.reference is not None:
+      frozen = states.join(self.frozen, self.base)
+    return score(self.params, frozen, noised, weight, of_losses, given)
+
+  def _gather_frozen(self) -> Any:
+    whole = states.join(self.frozen, self.base)
+    return self.scorer.network.gather(whole)
 
   def frozen_states(self, noised: Noised) -> jax.Array:
-    params = self.scorer.network.gather(self.frozen)
+    params = self._gather_frozen()
     segment_ids, _, seen, _ = self._options(noised)
     return self.scorer._caller(params, noised, segment_ids, seen, None)().states
 
@@ -229,7 +251,7 @@ class _Scoring:
     self, keys: jax.Array, states: jax.Array, draw: categorical.Draw
   ) -> jax.Array:
     network = self.scorer.network
-    kernel = network.kernel(network.gather(self.frozen))
+    kernel = network.kernel(self._gather_frozen())
 
     def of_row(row):  # Logits of all rows at once would be large.
       key, states = row

@@ -81,8 +81,6 @@ def make_train_step(
   def loss(params, rows, scorer, rest, step):
     frozen, base = rest
     params = states.join(params, base)
-    if frozen is not None:
-      frozen = states.join(frozen, base)
     batch, seen = rows.batch, None
     if rows.opening_keys is not None:
       length, share = batch.tokens.shape[1], opening_share(step)
@@ -90,6 +88,7 @@ def make_train_step(
     score = scorer.scoring(
       params,
       frozen,
+      base,
       segment_ids=batch.segment_ids,
       dropout_keys=rows.dropout_keys,
       seen=seen,
@@ -101,6 +100,9 @@ def make_train_step(
     sums = jax.tree.map(jnp.sum, rows)
     sums['weight'] = jnp.sum(batch.num_tokens.astype(jnp.float32))
     sums['num_bytes'] = jnp.sum(batch.num_bytes.astype(jnp.float32))
+    sums['num_rows'] = jnp.sum(jnp.ones_like(batch.weight))
+    for name, values in (scores.reports or {}).items():
+      sums[f'report/{name}'] = jnp.sum(values)
     return scores.total, {**sums, **scores.by_level}
 
   def local_gradient(scorer, params, rest, key, step, batch, is_opening):
@@ -236,7 +238,8 @@ def make_train_step(
     frozen = state.frozen
     if objective.round_steps:
       is_over = (state.step + 1) % objective.round_steps == 0
-      frozen = jax.lax.cond(is_over, lambda: params, lambda: frozen)
+      renew = lambda: objective.renew_frozen(state.frozen, params)
+      frozen = jax.lax.cond(is_over, renew, lambda: state.frozen)
     metrics = {
       **sums,
       'grad_norm': grad_norm,

@@ -103,16 +103,24 @@ def train_means(sums: dict[str, np.ndarray]) -> dict[str, float]:
   They are train/loss in nats per token; train/nll and train/bits_per_byte of
   the noisy bound on the training text, unless a step has none (`types.Terms`);
   train/ar_nll, which is exact, of a block model that has it; train/accuracy of
-  the scored tokens; and `level_means`.
+  the scored tokens; `Scores.reports`; and `level_means`.
   """
   own = {key: sums[key] for key in ('loss', 'nll', 'ar_nll') if key in sums}
   bits = {
     'train/bits_per_byte': _ratio(sums['nll'] / math.log(2), sums['num_bytes'])
   }
   if math.isnan(sums['nll']):
-    del own['nll'], bits['train/bits_per_byte']
+    del own['nll']
+  if math.isnan(bits['train/bits_per_byte']):
+    del bits['train/bits_per_byte']
+  reports = {
+    key.replace('report', 'train'): _ratio(x, sums['num_rows'])
+    for key, x in sums.items()
+    if key.startswith('report/')
+  }
   return {
     **{f'train/{key}': _ratio(x, sums['weight']) for key, x in own.items()},
+    **reports,
     **bits,
     'train/accuracy': _ratio(sums['correct'], sums['scored']),
     **level_means(sums, 'train'),

@@ -162,6 +162,8 @@ class Progress:
     if means:
       bits = means.get('train/bits_per_byte')
       bits = '' if bits is None else f'{bits:.4f} bits/byte  '
+      if 'train/reward' in means:
+        bits += f'reward {means["train/reward"]:.4f}  '
       num_steps = self._train.num_steps
       left = describe_secs((num_steps - step) * secs_per_step)
       log.info(

@@ -23,8 +23,8 @@ class TrainState:
     opt_state: the optimiser's.
     key: the run's noise key. It never changes: step n's noise comes from
       fold_in(key, n).
-    frozen: parameters that are used but not trained (a teacher, a reference
-      policy), or None; see `Objective.uses_frozen`.
+    frozen: parameters that are used but not trained (a teacher, or a reference
+      and what wrote the batch), or None; see `Objective.init_frozen`.
     base: the parameters without the adapters in `params`, `ema_params` and
       `frozen`, which never change, or None; see `Network.split`. Checkpoints
       leave them out.
@@ -76,6 +76,6 @@ def init_state(
     ema_params=jax.tree.map(jnp.copy, params) if use_ema else None,
     opt_state=optimizer.init(params),
     key=noise_key,
-    frozen=jax.tree.map(jnp.copy, params) if objective.uses_frozen else None,
+    frozen=objective.init_frozen(params) if objective.uses_frozen else None,
     base=base,
   )

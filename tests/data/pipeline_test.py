@@ -324,6 +324,56 @@ class SampleCleanTest(parameterized.TestCase):
     draw(2**32 - 1, 10**15)
 
 
+class PreferencesTest(parameterized.TestCase):
+  def test_what_belongs_together_stays_together(self):
+    folder = self.enterContext(tempfile.TemporaryDirectory())
+    path = os.path.join(folder, 'a.jsonl')
+    with open(path, 'w') as file:
+      for i in range(30):
+        # One of the two is too long for a row, or none.
+        texts = {'prompt': f'{i}?', 'chosen': '+' * (20 if i % 5 == 0 else 3)}
+        texts |= {'rejected': '-' * (20 if i % 7 == 0 else 2)}
+        file.write(json.dumps(texts) + '\n')
+    config = workdirs.DataConfig(
+      source=f'preferences:{path}', data_dir=folder, eval_fraction=0.2
+    )
+    packed = prepare.prepare(config, BYTES)
+    decode = lambda row: packed.tokenizer.decode(row).split('\n')[0]
+    kept = [i for i in range(30) if i % 5 and i % 7]
+    seen = []
+    for split in (packed.train, packed.validation):
+      texts = [decode(split[i]['tokens']) for i in range(len(split))]
+      for chosen, rejected in zip(texts[::2], texts[1::2]):
+        number = chosen.split('?')[0]
+        self.assertTrue(chosen.startswith(f'{number}?+++'), chosen)
+        self.assertTrue(rejected.startswith(f'{number}?--'), rejected)
+        seen.append(int(number))
+    self.assertCountEqual(seen, kept)
+    self.assertGreater(len(packed.validation), 0)
+    whole = make_rows(packed, config, None)
+    for chosen, rejected in zip(whole[::2], whole[1::2]):
+      self.assertIn('+', decode(chosen))
+      self.assertEqual(
+        decode(rejected).split('?')[0], decode(chosen).split('?')[0]
+      )
+      self.assertIn('-', decode(rejected))
+    # An epoch has each of them once, and a host its own rows.
+    self.assertLen({tuple(row) for row in whole}, len(packed.train))
+    halves = [make_rows(packed, config, slice(i, i + 4)) for i in (0, 4)]
+    np.testing.assert_array_equal(
+      whole[:8], np.concatenate([half[:4] for half in halves])
+    )
+
+
+def make_rows(packed, config, rows):
+  batches = pipeline.make_train_iterator(
+    packed, config, seed=3, batch_size=8, rows=rows
+  )
+  num = len(packed.train)
+  tokens = [next(batches).tokens for _ in range(-(-num // 8))]
+  return np.concatenate(tokens)[:num]
+
+
 class PairsTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):

@@ -13,6 +13,8 @@
     hf_tokens:NAME[[:CONFIG]:FEATURE]
     pairs:GLOB[:PROMPT_FIELD:RESPONSE_FIELD]
                                 prompts with responses in JSONL files
+    preferences:GLOB[:PROMPT_FIELD:CHOSEN_FIELD:REJECTED_FIELD]
+                                the same with two responses, for policy.name=dpo
     chat:GLOB[:FIELD]           conversations in JSONL files: a list of messages
                                 with role and content on each line
     mix:0.7*SOURCE+0.3*SOURCE   a mixture; the weights are shares of the
@@ -66,6 +68,7 @@ SOURCES: dict[str, type[base.Source]] = {
   'text': files.TextSource,
   'jsonl': files.JsonlSource,
   'pairs': files.PairsSource,
+  'preferences': files.PreferencesSource,
   'chat': files.ChatSource,
   'tfds': tfds.TfdsSource,
   'hf': arrow.HfSource,

@@ -99,6 +99,8 @@ class Source(abc.ABC):
     is_pairs: whether a document is a pair: exactly two pieces, the prompt and
       the response.
     is_chat: whether documents are `Conversation`s.
+    num_alternatives: number of consecutive documents that belong together, as a
+      chosen and a rejected response; they are split, dropped and read together.
     has_law: whether `law` is known.
     spec: the config.data.source it was made from.
   """
@@ -107,6 +109,7 @@ class Source(abc.ABC):
   is_tokens: ClassVar[bool] = False
   is_pairs: ClassVar[bool] = False
   is_chat: ClassVar[bool] = False
+  num_alternatives: ClassVar[int] = 1
   has_law: ClassVar[bool] = False
 
   spec: str

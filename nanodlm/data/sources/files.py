@@ -448,6 +448,24 @@ class PairsSource(JsonlSource):
 
 
 @dataclasses.dataclass(frozen=True)
+class PreferencesSource(PairsSource):
+  """Prompts, each with a chosen and a rejected response: two pairs."""
+
+  forms = (
+    'preferences:GLOB',
+    'preferences:GLOB:PROMPT_FIELD:CHOSEN_FIELD:REJECTED_FIELD',
+  )
+  num_alternatives = 2
+  default_fields = ('prompt', 'chosen', 'rejected')
+
+  def read(self, part: base.Part) -> Iterator[base.Document]:
+    for document in super().read(part):
+      prompt, *responses = document.open()
+      for response in responses:
+        yield base.Document(functools.partial(iter, (prompt, response)))
+
+
+@dataclasses.dataclass(frozen=True)
 class ChatSource(JsonlSource):
   """Conversations, one JSON object with a list of messages per line."""
 

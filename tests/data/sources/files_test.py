@@ -345,6 +345,10 @@ class FilesTest(parameterized.TestCase):
       )
     )
     self.assertEqual(list(document.open()), list(document.open()))
+    self.assertEqual(
+      pairs(f'preferences:{self.folder}/x.jsonl:q:a:response'),
+      [['q1', 'a1'], ['q1', 'r\n'], ['q2', 'a2'], ['q2', ' ']],
+    )
     os.rename(f'{self.folder}/x.jsonl', f'{self.folder}/x:q:a')  # a file's name
     self.assertEqual(pairs(f'pairs:{self.folder}/x:q:a'), default)
 

@@ -1,0 +1,65 @@
+r"""Tunes a model of little stories, 30% of which are broken, by a reward.
+
+    python - > mixed.jsonl <<'END'
+    import json, random
+    from nanodlm.data import sources
+    law = sources.law_of('stories:small')
+    random.seed(0)
+    for i in range(30000):
+      text = law.sample(3, i)
+      is_broken = random.random() < 0.3
+      while is_broken and law.explain(text) is None:
+        words = text.split(' ')
+        a = random.randrange(len(words) - 1)
+        words[a], words[a + 1] = words[a + 1], words[a]
+        text = ' '.join(words)
+      print(json.dumps({'text': text}))
+    END
+    python launch.py --config=configs/objectives.py:ar --workdir=runs/mixed \
+        --config.data.source=jsonl:mixed.jsonl --config.train.num_steps=600 \
+        --config.checkpoint.every_steps=600
+    python launch.py --config=configs/policy.py:ar --workdir=runs/policy
+
+The reward is 1 if a story is possible, else 0. The variants sequence, coupled
+and one_step start from a masked model, of configs/objectives.py:masked.
+"""
+
+from ml_collections import config_dict
+
+from nanodlm import config as configs
+
+VARIANTS = {
+  'ar': {'objective.name': 'ar', 'policy.name': 'sequence'},
+  'sequence': {'policy.name': 'sequence'},
+  'coupled': {'policy.name': 'coupled'},
+  'one_step': {'policy.name': 'one_step'},
+}
+
+
+def get_config(name='ar'):
+  config = configs.load('objectives')
+  # A reference, so that --config.checkpoint.init_from=OTHER also changes the
+  # tokenizer.
+  start = config_dict.FieldReference('runs/mixed')
+  config.tokenizer.name = 'run'
+  config.tokenizer.path = start
+  config.tokenizer.vocab_size = 0
+  config.checkpoint.init_from = start
+  config.policy.num_samples = 16
+  config.policy.kl_weight = 0.01
+  config.train.reward = 'law:valid'
+  config.train.batch_size = 64
+  config.train.num_steps = 60
+  config.train.log_every_steps = 5
+  config.train.eval_every_steps = 0
+  config.train.num_samples = 64
+  config.optim.name = 'adamw'
+  config.optim.learning_rate = 3e-4
+  config.optim.schedule = 'constant'
+  config.optim.warmup_steps = 5
+  config.optim.ema_decay = 0.0
+  # One token per call at temperature 1: the law that the gradient is of.
+  config.sampler.temperature = 1.0
+  config.sampler.num_steps = 100
+  config.checkpoint.every_steps = 20
+  return configs.vary(config, VARIANTS, name)
