@@ -86,6 +86,7 @@ class Distillation(Objective):
       isinstance(base, diffusion.Diffusion)
       and base.is_normalised
       and base.autoregressive is None
+      and not base.any_length
     )
 
   def check(self, settings: Any):

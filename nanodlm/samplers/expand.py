@@ -19,8 +19,8 @@ class Expand(Sampler):
   APPROXIMATE. A gap of any length starts with `num_masks` masks. There, a mask
   can also become two masks, if there is room, or none, with the probabilities
   that the network gives to the mask and to the last token of the row. The
-  number of expansions of a row is at most its room at the start. Temperature,
-  top-k and top-p are those of the choice between tokens. Source: DreamOn
+  expansions of a row are at most its room at the start. Temperature, top-k and
+  top-p are those of the choice between tokens. Source: DreamOn
   (DreamLM/DreamOn), which takes the most probable position.
 
   Attributes:
