@@ -21,7 +21,32 @@ r"""Tunes a model of little stories, 30% of which are broken, by a reward.
     python launch.py --config=configs/policy.py:ar --workdir=runs/policy
 
 The reward is 1 if a story is possible, else 0. The variants sequence, coupled
-and one_step start from a masked model, of configs/objectives.py:masked.
+and one_step start from a masked model, of configs/objectives.py:masked; they
+are not yet run.
+
+Measured with `ar` on one busy core of an AMD EPYC, float32, JAX 0.10.2, one
+seed, 64 samples a step: the share of possible samples (of 320), the entropy of
+a sample, its divergence from the start, and by how much held-out stories cost
+more than the truth (15.1), all in nats. 60 steps took 84 to 100 s of processor
+time, on a machine whose other work made 7 to 20 minutes of it.
+
+                                     share  entropy  divergence  held out
+    start                            0.44   19.6     0.0
+    kl_weight=0.01, scaled, step 60  0.96    9.6     5.4         7.9
+    kl_weight=0.03, step 60          0.96   11.4     3.6
+                    step 90          0.92   12.6     2.6         4.5
+    kl_weight=0.1,  step 60          0.84   14.6     1.3         2.1
+
+A start of 600 steps breaks more than the 30% of its text. The share rises at
+the cost of entropy: samples become shorter (53 tokens instead of 60), which a
+larger kl_weight limits.
+
+How estimates compare where all texts are enumerable (V = L = 3, a random
+network, tests/objectives/policy_test.py). The cosine of the mean gradient and
+that of the mean reward: bounds 0.89, coupled 0.84, one_step 0.64; exact
+likelihoods 1. The variance of the change of a bound, if logits change by 0.1:
+1 with shared, overlapping masks, 181 if the two networks have masks of their
+own, 207 if these are also single ones.
 """
 
 from ml_collections import config_dict
@@ -46,10 +71,11 @@ def get_config(name='ar'):
   config.tokenizer.vocab_size = 0
   config.checkpoint.init_from = start
   config.policy.num_samples = 16
-  config.policy.kl_weight = 0.01
+  config.policy.kl_weight = 0.03
+  config.policy.scale_advantages = False
   config.train.reward = 'law:valid'
   config.train.batch_size = 64
-  config.train.num_steps = 60
+  config.train.num_steps = 90
   config.train.log_every_steps = 5
   config.train.eval_every_steps = 0
   config.train.num_samples = 64
