@@ -226,8 +226,9 @@ class LanguageModel:
     view = watch.View(keep, run.tokenizer.mask_id, reveals=True)
     keeps = details and not run.sampler.fills_room
     fill = make_fill(run, view=view if keeps else None)
+    is_chat = not isinstance(prompt, str)
     search = make_search(
-      run, reward, best_of, num_refinements, reward_temperature
+      run, reward, best_of, num_refinements, reward_temperature, is_chat
     )
     if search:
       taken = copy.deepcopy(kept)
@@ -241,7 +242,6 @@ class LanguageModel:
     key = jax.random.key(seed)
     filled, num_calls = fill(self.params, key, tokens, is_fixed)
     warn_of_full(run, filled, fixed)
-    is_chat = not isinstance(prompt, str)
     show = answer_tokens if is_chat else shown_tokens
     texts = [
       run.tokenizer.decode(show(run, row, fixed), is_start=not is_chat)
@@ -440,6 +440,13 @@ class LanguageModel:
     """Splits texts into rows; returns them and the text of each, [N]."""
     data = self.run.settings.data
     longest, separator = data.length, self.tokenizer.separator_id
+    for row in rows:
+      if self.run.objective.any_length and len(row) >= longest:
+        raise InputError(
+          f'a text of {len(row)} tokens is too long: with objective.name='
+          f'{self.run.settings.objective["name"]!r}, its end must be in the '
+          f'row, of data.length={longest}'
+        )
     if data.has_documents:
       # A text that fills its last row lacks an end, as if it were cut.
       rows = [
@@ -475,6 +482,12 @@ class LanguageModel:
       raise InputError(
         f'tokens of shape {ids.shape} must be [L] or [B, L] ids below '
         f'{vocab_size}'
+      )
+    separator = self.tokenizer.separator_id
+    if self.run.objective.any_length and np.any(rows[:, -1] != separator):
+      raise InputError(
+        f'each row of tokens must end with the separator, {separator}, with '
+        f'objective.name={self.run.settings.objective["name"]!r}'
       )
     is_mask = np.asarray(rows == self.tokenizer.mask_id)
     levels = np.asarray(is_mask.mean(axis=1), np.float32)
@@ -585,13 +598,21 @@ def shown_tokens(run: Run, tokens: np.ndarray, fixed: np.ndarray) -> np.ndarray:
 
 
 def read_texts(
-  run: Run, rows: np.ndarray, fixed: np.ndarray
+  run: Run, rows: np.ndarray, fixed: np.ndarray, is_chat: bool = False
 ) -> tuple[list[str], list[str]]:
-  """Returns the texts of samples [N, n], and what is before their first gap."""
+  """Returns the texts of samples [N, n], and what is before their first gap.
+
+  With `is_chat` they answer messages, and end where the answer does.
+  """
   decode = run.tokenizer.decode
   firsts = np.where(fixed.all(axis=1), fixed.shape[1], fixed.argmin(axis=1))
-  texts = [decode(shown_tokens(run, *both)) for both in zip(rows, fixed)]
-  return texts, [decode(row[:first]) for row, first in zip(rows, firsts)]
+  before = [row[:first] for row, first in zip(rows, firsts)]
+  if is_chat:
+    answers = [answer_tokens(run, *both) for both in zip(rows, fixed)]
+    texts = [decode(np.concatenate(both)) for both in zip(before, answers)]
+  else:
+    texts = [decode(shown_tokens(run, *both)) for both in zip(rows, fixed)]
+  return texts, [decode(row) for row in before]
 
 
 def make_search(
@@ -600,8 +621,11 @@ def make_search(
   best_of: int = 1,
   num_refinements: int = 0,
   temperature: float = 0.0,
+  is_chat: bool = False,
 ) -> searches.Search | None:
   """Makes a search by a reward of `nanodlm.rewards`; None without a reward.
+
+  `is_chat` says whether samples answer messages.
 
   Raises:
     InputError: a value is not allowed, or ignored without a reward.
@@ -629,7 +653,7 @@ def make_search(
     best_of,
     num_refinements,
     temperature,
-    lambda rows, fixed: of_texts(*read_texts(run, rows, fixed)),
+    lambda rows, fixed: of_texts(*read_texts(run, rows, fixed, is_chat)),
     run.objective.sees_right(settings.sample_length),
   )
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import importlib
 import os
+import re
 import sys
 import threading
 import traceback
@@ -66,21 +67,32 @@ class Reward:
 
     def total():
       values = [
-        weight * self._call(name, function, list(texts), list(prompts))
+        weight * self._call(name, function, texts, prompts)
         for weight, name, function in self.parts
       ]
-      return np.sum(values, axis=0).astype(np.float32)
+      with np.errstate(over='ignore'):
+        total = np.sum(values, axis=0).astype(np.float32)
+      if not np.isfinite(total).all():
+        raise InputError(
+          f'{self.key}: {[name for _, name, _ in self.parts]} add up to '
+          f'numbers beyond float32, such as {np.sum(values, axis=0).max():g}'
+        )
+      return total
 
     return multihost.on_process_0(total, np.zeros(len(texts), np.float32))
 
   def _call(
-    self, name: str, function: Function, texts: list[str], prompts: list[str]
+    self,
+    name: str,
+    function: Function,
+    texts: Sequence[str],
+    prompts: Sequence[str],
   ) -> np.ndarray:
     outcome = {}
 
     def work():
       try:
-        outcome['values'] = function(texts, prompts)
+        outcome['values'] = function(list(texts), list(prompts))
       # It is the user's code, which may also call sys.exit.
       except BaseException as error:
         outcome['error'] = error
@@ -136,7 +148,7 @@ def make_reward(
     InputError: it is not in the form above, or there is no such function.
   """
   parts = []
-  for item in spec.split('+'):
+  for item in re.split(r'(?<!\d[eE])\+', spec):
     number, star, name = item.rpartition('*')
     try:
       weight = float(number) if star else 1.0

@@ -44,12 +44,14 @@ class Search:
   sees_right: bool
 
   def __post_init__(self):
-    if self.best_of < 1:
-      raise InputError(f'best_of={self.best_of!r} must be >= 1')
-    if self.num_refinements < 0:
-      raise InputError(f'num_refinements={self.num_refinements!r} must be >= 0')
-    if not self.temperature >= 0:
-      raise InputError(f'reward_temperature={self.temperature!r} must be >= 0')
+    for key, least in (('best_of', 1), ('num_refinements', 0)):
+      value = getattr(self, key)
+      if not isinstance(value, int) or value < least:
+        raise InputError(f'{key}={value!r} must be an integer >= {least}')
+    if not 0 <= self.temperature < np.inf:
+      raise InputError(
+        f'reward_temperature={self.temperature!r} must be finite and >= 0'
+      )
     if self.temperature and not self.num_refinements:
       raise InputError(
         f'reward_temperature={self.temperature!r} is ignored with '

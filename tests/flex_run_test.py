@@ -214,3 +214,13 @@ def test_server(flex):
     ):
       status, answer = servers.post(server, '/api/generate', body)
       assert status == 400, answer
+
+
+def test_texts_whose_end_does_not_fit_are_refused(flex):
+  length = flex.run.settings.data.length
+  assert flex.bound(['a' * (length - 1)])[0].nats > 0
+  for text in 'a' * length, 'a' * (length + 1):
+    with pytest.raises(InputError, match=f'{len(text)} tokens is too long'):
+      flex.bound(['b', text])
+  with pytest.raises(InputError, match='must end with the separator'):
+    flex.logits([97, 98, 99])

@@ -56,6 +56,18 @@ def slow(texts, prompts):
   time.sleep(30)
 
 
+def large(texts, prompts):
+  del prompts
+  return [1e300 for _ in texts]
+
+
+def clears(texts, prompts):
+  del prompts
+  num = len(texts)
+  texts.clear()
+  return [1.0] * (num + 1)
+
+
 NOT_A_FUNCTION = 3
 TEXTS, PROMPTS = ['see', 'be'], ['', 'b']
 
@@ -64,6 +76,8 @@ def test_a_weighted_sum():
   reward = make(f'-2*{__name__}:count_es+{__name__}:answers')
   np.testing.assert_array_equal(reward(TEXTS, PROMPTS), [3 - 4, 1 - 2])
   assert reward(TEXTS, PROMPTS).dtype == np.float32
+  large = make(f'1e+3*{__name__}:count_es')
+  np.testing.assert_array_equal(large(TEXTS, PROMPTS), [2000, 1000])
 
 
 def test_the_law_of_the_text():
@@ -87,6 +101,8 @@ def test_the_law_of_the_text():
     ('raises', "raises' raised KeyError: 'lost'.*rewards_test.py, line"),
     ('leaves', "leaves' raised SystemExit: 3"),
     ('slow', "slow' took more than 0.1 s for 2 texts"),
+    ('large', "large'] add up to numbers beyond float32, such as 1e\\+300"),
+    ('clears', "clears' must return 2 numbers"),
   ],
 )
 def test_functions_that_are_wrong(name, message):

@@ -113,6 +113,8 @@ def test_a_prompt_is_kept_and_rewards_never_fall(name):
     ((1, -1, 0.0), 'num_refinements=-1'),
     ((1, 1, -1.0), 'reward_temperature=-1.0'),
     ((2, 0, 1.0), 'reward_temperature=1.0 is ignored'),
+    ((2.5, 0, 0.0), 'best_of=2.5 must be an integer'),
+    ((1, 1, np.inf), 'reward_temperature=inf'),
   ],
 )
 def test_wrong_values(values, named):

@@ -235,6 +235,11 @@ class ModelConfig:
     ):
       require(getattr(self, key) > 0, key, 'must be > 0')
     require(
+      self.rope_scaling != 'yarn' or self.rope_theta > 1,
+      'rope_theta',
+      "must be > 1 with model.rope_scaling='yarn'",
+    )
+    require(
       self.has_rotary or self.rope_factor == 1,
       'rope_factor',
       'is ignored by learned positions; it must be 1.0',

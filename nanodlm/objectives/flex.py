@@ -97,8 +97,8 @@ class Flex(InsertRule, room.Roomy):
     share = _alignment(can_be, is_free, num_text[:, 0], num[:, 0])
     # How many absent tokens are expected before each place.
     index = place.astype(jnp.float32)
-    before = jnp.sum(share * index[:, None], axis=2)
-    before = jnp.where(place < num, before, num_text) - index
+    before = jnp.sum(share * (index[:, None] - index[..., None]), axis=2)
+    before = jnp.where(place < num, before, num_text - index)
     ends_gap = (place <= num) & ~is_mask
     last = jax.lax.cummax(jnp.where(ends_gap, place, -1), axis=1)
     last = jnp.pad(last, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
@@ -210,5 +210,7 @@ def _alignment(
   _, after = jax.lax.scan(backward, stop, (same, skip, inside), reverse=True)
   total = jnp.take_along_axis(total, num[:, None], axis=1)[None]
   log_share = before[..., :-1] + same + after[..., 1:] - total
-  share = jnp.where(inside, jnp.exp(log_share), 0.0)
-  return jnp.moveaxis(share, 0, 2)
+  share = jnp.moveaxis(jnp.where(inside, jnp.exp(log_share), 0.0), 0, 2)
+  # The logarithms of large numbers of ways are rounded.
+  total_share = jnp.sum(share, axis=2, keepdims=True)
+  return jnp.where(total_share > 0, share / total_share, 0.0)

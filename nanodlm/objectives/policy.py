@@ -194,6 +194,12 @@ class Policy(Tuning):
         f"{data.segment_ids!r} must be 'eos' and False with policy.name="
         f'{kind!r}: nothing says how long a sample is'
       )
+    if data.is_chat:
+      raise InputError(
+        f'data.source={data.source!r} must not be conversations with '
+        f'policy.name={kind!r}, which samples one response to a prompt: write '
+        'them as pairs:GLOB'
+      )
     if not settings.train.reward:
       raise InputError(
         "train.reward='' must say what samples are worth with policy.name="

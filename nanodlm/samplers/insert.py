@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.devices import sharding
-from nanodlm.noise import times
+from nanodlm.noise import categorical, times
 from nanodlm.noise.categorical import Draw
 from nanodlm.samplers import posterior, reveal
 from nanodlm.types import InsertRule, Objective, Sampler, Samples
@@ -71,7 +71,11 @@ class Insert(Sampler):
       logits = denoise(tokens, jnp.full(len(tokens), t), positions)
       step_keys = reveal.fold_in_each(keys, step)
       draw_keys, when_keys, count_keys = reveal.split_each(step_keys, 3)
-      new = self.draw.sample(draw_keys, logits)
+      # No mask stands for the token that room holds.
+      is_room = jnp.arange(logits.shape[-1])[None, None] == last[..., None]
+      new = self.draw.sample(
+        draw_keys, jnp.where(is_room, categorical.NEG_INF, logits)
+      )
       when = reveal.uniform_each(when_keys, tokens.shape[1])
       shown = (tokens == mask_id) & free & (when < share)
       mean = self.rule.num_absent(

@@ -35,7 +35,7 @@ from nanodlm.show import live, replay
 from nanodlm.types import InputError
 
 # The sections that --mode=sample reads.
-READS = ('sampler.', 'mesh.', 'model.', 'objective.')
+READS = ('sampler.', 'mesh.', 'model.', 'objective.', 'train.reward_secs')
 
 
 def define_flags():
@@ -123,10 +123,10 @@ def main(start: Start) -> int:
   page = _make_page(options.html, options['alternatives'])
   slots = [text for text in texts if prompts.has_choices(text)]
   others = [text for text in texts if text not in slots]
-  if slots and not others and (samplers or page):
+  if slots and not others and (samplers or page or wanted[0]):
     raise InputError(
-      f'prompt={slots[0]!r}: --samplers and --html do not apply to a slot, for '
-      'which nothing is sampled'
+      f'prompt={slots[0]!r}: --samplers, --html and --reward do not apply to a '
+      'slot, for which nothing is sampled'
     )
   if page and wanted[0]:
     raise InputError(

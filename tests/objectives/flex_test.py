@@ -7,6 +7,7 @@ import pytest
 
 from nanodlm.objectives.flex import Flex
 from tests import gaps, toys
+from tests.gaps import FILL
 from tests.toys import MASK
 
 FLEX = Flex(MASK)
@@ -133,3 +134,18 @@ def test_terms_are_those_of_the_enumeration():
     np.testing.assert_allclose(
       loss, 2 / 0.7 * gaps.loss_of(one, logits, 0.7**2), rtol=1e-4, atol=1e-5
     )
+
+
+def test_targets_of_long_rows():
+  """The numbers of ways to align them are beyond 1e300."""
+  length, num_text = 1024, 1000
+  x0 = jax.random.randint(jax.random.key(0), (1, length), 0, FILL)
+  x0 = jnp.where(jnp.arange(length) < num_text, x0, FILL)
+  eligible, keys = jnp.ones_like(x0, bool), jax.random.key(1)[None]
+  noised = jax.jit(FLEX.corrupt)(keys, jnp.array([0.5]), x0, eligible)
+  num_absent = num_text - int(jnp.sum(noised.tokens != FILL))
+  assert num_absent > 200
+  count = noised.fields['count'] * (noised.scored & ~noised.fields['is_mask'])
+  np.testing.assert_allclose(jnp.sum(count), num_absent, rtol=1e-5)
+  share = jnp.sum(noised.fields['share'], axis=2)[noised.tokens != FILL]
+  np.testing.assert_allclose(share, 1, rtol=1e-5)

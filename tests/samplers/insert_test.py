@@ -197,3 +197,16 @@ def test_no_more_masks_than_there_is_room_for():
   tokens = np.array(samples.tokens)
   assert np.all(tokens < MASK)
   assert samples.num_calls <= sampler.max_calls(2)
+
+
+def test_it_ends_if_the_network_prefers_the_separator():
+  def denoise(tokens, level, positions):
+    logits = 5.0 * jax.nn.one_hot(jnp.full_like(tokens, FILL), MASK + 1)
+    return logits.at[..., MASK].set(1.0)  # It always inserts.
+
+  sampler = insert.Insert(Draw(MASK, temperature=0.0), 4, Flex(MASK))
+  canvas = canvas_of([FILL] * 6, [False] * 5 + [True], num=20)
+  samples = run(sampler, denoise, canvas)
+  assert samples.num_calls <= sampler.max_calls(6)
+  tokens = np.asarray(samples.tokens)
+  assert np.all(tokens != MASK) and np.any(tokens != FILL)

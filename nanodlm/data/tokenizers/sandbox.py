@@ -17,8 +17,13 @@ from jinja2 import nodes, sandbox, visitor
 
 MAX_STEPS = 100_000
 MAX_SIZE = 10_000_000
-# Filters whose result may be longer than what they are given.
+# Filters, and methods of texts, whose result may be longer than what they are
+# given.
 _GROWING = ('batch', 'center', 'indent', 'join', 'replace', 'slice', 'wordwrap')
+_GROWING_METHODS = (
+  *('center', 'expandtabs', 'join', 'ljust', 'replace', 'rjust', 'translate'),
+  'zfill',
+)
 # Where the values of a template have its `_Budget`; not a name in a template.
 _BUDGET = ' budget'
 
@@ -71,7 +76,9 @@ def _check_product(*values: Any):
 
 def _check_widths(form: Any):
   """Raises Excess if fields of a format string may be too long."""
-  if isinstance(form, str) and re.search(r'\d{4}|\*', form):
+  if isinstance(form, str) and (
+    '*' in form or sum(map(int, re.findall(r'\d{1,8}', form))) > 1000
+  ):
     raise Excess('it formats a text with the width of a field')
 
 
@@ -84,12 +91,23 @@ def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
   return call
 
 
+def _narrow(to_json: Callable[..., Any]) -> Callable[..., Any]:
+  @functools.wraps(to_json)
+  def call(context, value, indent=None):
+    if indent is not None and not 0 <= int(indent) <= 100:
+      raise Excess(f'it indents JSON by {indent!r}; at most 100 is allowed')
+    return to_json(context, value, indent)
+
+  return call
+
+
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
   intercepted_binops = frozenset(['+', '*', '**', '%'])
 
   def call_binop(self, context, operator, left, right):
     if operator == '+':
-      _check(_size(left) + _size(right))
+      if not isinstance(left, int):
+        _check(_size(left) + _size(right))
     elif operator == '%':
       _check_widths(left)
     elif operator == '**':
@@ -99,7 +117,10 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
     return super().call_binop(context, operator, left, right)
 
   def call(self, context, function, *args, **kwargs):  # pyright: ignore[reportIncompatibleMethodOverride]
-    if isinstance(function, types.BuiltinMethodType):
+    if (
+      isinstance(function, types.BuiltinMethodType)
+      and function.__name__ in _GROWING_METHODS
+    ):
       _check_product(function.__self__, *args, *kwargs.values())
     return super().call(context, function, *args, **kwargs)
 
@@ -144,7 +165,8 @@ class Template:
     environment.globals['raise_exception'] = _refuse
     filters = environment.filters
     filters |= {name: _limited(filters[name]) for name in _GROWING}
-    del filters['format']
+    del filters['format'], environment.globals['lipsum']
+    filters['tojson'] = _narrow(filters['tojson'])
     tree = _Limits().visit(environment.parse(text))
     tree.set_environment(environment)
     for node in tree.find_all(nodes.Node):

@@ -200,7 +200,8 @@ class Nemotron(InBlocks, Masked, llama.Llama):
     for key in ('llama_4_scaling_beta', 'max_position_embeddings'):
       rope.pop(key, None)
     own = {**config, 'rope_parameters': rope, 'rope_scaling': None}
-    start, mask = config['bos_token_id'], token_id(config, 'mask_token_id')
+    start = token_id(config, 'bos_token_id')
+    mask = token_id(config, 'mask_token_id')
     weights = config.get('ar_loss_weight'), config.get('dlm_loss_weight')
     ar, dlm = (1.0 if weight is None else weight for weight in weights)
     return {

@@ -28,7 +28,8 @@ EVERYTHING = """
   {%- call wrap('b') %}{{ m.content | replace('a', 'bb') | trim }}{% endcall -%}
   {{- '=' * 3 + m.content.replace('l', '').lstrip() | indent(2) }}
   {{- '%s %d' | string % ('a', 7) if loop.last else '\n' }}
-  {{- m | tojson }}{{ [m.role, 'x'] | join(', ') }}
+  {{- m | tojson }}{{ [m.role, 'x'] | join(', ') }}{{ m | tojson(indent=2) }}
+  {{- 9000000 + 9000000 }}{{ (m.content * 9999).startswith(m.content * 999) }}
 {%- else -%}none{%- endfor -%}
 {{- ns.all }}
 {%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
