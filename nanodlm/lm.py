@@ -580,6 +580,16 @@ def lay_out_chat(
       f'{run.settings.data.length!r}: the model was not trained on longer '
       'conversations'
     )
+  if not run.sampler.fills_masks:
+    raise InputError(
+      f'sampler.name={run.sampler_name!r} cannot answer messages: it does not '
+      'fill gaps of a given number of tokens'
+    )
+  if any(isinstance(one, str) for one in messages):
+    raise InputError(
+      f'prompt={messages!r} must be one text, or messages with roles; sample '
+      'several texts one by one'
+    )
   return prompts.make_chat_canvas(messages, run.tokenizer, length, size)
 
 

@@ -422,12 +422,15 @@ def measure_lengths(
         p = np.array([*law_of.values()])
         scores[-1] += p.max(), np.sum(p * p)
     columns = np.array(scores, np.float64).T
-    interval = lambda x: metrics.ratio_interval(x, np.ones(len(kept)))
     correct, long, best, exact, best_length, exact_length = columns
-    names = ('accuracy', 'length_accuracy', 'bayes_accuracy')
     values: dict[str, float] = {}
-    for name, x in zip(names, (correct, long, best)):
-      values[name], values[f'{name}_ci95'] = interval(x)
+    for name, x in (('accuracy', correct), ('length_accuracy', long)):
+      low, high = metrics.share_interval(int(x.sum()), len(kept))
+      values[name] = share = float(x.mean())
+      values[f'{name}_ci95'] = max(high - share, share - low)
+    values['bayes_accuracy'], values['bayes_accuracy_ci95'] = (
+      metrics.ratio_interval(best, np.ones(len(kept)))
+    )
     _, own = lms.without_room(run, filled, fixed)
     yield {
       'pattern': pattern,

@@ -109,6 +109,11 @@ class Completions:
   def lay_out(self, prompt: str | list[int]) -> Canvas:
     """Returns tokens and fixed [n] of a prompt, its gap and the suffix."""
     model, size = self._model, self._body.max_tokens
+    if not model.engine.choose(self._body.sampler).sampler.fills_masks:
+      raise InputError(
+        'the model chooses how many tokens it writes, which max_tokens says '
+        "here: use POST /api/generate with the gap '{*}'"
+      )
     size = 16 if size is None else size
     encode, length = model.tokenizer.encode, model.engine.length
     suffix = self._body.suffix or ''

@@ -443,7 +443,8 @@ class Service:
       'sampler': used,
       'samples': [
         {
-          'text': decode(tokens),
+          # Without what is left of the room of gaps.
+          'text': decode(tokens[: np.sum(row.fixed) - np.sum(fixed) or None]),
           'shown': decode(show(run, tokens, fixed), is_start=not is_chat),
           'tokens': row.canvas.tolist(),
           'texts': self.tokenizer.spell(row.canvas),
