@@ -224,3 +224,8 @@ def test_texts_whose_end_does_not_fit_are_refused(flex):
       flex.bound(['b', text])
   with pytest.raises(InputError, match='must end with the separator'):
     flex.logits([97, 98, 99])
+
+
+def test_messages_and_lists_of_texts_are_refused(flex):
+  with pytest.raises(InputError, match="'insert' cannot answer messages"):
+    flex.sample([{'role': 'user', 'content': 'a'}])
