@@ -119,7 +119,10 @@ def describe_runs(runs: Sequence[Run]) -> Iterator[Part]:
     f'95% interval; tokens/s: the median of the last {SPEED_LINES} lines; '
     'skipped steps: since the last start.'
   )
+  is_same = len({run.tokenizer for run in runs}) == 1 and runs[0].tokenizer
   for prefix in ('tokenizer', 'data.source'):
+    if prefix == 'tokenizer' and is_same:
+      continue
     if any(row['setting'].startswith(prefix) for row in rows):
       yield f'The runs differ in {prefix}: do not compare their nats per token.'
   for run in runs:

@@ -42,6 +42,7 @@ class Run(NamedTuple):
       `config.lora` together with the base's.
     problems: files that are missing or cannot be read, and other warnings.
     num_trained: number of those that `config.lora` trains; None without it.
+    tokenizer: the files of its tokenizer, to compare; empty if it has none.
   """
 
   name: str
@@ -53,6 +54,7 @@ class Run(NamedTuple):
   num_params: int | None
   problems: list[str]
   num_trained: int | None = None
+  tokenizer: tuple[bytes, ...] = ()
 
   @property
   def last_step(self) -> int:
@@ -188,6 +190,11 @@ def read_run(workdir: pathlib.Path, name: str) -> Run:
     num_params=num_params,
     problems=problems,
     num_trained=num_trained,
+    tokenizer=tuple(
+      path.read_bytes()
+      for name in (workdir_files.TOKENIZER, workdir_files.TOKENIZER_MODEL)
+      if (path := workdir / name).is_file()
+    ),
   )
   is_complete = run.last_step >= config.get('train.num_steps', math.inf)
   return run._replace(state=_find_state(workdir, is_complete))

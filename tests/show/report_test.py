@@ -11,6 +11,7 @@ import urllib.parse
 import pytest
 
 from nanodlm.show import report
+from nanodlm.show.runs import read_run
 from tests import launches
 from tests.show.fake_runs import write_lines, write_run
 
@@ -331,3 +332,17 @@ def test_law_of_the_text(tmp_path):
   compared['panels'] = {'../x': 'y'}
   (tmp_path / 'comparison.json').write_text(json.dumps(compared))
   assert run_main([a], f'--compare={tmp_path}', output=output) == 2
+
+
+@pytest.mark.parametrize('other, is_said', [('a', False), ('b', True)])
+def test_the_same_tokenizer_by_another_name(tmp_path, other, is_said):
+  runs = []
+  for name, content in ('bytes', 'a'), ('run', other):
+    folder = write_run(tmp_path / name)
+    config = json.loads((folder / 'config.json').read_text())
+    config['tokenizer']['name'] = name
+    (folder / 'config.json').write_text(json.dumps(config))
+    (folder / 'tokenizer.json').write_text(content)
+    runs.append(read_run(folder, name))
+  parts = map(str, report.describe_runs(runs))
+  assert any('differ in tokenizer' in part for part in parts) == is_said
