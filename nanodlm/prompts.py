@@ -280,7 +280,8 @@ def make_chat_canvas(
     raise InputError(
       f'the conversation has {len(ids)} tokens and leaves {max(left, 0)} for '
       f'an answer{f" of {size}" if size else ""} on a canvas of {length}; '
-      'begin a new conversation, or shorten it'
+      'ask for a shorter answer, or begin a new conversation, by /clear in '
+      '--mode=chat'
     )
   length = length if size is None else len(ids) + size
   fixed = np.arange(length) < len(ids)
