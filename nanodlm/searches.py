@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from nanodlm.training import progress
 from nanodlm.types import InputError
 
 # See `lm.make_fill`.
@@ -72,6 +73,7 @@ class Search:
       seed = jax.random.key_data(key_of(num))
       rng = np.random.default_rng(np.asarray(seed).tolist())
       best, values, num_calls = tokens, np.full(len(tokens), -np.inf), 0.0
+      countdown = progress.Countdown('searching', num)
       for i in range(num):
         is_refinement = i >= self.best_of
         given = ~self._redrawn(rng, ~fixed) if is_refinement else fixed
@@ -87,6 +89,7 @@ class Search:
         values = np.where(is_taken, new_values, values)
         if on_candidate:
           on_candidate(is_taken)
+        countdown.count()
       return best, num_calls
 
     return search

@@ -34,7 +34,7 @@ MAY_IMPORT = {
   'data': ('types', 'workdir'),
   'prompts': ('types', 'data'),
   'laws': ('types', 'data', 'training', 'prompts'),
-  'searches': ('types',),
+  'searches': ('training', 'types'),
   'rewards': ('types', 'devices', 'data', 'laws'),
   'training': (*GROUND, 'model', 'workdir'),
   'config': ('types', 'workdir', 'devices', 'data', 'training'),
