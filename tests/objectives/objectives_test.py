@@ -508,18 +508,19 @@ class ConformanceTest(parameterized.TestCase):
 
   @parameterized.named_parameters(KINDS)
   def test_the_mask_is_not_predicted(self, case, objective):
+    num = 8
     logits = np.zeros((LENGTH, 4), np.float32)
     logits[:, MASK] = 50.0
-    shape = objective.sample_levels(jax.random.key(1), 2, LENGTH).shape
+    shape = objective.sample_levels(jax.random.key(1), num, LENGTH).shape
     levels = jnp.full(shape, 0.5)
     _, terms = noised_nll(
-      lambda table, noised: jnp.stack([table] * 2),
+      lambda table, noised: jnp.stack([table] * num),
       objective,
       logits,
-      jax.random.split(jax.random.key(0), 2),
+      jax.random.split(jax.random.key(0), num),
       levels,
-      TEXTS[:2],
-      np.ones((2, LENGTH), bool),
+      TEXTS[:num],
+      np.ones((num, LENGTH), bool),
     )
     scored = terms.cross_entropy[terms.cross_entropy > 0]
     self.assertGreater(scored.size, 0)
