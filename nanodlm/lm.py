@@ -64,8 +64,8 @@ class Sample(NamedTuple):
       the prompt, and with a sampler that fills gaps of any length. It is that
       of the call that revealed the token, given the canvas before the call;
       with a sampler that changes tokens, of the last call after which this one
-      did not change. It is the network's own, before
-      temperature, top-k, top-p and guidance. The sum is the text's exact
+      did not change. It is the network's own, before temperature, top-k, top-p
+      and guidance. The sum is the text's exact
       log-probability for the samplers `ar` and `speculate`, on a blank canvas;
       otherwise it depends on the order in which tokens are revealed, and the
       tokens of one call are treated as independent; see `bound`.
@@ -191,8 +191,8 @@ class LanguageModel:
 
     Args:
       prompt: a text with gaps, '{}' of automatic size, '{12}' of 12 tokens, or
-        '{*}' of any length (objective.name='flex'). A prompt without a gap is
-        continued; '' is a blank canvas. Messages, such as
+        '{*}' of any length, which the samplers insert and expand fill. A prompt
+        without a gap is continued; '' is a blank canvas. Messages, such as
         [{'role': 'user', 'content': 'Hello'}], are answered.
       num_samples: number of texts.
       sampler: a name in `samplers.SAMPLERS`; None is the run's sampler.
@@ -238,7 +238,7 @@ class LanguageModel:
           source, target = (kept, taken) if is_new else (taken, kept)
           target[i] = copy.deepcopy(source[i])
 
-      fill = search.around(fill, on_candidate)
+      fill = search.around(fill, on_candidate if keeps else None)
     key = jax.random.key(seed)
     filled, num_calls = fill(self.params, key, tokens, is_fixed)
     warn_of_full(run, filled, fixed)

@@ -8,6 +8,20 @@ import jax.numpy as jnp
 from nanodlm.noise import processes, times
 from nanodlm.types import InputError, Objective, ReverseRule
 
+# The settings of an objective that only its own loss reads: those that
+# distillation and tuning ignore.
+LOSS_FIELDS = frozenset(
+  {
+    'noise',
+    'max_weight',
+    'min_time',
+    'num_timesteps',
+    'curriculum_steps',
+    'tau',
+    'num_soft_tokens',
+  }
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Diffusion(ReverseRule, Objective):

@@ -51,18 +51,7 @@ class Distillation(Objective):
   round: Any = 0
 
   uses_frozen = True
-  # The fields of `base` that only its own loss reads.
-  ignored = frozenset(
-    {
-      'noise',
-      'max_weight',
-      'min_time',
-      'num_timesteps',
-      'curriculum_steps',
-      'tau',
-      'num_soft_tokens',
-    }
-  )
+  ignored = diffusion.LOSS_FIELDS
 
   def __post_init__(self):
     for key in 'num_steps', 'round_steps':

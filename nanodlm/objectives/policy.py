@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import categorical
-from nanodlm.objectives import masking
+from nanodlm.objectives import diffusion, masking
 from nanodlm.types import InputError, Noised, Objective, Scores, Terms
 
 # Share of the prompt that the one-step estimate hides, as in diffu-GRPO.
@@ -33,18 +33,7 @@ class Tuning(Objective):
   base: Any
   kl_weight: float = 0.0
 
-  # The fields of `base` that only its own loss reads.
-  ignored = frozenset(
-    {
-      'noise',
-      'max_weight',
-      'min_time',
-      'num_timesteps',
-      'curriculum_steps',
-      'tau',
-      'num_soft_tokens',
-    }
-  )
+  ignored = diffusion.LOSS_FIELDS
 
   def __post_init__(self):
     if not self.kl_weight >= 0:

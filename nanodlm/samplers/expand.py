@@ -50,8 +50,7 @@ class Expand(Sampler):
     # Gaps of a given length have no room.
     is_any = free & (canvas.tokens == last) & canvas.fixed[:, -1:]
     row, place = jnp.arange(len(free))[:, None], jnp.arange(length)[None]
-    begins = jnp.pad(free[:, 1:] != free[:, :-1], ((0, 0), (1, 0)))
-    start = jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+    start = insert.run_starts(free)
     is_first = is_any & (place - start < self.num_masks)
     tokens = jnp.where(free & (is_first | ~is_any), mask_id, canvas.tokens)
 

@@ -120,6 +120,13 @@ def ends_gap(tokens: jax.Array, free: jax.Array, mask_id: int) -> jax.Array:
   return is_text & (tokens != mask_id) & (free | after_free)
 
 
+def run_starts(free: jax.Array) -> jax.Array:
+  """Returns where the run of equal values of each position begins, [B, L]."""
+  begins = jnp.pad(free[:, 1:] != free[:, :-1], ((0, 0), (1, 0)))
+  place = jnp.arange(free.shape[1])[None]
+  return jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+
+
 def insert(
   tokens: jax.Array, free: jax.Array, count: jax.Array, mask_id: int
 ) -> jax.Array:
@@ -139,9 +146,7 @@ def insert(
   num_rows, length = tokens.shape
   row, place = jnp.arange(num_rows)[:, None], jnp.arange(length)[None]
   room = free & (tokens == tokens[:, -1:])
-  # A run begins where `free` changes.
-  begins = jnp.pad(free[:, 1:] != free[:, :-1], ((0, 0), (1, 0)))
-  start = jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+  start = run_starts(free)
   in_run = lambda x: jnp.zeros_like(tokens).at[row, start].add(x)[row, start]
   capacity = in_run(room.astype(tokens.dtype))
   count = count.astype(tokens.dtype)
