@@ -591,14 +591,13 @@ def _check_effects(run: Run, given: Collection[str]):
     'sampler': sampled,
     'optim': optim.reads(settings.optim.name, settings.optim.schedule),
   }
+  values = settings.to_dict()
   names = {
     'objective': settings.objective['name'],
-    'distill': settings.distill['name'],
-    'policy': settings.policy['name'],
+    **{kind: values[kind]['name'] for kind in objectives.METHODS},
     'sampler': run.sampler_name,
     'optim': settings.optim.name,
   }
-  values = settings.to_dict()
   for key in sorted(given):
     section, _, leaf = key.partition('.')
     if section == 'lora' and leaf != 'rank' and not settings.lora['rank']:
