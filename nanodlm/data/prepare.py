@@ -232,6 +232,8 @@ def _prepare_one(
       else chat.find_template(tokenizer_config.chat_template)
     )
     identity['chat_template'] = hashlib.sha256(text.encode()).hexdigest()
+    if tokenizer and tokenizer.start_id >= 0:
+      identity['start_id'] = tokenizer.start_id
   if tokenizer and tokenizer.revision:
     identity['tokenizer_revision'] = tokenizer.revision
   if whole:

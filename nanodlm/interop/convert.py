@@ -222,6 +222,12 @@ def import_checkpoint(
       settings, mesh=MeshConfig(data=1, fsdp=1, tensor=1)
     )
     run = runs.make_run(local, devices=jax.devices('cpu')[:1])
+    start_id = network_of(run).start_token
+    begins = run.objective.causal or run.objective.autoregressive
+    if begins and described.mask_id is None:
+      start_id = described.start_id
+    if start_id >= 0:
+      tokenizer = dataclasses.replace(tokenizer, start_id=start_id)
     run = run.with_tokenizer(tokenizer)
     params = read_params(run, family, tensors, described, scratch)
     save_tokenizer(tokenizer, work)

@@ -60,6 +60,31 @@ def test_ids_are_those_of_transformers(exported):
   assert lm.tokenizer.swap_mask(ours.ids).tolist() == ids
 
 
+def test_the_start_of_a_text_is_not_written_twice(tmp_path):
+  # An autoregressive network begins with it, whatever the template does.
+  run = workdirs.make_workdir(
+    tmp_path / 'run', data__length=96, objective__name='ar'
+  )
+  export.export_checkpoint(str(run), str(tmp_path / 'exported'))
+  shutil.rmtree(tmp_path / 'exported' / convert.OWN)
+  path = tmp_path / 'exported' / 'tokenizer_config.json'
+  described = json.loads(path.read_text())
+  template = '{{ bos_token }}' + chat.TEMPLATES['plain']
+  path.write_text(json.dumps({**described, 'chat_template': template}))
+  rows = {}
+  for objective in ('ar', 'masked'):
+    workdir = str(tmp_path / objective)
+    changes = {'objective.name': objective}
+    convert.import_checkpoint(str(path.parent), workdir, changes=changes)
+    tokenizer = load_tokenizer(workdir)
+    rows[objective] = chat.make_format(tokenizer).encode(tokenizer, SAID)
+  start = rows['masked'].ids[0]
+  assert tokenizer.controls[described['bos_token']] == start
+  assert start not in rows['ar'].ids
+  for own, whole in zip(rows['ar'][:4], rows['masked'][:4]):
+    np.testing.assert_array_equal(own, whole[1:])
+
+
 def test_a_template_that_cannot_be_read_is_left_out(exported, tmp_path):
   _, folder = exported
   copy = shutil.copytree(folder, tmp_path / 'copy')

@@ -464,6 +464,40 @@ class ParityTest(FolderTest):
       theirs = network(torch.tensor(ids)[None], attention_mask=mask).logits[0]
     np.testing.assert_allclose(theirs, reference_logits(name, ids), atol=1e-4)
 
+  @parameterized.parameters(
+    ('gpt2', 'GPT2'),
+    ('llama', 'Llama'),
+    ('tied', 'Llama'),
+    ('llama3', 'Llama'),
+    ('yarn', 'Llama'),
+    ('mistral', 'Mistral'),
+    ('qwen2', 'Qwen2'),
+    ('qwen3', 'Qwen3'),
+  )
+  def test_what_transformers_writes(self, name, kind):
+    torch = pytest.importorskip('torch')
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    config = getattr(transformers, f'{kind}Config')(
+      **{**CONFIGS[name], 'model_type': kind.lower(), 'initializer_range': 0.3}
+    )
+    cls = 'GPT2LMHeadModel' if kind == 'GPT2' else f'{kind}ForCausalLM'
+    theirs = getattr(transformers, cls)(config).eval()
+    folder = self.folder()
+    theirs.save_pretrained(folder / 'theirs', max_shard_size='9KB')
+    self.assertTrue(
+      (folder / 'theirs' / 'model.safetensors.index.json').exists()
+    )
+    workdir = str(folder / 'ours')
+    convert.import_checkpoint(str(folder / 'theirs'), workdir, changes=BYTES)
+    lm = lms.load(workdir)
+    ids = np.random.default_rng(1).integers(0, V, LENGTH)
+    with torch.no_grad():
+      expected = theirs(torch.tensor([START, *ids])[None]).logits[0].numpy()
+    self.assertGreater(np.abs(expected).max(), 1)
+    logits = logits_of(lm.run.network.config, lm.params, np.array([[V, *ids]]))
+    np.testing.assert_allclose(logits[0, :, :V], expected, atol=1e-4)
+
   def test_the_samplers_of_nemotron(self):
     # The most probable tokens by its own forward pass: from left to right, and
     # block by block, with one call each.

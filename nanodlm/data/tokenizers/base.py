@@ -64,6 +64,8 @@ class Tokenizer(abc.ABC):
       with the same fingerprint are interchangeable.
     eos_ids: the tokens that end a text; by default the separator alone.
     chat_template: the Jinja template of conversations; see `chat`.
+    start_id: the control token that the network itself reads before a text, so
+      that a conversation does not begin with it a second time; -1 for none.
   """
 
   reads_path: ClassVar[bool] = False
@@ -79,6 +81,7 @@ class Tokenizer(abc.ABC):
   fingerprint: str
   eos_ids: tuple[int, ...] = dataclasses.field(default=(), kw_only=True)
   chat_template: str = dataclasses.field(default='', kw_only=True)
+  start_id: int = dataclasses.field(default=-1, kw_only=True)
 
   def __post_init__(self):
     if not self.eos_ids:
@@ -260,6 +263,7 @@ class Tokenizer(abc.ABC):
       'fingerprint': self.fingerprint,
       'eos_ids': list(self.eos_ids),
       **({'chat_template': self.chat_template} if self.chat_template else {}),
+      **({'start_id': self.start_id} if self.start_id >= 0 else {}),
     }
 
 

@@ -349,11 +349,14 @@ class ChatFormat:
     """
     check_messages(messages)
     rows, sizes, scored, num_lost = [], [], [], 0
-    for text, control, is_scored in self._parts(messages, generation):
+    parts = self._parts(messages, generation)
+    for i, (text, control, is_scored) in enumerate(parts):
+      if i == 0 and control == tokenizer.start_id >= 0:
+        continue  # The network begins with it.
       if control >= 0:
         ids, size = np.array([control], np.int32), np.zeros([1], np.int64)
       else:
-        is_start = not rows
+        is_start = i == 0
         encode = tokenizer.encode if is_start else tokenizer.encode_rest
         ids = encode(text)
         size = tokenizer.count_bytes(text, ids, is_start)

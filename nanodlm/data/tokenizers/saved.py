@@ -42,11 +42,15 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> base.Tokenizer:
     cls = tokenizers.find_class(described['name'])
     model_path = path.with_name(workdirs.TOKENIZER_MODEL)
     tokenizer = cls.from_json(described, str(model_path))
-    # Workdirs of older versions do not say it.
-    if ends := described.get('eos_ids'):
-      tokenizer = dataclasses.replace(tokenizer, eos_ids=tuple(ends))
-    if template := described.get('chat_template'):
-      tokenizer = dataclasses.replace(tokenizer, chat_template=template)
+    # Workdirs of older versions do not have all of them.
+    kept = {
+      key: described[key]
+      for key in ('eos_ids', 'chat_template', 'start_id')
+      if key in described
+    }
+    if 'eos_ids' in kept:
+      kept['eos_ids'] = tuple(kept['eos_ids'])
+    tokenizer = dataclasses.replace(tokenizer, **kept)
     is_same = tokenizer.fingerprint == described['fingerprint']
   except (KeyError, TypeError) as error:
     raise InputError(f'{path} is not a saved tokenizer: {error!r}') from error
