@@ -4,7 +4,8 @@
         --workdir=runs/llada
     python launch.py --config=configs/llada_8b_lora.py --workdir=runs/tuned
     python launch.py --mode=compile --config=configs/llada_8b_lora.py \
-        --topology=v5p:2x2x1 --vocab_size=126464
+        --topology=v5p:2x2x1 --vocab_size=126464 \
+        --config.train.batch_size=64
 
 The pairs are those of --config.data.source, see configs/sft.py. The base is
 frozen in bfloat16; checkpoints hold the adapters alone and their optimizer's
@@ -12,9 +13,8 @@ state (0.5 GB).
 
 Not yet run. Compiled ahead of time by the last command, for chips of 95 GiB
 that each have a whole copy, with JAX 0.10.2's TPU compiler: per chip, 15.4 GiB
-of arguments; 4 rows of 2048 tokens at a time, 4 times a step
-(train.batch_size=64): a peak of 21.0 GiB; 16 rows of 4096 tokens at once: 56.0.
-Both fit a card of 80 GB.
+of arguments; 4 rows of 2048 tokens at a time, 4 times a step: a peak of 21.0
+GiB; 16 rows of 4096 tokens at once: 56.0. Both fit a card of 80 GB.
 """
 
 from ml_collections import config_dict
