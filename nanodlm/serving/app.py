@@ -96,6 +96,7 @@ address, only programs of this machine can, and no page of another site.
 
 from __future__ import annotations
 
+import asyncio
 from concurrent import futures
 import logging
 import pathlib
@@ -270,7 +271,7 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     texts = model.tokenizer.spell(ids)
     return schemas.TokenizeResponse(tokens=ids.tolist(), texts=texts)
 
-  def submit(body: schemas.GenerateRequest, request: fastapi.Request):
+  async def submit(body: schemas.GenerateRequest, request: fastapi.Request):
     given = [body.prompt, body.tokens, body.messages]
     if sum(x is not None for x in given) != 1:
       raise InputError('give either prompt or tokens or messages')
@@ -278,7 +279,9 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
       canvas = model.lay_out_ids(body.tokens)
     elif body.messages is not None:
       messages = [message.plain() for message in body.messages]
-      canvas = model.lay_out(messages, body.sampler)
+      # A chat template may take seconds, in which others are served.
+      lay_out = model.lay_out
+      canvas = await asyncio.to_thread(lay_out, messages, body.sampler)
     else:
       canvas = model.lay_out(body.prompt or '', body.sampler)
     has_logprobs = body.logprobs is not None
@@ -290,7 +293,7 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     response_model=schemas.GenerateResponse,
   )
   async def generate(body: schemas.GenerateRequest, request: fastapi.Request):
-    submission = submit(body, request)
+    submission = await submit(body, request)
     await submission.finish(request)
     return model.respond(submission.rows, body.logprobs, bool(body.messages))
 
@@ -314,7 +317,7 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
 
     Lines that begin with a colon are comments.
     """
-    submission = submit(body, request)
+    submission = await submit(body, request)
     events = model.events(submission, body.logprobs, bool(body.messages))
     return EventStream(submission, events, 'error')
 

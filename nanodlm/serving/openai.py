@@ -1,5 +1,6 @@
 """/v1: the models and completions of OpenAI's API."""
 
+import asyncio
 import bisect
 from collections.abc import AsyncIterator, Sequence
 import secrets
@@ -77,7 +78,9 @@ class Completions:
   async def run(self, request: fastapi.Request) -> Any:
     """Returns the response, or a stream of it."""
     body = self._body
-    canvases = [self.lay_out(prompt) for prompt in self.prompts]
+    # A chat template may take seconds, in which others are served.
+    lay_out = lambda: [self.lay_out(prompt) for prompt in self.prompts]
+    canvases = await asyncio.to_thread(lay_out)
     submission = self._model.submit(
       request, body, canvases, self._num, self._has_logprobs
     )

@@ -380,7 +380,7 @@ def _compile(template: str) -> sandbox.Template:
   """Compiles a template as published ones expect."""
   try:
     return sandbox.Template(template)
-  except (jinja2.TemplateError, RecursionError) as error:
+  except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
     raise InputError(
       f'the chat template is not a Jinja template: {reason(error)}'
     ) from error

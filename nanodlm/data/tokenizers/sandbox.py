@@ -1,22 +1,26 @@
 """Jinja templates of unknown origin, in Jinja's sandbox, with limits.
 
 A template can neither reach Python's objects nor read files. All its loops and
-calls of macros together take MAX_STEPS steps at most; and neither what it
-writes, nor what an operator, a method or a filter makes of a text, is longer
-than MAX_SIZE.
+calls of macros together take MAX_STEPS steps at most; neither what it writes,
+nor what an operator, a method or a filter makes of a text, is longer than
+MAX_SIZE; and it ends MAX_SECS after its start, or one operation later.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextvars
 import functools
 import math
 import re
+import time
 import types
 from typing import Any
 
 from jinja2 import nodes, sandbox, visitor
 
 MAX_STEPS = 100_000
-MAX_SIZE = 10_000_000
+MAX_SIZE = 2_000_000
+# A conversation of 20 messages takes less than a millisecond.
+MAX_SECS = 5.0
 # Filters, and methods of texts, whose result may be longer than what they are
 # given.
 _GROWING = ('batch', 'center', 'indent', 'join', 'replace', 'slice', 'wordwrap')
@@ -24,8 +28,8 @@ _GROWING_METHODS = (
   *('center', 'expandtabs', 'join', 'ljust', 'replace', 'rjust', 'translate'),
   'zfill',
 )
-# Where the values of a template have its `_Budget`; not a name in a template.
-_BUDGET = ' budget'
+# Filters without a use here, whose time grows faster than their text.
+_SLOW = ('format', 'pprint', 'striptags', 'urlize')
 
 
 class Refusal(Exception):
@@ -37,22 +41,28 @@ class Excess(Exception):
 
 
 class _Budget:
-  """The steps that one rendering has left."""
+  """The steps and the time that one rendering has left."""
 
   def __init__(self):
     self._left = MAX_STEPS
+    self._end = time.monotonic() + MAX_SECS
 
-  def take(self, num: int = 1):
-    """Takes steps; raises Excess if there are too few."""
+  def take(self, num: int = 0):
+    """Takes steps; raises Excess if there are too few, or the time is over."""
     self._left -= num
     if self._left < 0:
       raise Excess(f'it loops more than {MAX_STEPS:,} times')
+    if time.monotonic() > self._end:
+      raise Excess(f'it takes more than {MAX_SECS:g} seconds')
 
   def range(self, *args: int) -> range:
     """The function range() of a template."""
     numbers = range(*args)
     self.take(len(numbers))
     return numbers
+
+
+_budget: contextvars.ContextVar[_Budget] = contextvars.ContextVar('budget')
 
 
 def _size(value: Any) -> int:
@@ -91,6 +101,22 @@ def _limited(function: Callable[..., Any]) -> Callable[..., Any]:
   return call
 
 
+def _timed(function: Callable[..., Any]) -> Callable[..., Any]:
+  @functools.wraps(function)
+  def call(*args, **kwargs):
+    _budget.get().take()
+    made = function(*args, **kwargs)
+    return _timed_items(made) if isinstance(made, types.GeneratorType) else made
+
+  return call
+
+
+def _timed_items(items: Iterator[Any]) -> Iterator[Any]:
+  for item in items:
+    _budget.get().take()
+    yield item
+
+
 def _narrow(to_json: Callable[..., Any]) -> Callable[..., Any]:
   @functools.wraps(to_json)
   def call(context, value, indent=None):
@@ -105,6 +131,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
   intercepted_binops = frozenset(['+', '*', '**', '%'])
 
   def call_binop(self, context, operator, left, right):
+    _budget.get().take()
     if operator == '+':
       if not isinstance(left, int):
         _check(_size(left) + _size(right))
@@ -117,6 +144,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
     return super().call_binop(context, operator, left, right)
 
   def call(self, context, function, *args, **kwargs):  # pyright: ignore[reportIncompatibleMethodOverride]
+    _budget.get().take()
     if (
       isinstance(function, types.BuiltinMethodType)
       and function.__name__ in _GROWING_METHODS
@@ -130,22 +158,28 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
       _check_widths(value.__self__)
     return wrapped
 
-  def count(self, context: Any) -> str:
-    """Counts a step of a loop, or a call of a macro."""
-    context.parent[_BUDGET].take()
+  def count(self, num: int) -> str:
+    """Takes steps from the budget, which ends what costs too much."""
+    _budget.get().take(num)
     return ''
 
 
 class _Limits(visitor.NodeTransformer):
   """Adds the limits to a template."""
 
-  def visit_For(self, node: Any) -> Any:
+  def _count(self, num: int) -> nodes.Expr:
     function = nodes.EnvironmentAttribute('count')
-    count = nodes.Call(function, [nodes.ContextReference()], [], None, None)
-    node.body.insert(0, nodes.Output([count]))
-    return self.generic_visit(node)
+    return nodes.Call(function, [nodes.Const(num)], [], None, None)
+
+  def visit_For(self, node: Any) -> Any:
+    node = self.generic_visit(node)
+    node.body.insert(0, nodes.Output([self._count(1)]))
+    return node
 
   visit_Macro = visit_CallBlock = visit_For
+
+  def visit_Compare(self, node: Any) -> Any:
+    return nodes.Or(self._count(0), self.generic_visit(node))
 
   def visit_Concat(self, node: Any) -> Any:
     node = self.generic_visit(node)
@@ -165,8 +199,11 @@ class Template:
     environment.globals['raise_exception'] = _refuse
     filters = environment.filters
     filters |= {name: _limited(filters[name]) for name in _GROWING}
-    del filters['format'], environment.globals['lipsum']
     filters['tojson'] = _narrow(filters['tojson'])
+    for name in _SLOW:
+      del filters[name]
+    filters |= {name: _timed(function) for name, function in filters.items()}
+    del environment.globals['lipsum']
     tree = _Limits().visit(environment.parse(text))
     tree.set_environment(environment)
     for node in tree.find_all(nodes.Node):
@@ -176,11 +213,14 @@ class Template:
   def render(self, **values: Any) -> str:
     """Returns the text; the template raises whatever Python can."""
     budget, size, parts = _Budget(), 0, []
-    values |= {_BUDGET: budget, 'range': budget.range}
-    for part in self._template.generate(values):
-      size += len(part)
-      _check(size)
-      parts.append(part)
+    token = _budget.set(budget)
+    try:
+      for part in self._template.generate({**values, 'range': budget.range}):
+        size += len(part)
+        _check(size)
+        parts.append(part)
+    finally:
+      _budget.reset(token)
     return ''.join(parts)
 
 

@@ -204,7 +204,7 @@ class ChatTest(parameterized.TestCase):
     ('{% set r = "x" * 400 %}{% for i in r %}{% for j in r %}'
      '{% endfor %}{% endfor %}', 'loops'),
     ('{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}'
-     '{% endmacro %}{{ f(40) }}', 'loops'),
+     '{% endmacro %}{{ f(40) }}', 'loops|seconds'),
     ('{{ "x" * 10000000000 }}', 'characters'),
     ('{{ ("x" * 10000) * 10000 }}', 'characters'),
     ('{% set n = namespace(x="x") %}{% for i in range(60) %}'
@@ -231,6 +231,7 @@ class ChatTest(parameterized.TestCase):
     ('{{ messages.append(1) }}', 'append'),
     ('{{ raise_exception("no system") }}', 'no system'),
     ('{% for', 'not a Jinja template'),
+    ('{{ x' + '|trim' * 999 + ' }}', 'not a Jinja template'),
     ('{{ messages[0].content }}', 'add_generation_prompt'),
     ('{% if add_generation_prompt %}<|im_start|>{% endif %}', 'answer'),
     (chat.TEMPLATES['llama3'], r'<\|start_header_id\|>'),

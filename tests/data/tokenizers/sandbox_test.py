@@ -1,5 +1,7 @@
 """Templates with limits write what they write in Jinja's own sandbox."""
 
+import time
+
 from jinja2 import sandbox as jinja
 import pytest
 
@@ -52,3 +54,25 @@ def test_limits_change_nothing(template):
   expected = plain.from_string(template).render(values)
   found = sandbox.Template(template)
   assert found.render(**values) == found.render(**values) == expected
+
+
+@pytest.mark.parametrize(
+  'template',
+  [
+    '{% set x = "ab" * 99999 %}' + '{% set x = x | list | sort | join %}' * 99,
+    '{% set x = "ab" * 99999 %}{% for i in range(9999) %}'
+    '{% if x ~ "c" in x ~ x %}{% endif %}{% endfor %}',
+    '{% set x = "ab" * 900000 %}{% set y = "ab" * 400000 ~ "c" %}'
+    + '{{ y in x }}' * 999,
+    '{% set x = "a" * 99999 %}{{ x | list'
+    + ' | map("upper") | select' * 40
+    + ' | list | length }}',
+  ],
+)
+def test_a_template_ends_in_time(template, monkeypatch):
+  monkeypatch.setattr(sandbox, 'MAX_SECS', 0.2)
+  found = sandbox.Template(template)
+  start = time.process_time()
+  with pytest.raises(sandbox.Excess, match='seconds'):
+    found.render()
+  assert time.process_time() - start < 5
