@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import logging
-from typing import Any, NamedTuple
+from typing import Any, cast, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -265,36 +265,68 @@ class LanguageModel:
 
   def bound(
     self,
-    texts: Sequence[str],
+    texts: Sequence[str] | Sequence[Sequence[chat.Message]],
     *,
     num_draws: int | None = None,
     seed: int = 0,
     batch_size: int = 32,
   ) -> list[Bound]:
-    """Bounds -log p of each text.
+    """Bounds -log p of each text, or of the answers in each conversation.
 
     A final separator is not included, unless the rows of training are documents
     or pairs: then the text is laid out as one of them, with its end. A text
     longer than data.length is split into rows that are scored independently.
+    Of a conversation, what the assistant says is scored, given the rest, as in
+    training.
 
     Args:
-      texts: non-empty texts.
+      texts: non-empty texts, or conversations: lists of messages such as
+        {'role': 'user', 'content': 'Hello'}.
       num_draws: noise draws per row and repetition, of which there are
         NUM_REPEATS; None is eval.num_draws.
       seed: seed of the noise.
       batch_size: number of rows per network call.
 
     Raises:
-      InputError: a text is empty or not a string, or the seed is too large.
+      InputError: a text is empty or not a string, a conversation is too long or
+        has no answer, or the seed is too large.
     """
     check_seed(seed, 'seed')
     if isinstance(texts, str):
       raise InputError(f'texts={texts!r} must be a list of texts')
+    if texts and not isinstance(texts[0], str):
+      batch, sizes = self._conversations(cast(Any, texts))
+      owner = np.arange(len(texts))
+    else:
+      batch, owner, sizes = self._texts(cast(Any, texts))
+    if not sizes:
+      return []
+    bounds = self._bound(batch, owner, num_draws, seed, batch_size)
+    scores = []
+    for value, width, (num_tokens, num_bytes) in zip(*bounds, sizes):
+      per_byte = 1 / (np.log(2) * num_bytes)
+      scores.append(
+        Bound(
+          nats=float(value),
+          nats_ci95=float(width),
+          bits_per_byte=float(value * per_byte),
+          bits_per_byte_ci95=float(width * per_byte),
+          num_tokens=num_tokens,
+          num_bytes=num_bytes,
+          is_exact=self.run.objective.exact,
+        )
+      )
+    return scores
+
+  def _texts(
+    self, texts: Sequence[str]
+  ) -> tuple[Batch, np.ndarray, list[tuple[int, int]]]:
+    """Returns rows of texts, the text of each, and their tokens and bytes."""
     for text in texts:
       if not isinstance(text, str) or not text:
         raise InputError(f'texts must be non-empty strings, not {text!r}')
     if not texts:
-      return []
+      return make_batch(np.zeros([0, 1]), np.zeros([0, 1])), np.zeros(0), []
     run = self.run
     rows = run.tokenizer.encode_to_score(texts)
     for text, row in zip(texts, rows):
@@ -303,24 +335,43 @@ class LanguageModel:
           f'texts: the {run.tokenizer.name} tokenizer encodes {text!r} as zero '
           'ids, whose probability is not defined'
         )
-    batch, owner = self._windows(rows)
-    nats, half_width = self._bound(batch, owner, num_draws, seed, batch_size)
-    bounds = []
-    for text, row, value, width in zip(texts, rows, nats, half_width):
-      num_bytes = len(text.encode())
-      per_byte = 1 / (np.log(2) * num_bytes)
-      bounds.append(
-        Bound(
-          nats=float(value),
-          nats_ci95=float(width),
-          bits_per_byte=float(value * per_byte),
-          bits_per_byte_ci95=float(width * per_byte),
-          num_tokens=len(row),
-          num_bytes=num_bytes,
-          is_exact=run.objective.exact,
+    sizes = [(len(row), len(text.encode())) for text, row in zip(texts, rows)]
+    return *self._windows(rows), sizes
+
+  def _conversations(
+    self, conversations: Sequence[Sequence[chat.Message]]
+  ) -> tuple[Batch, list[tuple[int, int]]]:
+    """Returns a row for each conversation, and what is scored of each.
+
+    That is the number of tokens and bytes that the assistant says.
+    """
+    data, tokenizer = self.run.settings.data, self.tokenizer
+    rows, scored, sizes = [], [], []
+    for i, messages in enumerate(conversations):
+      encoded = chat.make_format(tokenizer).encode(tokenizer, messages)
+      num_bytes = int(encoded.num_bytes[encoded.scored].sum())
+      if not num_bytes:
+        raise InputError(
+          f'conversation {i}: the {chat.ASSISTANT} says nothing that can be '
+          'scored'
         )
-      )
-    return bounds
+      if len(encoded.ids) > data.length:
+        raise InputError(
+          f'conversation {i} has {len(encoded.ids)} tokens; at most '
+          f'{data.length} are allowed (data.length)'
+        )
+      rows.append(encoded.ids)
+      scored.append(encoded.scored)
+      sizes.append((int(encoded.scored.sum()), num_bytes))
+    fills = data.has_documents and data.padding == 'eos'
+    longest = max(map(len, rows))
+    size = data.length if fills else self._row_size(longest)
+    tokens, is_text = pad(rows, size)
+    eligible, _ = pad(scored, size)
+    tokens = np.where(is_text, tokens, np.int32(tokenizer.separator_id))
+    is_row = is_text | fills
+    eligible = (eligible > 0) | (is_row & ~is_text)
+    return make_batch(tokens, eligible, (~is_row).astype(np.int32)), sizes
 
   def _bound(
     self,
@@ -350,7 +401,11 @@ class LanguageModel:
     return nats, _T_QUANTILE * spread / num**0.5
 
   def choose(
-    self, prompt: str, *, num_draws: int | None = None, seed: int = 0
+    self,
+    prompt: str | Sequence[chat.Message],
+    *,
+    num_draws: int | None = None,
+    seed: int = 0,
   ) -> list[Choice]:
     """Returns the probability of each text that can fill a slot.
 
@@ -360,29 +415,36 @@ class LanguageModel:
     model that sees the text after the slot gives a bound on -log p(choice |
     the rest). Other models compare whole texts: by their exact probability with
     objective.name='ar' and with objective.ar_weight > 0 (the law of
-    `speculate`), else by their bounds.
+    `speculate`), else by their bounds. So are the answers of a conversation.
 
     Args:
-      prompt: a text with one slot, such as 'The sky is {blue|green}.'.
+      prompt: a text with one slot, such as 'The sky is {blue|green}.', or
+        messages, the last of which is the assistant's and has the slot.
       num_draws: see `bound`.
       seed: see `bound`.
 
     Raises:
       InputError: there is not one slot, or there are gaps that are not allowed.
     """
-    before, choices, after = prompts.split_choices(prompt)
+    messages, text = None, prompt
+    if not isinstance(text, str):
+      messages = text
+      text = prompts.choices_of(messages)
+    before, choices, after = prompts.split_choices(text)
     tokenizer, run = self.tokenizer, self.run
     sees_right = run.objective.sees_right(run.settings.sample_length)
     # A space before the slot may be a part of the token in it.
     space = before.removeprefix(prompts.before_gap(before, tokenizer))
     encode = tokenizer.encode_rest if before else tokenizer.encode
     rows = [encode(space + choice) for choice in choices]
-    if run.objective.predicts_masked and all(len(row) == 1 for row in rows):
+    is_text = messages is None
+    is_single = is_text and all(len(row) == 1 for row in rows)
+    if run.objective.predicts_masked and is_single:
       canvas, slot = self._lay_out_slot(before, after, 1)
       logits = self.logits(canvas)[slot][: tokenizer.mask_id]
       log_p = np.asarray(jax.nn.log_softmax(logits))
       values = [(-float(log_p[row[0]]), 0.0, True) for row in rows]
-    elif sees_right and run.sampler.fills_masks:
+    elif is_text and sees_right and run.sampler.fills_masks:
       for part in before, after:
         prompts.plain_text(part)
       texts, is_slot = [], []
@@ -406,7 +468,10 @@ class LanguageModel:
         )
         model = dataclasses.replace(self, run=run)
       before, after = (prompts.plain_text(x) for x in (before, after))
-      texts = [before + choice + after for choice in choices]
+      texts: list[Any] = [before + choice + after for choice in choices]
+      if messages is not None:
+        *rest, last = messages
+        texts = [[*rest, {**last, 'content': text}] for text in texts]
       bounds = model.bound(texts, num_draws=num_draws, seed=seed)
       values = [(x.nats, x.nats_ci95, x.is_exact) for x in bounds]
     weights = np.array([-nats for nats, _, _ in values])
@@ -452,8 +517,7 @@ class LanguageModel:
       rows = [
         np.append(row, separator) if len(row) % longest else row for row in rows
       ]
-    step = np.lcm(LENGTH_STEP, self.run.objective.block_size or 1)
-    size = min(-(-max(map(len, rows)) // step) * step, longest)
+    size = self._row_size(max(map(len, rows)))
     fills = data.has_documents and data.padding == 'eos'
     size = longest if fills else size
     tokens, is_text, owner = cut_windows(rows, size)
@@ -462,6 +526,11 @@ class LanguageModel:
     # The padding is a separate segment, so that texts do not attend to it.
     batch = make_batch(tokens, is_text, (~is_text).astype(np.int32))
     return batch, owner
+
+  def _row_size(self, length: int) -> int:
+    """Returns the length of rows of texts of at most `length` tokens."""
+    step = np.lcm(LENGTH_STEP, self.run.objective.block_size or 1)
+    return int(min(-(-length // step) * step, self.run.settings.data.length))
 
   def logits(self, tokens: Any, level: float | None = None) -> np.ndarray:
     """Returns the logits of the clean tokens, [B, L, V] or [L, V] float32.
@@ -585,7 +654,8 @@ def lay_out_chat(
       f'sampler.name={run.sampler_name!r} cannot answer messages: it does not '
       'fill gaps of a given number of tokens'
     )
-  if any(isinstance(one, str) for one in messages):
+  is_list = isinstance(messages, Sequence)
+  if is_list and any(isinstance(one, str) for one in messages):
     raise InputError(
       f'prompt={messages!r} must be one text, or messages with roles; sample '
       'several texts one by one'

@@ -102,6 +102,18 @@ def split_choices(prompt: str) -> tuple[str, list[str], str]:
   return prompt[: slots[0].start()], choices, prompt[slots[0].end() :]
 
 
+def choices_of(messages: Sequence[chat.Message]) -> str:
+  """Returns the last of messages, which is the assistant's and has the slot."""
+  chat.check_messages(messages)
+  role = messages[-1]['role']
+  if role != chat.ASSISTANT:
+    raise InputError(
+      f'messages[{len(messages) - 1}] is of the role {role!r}; the last one '
+      f"must be the {chat.ASSISTANT}'s, with a slot such as {{yes|no}}"
+    )
+  return messages[-1]['content']
+
+
 def plain_text(prompt: str) -> str:
   """Returns the text of a prompt without gaps; InputError if it has one."""
   for match in _PARTS.finditer(prompt):
@@ -146,6 +158,12 @@ def make_canvas(
   Raises:
     InputError: the sampler does not fill such a gap, or see `encode_parts`.
   """
+  if has_choices(prompt):
+    raise InputError(
+      f'prompt={prompt!r} has a slot for one of several texts, which is not '
+      'filled here: compare them by lm.choose, /api/choose or --prompt of '
+      '--mode=sample, or write {{ and }} for braces'
+    )
   parts = parse_prompt(prompt)
   gaps = [part for part in parts if isinstance(part, Gap)]
   is_any = [x.any_length or not (fills_masks or x.size) for x in gaps]
@@ -280,8 +298,7 @@ def make_chat_canvas(
     raise InputError(
       f'the conversation has {len(ids)} tokens and leaves {max(left, 0)} for '
       f'an answer{f" of {size}" if size else ""} on a canvas of {length}; '
-      'ask for a shorter answer, or begin a new conversation, by /clear in '
-      '--mode=chat'
+      'shorten it, or begin a new one (by /clear in --mode=chat)'
     )
   length = length if size is None else len(ids) + size
   fixed = np.arange(length) < len(ids)

@@ -1,6 +1,7 @@
 """The Python API: samples, bounds and logits of a trained run."""
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import nanodlm
+from nanodlm import evaluate
 from nanodlm import lm as lms
 from nanodlm.types import InputError
 from tests import foreign_tokenizers, launches, workdirs
@@ -352,3 +354,78 @@ def test_importing_is_cheap(masked):
   )
   assert not imported & heavy
   assert loaded & heavy == {'jax'}
+
+
+@pytest.fixture(scope='module', params=['eos', 'masked'])
+def talking(request, tmp_path_factory):
+  """An autoregressive model of conversations, and these."""
+  folder = tmp_path_factory.mktemp('talking')
+  talks = [
+    [
+      {'role': 'user', 'content': f'Is {i} odd?'},
+      {'role': 'assistant', 'content': 'Yes.' if i % 2 else 'No.'},
+    ]
+    for i in range(40)
+  ]
+  lines = (json.dumps({'messages': talk}) for talk in talks)
+  (folder / 'chat.jsonl').write_text('\n'.join(lines))
+  workdir = workdirs.make_workdir(
+    folder / 'run',
+    objective__name='ar',
+    data__source=f'chat:{folder}/chat.jsonl',
+    data__length=48,
+    data__crop='document',
+    data__padding=request.param,
+    tokenizer__chat_template='plain',
+  )
+  return lms.load(workdir), talks
+
+
+def test_bounds_of_conversations_are_those_of_evaluation(talking):
+  lm, talks = talking
+  packed = evaluate.open_text(lm).packed
+  rows = evaluate.validation_rows(lm.run, packed, 0)
+  score = lms.make_score(lm.run, num_draws=1, batch_size=8, call=lm.call)
+  expected = score(lm.params, jax.random.key(0), rows)['nll']
+  assert len(expected) > 5
+  bounds = lm.bound(talks)
+  # Which ones are held out is known by their numbers of tokens and values.
+  for nll in expected:
+    assert min(abs(bound.nats / nll - 1) for bound in bounds) < 1e-5
+  assert all(bound.is_exact for bound in bounds)
+  assert {bound.num_bytes for bound in bounds} == {3, 4}
+
+
+def test_choices_of_answers(talking):
+  lm, talks = talking
+  user = talks[3][0]
+  choices = lm.choose([user, {'role': 'assistant', 'content': '{Yes|No}.'}])
+  texts = [
+    [user, {'role': 'assistant', 'content': f'{text}.'}]
+    for text in ('Yes', 'No')
+  ]
+  for choice, bound in zip(choices, lm.bound(texts)):
+    assert choice.is_exact and choice.nats == pytest.approx(bound.nats)
+
+
+@pytest.mark.parametrize(
+  'ask, named',
+  [
+    (lambda lm, talk: lm.bound([talk[:1]]), 'assistant says nothing'),
+    (lambda lm, talk: lm.bound([talk * 9]), 'at most 48 are allowed'),
+    (lambda lm, talk: lm.bound([[]]), 'messages is empty'),
+    (lambda lm, talk: lm.bound([talk, 'a']), "messages='a'"),
+    (lambda lm, talk: lm.bound(['a', talk]), 'non-empty strings'),
+    (lambda lm, talk: lm.bound([3]), "messages='3'"),
+    (lambda lm, talk: lm.choose(talk[:1]), "role 'user'"),
+    (lambda lm, talk: lm.choose(talk), '0 slots'),
+    (lambda lm, talk: lm.choose(['a {b|c}']), r'messages\[0\]'),
+    (lambda lm, talk: lm.choose(None), "messages='None'"),
+    (lambda lm, talk: lm.sample(3), "messages='3'"),
+    (lambda lm, talk: lm.sample('a {b|c}'), 'lm.choose'),
+  ],
+)
+def test_wrong_conversations(talking, ask, named):
+  lm, talks = talking
+  with pytest.raises(InputError, match=named):
+    ask(lm, talks[0])

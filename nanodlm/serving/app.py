@@ -61,12 +61,14 @@ number of times, at least 32 tokens; but networks that know the time, and
 samplers with a cache of the whole canvas, compile a program for each length. A
 client that disconnects cancels its texts.
 
-/api/score takes `texts`, one or several, and answers with the nats and bits per
-byte of each: an upper bound on -log p with its 95% interval, or the exact value
-(`is_exact`). /api/choose takes a `prompt` with one slot, such as 'The sky is
-{blue|green}.', and answers with the probability of each choice, and whether it
-is exact; see LanguageModel.choose. Both are computed one after the other, in
-steps that take turns with the batches of texts.
+/api/score takes `texts`, one or several, or `messages`, of which the answers
+are scored given the rest, and returns the nats and bits per byte of each: an
+upper bound on -log p with its 95% interval, or the exact value (`is_exact`).
+/api/choose takes a `prompt` with one slot, such as 'The sky is {blue|green}.',
+or `messages` whose last one, the assistant's, has it, and returns the
+probability of each choice, and whether it is exact; see LanguageModel.choose.
+Both are computed one after the other, in steps that take turns with the batches
+of texts.
 
 Limits. A prompt and its gaps fit in sampler.length tokens (by default
 data.length). A request asks for at most 16 texts of each of 16 prompts, 64
@@ -121,7 +123,7 @@ try:
 
   from nanodlm.serving import chat, guard, openai, schemas
   from nanodlm.serving.engine import Engine
-  from nanodlm.serving.service import ApiError, EventStream, Service
+  from nanodlm.serving.service import ApiError, check_one, EventStream, Service
 except ImportError as error:  # Raised by main(), so that --help needs nothing.
   _missing = error
 else:
@@ -272,9 +274,7 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     return schemas.TokenizeResponse(tokens=ids.tolist(), texts=texts)
 
   async def submit(body: schemas.GenerateRequest, request: fastapi.Request):
-    given = [body.prompt, body.tokens, body.messages]
-    if sum(x is not None for x in given) != 1:
-      raise InputError('give either prompt or tokens or messages')
+    check_one(prompt=body.prompt, tokens=body.tokens, messages=body.messages)
     if body.tokens is not None:
       canvas = model.lay_out_ids(body.tokens)
     elif body.messages is not None:

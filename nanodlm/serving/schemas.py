@@ -159,11 +159,13 @@ class GenerateResponse(_Response):
 
 
 class ScoreRequest(_Request):
-  """Texts, in which braces are literal."""
+  """Texts, in which braces are literal, or a conversation."""
 
-  texts: str | list[str]
+  texts: str | list[str] | None = None
   """A text longer than data.length is split into rows that are scored
   independently; 64 rows in all are allowed."""
+  messages: list[Message] | None = None
+  """Instead of texts: what the assistant says is scored, given the rest."""
   seed: _Seed = 0
   """Seed of the noise of a bound."""
   user: _Name | None = None
@@ -181,10 +183,12 @@ class ScoreResponse(_Response):
 class ChooseRequest(_Request):
   """A text with one slot."""
 
-  prompt: str = Field(examples=['The sky is {blue|green}.'])
+  prompt: str | None = Field(None, examples=['The sky is {blue|green}.'])
   """A text in which {blue|green} is a slot for one of several texts, up to 64.
   {{ and }} are literal braces. It may have gaps, as in /api/generate, if each
   choice is one token and the model predicts masked tokens."""
+  messages: list[Message] | None = None
+  """Instead of a prompt: the last message is the assistant's, with the slot."""
   seed: _Seed = 0
   """Seed of the noise of a bound."""
   user: _Name | None = None

@@ -78,6 +78,12 @@ def client_of(request: fastapi.Request, user: str | None) -> Hashable:
   return host, user or port
 
 
+def check_one(**fields: Any) -> None:
+  """Raises InputError unless one of the fields of a request is given."""
+  if sum(value is not None for value in fields.values()) != 1:
+    raise InputError(f'give either {" or ".join(fields)}')
+
+
 def make_event(name: str | None, data: Any) -> bytes:
   """A server-sent event with JSON data."""
   head = f'event: {name}\n' if name else ''
@@ -356,11 +362,16 @@ class Service:
   async def score(
     self, request: fastapi.Request, body: schemas.ScoreRequest
   ) -> dict[str, Any]:
-    """Returns the `schemas.ScoreResponse` of texts."""
-    texts = [body.texts] if isinstance(body.texts, str) else body.texts
+    """Returns the `schemas.ScoreResponse` of texts, or of a conversation."""
+    check_one(texts=body.texts, messages=body.messages)
+    texts: list[Any] = (
+      [body.texts] if isinstance(body.texts, str) else body.texts or []
+    )
     longest, most = self.run.settings.data.length, schemas.MAX_SCORED
     sizes = map(len, self.tokenizer.encode_batch(texts))
     num_rows = sum(-(-size // longest) for size in sizes)
+    if body.messages is not None:
+      texts = [[message.plain() for message in body.messages]]
     if not 0 < len(texts) <= most or num_rows > most:
       raise InputError(
         f'texts: {len(texts)} texts make {num_rows} rows of {longest} tokens '
@@ -375,7 +386,13 @@ class Service:
     self, request: fastapi.Request, body: schemas.ChooseRequest
   ) -> dict[str, Any]:
     """Returns the `schemas.ChooseResponse` of a prompt with a slot."""
-    before, choices, after = prompts.split_choices(body.prompt)
+    check_one(prompt=body.prompt, messages=body.messages)
+    prompt: Any = body.prompt
+    text = prompt
+    if body.messages is not None:
+      prompt = [message.plain() for message in body.messages]
+      text = prompts.choices_of(prompt)
+    before, choices, after = prompts.split_choices(text)
     size = len(self.tokenizer.encode(before + max(choices, key=len) + after))
     most, length = schemas.MAX_SCORED, self.engine.length
     if len(choices) > most or size > length:
@@ -383,7 +400,7 @@ class Service:
         f'prompt: {len(choices)} choices, {size} tokens with the longest of '
         f'them; at most {most} choices and {length} tokens are allowed'
       )
-    work = lambda lm: lm.choose(body.prompt, seed=body.seed)
+    work = lambda lm: lm.choose(prompt, seed=body.seed)
     chosen = await self.compute(request, body.user, work)
     named = [dataclasses.asdict(choice) for choice in chosen]
     return {'model': self.name, 'step': self.step, 'choices': named}

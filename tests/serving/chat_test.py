@@ -224,3 +224,23 @@ def test_in_a_browser(talking):
     expect(said).to_have_count(2)
     page.click('#forget')
     expect(said).to_have_count(0)
+
+
+def test_scores_and_choices_of_answers(talking):
+  model, server = talking
+  user = {'role': 'user', 'content': 'Is 3 odd?'}
+  answer = lambda text: {'role': 'assistant', 'content': text}
+  talk = [user, answer('Yes.')]
+  (score,) = post(server, '/api/score', {'messages': talk})[1]['scores']
+  (bound,) = model.engine.lm.bound([talk])
+  assert score['nats'] == pytest.approx(bound.nats, rel=1e-5)
+  assert score['num_bytes'] == 4
+  ask = [user, answer('{Yes|No}.')]
+  choices = post(server, '/api/choose', {'messages': ask})[1]['choices']
+  expected = model.engine.lm.choose(ask)
+  for choice, own in zip(choices, expected, strict=True):
+    assert choice['text'] == own.text
+    assert choice['nats'] == pytest.approx(own.nats, rel=1e-5)
+  for path in 'score', 'choose':
+    status, error = post(server, f'/api/{path}', {'messages': [user]})
+    assert status == 400 and 'assistant' in error['error']['message']
