@@ -289,7 +289,7 @@ class LanguageModel:
 
     Raises:
       InputError: a text is empty or not a string, a conversation is too long or
-        has no answer, or the seed is too large.
+        lacks an answer, or the seed is too large.
     """
     check_seed(seed, 'seed')
     if isinstance(texts, str):
