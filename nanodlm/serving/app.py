@@ -102,6 +102,7 @@ import asyncio
 from concurrent import futures
 import logging
 import pathlib
+import re
 import signal
 import socket
 import time
@@ -239,8 +240,12 @@ def _invalid_body(first) -> ApiError:
     message = 'unknown field; /openapi.json lists the allowed ones'
   elif isinstance(first.get('input'), (bool, int, float, str)):
     message += f', not {first["input"]!r:.100}'
-  where = '.'.join(map(str, first['loc'][1:])) or 'body'
-  return ApiError(422, f'{where}: {message}', 'invalid_field')
+  # A field of several types is followed by the name of one, as in list[int].
+  names = [str(x) for x in first['loc'][1:] if x not in ('str', 'int')]
+  names = [name for name in names if re.fullmatch(r'\w+', name)]
+  where = '.'.join(names) or 'body'
+  param = names[0] if names else None
+  return ApiError(422, f'{where}: {message}', 'invalid_field', param=param)
 
 
 def _add_routes(app: fastapi.FastAPI, model: Service):

@@ -46,10 +46,15 @@ class ApiError(fastapi.HTTPException):
   """An error response: the client's mistake, or why it has to wait."""
 
   def __init__(
-    self, status: int, message: str, code: str | None = None, headers=None
+    self,
+    status: int,
+    message: str,
+    code: str | None = None,
+    headers=None,
+    param: str | None = None,
   ):
     super().__init__(status, message, headers)
-    self.code = code
+    self.code, self.param = code, param
 
   def content(self) -> dict[str, Any]:
     """The error in OpenAI's form, which its clients can show."""
@@ -57,7 +62,7 @@ class ApiError(fastapi.HTTPException):
     # JSON can spell half of a surrogate pair, which UTF-8 cannot encode.
     message = self.detail.encode('utf-8', 'replace').decode()[:1000]
     error = dict(message=message, type=f'{kind}_error', code=self.code)
-    return {'error': error | {'param': None}}
+    return {'error': error | {'param': self.param}}
 
   def response(self) -> responses.JSONResponse:
     """The error as a response."""

@@ -142,6 +142,15 @@ def test_bad_requests(talking, body, status, said):
   assert answer['error']['type'] == 'invalid_request_error'
 
 
+@pytest.mark.parametrize('content', [3, [{'type': 'image'}]])
+def test_errors_name_fields(talking, content):
+  body = {'messages': [{'role': 'user', 'content': content}]}
+  status, answer = post(talking[1], PATH, body)
+  message, param = answer['error']['message'], answer['error']['param']
+  assert status == 422 and param == 'messages'
+  assert message.startswith('messages.0.content') and '[' not in message
+
+
 def test_without_template(running):
   status, answer = post(running[1], PATH, {'messages': PLAIN})
   assert status == 400 and 'chat template' in answer['error']['message']
