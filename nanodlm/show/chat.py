@@ -101,6 +101,7 @@ def main(start: Start) -> int:
     is_cut = len(ids) == np.sum(~fixed)
     print(
       f'--- {len(ids)} tokens in {int(num_calls)} network calls, {secs:.1f} s'
+      + ' with compilation' * (num_answers == 0)
       + ', cut at the end of the canvas' * bool(is_cut),
       flush=True,
     )
