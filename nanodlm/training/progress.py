@@ -35,6 +35,8 @@ EVERY_SECS = 10.0
 class Countdown:
   """Logs how far a long loop is, every EVERY_SECS.
 
+  The time of the first iteration, which compiles, is left out of estimates.
+
   Args:
     what: what the loop does, such as 'evaluating'.
     total: number of its iterations.
@@ -42,19 +44,20 @@ class Countdown:
 
   def __init__(self, what: str, total: int):
     self._what, self._total, self._done = what, total, 0
-    self._start = self._last = time.monotonic()
+    self._first = self._last = time.monotonic()
 
   def count(self):
     """Counts an iteration; logs the progress if it is time to."""
     self._done += 1
     now = time.monotonic()
+    if self._done == 1:
+      self._first = now
     if now - self._last >= EVERY_SECS and self._done < self._total:
-      self._last = now
-      left = (now - self._start) / self._done * (self._total - self._done)
-      log.info(
-        f'{self._what}: {self._done} of {self._total} batches, '
-        f'{describe_secs(left)} left'
-      )
+      self._last, left = now, ''
+      if num := self._done - 1:
+        secs = (now - self._first) / num * (self._total - self._done)
+        left = f', {describe_secs(secs)} left'
+      log.info(f'{self._what}: {self._done} of {self._total} batches{left}')
 
 
 def describe_secs(secs: float) -> str:

@@ -22,11 +22,14 @@ def test_countdown(monkeypatch, caplog):
   countdown = progress.Countdown('evaluating', 10)
   monkeypatch.setattr(progress.log, 'propagate', True)
   with caplog.at_level(logging.INFO):
-    for _ in range(10):
-      now += 6
+    for i in range(10):
+      now += 6 if i else 30  # The first one compiles.
       countdown.count()
   # Every 10 s at most, and not after the last one.
   assert [record.message for record in caplog.records] == [
-    f'evaluating: {i} of 10 batches, {left} left'
-    for i, left in ((2, '48 s'), (4, '36 s'), (6, '24 s'), (8, '12 s'))
+    'evaluating: 1 of 10 batches',
+    *(
+      f'evaluating: {i} of 10 batches, {left} left'
+      for i, left in ((3, '42 s'), (5, '30 s'), (7, '18 s'), (9, '6 s'))
+    ),
   ]
