@@ -49,6 +49,7 @@ from nanodlm import lm as lms
 from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
+from nanodlm.data.tokenizers import chat
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.data.tokenizers.huggingface import HuggingFaceTokenizer
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
@@ -280,6 +281,8 @@ def write_tokenizer(
   }
   for i, text in control.items():
     if i not in texts:
+      while text in texts.values():  # An imported export has them already.
+        text = text.replace('|>', '_|>')
       content['added_tokens'].append(added_token(i, text))
       texts[i] = text
   if run.objective.causal:
@@ -295,8 +298,11 @@ def write_tokenizer(
     'model_max_length': described.max_length,
     'clean_up_tokenization_spaces': False,
   }
-  if tokenizer.chat_template:
-    settings['chat_template'] = tokenizer.chat_template
+  if template := tokenizer.chat_template:
+    if run.objective.causal:
+      ids = {i: text for text, i in tokenizer.controls.items()}
+      template = chat.begin_with_bos(template, ids.get(tokenizer.start_id, ''))
+    settings['chat_template'] = template
   write_json(folder / 'tokenizer_config.json', settings)
   return True
 
@@ -352,7 +358,8 @@ tokenizer = PreTrainedTokenizerFast.from_pretrained('THIS_FOLDER')
 
 AutoTokenizer of transformers 5 has a tokenizer of its own for Qwen2.
 
-A text begins with the token {} (the mask), whose own logit means nothing."""
+A text begins with the token {} (the mask), whose own logit means nothing. The
+tokenizer and its chat template, if any, write it."""
 
 
 def card(

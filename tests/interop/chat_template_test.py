@@ -1,5 +1,6 @@
 """The chat template of a checkpoint, exported and imported."""
 
+import importlib.util
 import json
 import shutil
 
@@ -8,7 +9,7 @@ import pytest
 
 from nanodlm import config as configs
 from nanodlm import lm as lms
-from nanodlm.data.tokenizers import chat
+from nanodlm.data.tokenizers import chat, sandbox
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.interop import convert, export
 from tests import workdirs
@@ -83,6 +84,43 @@ def test_the_start_of_a_text_is_not_written_twice(tmp_path):
   assert start not in rows['ar'].ids
   for own, whole in zip(rows['ar'][:4], rows['masked'][:4]):
     np.testing.assert_array_equal(own, whole[1:])
+
+
+def test_an_autoregressive_export_writes_the_start(tmp_path):
+  run = workdirs.make_workdir(
+    tmp_path / 'run', data__length=96, objective__name='ar'
+  )
+  save_tokenizer(chat.with_template(load_tokenizer(run), 'plain'), run)
+
+  def encode(workdir):
+    tokenizer = load_tokenizer(workdir)
+    form = chat.make_format(tokenizer)
+    return tokenizer, form.encode(tokenizer, SAID, generation=True)
+
+  expected = encode(run)[1]
+  # The template of the first run does not write the start, the others do.
+  for i in range(3):
+    out = tmp_path / f'exported_{i}'
+    export.export_checkpoint(run, str(out))
+    shutil.rmtree(out / convert.OWN)
+    tokenizer, ours = encode(run)
+    start = json.loads((out / 'config.json').read_text())['bos_token_id']
+    text = sandbox.Template(chat.read_template(out)).render(messages=SAID)
+    token = chat.read_described(out)['bos_token']
+    assert text.startswith(token) and text.count(token) == 1
+    if importlib.util.find_spec('transformers'):
+      import transformers
+
+      theirs = transformers.AutoTokenizer.from_pretrained(out)
+      ids = theirs.apply_chat_template(
+        SAID, add_generation_prompt=True, tokenize=True, return_dict=False
+      )
+      assert ids == [start, *tokenizer.swap_mask(ours.ids).tolist()]
+    run = str(tmp_path / f'run_{i}')
+    convert.import_checkpoint(str(out), run)
+    assert load_tokenizer(run).start_id == start
+    for old, new in zip(expected, encode(run)[1]):
+      np.testing.assert_array_equal(old, new)
 
 
 def test_a_template_that_cannot_be_read_is_left_out(exported, tmp_path):

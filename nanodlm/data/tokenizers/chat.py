@@ -168,6 +168,24 @@ def read_template(folder: pathlib.Path) -> str:
     ) from error
 
 
+def begin_with_bos(template: str, start: str) -> str:
+  """Returns a template that writes bos_token before what `template` writes.
+
+  The texts that it writes are without `start`, if they begin with that, and its
+  own bos_token is empty, as it is here.
+  """
+  drop = start and f'.removeprefix({json.dumps(start)})'
+  return (
+    # Jinja takes what follows this newline for the start of a source, at whose
+    # end it drops a newline.
+    "{% set said %}{% set bos_token = '' %}\n"
+    + template.removesuffix('\n')
+    # White space before a tag would be dropped.
+    + "{{ '' }}{% endset %}{{ bos_token + said"
+    + f'{drop} }}}}'
+  )
+
+
 def read_described(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the tokenizer_config.json of a folder, {} without one."""
   path = folder / 'tokenizer_config.json'

@@ -8,7 +8,7 @@ import numpy as np
 
 from nanodlm.data import tokenizers
 from nanodlm.data.config import TokenizerConfig
-from nanodlm.data.tokenizers import chat
+from nanodlm.data.tokenizers import chat, sandbox
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.interop import tokenizer_json
 from nanodlm.types import InputError
@@ -67,6 +67,26 @@ class ChatTest(parameterized.TestCase):
     self.assertEqual(
       encoded.num_bytes.sum(), len(re.sub(r'<\|.*?\|>', '', text).encode())
     )
+
+  @parameterized.parameters(
+    'a{{ bos_token }}\n',
+    '<s>{{ eos_token }}b\n\n',
+    '\n  x{% if 1 %}\n  {% endif %}\n\n',
+    '  {% if 1 %}y{% endif %}  \n  ',
+    '{%- set bos_token = "<s>" -%}{{ bos_token }}{{ messages[0].content }}',
+    '{% macro f(x) %}{% if x %}{{ x }}{{ g(x - 1) }}{% endif %}{% endmacro %}'
+    '{% macro g(x) %},{{ f(x) }}{% endmacro %}{{ f(2) }}',
+  )
+  def test_a_template_begins_with_the_start_once(self, template):
+    values = {'messages': say('<s>c'), 'eos_token': '</s>'}
+    write = lambda template, start: sandbox.Template(template).render(
+      **values, bos_token=start
+    )
+    rest = write(template, '').removeprefix('<s>')
+    once = chat.begin_with_bos(template, '<s>')
+    self.assertEqual(write(once, '<m>'), f'<m>{rest}')
+    twice = chat.begin_with_bos('{%- set bos_token = "<m>" -%}' + once, '<m>')
+    self.assertEqual(write(twice, '<n>'), f'<n>{rest}')
 
   def test_an_answer_follows_the_prompt_that_a_model_gets(self):
     tokenizer = published(self.folder)
