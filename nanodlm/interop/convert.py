@@ -261,18 +261,39 @@ def network_of(run: runs.Run) -> ModelConfig:
 
 def choose_family(run: runs.Run, family: str = '') -> str:
   """Returns `family`, or the first that fits; InputError if it does not."""
-  network = network_of(run)
-  objective = run.settings.objective['name']
-  misfits = {
-    name: form.misfit(network, objective)
-    for name, form in FAMILIES.items()
-    if form.is_exportable
-  }
+  misfits = _misfits(run)
   if family not in ('', *misfits):
     raise InputError(f'--family={family!r} is not one of {sorted(misfits)}')
   if family and misfits[family]:
     raise InputError(f'--family={family!r} does not support {misfits[family]}')
   return family or next(name for name, misfit in misfits.items() if not misfit)
+
+
+def find_nearest(run: runs.Run) -> str:
+  """Returns which published forms nearly fit, and why not; '' if one does."""
+  misfits = _misfits(run)
+  del misfits['nanodlm']
+  if not all(misfits.values()):
+    return ''
+  size = lambda misfit: ('objective.name' in misfit, misfit.count(', '))
+  least, nearest = min(map(size, misfits.values())), {}
+  for name, misfit in misfits.items():
+    if size(misfit) == least:
+      nearest.setdefault(misfit, []).append(name)
+  found = [
+    f'{", ".join(x)} except for {misfit}' for misfit, x in nearest.items()
+  ]
+  return f'The published forms that nearly fit: {"; ".join(found)}'
+
+
+def _misfits(run: runs.Run) -> dict[str, str]:
+  """Returns {family: what it does not support of a run}."""
+  network, objective = network_of(run), run.settings.objective['name']
+  return {
+    name: form.misfit(network, objective)
+    for name, form in FAMILIES.items()
+    if form.is_exportable
+  }
 
 
 @contextlib.contextmanager

@@ -176,7 +176,15 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     write_json(own / convert.ORIGIN, {'family': family, 'step': step})
     text = card(lm, family, foreign, has_tokenizer, num_adapted)
     (work / 'README.md').write_text(text)
-  log.info('exported %s, step %d, as %s into %s', workdir, step, family, output)
+  nearest = convert.find_nearest(run) if family == 'nanodlm' else ''
+  log.info(
+    'exported %s, step %d, as %s into %s%s',
+    workdir,
+    step,
+    family,
+    output,
+    nearest and f'. {nearest}',
+  )
 
 
 def published(settings: Settings) -> dict[str, Any]:
@@ -375,9 +383,11 @@ def card(
   """
   run, step, workdir = lm.run, lm.step, lm.workdir
   settings, tokenizer = run.settings, run.tokenizer
-  loading = FAMILIES[family].loading + (
+  loading = FAMILIES[family].loaded_by(convert.network_of(run)) + (
     f'\n\nThe tensors have the names and shapes of the family `{family}`.'
   )
+  if family == 'nanodlm' and (nearest := convert.find_nearest(run)):
+    loading += f'\n\n{nearest}.'
   if FAMILIES[family].is_stock:
     architecture, start = foreign['architectures'][0], foreign['bos_token_id']
     loading = _STOCK.format(architecture, start)

@@ -1198,12 +1198,39 @@ class ExportTest(FolderTest):
     folder = self.folder()
     workdir, _ = make_run(folder / 'run')
     for family, message in (
-      ('llama', "objective.name='masked', model.qk_norm=True"),
+      ('llama', r"objective.name='masked' \(needs 'ar'\), model.qk_norm=True"),
       ('bert', "--family='bert' is not one of"),
     ):
       with self.assertRaisesRegex(InputError, message):
         export.export_checkpoint(workdir, str(folder / 'out'), family)
     self.assertFalse((folder / 'out').exists())
+
+  def test_a_form_that_nearly_fits_is_named(self):
+    folder = self.folder()
+    changes = {**EXPORTS['dream'], 'model__attention_bias': 'none'}
+    workdir, _ = make_run(folder / 'run', **changes)
+    with self.assertLogs('nanodlm') as logs:
+      export.export_checkpoint(workdir, str(folder / 'out'))
+    for text in logs.output[-1], (folder / 'out' / 'README.md').read_text():
+      self.assertRegex(
+        text, r"dream.* model\.attention_bias='none' \(needs 'qkv'\)"
+      )
+    # None is wanted if one fits.
+    workdir, _ = make_run(folder / 'fits')
+    export.export_checkpoint(workdir, str(folder / 'own'), 'nanodlm')
+    self.assertNotIn('nearest', (folder / 'own' / 'README.md').read_text())
+
+  @parameterized.parameters(
+    ('a2d-qwen3', r'MDLMSampler\(.*sample\(PROMPTS\)'),
+    ('a2d-llama', r'BD3LMSampler\(.*sample\(PROMPTS, block_size=4\)'),
+  )
+  def test_the_card_names_the_sampler(self, family, expected):
+    folder = self.folder()
+    workdir, _ = make_run(folder / 'run', **EXPORTS[family])
+    export.export_checkpoint(workdir, str(folder / 'out'))
+    card = (folder / 'out' / 'README.md').read_text()
+    self.assertRegex(card, f'(?s){expected}')
+    self.assertEqual(card.count('Sampler('), 1)
 
   def test_the_card_of_a_trained_run(self):
     folder = self.folder()

@@ -15,10 +15,9 @@ _DLLM = """dLLM loads it (github.com/ZHZisZZ/dllm):
 import dllm
 model = dllm.utils.get_model(model_name_or_path='THIS_FOLDER')
 tokenizer = dllm.utils.get_tokenizer(model_name_or_path='THIS_FOLDER')
-sampler = dllm.core.samplers.MDLMSampler(model=model, tokenizer=tokenizer)
-```
-
-A model of blocks needs BD3LMSampler instead, and its block_size."""
+sampler = dllm.core.samplers.{}(model=model, tokenizer=tokenizer)
+outputs = sampler.sample(PROMPTS{})  # Lists of ids.
+```"""
 _SGLANG = """SGLang and LMDeploy serve this architecture:
 
 ```
@@ -72,7 +71,13 @@ class A2D(Masked):
   """
 
   also = ('block',)
-  loading = _DLLM
+
+  def loaded_by(self, network):
+    """Returns how dLLM loads it, with the sampler of its objective."""
+    if network.block_size:
+      size = f', block_size={network.block_size}'
+      return _DLLM.format('BD3LMSampler', size)
+    return _DLLM.format('MDLMSampler', '')
 
 
 class A2DQwen3(A2D, llama.Qwen3):

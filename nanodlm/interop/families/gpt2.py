@@ -75,5 +75,5 @@ class GPT2(Family):
   def fixed(self, network):
     return {
       **super().fixed(network),
-      'num_positions': network.num_positions or None,
+      'num_positions': network.num_positions or 'more than 0',
     }

@@ -427,6 +427,10 @@ class Family:
     """Returns a tokenizer.json for a folder without one, or None."""
     return None
 
+  def loaded_by(self, network: ModelConfig) -> str:
+    """Returns `loading` for a network."""
+    return self.loading
+
   def fixed(self, network: ModelConfig) -> dict[str, Any]:
     """Returns {field: the only value with which `network` has this form}."""
     fields = {key.field for key in self.keys.values()}
@@ -438,17 +442,21 @@ class Family:
 
   def misfit(self, network: ModelConfig, objective: str) -> str:
     """Returns what it cannot express of a run with that objective, or ''."""
-    allowed = {key: (value,) for key, value in self.fixed(network).items()}
+    allowed = {'objective.name': (self.objective, *self.also)}
+    for field, value in self.fixed(network).items():
+      allowed[f'model.{field}'] = (value,)
     for key in self.keys.values():
       if key.values:
-        allowed[key.field] = tuple(key.values.values())
-    found = [
-      f'model.{key}={getattr(network, key)!r}'
-      for key, values in allowed.items()
-      if getattr(network, key) not in values
-    ]
-    if objective not in (self.objective, *self.also):
-      found.insert(0, f'objective.name={objective!r}')
+        allowed[f'model.{key.field}'] = tuple(
+          dict.fromkeys(key.values.values())
+        )
+    found = []
+    for name, values in allowed.items():
+      section, _, field = name.partition('.')
+      value = getattr(network, field) if section == 'model' else objective
+      if value not in values:
+        needed = ' or '.join(map(repr, values))
+        found.append(f'{name}={value!r} (needs {needed})')
     if network.block_size and network.causal and network.start_token < 0:
       # No form's clean copy begins with a mask at the place of the first token.
       found.append('objective.ar_weight > 0')
