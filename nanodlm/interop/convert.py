@@ -236,7 +236,11 @@ def import_checkpoint(
     with checkpoint.open_manager(
       str(work), concurrent_gb=largest // 10**9 + 1
     ) as manager:
-      origin = {'imported': family, 'source': source}
+      origin = {
+        'imported': family,
+        'source': source,
+        'max_length': described.max_length,
+      }
       checkpoint.save_params(manager, params, settings.to_dict(), origin)
       checkpoint.wait(manager)
   log.info(
@@ -384,12 +388,18 @@ def _update(config: Any, settings: Mapping[str, Any]):
     configs.set_value(config, key, value)
 
 
+def is_hub_name(source: str) -> bool:
+  """Returns whether a value of --from looks like a name on the hub."""
+  is_name = re.fullmatch(r'([\w.-]+/)?[\w.-]+', source) is not None
+  return is_name and not pathlib.Path(source).exists()
+
+
 def find_source(source: str, allow_pickle: bool) -> pathlib.Path:
   """Returns the path of --from, after downloading a name on the hub."""
   path = pathlib.Path(source)
   if path.exists():
     return path
-  if not re.fullmatch(r'([\w.-]+/)?[\w.-]+', source):
+  if not is_hub_name(source):
     raise InputError(
       f'--from={source!r} is neither a folder or file here nor a name on the '
       "Hugging Face hub, 'NAME' or 'ORGANISATION/NAME'"

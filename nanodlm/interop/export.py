@@ -36,7 +36,6 @@ import json
 import logging
 import pathlib
 import re
-import shutil
 from typing import Any
 
 from absl import flags
@@ -69,7 +68,7 @@ from nanodlm.interop.tokenizer_json import (
   tiktoken_tokenizer,
 )
 from nanodlm.run import Run
-from nanodlm.training import checkpoint
+from nanodlm.training import checkpoint, checksums
 from nanodlm.types import InputError
 
 log = logging.getLogger('nanodlm')
@@ -130,8 +129,20 @@ def export_adapters(workdir: str, output: str, family: str = ''):
     params, step = runs.load_trained(run, workdir)
     form = FAMILIES[convert.choose_family(run, family)]
     base = runs.find_base(settings.checkpoint.init_from)
-    peft.write(work, run, params, form, _public(base))
-  log.info('exported %s, step %d, into %s', workdir, step, output)
+    source = _origin(base).get('source', '')
+    kind = 'its name on the hub'
+    if not convert.is_hub_name(source):
+      source = _public(base)
+      kind = 'the name of its workdir: export the base to such a folder too'
+    peft.write(work, run, params, form, source)
+  log.info(
+    'exported %s, step %d, into %s. PEFT looks for the base at %r, %s',
+    workdir,
+    step,
+    output,
+    source,
+    kind,
+  )
 
 
 def export_checkpoint(workdir: str, output: str, family: str = ''):
@@ -185,6 +196,8 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     output,
     nearest and f'. {nearest}',
   )
+  if shorter := describe_length(lm, family, foreign):
+    log.info(shorter)
 
 
 def published(settings: Settings) -> dict[str, Any]:
@@ -205,8 +218,6 @@ def write_tensors(
   described: layouts.Description,
 ):
   """Writes the safetensors files, SHARD_BYTES at a time, and their index."""
-  from safetensors import numpy as safetensors
-
   # On a CPU they share the memory.
   flat = checkpoint.flatten(jax.tree.map(np.asarray, params))
   for path in sharding.BY_VOCABULARY & set(flat):
@@ -223,9 +234,7 @@ def write_tensors(
     arrays = {
       name: _tensor(flat, parts, described) for name, parts in shard.items()
     }
-    safetensors.save_file(arrays, folder / file, metadata={'format': 'pt'})
-    # safetensors makes files that only their owner can read.
-    shutil.copymode(folder / convert.HF_CONFIG, folder / file)
+    tensor_files.write(folder / file, arrays)
     names.update(dict.fromkeys(shard, file))
   if len(shards) > 1:
     index = {'metadata': {'total_size': size}, 'weight_map': names}
@@ -398,9 +407,7 @@ def card(
     f'the folder `{convert.OWN}`.\n'
   )
   if checkpoint.holds_weights_alone(workdir):
-    with checkpoint.open_manager(workdir, read_only=True) as manager:
-      last = checkpoint.find_step(manager)
-      origin = checkpoint.restore_meta(manager, last)['data']
+    origin = _origin(workdir)
     training = (
       f'Weights imported from `{_public(origin["source"])}` (family '
       f'`{origin["imported"]}`); not trained since.'
@@ -418,6 +425,8 @@ def card(
       f' Adapters of {num_adapted:,} parameters were trained, and are added to '
       'the weights.'
     )
+  if shorter := describe_length(lm, family, foreign):
+    training += f'\n\n{shorter}.'
   model = sorted(settings.model.items())
   default: Any = configs.load()
   sampler = {
@@ -438,6 +447,40 @@ def card(
     training=training,
     sampler=', '.join(f'`sampler.{k}={v}`' for k, v in sampler.items()),
     measured=_measured(lm.run, pathlib.Path(lm.workdir), lm.step),
+  )
+
+
+def _origin(workdir: str) -> dict[str, Any]:
+  """Returns what the last checkpoint of a run says about its text or source."""
+  folder = pathlib.Path(workdir) / workdirs.CHECKPOINTS
+  steps = checksums.complete_steps(folder)
+  return checkpoint.read_meta(workdir, steps[-1])['data'] if steps else {}
+
+
+def _longest(workdir: str) -> int:
+  """Returns the tokens of the texts that a run or its bases were made for.
+
+  0 if the folder does not exist any more.
+  """
+  config: Any = configs.read(workdir)
+  if config is None:
+    return 0
+  base = config.checkpoint.init_from
+  before = _longest(base) if base else _origin(workdir).get('max_length', 0)
+  return max(config.data.length, before)
+
+
+def describe_length(
+  lm: lms.LanguageModel, family: str, foreign: dict[str, Any]
+) -> str:
+  """Returns how an export's longest text differs from that of its bases."""
+  key, longest = FAMILIES[family].length[0], _longest(lm.workdir)
+  length = foreign.get(key, longest)
+  if convert.network_of(lm.run).num_positions or length >= longest:
+    return ''
+  return (
+    f'{key}={length} is the data.length of this run; it started from weights '
+    f'for texts of up to {longest} tokens'
   )
 
 

@@ -126,8 +126,6 @@ def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
     form: the family whose names to use.
     base: the name of the base, '' if it has none.
   """
-  from safetensors import numpy as safetensors
-
   config, arrays, modules = run.settings.lora, {}, set()
   adapters: Any = traverse_util.flatten_dict(jax.tree.map(np.asarray, params))
   found = list(places(run, form))
@@ -140,7 +138,7 @@ def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
       name = f'{_PREFIX}{place.module}.{theirs}.weight'
       arrays[name] = np.ascontiguousarray(value.T)
       modules.add(place.module)
-  safetensors.save_file(arrays, folder / TENSORS, metadata={'format': 'pt'})
+  tensor_files.write(folder / TENSORS, arrays)
   # PEFT takes every module whose name ends like one of these.
   own = {f'{place.module}.weight' for place in found}
   last = lambda name: name.removesuffix('.weight').rpartition('.')[2]

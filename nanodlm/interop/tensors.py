@@ -258,6 +258,17 @@ def _find_state(path: pathlib.Path) -> pathlib.Path | None:
   return next((f for f in folders if (f / '_METADATA').is_file()), None)
 
 
+def write(path: pathlib.Path, arrays: dict[str, np.ndarray]):
+  """Writes arrays by name as a safetensors file."""
+  from safetensors import numpy as safetensors
+
+  path.touch()
+  mode = path.stat().st_mode
+  safetensors.save_file(arrays, path, metadata={'format': 'pt'})
+  # safetensors makes files that only their owner can read.
+  path.chmod(mode)
+
+
 def require(package: str):
   """Raises InputError if an optional package is not installed."""
   if importlib.util.find_spec(package) is None:

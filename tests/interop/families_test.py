@@ -1232,6 +1232,22 @@ class ExportTest(FolderTest):
     self.assertRegex(card, f'(?s){expected}')
     self.assertEqual(card.count('Sampler('), 1)
 
+  def test_a_shorter_text_than_that_of_the_base_is_noted(self):
+    folder = self.folder()
+    source, base = write(folder / 'theirs', 'llama'), str(folder / 'base')
+    changes = {**BYTES, 'data.length': 32}
+    convert.import_checkpoint(source, base, changes=changes)
+    start = {'objective__name': 'ar', 'model__qk_norm': False}
+    for i, length in enumerate((LENGTH, 2 * LENGTH, 64)):
+      start |= {'checkpoint__init_from': base, 'data__length': length}
+      base, _ = make_run(folder / f'run_{i}', **start)
+      with self.assertLogs('nanodlm') as logs:
+        export.export_checkpoint(base, str(folder / f'out_{i}'))
+      card = (folder / f'out_{i}' / 'README.md').read_text()
+      text = f'max_position_embeddings={length} .* up to 64 tokens'
+      for found in (card, logs.output[-1]):
+        (self.assertNotRegex if length == 64 else self.assertRegex)(found, text)
+
   def test_the_card_of_a_trained_run(self):
     folder = self.folder()
     workdir = workdirs.make_workdir(

@@ -134,7 +134,7 @@ def test_imported_adapters_are_trained_further(base, tmp_path):
   changes = [np.abs(again[name] - x).max() for name, x in adapters().items()]
   assert len(changes) == len(again) and 1e-5 < max(changes) < 0.02
   content = json.loads((tmp_path / 'out' / peft.CONFIG).read_text())
-  assert content['base_model_name_or_path'] == pathlib.Path(base).name
+  assert content['base_model_name_or_path'] == 'a/b'
   export.export_checkpoint(more, str(tmp_path / 'whole'))
   card = (tmp_path / 'whole' / 'README.md').read_text()
   num = sum(x.size for x in again.values())
@@ -144,6 +144,25 @@ def test_imported_adapters_are_trained_further(base, tmp_path):
   with pytest.raises(InputError, match=re.escape("'rank': (3, 0)")):
     read(workdir, source, tmp_path / 'top')
   assert not (tmp_path / 'top').exists()
+
+
+def test_the_base_is_named(base, tmp_path, monkeypatch, caplog):
+  workdir = read(base, write(tmp_path / 'theirs'), tmp_path / 'run')
+  monkeypatch.chdir(tmp_path)
+  caplog.set_level('INFO', 'nanodlm')
+  # The base was imported from 'a/b', a name on the hub or a folder here.
+  for name, kind in ('a/b', 'its name on'), ('run', 'the name of'):
+    out = tmp_path / f'out_{name[0]}'
+    export.export_adapters(workdir, str(out))
+    content = json.loads((out / peft.CONFIG).read_text())
+    assert content['base_model_name_or_path'] == name
+    assert f'the base at {name!r}, {kind}' in caplog.text
+    # Whoever may read the one file may read the other.
+    modes = {
+      (out / file).stat().st_mode for file in (peft.CONFIG, peft.TENSORS)
+    }
+    assert len(modes) == 1
+    (tmp_path / 'a' / 'b').mkdir(parents=True, exist_ok=True)
 
 
 def test_peft_computes_the_same(base, tmp_path):
