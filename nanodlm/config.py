@@ -471,6 +471,12 @@ def from_json(text: str | bytes, where: str) -> config_dict.ConfigDict:
     raise InputError(f'{where} is not JSON: {reason(error)}') from error
   if not isinstance(saved, dict):
     raise InputError(f'{where} is not a JSON object but {type(saved).__name__}')
+  if {'model_type', 'architectures'} & set(saved):
+    raise InputError(
+      f'{where} is that of an export or a published checkpoint, not of a run: '
+      'make a run of its folder with --mode=import --from=FOLDER '
+      '--workdir=NEW_FOLDER'
+    )
   config = load()
   for section, value in saved.items():
     leaves = {section: value}

@@ -183,7 +183,7 @@ def import_checkpoint(
       family, described = own, describe_own(tokenizer, config.data.length)
       _update(config, changes)
     else:
-      family = family or detect(foreign, tensors)
+      family = detect(foreign, tensors, family)
       described = describe(family, foreign, tensors)
       config: Any = configs.load()
       config.data.length = min(described.max_length, _LENGTH)
@@ -226,6 +226,11 @@ def import_checkpoint(
     begins = run.objective.causal or run.objective.autoregressive
     if begins and described.mask_id is None:
       start_id = described.start_id
+      if foreign.get('bos_token_id') is None:
+        log.info(
+          'config.json lacks bos_token_id: texts begin with the token %d',
+          start_id,
+        )
     if start_id >= 0:
       tokenizer = dataclasses.replace(tokenizer, start_id=start_id)
     run = run.with_tokenizer(tokenizer)
@@ -435,12 +440,27 @@ def find_source(source: str, allow_pickle: bool) -> pathlib.Path:
   return folder
 
 
-def detect(foreign: dict[str, Any], tensors: tensor_files.Tensors) -> str:
-  """Returns the family of a checkpoint; InputError if none fits."""
-  for name, family in FAMILIES.items():
-    if family.detect(foreign, tensors.shapes):
-      return name
+def detect(
+  foreign: dict[str, Any], tensors: tensor_files.Tensors, wanted: str = ''
+) -> str:
+  """Returns the family of a checkpoint, which is `wanted` if nothing says it.
+
+  Raises:
+    InputError: none fits, or another one than `wanted`.
+  """
+  found = [
+    name
+    for name, family in FAMILIES.items()
+    if family.detect(foreign, tensors.shapes)
+  ]
   kind, hint = foreign.get('model_type'), ''
+  if wanted and found and wanted not in found:
+    raise InputError(
+      f'--family={wanted!r} contradicts config.json of {tensors.where!r}: '
+      f'model_type={kind!r} means family {found[0]!r}; leave --family out'
+    )
+  if wanted or found:
+    return wanted or found[0]
   experts = {k: v for k, v in foreign.items() if 'expert' in k and v}
   if experts:
     hint = (

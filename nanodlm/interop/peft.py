@@ -195,9 +195,15 @@ def import_adapters(
       '--config.checkpoint.init_from=WORKDIR'
     )
   foreign = tensor_files.read_json(folder / CONFIG)
-  _check(foreign)
+  _check(foreign, folder / CONFIG)
   config: Any = configs.start_from(base)
-  config.lora.rank = 0
+  if config.lora.rank:
+    raise InputError(
+      f'checkpoint.init_from={base!r} already has adapters (lora.rank='
+      f'{config.lora.rank!r}), and others cannot be added: give the workdir of '
+      'a whole model, which --mode=export of that run and then --mode=import '
+      'make of it'
+    )
   for key, value in changes.items():
     configs.set_value(config, key, value)
   settings = configs.make_settings(config, changes)
@@ -268,13 +274,12 @@ def import_adapters(
   )
 
 
-def _check(foreign: Mapping[str, Any]):
-  """Raises InputError unless adapter_config.json is supported."""
+def _check(foreign: Mapping[str, Any], path: pathlib.Path):
+  """Raises InputError unless the adapter_config.json at `path` is supported."""
   for key, allowed in _ALLOWED.items():
     if key in foreign and foreign[key] not in allowed:
       raise InputError(
-        f'{CONFIG}: {key}={foreign[key]!r} is not supported, only '
-        f'{list(allowed)}'
+        f'{path}: {key}={foreign[key]!r} is not supported, only {list(allowed)}'
       )
   own = 'r', 'lora_alpha', 'lora_dropout', 'use_rslora'
   known = {*_ALLOWED, *_HARMLESS, *own}
@@ -282,7 +287,7 @@ def _check(foreign: Mapping[str, Any]):
     key for key, x in foreign.items() if key not in known and x
   ):
     raise InputError(
-      f'{CONFIG}: {unknown} may change what the adapters compute and is not '
+      f'{path}: {unknown} may change what the adapters compute and is not '
       'supported; leave them out in a copy if they change nothing'
     )
   for key, kind, rule in (
@@ -292,4 +297,4 @@ def _check(foreign: Mapping[str, Any]):
   ):
     value = foreign.get(key)
     if not isinstance(value, kind) or isinstance(value, bool):
-      raise InputError(f'{CONFIG}: {key}={value!r} must be {rule}')
+      raise InputError(f'{path}: {key}={value!r} must be {rule}')

@@ -252,6 +252,36 @@ class FieldsTest(checkpoints.FolderTest):
         with self.assertRaisesRegex(InputError, f"model_type='{kind}'"):
           FAMILIES[name].describe(config, {})
 
+  def test_the_family_contradicts_the_type(self):
+    folder = self.folder()
+    source = checkpoints.write(folder / 'theirs', 'qwen3')
+    with self.assertRaisesRegex(
+      InputError, "--family='llama' .*model_type='qwen3'"
+    ):
+      convert.import_checkpoint(
+        source, str(folder / 'ours'), family='llama', changes=BYTES
+      )
+    # The right one is allowed.
+    convert.import_checkpoint(
+      source, str(folder / 'ours'), family='qwen3', changes=BYTES
+    )
+
+  @parameterized.parameters('model_type', 'architectures')
+  def test_a_checkpoint_is_not_a_run(self, key):
+    folder = self.folder()
+    (folder / 'config.json').write_text(json.dumps({key: LLAMA.get(key, [])}))
+    with self.assertRaisesRegex(InputError, f'{folder}.*--mode=import'):
+      lms.load(str(folder))
+
+  @parameterized.parameters((None, 'begin with the token 9'), (4, ''))
+  def test_the_start_of_texts_is_logged(self, start, expected):
+    folder = self.folder()
+    source = checkpoints.write(folder / 'theirs', 'llama', bos_token_id=start)
+    with self.assertLogs('nanodlm') as logs:
+      convert.import_checkpoint(source, str(folder / 'ours'), changes=BYTES)
+    self.assertEqual('lacks bos_token_id' in str(logs.output), bool(expected))
+    self.assertIn(expected, str(logs.output))
+
   def test_a_config_without_a_type_needs_the_family(self):
     folder = self.folder()
     source = checkpoints.write(folder / 'theirs', 'llama', model_type=None)

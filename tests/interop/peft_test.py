@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import re
 
 import numpy as np
 import pytest
@@ -141,7 +140,7 @@ def test_imported_adapters_are_trained_further(base, tmp_path):
   assert f'Adapters of {num:,} parameters' in card
   assert f'{lms.load(base).run.num_params():,} parameters' in card
   # Adapters are not a base for others.
-  with pytest.raises(InputError, match=re.escape("'rank': (3, 0)")):
+  with pytest.raises(InputError, match='already has adapters .lora.rank=3.'):
     read(workdir, source, tmp_path / 'top')
   assert not (tmp_path / 'top').exists()
 
@@ -217,6 +216,10 @@ def test_other_mistakes(base, tmp_path):
   with pytest.raises(InputError, match='--config.lora.rank=7'):
     changes = {'checkpoint.init_from': base, 'lora.rank': 7}
     convert.import_checkpoint(source, str(tmp_path / 'run'), changes=changes)
+  # What is wrong is said with the place of the file.
+  other = write(tmp_path / 'other', rank_pattern={'q_proj': 2})
+  with pytest.raises(InputError, match=f'{other}.*rank_pattern='):
+    read(base, other, tmp_path / 'run')
   (pathlib.Path(source) / peft.TENSORS).unlink()
   with pytest.raises(InputError, match=f'lacks {peft.TENSORS}'):
     read(base, source, tmp_path / 'run')
