@@ -345,33 +345,30 @@ class LanguageModel:
 
     That is the number of tokens and bytes that the assistant says.
     """
-    data, tokenizer = self.run.settings.data, self.tokenizer
-    rows, scored, sizes = [], [], []
+    settings, tokenizer = self.run.settings, self.tokenizer
+    if self.run.objective.any_length:
+      raise InputError(
+        f'objective.name={settings.objective["name"]!r} does not score '
+        'conversations'
+      )
+    rows, given, sizes = [], [], []
     for i, messages in enumerate(conversations):
       encoded = chat.make_format(tokenizer).encode(tokenizer, messages)
+      encoded = encoded.to_score()
       num_bytes = int(encoded.num_bytes[encoded.scored].sum())
-      if not num_bytes:
+      if not num_bytes or len(encoded.ids) > settings.data.length:
         raise InputError(
-          f'conversation {i}: the {chat.ASSISTANT} says nothing that can be '
-          'scored'
-        )
-      if len(encoded.ids) > data.length:
-        raise InputError(
-          f'conversation {i} has {len(encoded.ids)} tokens; at most '
-          f'{data.length} are allowed (data.length)'
+          f'conversation {i} has {len(encoded.ids)} tokens, and {num_bytes} '
+          f'bytes of answers; at most {settings.data.length} tokens are '
+          'allowed (data.length), and at least a byte'
         )
       rows.append(encoded.ids)
-      scored.append(encoded.scored)
+      given.append(~encoded.scored)
       sizes.append((int(encoded.scored.sum()), num_bytes))
-    fills = data.has_documents and data.padding == 'eos'
-    longest = max(map(len, rows))
-    size = data.length if fills else self._row_size(longest)
-    tokens, is_text = pad(rows, size)
-    eligible, _ = pad(scored, size)
-    tokens = np.where(is_text, tokens, np.int32(tokenizer.separator_id))
-    is_row = is_text | fills
-    eligible = (eligible > 0) | (is_row & ~is_text)
-    return make_batch(tokens, eligible, (~is_row).astype(np.int32)), sizes
+    batch, _ = self._lay_out_rows(rows)
+    is_given, _ = pad(given, batch.tokens.shape[1])
+    eligible = batch.eligible & (is_given == 0)
+    return make_batch(batch.tokens, eligible, batch.segment_ids), sizes
 
   def _bound(
     self,
@@ -437,14 +434,14 @@ class LanguageModel:
     space = before.removeprefix(prompts.before_gap(before, tokenizer))
     encode = tokenizer.encode_rest if before else tokenizer.encode
     rows = [encode(space + choice) for choice in choices]
-    is_text = messages is None
-    is_single = is_text and all(len(row) == 1 for row in rows)
+    is_prompt = messages is None
+    is_single = is_prompt and all(len(row) == 1 for row in rows)
     if run.objective.predicts_masked and is_single:
       canvas, slot = self._lay_out_slot(before, after, 1)
       logits = self.logits(canvas)[slot][: tokenizer.mask_id]
       log_p = np.asarray(jax.nn.log_softmax(logits))
       values = [(-float(log_p[row[0]]), 0.0, True) for row in rows]
-    elif is_text and sees_right and run.sampler.fills_masks:
+    elif is_prompt and sees_right and run.sampler.fills_masks:
       for part in before, after:
         prompts.plain_text(part)
       texts, is_slot = [], []
@@ -517,20 +514,23 @@ class LanguageModel:
       rows = [
         np.append(row, separator) if len(row) % longest else row for row in rows
       ]
-    size = self._row_size(max(map(len, rows)))
+    return self._lay_out_rows(rows)
+
+  def _lay_out_rows(
+    self, rows: Sequence[np.ndarray]
+  ) -> tuple[Batch, np.ndarray]:
+    """Pads texts as in training; returns what `_windows` does."""
+    data, separator = self.run.settings.data, self.tokenizer.separator_id
+    step = np.lcm(LENGTH_STEP, self.run.objective.block_size or 1)
+    size = -(-max(map(len, rows)) // step) * step
     fills = data.has_documents and data.padding == 'eos'
-    size = longest if fills else size
+    size = data.length if fills else int(min(size, data.length))
     tokens, is_text, owner = cut_windows(rows, size)
     tokens = np.where(is_text, tokens, np.int32(separator))
     is_text |= fills
     # The padding is a separate segment, so that texts do not attend to it.
     batch = make_batch(tokens, is_text, (~is_text).astype(np.int32))
     return batch, owner
-
-  def _row_size(self, length: int) -> int:
-    """Returns the length of rows of texts of at most `length` tokens."""
-    step = np.lcm(LENGTH_STEP, self.run.objective.block_size or 1)
-    return int(min(-(-length // step) * step, self.run.settings.data.length))
 
   def logits(self, tokens: Any, level: float | None = None) -> np.ndarray:
     """Returns the logits of the clean tokens, [B, L, V] or [L, V] float32.

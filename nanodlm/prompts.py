@@ -158,7 +158,8 @@ def make_canvas(
   Raises:
     InputError: the sampler does not fill such a gap, or see `encode_parts`.
   """
-  if has_choices(prompt):
+  slots = [x.group(1).split('|') for x in _SLOTS.finditer(prompt) if x.group(1)]
+  if any(all(choices) for choices in slots):
     raise InputError(
       f'prompt={prompt!r} has a slot for one of several texts, which is not '
       'filled here: compare them by lm.choose, /api/choose or --prompt of '

@@ -356,14 +356,20 @@ def test_importing_is_cheap(masked):
   assert loaded & heavy == {'jax'}
 
 
-@pytest.fixture(scope='module', params=['eos', 'masked'])
+@pytest.fixture(
+  scope='module',
+  params=[('eos', False), ('masked', False), ('eos', True), ('masked', True)],
+)
 def talking(request, tmp_path_factory):
   """An autoregressive model of conversations, and these."""
   folder = tmp_path_factory.mktemp('talking')
+  padding, has_rest = request.param
   talks = [
     [
       {'role': 'user', 'content': f'Is {i} odd?'},
       {'role': 'assistant', 'content': 'Yes.' if i % 2 else 'No.'},
+      # Not scored, and not seen.
+      *[{'role': 'user', 'content': 'And?'}] * has_rest,
     ]
     for i in range(40)
   ]
@@ -375,7 +381,7 @@ def talking(request, tmp_path_factory):
     data__source=f'chat:{folder}/chat.jsonl',
     data__length=48,
     data__crop='document',
-    data__padding=request.param,
+    data__padding=padding,
     tokenizer__chat_template='plain',
   )
   return lms.load(workdir), talks
@@ -389,16 +395,18 @@ def test_bounds_of_conversations_are_those_of_evaluation(talking):
   expected = score(lm.params, jax.random.key(0), rows)['nll']
   assert len(expected) > 5
   bounds = lm.bound(talks)
-  # Which ones are held out is known by their numbers of tokens and values.
-  for nll in expected:
-    assert min(abs(bound.nats / nll - 1) for bound in bounds) < 1e-5
+  questions = [talk[0]['content'] for talk in talks]
+  for nll, row in zip(expected, rows.tokens):
+    text = lm.tokenizer.decode(row)
+    (i,) = (i for i, question in enumerate(questions) if question in text)
+    assert bounds[i].nats == pytest.approx(nll, rel=1e-5)
   assert all(bound.is_exact for bound in bounds)
   assert {bound.num_bytes for bound in bounds} == {3, 4}
 
 
 def test_choices_of_answers(talking):
   lm, talks = talking
-  user = talks[3][0]
+  user = talks[3][0]  # And no last question.
   choices = lm.choose([user, {'role': 'assistant', 'content': '{Yes|No}.'}])
   texts = [
     [user, {'role': 'assistant', 'content': f'{text}.'}]
@@ -411,14 +419,14 @@ def test_choices_of_answers(talking):
 @pytest.mark.parametrize(
   'ask, named',
   [
-    (lambda lm, talk: lm.bound([talk[:1]]), 'assistant says nothing'),
-    (lambda lm, talk: lm.bound([talk * 9]), 'at most 48 are allowed'),
+    (lambda lm, talk: lm.bound([talk[:1]]), "role 'assistant'"),
+    (lambda lm, talk: lm.bound([talk * 9]), 'at most 48 tokens'),
     (lambda lm, talk: lm.bound([[]]), 'messages is empty'),
     (lambda lm, talk: lm.bound([talk, 'a']), "messages='a'"),
     (lambda lm, talk: lm.bound(['a', talk]), 'non-empty strings'),
     (lambda lm, talk: lm.bound([3]), "messages='3'"),
     (lambda lm, talk: lm.choose(talk[:1]), "role 'user'"),
-    (lambda lm, talk: lm.choose(talk), '0 slots'),
+    (lambda lm, talk: lm.choose(talk[:2]), '0 slots'),
     (lambda lm, talk: lm.choose(['a {b|c}']), r'messages\[0\]'),
     (lambda lm, talk: lm.choose(None), "messages='None'"),
     (lambda lm, talk: lm.sample(3), "messages='3'"),

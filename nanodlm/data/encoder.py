@@ -263,15 +263,12 @@ def _write_conversations(job: Job, task: Task, file: Any) -> Iterator[int]:
   chat_format = chat.make_format(job.tokenizer)
   for document in job.source.read(task.part):
     try:
-      encoded = chat_format.encode(job.tokenizer, document.messages)
-      if not encoded.ends.any():
-        raise InputError(f'it lacks a message of the role {chat.ASSISTANT!r}')
+      encoded = chat_format.encode(job.tokenizer, document.messages).to_score()
     except InputError as error:
       raise job.source.error(f'{document.place}: {error}') from error
-    num = int(np.flatnonzero(encoded.ends)[-1]) + 1
-    records = job.records(encoded.ids[:num], encoded.num_bytes[:num])
-    scored = encoded.scored[:num]
-    records['marks'] = np.where(scored, 0, GIVEN) + END * encoded.ends[:num]
+    num = len(encoded.ids)
+    records = job.records(encoded.ids, encoded.num_bytes)
+    records['marks'] = np.where(encoded.scored, 0, GIVEN) + END * encoded.ends
     records['marks'][0] += START
     file.write(records.tobytes())
     said = ''.join(document.open()).encode()

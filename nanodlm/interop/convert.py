@@ -223,16 +223,17 @@ def import_checkpoint(
     )
     run = runs.make_run(local, devices=jax.devices('cpu')[:1])
     start_id = network_of(run).start_token
-    begins = run.objective.causal or run.objective.autoregressive
-    if begins and described.mask_id is None:
-      start_id = described.start_id
-      if foreign.get('bos_token_id') is None:
-        log.info(
-          'config.json lacks bos_token_id: texts begin with the token %d',
-          start_id,
-        )
-    if start_id >= 0:
-      tokenizer = dataclasses.replace(tokenizer, start_id=start_id)
+    if run.objective.causal or run.objective.autoregressive:
+      if described.mask_id is None:
+        start_id = described.start_id
+        if foreign.get('bos_token_id') is None:
+          log.info(
+            'config.json lacks bos_token_id: texts begin with the token %d',
+            start_id,
+          )
+      elif start_id < 0:
+        start_id = tokenizer.start_id  # An export says it.
+    tokenizer = dataclasses.replace(tokenizer, start_id=start_id)
     run = run.with_tokenizer(tokenizer)
     params = read_params(run, family, tensors, described, scratch)
     save_tokenizer(tokenizer, work)

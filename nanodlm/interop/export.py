@@ -316,9 +316,11 @@ def write_tokenizer(
     'clean_up_tokenization_spaces': False,
   }
   if template := tokenizer.chat_template:
-    if run.objective.causal:
-      ids = {i: text for text, i in tokenizer.controls.items()}
-      template = chat.begin_with_bos(template, ids.get(tokenizer.start_id, ''))
+    ids = {i: text for text, i in tokenizer.controls.items()}
+    start = ids.get(tokenizer.start_id, '')
+    begins = run.objective.causal
+    if begins or start and convert.network_of(run).start_token < 0:
+      template = chat.to_publish(template, start, begins)
     settings['chat_template'] = template
   write_json(folder / 'tokenizer_config.json', settings)
   return True

@@ -1,6 +1,5 @@
 """The chat template of a checkpoint, exported and imported."""
 
-import importlib.util
 import json
 import shutil
 
@@ -86,6 +85,20 @@ def test_the_start_of_a_text_is_not_written_twice(tmp_path):
     np.testing.assert_array_equal(own, whole[1:])
 
 
+def check_ids(folder, expected):
+  """Compares ids to those of transformers; returns whether it is there."""
+  try:
+    import transformers
+  except ImportError:
+    return False
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  ids = theirs.apply_chat_template(
+    SAID, add_generation_prompt=True, tokenize=True, return_dict=False
+  )
+  assert ids == expected
+  return True
+
+
 def test_an_autoregressive_export_writes_the_start(tmp_path):
   run = workdirs.make_workdir(
     tmp_path / 'run', data__length=96, objective__name='ar'
@@ -108,19 +121,22 @@ def test_an_autoregressive_export_writes_the_start(tmp_path):
     text = sandbox.Template(chat.read_template(out)).render(messages=SAID)
     token = chat.read_described(out)['bos_token']
     assert text.startswith(token) and text.count(token) == 1
-    if importlib.util.find_spec('transformers'):
-      import transformers
-
-      theirs = transformers.AutoTokenizer.from_pretrained(out)
-      ids = theirs.apply_chat_template(
-        SAID, add_generation_prompt=True, tokenize=True, return_dict=False
-      )
-      assert ids == [start, *tokenizer.swap_mask(ours.ids).tolist()]
+    has_peer = check_ids(out, [start, *tokenizer.swap_mask(ours.ids).tolist()])
     run = str(tmp_path / f'run_{i}')
     convert.import_checkpoint(str(out), run)
     assert load_tokenizer(run).start_id == start
     for old, new in zip(expected, encode(run)[1]):
       np.testing.assert_array_equal(old, new)
+  # By its own folder, and for an objective that does not read a start.
+  again, other = (str(tmp_path / name) for name in ('again', 'other'))
+  export.export_checkpoint(run, str(tmp_path / 'whole'))
+  convert.import_checkpoint(str(tmp_path / 'whole'), again)
+  assert load_tokenizer(again).start_id == load_tokenizer(run).start_id
+  changes = {'objective.name': 'masked'}
+  convert.import_checkpoint(str(tmp_path / 'whole'), other, changes=changes)
+  assert load_tokenizer(other).start_id == -1
+  if not has_peer:
+    pytest.skip('transformers is not installed: ids were not compared')
 
 
 def test_a_template_that_cannot_be_read_is_left_out(exported, tmp_path):

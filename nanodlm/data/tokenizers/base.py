@@ -65,7 +65,8 @@ class Tokenizer(abc.ABC):
     eos_ids: the tokens that end a text; by default the separator alone.
     chat_template: the Jinja template of conversations; see `chat`.
     start_id: the control token that the network itself reads before a text, so
-      that a conversation does not begin with it a second time; -1 for none.
+      that a conversation does not begin with it a second time; -1 for none. A
+      run that starts from another one keeps it.
   """
 
   reads_path: ClassVar[bool] = False

@@ -76,6 +76,17 @@ class Encoded(NamedTuple):
   num_bytes: np.ndarray
   num_lost: int
 
+  def to_score(self) -> 'Encoded':
+    """Returns it up to the end of the assistant's last turn.
+
+    Raises:
+      InputError: the assistant says nothing.
+    """
+    if not self.ends.any():
+      raise InputError(f'it lacks a message of the role {ASSISTANT!r}')
+    num = int(np.flatnonzero(self.ends)[-1]) + 1
+    return Encoded(*(x[:num] for x in self[:4]), self.num_lost)
+
 
 def check_messages(messages: Any) -> None:
   """Raises InputError unless it is a list of messages of known roles."""
@@ -168,21 +179,22 @@ def read_template(folder: pathlib.Path) -> str:
     ) from error
 
 
-def begin_with_bos(template: str, start: str) -> str:
-  """Returns a template that writes bos_token before what `template` writes.
+def to_publish(template: str, start: str, begins: bool) -> str:
+  """Returns a template that writes what `template` does here.
 
-  The texts that it writes are without `start`, if they begin with that, and its
-  own bos_token is empty, as it is here.
+  That is without `start`, if it begins with that, and its own bos_token is
+  empty. If the text `begins` with it, the given bos_token comes first.
   """
   drop = start and f'.removeprefix({json.dumps(start)})'
   return (
     # Jinja takes what follows this newline for the start of a source, at whose
     # end it drops a newline.
     "{% set said %}{% set bos_token = '' %}\n"
-    + template.removesuffix('\n')
+    + template.replace('\r\n', '\n').removesuffix('\n')
     # White space before a tag would be dropped.
-    + "{{ '' }}{% endset %}{{ bos_token + said"
-    + f'{drop} }}}}'
+    + "{{ '' }}{% endset %}{{ "
+    + begins * 'bos_token + '
+    + f'said{drop} }}}}'
   )
 
 
@@ -393,12 +405,22 @@ class ChatFormat:
     )
 
 
+# What compiling a text that is not a template raises.
+_UNCOMPILED = (
+  *(jinja2.TemplateError, RecursionError, SyntaxError, ValueError),
+  MemoryError,
+)
+
+
 @functools.lru_cache(maxsize=64)
 def _compile(template: str) -> sandbox.Template:
   """Compiles a template as published ones expect."""
   try:
     return sandbox.Template(template)
-  except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
+  except sandbox.Excess as error:
+    raise InputError(f'the chat template is too long: {error}') from error
+  # Python compiles it, and has limits of its own.
+  except _UNCOMPILED as error:
     raise InputError(
       f'the chat template is not a Jinja template: {reason(error)}'
     ) from error

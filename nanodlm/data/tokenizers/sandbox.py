@@ -1,9 +1,10 @@
 """Jinja templates of unknown origin, in Jinja's sandbox, with limits.
 
 A template can neither reach Python's objects nor read files. All its loops and
-calls of macros together take MAX_STEPS steps at most; neither what it writes,
-nor what an operator, a method or a filter makes of a text, is longer than
-MAX_SIZE; and it ends MAX_SECS after its start, or one operation later.
+calls of macros together take MAX_STEPS steps at most. No list, and nothing that
+an operator, a method or a filter makes, is longer than MAX_SIZE; all that is
+written, and the items of all lists that filters make, together not longer than
+MAX_WRITTEN. It ends after MAX_SECS of processor time, or one operation later.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +20,11 @@ from jinja2 import nodes, sandbox, visitor
 
 MAX_STEPS = 100_000
 MAX_SIZE = 2_000_000
+MAX_WRITTEN = 5 * MAX_SIZE
 # A conversation of 20 messages takes less than a millisecond.
 MAX_SECS = 5.0
+# Published templates have up to 20,000 characters.
+MAX_LENGTH = 100_000
 # Filters, and methods of texts, whose result may be longer than what they are
 # given.
 _GROWING = ('batch', 'center', 'indent', 'join', 'replace', 'slice', 'wordwrap')
@@ -44,16 +48,23 @@ class _Budget:
   """The steps and the time that one rendering has left."""
 
   def __init__(self):
-    self._left = MAX_STEPS
-    self._end = time.monotonic() + MAX_SECS
+    self._left, self._written = MAX_STEPS, MAX_WRITTEN
+    self._end = time.thread_time() + MAX_SECS
 
   def take(self, num: int = 0):
     """Takes steps; raises Excess if there are too few, or the time is over."""
     self._left -= num
     if self._left < 0:
       raise Excess(f'it loops more than {MAX_STEPS:,} times')
-    if time.monotonic() > self._end:
+    if time.thread_time() > self._end:
       raise Excess(f'it takes more than {MAX_SECS:g} seconds')
+
+  def write(self, num: int):
+    """Counts characters or items; raises Excess if there are too many."""
+    self._written -= num
+    if self._written < 0:
+      raise Excess(f'it writes more than {MAX_WRITTEN:,} characters')
+    self.take()
 
   def range(self, *args: int) -> range:
     """The function range() of a template."""
@@ -67,11 +78,23 @@ _budget: contextvars.ContextVar[_Budget] = contextvars.ContextVar('budget')
 
 def _size(value: Any) -> int:
   """Returns what a value can contribute to the length of a text."""
-  if isinstance(value, int):
-    return abs(value)
-  if isinstance(value, list | tuple):
-    return sum(len(x) if isinstance(x, str) else 1 for x in value)
-  return len(value) if isinstance(value, str) else 1
+  return abs(value) if isinstance(value, int) else _length(value, {})
+
+
+def _length(value: Any, known: dict[int, int]) -> int:
+  """Returns the length of a text, or of all in a container.
+
+  `known` are the lengths of containers by id(), of which one may hold many
+  times the same.
+  """
+  if isinstance(value, dict):
+    value = [*value, *value.values()]
+  elif not isinstance(value, list | tuple):
+    return len(value) if isinstance(value, str) else 1
+  elif id(value) in known:
+    return known[id(value)]
+  known[id(value)] = sum(_length(x, known) for x in value) + 1
+  return known[id(value)]
 
 
 def _check(size: int):
@@ -106,6 +129,8 @@ def _timed(function: Callable[..., Any]) -> Callable[..., Any]:
   def call(*args, **kwargs):
     _budget.get().take()
     made = function(*args, **kwargs)
+    if isinstance(made, list):
+      _budget.get().write(len(made))
     return _timed_items(made) if isinstance(made, types.GeneratorType) else made
 
   return call
@@ -163,13 +188,32 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
     _budget.get().take(num)
     return ''
 
+  def write(self, value: Any) -> str:
+    """Returns the text of a value that is written, and counts it."""
+    text = str(value)
+    _budget.get().write(len(text))
+    return text
+
+  def count_text(self, num: int) -> str:
+    """Counts characters of the template itself that are written."""
+    _budget.get().write(num)
+    return ''
+
+  def measure(self, value: Any) -> Any:
+    """Returns a container; raises Excess if it holds too much."""
+    _check(_length(value, {}))
+    return value
+
 
 class _Limits(visitor.NodeTransformer):
   """Adds the limits to a template."""
 
-  def _count(self, num: int) -> nodes.Expr:
-    function = nodes.EnvironmentAttribute('count')
-    return nodes.Call(function, [nodes.Const(num)], [], None, None)
+  def _call(self, name: str, argument: Any) -> Any:
+    function = nodes.EnvironmentAttribute(name)
+    return nodes.Call(function, [argument], [], None, None)
+
+  def _count(self, num: int) -> Any:
+    return self._call('count', nodes.Const(num))
 
   def visit_For(self, node: Any) -> Any:
     node = self.generic_visit(node)
@@ -181,6 +225,32 @@ class _Limits(visitor.NodeTransformer):
   def visit_Compare(self, node: Any) -> Any:
     return nodes.Or(self._count(0), self.generic_visit(node))
 
+  def visit_Getitem(self, node: Any) -> Any:
+    is_slice = isinstance(node.arg, nodes.Slice)
+    node = self.generic_visit(node)
+    return nodes.Or(self._count(0), node) if is_slice else node
+
+  def visit_List(self, node: Any) -> Any:
+    return self._call('measure', self.generic_visit(node))
+
+  visit_Dict = visit_List
+
+  def visit_Tuple(self, node: Any) -> Any:
+    node = self.generic_visit(node)
+    return self._call('measure', node) if node.ctx == 'load' else node
+
+  def visit_Output(self, node: Any) -> Any:
+    node = self.generic_visit(node)
+    is_text = [isinstance(x, nodes.TemplateData) for x in node.nodes]
+    num = sum(len(x.data) for x, own in zip(node.nodes, is_text) if own)
+    node.nodes = [
+      x if own else self._call('write', x)
+      for x, own in zip(node.nodes, is_text)
+    ]
+    if num:
+      node.nodes.insert(0, self._call('count_text', nodes.Const(num)))
+    return node
+
   def visit_Concat(self, node: Any) -> Any:
     node = self.generic_visit(node)
     parts = [nodes.Filter(x, 'string', [], [], None, None) for x in node.nodes]
@@ -191,6 +261,8 @@ class Template:
   """A compiled template; raises a jinja2.TemplateError if it is not one."""
 
   def __init__(self, text: str):
+    if len(text) > MAX_LENGTH:
+      raise Excess(f'{len(text):,} characters, of at most {MAX_LENGTH:,}')
     environment = _Environment(
       trim_blocks=True,
       lstrip_blocks=True,
@@ -202,7 +274,8 @@ class Template:
     filters['tojson'] = _narrow(filters['tojson'])
     for name in _SLOW:
       del filters[name]
-    filters |= {name: _timed(function) for name, function in filters.items()}
+    for functions in filters, environment.tests:
+      functions |= {name: _timed(x) for name, x in functions.items()}
     del environment.globals['lipsum']
     tree = _Limits().visit(environment.parse(text))
     tree.set_environment(environment)
@@ -212,16 +285,12 @@ class Template:
 
   def render(self, **values: Any) -> str:
     """Returns the text; the template raises whatever Python can."""
-    budget, size, parts = _Budget(), 0, []
-    token = _budget.set(budget)
+    token = _budget.set(budget := _Budget())
     try:
-      for part in self._template.generate({**values, 'range': budget.range}):
-        size += len(part)
-        _check(size)
-        parts.append(part)
+      parts = self._template.generate({**values, 'range': budget.range})
+      return ''.join(parts)
     finally:
       _budget.reset(token)
-    return ''.join(parts)
 
 
 def _refuse(message: str) -> None:

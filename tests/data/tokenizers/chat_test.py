@@ -70,6 +70,7 @@ class ChatTest(parameterized.TestCase):
 
   @parameterized.parameters(
     'a{{ bos_token }}\n',
+    'a{{ bos_token }}\r\n',
     '<s>{{ eos_token }}b\n\n',
     '\n  x{% if 1 %}\n  {% endif %}\n\n',
     '  {% if 1 %}y{% endif %}  \n  ',
@@ -83,10 +84,12 @@ class ChatTest(parameterized.TestCase):
       **values, bos_token=start
     )
     rest = write(template, '').removeprefix('<s>')
-    once = chat.begin_with_bos(template, '<s>')
+    once = chat.to_publish(template, '<s>', True)
     self.assertEqual(write(once, '<m>'), f'<m>{rest}')
-    twice = chat.begin_with_bos('{%- set bos_token = "<m>" -%}' + once, '<m>')
+    again = '{%- set bos_token = "<m>" -%}' + once
+    twice = chat.to_publish(again, '<m>', True)
     self.assertEqual(write(twice, '<n>'), f'<n>{rest}')
+    self.assertEqual(write(chat.to_publish(again, '<m>', False), '<n>'), rest)
 
   def test_an_answer_follows_the_prompt_that_a_model_gets(self):
     tokenizer = published(self.folder)
@@ -252,6 +255,8 @@ class ChatTest(parameterized.TestCase):
     ('{{ raise_exception("no system") }}', 'no system'),
     ('{% for', 'not a Jinja template'),
     ('{{ x' + '|trim' * 999 + ' }}', 'not a Jinja template'),
+    ('{{ ' + '1' * 5000 + ' }}', 'not a Jinja template'),
+    ('{# ' + 'x' * 99999 + ' #}', 'too long'),
     ('{{ messages[0].content }}', 'add_generation_prompt'),
     ('{% if add_generation_prompt %}<|im_start|>{% endif %}', 'answer'),
     (chat.TEMPLATES['llama3'], r'<\|start_header_id\|>'),

@@ -67,6 +67,9 @@ def test_limits_change_nothing(template):
     '{% set x = "a" * 99999 %}{{ x | list'
     + ' | map("upper") | select' * 40
     + ' | list | length }}',
+    '{% set x = "ab" * 900000 %}{% set y = "ab" * 400000 ~ "c" %}'
+    + '{% if y is in x %}{% endif %}' * 999,
+    '{% set x = "ab" * 900000 %}' + '{% set y = x[::-1] %}' * 2999,
   ],
 )
 def test_a_template_ends_in_time(template, monkeypatch):
@@ -75,4 +78,27 @@ def test_a_template_ends_in_time(template, monkeypatch):
   start = time.process_time()
   with pytest.raises(sandbox.Excess, match='seconds'):
     found.render()
+  assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+  'template',
+  [
+    '{% set n = namespace(x=["x"], y=["x"]) %}{% for i in range(45) %}'
+    '{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}'
+    '{{ n.x == n.y }}',
+    '{% set n = namespace(x={}) %}{% for i in range(45) %}'
+    '{% set n.x = {"a": n.x, "b": n.x} %}{% endfor %}{{ n.x | string }}',
+    '{% set b = "a" * 1000000 %}{{ [b ~ "c"] in [[b ~ "d"]] * 20000 }}',
+    '{% set x = "x" * 1000000 %}{% set s %}{% for i in range(400) %}{{ x }}'
+    '{% endfor %}{% endset %}{{ s | length }}',
+    '{% macro f() %}{% for i in range(9999) %}' + 'x' * 9999 + '{% endfor %}'
+    '{% endmacro %}{{ f() | length }}',
+    '{% set x = "x" * 1000000 %}' + '{% set a = x | list %}' * 12,
+  ],
+)
+def test_a_template_that_takes_memory(template):
+  start = time.process_time()
+  with pytest.raises(sandbox.Excess, match='more than [0-9,]+ characters'):
+    sandbox.Template(template).render()
   assert time.process_time() - start < 5
