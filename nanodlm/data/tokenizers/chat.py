@@ -85,7 +85,13 @@ class Encoded(NamedTuple):
     if not self.ends.any():
       raise InputError(f'it lacks a message of the role {ASSISTANT!r}')
     num = int(np.flatnonzero(self.ends)[-1]) + 1
-    return Encoded(*(x[:num] for x in self[:4]), self.num_lost)
+    return Encoded(
+      self.ids[:num],
+      self.scored[:num],
+      self.ends[:num],
+      self.num_bytes[:num],
+      self.num_lost,
+    )
 
 
 def check_messages(messages: Any) -> None:
