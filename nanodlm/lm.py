@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import logging
-from typing import Any, cast, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,10 +65,10 @@ class Sample(NamedTuple):
       of the call that revealed the token, given the canvas before the call;
       with a sampler that changes tokens, of the last call after which this one
       did not change. It is the network's own, before temperature, top-k, top-p
-      and guidance. The sum is the text's exact
-      log-probability for the samplers `ar` and `speculate`, on a blank canvas;
-      otherwise it depends on the order in which tokens are revealed, and the
-      tokens of one call are treated as independent; see `bound`.
+      and guidance. The sum is the text's exact log-probability for the samplers
+      `ar` and `speculate`, on a blank canvas; otherwise it depends on the order
+      in which tokens are revealed, and the tokens of one call are treated as
+      independent; see `bound`.
     top_tokens: [n, watch.NUM_ALTERNATIVES] int32, the most probable tokens in
       this call, best first.
     top_logprobs: their log-probabilities, float32.
@@ -294,13 +294,11 @@ class LanguageModel:
     check_seed(seed, 'seed')
     if isinstance(texts, str):
       raise InputError(f'texts={texts!r} must be a list of texts')
-    if texts and not isinstance(texts[0], str):
-      batch, sizes = self._conversations(cast(Any, texts))
-      owner = np.arange(len(texts))
-    else:
-      batch, owner, sizes = self._texts(cast(Any, texts))
-    if not sizes:
+    if not texts:
       return []
+    is_text = isinstance(texts[0], str)
+    lay_out: Any = self._lay_out_texts if is_text else self._lay_out_talks
+    batch, owner, sizes = lay_out(texts)
     bounds = self._bound(batch, owner, num_draws, seed, batch_size)
     scores = []
     for value, width, (num_tokens, num_bytes) in zip(*bounds, sizes):
@@ -318,15 +316,13 @@ class LanguageModel:
       )
     return scores
 
-  def _texts(
+  def _lay_out_texts(
     self, texts: Sequence[str]
   ) -> tuple[Batch, np.ndarray, list[tuple[int, int]]]:
     """Returns rows of texts, the text of each, and their tokens and bytes."""
     for text in texts:
       if not isinstance(text, str) or not text:
         raise InputError(f'texts must be non-empty strings, not {text!r}')
-    if not texts:
-      return make_batch(np.zeros([0, 1]), np.zeros([0, 1])), np.zeros(0), []
     run = self.run
     rows = run.tokenizer.encode_to_score(texts)
     for text, row in zip(texts, rows):
@@ -338,23 +334,20 @@ class LanguageModel:
     sizes = [(len(row), len(text.encode())) for text, row in zip(texts, rows)]
     return *self._windows(rows), sizes
 
-  def _conversations(
+  def _lay_out_talks(
     self, conversations: Sequence[Sequence[chat.Message]]
-  ) -> tuple[Batch, list[tuple[int, int]]]:
-    """Returns a row for each conversation, and what is scored of each.
-
-    That is the number of tokens and bytes that the assistant says.
-    """
+  ) -> tuple[Batch, np.ndarray, list[tuple[int, int]]]:
+    """Returns what `_lay_out_texts` does, of what the assistant says."""
     settings, tokenizer = self.run.settings, self.tokenizer
     if self.run.objective.any_length:
       raise InputError(
         f'objective.name={settings.objective["name"]!r} does not score '
         'conversations'
       )
+    chat_format = chat.make_format(tokenizer)
     rows, given, sizes = [], [], []
     for i, messages in enumerate(conversations):
-      encoded = chat.make_format(tokenizer).encode(tokenizer, messages)
-      encoded = encoded.to_score()
+      encoded = chat_format.encode(tokenizer, messages).to_score()
       num_bytes = int(encoded.num_bytes[encoded.scored].sum())
       if not num_bytes or len(encoded.ids) > settings.data.length:
         raise InputError(
@@ -365,10 +358,10 @@ class LanguageModel:
       rows.append(encoded.ids)
       given.append(~encoded.scored)
       sizes.append((int(encoded.scored.sum()), num_bytes))
-    batch, _ = self._lay_out_rows(rows)
+    batch, owner = self._lay_out_rows(rows)
     is_given, _ = pad(given, batch.tokens.shape[1])
     eligible = batch.eligible & (is_given == 0)
-    return make_batch(batch.tokens, eligible, batch.segment_ids), sizes
+    return make_batch(batch.tokens, eligible, batch.segment_ids), owner, sizes
 
   def _bound(
     self,

@@ -73,9 +73,13 @@ def literal_braces(prompt: str) -> list[str]:
   return list(dict.fromkeys(re.findall(r'\{[^{}\0]*\}|[{}]', rest)))
 
 
+def _find_slots(prompt: str) -> list[re.Match[str]]:
+  return [match for match in _SLOTS.finditer(prompt) if match.group(1)]
+
+
 def has_choices(prompt: str) -> bool:
   """Returns whether a prompt has a slot; see `split_choices`."""
-  return any(match.group(1) for match in _SLOTS.finditer(prompt))
+  return bool(_find_slots(prompt))
 
 
 def split_choices(prompt: str) -> tuple[str, list[str], str]:
@@ -87,7 +91,7 @@ def split_choices(prompt: str) -> tuple[str, list[str], str]:
   Raises:
     InputError: there is not one slot, or its choices are not different texts.
   """
-  slots = [match for match in _SLOTS.finditer(prompt) if match.group(1)]
+  slots = _find_slots(prompt)
   if len(slots) != 1:
     raise InputError(
       f'prompt={prompt!r} has {len(slots)} slots such as {{yes|no}}; it must '
@@ -158,8 +162,7 @@ def make_canvas(
   Raises:
     InputError: the sampler does not fill such a gap, or see `encode_parts`.
   """
-  slots = [x.group(1).split('|') for x in _SLOTS.finditer(prompt) if x.group(1)]
-  if any(all(choices) for choices in slots):
+  if any(all(slot.group(1).split('|')) for slot in _find_slots(prompt)):
     raise InputError(
       f'prompt={prompt!r} has a slot for one of several texts, which is not '
       'filled here: compare them by lm.choose, /api/choose or --prompt of '

@@ -33,9 +33,9 @@ class Rollouts:
 
   What is given in an example of the training text is a prompt: the prompt of a
   pair, or what data.clean_prefix_rate and clean_infill_rate leave; of other
-  text, nothing. Each is filled
-  policy.num_samples times by the run's sampler. The weight of a sample is its
-  advantage, the reward above the mean of its group.
+  text, nothing. Each is filled policy.num_samples times by the run's sampler.
+  The weight of a sample is its advantage, the reward above the mean of its
+  group.
 
   Args:
     run: the run, whose sampler and rewards are used.

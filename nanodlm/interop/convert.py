@@ -222,17 +222,13 @@ def import_checkpoint(
       settings, mesh=MeshConfig(data=1, fsdp=1, tensor=1)
     )
     run = runs.make_run(local, devices=jax.devices('cpu')[:1])
-    start_id = network_of(run).start_token
-    if run.objective.causal or run.objective.autoregressive:
-      if described.mask_id is None:
-        start_id = described.start_id
-        if foreign.get('bos_token_id') is None:
-          log.info(
-            'config.json lacks bos_token_id: texts begin with the token %d',
-            start_id,
-          )
-      elif start_id < 0:
-        start_id = tokenizer.start_id  # An export says it.
+    start_id = _find_start(run, described, tokenizer)
+    has_bos = foreign.get('bos_token_id') is not None
+    if described.mask_id is None and start_id >= 0 and not has_bos:
+      log.info(
+        'config.json lacks bos_token_id: texts begin with the token %d',
+        start_id,
+      )
     tokenizer = dataclasses.replace(tokenizer, start_id=start_id)
     run = run.with_tokenizer(tokenizer)
     params = read_params(run, family, tensors, described, scratch)
@@ -259,6 +255,19 @@ def import_checkpoint(
   )
 
 
+def _find_start(
+  run: runs.Run, described: layouts.Description, tokenizer: Tokenizer
+) -> int:
+  """Returns the id that the network reads before a text, -1 for none."""
+  start_id = network_of(run).start_token
+  begins = run.objective.causal or run.objective.autoregressive
+  if start_id >= 0 or not begins:
+    return start_id
+  # The tokenizer of an export says it.
+  is_copied = described.mask_id is None
+  return described.start_id if is_copied else tokenizer.start_id
+
+
 def network_of(run: runs.Run) -> ModelConfig:
   """Returns the shape of a transformer; InputError for other networks."""
   if not isinstance(run.network, TransformerNetwork):
@@ -281,8 +290,11 @@ def choose_family(run: runs.Run, family: str = '') -> str:
 
 def find_nearest(run: runs.Run) -> str:
   """Returns which published forms nearly fit, and why not; '' if one does."""
-  misfits = _misfits(run)
-  del misfits['nanodlm']
+  misfits = {
+    name: misfit
+    for name, misfit in _misfits(run).items()
+    if FAMILIES[name].is_published
+  }
   if not all(misfits.values()):
     return ''
   size = lambda misfit: ('objective.name' in misfit, misfit.count(', '))

@@ -185,9 +185,12 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     save_tokenizer(run.tokenizer, own)
     write_json(own / workdirs.CONFIG, published(run.settings))
     write_json(own / convert.ORIGIN, {'family': family, 'step': step})
-    text = card(lm, family, foreign, has_tokenizer, num_adapted)
+    nearest = convert.find_nearest(run)
+    shorter = describe_length(lm, family, foreign)
+    text = card(
+      lm, family, foreign, has_tokenizer, num_adapted, nearest, shorter
+    )
     (work / 'README.md').write_text(text)
-  nearest = convert.find_nearest(run) if family == 'nanodlm' else ''
   log.info(
     'exported %s, step %d, as %s into %s%s',
     workdir,
@@ -196,7 +199,7 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     output,
     nearest and f'. {nearest}',
   )
-  if shorter := describe_length(lm, family, foreign):
+  if shorter:
     log.info(shorter)
 
 
@@ -387,17 +390,21 @@ def card(
   foreign: dict[str, Any],
   has_tokenizer: bool,
   num_adapted: int = 0,
+  nearest: str = '',
+  shorter: str = '',
 ) -> str:
   """Returns the model card: what config.json and the logs of the run say.
 
-  `num_adapted` is the number of parameters of adapters, which are merged.
+  `num_adapted` is the number of parameters of adapters, which are merged,
+  `nearest` what `convert.find_nearest` says, `shorter` what `describe_length`
+  does.
   """
   run, step, workdir = lm.run, lm.step, lm.workdir
   settings, tokenizer = run.settings, run.tokenizer
   loading = FAMILIES[family].loaded_by(convert.network_of(run)) + (
     f'\n\nThe tensors have the names and shapes of the family `{family}`.'
   )
-  if family == 'nanodlm' and (nearest := convert.find_nearest(run)):
+  if nearest:
     loading += f'\n\n{nearest}.'
   if FAMILIES[family].is_stock:
     architecture, start = foreign['architectures'][0], foreign['bos_token_id']
@@ -427,7 +434,7 @@ def card(
       f' Adapters of {num_adapted:,} parameters were trained, and are added to '
       'the weights.'
     )
-  if shorter := describe_length(lm, family, foreign):
+  if shorter:
     training += f'\n\n{shorter}.'
   model = sorted(settings.model.items())
   default: Any = configs.load()

@@ -386,6 +386,28 @@ class FolderTest(parameterized.TestCase):
     return pathlib.Path(folder.name)
 
 
+# Families that transformers has, and its names of them.
+STOCK = (
+  ('gpt2', 'GPT2'),
+  ('llama', 'Llama'),
+  ('tied', 'Llama'),
+  ('llama3', 'Llama'),
+  ('yarn', 'Llama'),
+  ('mistral', 'Mistral'),
+  ('qwen2', 'Qwen2'),
+  ('qwen3', 'Qwen3'),
+)
+
+
+def network_of_transformers(name, kind, **changes):
+  """The network of a kind in transformers with the config of a family."""
+  transformers = pytest.importorskip('transformers')
+  config = {**CONFIGS[name], 'model_type': kind.lower(), **changes}
+  config = getattr(transformers, f'{kind}Config')(**config)
+  cls = 'GPT2LMHeadModel' if kind == 'GPT2' else f'{kind}ForCausalLM'
+  return getattr(transformers, cls)(config).eval()
+
+
 class ParityTest(FolderTest):
   @parameterized.parameters(*CONFIGS)
   def test_logits(self, name):
@@ -417,14 +439,7 @@ class ParityTest(FolderTest):
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
   @parameterized.parameters(
-    ('gpt2', 'GPT2'),
-    ('llama', 'Llama'),
-    ('tied', 'Llama'),
-    ('llama3', 'Llama'),
-    ('yarn', 'Llama'),
-    ('mistral', 'Mistral'),
-    ('qwen2', 'Qwen2'),
-    ('qwen3', 'Qwen3'),
+    *STOCK,
     ('a2d-qwen3', 'Qwen3'),
     ('a2d-qwen2', 'Qwen2'),
     ('a2d-llama', 'Llama'),
@@ -436,11 +451,7 @@ class ParityTest(FolderTest):
   )
   def test_the_reference_is_what_transformers_computes(self, name, kind):
     torch = pytest.importorskip('torch')
-    transformers = pytest.importorskip('transformers')
-    config = {**CONFIGS[name], 'model_type': kind.lower()}
-    config = getattr(transformers, f'{kind}Config')(**config)
-    cls = 'GPT2LMHeadModel' if kind == 'GPT2' else f'{kind}ForCausalLM'
-    network = getattr(transformers, cls)(config).eval()
+    network = network_of_transformers(name, kind)
     prefix = 'transformer.' if name == 'gpt2' else ''
     state = {
       prefix + key.replace('encoder', 'model').replace('diffusion_h', 'lm_h'): (
@@ -464,25 +475,11 @@ class ParityTest(FolderTest):
       theirs = network(torch.tensor(ids)[None], attention_mask=mask).logits[0]
     np.testing.assert_allclose(theirs, reference_logits(name, ids), atol=1e-4)
 
-  @parameterized.parameters(
-    ('gpt2', 'GPT2'),
-    ('llama', 'Llama'),
-    ('tied', 'Llama'),
-    ('llama3', 'Llama'),
-    ('yarn', 'Llama'),
-    ('mistral', 'Mistral'),
-    ('qwen2', 'Qwen2'),
-    ('qwen3', 'Qwen3'),
-  )
+  @parameterized.parameters(*STOCK)
   def test_what_transformers_writes(self, name, kind):
     torch = pytest.importorskip('torch')
-    transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    config = getattr(transformers, f'{kind}Config')(
-      **{**CONFIGS[name], 'model_type': kind.lower(), 'initializer_range': 0.3}
-    )
-    cls = 'GPT2LMHeadModel' if kind == 'GPT2' else f'{kind}ForCausalLM'
-    theirs = getattr(transformers, cls)(config).eval()
+    theirs = network_of_transformers(name, kind, initializer_range=0.3)
     folder = self.folder()
     theirs.save_pretrained(folder / 'theirs', max_shard_size='9KB')
     self.assertTrue(

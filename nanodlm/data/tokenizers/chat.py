@@ -413,8 +413,11 @@ class ChatFormat:
 
 # What compiling a text that is not a template raises.
 _UNCOMPILED = (
-  *(jinja2.TemplateError, RecursionError, SyntaxError, ValueError),
+  jinja2.TemplateError,
   MemoryError,
+  RecursionError,
+  SyntaxError,
+  ValueError,
 )
 
 

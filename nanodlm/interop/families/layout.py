@@ -248,6 +248,7 @@ class Family:
     architectures: values in config.json's `architectures`, of which an export
       writes the first; () for all.
     is_exportable: whether runs can be exported in this form.
+    is_published: whether it is a form of others, that their programs load.
     is_stock: whether transformers loads an export without remote code.
     objective: the `objective.name` that the network was trained with.
     also: other objectives of runs that can be exported; an import does not see
@@ -277,6 +278,7 @@ class Family:
   model_types: tuple[str, ...] = ()
   architectures: tuple[str, ...] = ()
   is_exportable: bool = True
+  is_published: bool = True
   is_stock: bool = False
   objective: str = 'masked'
   also: tuple[str, ...] = ()
@@ -442,21 +444,19 @@ class Family:
 
   def misfit(self, network: ModelConfig, objective: str) -> str:
     """Returns what it cannot express of a run with that objective, or ''."""
-    allowed = {'objective.name': (self.objective, *self.also)}
-    for field, value in self.fixed(network).items():
-      allowed[f'model.{field}'] = (value,)
+    allowed = {key: (value,) for key, value in self.fixed(network).items()}
     for key in self.keys.values():
       if key.values:
-        allowed[f'model.{key.field}'] = tuple(
-          dict.fromkeys(key.values.values())
-        )
-    found = []
-    for name, values in allowed.items():
-      section, _, field = name.partition('.')
-      value = getattr(network, field) if section == 'model' else objective
-      if value not in values:
-        needed = ' or '.join(map(repr, values))
-        found.append(f'{name}={value!r} (needs {needed})')
+        allowed[key.field] = tuple(dict.fromkeys(key.values.values()))
+    checks = [
+      ('objective.name', objective, (self.objective, *self.also)),
+      *((f'model.{x}', getattr(network, x), y) for x, y in allowed.items()),
+    ]
+    found = [
+      f'{name}={value!r} (needs {" or ".join(map(repr, values))})'
+      for name, value, values in checks
+      if value not in values
+    ]
     if network.block_size and network.causal and network.start_token < 0:
       # No form's clean copy begins with a mask at the place of the first token.
       found.append('objective.ar_weight > 0')

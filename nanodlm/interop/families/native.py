@@ -12,6 +12,7 @@ class Native(Family):
   """The form of nanodlm's own."""
 
   model_types = ('nanodlm',)
+  is_published = False
 
   def describe(self, config, shapes):
     raise InputError(
