@@ -6,7 +6,8 @@
 The command line, the server and the evaluations use the same object.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -153,6 +154,7 @@ class LanguageModel:
   step: int
   workdir: str
   call: Callable[..., Any] = _call
+  _idle: list[watch.Watchers] = dataclasses.field(default_factory=list)
 
   def __repr__(self) -> str:
     name = self.run.settings.objective['name']
@@ -222,25 +224,25 @@ class LanguageModel:
     row, fixed = lay_out(run, prompt, length or run.settings.sample_length)
     tokens, is_fixed = (np.tile(x, (num_samples, 1)) for x in (row, fixed))
     kept = [watch.Logprobs(len(row)) for _ in whole_batch(run, tokens)]
-    keep = functools.partial(watch.Logprobs.keep, kept)
-    view = watch.View(keep, run.tokenizer.mask_id, reveals=True)
     keeps = details and not run.sampler.fills_room
-    fill = make_fill(run, view=view if keeps else None)
     is_chat = not isinstance(prompt, str)
     search = make_search(
       run, reward, best_of, num_refinements, reward_temperature, is_chat
     )
-    if search:
-      taken = copy.deepcopy(kept)
+    # As the first prompt of --mode=sample.
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    with self._view(kept) if keeps else contextlib.nullcontext() as view:
+      fill = make_fill(run, view=view)
+      if search:
+        taken = copy.deepcopy(kept)
 
-      def on_candidate(is_taken):
-        for i, is_new in enumerate(is_taken):
-          source, target = (kept, taken) if is_new else (taken, kept)
-          target[i] = copy.deepcopy(source[i])
+        def on_candidate(is_taken):
+          for i, is_new in enumerate(is_taken):
+            source, target = (kept, taken) if is_new else (taken, kept)
+            target[i] = copy.deepcopy(source[i])
 
-      fill = search.around(fill, on_candidate if keeps else None)
-    key = jax.random.key(seed)
-    filled, num_calls = fill(self.params, key, tokens, is_fixed)
+        fill = search.around(fill, on_candidate if keeps else None)
+      filled, num_calls = fill(self.params, key, tokens, is_fixed)
     warn_of_full(run, filled, fixed)
     show = answer_tokens if is_chat else shown_tokens
     texts = [
@@ -262,6 +264,23 @@ class LanguageModel:
       )
       for text, row, fixed, logprobs in zip(texts, filled, is_fixed, kept)
     ]
+
+  @contextlib.contextmanager
+  def _view(self, kept: Sequence[watch.Logprobs]) -> Iterator[watch.View]:
+    """Yields what keeps log-probabilities; another call can use it again.
+
+    What was compiled with it is then used again, too.
+    """
+    try:
+      watchers = self._idle.pop()
+    except IndexError:
+      watchers = watch.Watchers()
+    watchers.those = [functools.partial(watch.Logprobs.keep, kept)]
+    try:
+      yield watch.View(watchers, self.tokenizer.mask_id, reveals=True)
+    finally:
+      watchers.those = []
+      self._idle.append(watchers)
 
   def bound(
     self,

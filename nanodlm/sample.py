@@ -81,16 +81,6 @@ def with_samplers(
   return models or [(lm.run.sampler_name, lm)]
 
 
-class Watchers:
-  """A `watch.Watch` that forwards to several, which may be replaced."""
-
-  def __init__(self):
-    self.those: list[watch.Watch] = []
-
-  def __call__(self, event: watch.Asked | watch.Answered) -> bool:
-    return all([one(event) for one in self.those])
-
-
 def sample_prompts(
   lm: LanguageModel,
   prompts: Sequence[str],
@@ -118,7 +108,7 @@ def sample_prompts(
   run, sample = lm.run, lm.run.settings.sample
   models = with_samplers(lm, samplers)
   length = run.settings.sample_length
-  watchers, view = Watchers(), None
+  watchers, view = watch.Watchers(), None
   if display or page:
     num_top = lms.NUM_RECORDED if page else 0
     view = watch.View(watchers, run.tokenizer.mask_id, num_top)
@@ -215,7 +205,7 @@ def make_draw(
   It raises SaveError if samples.jsonl cannot be written.
   """
   settings, tokenizer = run.settings, run.tokenizer
-  watchers = Watchers()
+  watchers = watch.Watchers()
   fill = lms.make_fill(run, view=watch.View(watchers, tokenizer.mask_id))
   law = laws.law_of_rows(settings.data)
   prompt, (row, fixed) = _first_prompt(run, packed)

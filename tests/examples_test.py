@@ -5,6 +5,7 @@ The examples run at the same time. What the README says about objectives,
 samplers, configs and files is compared with the code.
 """
 
+import importlib
 import inspect
 import json
 import os
@@ -37,7 +38,8 @@ def command_of_config(name):
   """Returns the first block of code in the docstring of a config."""
   source = (ROOT / 'configs' / f'{name}.py').read_text()
   doc = inspect.cleandoc(re.search(r'"""(.*?)"""', source, re.DOTALL)[1])
-  return re.search(r'((?:    .*\n)+)', doc)[1].replace('\n    ', '\n')[4:]
+  block = re.search(r'((?:    .*\n)(?:(?:    .*)?\n)*)', doc)[1]
+  return block.replace('\n    ', '\n')[4:]
 
 
 # The Python example uses the quickstart's run, and fine-tuning that of docs.py.
@@ -113,6 +115,29 @@ def examples(tmp_path_factory):
   for process, output in zip(processes, outputs):
     assert process.returncode == 0, output
   return list(zip(folders, outputs))
+
+
+def test_sudokus_and_what_solves_them(tmp_path, monkeypatch):
+  script = command_of_config('sudoku').partition('python launch.py')[0]
+  path = f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'
+  subprocess.run(
+    ['bash', '-euc', script],
+    cwd=tmp_path,
+    env={**os.environ, 'PATH': path},
+    check=True,
+  )
+  lines = (tmp_path / 'sudokus.jsonl').read_text().splitlines()
+  prompts, answers = zip(*(json.loads(line).values() for line in lines))
+  monkeypatch.syspath_prepend(tmp_path)
+  solved = importlib.import_module('sudoku').solved
+  texts = [prompt + answer for prompt, answer in zip(prompts, answers)]
+  assert abs(sum(solved(texts, prompts)) / len(texts) - 0.7) < 0.01
+  puzzle, other = '1..............1=', '2..............1='
+  grid, rows = '1234341221434321', '1234123412341231'
+  assert not any(
+    solved([puzzle + grid[:15], puzzle, other + grid], 3 * [puzzle])
+  )
+  assert solved([puzzle + grid, puzzle + rows], 2 * [puzzle]) == [True, False]
 
 
 def samples_of(workdir):

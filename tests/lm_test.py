@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import nanodlm
 from nanodlm import evaluate
 from nanodlm import lm as lms
+from nanodlm.steps import sample as sample_steps
 from nanodlm.types import InputError
 from tests import foreign_tokenizers, launches, workdirs
 
@@ -67,6 +69,18 @@ def test_details(masked):
       best = sample.top_tokens[2:, 0] == sample.tokens[2:]
       own = sample.logprobs[2:] == sample.top_logprobs[2:, 0]
       assert best.tolist() == own.tolist()
+
+
+def test_what_was_compiled_is_used_again(masked):
+  known = [masked.sample('ab', seed=seed, details=True)[0] for seed in (0, 1)]
+  masked.sample('ab')
+  with mock.patch.object(sample_steps, '_sample', side_effect=AssertionError):
+    (new,) = masked.sample('cd', details=True)
+    assert masked.sample('cd') == [new.text]
+    for seed, before in enumerate(known):
+      (again,) = masked.sample('ab', seed=seed, details=True)
+      np.testing.assert_array_equal(again.logprobs, before.logprobs)
+  assert not np.array_equal(known[0].logprobs, known[1].logprobs)
 
 
 @pytest.mark.parametrize('temperature', [1.0, 0.0])

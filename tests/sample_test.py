@@ -99,3 +99,15 @@ def test_rewards_are_printed_and_written(lm, capsys):
   for line in lines:
     assert line['reward'] == -len(line['shown']) and line['num_calls'] == 12
     assert f'reward {line["reward"]:.4g}' in printed
+  tokens = [
+    one.tokens.tolist()
+    for one in lm.sample(
+      'ab',
+      num_samples=4,
+      seed=lm.run.settings.sample.seed,
+      details=True,
+      reward=f'{__name__}:brevity',
+      best_of=3,
+    )
+  ]
+  assert [line['tokens'] for line in lines] == tokens

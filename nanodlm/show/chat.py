@@ -18,7 +18,6 @@ import jax
 import numpy as np
 
 from nanodlm import lm as lms
-from nanodlm import sample
 from nanodlm.config import Start
 from nanodlm.data.tokenizers import base, chat
 from nanodlm.show import live, sampling, watch
@@ -52,7 +51,7 @@ def main(start: Start) -> int:
   lm = lms.load(start.workdir, settings=settings)
   length = lm.run.settings.sample_length
   lms.lay_out(lm.run, [*before, {'role': 'user', 'content': ''}], length)
-  watchers = sample.Watchers()
+  watchers = watch.Watchers()
   display = live.make_display()
   view = None
   if display:

@@ -93,6 +93,16 @@ Event = Asked | Answered | Revealed
 Watch = Callable[[Any], bool]
 
 
+class Watchers:
+  """A `Watch` that forwards to several, which may be replaced."""
+
+  def __init__(self):
+    self.those: list[Watch] = []
+
+  def __call__(self, event: Event) -> bool:
+    return all([one(event) for one in self.those])
+
+
 class View(NamedTuple):
   """The function that is shown the calls, and how much it is shown.
 
