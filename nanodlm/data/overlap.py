@@ -1,11 +1,11 @@
 """What a run was trained on, as hashes: how much of a text is in it verbatim.
 
 A passage is the tokens that make up about 64 bytes, or a whole document that is
-shorter; if rows are documents, it is a whole document. Of all passages of the
-training text, those with the smallest hashes are kept, at most a million. The
-same choice among the passages of another text gives an unbiased estimate of the
-share that was trained on, in any order and from any file. It includes what
-texts have in common by chance.
+shorter; if rows are documents or have conversations, it is a whole one of them.
+Of all passages of the training text, those with the smallest hashes are kept,
+at most a million. The same choice among the passages of another text gives an
+unbiased estimate of the share that was trained on, in any order and from any
+file. It includes what texts have in common by chance.
 
 Source: FracMinHash, Hera et al., Genome Research 33 (2023) 1061.
 """
@@ -20,6 +20,7 @@ import grain
 import numpy as np
 
 from nanodlm import workdir as workdirs
+from nanodlm.data import encoder
 from nanodlm.data.packed import PackedData
 from nanodlm.types import InputError, reason
 
@@ -141,7 +142,7 @@ def make_record(packed: PackedData, earlier: Record | None = None) -> Record:
   counts = packed.metadata['train']
   per_token = max(counts['num_bytes'] / counts['num_tokens'], 1)
   window = packed.length
-  if not packed.is_documents:
+  if not _has_whole_documents(packed, packed.train):
     window = min(max(round(PASSAGE_BYTES / per_token), 2), window)
   num_bits, coverage, unknown = 0, 1.0, ''
   hashes = np.zeros([0], np.uint64)
@@ -179,7 +180,8 @@ def _blocks(
   A block of packed text includes the next row, in which passages end.
   """
   size = max(_BLOCK_TOKENS // packed.length, 1)
-  num, last = -(-len(rows) // size), size + (not packed.is_documents)
+  last = size + (not _has_whole_documents(packed, rows))
+  num = -(-len(rows) // size)
   num_read = min(num, max(_MAX_ROWS // size, 1))
   starts = [i * num // num_read * size for i in range(num_read)]
   blocks = (
@@ -194,14 +196,26 @@ def _blocks(
   return blocks, num_read / num if num else 1.0
 
 
+def _has_whole_documents(packed: PackedData, rows: Any) -> bool:
+  """Returns whether no document goes on in another row."""
+  return packed.is_documents or (len(rows) > 0 and 'marks' in rows[0])
+
+
 def _ids(packed: PackedData, row: Mapping[str, Any]) -> np.ndarray:
   """Returns the ids of a row, after a separator if a document begins there.
 
-  The document in the row before may have been cut, without a separator.
+  The document in the row before may have been cut, without a separator. The
+  separators in a conversation, such as those after messages, become masks.
   """
   ids = row['tokens'][row.get('num_given', 0) :]
-  if packed.is_documents:
-    ids = np.append(packed.tokenizer.separator_id, ids)
+  separator = packed.tokenizer.separator_id
+  if 'marks' in row:
+    is_text = row['marks'] & encoder.FILL == 0
+    ids = np.where(ids == separator, packed.tokenizer.mask_id, ids)[is_text]
+    starts = np.flatnonzero(row['marks'][is_text] & encoder.START)
+    ids = np.append(np.insert(ids, starts, separator), separator)
+  elif packed.is_documents:
+    ids = np.append(separator, ids)
   return ids
 
 

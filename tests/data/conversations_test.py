@@ -1,5 +1,6 @@
 """Conversations as rows: what is given, cuts, shared rows."""
 
+import dataclasses
 import json
 import pathlib
 import tempfile
@@ -10,7 +11,7 @@ import numpy as np
 
 from nanodlm import config as configs
 from nanodlm import run as runs
-from nanodlm.data import pack, pipeline, prepare
+from nanodlm.data import overlap, pack, pipeline, prepare
 from nanodlm.data.tokenizers import chat
 from nanodlm.steps import evaluate
 from nanodlm.types import InputError
@@ -79,6 +80,20 @@ class ConversationsTest(parameterized.TestCase):
     self.assertEqual(batch.num_tokens.tolist(), [5, 5])
     self.assertEqual(batch.num_bytes.tolist(), [3, 3])
     self.assertIsNone(batch.segment_ids)
+
+  @parameterized.parameters('document', 'chunk')
+  def test_one_was_trained_on_if_all_of_it_was(self, crop):
+    # All messages are in the training text, which these are not.
+    talks = [say(x, x + x, y, y + y) for x in 'abcdefgh' for y in 'abcdefgh']
+    write(self.path, talks)
+    _, packed = self.prepare(
+      data__crop=crop, data__padding='masked', data__segment_ids=crop == 'chunk'
+    )
+    record = overlap.make_record(packed)
+    self.assertEqual(record.share(packed), 0)
+    self.assertLen(record.hashes, packed.metadata['train']['num_documents'])
+    other = dataclasses.replace(packed, validation=packed.train)
+    self.assertEqual(record.share(other), 1)
 
   @parameterized.parameters('drop', 'cut', 'refuse')
   def test_long_ones_end_after_a_turn(self, long_documents):
