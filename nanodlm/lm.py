@@ -98,7 +98,8 @@ class Bound:
     nats_ci95: half width of its 95% interval over the noise; 0 if exact.
     bits_per_byte: nats / log(2) / num_bytes.
     bits_per_byte_ci95: half width of its 95% interval.
-    num_tokens: number of tokens.
+    num_tokens: number of tokens: of a text without its end, of a conversation
+      those that are scored.
     num_bytes: number of UTF-8 bytes.
     is_exact: whether the bound is the exact value.
   """
@@ -315,6 +316,10 @@ class LanguageModel:
       raise InputError(f'texts={texts!r} must be a list of texts')
     if not texts:
       return []
+    if isinstance(texts[0], Mapping):
+      raise InputError(
+        'texts must be a list of conversations, and is one: write [messages]'
+      )
     is_text = isinstance(texts[0], str)
     lay_out: Any = self._lay_out_texts if is_text else self._lay_out_talks
     batch, owner, sizes = lay_out(texts)
@@ -394,7 +399,8 @@ class LanguageModel:
 
     `owner` [N] is the text of each row of the batch; see `bound`.
     """
-    num_draws = num_draws or self.run.settings.eval.num_draws
+    if num_draws is None:
+      num_draws = self.run.settings.eval.num_draws
     # A power of two, to compile fewer programs.
     batch_size = min(batch_size, 1 << (len(batch.tokens) - 1).bit_length())
     score = make_score(

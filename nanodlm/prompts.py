@@ -302,7 +302,7 @@ def make_chat_canvas(
     raise InputError(
       f'the conversation has {len(ids)} tokens and leaves {max(left, 0)} for '
       f'an answer{f" of {size}" if size else ""} on a canvas of {length}; '
-      'shorten it, or begin a new one (by /clear in --mode=chat)'
+      'shorten it, or begin a new one'
     )
   length = length if size is None else len(ids) + size
   fixed = np.arange(length) < len(ids)

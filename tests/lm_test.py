@@ -439,6 +439,7 @@ def test_choices_of_answers(talking):
     (lambda lm, talk: lm.bound([talk, 'a']), "messages='a'"),
     (lambda lm, talk: lm.bound(['a', talk]), 'non-empty strings'),
     (lambda lm, talk: lm.bound([3]), "messages='3'"),
+    (lambda lm, talk: lm.bound(talk), 'write .messages.'),
     (lambda lm, talk: lm.choose(talk[:1]), "role 'user'"),
     (lambda lm, talk: lm.choose(talk[:2]), '0 slots'),
     (lambda lm, talk: lm.choose(['a {b|c}']), r'messages\[0\]'),

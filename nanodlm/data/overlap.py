@@ -197,7 +197,7 @@ def _blocks(
 
 
 def _has_whole_documents(packed: PackedData, rows: Any) -> bool:
-  """Returns whether no document goes on in another row."""
+  """Returns whether no document continues in another row."""
   return packed.is_documents or (len(rows) > 0 and 'marks' in rows[0])
 
 

@@ -68,7 +68,7 @@ from nanodlm.interop.tokenizer_json import (
   tiktoken_tokenizer,
 )
 from nanodlm.run import Run
-from nanodlm.training import checkpoint, checksums
+from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 
 log = logging.getLogger('nanodlm')
@@ -461,9 +461,7 @@ def card(
 
 def _origin(workdir: str) -> dict[str, Any]:
   """Returns what the last checkpoint of a run says about its text or source."""
-  folder = pathlib.Path(workdir) / workdirs.CHECKPOINTS
-  steps = checksums.complete_steps(folder)
-  return checkpoint.read_meta(workdir, steps[-1])['data'] if steps else {}
+  return checkpoint.read_last_meta(workdir).get('data', {})
 
 
 def _longest(workdir: str) -> int:

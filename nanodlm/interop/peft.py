@@ -15,6 +15,7 @@ the whole model, with the adapters added to its weights.
 from collections.abc import Callable, Iterator, Mapping
 import json
 import logging
+import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -97,7 +98,8 @@ def places(run: Run, form: Family) -> Iterator[Place]:
   if not form.names:
     raise InputError(
       "adapters can be exchanged if the base has a published family's form, "
-      f'which this network lacks: model={dict(run.settings.model)!r}'
+      'which this network lacks; --mode=export without --adapters says which '
+      'settings other than its own the nearest ones need'
     )
   num_layers = run.settings.model['num_layers']
   for name, parts in layout_of(run, form).tensors.items():
@@ -269,6 +271,16 @@ def import_adapters(
       {'imported': 'peft', 'source': source, 'base': identity},
     )
     checkpoint.wait(manager)
+  named = str(foreign.get('base_model_name_or_path') or '')
+  origin = checkpoint.read_last_meta(base).get('data', {}).get('source', '')
+  last = lambda place: pathlib.Path(place).name
+  if last(named) not in ('', last(origin), last(os.path.abspath(base))):
+    log.warning(
+      '%s names %r as the base of the adapters, which were added to %r',
+      folder / CONFIG,
+      named,
+      base,
+    )
   log.info(
     'imported %s: adapters of rank %d in %s', source, foreign['r'], layers
   )

@@ -26,7 +26,7 @@ _Temperature = Annotated[
 _TopP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 _Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
-_Zero = Annotated[float, Field(ge=0, le=0)]
+_Zero = Literal[0]
 _Alternatives = Annotated[int, Field(ge=0, le=watch.NUM_ALTERNATIVES)]
 
 
@@ -251,10 +251,19 @@ class _OpenAI(Sampling):
   """Not supported."""
 
 
+class TextFormat(_Request):
+  """The form of the answer."""
+
+  type: Literal['text']
+
+
 class ChatRequest(_OpenAI):
   """A conversation to answer."""
 
   messages: list[Message]
+  tools: Annotated[list[Any], Field(max_length=0)] | None = None
+  """Not supported."""
+  response_format: TextFormat | None = None
   max_tokens: Annotated[int, Field(ge=1)] | None = None
   """The tokens of the gap for the answer; by default the rest of the canvas.
   """

@@ -82,7 +82,7 @@ def main(start: Start) -> int:
     try:
       tokens, fixed = (x[None] for x in lms.lay_out(lm.run, asked, length))
     except InputError as error:
-      print(f'error: {error}', flush=True)
+      print(f'error: {error} ({commands})', flush=True)
       continue
     key = jax.random.key(lm.run.settings.sample.seed)
     key = jax.random.fold_in(key, num_answers)

@@ -273,6 +273,12 @@ def read_meta(workdir: str, step: int) -> dict[str, Any]:
     return restore_meta(manager, step)
 
 
+def read_last_meta(workdir: str) -> dict[str, Any]:
+  """Returns what `read_meta` does of the last checkpoint; {} without one."""
+  steps = complete_steps(pathlib.Path(workdir) / workdirs.CHECKPOINTS)
+  return read_meta(workdir, steps[-1]) if steps else {}
+
+
 def _restore(manager, step, items):
   try:
     return manager.restore(step, args=ocp.args.Composite(**items))

@@ -156,12 +156,18 @@ def test_the_base_is_named(base, tmp_path, monkeypatch, caplog):
     content = json.loads((out / peft.CONFIG).read_text())
     assert content['base_model_name_or_path'] == name
     assert f'the base at {name!r}, {kind}' in caplog.text
+    read(base, str(out), tmp_path / f'again_{name[0]}')
+    assert 'names' not in caplog.text
     # Whoever may read the one file may read the other.
     modes = {
       (out / file).stat().st_mode for file in (peft.CONFIG, peft.TENSORS)
     }
     assert len(modes) == 1
     (tmp_path / 'a' / 'b').mkdir(parents=True, exist_ok=True)
+  content['base_model_name_or_path'] = 'c/d'
+  (out / peft.CONFIG).write_text(json.dumps(content))
+  read(base, str(out), tmp_path / 'other')
+  assert "names 'c/d' as the base" in caplog.text
 
 
 def test_peft_computes_the_same(base, tmp_path):

@@ -82,6 +82,7 @@ def test_answers_as_openai_does(talking):
 def test_limits_stops_and_logprobs(talking):
   model, server = talking
   body = {'messages': SAID, 'seed': 1, 'max_completion_tokens': 9}
+  body |= {'tools': [], 'response_format': {'type': 'text'}}
   body |= {'logprobs': True, 'top_logprobs': 2}
   (choice,) = post(server, PATH, body)[1]['choices']
   whole, content = choice['message']['content'], choice['logprobs']['content']
@@ -126,7 +127,7 @@ def test_limits_stops_and_logprobs(talking):
       400,
       'end with a message of the user',
     ),
-    ({'messages': PLAIN, 'tools': []}, 422, 'tools'),
+    ({'messages': PLAIN, 'tools': [{}]}, 422, 'tools'),
     (
       {'messages': PLAIN, 'top_logprobs': 21, 'logprobs': True},
       422,
