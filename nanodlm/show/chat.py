@@ -11,6 +11,7 @@ of the canvas (sampler.length, at most data.length, the default).
 """
 
 import re
+import sys
 import time
 
 from absl import flags
@@ -64,6 +65,8 @@ def main(start: Start) -> int:
   while True:
     try:
       said = input('you: ').strip()
+      if not sys.stdin.isatty():  # A terminal shows what is typed.
+        print(said)
     except EOFError:
       print()
       return 0

@@ -43,6 +43,7 @@ class ChatTest(absltest.TestCase):
     plain = {'tokenizer.chat_template': 'plain'}
     out = self.talk(f'Hi\n\n/clear\nHi\n{"long " * 20}\n/quit\nno\n', **plain)
     self.assertEqual(out.count('assistant: '), 2)
+    self.assertIn('you: Hi\nassistant: ', out)
     self.assertIn('leaves 0 for', out)
     config = configs.read_run(str(self.workdir))
     config.tokenizer.chat_template = 'plain'
