@@ -35,11 +35,12 @@ r"""Learns to solve Sudokus of 4 x 4 from answers 30% of which are wrong.
     python sudoku.py 0 20000 > sudokus.jsonl
     python launch.py --mode=study --config=configs/sudoku.py \
         --output=runs/sudoku --seeds=0,1,2 --samplers=auto --num_samples=2 \
-        --num_steps=16 --infill=
+        --num_steps=17 --infill=
 
-A puzzle is its 16 cells, those to find as dots; the answer follows the sign =.
-The variant `start` learns from pairs; the others start from it and learn from
-the reward alone, which is 1 if the answer is a Sudoku with the given digits.
+A puzzle is its 16 cells, with dots for the ones to find, and the answer follows
+the sign =. The variant `start` learns from pairs. The others start from it, and
+from then on learn from the reward, which is 1 if the answer is a Sudoku with
+the given digits, while kl_weight keeps them near the start.
 """
 
 from nanodlm import config as configs

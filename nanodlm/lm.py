@@ -98,8 +98,8 @@ class Bound:
     nats_ci95: half width of its 95% interval over the noise; 0 if exact.
     bits_per_byte: nats / log(2) / num_bytes.
     bits_per_byte_ci95: half width of its 95% interval.
-    num_tokens: number of tokens: of a text without its end, of a conversation
-      those that are scored.
+    num_tokens: number of tokens in the text, without its end. Of a conversation
+      it is the number that are scored.
     num_bytes: number of UTF-8 bytes.
     is_exact: whether the bound is the exact value.
   """
@@ -222,7 +222,11 @@ class LanguageModel:
     chosen |= {'temperature': temperature, **settings}
     changes = {key: x for key, x in chosen.items() if x is not None}
     run = self.run.with_sampler(changes, is_given=True) if changes else self.run
-    row, fixed = lay_out(run, prompt, length or run.settings.sample_length)
+    if length is None:
+      length = run.settings.sample_length
+    elif length < 1:
+      raise InputError(f'length={length!r} must be >= 1')
+    row, fixed = lay_out(run, prompt, length)
     tokens, is_fixed = (np.tile(x, (num_samples, 1)) for x in (row, fixed))
     kept = [watch.Logprobs(len(row)) for _ in whole_batch(run, tokens)]
     keeps = details and not run.sampler.fills_room
@@ -233,7 +237,7 @@ class LanguageModel:
     # As the first prompt of --mode=sample.
     key = jax.random.fold_in(jax.random.key(seed), 0)
     with self._view(kept) if keeps else contextlib.nullcontext() as view:
-      fill = make_fill(run, view=view)
+      fill = make_fill(run, view=view, make_step=_make_kept_step)
       if search:
         taken = copy.deepcopy(kept)
 
@@ -268,20 +272,16 @@ class LanguageModel:
 
   @contextlib.contextmanager
   def _view(self, kept: Sequence[watch.Logprobs]) -> Iterator[watch.View]:
-    """Yields what keeps log-probabilities; another call can use it again.
-
-    What was compiled with it is then used again, too.
-    """
+    """Yields a view of the calls, whose compiled sampler later calls reuse."""
     try:
       watchers = self._idle.pop()
     except IndexError:
       watchers = watch.Watchers()
     watchers.those = [functools.partial(watch.Logprobs.keep, kept)]
-    try:
-      yield watch.View(watchers, self.tokenizer.mask_id, reveals=True)
-    finally:
-      watchers.those = []
-      self._idle.append(watchers)
+    yield watch.View(watchers, self.tokenizer.mask_id, reveals=True)
+    # After an error, calls that it is shown may still be running.
+    watchers.those = []
+    self._idle.append(watchers)
 
   def bound(
     self,
@@ -318,7 +318,8 @@ class LanguageModel:
       return []
     if isinstance(texts[0], Mapping):
       raise InputError(
-        'texts must be a list of conversations, and is one: write [messages]'
+        'texts must be a list of conversations, not a single one: write '
+        '[messages]'
       )
     is_text = isinstance(texts[0], str)
     lay_out: Any = self._lay_out_texts if is_text else self._lay_out_talks
@@ -401,6 +402,8 @@ class LanguageModel:
     """
     if num_draws is None:
       num_draws = self.run.settings.eval.num_draws
+    if num_draws < 1:
+      raise InputError(f'num_draws={num_draws!r} must be >= 1')
     # A power of two, to compile fewer programs.
     batch_size = min(batch_size, 1 << (len(batch.tokens) - 1).bit_length())
     score = make_score(
@@ -874,8 +877,15 @@ def tokens_per_call(fixed: np.ndarray, num_calls: float) -> float:
   return num_free / max(num_calls, 1)
 
 
+# A sampler that Python asks for again has been compiled.
+_make_kept_step = functools.lru_cache(16)(sample_steps.make_sample_step)
+
+
 def make_fill(
-  run: Run, batch_size: int = 0, view: watch.View | None = None
+  run: Run,
+  batch_size: int = 0,
+  view: watch.View | None = None,
+  make_step: Callable[..., Any] = sample_steps.make_sample_step,
 ) -> Callable[..., tuple[np.ndarray, float]]:
   """Returns fill(params, key, tokens, fixed) -> (tokens, num_calls).
 
@@ -886,11 +896,10 @@ def make_fill(
     run: the network and its sampler.
     batch_size: number of canvases per batch; 0 is all of them.
     view: observer of the network calls, which include padding rows, or None.
+    make_step: `sample_steps.make_sample_step`, or what keeps its results.
   """
   mesh = run.mesh
-  sample_step = sample_steps.make_sample_step(
-    run.scorer, run.sampler, mesh, view
-  )
+  sample_step = make_step(run.scorer, run.sampler, mesh, view)
   gather = jax.jit(jnp.asarray, out_shardings=meshes.replicated(mesh))
   shards = meshes.num_batch_shards(mesh)
 

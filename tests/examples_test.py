@@ -134,9 +134,8 @@ def test_sudokus_and_what_solves_them(tmp_path, monkeypatch):
   assert abs(sum(solved(texts, prompts)) / len(texts) - 0.7) < 0.01
   puzzle, other = '1..............1=', '2..............1='
   grid, rows = '1234341221434321', '1234123412341231'
-  assert not any(
-    solved([puzzle + grid[:15], puzzle, other + grid], 3 * [puzzle])
-  )
+  wrong = [puzzle + grid[:15], puzzle, other + grid]
+  assert not any(solved(wrong, [puzzle, puzzle, other]))
   assert solved([puzzle + grid, puzzle + rows], 2 * [puzzle]) == [True, False]
 
 

@@ -232,6 +232,10 @@ def test_bounds_have_an_interval(masked):
   )
   with pytest.raises(InputError, match="''"):
     masked.bound(['a', ''])
+  with pytest.raises(InputError, match='num_draws=0'):
+    masked.bound(['a'], num_draws=0)
+  with pytest.raises(InputError, match='length=0'):
+    masked.sample(length=0)
   assert masked.bound([]) == []
 
 

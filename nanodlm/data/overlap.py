@@ -1,11 +1,12 @@
 """What a run was trained on, as hashes: how much of a text is in it verbatim.
 
 A passage is the tokens that make up about 64 bytes, or a whole document that is
-shorter; if rows are documents or have conversations, it is a whole one of them.
-Of all passages of the training text, those with the smallest hashes are kept,
-at most a million. The same choice among the passages of another text gives an
-unbiased estimate of the share that was trained on, in any order and from any
-file. It includes what texts have in common by chance.
+shorter. If rows are documents, it is a whole document, and of conversations
+always a whole conversation, so that one which was cut is another one. Of all
+passages of the training text, those with the smallest hashes are kept, at most
+a million. The same choice among the passages of another text gives an unbiased
+estimate of the share that was trained on, in any order and from any file. It
+includes what texts have in common by chance.
 
 Source: FracMinHash, Hera et al., Genome Research 33 (2023) 1061.
 """
@@ -34,6 +35,8 @@ _BLOCK_TOKENS = 1 << 18
 MIN_SHOWN_SHARE = 0.0005
 
 _log = logging.getLogger('nanodlm')
+# Since 2, passages of conversations are whole conversations.
+_VERSION = 2
 _BASE, _MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9  # SplitMix64.
 
 
@@ -47,6 +50,7 @@ class Record:
     coverage: the share of the training text that was read.
     hashes: [n] uint64, in ascending order.
     unknown: why the record is incomplete; '' if it is not.
+    version: of what the hashes are.
   """
 
   window: int
@@ -54,29 +58,38 @@ class Record:
   coverage: float
   hashes: np.ndarray
   unknown: str = ''
+  version: int = _VERSION
 
   def share(self, packed: PackedData) -> float | None:
     """Returns the share of the validation text that was trained on.
 
-    None if the text has too few passages to say.
+    None if the text has too few passages to say, or the record is too old.
     """
     rows, num = packed.validation, len(packed.validation)
+    window = self.window
+    if _has_talks(rows):
+      if self.version < _VERSION:
+        return None
+      window = packed.length
     if not isinstance(rows, grain.MapDataset):
       texts, _ = _blocks(packed, rows)
     else:  # The rows of a mixture are interleaved.
       numbers = np.linspace(0, num, min(num, _MAX_MIXED_ROWS), False)
       texts = (_ids(packed, rows[int(i)]) for i in numbers)  # pyright: ignore
-    return self.share_of(texts, packed.tokenizer.separator_id)
+    return self.share_of(texts, packed.tokenizer.separator_id, window)
 
   def share_of(
-    self, texts: Iterable[np.ndarray], separator_id: int
+    self, texts: Iterable[np.ndarray], separator_id: int, window: int = 0
   ) -> float | None:
-    """Returns the share of texts, ids [n] each, that was trained on."""
+    """Returns the share of texts, ids [n] each, that was trained on.
+
+    `window` is that of the passages; 0: that of the record.
+    """
     num_found = num = 0
     if not self.hashes.size:
       return None
     for text in texts:
-      hashes, sizes = _passages(text, self.window, separator_id)
+      hashes, sizes = _passages(text, window or self.window, separator_id)
       kept = _has_zero_bits(hashes, self.num_bits)
       places = np.searchsorted(self.hashes[:-1], hashes[kept])
       is_found = self.hashes[places] == hashes[kept]
@@ -124,6 +137,7 @@ def load(workdir: str) -> Record:
   try:
     with np.load(path) as saved:
       values: Any = {name: saved[name] for name in saved.files}
+      values.setdefault('version', np.array(1))
       hashes = values.pop('hashes')
       return Record(hashes=hashes, **{k: v.item() for k, v in values.items()})
   # NumPy raises errors of many classes for a damaged file.
@@ -153,9 +167,10 @@ def make_record(packed: PackedData, earlier: Record | None = None) -> Record:
     elif earlier.hashes.size:
       window, num_bits = earlier.window, earlier.num_bits
       hashes, coverage = earlier.hashes, earlier.coverage
+  own = packed.length if _has_talks(packed.train) else window
   blocks, share = _blocks(packed, packed.train)
   for block in blocks:
-    more, _ = _passages(block, window, packed.tokenizer.separator_id)
+    more, _ = _passages(block, own, packed.tokenizer.separator_id)
     hashes = np.append(hashes, more[_has_zero_bits(more, num_bits)])
     if hashes.size > 2 * MAX_HASHES:
       hashes, num_bits = _smallest(hashes, num_bits)
@@ -196,9 +211,14 @@ def _blocks(
   return blocks, num_read / num if num else 1.0
 
 
+def _has_talks(rows: Any) -> bool:
+  """Returns whether rows are of conversations."""
+  return len(rows) > 0 and 'marks' in rows[0]
+
+
 def _has_whole_documents(packed: PackedData, rows: Any) -> bool:
   """Returns whether no document continues in another row."""
-  return packed.is_documents or (len(rows) > 0 and 'marks' in rows[0])
+  return packed.is_documents or _has_talks(rows)
 
 
 def _ids(packed: PackedData, row: Mapping[str, Any]) -> np.ndarray:
@@ -241,7 +261,10 @@ def _passages(
   counts = np.append(0, np.cumsum(is_separator))
   starts = np.arange(max(n - window + 1, 0))
   starts = starts[counts[starts + window] == counts[starts]]
-  stops, sizes = starts + window, np.ones(len(starts), np.int64)
+  stops, ends_before = starts + window, np.append(False, is_separator)
+  # A whole document that fills a window has no other passages.
+  is_whole = ends_before[starts] & np.append(is_separator, True)[stops]
+  sizes = np.where(is_whole, window, 1)
   # Documents shorter than a window; their separators are hashed as well.
   ends = np.flatnonzero(is_separator) + 1
   is_short = (np.diff(ends) <= window) & (np.diff(ends) > 1)

@@ -98,8 +98,8 @@ def places(run: Run, form: Family) -> Iterator[Place]:
   if not form.names:
     raise InputError(
       "adapters can be exchanged if the base has a published family's form, "
-      'which this network lacks; --mode=export without --adapters says which '
-      'settings other than its own the nearest ones need'
+      'which this network lacks; --mode=export without --adapters names the '
+      'nearest forms and the settings that they need'
     )
   num_layers = run.settings.model['num_layers']
   for name, parts in layout_of(run, form).tensors.items():
@@ -273,13 +273,14 @@ def import_adapters(
     checkpoint.wait(manager)
   named = str(foreign.get('base_model_name_or_path') or '')
   origin = checkpoint.read_last_meta(base).get('data', {}).get('source', '')
-  last = lambda place: pathlib.Path(place).name
-  if last(named) not in ('', last(origin), last(os.path.abspath(base))):
+  known = {origin, pathlib.Path(os.path.abspath(base)).name}
+  if named and not known & {named, pathlib.Path(named).name}:
     log.warning(
-      '%s names %r as the base of the adapters, which were added to %r',
+      '%s names %r as the base of the adapters; they were added to %r%s',
       folder / CONFIG,
       named,
       base,
+      f', imported from {origin!r}' * bool(origin),
     )
   log.info(
     'imported %s: adapters of rank %d in %s', source, foreign['r'], layers

@@ -17,7 +17,6 @@ from nanodlm.steps.network import Scorer
 from nanodlm.types import Canvas, Objective, Sampler, Samples
 
 
-@functools.lru_cache(maxsize=16)
 def make_sample_step(
   scorer: Scorer,
   sampler: Sampler,

@@ -94,6 +94,14 @@ class ConversationsTest(parameterized.TestCase):
     self.assertLen(record.hashes, packed.metadata['train']['num_documents'])
     other = dataclasses.replace(packed, validation=packed.train)
     self.assertEqual(record.share(other), 1)
+    # The record of an earlier text has shorter passages.
+    earlier = dataclasses.replace(record, window=8, hashes=record.hashes[:1])
+    record = overlap.make_record(packed, earlier)
+    self.assertEqual(record.window, 8)
+    self.assertEqual(record.share(packed), 0)
+    self.assertEqual(record.share(other), 1)
+    old = dataclasses.replace(record, version=1)
+    self.assertIsNone(old.share(packed))
 
   @parameterized.parameters('drop', 'cut', 'refuse')
   def test_long_ones_end_after_a_turn(self, long_documents):

@@ -96,6 +96,14 @@ class OverlapTest(cases.DataTest):
     self.assertEqual(share(seen[self.rng.permutation(30)]), 1)
     self.assertEqual(share(unseen), 0)
 
+  def test_documents_that_fill_a_row_weigh_as_much(self):
+    documents = self.draw((20, 64))
+    documents[10:, 63] = SEPARATOR
+    share = self.share(
+      documents[:10].ravel(), documents.ravel(), is_documents=True
+    )
+    self.assertAlmostEqual(share, 1 / 2)
+
   def test_a_mixture_of_documents(self):
     documents = np.full([20, 64], SEPARATOR)
     documents[:, :40] = self.draw((20, 40))

@@ -164,10 +164,10 @@ def test_the_base_is_named(base, tmp_path, monkeypatch, caplog):
     }
     assert len(modes) == 1
     (tmp_path / 'a' / 'b').mkdir(parents=True, exist_ok=True)
-  content['base_model_name_or_path'] = 'c/d'
+  content['base_model_name_or_path'] = 'c/b'
   (out / peft.CONFIG).write_text(json.dumps(content))
   read(base, str(out), tmp_path / 'other')
-  assert "names 'c/d' as the base" in caplog.text
+  assert "names 'c/b' as the base" in caplog.text
 
 
 def test_peft_computes_the_same(base, tmp_path):

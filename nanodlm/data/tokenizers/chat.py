@@ -83,7 +83,7 @@ class Encoded(NamedTuple):
       InputError: the assistant says nothing.
     """
     if not self.ends.any():
-      raise InputError(f'no message is of the role {ASSISTANT!r}')
+      raise InputError(f'no message has the role {ASSISTANT!r}')
     num = int(np.flatnonzero(self.ends)[-1]) + 1
     return Encoded(
       self.ids[:num],
