@@ -262,7 +262,7 @@ def _passages(
   starts = np.arange(max(n - window + 1, 0))
   starts = starts[counts[starts + window] == counts[starts]]
   stops, ends_before = starts + window, np.append(False, is_separator)
-  # A whole document that fills a window has no other passages.
+  # A document that fills a window is a single passage.
   is_whole = ends_before[starts] & np.append(is_separator, True)[stops]
   sizes = np.where(is_whole, window, 1)
   # Documents shorter than a window; their separators are hashed as well.
