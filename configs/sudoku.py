@@ -49,8 +49,8 @@ Measured on one core of an AMD EPYC (Zen 5) next to other work, float32, JAX
 0.10.2: a run takes 58 to 96 s, compilation included. Of 200 new puzzles (python
 sudoku.py 1 200), the percentage that one call of lm.sample solves at
 temperature 1, seeds 0, 1 and 2 (each +- 7); what held-out pairs cost, in nats;
-and of the last ten steps, `entropy` and `kl`, in nats per token and per text (of
-the first ten: 0.28 to 0.92, and -0.1 to 0.3):
+and of the last ten steps, `entropy` and `kl`, in nats per token and per text
+(of the first ten: 0.28 to 0.92, and -0.1 to 0.3):
 
                 solved        pairs   entropy         kl
     start       45, 48, 46    3.7
@@ -59,10 +59,10 @@ the first ten: 0.28 to 0.92, and -0.1 to 0.3):
     one_step    80, 78, 83    5.0     0.56 to 0.97    -1.4 to -0.6
 
 With confidence at temperature 0 and 17 calls, `start` already solves 99.5 to
-100%, and the others 98 to 100: its most probable digits were right. What rewards
-change is the law. `kl` is a difference of estimates, which are not log p of the
-sampler, so that it can be negative; for the same reason the entropies of two
-methods do not compare.
+100%, and the others 98 to 100: its most probable digits were right. What
+rewards change is the law. `kl` is a difference of estimates, which are not
+log p of the sampler, so that it can be negative; for the same reason the
+entropies of two methods do not compare.
 """
 
 from nanodlm import config as configs
