@@ -67,7 +67,7 @@ class Record:
     """
     rows, num = packed.validation, len(packed.validation)
     window = self.window
-    if _has_talks(rows):
+    if packed.is_chat:
       if self.version < _VERSION:
         return None
       window = packed.length
@@ -156,7 +156,7 @@ def make_record(packed: PackedData, earlier: Record | None = None) -> Record:
   counts = packed.metadata['train']
   per_token = max(counts['num_bytes'] / counts['num_tokens'], 1)
   window = packed.length
-  if not _has_whole_documents(packed, packed.train):
+  if not _has_whole_documents(packed):
     window = min(max(round(PASSAGE_BYTES / per_token), 2), window)
   num_bits, coverage, unknown = 0, 1.0, ''
   hashes = np.zeros([0], np.uint64)
@@ -167,7 +167,7 @@ def make_record(packed: PackedData, earlier: Record | None = None) -> Record:
     elif earlier.hashes.size:
       window, num_bits = earlier.window, earlier.num_bits
       hashes, coverage = earlier.hashes, earlier.coverage
-  own = packed.length if _has_talks(packed.train) else window
+  own = packed.length if packed.is_chat else window
   blocks, share = _blocks(packed, packed.train)
   for block in blocks:
     more, _ = _passages(block, own, packed.tokenizer.separator_id)
@@ -195,8 +195,7 @@ def _blocks(
   A block of packed text includes the next row, in which passages end.
   """
   size = max(_BLOCK_TOKENS // packed.length, 1)
-  last = size + (not _has_whole_documents(packed, rows))
-  num = -(-len(rows) // size)
+  num, last = -(-len(rows) // size), size + (not _has_whole_documents(packed))
   num_read = min(num, max(_MAX_ROWS // size, 1))
   starts = [i * num // num_read * size for i in range(num_read)]
   blocks = (
@@ -211,14 +210,9 @@ def _blocks(
   return blocks, num_read / num if num else 1.0
 
 
-def _has_talks(rows: Any) -> bool:
-  """Returns whether rows are of conversations."""
-  return len(rows) > 0 and 'marks' in rows[0]
-
-
-def _has_whole_documents(packed: PackedData, rows: Any) -> bool:
+def _has_whole_documents(packed: PackedData) -> bool:
   """Returns whether no document continues in another row."""
-  return packed.is_documents or _has_talks(rows)
+  return packed.is_documents or packed.is_chat
 
 
 def _ids(packed: PackedData, row: Mapping[str, Any]) -> np.ndarray:
@@ -229,7 +223,7 @@ def _ids(packed: PackedData, row: Mapping[str, Any]) -> np.ndarray:
   """
   ids = row['tokens'][row.get('num_given', 0) :]
   separator = packed.tokenizer.separator_id
-  if 'marks' in row:
+  if packed.is_chat:
     is_text = row['marks'] & encoder.FILL == 0
     ids = np.where(ids == separator, packed.tokenizer.mask_id, ids)[is_text]
     starts = np.flatnonzero(row['marks'][is_text] & encoder.START)

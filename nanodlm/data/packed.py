@@ -96,6 +96,7 @@ class PackedData:
     tokenizer: the tokenizer that made the tokens.
     is_documents: whether a row is a whole document: a text, or a prompt and
       its response.
+    is_chat: whether rows have conversations, each in a single row.
     train, validation: the rows of each split.
     metadata: JSON values: what determines the content, and for each of SPLITS a
       dict with 'num_rows', 'num_tokens' and 'num_bytes' in those rows,
@@ -110,6 +111,7 @@ class PackedData:
   length: int
   tokenizer: Tokenizer
   is_documents: bool
+  is_chat: bool
   train: Rows
   validation: Rows
   metadata: Mapping[str, Any]
@@ -145,6 +147,7 @@ def open_packed(path: pathlib.Path, tokenizer: Tokenizer) -> PackedData:
         length=metadata['length'],
         tokenizer=tokenizer,
         is_documents='prompt_length' in info.features,
+        is_chat='marks' in info.features,
         train=train,
         validation=rows.get('validation', ()),
         metadata=metadata,

@@ -129,7 +129,7 @@ def export_adapters(workdir: str, output: str, family: str = ''):
     params, step = runs.load_trained(run, workdir)
     form = FAMILIES[convert.choose_family(run, family)]
     base = runs.find_base(settings.checkpoint.init_from)
-    source = _origin(base).get('source', '')
+    source = checkpoint.read_origin(base).get('source', '')
     kind = 'its name on the hub'
     if not convert.is_hub_name(source):
       source = _public(base)
@@ -416,7 +416,7 @@ def card(
     f'the folder `{convert.OWN}`.\n'
   )
   if checkpoint.holds_weights_alone(workdir):
-    origin = _origin(workdir)
+    origin = checkpoint.read_origin(workdir)
     training = (
       f'Weights imported from `{_public(origin["source"])}` (family '
       f'`{origin["imported"]}`); not trained since.'
@@ -459,11 +459,6 @@ def card(
   )
 
 
-def _origin(workdir: str) -> dict[str, Any]:
-  """Returns what the last checkpoint of a run says about its text or source."""
-  return checkpoint.read_last_meta(workdir).get('data', {})
-
-
 def _longest(workdir: str) -> int:
   """Returns the tokens of the texts that a run or its bases were made for.
 
@@ -473,7 +468,11 @@ def _longest(workdir: str) -> int:
   if config is None:
     return 0
   base = config.checkpoint.init_from
-  before = _longest(base) if base else _origin(workdir).get('max_length', 0)
+  before = (
+    _longest(base)
+    if base
+    else checkpoint.read_origin(workdir).get('max_length', 0)
+  )
   return max(config.data.length, before)
 
 

@@ -272,7 +272,7 @@ def import_adapters(
     )
     checkpoint.wait(manager)
   named = str(foreign.get('base_model_name_or_path') or '')
-  origin = checkpoint.read_last_meta(base).get('data', {}).get('source', '')
+  origin = checkpoint.read_origin(base).get('source', '')
   known = {origin, pathlib.Path(os.path.abspath(base)).name}
   if named and not known & {named, pathlib.Path(named).name}:
     log.warning(

@@ -273,10 +273,10 @@ def read_meta(workdir: str, step: int) -> dict[str, Any]:
     return restore_meta(manager, step)
 
 
-def read_last_meta(workdir: str) -> dict[str, Any]:
-  """Returns what `read_meta` does of the last checkpoint; {} without one."""
+def read_origin(workdir: str) -> dict[str, Any]:
+  """Returns what the last checkpoint of a run says about its text or source."""
   steps = complete_steps(pathlib.Path(workdir) / workdirs.CHECKPOINTS)
-  return read_meta(workdir, steps[-1]) if steps else {}
+  return read_meta(workdir, steps[-1])['data'] if steps else {}
 
 
 def _restore(manager, step, items):

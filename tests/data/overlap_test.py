@@ -18,7 +18,7 @@ SEPARATOR = 256
 class Packed:
   """The attributes of PackedData that are read, for ids in memory."""
 
-  weights = (1.0,)
+  weights, is_chat = (1.0,), False
   tokenizer = BytesTokenizer.make('bytes', '')
 
   def __init__(self, train, validation=(), length=64, is_documents=False):
