@@ -130,6 +130,9 @@ def get_config() -> config_dict.ConfigDict:
   # Rotary positions are relative: on a canvas of masks, all places are alike to
   # a network that is not causal.
   model.keep_rotary = False
+  # Tokens, an odd number, that convolutions in each layer mix, feature by
+  # feature; 0: none. For networks that see the whole text, without a cache.
+  model.conv_size = 0
   model.norm = 'rms'  # 'rms' | 'layer'.
   model.norm_eps = 1e-6
   model.norm_bias = False  # Whether 'layer' has a bias.

@@ -37,6 +37,7 @@ from nanodlm import config as configs
 def get_config():
   config = configs.load('quickstart')
   config.objective.name = 'flex'
+  config.model.conv_size = 0
   config.model.time_conditioning = True
   config.data.clean_infill_rate = 0.5
   config.sampler = configs.load('base').sampler

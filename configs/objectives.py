@@ -188,6 +188,7 @@ VARIANTS |= {
 
 def get_config(name='masked'):
   config = configs.load('quickstart')
+  config.model.conv_size = 0  # For networks that see the whole text.
   # The quickstart's sampler does not fit all objectives.
   config.sampler = configs.load('base').sampler
   # For infilling, whose best possible accuracy is that of the likeliest words.

@@ -75,6 +75,7 @@ def get_config():
   config.model.num_heads = 4
   config.model.num_positions = 100
   config.model.keep_rotary = True
+  config.model.conv_size = 13
   config.model.embedding_std = 0.5
   config.model.unroll = True
   config.optim.name = 'muon'
@@ -92,6 +93,6 @@ def get_config():
   config.sampler.remask = 'rescale'
   config.sampler.eta = 0.5
   config.sampler.num_steps = 200
-  config.sampler.temperature = 0.3
+  config.sampler.temperature = 0.1
   config.checkpoint.every_steps = 800
   return config

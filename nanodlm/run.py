@@ -418,6 +418,11 @@ def _check_network(run: Run):
       f'train.anneal_steps={steps!r} is ignored with objective.name={name!r}: '
       'it is for networks that see the whole text'
     )
+  if steps and settings.model['conv_size']:
+    raise InputError(
+      f'train.anneal_steps={steps!r} must be 0 with model.conv_size='
+      f'{settings.model["conv_size"]!r}, which sees tokens on both sides'
+    )
   if steps and settings.model['attention'] not in ('auto', 'xla'):
     raise InputError(
       f'model.attention={settings.model["attention"]!r} does not support '
@@ -438,7 +443,8 @@ def _check_network(run: Run):
     )
   if run.sampler.needs_cache and not network.has_cache:
     raise InputError(
-      f'sampler.name={run.sampler_name!r} does not fit model.shift_outputs='
+      f'sampler.name={run.sampler_name!r} does not fit model.conv_size='
+      f'{settings.model["conv_size"]!r}, model.shift_outputs='
       f'{settings.model["shift_outputs"]!r} and model.name='
       f'{settings.model["name"]!r}: it caches keys and values of finished '
       'tokens, which this network does not support'

@@ -764,8 +764,8 @@ class Sampler(abc.ABC):
     reads_masks: whether its network expects masks among the tokens, as after
       the end of a text that ends within a block.
     caches_noise: whether it caches keys and values of unfinished tokens.
-    needs_cache: whether it uses a cache, which a network with
-      model.shift_outputs=True supports with blocks only.
+    needs_cache: whether it uses a cache, which not every network has
+      (`Network.has_cache`).
     remembers: whether it gives a network that self-conditions its previous
       prediction (`Canvas.memory`). The prediction is that of an earlier canvas,
       so that the law is not that of the bound's network, which takes two calls.

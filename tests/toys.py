@@ -258,6 +258,7 @@ def model_config(**changes):
     head_size=0,
     num_positions=0,
     keep_rotary=False,
+    conv_size=0,
     norm='rms',
     norm_eps=1e-6,
     norm_bias=False,

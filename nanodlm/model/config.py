@@ -114,6 +114,9 @@ class ModelConfig:
     block_size: S, from the objective; S > 0 for block diffusion, whose network
       takes a noisy and a clean copy of the text.
     keep_rotary: whether learned positions add to rotary ones.
+    conv_size: K, odd; each layer adds convolutions over K tokens, feature by
+      feature, to the input and the output of its attention
+      (`layers.convolve`); 0: none.
     norm_eps: keeps the norm of a zero vector finite; QK-norms use it, too.
     shift_outputs: the output at position i is read at i - 1 (at 0 for 0), where
       a formerly autoregressive network predicts its token (DiffuLLaMA, arXiv
@@ -165,6 +168,7 @@ class ModelConfig:
   rope_length: int
   num_positions: int
   keep_rotary: bool
+  conv_size: int
   attention_cap: float
   attention_sink: bool
   norm: str
@@ -207,6 +211,16 @@ class ModelConfig:
       self.num_positions or not self.keep_rotary,
       'keep_rotary',
       'is ignored by model.num_positions=0, whose positions are rotary',
+    )
+    require(
+      self.conv_size == 0 or self.conv_size > 0 and self.conv_size % 2,
+      'conv_size',
+      'must be odd, or 0 (no convolution)',
+    )
+    require(
+      not self.conv_size or not (self.causal or self.block_size),
+      'conv_size',
+      'must be 0 with objectives whose network does not see the whole text',
     )
     require(
       not self.has_rotary or self.head_dim % 2 == 0,
@@ -308,6 +322,12 @@ class ModelConfig:
   def adapter(self, layer: str) -> LoraConfig | None:
     """Returns the adapter of a dense layer of a block, if it has one."""
     return self.lora if self.lora and self.lora.fits(layer) else None
+
+  @property
+  def has_cache(self) -> bool:
+    """Whether states of a part of the text do not need those beside it."""
+    is_own = self.block_size > 0 or not self.shift_outputs
+    return is_own and not self.conv_size
 
   @property
   def has_rotary(self) -> bool:

@@ -91,7 +91,7 @@ class TransformerNetwork(Network):
 
   @property
   def has_cache(self) -> bool:  # pyright: ignore
-    return not self.config.shift_outputs or self.config.block_size > 0
+    return self.config.has_cache
 
   @property
   def reads_soft(self) -> bool:  # pyright: ignore

@@ -28,6 +28,7 @@ from nanodlm.model.config import (
 )
 from nanodlm.model.layers import (
   activate_time,
+  convolve,
   dropout_mask,
   Heads,
   INIT_STD,
@@ -130,11 +131,16 @@ class Block(nn.Module):
     def pick(y):  # [B, L, D] -> the wanted rows
       return y if positions is None else y.reshape(-1, y.shape[-1])[positions]
 
+    def mixed(name, y):  # Adds a convolution over neighbouring tokens.
+      if not cfg.conv_size:
+        return y
+      shape, zeros = (cfg.conv_size, width), nn.initializers.zeros
+      weights = self.param(name, zeros, shape).astype(dtype)
+      return y + convolve(y, weights, context.segment_ids)
+
     def normed(name, y, shift, scale):
       y = Norm(cfg, has_scales, name=name)(y)
-      if shift is not None:
-        y = y * (1 + scale) + shift
-      return sharding.split(y, shards)
+      return y if shift is None else y * (1 + scale) + shift
 
     def salted(salt):  # The keys of one of the block's dropout masks.
       fold_in = jax.random.fold_in
@@ -182,7 +188,8 @@ class Block(nn.Module):
         of_tokens(y, length, positions) for y in (shift2, scale2, gate1, gate2)
       )
 
-    h = normed('attention_norm', x, shift1, scale1)
+    h = mixed('attention_conv', normed('attention_norm', x, shift1, scale1))
+    h = sharding.split(h, shards)
 
     def project(name, heads):
       has_bias = cfg.attention_bias != 'none'
@@ -251,9 +258,10 @@ class Block(nn.Module):
       return dense(h, drop(name, h.shape[-1], shards.tensor, is_picked=True))
 
     out = leave('attention_out', cfg.attention_bias == 'all', h)
+    x = mixed('residual_conv', x)
     x = pick(x) + branch(out, gate1, 0)
 
-    h = normed('mlp_norm', x, shift2, scale2)
+    h = sharding.split(normed('mlp_norm', x, shift2, scale2), shards)
 
     def widen(name):
       adapter = cfg.adapter(name)
@@ -421,10 +429,11 @@ class Transformer(nn.Module):
       hidden [B, S, D] or [N, D], and the cache with the tokens' own keys and
       values at start .. start + S - 1.
     """
-    if self.config.shift_outputs and not self.config.block_size:
+    if not self.config.has_cache:
       raise InputError(
-        'model.shift_outputs=True supports a cache with blocks only: outputs '
-        'before a part of the text change with it'
+        f'model.shift_outputs={self.config.shift_outputs!r} without blocks, or '
+        f'model.conv_size={self.config.conv_size!r}, does not support a cache: '
+        'outputs beside a part of the text change with it'
       )
     start = jnp.asarray(start)
     offset = jnp.expand_dims(jnp.arange(tokens.shape[1]), range(start.ndim))

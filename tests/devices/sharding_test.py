@@ -267,6 +267,7 @@ class TrainTest(parameterized.TestCase):
       mlp='gelu_tanh',
       mlp_bias=True,
       num_layers=2,
+      conv_size=3,
     )
     one, four = (
       train('hybrid', shape, **changes) for shape in ((1, 1, 1), (1, 2, 2))

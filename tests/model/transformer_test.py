@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from unittest import mock
 
-from absl.testing import parameterized
+from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,12 +99,65 @@ class WhoSeesWhomTest(parameterized.TestCase):
 
   @parameterized.parameters(False, True)
   def test_segments(self, causal):
-    config = toys.model_config(causal=causal)
+    config = toys.model_config(causal=causal, conv_size=0 if causal else 5)
     same = SEGMENTS[0][:, None] == SEGMENTS[0]
     expected = same & np.tri(LENGTH, dtype=bool) if causal else same
     np.testing.assert_array_equal(
       self.influence(config, segment_ids=SEGMENTS[:1]), expected
     )
+
+
+class ConvolutionTest(absltest.TestCase):
+  def test_is_the_sum_over_neighbours_of_a_segment(self):
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(2, LENGTH, 4)), rng.normal(size=(5, 4))
+    segments = np.stack([SEGMENTS[0], np.zeros(LENGTH, np.int32)])
+    expected = np.zeros_like(x)
+    for row in range(2):
+      for i in range(LENGTH):
+        for j in range(max(i - 2, 0), min(i + 3, LENGTH)):
+          if segments[row, i] == segments[row, j]:
+            expected[row, i] += weights[j - i + 2] * x[row, j]
+    found = layers.convolve(x, weights, segments)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(
+      layers.convolve(x[1:], weights), expected[1:], atol=1e-5
+    )
+
+  def test_adds_to_the_attention_of_the_rows_wanted(self):
+    # Of one layer without attention, MLP and norm, it is all that there is.
+    config = toys.model_config(conv_size=3, num_layers=1)
+    params = params_of(config)
+    for name in 'attention_out', 'mlp_out':
+      params['last_layer'][name] = jax.tree.map(
+        np.zeros_like, params['last_layer'][name]
+      )
+    x = params['embedding'][TOKENS]
+    weights = params['last_layer']['residual_conv']
+    x = x + np.asarray(layers.convolve(x, weights))
+    x /= np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.norm_eps)
+    x = (x * params['final_norm']['scale']).reshape(-1, config.embed_dim)
+    positions = np.array([7, 0, 16])
+    found = hidden_of(config, params, t=None, positions=positions)
+    np.testing.assert_allclose(found, x[positions], atol=1e-5)
+
+  def test_starts_as_the_network_without_it(self):
+    config = toys.model_config(conv_size=3)
+    plain = dataclasses.replace(config, conv_size=0)
+    np.testing.assert_array_equal(
+      hidden_of(config, initial_params(config)),
+      hidden_of(plain, initial_params(plain)),
+    )
+
+  def test_has_no_cache(self):
+    config = toys.model_config(conv_size=3)
+    cache = transformer.init_cache(config, BATCH, LENGTH)
+    with self.assertRaisesRegex(InputError, r'model\.conv_size=3'):
+      transformer.Transformer(config).apply(
+        {'params': params_of(config)},
+        *(TOKENS, None, 0, cache, np.zeros(LENGTH, bool)),
+        method='advance',
+      )
 
 
 class BlockDiffusionTest(parameterized.TestCase):
@@ -748,6 +801,8 @@ class OptionsTest(parameterized.TestCase):
     ('head_size', -2, 'must be >= 0'),
     ('num_positions', -1, 'must be >= 0'),
     ('keep_rotary', True, 'num_positions=0'),
+    ('conv_size', 4, 'must be odd'),
+    ('conv_size', -3, 'must be odd'),
     ('norm', 'batch', 'is not one of'),
     ('norm_eps', 0.0, 'must be > 0'),
     ('norm_bias', True, "model.norm='rms'"),
@@ -766,6 +821,9 @@ class OptionsTest(parameterized.TestCase):
   def test_conflicting_settings(self):
     with self.assertRaisesRegex(InputError, '^model.shift_outputs=True'):
       toys.model_config(shift_outputs=True, causal=True)
+    for changes in {'causal': True}, {'block_size': 2}:
+      with self.assertRaisesRegex(InputError, '^model.conv_size=3 must be 0'):
+        toys.model_config(conv_size=3, **changes)
     with self.assertRaisesRegex(InputError, 'model.head_size=5'):
       toys.model_config(head_size=5)
     toys.model_config(head_size=5, num_positions=8)  # Without rotation.

@@ -40,6 +40,7 @@ PLAIN = {
   'embedding_dim': 0,
   'num_positions': 0,
   'keep_rotary': False,
+  'conv_size': 0,
   'rope_factor': 1.0,
   'rope_scaling': 'llama3',
   'rope_length': 8192,
