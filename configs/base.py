@@ -131,7 +131,7 @@ def get_config() -> config_dict.ConfigDict:
   # a network that is not causal.
   model.keep_rotary = False
   # Tokens, an odd number, that convolutions in each layer mix, feature by
-  # feature; 0: none. For networks that see the whole text, without a cache.
+  # feature; 0: none. The network must see the whole text, without a cache.
   model.conv_size = 0
   model.norm = 'rms'  # 'rms' | 'layer'.
   model.norm_eps = 1e-6

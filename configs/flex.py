@@ -8,14 +8,14 @@
 
 Source: FlexMDM, arXiv 2509.01025, with the targets of nanodlm/objectives/flex.
 Data, optimizer, batch and steps are those of configs/quickstart.py. The network
-is, too, except that it reads the time; half of the examples keep all but a
-span, as the prompts of gaps do.
+is, too, except that it reads the time and has no convolutions; half of the
+examples keep all but a span, as the prompts of gaps do.
 
 Measured on one core of an AMD EPYC (Zen 5) that did other work (taskset -c 0
 nice -n 5), float32, JAX 0.10.2, seed 0: 25 minutes, most of them waiting. The
 bound on held-out stories, length included, was 37.4 +- 0.9 nats a story above
 the truth (15.1); 52 and 40 +- 4 after 800 and 1600 steps (of 128 stories). The
-masked model of configs/quickstart.py is 6 to 7 above it after 2400 steps. None
+masked model of that network is 6 to 7 above it after 2400 steps. None
 of 64 samples was possible.
 
 One gap in each story, of a share of its words, which could have several numbers

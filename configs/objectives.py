@@ -4,7 +4,8 @@
         --output=runs/objectives --seeds=0,1,2 --samplers=all \
         --num_steps=4,16,64,128 --num_samples=64
 
-Data, network, optimizer and batch are those of configs/quickstart.py; a variant
+Data, network, optimizer and batch are those of configs/quickstart.py, without
+its convolutions, which causal networks and blocks cannot have; a variant
 changes the objective, and reads the time where it must. Nothing is tuned for
 one of them, but that uniform noise has untied embeddings (66k parameters more).
 genmd4 noises each example twice, so that its steps make twice the network
@@ -188,7 +189,7 @@ VARIANTS |= {
 
 def get_config(name='masked'):
   config = configs.load('quickstart')
-  config.model.conv_size = 0  # For networks that see the whole text.
+  config.model.conv_size = 0  # Not all networks here see the whole text.
   # The quickstart's sampler does not fit all objectives.
   config.sampler = configs.load('base').sampler
   # For infilling, whose best possible accuracy is that of the likeliest words.

@@ -325,7 +325,7 @@ class ModelConfig:
 
   @property
   def has_cache(self) -> bool:
-    """Whether states of a part of the text do not need those beside it."""
+    """Whether states of a part of the text do not need the others."""
     is_own = self.block_size > 0 or not self.shift_outputs
     return is_own and not self.conv_size
 

@@ -196,7 +196,7 @@ def convolve(
   spread = lambda y, fill: jnp.pad(
     y, ((0, 0), (side, side)) + ((0, 0),) * (y.ndim - 2), constant_values=fill
   )
-  padded, sums = spread(x, 0), 0
+  padded, sums = spread(x, 0), jnp.zeros_like(x)
   segments = None if segment_ids is None else spread(segment_ids, -1)
   for k, weight in enumerate(weights[:, None, None]):
     seen = padded[:, k : k + length]

@@ -433,7 +433,7 @@ class Transformer(nn.Module):
       raise InputError(
         f'model.shift_outputs={self.config.shift_outputs!r} without blocks, or '
         f'model.conv_size={self.config.conv_size!r}, does not support a cache: '
-        'outputs beside a part of the text change with it'
+        'outputs next to a part of the text change with it'
       )
     start = jnp.asarray(start)
     offset = jnp.expand_dims(jnp.arange(tokens.shape[1]), range(start.ndim))
