@@ -130,8 +130,8 @@ def get_config() -> config_dict.ConfigDict:
   # Rotary positions are relative: on a canvas of masks, all places are alike to
   # a network that is not causal.
   model.keep_rotary = False
-  # Tokens, an odd number, that convolutions in each layer mix, feature by
-  # feature; 0: none. The network must see the whole text, without a cache.
+  # Width, in tokens and odd, of the depthwise convolutions in each layer; 0:
+  # none. Not for causal networks, blocks, prefix_cache and train.anneal_steps.
   model.conv_size = 0
   model.norm = 'rms'  # 'rms' | 'layer'.
   model.norm_eps = 1e-6

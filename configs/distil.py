@@ -13,10 +13,11 @@ network, --config.checkpoint.init_from=WORKDIR.
 
 Source: SDTT, arXiv 2410.21035; DCD, arXiv 2506.10892.
 
-Measured on two cores of an AMD EPYC (Zen 5) that did other work, float32, JAX
-0.10.2, one seed: 1200 steps at 7,000 tokens/s, without the evaluations before
-the last. Possible stories among 256 samples of ancestral at temperature 0.3,
-all different, and the divergence from the law:
+Measured before the quickstart had convolutions (both commands with
+--config.model.conv_size=0), on two cores of an AMD EPYC (Zen 5) that did other
+work, float32, JAX 0.10.2, one seed: 1200 steps at 7,000 tokens/s, without the
+evaluations before the last. Possible stories among 256 samples of ancestral at
+temperature 0.3, all different, and the divergence from the law:
 
     calls   teacher                     student
         8    1.2% (0.4 to 3.4%), 0.0085  1.2% (0.4 to 3.4%), 0.0153

@@ -421,7 +421,7 @@ def _check_network(run: Run):
   if steps and settings.model['conv_size']:
     raise InputError(
       f'train.anneal_steps={steps!r} must be 0 with model.conv_size='
-      f'{settings.model["conv_size"]!r}, which sees tokens on both sides'
+      f'{settings.model["conv_size"]!r}: convolutions see tokens on both sides'
     )
   if steps and settings.model['attention'] not in ('auto', 'xla'):
     raise InputError(
@@ -442,12 +442,12 @@ def _check_network(run: Run):
       'tokens'
     )
   if run.sampler.needs_cache and not network.has_cache:
+    key = 'conv_size' if settings.model['conv_size'] else 'shift_outputs'
     raise InputError(
-      f'sampler.name={run.sampler_name!r} does not fit model.conv_size='
-      f'{settings.model["conv_size"]!r}, model.shift_outputs='
-      f'{settings.model["shift_outputs"]!r} and model.name='
-      f'{settings.model["name"]!r}: it caches keys and values of finished '
-      'tokens, which this network does not support'
+      f'sampler.name={run.sampler_name!r} does not fit model.{key}='
+      f'{settings.model[key]!r} and model.name={settings.model["name"]!r}: it '
+      'caches keys and values of finished tokens, which this network does not '
+      'support'
     )
   if objective.needs_time and not network.knows_time:
     is_on = settings.model['time_conditioning']

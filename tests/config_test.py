@@ -258,8 +258,7 @@ class ValidateTest(parameterized.TestCase):
     ),
     (
       {'model__shift_outputs': True, 'sampler__name': 'prefix_cache'},
-      "sampler.name='prefix_cache' does not fit model.conv_size=0, "
-      'model.shift_outputs=True',
+      "sampler.name='prefix_cache' does not fit model.shift_outputs=True",
     ),
     (
       {'model__conv_size': 3, 'sampler__name': 'prefix_cache'},
@@ -267,7 +266,7 @@ class ValidateTest(parameterized.TestCase):
     ),
     (
       {'model__conv_size': 3, 'objective__name': 'ar'},
-      'model.conv_size=3 must be 0 with objectives whose network',
+      'model.conv_size=3 must be 0 with a causal network or blocks',
     ),
     (
       {'model__conv_size': 3, 'train__anneal_steps': 5},

@@ -18,9 +18,10 @@ which the first is the default one, and on the objective:
     qk_norm=False, start_token block      nemotron    its own code
 
 GPT-2's network is written as gpt2, that of MDLM as mdlm, bd3lm or sedd, and
-others, such as that of configs/quickstart.py with its learned positions, under
-our own names. --family chooses another form that fits. Every export also has
-the folder `nanodlm`, from which --mode=import reads the run back exactly.
+others, such as that of configs/quickstart.py with its learned positions and
+convolutions, under our own names. --family chooses another form that fits.
+Every export also has the folder `nanodlm`, from which --mode=import reads the
+run back exactly.
 
 Autoregressive texts begin with the mask's id, which tokenizer.json puts there.
 It is written if it makes the same ids as the run's tokenizer (bytes,

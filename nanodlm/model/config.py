@@ -114,9 +114,10 @@ class ModelConfig:
     block_size: S, from the objective; S > 0 for block diffusion, whose network
       takes a noisy and a clean copy of the text.
     keep_rotary: whether learned positions add to rotary ones.
-    conv_size: K, odd; each layer adds convolutions over K tokens, feature by
-      feature, to the input and the output of its attention
-      (`layers.convolve`); 0: none.
+    conv_size: K, odd, the width in tokens of two depthwise convolutions in
+      each block, which add to what they read: the normed input of the
+      attention, and the residual stream next to it. Their weights are 0
+      initially. 0: none.
     norm_eps: keeps the norm of a zero vector finite; QK-norms use it, too.
     shift_outputs: the output at position i is read at i - 1 (at 0 for 0), where
       a formerly autoregressive network predicts its token (DiffuLLaMA, arXiv
@@ -220,7 +221,8 @@ class ModelConfig:
     require(
       not self.conv_size or not (self.causal or self.block_size),
       'conv_size',
-      'must be 0 with objectives whose network does not see the whole text',
+      "must be 0 with a causal network or blocks (objective.name='ar' or "
+      "'block...'): it sees tokens on both sides",
     )
     require(
       not self.has_rotary or self.head_dim % 2 == 0,
@@ -325,9 +327,9 @@ class ModelConfig:
 
   @property
   def has_cache(self) -> bool:
-    """Whether states of a part of the text do not need the others."""
-    is_own = self.block_size > 0 or not self.shift_outputs
-    return is_own and not self.conv_size
+    """Whether a cache serves all that reads other tokens: attention alone."""
+    is_in_place = self.block_size > 0 or not self.shift_outputs
+    return is_in_place and not self.conv_size
 
   @property
   def has_rotary(self) -> bool:

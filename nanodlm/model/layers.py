@@ -177,12 +177,13 @@ class Norm(nn.Module):
 def convolve(
   x: jax.Array, weights: jax.Array, segment_ids: jax.Array | None = None
 ) -> jax.Array:
-  """Mixes each feature with that of the tokens on both sides.
+  """Applies a depthwise convolution, centred on each token, in float32.
 
       y_i = sum_k w_k x_(i + k - (K - 1) / 2), over tokens of i's segment
 
-  Source: Canon layers, arXiv 2512.17351. Differs from them: they see the token
-  itself and three to its left, at up to four places of a block.
+  Source: Canon layers, arXiv 2512.17351. Differs from the paper, whose
+  convolutions see the token and three to its left, at up to four places of a
+  block.
 
   Args:
     x: [B, L, D].
@@ -190,21 +191,22 @@ def convolve(
     segment_ids: [B, L] int32; None: a row is one segment.
 
   Returns:
-    [B, L, D].
+    [B, L, D], in the dtype of x.
   """
   length, side = x.shape[1], len(weights) // 2
-  spread = lambda y, fill: jnp.pad(
+  pad = lambda y, fill: jnp.pad(
     y, ((0, 0), (side, side)) + ((0, 0),) * (y.ndim - 2), constant_values=fill
   )
-  padded, sums = spread(x, 0), jnp.zeros_like(x)
-  segments = None if segment_ids is None else spread(segment_ids, -1)
+  padded = pad(x.astype(jnp.float32), 0)
+  sums = jnp.zeros(x.shape, jnp.float32)
+  segments = None if segment_ids is None else pad(segment_ids, -1)
   for k, weight in enumerate(weights[:, None, None]):
     seen = padded[:, k : k + length]
     if segments is not None:
       is_own = segments[:, k : k + length] == segment_ids
       seen = jnp.where(is_own[..., None], seen, 0)
     sums += weight * seen
-  return sums
+  return sums.astype(x.dtype)
 
 
 def keeps_inputs(f: Callable[..., Any], platform: str) -> Callable[..., Any]:

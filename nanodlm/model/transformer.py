@@ -135,8 +135,9 @@ class Block(nn.Module):
       if not cfg.conv_size:
         return y
       shape, zeros = (cfg.conv_size, width), nn.initializers.zeros
-      weights = self.param(name, zeros, shape).astype(dtype)
-      return y + convolve(y, weights, context.segment_ids)
+      weights = self.param(name, zeros, shape)
+      convolved = keeps_inputs(convolve, cfg.platform)
+      return y + convolved(y, weights, context.segment_ids)
 
     def normed(name, y, shift, scale):
       y = Norm(cfg, has_scales, name=name)(y)
@@ -430,10 +431,10 @@ class Transformer(nn.Module):
       values at start .. start + S - 1.
     """
     if not self.config.has_cache:
+      key = 'conv_size' if self.config.conv_size else 'shift_outputs'
       raise InputError(
-        f'model.shift_outputs={self.config.shift_outputs!r} without blocks, or '
-        f'model.conv_size={self.config.conv_size!r}, does not support a cache: '
-        'outputs next to a part of the text change with it'
+        f'model.{key}={getattr(self.config, key)!r} does not support a cache '
+        'here: outputs next to a part of the text change with it'
       )
     start = jnp.asarray(start)
     offset = jnp.expand_dims(jnp.arange(tokens.shape[1]), range(start.ndim))

@@ -107,15 +107,21 @@ def time_programs(run: Run, options: flags.FlagValues) -> dict[str, Any]:
       f'--samplers={unknown} do not fit objective.name='
       f'{run.settings.objective["name"]!r}; allowed are {fitting}'
     )
+  changed = {}
+  for name in chosen:
+    try:
+      changed[name] = run.with_sampler({**run.settings.sampler, 'name': name})
+    except InputError:
+      if options.samplers is not None:  # Otherwise it needs another network.
+        raise
   # Training comes first because the peak of memory may be the process's.
   rows = {'train': time_train(run, options.num_timed)}
   if jax.device_count() == 1 and isinstance(run.network, TransformerNetwork):
     config = run.network.config
     rows['reference'] = time_reference(run, config, options.num_timed)
   rows['eval'] = time_eval(run, options.num_timed)
-  for name in chosen:
-    changed = run.with_sampler({**run.settings.sampler, 'name': name})
-    rows[f'sample/{name}'] = time_sampler(changed, options.num_samples)
+  for name, with_sampler in changed.items():
+    rows[f'sample/{name}'] = time_sampler(with_sampler, options.num_samples)
   dtype = run.settings.model['dtype']
   return {
     'device': jax.devices()[0].device_kind,
@@ -228,7 +234,10 @@ def time_sampler(run: Run, num_samples: int) -> dict[str, float]:
 
 
 class PlainModel(nn.Module):
-  """The model as first written down: tokens [B, L] -> logits [B, L, V]."""
+  """The model as first written down: tokens [B, L] -> logits [B, L, V].
+
+  Convolutions are left out.
+  """
 
   config: ModelConfig
 

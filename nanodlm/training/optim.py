@@ -73,7 +73,10 @@ class OptimConfig:
 
 
 def decay_mask(params):
-  """Returns True for leaves with weight decay: no norms, no biases."""
+  """Returns True for leaves with weight decay.
+
+  Norms, biases and convolutions have none.
+  """
   decayed = (
     *('kernel', 'embedding', 'output', 'position_embedding'),
     *lora.LEAVES,
@@ -87,8 +90,8 @@ def muon_dimensions(params):
   """Returns the axes of each leaf that Muon orthogonalises as a matrix.
 
   A leading layer axis is a batch axis. None leaves the leaf to AdamW:
-  embeddings, the output projection, norms, and the conditioning on time and on
-  predictions, which starts at zero.
+  embeddings, the output projection, norms, convolutions, and the conditioning
+  on time and on predictions, which starts at zero.
   """
   others = {
     'time_embedding',

@@ -124,6 +124,11 @@ def initial_params(config, scale):
   if config.self_conditioning:  # Initially, its weights are 0.
     kernel = np.random.default_rng(0).normal(size=(WIDTH, WIDTH))
     params['self_conditioning'] = {'kernel': 0.3 * np.float32(kernel)}
+  for name in ('layers', 'last_layer') if config.conv_size else ():
+    for conv in 'attention_conv', 'residual_conv':  # Initially, they are 0.
+      shape = params[name][conv].shape
+      params[name][conv] = np.random.default_rng(0).normal(size=shape) / 3
+      params[name][conv] = np.float32(params[name][conv])
   if config.lora:
     flat = traverse_util.flatten_dict(params)
     rng = np.random.default_rng(0)

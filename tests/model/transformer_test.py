@@ -28,6 +28,7 @@ EVERYTHING = dict(
   dropout=0.3,
   mlp='swiglu',
   tie_embeddings=False,
+  conv_size=3,
 )
 # What attention has in some networks, by XLA only.
 SCORING = dict(
@@ -124,8 +125,37 @@ class ConvolutionTest(absltest.TestCase):
       layers.convolve(x[1:], weights), expected[1:], atol=1e-5
     )
 
-  def test_adds_to_the_attention_of_the_rows_wanted(self):
-    # Of one layer without attention, MLP and norm, it is all that there is.
+  def test_reads_the_input_of_attention(self):
+    # At its centre alone, it scales that input.
+    config = toys.model_config(conv_size=3)
+    plain = dataclasses.replace(config, conv_size=0)
+    params = params_of(config)
+    of_plain = {
+      key: dict(x) if 'layer' in key else x for key, x in params.items()
+    }
+    for name in 'layers', 'last_layer':
+      layer, other = params[name], of_plain[name]
+      layer['residual_conv'] = np.zeros_like(layer['residual_conv'])
+      layer['attention_conv'][..., [0, 2], :] = 0
+      centre = layer['attention_conv'][..., 1, :]
+      scale = layer['attention_norm']['scale'] * (1 + centre)
+      other['attention_norm'] = {'scale': scale}
+      del other['attention_conv'], other['residual_conv']
+    np.testing.assert_allclose(
+      hidden_of(config, params), hidden_of(plain, of_plain), atol=1e-5
+    )
+
+  def test_sums_gradients_in_float32(self):
+    x = jnp.ones((4, 4096, 1), jnp.bfloat16)
+    total = lambda weights: jnp.sum(
+      layers.convolve(x, weights).astype(jnp.float32)
+    )
+    gradient = jax.grad(total)(jnp.zeros((3, 1)))[:, 0]
+    num = 4 * 4096
+    np.testing.assert_allclose(gradient, [num - 4, num, num - 4], rtol=1e-6)
+
+  def test_residual_convolution_of_the_rows_wanted(self):
+    # With weights of 0 in attention and MLP, nothing else changes the states.
     config = toys.model_config(conv_size=3, num_layers=1)
     params = params_of(config)
     for name in 'attention_out', 'mlp_out':
