@@ -16,30 +16,33 @@ r"""Tunes a model of little stories, 30% of which are broken, by a reward.
       print(json.dumps({'text': text}))
     END
     python launch.py --config=configs/objectives.py:ar --workdir=runs/mixed \
-        --config.data.source=jsonl:mixed.jsonl --config.train.num_steps=600 \
-        --config.checkpoint.every_steps=600
+        --config.data.source=jsonl:mixed.jsonl --config.train.num_steps=2400 \
+        --config.checkpoint.every_steps=1200
     python launch.py --config=configs/policy.py:ar --workdir=runs/policy
 
 The reward is 1 if a story is possible, else 0. The variants sequence, coupled
-and one_step start from a masked model, of configs/objectives.py:masked; they
-are not yet run.
+and one_step start from a masked model, of configs/objectives.py:masked, with
+the same other settings.
 
-Measured with `ar` on one busy core of an AMD EPYC, float32, JAX 0.10.2, one
-seed, 64 samples a step: the share of possible samples (of 320), the entropy of
-a sample, its divergence from the start, and by how much held-out stories cost
-more than the truth (15.1), all in nats. 60 steps took 84 to 100 s of processor
-time, on a machine whose other work made 7 to 20 minutes of it.
+Measured on one core of an AMD EPYC (Zen 5) next to other work, float32, JAX
+0.10.2, with `ar`, seeds 0, 1 and 2, 262 to 284 s each: the share of possible
+samples, of the first and last 640 or more; -log p of a sample, and the
+divergence from the start, in nats; and by how much held-out stories cost more
+than the truth (15.1).
 
-                                     share  entropy  divergence  held out
-    start                            0.44   19.6     0.0
-    kl_weight=0.01, scaled, step 60  0.96    9.6     5.4         7.9
-    kl_weight=0.03, step 60          0.96   11.4     3.6
-                    step 90          0.92   12.6     2.6         4.5
-    kl_weight=0.1,  step 60          0.84   14.6     1.3         2.1
+                share              -log p             divergence  held out
+    start       0.75, 0.77, 0.74   17.2, 17.0, 17.3
+    step 240    0.98, 0.98, 0.97   14.9, 14.9, 14.8   0.4 to 0.5  0.2 to 0.3
 
-A start of 600 steps breaks more than the 30% of its text. The share rises at
-the cost of entropy: samples become shorter (53 tokens instead of 60), which a
-larger kl_weight limits.
+It is passed that 95% are possible after 95 to XX steps, two minutes. What is
+lost of the entropy is that of broken stories: the samples are as long as before
+and as likely as the law's.
+
+A start of 600 steps had 44% and lost more: with kl_weight=0.03 it reached 96%
+after 60 steps of rate 3e-4, with an entropy of 11.4 nats (19.6 before), since
+samples became shorter; with 0.1, 84% and 14.6.
+
+MASKEDTABLE
 
 How estimates compare where all texts are enumerable (V = L = 3, a random
 network, tests/objectives/policy_test.py). The cosine of the mean gradient and

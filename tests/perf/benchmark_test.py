@@ -5,9 +5,16 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
+from unittest import mock
 
+import jax
 import pytest
 
+from nanodlm import config as configs
+from nanodlm import run as runs
+from nanodlm.perf import benchmark
+from nanodlm.types import InputError
 from tests import launches
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -106,6 +113,30 @@ def test_config_and_vocabulary_are_checked():
   assert '--mode=benchmark needs --config' in refused('--num_timed=2')
   output = refused('--config=configs/tiny.py', '--vocab_size=1')
   assert 'error: --vocab_size=1 must be' in output
+
+
+def test_samplers_that_need_another_network():
+  config = configs.load('tiny')
+  config.model.conv_size = 3
+  settings = configs.make_settings(config)
+  run = runs.make_run(settings, devices=jax.devices()[:1])
+  run = run.with_vocabulary(258)
+  parts = ('time_train', 'time_reference', 'time_eval', 'time_sampler')
+  with mock.patch.multiple(
+    benchmark,
+    **{name: mock.Mock(return_value={}) for name in parts},
+    matmul_flops=lambda dtype: 1.0,
+  ):
+    times = lambda names: benchmark.time_programs(
+      run, types.SimpleNamespace(samplers=names, num_timed=1, num_samples=1)
+    )
+    results = times(None)
+    assert 'sample/confidence' in results
+    assert 'sample/prefix_cache' not in results
+    benchmark.time_train.reset_mock()
+    with pytest.raises(InputError, match='model.conv_size=3'):
+      times(['confidence', 'prefix_cache'])
+    benchmark.time_train.assert_not_called()
 
 
 def test_sampler_that_does_not_fit():
