@@ -237,7 +237,8 @@ def make_draw(
         shown.append(f'  this text is impossible: {problem}')
       log.info('sample:\n%s', ''.join(f'    {x}\n' for x in shown))
     if law:
-      means = laws.sample_means(law, laws.read_texts(tokenizer, filled))
+      documents = laws.read_texts(tokenizer, filled, given)
+      means = laws.sample_means(law, documents)
       scalars = {f'samples/{key}': value for key, value in means.items()}
       writer.write_scalars(step, scalars)
       log.info('step %d, %s', step, laws.describe_samples(means, len(filled)))
@@ -288,7 +289,7 @@ def _line(
   """Describes a sample [n], as a line of samples.jsonl."""
   decode, verdict = run.tokenizer.decode, {}
   if law:
-    text, _ = laws.read_text(run.tokenizer, tokens)
+    text, _ = laws.read_text(run.tokenizer, tokens, fixed)
     problem = law.explain(text)
     nats = None if problem else -law.log_prob(text)
     verdict = {'law_nats': nats, 'problem': problem}
@@ -340,7 +341,8 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs, rewards):
   if law:
     if described := laws.describe_gaps(law, tokenizer, prompt):
       print(f'--- {described}')
-    means = laws.sample_means(law, laws.read_texts(tokenizer, tokens))
+    texts = laws.read_texts(tokenizer, tokens, fixed)
+    means = laws.sample_means(law, texts)
     print(f'--- {laws.describe_samples(means, len(tokens))}', flush=True)
   workdirs.append(lm.workdir, workdirs.SAMPLES, *lines)
 

@@ -367,6 +367,21 @@ def test_samples_of_a_run(flat, capsys):
   assert line['law_nats'] is None and 'word 1' in line['problem']
 
 
+def test_given_text_after_a_sampled_end_belongs_to_the_document():
+  text = LAW.sample(0, 0)
+  row = row_of(text)
+  given = np.arange(LENGTH) < 4
+  assert laws.read_text(BYTES, row) == (text, True)
+  assert laws.read_text(BYTES, row, given) == (text, True)
+  # What fills the row after a prompt is given, too, but it is not text.
+  assert laws.read_text(BYTES, row, np.ones(LENGTH, bool)) == (text, True)
+  row[-2], given[-2] = ord('.'), True
+  whole, has_end = laws.read_text(BYTES, row, given)
+  assert has_end and whole.startswith(text) and whole.endswith('.')
+  assert len(whole) > len(text) and LAW.explain(whole) is not None
+  assert laws.read_texts(BYTES, [row] * 2, [given] * 2) == [whole] * 2
+
+
 def test_texts_are_compared_to_their_ends(flat):
   run, text = lms.load(flat).run, LAW.sample(0, 0)
   rows = np.stack([row_of(text), row_of('x' * LENGTH)])

@@ -111,7 +111,8 @@ class WhoSeesWhomTest(parameterized.TestCase):
 class ConvolutionTest(absltest.TestCase):
   def test_is_the_sum_over_neighbours_of_a_segment(self):
     rng = np.random.default_rng(0)
-    x, weights = rng.normal(size=(2, LENGTH, 4)), rng.normal(size=(5, 4))
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    x, weights = draw(2, LENGTH, 4), draw(5, 4)
     segments = np.stack([SEGMENTS[0], np.zeros(LENGTH, np.int32)])
     expected = np.zeros_like(x)
     for row in range(2):
