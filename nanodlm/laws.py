@@ -8,7 +8,6 @@ of what it pays in excess of the law.
 
 from collections.abc import Iterable, Mapping, Sequence
 import functools
-import itertools
 import logging
 import math
 
@@ -81,29 +80,15 @@ def _log_once(text: str):
   log.info(text)
 
 
-def read_text(
-  tokenizer: Tokenizer, row: np.ndarray, given: np.ndarray | None = None
-) -> tuple[str, bool]:
-  """Returns the document in a row of ids, and whether its end is there.
-
-  It includes all `given` text [L], the tokens of a prompt, even if an end was
-  sampled before: such a document is impossible.
-  """
+def read_text(tokenizer: Tokenizer, row: np.ndarray) -> tuple[str, bool]:
+  """Returns the document in a row of ids, and whether its end is there."""
   size = prompts.find_end(row, tokenizer.eos_ids)
-  if given is not None:
-    kept = np.flatnonzero(given & ~np.isin(row, tokenizer.eos_ids))
-    size = max(size, kept[-1] + 1 if kept.size else 0)
   return tokenizer.decode(row[:size]), size < len(row)
 
 
-def read_texts(
-  tokenizer: Tokenizer,
-  rows: Iterable[np.ndarray],
-  given: Iterable[np.ndarray] | None = None,
-) -> list[str]:
-  """Returns the documents in rows of ids; `given` as in `read_text`."""
-  pairs = zip(rows, itertools.repeat(None) if given is None else given)
-  return [read_text(tokenizer, row, mask)[0] for row, mask in pairs]
+def read_texts(tokenizer: Tokenizer, rows: Iterable[np.ndarray]) -> list[str]:
+  """Returns the documents in rows of ids."""
+  return [read_text(tokenizer, row)[0] for row in rows]
 
 
 class HeldOut:

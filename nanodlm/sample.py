@@ -237,8 +237,7 @@ def make_draw(
         shown.append(f'  this text is impossible: {problem}')
       log.info('sample:\n%s', ''.join(f'    {x}\n' for x in shown))
     if law:
-      documents = laws.read_texts(tokenizer, filled, given)
-      means = laws.sample_means(law, documents)
+      means = laws.sample_means(law, [line['shown'] for line in lines])
       scalars = {f'samples/{key}': value for key, value in means.items()}
       writer.write_scalars(step, scalars)
       log.info('step %d, %s', step, laws.describe_samples(means, len(filled)))
@@ -288,15 +287,15 @@ def _line(
 ) -> dict[str, Any]:
   """Describes a sample [n], as a line of samples.jsonl."""
   decode, verdict = run.tokenizer.decode, {}
+  shown = decode(lms.shown_tokens(run, tokens, fixed))
   if law:
-    text, _ = laws.read_text(run.tokenizer, tokens, fixed)
-    problem = law.explain(text)
-    nats = None if problem else -law.log_prob(text)
+    problem = law.explain(shown)
+    nats = None if problem else -law.log_prob(shown)
     verdict = {'law_nats': nats, 'problem': problem}
   return {
     'prompt': prompt,
     'text': decode(tokens),
-    'shown': decode(lms.shown_tokens(run, tokens, fixed)),
+    'shown': shown,
     'tokens': tokens.tolist(),
     'step': step,
     'num_calls': int(num_calls),
@@ -341,8 +340,7 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs, rewards):
   if law:
     if described := laws.describe_gaps(law, tokenizer, prompt):
       print(f'--- {described}')
-    texts = laws.read_texts(tokenizer, tokens, fixed)
-    means = laws.sample_means(law, texts)
+    means = laws.sample_means(law, [line['shown'] for line in lines])
     print(f'--- {laws.describe_samples(means, len(tokens))}', flush=True)
   workdirs.append(lm.workdir, workdirs.SAMPLES, *lines)
 

@@ -367,19 +367,28 @@ def test_samples_of_a_run(flat, capsys):
   assert line['law_nats'] is None and 'word 1' in line['problem']
 
 
-def test_given_text_after_a_sampled_end_belongs_to_the_document():
-  text = LAW.sample(0, 0)
+def test_given_text_after_a_sampled_end_belongs_to_the_document(flat):
+  run, text = lms.load(flat).run, LAW.sample(0, 0)
   row = row_of(text)
-  given = np.arange(LENGTH) < 4
-  assert laws.read_text(BYTES, row) == (text, True)
-  assert laws.read_text(BYTES, row, given) == (text, True)
+
+  def verdict(given):
+    line = sample._line(run, LAW, 0, '', row, given, 1.0)
+    return line['shown'], line['problem'], line['law_nats']
+
+  given, nats = np.arange(LENGTH) < 4, pytest.approx(-LAW.log_prob(text))
+  assert verdict(given) == (text, None, nats)
+  assert verdict(np.zeros(LENGTH, bool)) == (text, None, nats)
   # What fills the row after a prompt is given, too, but it is not text.
-  assert laws.read_text(BYTES, row, np.ones(LENGTH, bool)) == (text, True)
+  assert verdict(np.ones(LENGTH, bool)) == (text, None, nats)
   row[-2], given[-2] = ord('.'), True
-  whole, has_end = laws.read_text(BYTES, row, given)
-  assert has_end and whole.startswith(text) and whole.endswith('.')
+  whole, problem, nats = verdict(given)
+  assert whole.startswith(text) and whole.endswith('.')
   assert len(whole) > len(text) and LAW.explain(whole) is not None
-  assert laws.read_texts(BYTES, [row] * 2, [given] * 2) == [whole] * 2
+  assert problem == LAW.explain(whole) and nats is None
+  # An end that comes first is not the end of a possible text either.
+  row = row_of('\0' + text)
+  row[0] = BYTES.separator_id
+  assert verdict(np.zeros(LENGTH, bool))[1] is not None
 
 
 def test_texts_are_compared_to_their_ends(flat):
