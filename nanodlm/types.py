@@ -211,7 +211,10 @@ class Score(Protocol):
     ...
 
   def frozen_states(self, noised: Noised) -> Array:
-    """Returns the states [R, L, D] of the frozen network, without dropout."""
+    """Returns the states [R, L, D] of the frozen network, without dropout.
+
+    [2R, L, D] if the clean copy is scored.
+    """
     ...
 
   def draw_frozen(self, keys: Array, states: Array, draw: Any) -> Array:

@@ -117,7 +117,7 @@ def test_a_student_is_a_model_like_its_teacher(teacher, student):
     ),
     (
       {'objective__name': 'block', 'objective__ar_weight': 1.0},
-      'objective.ar_weight=1.0',
+      "objective.name: 'masked' of that run, 'block' of this run",
     ),
     (
       {'distill__name': 'dcd', 'objective__name': 'hybrid'},

@@ -164,21 +164,27 @@ class Block(InBlocks, masking.MaskedNoise):
     return ar.Autoregressive(self.mask_id) if self.ar_weight else None
 
   def loss(self, batch, levels, keys, score):
-    noised = self.corrupt(keys, levels, batch.tokens, batch.eligible)
-    weight = batch.eligible * batch.weight[:, None]
-    if not self.ar_weight:
-      return score(noised, weight)
     eligible = jnp.asarray(batch.eligible)
+    noised = self.corrupt(keys, levels, batch.tokens, eligible)
+    weight = eligible * batch.weight[:, None]
+    return self.score_copies(score, self.with_clean(noised, eligible), weight)
+
+  def with_clean(self, noised, eligible):
+    if not self.ar_weight:
+      return noised
+    fields = {**noised.fields, 'scale': eligible.astype(jnp.float32)}
     join = lambda *copies: jnp.concatenate(copies)
-    both = noised._replace(
+    return noised._replace(
       scored=join(noised.scored, eligible),
       level=join(noised.level, jnp.full(eligible.shape, jnp.nan)),
-      fields={
-        'target': join(batch.tokens, batch.tokens),
-        'scale': join(noised.fields['scale'], self.ar_weight * eligible),
-      },
+      fields={key: join(x, fields[key]) for key, x in noised.fields.items()},
     )
-    scores = score(both, join(weight, weight))
+
+  def score_copies(self, score, noised, weight):
+    if not self.ar_weight:
+      return score(noised, weight)
+    weight = jnp.concatenate([weight, self.ar_weight * weight])
+    scores = score(noised, weight)
     bound, exact = (
       jax.tree.map(lambda x: x.reshape(2, -1)[i], scores.rows) for i in range(2)
     )

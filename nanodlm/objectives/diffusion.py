@@ -3,10 +3,18 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from nanodlm.noise import processes, times
-from nanodlm.types import InputError, Objective, ReverseRule
+from nanodlm.types import (
+  InputError,
+  Noised,
+  Objective,
+  ReverseRule,
+  Score,
+  Scores,
+)
 
 # The settings of an objective that only its own loss reads: those that
 # distillation and tuning ignore.
@@ -62,6 +70,19 @@ class Diffusion(ReverseRule, Objective):
     """Returns an objective of another class, with this one's settings."""
     names = [x.name for x in dataclasses.fields(cls) if hasattr(self, x.name)]
     return cls(**{name: getattr(self, name) for name in names})
+
+  def with_clean(self, noised: Noised, eligible: jax.Array) -> Noised:
+    """Returns noised texts whose clean copy is scored too, if it predicts.
+
+    `eligible` [B, L] are the positions that it learns.
+    """
+    return noised
+
+  def score_copies(
+    self, score: Score, noised: Noised, weight: jax.Array
+  ) -> Scores:
+    """Scores the result of `with_clean`; weight [B, L] is of one copy."""
+    return score(noised, weight)
 
   def sample_levels(self, key, batch_size, length):
     return times.SAMPLE_LEVELS[self.noise](key, batch_size)

@@ -27,6 +27,8 @@ class Distillation(Objective):
                KL(teacher_i || student(zt)_i)            'fwd'
 
   summed over the noisy positions without the weights of the bound: it is none.
+  A clean copy that is autoregressive, too, adds this divergence from that of
+  the teacher at all positions, times objective.ar_weight.
   The student starts as its teacher. In round r, h = 2^r / num_steps; at its end
   the teacher becomes a copy of the student's parameters, not of their average.
   Evaluation and samplers are those of `base`.
@@ -74,7 +76,6 @@ class Distillation(Objective):
     return (
       isinstance(base, diffusion.Diffusion)
       and base.is_normalised
-      and base.autoregressive is None
       and not base.any_length
     )
 
@@ -97,6 +98,10 @@ class Distillation(Objective):
   @property
   def mask_id(self) -> int:  # pyright: ignore
     return self.base.mask_id
+
+  @property
+  def autoregressive(self):
+    return self.base.autoregressive
 
   def init_params(self):
     return self.base.init_params()
@@ -151,7 +156,7 @@ class Distillation(Objective):
     share = jnp.mean(eligible.reshape(len(x0), -1, size), axis=2)
     levels = jax.vmap(base.level_at, (None, 1), 1)(t, share)
     time = base.network_time(levels)
-    return Noised(
+    noised = Noised(
       tokens=xt,
       t=time if base.block_size else time[:, 0],
       scored=eligible & is_noisy,
@@ -159,6 +164,7 @@ class Distillation(Objective):
       fields={'target': x0},
       clean=base.clean_input(x0),
     )
+    return base.with_clean(noised, eligible)
 
   def corrupt(self, keys, levels, x0, eligible):
     t = self.trajectory(levels, 1)[:1]
@@ -202,7 +208,8 @@ class DiscreteConsistency(Distillation):
     student = student._replace(
       scored=teacher.scored, reference=score.frozen_states(teacher)
     )
-    return score(student, eligible * batch.weight[:, None])
+    weight = eligible * batch.weight[:, None]
+    return self.base.score_copies(score, student, weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,9 +238,12 @@ class SelfDistillation(Distillation):
     student = self.noised(z, t[0], x0, eligible)
     reference = score.frozen_states(student)
     for i in range(1, NUM_TEACHER_STEPS):
-      drawn = score.draw_frozen(keys[:, i], reference, draw)
+      drawn = score.draw_frozen(keys[:, i], reference[: len(x0)], draw)
       z = jnp.where(masked[i - 1] & ~masked[i], drawn, z)
       states = score.frozen_states(self.noised(z, t[i], x0, eligible))
-      reference = jnp.where(masked[i][..., None], states, reference)
+      # What the clean copy says stays that of the first call.
+      later = jnp.zeros_like(student.scored).at[: len(x0)].set(masked[i])
+      reference = jnp.where(later[..., None], states, reference)
     student = student._replace(reference=reference)
-    return score(student, eligible * batch.weight[:, None])
+    weight = eligible * batch.weight[:, None]
+    return self.base.score_copies(score, student, weight)

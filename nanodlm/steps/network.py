@@ -245,7 +245,11 @@ class _Scoring:
   def frozen_states(self, noised: Noised) -> jax.Array:
     params = self._gather_frozen()
     segment_ids, _, seen, _ = self._options(noised)
-    return self.scorer._caller(params, noised, segment_ids, seen, None)().states
+    call = self.scorer._caller(params, noised, segment_ids, seen, None)
+    if len(noised.scored) == len(noised.tokens):
+      return call().states
+    states = call(positions=jnp.arange(noised.scored.size)).states
+    return states.reshape(*noised.scored.shape, -1)
 
   def draw_frozen(
     self, keys: jax.Array, states: jax.Array, draw: categorical.Draw

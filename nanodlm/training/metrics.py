@@ -105,12 +105,14 @@ def train_means(sums: dict[str, np.ndarray]) -> dict[str, float]:
   train/ar_nll, which is exact, of a block model that has it; train/accuracy of
   the scored tokens; `Scores.reports`; and `level_means`.
   """
-  own = {key: sums[key] for key in ('loss', 'nll', 'ar_nll') if key in sums}
+  own = {
+    key: sums[key]
+    for key in ('loss', 'nll', 'ar_nll')
+    if key == 'loss' or not math.isnan(sums.get(key, math.nan))
+  }
   bits = {
     'train/bits_per_byte': _ratio(sums['nll'] / math.log(2), sums['num_bytes'])
   }
-  if math.isnan(sums['nll']):
-    del own['nll']
   if math.isnan(bits['train/bits_per_byte']):
     del bits['train/bits_per_byte']
   reports = {

@@ -163,6 +163,39 @@ def test_several_processes_go_on_where_one_stood(runs, tmp_path):
     assert loss == pytest.approx(theirs[step], rel=1e-3)
 
 
+def test_several_processes_learn_from_samples_as_one_does(runs, tmp_path):
+  args = (
+    *ARGS,
+    f'--config.checkpoint.init_from={runs[0]}',
+    '--config.policy.name=sequence',
+    '--config.policy.num_samples=4',
+    '--config.policy.num_updates=2',
+    '--config.policy.kl_weight=0.1',
+    '--config.train.reward=tests.policy_test:num_as',
+    '--config.train.num_steps=4',
+    '--config.train.log_every_steps=1',
+    '--config.checkpoint.every_steps=2',
+    '--config.mesh.fsdp=2',
+  )
+  one, several = tmp_path / 'one', tmp_path / 'several'
+  status, output = launches.launch(
+    *args, f'--workdir={one}', num_devices=NUM_DEVICES
+  )
+  assert status == 0, output
+  ended = [launches.finish(process) for process in start(several, *args)]
+  assert [status for status, _ in ended] == [0] * NUM_PROCESSES, ended
+  ours, theirs = (
+    {x['step']: x for x in metric_lines(workdir) if 'train/loss' in x}
+    for workdir in (several, one)
+  )
+  assert sorted(ours) == [1, 2, 3, 4]
+  for step, line in ours.items():
+    for key in ('reward', 'kl', 'entropy', 'loss', 'length'):
+      found, expected = (x[f'train/{key}'] for x in (line, theirs[step]))
+      assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), (step, key)
+  assert ours[1]['train/reward'] > 0
+
+
 # Devices along (data, fsdp, tensor).
 # Four parts of a vocabulary of 258 ids have two of padding.
 MESHES = {'one': (1, 1, 1), 'data': (8, 1, 1), 'all': (1, 2, 4)}

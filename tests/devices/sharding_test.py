@@ -62,6 +62,9 @@ OBJECTIVES = {
 OBJECTIVES |= {
   'sdtt': objectives.DISTILLATIONS['sdtt'](OBJECTIVES['masked'], round_steps=2),
   'dcd': objectives.DISTILLATIONS['dcd'](OBJECTIVES['uniform'], round_steps=2),
+  'sdtt_block_ar': objectives.DISTILLATIONS['sdtt'](
+    OBJECTIVES['block_ar'], round_steps=2
+  ),
   'sequence': objectives.POLICIES['sequence'](
     OBJECTIVES['masked'], kl_weight=0.1, num_updates=2
   ),
@@ -80,6 +83,7 @@ def make_mesh(shape):
 
 def make_network(name, shape, **changes):
   objective = OBJECTIVES[name]
+  objective = getattr(objective, 'base', objective)
   config = toys.model_config(
     **{
       **dict(
@@ -327,6 +331,7 @@ class TrainTest(parameterized.TestCase):
     ('sdtt', (8, 1, 1), 1),
     ('sdtt', (2, 2, 2), 2),
     ('dcd', (1, 2, 4), 1),
+    ('sdtt_block_ar', (2, 2, 2), 1),
     ('dcd', (2, 1, 1), 4),
     ('sequence', (2, 2, 2), 2),
     ('coupled', (1, 2, 4), 1),

@@ -34,6 +34,7 @@ BASES = {
   'masked': Masked(MASK),
   'cosine': Masked(MASK, schedules.Cosine(), noise='stratified'),
   'block': Block(MASK, block_size=3),
+  'block_ar': Block(MASK, block_size=3, ar_weight=0.5),
   'genmd4': GenMD4(MASK, rates=(0.6, 1.0, 2.5)),
   'uniform': Uniform(MASK),
   'hybrid': Hybrid(MASK, p_uniform=0.3),
@@ -55,6 +56,7 @@ LAWS = {
   'masked': lambda t: toys.token_law([t] * VOCAB),
   'cosine': lambda t: toys.token_law([cosine_noise(t)] * VOCAB),
   'block': lambda t: toys.token_law([t] * VOCAB),
+  'block_ar': lambda t: toys.token_law([t] * VOCAB),
   'genmd4': lambda t: toys.token_law(t ** np.array([0.6, 1.0, 2.5])),
   'uniform': lambda t: toys.mixture_law(1 - t, 0.0, t),
   'hybrid': hybrid_law,
@@ -75,8 +77,11 @@ class Table(Network):
   def init_params(self, key):
     return {'table': jnp.zeros((64, LENGTH, VOCAB + 1))}
 
-  def hidden(self, params, tokens, t, *, positions=None, **_):
+  def hidden(self, params, tokens, t, *, clean=None, positions=None, **_):
     states = params['table'][toys.canvas_index(tokens)]
+    if clean is not None and positions is not None:
+      of_clean = params['table'][toys.canvas_index(clean)]
+      states = jnp.concatenate([states, of_clean])
     if positions is not None:
       states = states.reshape(-1, VOCAB + 1)[positions]
     return Hidden(states)
@@ -238,6 +243,30 @@ class LossTest(parameterized.TestCase):
     clean = x0._replace(eligible=np.zeros_like(x0.eligible))
     nothing = losses(cls(base), teacher=toys.random_table(3), batch=clean)
     np.testing.assert_array_equal(nothing, 0)
+
+  @parameterized.product(
+    method=('dcd', 'sdtt'),
+    settings=({'divergence': 'fwd'}, {'teacher_temperature': 0.2}),
+  )
+  def test_a_clean_copy_that_is_autoregressive(self, method, settings):
+    student, teacher = toys.random_table(2), toys.random_table(3)
+    levels = times.sample_stratified(jax.random.key(3), len(TEXTS))
+    without, both = (
+      objectives.DISTILLATIONS[method](BASES[base], num_steps=4, **settings)
+      for base in ('block', 'block_ar')
+    )
+    batch = batch_of(TEXTS)
+    losses = lambda objective: row_losses(
+      objective, student, teacher, batch, levels
+    )
+    before = toys.canvas_index(
+      np.pad(TEXTS[:, :-1], ((0, 0), (1, 0)), constant_values=MASK)
+    )
+    ours = toys.log_softmax(student[before])
+    expected = np.sum(kl(both, ours, teacher[before]), axis=1)
+    self.assertGreater(np.min(expected), 0.1)
+    added = losses(both) - losses(without)
+    np.testing.assert_allclose(added, 0.5 * expected, rtol=1e-4, atol=1e-5)
 
   def test_an_exact_teacher_is_the_optimum_of_forward_sdtt(self):
     # Its predictions are a martingale, up to what drawing tokens in parallel
