@@ -14,7 +14,7 @@ from nanodlm.devices import mesh as meshes
 from nanodlm.objectives import policy
 from nanodlm.run import Run
 from nanodlm.training.state import join, TrainState
-from nanodlm.types import Batch
+from nanodlm.types import Batch, Batches, InputError
 
 # Separates the keys of samples from other uses of the run's seed.
 _STREAM = 0x5A17
@@ -28,7 +28,7 @@ def make_reward(settings: Settings) -> rewards.Reward:
   return rewards.make_reward(train.reward, settings.data, train.reward_secs)
 
 
-class Rollouts:
+class Rollouts(Batches):
   """Groups of samples, which `objectives.policy` learns from.
 
   What is given in an example of the training text is a prompt: the prompt of a
@@ -36,12 +36,17 @@ class Rollouts:
   text, nothing. Each is filled policy.num_samples times by the run's sampler.
   The weight of a sample is its advantage, the reward above the mean of its
   group.
-
-  Args:
-    run: the run, whose sampler and rewards are used.
-    packed: the training text.
-    start_step: the first step.
   """
+
+  @classmethod
+  def check(cls, run):
+    if not isinstance(run.trained, policy.Policy):
+      raise InputError(
+        f'train.batches={run.settings.train.batches!r} does not fit '
+        f'policy.name={run.settings.policy["name"]!r}, which does not learn '
+        'from rewards'
+      )
+    make_reward(run.settings)
 
   def __init__(self, run: Run, packed: PackedData, start_step: int):
     settings, self._policy = run.settings, cast(policy.Policy, run.trained)

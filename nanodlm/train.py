@@ -62,7 +62,7 @@ from nanodlm.run import Run
 from nanodlm.training import checkpoint, optim, signals, writers
 from nanodlm.training.progress import Progress, TrainingDiverged
 from nanodlm.training.state import TrainState
-from nanodlm.types import Batch, Batches, InputError
+from nanodlm.types import Batch, Batches, InputError, Objective
 
 log = logging.getLogger('nanodlm')
 
@@ -452,14 +452,8 @@ def _describe(run: Run, packed: PackedData):
     )
 
 
-class TextBatches:
-  """The batches of the training text: shuffled, endless, read ahead.
-
-  Args:
-    run: the run.
-    packed: its training text.
-    start_step: the first step to read.
-  """
+class TextBatches(Batches):
+  """The batches of the training text: shuffled, endless, read ahead."""
 
   def __init__(self, run: Run, packed: PackedData, start_step: int):
     self._run, self._packed = run, packed
@@ -485,33 +479,32 @@ class TextBatches:
 
 
 # Where batches come from, by config.train.batches.
-BATCHES: dict[str, Callable[[Run, PackedData, int], Batches]] = {
+BATCHES: dict[str, type[Batches]] = {
   'rollouts': rollouts.Rollouts,
   'text': TextBatches,
 }
 
 
-def _find_batches(run: Run) -> Callable[[Run, PackedData, int], Batches]:
+def _find_batches(run: Run) -> type[Batches]:
   """Returns the entry of BATCHES for train.batches."""
   name, reward = run.settings.train.batches, run.settings.train.reward
-  wanted = run.trained.batches
+  wanted, method = run.trained.batches, run.settings.policy['name']
+  needs_own = wanted != Objective.batches
   if name not in ('auto', *BATCHES):
     raise InputError(
       f'train.batches={name!r} is not one of {["auto", *sorted(BATCHES)]}'
     )
-  if name not in ('auto', wanted) and 'rollouts' in (name, wanted):
+  if needs_own and name not in ('auto', wanted):
     raise InputError(
-      f'train.batches={name!r} must be {wanted!r} with policy.name='
-      f'{run.settings.policy["name"]!r}'
+      f'train.batches={name!r} must be {wanted!r} with policy.name={method!r}'
     )
-  if reward and wanted != 'rollouts':
+  if reward and not needs_own:
     raise InputError(
-      f'train.reward={reward!r} is ignored with policy.name='
-      f'{run.settings.policy["name"]!r}'
+      f'train.reward={reward!r} is ignored with policy.name={method!r}'
     )
-  if reward:
-    rollouts.make_reward(run.settings)
-  return BATCHES[wanted if name == 'auto' else name]
+  batches = BATCHES[wanted if name == 'auto' else name]
+  batches.check(run)
+  return batches
 
 
 def _loop(

@@ -821,9 +821,25 @@ class Sampler(abc.ABC):
     """Fills the canvas; keys [B]."""
 
 
-class Batches(Protocol):
-  """A source of training batches: text, or rollouts of the current model."""
+class Batches(abc.ABC):
+  """A source of training batches: text, or rollouts of the current model.
 
+  Args:
+    run: the `run.Run`.
+    packed: the training text.
+    start_step: the first step.
+  """
+
+  @abc.abstractmethod
+  def __init__(self, run: Any, packed: Any, start_step: int):
+    pass
+
+  @classmethod
+  def check(cls, run: Any):
+    """Raises InputError unless a run can learn from these batches."""
+    del run  # By default, any can.
+
+  @abc.abstractmethod
   def __call__(self, state: Any, step: int) -> Batch:
     """Returns the global batch of a step, on the devices.
 
@@ -832,7 +848,6 @@ class Batches(Protocol):
       step: number of steps taken. The batch must depend on (state, step) alone,
         so that a resumed run repeats it.
     """
-    ...
 
 
 @dataclasses.dataclass(frozen=True)

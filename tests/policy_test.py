@@ -191,6 +191,10 @@ def test_a_reward_that_fails_loses_nothing(first, tmp_path):
       "train.reward='tests.policy_test:num_as' is ignored",
     ),
     ({'train__batches': 'text'}, "train.batches='text' must be 'rollouts'"),
+    (
+      {'train__batches': 'rollouts', 'train__reward': '', 'policy__name': ''},
+      "train.batches='rollouts' does not fit policy.name=''",
+    ),
     ({'train__batches': 'tekst'}, "train.batches='tekst' is not one of"),
     ({'checkpoint__init_from': ''}, "checkpoint.init_from='' must be"),
     (

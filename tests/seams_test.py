@@ -29,6 +29,7 @@ from nanodlm.training import checkpoint
 from nanodlm.training.state import TrainState
 from nanodlm.types import (
   Batch,
+  Batches,
   Canvas,
   Hidden,
   InputError,
@@ -424,7 +425,7 @@ def test_a_network_with_a_loss_of_its_own():
   np.testing.assert_allclose(steps[1] - steps[0], expected, atol=1e-6)
 
 
-class Rollouts:
+class Rollouts(Batches):
   """Batches that the current parameters write."""
 
   def __init__(self, run, packed, start_step):
