@@ -13,7 +13,7 @@ calls. One of them alone:
 
     python launch.py --config=configs/objectives.py:block4 --workdir=runs/block4
 
-The last five are students that are distilled from another variant; alone, they
+The last seven are students that are distilled from another variant; alone, they
 need --config.checkpoint.init_from=WORKDIR.
 
 Measured on single cores of an AMD EPYC (Zen 5) that did other work, float32,
@@ -180,6 +180,8 @@ def _student(teacher, method, num_steps):
 
 VARIANTS |= {
   'masked_sdtt': _student('masked', 'sdtt', 32),
+  'block4_sdtt': _student('block4', 'sdtt', 4),
+  'block4_ar_sdtt': _student('block4_ar', 'sdtt', 4),
   'block20_sdtt': _student('block20', 'sdtt', 16),
   'uniform_dcd': _student('uniform', 'dcd', 32),
   'curriculum_dcd': _student('curriculum', 'dcd', 32),
