@@ -1,8 +1,7 @@
-"""Line plots with error bars, as SVG text for a page or as a PNG file."""
+"""Line plots with error bars, as SVG text for a page."""
 
 from collections.abc import Mapping, Sequence
 import io
-import pathlib
 import re
 from typing import Any, NamedTuple
 import warnings
@@ -36,7 +35,7 @@ class Plot(NamedTuple):
   """Curves and their labels.
 
   Attributes:
-    name: part of file names.
+    name: identifies it on a page.
     title: heading of the plot.
     x_label: label of the x axis.
     y_label: label of the y axis.
@@ -67,22 +66,6 @@ def describe(plot: Plot) -> str:
 
 def to_svg(plot: Plot) -> str:
   """Returns the plot as an <svg> element with a transparent background."""
-  file = io.StringIO()
-  # Metadata would name addresses on the web.
-  no_metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
-  _save(plot, file, format='svg', transparent=True, metadata=no_metadata)
-  svg = file.getvalue().partition('<svg ')[2]
-  # Names of groups, which repeat in the next plot of the page.
-  svg = re.sub(r'<g id="[\w.]+">', '<g>', svg)
-  return f'<svg role="img" aria-label="{escape(describe(plot))}" {svg}'
-
-
-def save_png(plot: Plot, path: pathlib.Path):
-  """Writes the plot to a PNG file."""
-  _save(plot, path, format='png', dpi=150)
-
-
-def _save(plot: Plot, file: Any, **options: Any):
   try:
     import matplotlib
     from matplotlib import figure
@@ -126,4 +109,11 @@ def _save(plot: Plot, file: Any, **options: Any):
         axes.set_xticks(ticks, [f'{x:g}' for x in ticks])
     names, handles = list(lines), list(lines.values())
     fig.legend(handles, names, loc='outside lower left', frameon=False)
-    fig.savefig(file, **options)
+    # Metadata would name addresses on the web.
+    no_metadata = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+    file = io.StringIO()
+    fig.savefig(file, format='svg', transparent=True, metadata=no_metadata)
+  svg = file.getvalue().partition('<svg ')[2]
+  # Names of groups, which repeat in the next plot of the page.
+  svg = re.sub(r'<g id="[\w.]+">', '<g>', svg)
+  return f'<svg role="img" aria-label="{escape(describe(plot))}" {svg}'

@@ -1,22 +1,18 @@
 """One page about runs, finished or in progress: curves, quality, speed, texts.
 
     python launch.py --mode=report --workdirs=runs/a,runs/b
-    python launch.py --mode=report --workdirs=runs/a --output=report.md
 
-An .html page is one self-contained file with SVG plots. An .md page has PNG
-files next to it. Only the files in the workdirs are read, and the
-comparison.json files of --mode=compare.
+It is one self-contained file with SVG plots. Only the files in the workdirs are
+read, and the comparison.json files of --mode=compare.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import json
-import os
 import pathlib
 import statistics
 import string
 import sys
 from typing import Any, NamedTuple
-import urllib.parse
 
 from absl import flags
 
@@ -25,7 +21,7 @@ from nanodlm import workdir as workdir_files
 from nanodlm.show import pages
 from nanodlm.show import runs as reading
 from nanodlm.show.pages import escape, printable
-from nanodlm.show.plots import describe, Plot, save_png, to_svg
+from nanodlm.show.plots import Plot, to_svg
 from nanodlm.show.runs import half_interval, Line, Run
 from nanodlm.training.metrics import is_number
 from nanodlm.types import InputError
@@ -332,8 +328,8 @@ def tabulate(plot: Plot) -> Table:
   return Table(f'Numbers ({len(rows)} of {total})', rows)
 
 
-def to_html(part: Part, draw: Callable[[Plot], str]) -> str:
-  """Returns a part as HTML; draw(plot) returns the element of a plot."""
+def to_html(part: Part) -> str:
+  """Returns a part as HTML."""
   if isinstance(part, str):
     return f'<p>{escape(part)}</p>'
   title = escape(part.title)
@@ -342,8 +338,8 @@ def to_html(part: Part, draw: Callable[[Plot], str]) -> str:
   if isinstance(part, Plot):
     table = tabulate(part)
     return (
-      f'<figure>\n<h3>{title}</h3>\n{draw(part)}\n<details>\n<summary>'
-      f'{table.title}</summary>\n{to_html(table, draw)}\n</details>\n</figure>'
+      f'<figure>\n<h3>{title}</h3>\n{to_svg(part)}\n<details>\n<summary>'
+      f'{table.title}</summary>\n{to_html(table)}\n</details>\n</figure>'
     )
   columns = [
     f'<th scope="col">{escape(column)}</th>' for column in part.rows[0]
@@ -360,59 +356,16 @@ def to_html(part: Part, draw: Callable[[Plot], str]) -> str:
   return '\n'.join([*lines, '</table></div>'])
 
 
-def to_body(
-  sections: dict[str, Sequence[Part]], draw: Callable[[Plot], str]
-) -> str:
+def to_body(sections: dict[str, Sequence[Part]]) -> str:
   """Returns the sections of the page as HTML."""
   body = []
   for title, parts in sections.items():
     body += ['<section>', f'<h2>{escape(title)}</h2>']
     for part in parts:
       if not isinstance(part, Plot) or any(part.curves.values()):
-        body.append(to_html(part, draw))
+        body.append(to_html(part))
     body.append('</section>')
   return '\n'.join(body)
-
-
-def write_html(
-  path: pathlib.Path, title: str, sections: dict[str, Sequence[Part]]
-):
-  """Writes the page as one file that loads nothing."""
-  template = string.Template(pages.read('report.html'))
-  body = to_body(sections, to_svg)
-  page = template.substitute(title=escape(title), body=body)
-  pages.write('--output', path, page)
-
-
-def write_markdown(
-  path: pathlib.Path,
-  title: str,
-  sections: dict[str, Sequence[Part]],
-  may_overwrite: bool,
-):
-  """Writes the page as HTML in Markdown, with its plots in PNG files.
-
-  Raises:
-    InputError: a PNG file would replace one that is not of an earlier page.
-  """
-  images = {}
-
-  def draw(plot: Plot) -> str:
-    image = path.with_name(f'{path.stem}-{plot.name}.png')
-    images[image] = plot
-    source = urllib.parse.quote(os.fsencode(image.name))
-    return f'<img src="{source}" alt="{escape(describe(plot))}">'
-
-  body = to_body(sections, draw)
-  for image in images:
-    if image.exists() and not (may_overwrite or pages.has_mark(path, MARK)):
-      raise InputError(
-        f'--output={str(path)!r} needs the file {str(image)!r}, which exists; '
-        'give another file name, or --overwrite'
-      )
-  for image, plot in images.items():
-    save_png(plot, image)
-  pages.write('--output', path, f'{MARK}\n<h1>{escape(title)}</h1>\n{body}\n')
 
 
 def define_flags():
@@ -420,9 +373,7 @@ def define_flags():
   flags.DEFINE_list(
     'workdirs', [], 'Workdirs of the runs, such as runs/a,runs/b.'
   )
-  flags.DEFINE_string(
-    'output', 'report.html', 'The page, an .html or .md file.'
-  )
+  flags.DEFINE_string('output', 'report.html', 'The page, an .html file.')
   flags.DEFINE_list(
     'compare',
     [],
@@ -457,8 +408,8 @@ def main(start: Any = None) -> int:
   del start
   args = flags.FLAGS
   output = pathlib.Path(args.output)
-  if output.suffix not in ('.html', '.md'):
-    raise InputError(f'--output={args.output!r} must end in .html or .md')
+  if output.suffix != '.html':
+    raise InputError(f'--output={args.output!r} must end in .html')
   pages.check_path('--output', output, '' if args.overwrite else MARK)
   workdirs, others = [], []
   compared = list(map(pathlib.Path, args.compare))
@@ -470,9 +421,7 @@ def main(start: Any = None) -> int:
       compared.append(path)
     elif path.is_dir():
       others.append(path)
-    elif not path.is_file() or not (
-      path.suffix == '.png' or pages.has_mark(path, MARK)
-    ):
+    elif not pages.has_mark(path, MARK):
       raise InputError(f'{str(path)!r} {_NO_RUN}')
   for path in others:
     print(f'skipped: {str(path)!r} {_NO_RUN}', file=sys.stderr)
@@ -497,10 +446,10 @@ def main(start: Any = None) -> int:
     'Samples': samples or [NO_SAMPLES],
   }
   title = f'nanodlm: {", ".join(run.name for run in runs)}'
-  if output.suffix == '.html':
-    write_html(output, title, sections)
-  else:
-    write_markdown(output, title, sections, args.overwrite)
+  page = string.Template(pages.read('report.html')).substitute(
+    title=escape(title), body=to_body(sections)
+  )
+  pages.write('--output', output, page)
   for run, workdir in zip(runs, workdirs):
     for problem in run.problems:
       print(f'{workdir}: {problem}', file=sys.stderr)

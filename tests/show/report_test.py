@@ -46,8 +46,7 @@ class Page(html.parser.HTMLParser):
     return [a.get(attribute) for t, a in self.tags if t == tag]
 
 
-@pytest.mark.parametrize('suffix', ['.html', '.md'])
-def test_page_of_two_runs(tmp_path, suffix, capsys):
+def test_page_of_two_runs(tmp_path, capsys):
   a = write_run(
     tmp_path / 'a', samples=['first', EVIL, 'third', 'last', 'last']
   )
@@ -55,7 +54,7 @@ def test_page_of_two_runs(tmp_path, suffix, capsys):
   gap = {'pattern': 'span', 'ratio': 0.5, 'accuracy': 0.25, 'num_calls': 16}
   line = {'step': 20, 'infill': [gap | {'accuracy_ci95': None}]}
   write_lines(b / 'eval.jsonl', [line])
-  output = tmp_path / f'page 1{suffix}'
+  output = tmp_path / 'page 1.html'
   assert run_main([a, b], output=output) == 0
   text = output.read_text()
   page = Page(text)
@@ -79,37 +78,18 @@ def test_page_of_two_runs(tmp_path, suffix, capsys):
   pictures = [*page.named('svg', 'aria-label'), *page.named('img', 'alt')]
   assert len(pictures) == 8
   assert all(' points, from ' in picture for picture in pictures)
-  if suffix == '.md':
-    names = (
-      'train-by-steps',
-      'train-by-tokens',
-      'held-out-by-steps',
-      'held-out-by-tokens',
-      'levels-held-out',
-      'levels-train',
-      'infill',
-      'throughput',
-    )
-    shown = {path.name for path in tmp_path.glob('*.png')}
-    assert shown == {f'page 1-{name}.png' for name in names}
-    sources = map(urllib.parse.unquote, page.named('img', 'src'))
-    assert set(sources) == shown
-    assert (tmp_path / 'page 1-infill.png').read_bytes()[:4] == b'\x89PNG'
-    # Markdown ends an element at a blank line.
-    assert '\n\n' not in text
   # A page that was written before is replaced.
   assert run_main([a, b], output=output) == 0
   assert capsys.readouterr().err == ''
 
 
-@pytest.mark.parametrize('suffix', ['.html', '.md'])
-def test_a_page_runs_and_loads_nothing(tmp_path, suffix):
+def test_a_page_runs_and_loads_nothing(tmp_path):
   workdir = write_run(tmp_path / 'a<b>&"c', samples=[EVIL])
   config = json.loads((workdir / 'config.json').read_text())
   config['data']['source'] = EVIL
   (workdir / 'config.json').write_text(json.dumps(config))
   other = write_run(tmp_path / 'other')
-  output = tmp_path / f'page{suffix}'
+  output = tmp_path / 'page.html'
   assert run_main([workdir, other], output=output) == 0
   text = output.read_text()
   page = Page(text)
@@ -118,30 +98,28 @@ def test_a_page_runs_and_loads_nothing(tmp_path, suffix):
   for tag, attributes in page.tags:
     assert not {'href', 'onload', 'onerror'} & set(attributes), tag
     assert attributes.get('xlink:href', '#').startswith('#'), tag
-    assert re.fullmatch('page-[a-z-]+.png', attributes.get('src', 'page-a.png'))
+    assert 'src' not in attributes
   assert not re.search(r'url\((?!#)|@import', text)
   shown = EVIL.replace('\x00', '\ufffd').replace('\ud800', '\ufffd')
   assert shown in ''.join(page.texts)
   assert 'a<b>&"c' in ''.join(page.texts)
-  if suffix == '.html':
-    assert 'img' not in tags
-    policies = dict(
-      zip(page.named('meta', 'http-equiv'), page.named('meta', 'content'))
-    )
-    policy = policies['Content-Security-Policy']
-    assert policy.startswith("default-src 'none'")
-    assert '@media (prefers-color-scheme: dark)' in text
-    assert 'viewport' in page.named('meta', 'name')
-    ids = re.findall(r' id="(.*?)"', text)
-    assert len(set(ids)) == len(ids)
+  assert 'img' not in tags
+  policies = dict(
+    zip(page.named('meta', 'http-equiv'), page.named('meta', 'content'))
+  )
+  policy = policies['Content-Security-Policy']
+  assert policy.startswith("default-src 'none'")
+  assert '@media (prefers-color-scheme: dark)' in text
+  assert 'viewport' in page.named('meta', 'name')
+  ids = re.findall(r' id="(.*?)"', text)
+  assert len(set(ids)) == len(ids)
 
 
-@pytest.mark.parametrize('suffix', ['.html', '.md'])
-def test_names_that_are_not_text(tmp_path, capsys, suffix):
+def test_names_that_are_not_text(tmp_path, capsys):
   names = (b'r\xe9', b'r\x1b', b'_$x$')
   runs = [write_run(tmp_path / os.fsdecode(name)) for name in names]
   for name in (b'rep', b'p\xe9 '):
-    output = tmp_path / os.fsdecode(name + suffix.encode())
+    output = tmp_path / os.fsdecode(name + b'.html')
     assert run_main(runs, output=output) == 0
     assert capsys.readouterr().err == ''
     text = output.read_text(encoding='utf-8')
@@ -253,11 +231,6 @@ def test_files_of_others_are_spared(tmp_path, capsys):
   assert output.read_text() == '<html>mine</html>'
   assert run_main([a], '--overwrite', output=output) == 0
   assert 'Training loss' not in output.read_text()[:200]
-  (tmp_path / 'mine-throughput.png').write_bytes(b'mine')
-  assert run_main([a], output=tmp_path / 'mine.md') == 2
-  assert 'mine-throughput.png' in capsys.readouterr().err
-  assert (tmp_path / 'mine-throughput.png').read_bytes() == b'mine'
-  assert not (tmp_path / 'mine.md').exists()
 
 
 @pytest.mark.parametrize(
@@ -265,7 +238,7 @@ def test_files_of_others_are_spared(tmp_path, capsys):
   [
     (['nothing'], 'page.html', "nothing' is not the workdir"),
     ([], 'page.html', 'at least one'),
-    (['a'], 'page.txt', 'must end in .html or .md'),
+    (['a'], 'page.md', 'must end in .html'),
     (['a'], 'no/such/page.html', 'in a folder that exists'),
   ],
 )
