@@ -175,9 +175,9 @@ def get_config() -> config_dict.ConfigDict:
   # expand. Rows must be whole documents.
   objective.expand = False
   objective.min_time = 0.0  # Times below it are not trained on; in [0, 1).
-  # Probability of a uniformly random token at t = 1/2, for hybrid; in [0, 1).
+  # Probability of a uniformly random token at t = 1/2, for hybrid; 0 to 0.9.
   objective.p_uniform = 0.1
-  objective.gamma = 1.0  # How fast the uniform part of hybrid grows, >= 1.
+  objective.gamma = 1.0  # How fast the uniform part of hybrid grows, 1 to 2.
   # Largest training weight of uniform and hybrid; 0: no limit.
   objective.max_weight = 0.0
   # Whether uniform refuses a network that does not read the time.

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import logging
 import math
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +80,11 @@ def make_evaluate(
       max_examples=max_examples,
     )
     results = []
-    num = min(len(packed.validation), max_examples or sys.maxsize)
+    num = len(
+      pipeline.spread_rows(
+        len(packed.validation), max_examples, run.settings.data.num_alternatives
+      )
+    )
     countdown = progress.Countdown('evaluating', -(-num // batch_size))
     for batch in batches:
       if should_stop():
@@ -95,7 +98,11 @@ def make_evaluate(
     values, sums = zip(*jax.device_get(results), strict=True)
     split = 'eval_subset' if max_examples else 'eval'
     return metrics.eval_means(
-      metrics.join(values), metrics.add(sums), split, packed.is_documents
+      metrics.join(values),
+      metrics.add(sums),
+      split,
+      packed.is_documents,
+      run.settings.data.num_alternatives,
     )
 
   return evaluate
@@ -129,10 +136,14 @@ def validation_rows(
   run: Run, packed: prepare.PackedData, num_examples: int
 ) -> Batch:
   """Returns `num_examples` spread rows of the validation split (0: all)."""
-  num_rows = len(packed.validation)
-  num = min(num_examples or num_rows, num_rows)
+  data = run.settings.data
+  num = len(
+    pipeline.spread_rows(
+      len(packed.validation), num_examples, data.num_alternatives
+    )
+  )
   batches = pipeline.make_eval_batches(
-    packed, run.settings.data, batch_size=num, max_examples=num
+    packed, data, batch_size=num, max_examples=num
   )
   return next(iter(batches))
 

@@ -887,10 +887,11 @@ def make_fill(
   view: watch.View | None = None,
   make_step: Callable[..., Any] = sample_steps.make_sample_step,
 ) -> Callable[..., tuple[np.ndarray, float]]:
-  """Returns fill(params, key, tokens, fixed) -> (tokens, num_calls).
+  """Returns fill(params, key, tokens, fixed, segment_ids) -> (tokens, calls).
 
-  Canvases tokens [N, n] int32 and fixed [N, n] bool are NumPy arrays that are
-  equal on all processes. num_calls is the mean number per batch.
+  Canvases tokens [N, n] int32, fixed [N, n] bool and segment_ids [N, n] int32,
+  by default None, are NumPy arrays that are equal on all processes; see
+  `Canvas`. `calls` is the mean number of network calls per batch.
 
   Args:
     run: the network and its sampler.
@@ -904,7 +905,11 @@ def make_fill(
   shards = meshes.num_batch_shards(mesh)
 
   def fill(
-    params: Any, key: jax.Array, tokens: np.ndarray, fixed: np.ndarray
+    params: Any,
+    key: jax.Array,
+    tokens: np.ndarray,
+    fixed: np.ndarray,
+    segment_ids: np.ndarray | None = None,
   ) -> tuple[np.ndarray, float]:
     is_masked = np.any(~fixed & (tokens == run.objective.mask_id))
     if is_masked and not run.sampler.fills_masks:
@@ -919,7 +924,12 @@ def make_fill(
       rows = pad_rows(tokens[first : first + size], size)
       # Padding rows have no free positions.
       free = pad_rows(~fixed[first : first + size], size)
-      canvas = meshes.shard_whole_batch(mesh, Canvas(rows, ~free))
+      segments = segment_ids
+      if segments is not None:
+        segments = pad_rows(segments[first : first + size], size)
+      canvas = meshes.shard_whole_batch(
+        mesh, Canvas(rows, ~free, segment_ids=segments)
+      )
       samples = sample_step(params, jax.random.fold_in(key, i), canvas)
       filled.append(jax.device_get(gather(samples.tokens)))
       calls.append(int(samples.num_calls))

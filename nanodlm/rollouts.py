@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from nanodlm import lm as lms
@@ -13,6 +14,7 @@ from nanodlm.data.packed import PackedData
 from nanodlm.devices import mesh as meshes
 from nanodlm.objectives import policy
 from nanodlm.run import Run
+from nanodlm.samplers import reveal
 from nanodlm.training.state import join, TrainState
 from nanodlm.types import Batch, Batches, InputError
 
@@ -101,7 +103,12 @@ class Rollouts(Batches):
     if self._policy.scale_advantages:
       advantage /= groups.std(axis=1, keepdims=True) + _EPSILON
     sizes = [len(lms.shown_tokens(run, *row)) for row in zip(tokens, ~free)]
-    batch = lms.make_batch(tokens, free)._replace(
+    # What fills a text that has ended is not drawn.
+    eos_ids = getattr(run.sampler, 'eos_ids', ())
+    canvas, fixed = jnp.asarray(tokens), jnp.asarray(~free)
+    _, is_after = reveal.find_ends(canvas, fixed, eos_ids)
+    drawn = free & ~np.asarray(is_after)
+    batch = lms.make_batch(tokens, drawn)._replace(
       weight=advantage.reshape(-1),
       reports={
         'reward': value,

@@ -26,9 +26,11 @@ class Search:
   Refinements are steps of a Markov chain (Metropolis-Hastings). A step draws
   some of the free positions again, given the others, and takes the new text
   with probability min(1, exp((reward(new) - reward(old)) / temperature)). If
-  the sampler is exact, the law p of the model is reversible under the redraws,
-  and the chain's law tends to p(text) exp(reward(text) / temperature), up to a
-  constant, from any start. At temperature 0 a reward never falls.
+  all predictions of the network are conditional laws of one law p of texts, as
+  those of 'ar' are, and the sampler draws from it, the redraws are reversible
+  under p, and the chain's law tends to p(text) exp(reward(text) / temperature),
+  up to a constant, from any start. Trained networks agree with such a p only
+  nearly. At temperature 0 a reward never falls.
 
   Attributes:
     best_of: n.

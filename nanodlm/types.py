@@ -656,11 +656,14 @@ class Canvas(NamedTuple):
     fixed: [B, L] bool, positions that the sampler may not change.
     memory: the first memory of `CachedDenoise.recall`, for a sampler that
       `remembers`; None: predictions are not remembered.
+    segment_ids: [B, L] int32, as in `Network.hidden`; samplers do not read
+      them. None: one segment.
   """
 
   tokens: Any
   fixed: Any
   memory: Any = None
+  segment_ids: Any = None
 
 
 class Samples(NamedTuple):

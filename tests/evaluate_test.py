@@ -108,7 +108,7 @@ def test_noise_of_both_estimators(flat, caplog):
   # Bernoulli(t) mask divided by t has the variance (1 - t) / t.
   assert noise['noise_ci95'] < 1e-5
   spread = (
-    math.log(1 / masking.NAIVE_MIN_TIME) / (1 - masking.NAIVE_MIN_TIME) - 1
+    math.log(1 / masking.NAIVE_MIN_NOISE) / (1 - masking.NAIVE_MIN_NOISE) - 1
   )
   variance = math.log(NUM_IDS) ** 2 * spread / workdirs.LENGTH / 2
   expected = 1.96 * math.sqrt(variance / len(packed.validation))

@@ -224,6 +224,39 @@ def test_mistakes(first, changes, named, tmp_path):
   assert not pathlib.Path(start.workdir).exists()
 
 
+def test_what_follows_the_end_of_a_sample_is_not_learnt(tmp_path):
+  workdir = workdirs.make_workdir(tmp_path / 'ar', objective__name='ar')
+  start = start_from(
+    tmp_path / 'run',
+    workdir,
+    objective__name='ar',
+    sampler__stop_at_eos=True,
+    train__num_steps=1,
+    policy__num_updates=1,
+  )
+  end, seen = 256, []
+
+  def fill(params, key, tokens, fixed):
+    tokens = np.full_like(tokens, 97)
+    tokens[::2, 5:] = end
+    return tokens, 16.0
+
+  def keep(*args):
+    batch = MAKE(*args)
+    seen.append(jax.device_get(batch))
+    return batch
+
+  with (
+    mock.patch.object(rollouts.lms, 'make_fill', return_value=fill),
+    mock.patch.object(rollouts.Rollouts, '_make', keep),
+  ):
+    assert train.main(start) == 0
+  (batch,) = seen
+  assert batch.eligible[::2].sum(axis=1).tolist() == [6] * 8
+  assert batch.eligible[1::2].all()
+  np.testing.assert_array_equal(batch.num_tokens[::2], 6)
+
+
 def test_samples_of_prompts(first, tmp_path):
   path = tmp_path / 'pairs.jsonl'
   pairs = [{'prompt': f'{i}+', 'response': f'{i}!'} for i in range(10, 40)]

@@ -4,9 +4,12 @@ A passage is the tokens that make up about 64 bytes, or a whole document that is
 shorter. If rows are documents, it is a whole document, and of conversations
 always a whole conversation, so that one which was cut is another one. Of all
 passages of the training text, those with the smallest hashes are kept, at most
-a million. The same choice among the passages of another text gives an unbiased
-estimate of the share that was trained on, in any order and from any file. It
-includes what texts have in common by chance.
+a million. The same choice among the passages of another text gives an estimate
+of the share that was trained on, in any order and from any file. It includes
+what texts have in common by chance. If only a part of a large training text was
+read, passages that it repeats count too much, as do those of an earlier run:
+the estimate is then an upper one. Documents that were joined, divided or
+changed are others, of which no share is found.
 
 Source: FracMinHash, Hera et al., Genome Research 33 (2023) 1061.
 """
@@ -21,7 +24,7 @@ import grain
 import numpy as np
 
 from nanodlm import workdir as workdirs
-from nanodlm.data import encoder
+from nanodlm.data import encoder, pipeline
 from nanodlm.data.packed import PackedData
 from nanodlm.types import InputError, reason
 
@@ -74,7 +77,7 @@ class Record:
     if not isinstance(rows, grain.MapDataset):
       texts, _ = _blocks(packed, rows)
     else:  # The rows of a mixture are interleaved.
-      numbers = np.linspace(0, num, min(num, _MAX_MIXED_ROWS), False)
+      numbers = pipeline.spread_rows(num, _MAX_MIXED_ROWS)
       texts = (_ids(packed, rows[int(i)]) for i in numbers)  # pyright: ignore
     return self.share_of(texts, packed.tokenizer.separator_id, window)
 

@@ -145,9 +145,8 @@ def make_eval_batches(
   """Makes the batches of one pass through the validation split, in order.
 
   Only the prompts of pairs are given, and what the last row of a whole text has
-  in common with the row before it. `max_examples` is the number of rows to
-  use, at equal distances in the split, since neighbouring rows are often of one
-  document; 0 is all. See make_train_iterator for the other arguments.
+  in common with the row before it. `max_examples` is the number of rows to use,
+  see `spread_rows`; 0 is all. See make_train_iterator for the other arguments.
 
   Returns:
     A re-iterable of Batches with an index. The last batch is filled up with
@@ -155,18 +154,41 @@ def make_eval_batches(
   """
   rows = rows or slice(0, batch_size)
   num_rows = len(packed.validation)
-  num_examples = min(num_rows, max_examples or sys.maxsize)
+  chosen = spread_rows(num_rows, max_examples, data_config.num_alternatives)
 
   def batch_of(step: int) -> Batch:
     first = step * batch_size
-    index = np.arange(first + rows.start, first + rows.stop)
-    index = index * num_rows // num_examples
-    examples = [packed.validation[int(i)] for i in index[index < num_rows]]
+    index = chosen[first + rows.start : first + rows.stop]
+    examples = [packed.validation[int(i)] for i in index]
+    num_empty = rows.stop - rows.start - len(index)
+    index = np.append(index, np.full(num_empty, num_rows))
     batch = _stack(examples, len(index), packed, data_config)
     return batch._replace(index=index.astype(np.int32))
 
-  steps = grain.MapDataset.range(math.ceil(num_examples / batch_size))
+  steps = grain.MapDataset.range(math.ceil(len(chosen) / batch_size))
   return steps.map(batch_of).to_iter_dataset(_read_options(data_config))
+
+
+def spread_rows(
+  num_rows: int, max_examples: int, num_together: int = 1
+) -> np.ndarray:
+  """Returns the rows of a subset, in ascending order.
+
+  The rows are divided into equal parts, and each gives one at random, always
+  the same: neighbouring rows are often of one document, and the rows of a
+  mixture are interleaved, so that equal distances could meet one source alone.
+
+  Args:
+    num_rows: number of rows to choose from.
+    max_examples: number of rows to choose; 0 is all.
+    num_together: rows that belong together. Whole groups are chosen, at least
+      one.
+  """
+  num_groups, num = num_rows // num_together, max_examples // num_together
+  num = min(max(num, 1), num_groups) if max_examples else num_groups
+  borders = np.arange(num + 1) * num_groups // max(num, 1)
+  group = np.random.default_rng(0).integers(borders[:-1], borders[1:])
+  return (group[:, None] * num_together + np.arange(num_together)).reshape(-1)
 
 
 def _shuffled(

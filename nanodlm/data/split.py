@@ -8,6 +8,8 @@ import logging
 import math
 
 import numpy as np
+from scipy import sparse
+from scipy.sparse import csgraph
 
 from nanodlm.data import encoder
 from nanodlm.data.config import DataConfig
@@ -108,8 +110,9 @@ def choose(
 ) -> np.ndarray:
   """Chooses the validation documents, [n] bool, in the order of their hashes.
 
-  Copies of a text stay on one side. If all are the same text, none is chosen;
-  otherwise neither side is empty.
+  Copies of a text stay on one side, as do alternatives, and all groups of them
+  that share a text. If all are the same text, none is chosen; otherwise neither
+  side is empty.
 
   Args:
     hashes: [n] uint64, of the documents' texts.
@@ -117,9 +120,14 @@ def choose(
     eval_fraction: the share of the sizes to choose, in (0, 1).
     num_alternatives: see `Source`.
   """
-  hashes = np.repeat(hashes[::num_alternatives], num_alternatives)
   # np.unique sorts the hashes: an order that does not depend on the texts.
   text_of = np.unique(hashes, return_inverse=True)[1]
+  if num_alternatives > 1:
+    first = np.repeat(text_of[::num_alternatives], num_alternatives)
+    size = text_of.max(initial=-1) + 1
+    links = np.ones(len(first)), (first, text_of)
+    graph = sparse.coo_array(links, shape=(size, size))
+    text_of = csgraph.connected_components(graph, directed=False)[1][text_of]
   text_sizes = np.bincount(text_of, weights=sizes)
   chosen = np.zeros(text_sizes.shape, bool)
   missing = eval_fraction * text_sizes.sum()

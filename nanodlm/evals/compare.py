@@ -190,17 +190,18 @@ def sample_point(
   start = time.perf_counter()
   tokens, num_calls = fill(lm.params, keys[1], tokens, fixed)
   secs = time.perf_counter() - start
-  tokens, _ = lms.without_room(lm.run, tokens, fixed)
+  tokens, own = lms.without_room(lm.run, tokens, fixed)
+  num_filled = sum(np.sum(~row) for row in own)
   settings = lm.run.describe_sampler()
   for key in ('num_samples', 'length', 'seed'):
     del settings[key]
   return {
     'sampler': settings,
     'num_calls': num_calls,
-    'tokens_per_call': lms.tokens_per_call(fixed, num_calls),
+    'tokens_per_call': lms.tokens_per_call(own, num_calls),
     'num_samples': request.num_samples,
     'length': length,
-    'tokens_per_sec': tokens.size / secs,
+    'tokens_per_sec': num_filled / secs,
     **judges.measure_quality(
       judge,
       _cut_ends(lm.run, tokens),
@@ -212,8 +213,14 @@ def sample_point(
 
 
 def _cut_ends(run: Run, tokens: np.ndarray) -> list[np.ndarray]:
-  """Returns the texts of rows [N, L], each to its end if something ends it."""
-  return [row[: prompts.find_end(row, run.eos_ids) + 1] for row in tokens]
+  """Returns the texts of rows [N, L], each to its end if the run has ends.
+
+  Samples are whole canvases, see `plan_points`, and so is what they are
+  compared to.
+  """
+  has_end = run.settings.data.has_documents
+  eos_ids = run.tokenizer.eos_ids if has_end else ()
+  return [row[: prompts.find_end(row, eos_ids) + 1] for row in tokens]
 
 
 class Subject:
@@ -263,6 +270,8 @@ def compare_run(
   """
   mauve_seed = None if judge is None else judge.mauve_seed
   has_mauve = mauve_seed is not None
+  # MAUVE compares two halves of the held-out text, which rows may alternate in.
+  order = np.random.default_rng(0).permutation(2 * request.num_samples)
 
   @functools.cache
   def read_rows():
@@ -281,7 +290,7 @@ def compare_run(
     if judge is None or not has_mauve:
       return None
     lm = subject.lm
-    others = _cut_ends(lm.run, read_rows()[1::2, :length])
+    others = _cut_ends(lm.run, read_rows()[order[1::2], :length])
     return judge.features(others, lm.tokenizer)
 
   length = request.length or subject.settings.data.length
@@ -306,7 +315,8 @@ def compare_run(
     what['mauve_seed'] = mauve_seed
 
   def measure_text():
-    rows = read_rows()[:: 1 + has_mauve]
+    rows = read_rows()
+    rows = rows[order[::2]] if has_mauve else rows
     return _measure_text(subject, judge, rows, length, reference())
 
   points = [recall({**what, 'sampler': None}, measure_text)]

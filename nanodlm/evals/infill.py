@@ -142,7 +142,8 @@ def measure_infilling(
   for pattern, ratio, generator, key in _trials(settings.seed, ratios):
     gaps = sample_gaps(generator, eligible, ratio, pattern)
     canvas = np.where(gaps, lm.tokenizer.mask_id, tokens).astype(np.int32)
-    filled, num_calls = fill(lm.params, key, canvas, ~gaps)
+    # Padding that training hid is hidden.
+    filled, num_calls = fill(lm.params, key, canvas, ~gaps, rows.segment_ids)
     correct, masked = np.sum(gaps & (filled == tokens), 1), gaps.sum(1)
     accuracy, half_width = metrics.ratio_interval(
       correct, masked, lm.run.settings.data.has_documents
@@ -269,7 +270,9 @@ def measure_words(
   settings, tokenizer = lm.run.settings.eval, lm.tokenizer
   fill = lms.make_fill(lm.run, settings.batch_size)
   whole = [laws.read_text(tokenizer, row)[1] for row in rows.tokens]
-  tokens = rows.tokens[np.array(whole, bool)]
+  tokens, segments = rows.tokens[np.array(whole, bool)], rows.segment_ids
+  if segments is not None:
+    segments = segments[np.array(whole, bool)]
   words = [find_words(law, tokenizer, row) for row in tokens]
   for pattern, ratio, generator, key in _trials(settings.seed, ratios):
     found, kept, problem = [], [], 'every document was cut'
@@ -293,8 +296,9 @@ def measure_words(
     fixed = np.ones((len(kept), tokens.shape[1]), bool)
     for row, gaps in zip(fixed, found):
       row[np.concatenate(gaps.places)] = False
-    canvas = np.where(fixed, tokens[kept], tokenizer.mask_id)
-    filled, num_calls = fill(lm.params, key, canvas.astype(np.int32), fixed)
+    canvas = np.where(fixed, tokens[kept], tokenizer.mask_id).astype(np.int32)
+    own = None if segments is None else segments[kept]
+    filled, num_calls = fill(lm.params, key, canvas, fixed, own)
     correct, best, exact = np.zeros((3, len(kept)))
     for n, (row, gaps) in enumerate(zip(filled, found)):
       pieces = tokenizer.spell(row)

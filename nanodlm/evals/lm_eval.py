@@ -59,6 +59,12 @@ class TextModel:
     seed: int = 0,
     is_greedy: bool = True,
   ):
+    if lm.run.objective.any_length:
+      name = lm.run.settings.objective['name']
+      raise InputError(
+        f'objective.name={name!r} scores whole documents, not the parts of a '
+        'text that the harness asks for'
+      )
     self.lm, self.batch_size, self.is_greedy = lm, batch_size, is_greedy
     self.length, self.key = lm.run.settings.data.length, jax.random.key(seed)
     score = lms.make_score(lm.run, num_draws=num_draws, batch_size=batch_size)
@@ -176,7 +182,8 @@ class TextModel:
     # Everything from the first scored token on is to be filled.
     fixed = ~np.logical_or.accumulate(scored, axis=1)
     canvas = np.where(fixed, tokens, np.int32(self.lm.tokenizer.mask_id))
-    filled, _ = self.fill(0.0)(self.lm.params, self.key, canvas, fixed)
+    fill = self.fill(0.0)
+    filled, _ = fill(self.lm.params, self.key, canvas, fixed, batch.segment_ids)
     return np.all((filled == tokens) | ~scored, axis=1)
 
   def rolling_log_likelihoods(self, texts: Sequence[str]) -> list[float]:

@@ -317,7 +317,11 @@ def measure(
     bound = functools.partial(compare.measure_bound, subject, num)
     asked = {'what': 'end of the curve', 'max_examples': num}
     means = recall(asked, bound)
-    curve[-1] |= {key: means[key] for key in curve[-1] if key in _CURVES}
+    curve[-1] |= {
+      key: means[key]
+      for key in curve[-1]
+      if key.removesuffix('_ci95') in _CURVES
+    }
   key = _curve_key([curve])
   if options.checkpoint == BEST:
     kept = [point for point in curve if point['step'] in steps]
@@ -371,7 +375,8 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
   KEY_low and KEY_high are the ends of the range of KEY, in place of the
   intervals of single results. What is not a number, or is the same in all, is
-  kept; lists are summarized element by element.
+  kept; lists are summarized element by element. What one of them lacks, such as
+  the nats of possible samples if there are none, is that of the others.
   """
   first = results[0]
   if len(results) == 1:

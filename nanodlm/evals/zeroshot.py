@@ -154,6 +154,11 @@ def main(start: Start) -> int:
     if source.is_tokens or source.is_pairs or source.is_chat:
       raise source.error('--mode=zeroshot needs a source of texts')
   lm = lms.load(start.workdir, settings=settings)
+  if lm.run.objective.any_length:
+    raise InputError(
+      f'objective.name={settings.objective["name"]!r} scores whole documents, '
+      'not the rows of --mode=zeroshot, which are cut anywhere'
+    )
   lines = []
   for name, one in chosen.items():
     rows, num_bytes = make_rows(lm, one, opened[name], options.max_rows)

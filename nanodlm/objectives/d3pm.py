@@ -26,9 +26,9 @@ class D3PM(masking.MaskedNoise):
       KL = rho (log(D / m_t) - log x(x0))
            + (1 - rho) (log(D / m_t) - log((m_s + alpha_s x_m) / m_s)).
 
-  The step to s = 0 is the reconstruction term, to which x_m does not
-  contribute. The bound is at least the masked bound in T steps of x normalised
-  without the mask, so masked samplers can use this network.
+  The step to s = 0 is the reconstruction term, whose second logarithm is
+  multiplied by 0. The bound is at least the masked bound in T steps of x
+  normalised without the mask, so masked samplers can use this network.
 
   Differs from the paper: the schedule is arbitrary; the auxiliary cross entropy
   is omitted; the last step of sampling reveals all masks.

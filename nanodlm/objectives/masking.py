@@ -9,10 +9,10 @@ from nanodlm.noise import categorical, schedules
 from nanodlm.objectives import diffusion
 from nanodlm.types import InputError, Noised, Terms
 
-# Truncation of times in MDLM's published code (arXiv 2406.07524). Without it,
-# the variance at independent times is infinite. It omits about this share of
-# the bound.
-NAIVE_MIN_TIME = 1e-3
+# The least noise in MDLM's published code (arXiv 2406.07524). Without it, the
+# variance at independent times is infinite. It omits about this share of the
+# bound.
+NAIVE_MIN_NOISE = 1e-3
 _COUNTED = 'count', 'overlap'
 
 
@@ -95,7 +95,8 @@ class MaskedNoise(diffusion.Diffusion):
 
   def naive(self):
     """Returns the bound at independent times, truncated as in MDLM."""
-    return dataclasses.replace(super().naive(), min_time=NAIVE_MIN_TIME)
+    min_time = float(self.schedule.inverse(NAIVE_MIN_NOISE))  # pyright: ignore
+    return dataclasses.replace(super().naive(), min_time=min_time)
 
   def corrupt(self, keys, levels, x0, eligible):
     if self.is_counted:

@@ -10,7 +10,7 @@ from nanodlm.objectives import diffusion
 from nanodlm.types import InputError, Noised, Terms
 
 # Minimum distance of u from 0 and 1, where rates are infinite. It omits less
-# than 1e-5 of the bound, as the tests show.
+# than 1e-5 of the bound, as the tests show; 2e-5 with p_uniform=0.9.
 MIN_CLOCK = 1e-6
 # Below this |d|, phi is computed by its series, with a relative error under
 # 1e-5; d - log(1 + d) would cancel.
@@ -156,8 +156,10 @@ class Hybrid(MixtureNoise):
   The share of masks reveals the time, so time conditioning is optional.
 
   Attributes:
-    p_uniform: maximum share of uniform tokens, at t = 1/2, in [0, 1).
-    gamma: see `processes.Hybrid`; below 1 the loss has infinite variance.
+    p_uniform: maximum share of uniform tokens, at t = 1/2, in [0, 0.9]; with
+      more, MIN_CLOCK omits more of the bound.
+    gamma: see `processes.Hybrid`, in [1, 2]. Below 1 the loss has infinite
+      variance; above 2 tokens would jump at negative rates.
   """
 
   p_uniform: float = 0.1
@@ -165,12 +167,12 @@ class Hybrid(MixtureNoise):
 
   def __post_init__(self):
     super().__post_init__()
-    if not 0 <= self.p_uniform < 1:
+    if not 0 <= self.p_uniform <= 0.9:
       raise InputError(
-        f'objective.p_uniform={self.p_uniform!r} must be in [0, 1)'
+        f'objective.p_uniform={self.p_uniform!r} must be in [0, 0.9]'
       )
-    if not self.gamma >= 1:
-      raise InputError(f'objective.gamma={self.gamma!r} must be >= 1')
+    if not 1 <= self.gamma <= 2:
+      raise InputError(f'objective.gamma={self.gamma!r} must be in [1, 2]')
 
   @property
   def process(self) -> processes.Hybrid:

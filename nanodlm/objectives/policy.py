@@ -249,7 +249,8 @@ class Policy(Tuning):
       reports['kl'] = jnp.sum(new - of_copies['reference'], axis=1)
     if 'old' in of_copies:
       is_clipped = jnp.abs(ratio_of(new) - 1) > self.clip
-      reports['clipped_share'] = jnp.mean(is_clipped.astype(jnp.float32), 1)
+      num_clipped = jnp.sum(is_clipped * size, axis=1)
+      reports['clipped_share'] = num_clipped / num_tokens
     return scores._replace(reports=reports)
 
 

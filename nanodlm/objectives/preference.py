@@ -16,7 +16,8 @@ class Preference(policy.Bounds):
   The change is that from the reference. Rows 2i are chosen, rows 2i + 1
   rejected. Source: DPO, arXiv 2305.18290, exact for 'ar'; with bounds, VRPO of
   LLaDA 1.5, arXiv 2505.19223: of each text, both networks read the same noisy
-  ones, which cover its tokens (see `policy.Bounds`).
+  ones, which cover its tokens (see `policy.Bounds`). Like every loss here, the
+  sum over pairs is divided by the number of tokens, not of pairs.
 
   Attributes:
     num_draws: number of noisy texts for each text.

@@ -118,7 +118,7 @@ class Confidence(base.MaskedSampler):
       confidence, entropy = self._confidence(score_keys, logits, drawn)
       # All previous calls filled positions of each row that is not done.
       block_end = jnp.minimum((current + 1) * block_size, num_free)
-      end_call = self.num_steps * block_end // jnp.maximum(num_free, 1)
+      end_call = reveal.part_of(self.num_steps, block_end, num_free, length)
       kept = self._kept(confidence, entropy, is_open, end_call - num_calls)
       new = jnp.where(kept, drawn, tokens[row, positions])
       return (

@@ -104,7 +104,5 @@ class Expand(Sampler):
 
     budget = jnp.sum(is_any, axis=1, keepdims=True)
     zero = jnp.zeros_like(tokens[0, 0])
-    tokens, _, num_calls = jax.lax.while_loop(
-      goes_on, body, (tokens, budget, zero)
-    )
-    return Samples(tokens=tokens, num_calls=num_calls)
+    tokens, _, step = jax.lax.while_loop(goes_on, body, (tokens, budget, zero))
+    return Samples(tokens=tokens, num_calls=step * reveal.calls_of(denoise))

@@ -94,7 +94,7 @@ class Insert(Sampler):
     tokens = jnp.where(free, last, canvas.tokens)
     zero = jnp.zeros_like(tokens[0, 0])
     tokens, step = jax.lax.while_loop(goes_on, body, (tokens, zero))
-    return Samples(tokens=tokens, num_calls=step)
+    return Samples(tokens=tokens, num_calls=step * reveal.calls_of(denoise))
 
 
 def _poisson(keys: jax.Array, mean: jax.Array) -> jax.Array:

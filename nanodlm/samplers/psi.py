@@ -92,5 +92,6 @@ class Psi(posterior.Posterior):
 
 def time_of(rule, noise: jax.Array) -> jax.Array:
   """Returns the time at which 1 - alpha is `noise`, any shape."""
-  t = jnp.linspace(0.0, 1.0, NUM_TIMES + 1)
+  # Denser near 0, where the noise of some schedules is steep.
+  t = jnp.linspace(0.0, 1.0, NUM_TIMES + 1) ** 4
   return jnp.interp(noise, rule.noise_at(t), t)

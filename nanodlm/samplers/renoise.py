@@ -104,7 +104,10 @@ class Renoise(Sampler):
       order = jnp.argsort(jnp.where(free, entropy, jnp.inf), axis=1)
       budget = self.entropy_budget or DEFAULT_BUDGET
       count = confidence.num_within(entropy, order, budget)
-      count = jnp.maximum(count, -(-num_free * (step + 1) // self.num_steps))
+      num_left = reveal.part_of(
+        num_free, self.num_steps - step - 1, self.num_steps, self.num_steps
+      )
+      count = jnp.maximum(count, num_free - num_left)
       accepted = free & (processes.inverse_permutation(order) < count)
       fresh = self.rule.sample_prior(noise_keys, length)
       # A row that has ended keeps its tokens.

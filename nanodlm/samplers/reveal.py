@@ -15,7 +15,10 @@ import jax.numpy as jnp
 from nanodlm.devices import sharding
 from nanodlm.noise import categorical
 from nanodlm.noise.categorical import Draw
-from nanodlm.types import Canvas, Denoise, Samples
+from nanodlm.types import Canvas, Denoise, InputError, Samples
+
+# Products of two smaller numbers fit 32 bits.
+MAX_PARTS = 1 << 16
 
 
 class Plan(NamedTuple):
@@ -152,6 +155,26 @@ def draw_pending(
   return drawn, memory, prob, num_calls
 
 
+def part_of(total: Any, rank: Any, num: Any, longest: int) -> jax.Array:
+  """Returns floor(total * rank / num) of int32 arrays, 0 <= rank <= num.
+
+  It is exact where the product does not fit. `longest` is the largest `num`.
+
+  Raises:
+    InputError: `longest` is 65,536 or more.
+  """
+  if longest >= MAX_PARTS:
+    raise InputError(
+      f'a canvas or sampler.num_steps of {longest} is too large for this '
+      f'sampler: it must be below {MAX_PARTS}'
+    )
+  total, rank, num = (
+    jnp.asarray(x).astype(jnp.uint32) for x in (total, rank, num)
+  )
+  num = jnp.maximum(num, 1)
+  return (total // num * rank + total % num * rank // num).astype(jnp.int32)
+
+
 def calls_of(denoise: Any) -> int:
   """Returns `CachedDenoise.calls`, which is 1 of a plain function."""
   return getattr(denoise, 'calls', 1)
@@ -203,14 +226,24 @@ def end_texts(
     Tokens, with eos_ids[0] in all free positions after the end, and [B] bool,
     whether each row has ended.
   """
+  ends, is_after = find_ends(tokens, fixed, eos_ids)
+  tokens = jnp.where(is_after & ~fixed, (*eos_ids, 0)[0], tokens)
+  return tokens, jnp.any(ends, axis=1)
+
+
+def find_ends(
+  tokens: jax.Array, fixed: jax.Array, eos_ids: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+  """Returns which tokens [B, L] can end a text, and which follow one of them.
+
+  See `end_texts`.
+  """
   is_eos = jnp.zeros_like(fixed)
   for eos_id in eos_ids:
     is_eos |= tokens == eos_id
   has_begun = jnp.cumsum(~is_eos | fixed, axis=1) > 0
   ends = is_eos & ~fixed & has_begun
-  is_after = jnp.cumsum(ends, axis=1) - ends > 0
-  tokens = jnp.where(is_after & ~fixed, (*eos_ids, 0)[0], tokens)
-  return tokens, jnp.any(ends, axis=1)
+  return ends, jnp.cumsum(ends, axis=1) - ends > 0
 
 
 def fold_in_each(keys: jax.Array, data: jax.Array | int) -> jax.Array:

@@ -45,14 +45,12 @@ def _jit(step, scorer, mesh, *in_specs):
   return jax.jit(sharded)
 
 
-def _sample(
-  scorer, sampler, view, params, keys, canvas, segment_ids=None
-) -> Samples:
+def _sample(scorer, sampler, view, params, keys, canvas) -> Samples:
   """Fills this device's rows of a batch under shard_map; keys [B]."""
   objective = scorer.objective
   num_rows = canvas.tokens.shape[0]
   denoise = network.Denoiser(
-    scorer.network, objective, scorer.network.gather(params), segment_ids
+    scorer.network, objective, scorer.network.gather(params), canvas.segment_ids
   )
   if scorer.network.self_conditions and sampler.remembers:
     canvas = canvas._replace(memory=denoise.init_memory(canvas.tokens))
@@ -117,10 +115,8 @@ def make_rows_step(
       objective.mask_id, rows.temperature, rows.top_k, rows.top_p
     )
     keys = jax.random.wrap_key_data(rows.key_data)
-    canvas = Canvas(rows.tokens, rows.fixed)
-    return _sample(
-      scorer, sampler.with_draw(draw), view, params, keys, canvas, segment_ids
-    )
+    canvas = Canvas(rows.tokens, rows.fixed, segment_ids=segment_ids)
+    return _sample(scorer, sampler.with_draw(draw), view, params, keys, canvas)
 
   return _jit(step, scorer, mesh, P(meshes.BATCH_AXES))
 

@@ -152,7 +152,7 @@ def share_interval(num: int, total: int) -> tuple[float, float]:
 
 
 def ratio_interval(
-  total: Any, count: Any, independent: bool = True
+  total: Any, count: Any, independent: bool = True, where: Any = None
 ) -> tuple[float, float]:
   """Returns sum(total) / sum(count) and the half width of its 95% interval.
 
@@ -163,15 +163,15 @@ def ratio_interval(
 
   Args:
     total: [N], per row, in the order of the text: correct tokens, or nats.
-    count: [N], per row: tokens, or bytes; rows with count 0 are omitted.
+    count: [N], per row: tokens, or bytes.
     independent: whether the rows are; see `num_blocks`.
+    where: [N] bool, the rows to use; None: those with a count above 0.
 
   Returns:
     The ratio and the half width, which is NaN for fewer than two rows.
   """
-  total, count = (
-    np.asarray(x, np.float64)[np.asarray(count) > 0] for x in (total, count)
-  )
+  where = np.asarray(count) > 0 if where is None else where
+  total, count = (np.asarray(x, np.float64)[where] for x in (total, count))
   ratio = _ratio(total.sum(), count.sum())
   num = num_blocks(len(count), independent)
   if num < 2:
@@ -231,6 +231,7 @@ def eval_means(
   sums: dict[str, np.ndarray],
   split: str = 'eval',
   has_documents: bool = False,
+  num_together: int = 1,
 ) -> dict[str, float]:
   """Returns the held-out bound (or exact value) and its interval.
 
@@ -242,6 +243,8 @@ def eval_means(
     sums: sums from the same steps.
     split: the metrics' prefix.
     has_documents: whether a row is a whole document. Rows are then independent.
+    num_together: number of consecutive rows that are not, such as the answers
+      to one prompt, since they are equally hard.
 
   Returns:
     nll and nll_ci95 (half width) in nats per token, and the same of ar_nll, the
@@ -253,10 +256,14 @@ def eval_means(
     mean law_nats, in nats per document; excess_nats and excess_nats_ci95, by
     how much the bound exceeds it, from the difference of each document.
   """
+  num_examples = float(np.sum(rows['weight'] > 0))
+  sums_of = lambda x: np.add.reduceat(x, np.arange(0, len(x), num_together))
+  rows = {**rows, 'num_rows': (rows['weight'] > 0).astype(np.float64)}
+  rows = {key: sums_of(np.asarray(x)) for key, x in rows.items()}
   nats, weight = rows['nll'], rows['weight']
   nll, half_width = ratio_interval(nats, weight, has_documents)
   per_byte, byte_half_width = ratio_interval(
-    nats, rows['num_bytes'], has_documents
+    nats, rows['num_bytes'], has_documents, weight > 0
   )
   num = int(np.sum(weight > 0))
   means = {
@@ -267,7 +274,7 @@ def eval_means(
     'bits_per_byte': per_byte / math.log(2),
     'bits_per_byte_ci95': byte_half_width / math.log(2),
     'accuracy': _ratio(np.sum(rows['correct']), np.sum(rows['scored'])),
-    'num_examples': float(num),
+    'num_examples': num_examples,
     'num_blocks': float(num_blocks(num, has_documents)),
   }
   if 'ar_nll' in rows:
@@ -276,7 +283,7 @@ def eval_means(
     )
   if has_documents:
     means['nats_per_document'], means['nats_per_document_ci95'] = (
-      ratio_interval(nats, weight > 0)
+      ratio_interval(nats, rows['num_rows'])
     )
   law_nats = rows.get('law_nats', np.full(len(nats), np.nan))
   has_law = np.isfinite(law_nats) & (weight > 0)

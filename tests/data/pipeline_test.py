@@ -217,14 +217,28 @@ class PipelineTest(parameterized.TestCase):
     whole = join(batches)
     self.assertEqual(whole.eligible.any(axis=1).sum(), num)
     # The rows are spread over the split and keep their own indices.
-    np.testing.assert_array_equal(
-      whole.index[:num], np.arange(num) * len(rows) // num
-    )
+    part = np.arange(num + 1) * len(rows) // num
+    self.assertTrue(np.all(whole.index[:num] >= part[:-1]))
+    self.assertTrue(np.all(whole.index[:num] < part[1:]))
     np.testing.assert_array_equal(
       whole.tokens[:num], [rows[int(i)]['tokens'] for i in whole.index[:num]]
     )
     if num_batches:
       self.assertLen(batches, num_batches)
+
+  def test_a_subset_has_all_that_alternates(self):
+    for num in (600, 300, 150, 128):
+      chosen = pipeline.spread_rows(1200, num)
+      self.assertLen(np.unique(chosen), num)
+      self.assertLess(abs(np.mean(chosen % 2) - 0.5), 2 / num**0.5)
+    pairs = pipeline.spread_rows(1026, 513, num_together=2).reshape(-1, 2)
+    self.assertLen(pairs, 256)
+    np.testing.assert_array_equal(pairs[:, 0] % 2, 0)
+    np.testing.assert_array_equal(pairs[:, 1], pairs[:, 0] + 1)
+    np.testing.assert_array_equal(pipeline.spread_rows(7, 0), np.arange(7))
+    np.testing.assert_array_equal(pipeline.spread_rows(7, 9), np.arange(7))
+    self.assertEmpty(pipeline.spread_rows(0, 9))
+    self.assertLen(pipeline.spread_rows(8, 1, num_together=2), 2)
 
   @parameterized.parameters('chunk', 'random')
   def test_what_stays_clean_in_training(self, crop):

@@ -40,6 +40,20 @@ class ChooseTest(DataTest):
       )
       self.assertEqual(chosen.sum(), 1)
 
+  def test_alternatives_that_share_a_text_stay_together(self):
+    # Groups a-b, b-a and b-c are one, and so is each copy of d-e.
+    texts = 'abdefgbadebchijk'
+    hashes = np.array([ord(x) for x in texts], np.uint64)
+    for fraction in (0.2, 0.4, 0.6, 0.8):
+      chosen = choose(hashes, np.ones(len(texts), int), fraction, 2)
+      held_out, left = (
+        {x for x, is_held_out in zip(texts, chosen) if is_held_out == side}
+        for side in (True, False)
+      )
+      self.assertEmpty(held_out & left)
+      self.assertIn({'a', 'b', 'c'} & held_out, (set(), {'a', 'b', 'c'}))
+      self.assertTrue(held_out and left)
+
   def test_uneven_split_is_logged(self):
     self.write('a.txt', 'a' * 500)
     self.write('b.txt', 'b' * 500)

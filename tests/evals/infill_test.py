@@ -1,8 +1,11 @@
 """Tests of the infilling accuracy: masked tokens and restored ones."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 
+from nanodlm import evaluate
 from nanodlm import lm as lms
 from nanodlm.data import sources
 from nanodlm.evals import infill
@@ -52,6 +55,47 @@ def test_accuracy(tmp_path):
     assert result['num_calls'] == 4
     assert result['tokens_per_call'] == result['num_tokens'] / 20 / 4
   assert results[1]['num_tokens'] == 20 * 16 - 5
+
+
+def test_padding_that_training_hides_is_hidden(tmp_path):
+  path = tmp_path / 'lines.jsonl'
+  words = ('fox', 'lazy dog', 'jumps over')
+  path.write_text(
+    '\n'.join(f'{{"text": "{x} {i}"}}' for x in words for i in range(20))
+  )
+  workdir = workdirs.make_workdir(
+    tmp_path,
+    data__source=f'jsonl:{path}',
+    data__crop='document',
+    data__padding='masked',
+  )
+  lm = lms.load(workdir)
+  rows = evaluate.validation_rows(lm.run, evaluate.open_text(lm).packed, 0)
+  assert rows.segment_ids is not None
+  other = np.where(rows.segment_ids == 1, 65, rows.tokens)
+  assert np.any(other != rows.tokens)
+  make_fill = lms.make_fill
+
+  def filled(batch):
+    found = []
+
+    def keep(*args):
+      fill = make_fill(*args)
+
+      def call(*args):
+        found.append(fill(*args)[0])
+        return found[-1], 1.0
+
+      return call
+
+    with mock.patch.object(lms, 'make_fill', keep):
+      assert list(infill.measure_infilling(lm, batch, [0.5]))
+    return np.where(rows.segment_ids == 0, found, 0)
+
+  first = filled(rows)
+  np.testing.assert_array_equal(filled(rows._replace(tokens=other)), first)
+  seen = rows._replace(tokens=other, segment_ids=None)
+  assert np.any(filled(seen) != first)
 
 
 @pytest.mark.parametrize(

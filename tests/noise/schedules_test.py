@@ -108,7 +108,7 @@ class SchedulesTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('linaer', 2.0, 'objective.schedule=.linaer. is not one of'),
-    ('polynomial', 0.0, 'objective.power=0.0 must be > 0'),
+    ('polynomial', 0.4, 'objective.power=0.4 must be >= 0.5'),
     ('polynomial', float('nan'), 'objective.power=nan'),
   )
   def test_errors(self, name, power, message):

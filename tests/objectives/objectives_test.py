@@ -613,7 +613,7 @@ class ConformanceTest(parameterized.TestCase):
     if isinstance(objective, masking.MaskedNoise) and (
       objective.evaluation().is_counted
     ):
-      self.assertEqual(naive.min_time, masking.NAIVE_MIN_TIME)
+      self.assertEqual(naive.min_time, masking.NAIVE_MIN_NOISE)
 
 
 class MaskedTest(parameterized.TestCase):
@@ -1005,7 +1005,9 @@ class MixtureTest(parameterized.TestCase):
   @parameterized.parameters(
     (lambda: Hybrid(MASK, p_uniform=1.0), 'objective.p_uniform=1.0'),
     (lambda: Hybrid(MASK, p_uniform=-0.1), 'objective.p_uniform=-0.1'),
+    (lambda: Hybrid(MASK, p_uniform=0.95), 'objective.p_uniform=0.95'),
     (lambda: Hybrid(MASK, gamma=0.5), 'objective.gamma=0.5'),
+    (lambda: Hybrid(MASK, gamma=2.5), 'objective.gamma=2.5'),
     (lambda: Uniform(MASK, max_weight=-1.0), 'objective.max_weight=-1.0'),
     (lambda: Uniform(MASK, noise='count'), "objective.noise='count'"),
     (lambda: D3PM(MASK, noise='count'), "objective.noise='count'"),

@@ -281,6 +281,25 @@ def test_a_ratio_for_each_token():
   np.testing.assert_allclose(total, value, rtol=1e-4)
 
 
+def test_what_is_given_is_not_clipped():
+  params = table(0)
+  # Nearly all ratios of the last position leave the interval.
+  old = params.at[:, -1, 0].add(20.0)
+  given = weighted(np.ones(NUM))
+  eligible = np.zeros_like(given.eligible)
+  eligible[:, -1] = True
+  objective = ONE_STEP(Masked(MASK), num_updates=2, clip=0.2)
+  _, _, scores = run(
+    objective,
+    params,
+    {'old': old},
+    given._replace(eligible=eligible),
+    jax.random.key(0),
+  )
+  shares = np.array(scores.reports['clipped_share'])
+  assert set(shares) <= {0.0, 1.0} and shares.mean() > 0.9
+
+
 def test_the_gradient_of_preferences():
   params, reference = table(0), table(1)
   texts = TEXTS[np.random.default_rng(0).integers(NUM, size=20)]

@@ -72,6 +72,23 @@ def test_the_law_of_whole_texts():
     np.testing.assert_array_equal(row, gaps.row_of(text))
 
 
+def test_a_prediction_of_two_calls_counts_twice():
+  class Twice:
+    calls = 2
+
+    def __init__(self, denoise):
+      self.denoise = denoise
+
+    def __call__(self, *args):
+      return self.denoise(*args)
+
+  denoise = make_denoise(gaps.ExactNetwork(LAW), gaps.ROOM + 1)
+  canvas = canvas_of([MASK, 0, 1, FILL], [False, False, False, True], 3)
+  once, twice = (run(SAMPLER, x, canvas) for x in (denoise, Twice(denoise)))
+  np.testing.assert_array_equal(once.tokens, twice.tokens)
+  assert twice.num_calls == 2 * once.num_calls
+
+
 @pytest.mark.parametrize(
   'row, fixed',
   [

@@ -9,6 +9,7 @@ from absl.testing import parameterized
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from nanodlm import samplers
 from nanodlm.noise import processes, schedules, times
@@ -58,6 +59,21 @@ DRAFTS = {
   'bad': toys.random_table(3),
   'adversarial': np.float32([1, 1, 1, -1]) * -4 * POSTERIOR,
 }
+
+
+def test_parts_do_not_overflow():
+  rng = np.random.default_rng(0)
+  for longest in (7, 100, 65535):
+    total = rng.integers(1, 2**31 // longest, 1000) * (longest > 7) + 5
+    num = rng.integers(1, longest + 1, 1000)
+    rank = rng.integers(0, num + 1)
+    expected = total.astype(np.int64) * rank // num
+    found = reveal.part_of(total, rank, num, longest)
+    np.testing.assert_array_equal(found, expected)
+  large = reveal.part_of(65535, np.array([1, 65534]), 65535, 65535)
+  np.testing.assert_array_equal(large, [1, 65534])
+  with pytest.raises(InputError, match='65536 is too large'):
+    reveal.part_of(1, 1, 1, 65536)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,26 @@ def means_of(nll, weight, num_bytes, independent=True, **others):
   return metrics.eval_means(metrics.join([rows]), SUMS, 'eval', independent)
 
 
+def test_answers_to_one_prompt_are_not_independent():
+  rng = np.random.default_rng(0)
+  hits = 0
+  for _ in range(500):
+    nll = np.repeat(rng.normal(10, 3, 50), 2) + rng.normal(0, 1, 100)
+    rows = {'nll': nll, 'weight': np.full(100, 10.0)}
+    rows |= {'num_bytes': rows['weight'], 'correct': nll, 'scored': nll}
+    means = metrics.eval_means(rows, SUMS, 'eval', True, num_together=2)
+    assert means['eval/num_examples'] == 100
+    assert means['eval/num_blocks'] == 50
+    np.testing.assert_allclose(means['eval/nats_per_document'], nll.mean())
+    hits += abs(means['eval/nll'] - 1) < means['eval/nll_ci95']
+  assert 0.92 < hits / 500 < 0.98
+
+
+def test_a_row_without_bytes_costs_bits():
+  means = means_of([8.0, 12.0, 3.0], [10, 10, 1], [20, 20, 0])
+  assert math.isclose(means['eval/bits_per_byte'], 23 / 40 / math.log(2))
+
+
 def test_units():
   means = means_of([8.0, 12.0], [10, 10], [20, 20])
   assert means['eval/nll'] == 1.0
