@@ -102,7 +102,7 @@ def parse_lines(data: bytes) -> tuple[list[dict[str, Any]], list[int]]:
   for number, line in enumerate(data.split(b'\n')[:-1], 1):
     try:
       value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
       value = None
     if isinstance(value, dict):
       found.append(value)

@@ -31,7 +31,7 @@ it does not know, such as bytes and those that put a mask in front; it takes
 GPT-2's. SGLang and LMDeploy need the mask of SDAR: they serve tuned imports.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import dataclasses
 import json
 import logging
@@ -508,7 +508,11 @@ def _measured(run: Run, workdir: pathlib.Path, step: int) -> str:
   own_source = eval_source or run.settings.data.source
   # A separate evaluation replaces one during training.
   for file in (workdirs.METRICS, workdirs.EVAL):
-    for entry in _entries(workdir / file):
+    path = workdir / file
+    entries, _ = workdirs.parse_lines(
+      path.read_bytes() if path.exists() else b''
+    )
+    for entry in entries:
       nll = entry.get('eval/nll')
       if entry.get('step') == step and isinstance(nll, int | float):
         if file == workdirs.METRICS:  # Of the text that training held out.
@@ -541,14 +545,3 @@ def _measured(run: Run, workdir: pathlib.Path, step: int) -> str:
       f'{entry.get("eval/num_examples", 0):.0f} | {share} |'
     )
   return '\n'.join(lines)
-
-
-def _entries(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-  """Yields the entries of a log, without lines that a kill cut off."""
-  for line in path.read_bytes().splitlines() if path.is_file() else ():
-    try:
-      entry = json.loads(line)
-    except (ValueError, RecursionError):
-      continue
-    if isinstance(entry, dict):
-      yield entry
