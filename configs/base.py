@@ -168,7 +168,7 @@ def get_config() -> config_dict.ConfigDict:
   objective.noise = 'auto'
   # 'linear' | 'cosine' | 'md4_cosine' | 'sqrt' | 'polynomial'.
   objective.schedule = 'linear'
-  objective.power = 2.0  # Exponent of the polynomial schedule, > 0.
+  objective.power = 2.0  # Exponent of the polynomial schedule, >= 0.5.
   # Number of discrete times; 0: continuous time, or 1000 for d3pm.
   objective.num_timesteps = 0
   # Whether masks of masked can also expand and be deleted, for the sampler

@@ -917,6 +917,11 @@ def make_fill(
         f'sampler.name={run.sampler_name!r} fills gaps of any length, and not '
         'those of a given number of tokens'
       )
+    if segment_ids is not None and run.sampler.needs_cache:
+      raise InputError(
+        f'sampler.name={run.sampler_name!r} caches what it sees, and cannot '
+        "hide padding as data.padding='masked' does; use another sampler"
+      )
     size = -(-(batch_size or len(tokens)) // shards) * shards
     filled, calls = [], []
     countdown = progress.Countdown('sampling', -(-len(tokens) // size))

@@ -78,6 +78,18 @@ class Rollouts(Batches):
       self._made = number, self._make(state, number)
     return self._made[1]
 
+  def _is_filler(self, tokens: np.ndarray, fixed: np.ndarray) -> np.ndarray:
+    """Returns where nothing was drawn, since the texts [N, L] had ended."""
+    run = self._run
+    eos_ids = getattr(run.sampler, 'eos_ids', ())
+    ends = reveal.find_ends(jnp.asarray(tokens), jnp.asarray(fixed), eos_ids)
+    is_after = np.asarray(ends[1])
+    if size := run.objective.block_size:
+      # The block of the end was filled as a whole. Its noise must not show
+      # where the text ends.
+      is_after = np.repeat(is_after[:, ::size], size, axis=1)
+    return is_after
+
   def _make(self, state: TrainState, number: int) -> Batch:
     """Returns the batch of samples of a number."""
     run, settings = self._run, self._run.settings
@@ -103,11 +115,7 @@ class Rollouts(Batches):
     if self._policy.scale_advantages:
       advantage /= groups.std(axis=1, keepdims=True) + _EPSILON
     sizes = [len(lms.shown_tokens(run, *row)) for row in zip(tokens, ~free)]
-    # What fills a text that has ended is not drawn.
-    eos_ids = getattr(run.sampler, 'eos_ids', ())
-    canvas, fixed = jnp.asarray(tokens), jnp.asarray(~free)
-    _, is_after = reveal.find_ends(canvas, fixed, eos_ids)
-    drawn = free & ~np.asarray(is_after)
+    drawn = free & ~self._is_filler(tokens, ~free)
     batch = lms.make_batch(tokens, drawn)._replace(
       weight=advantage.reshape(-1),
       reports={

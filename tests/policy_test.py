@@ -224,12 +224,15 @@ def test_mistakes(first, changes, named, tmp_path):
   assert not pathlib.Path(start.workdir).exists()
 
 
-def test_what_follows_the_end_of_a_sample_is_not_learnt(tmp_path):
-  workdir = workdirs.make_workdir(tmp_path / 'ar', objective__name='ar')
+# All of a block has noise of its level, also what follows the end.
+@pytest.mark.parametrize('name, num', [('ar', 6), ('block', 8)])
+def test_what_follows_the_end_of_a_sample_is_not_learnt(tmp_path, name, num):
+  changes = {'objective__name': name, 'objective__block_size': 4}
+  workdir = workdirs.make_workdir(tmp_path / 'first', **changes)
   start = start_from(
     tmp_path / 'run',
     workdir,
-    objective__name='ar',
+    **changes,
     sampler__stop_at_eos=True,
     train__num_steps=1,
     policy__num_updates=1,
@@ -252,9 +255,9 @@ def test_what_follows_the_end_of_a_sample_is_not_learnt(tmp_path):
   ):
     assert train.main(start) == 0
   (batch,) = seen
-  assert batch.eligible[::2].sum(axis=1).tolist() == [6] * 8
+  assert batch.eligible[::2].sum(axis=1).tolist() == [num] * 8
   assert batch.eligible[1::2].all()
-  np.testing.assert_array_equal(batch.num_tokens[::2], 6)
+  np.testing.assert_array_equal(batch.num_tokens[::2], num)
 
 
 def test_samples_of_prompts(first, tmp_path):

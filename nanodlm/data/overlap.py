@@ -8,8 +8,8 @@ a million. The same choice among the passages of another text gives an estimate
 of the share that was trained on, in any order and from any file. It includes
 what texts have in common by chance. If only a part of a large training text was
 read, passages that it repeats count too much, as do those of an earlier run:
-the estimate is then an upper one. Documents that were joined, divided or
-changed are others, of which no share is found.
+it is then an overestimate. Documents that were joined, divided or changed are
+not recognised.
 
 Source: FracMinHash, Hera et al., Genome Research 33 (2023) 1061.
 """

@@ -236,6 +236,8 @@ def _prepare_one(
       identity['start_id'] = tokenizer.start_id
   if tokenizer and tokenizer.revision:
     identity['tokenizer_revision'] = tokenizer.revision
+  if source.num_alternatives > 1:
+    identity['split'] = 'by shared texts'  # Earlier versions divided them.
   if whole:
     identity |= {'eval_fraction': 0, 'whole': whole}
   if whole == 'validation':

@@ -48,6 +48,9 @@ SAMPLE_FLAGS = (
 )
 # With fewer samples, whose clusters are fewer, MAUVE is far too high.
 MIN_MAUVE_SAMPLES = 500
+# What is remembered of a measurement says how its rows were chosen; earlier
+# ones were at equal distances.
+SPREAD = {'rows': 'spread'}
 
 
 def define_flags():
@@ -300,13 +303,14 @@ def compare_run(
   bound = functools.partial(measure_bound, subject, max_examples)
   result = {
     'workdir': subject.workdir,
-    **recall({'what': 'bound', 'max_examples': max_examples}, bound),
+    **recall({'what': 'bound', **SPREAD, 'max_examples': max_examples}, bound),
     'points': [],
   }
   if not planned:
     return result
   what = {
     'what': 'samples',
+    **SPREAD,
     'judge': judge and judge.name,
     'num_samples': request.num_samples,
     'length': length,

@@ -145,8 +145,11 @@ def measure_infilling(
     # Padding that training hid is hidden.
     filled, num_calls = fill(lm.params, key, canvas, ~gaps, rows.segment_ids)
     correct, masked = np.sum(gaps & (filled == tokens), 1), gaps.sum(1)
+    num = lm.run.settings.data.num_alternatives
     accuracy, half_width = metrics.ratio_interval(
-      correct, masked, lm.run.settings.data.has_documents
+      metrics.sum_groups(correct, num),
+      metrics.sum_groups(masked, num),
+      lm.run.settings.data.has_documents,
     )
     yield {
       'pattern': pattern,

@@ -204,7 +204,9 @@ class ModelJudge(Judge):
     del source
     judged = self.score(tokens, tokenizer)
     nll, _ = metrics.ratio_interval(judged.nll, judged.num_tokens)
-    per_byte, half_width = metrics.ratio_interval(judged.nll, judged.num_bytes)
+    per_byte, half_width = metrics.ratio_interval(
+      judged.nll, judged.num_bytes, where=judged.num_tokens > 0
+    )
     values = {
       'gen_nll': nll,
       'gen_ppl': math.exp(min(nll, 700.0)),

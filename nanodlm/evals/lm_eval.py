@@ -182,8 +182,7 @@ class TextModel:
     # Everything from the first scored token on is to be filled.
     fixed = ~np.logical_or.accumulate(scored, axis=1)
     canvas = np.where(fixed, tokens, np.int32(self.lm.tokenizer.mask_id))
-    fill = self.fill(0.0)
-    filled, _ = fill(self.lm.params, self.key, canvas, fixed, batch.segment_ids)
+    filled, _ = self.fill(0.0)(self.lm.params, self.key, canvas, fixed)
     return np.all((filled == tokens) | ~scored, axis=1)
 
   def rolling_log_likelihoods(self, texts: Sequence[str]) -> list[float]:

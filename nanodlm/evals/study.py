@@ -315,7 +315,7 @@ def measure(
   if num and curve[-1]['step'] == step:
     # Training evaluates the last step, alone, on all of the held-out text.
     bound = functools.partial(compare.measure_bound, subject, num)
-    asked = {'what': 'end of the curve', 'max_examples': num}
+    asked = {'what': 'end of the curve', **compare.SPREAD, 'max_examples': num}
     means = recall(asked, bound)
     curve[-1] |= {
       key: means[key]
@@ -355,6 +355,7 @@ def measure(
   if ratios and _can_fill(subject):
     asked = {
       'what': 'infilling',
+      **compare.SPREAD,
       'ratios': ratios,
       'num_examples': options.infill_examples,
     }

@@ -219,7 +219,8 @@ class Hybrid(Mixture):
 
   Attributes:
     p_uniform: p, in [0, 1); 0: masked noise on the linear schedule.
-    gamma: rate at which the uniform share grows and falls.
+    gamma: rate at which the uniform share grows and falls, at most 2: above,
+      this is not the law of a Markov chain.
   """
 
   p_uniform: float = 0.1

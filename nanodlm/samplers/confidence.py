@@ -118,8 +118,13 @@ class Confidence(base.MaskedSampler):
       confidence, entropy = self._confidence(score_keys, logits, drawn)
       # All previous calls filled positions of each row that is not done.
       block_end = jnp.minimum((current + 1) * block_size, num_free)
-      end_call = reveal.part_of(self.num_steps, block_end, num_free, length)
-      kept = self._kept(confidence, entropy, is_open, end_call - num_calls)
+      calls_left = jnp.zeros_like(current)
+      if self.num_steps:
+        end_call = reveal.scale_rank(
+          block_end, self.num_steps, num_free, self.num_steps, length
+        )
+        calls_left = end_call - num_calls
+      kept = self._kept(confidence, entropy, is_open, calls_left)
       new = jnp.where(kept, drawn, tokens[row, positions])
       return (
         tokens.at[row, positions].set(new),

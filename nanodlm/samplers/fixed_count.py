@@ -39,7 +39,7 @@ class FixedCount(base.MaskedSampler):
     rank = processes.random_rank(plan_keys, ~canvas.fixed)
     num_free = jnp.sum(~canvas.fixed, axis=1, keepdims=True)
     # In integers: step floor(r T / n) reveals rank r, at most ceil(n / T) each.
-    step = reveal.part_of(num_steps, rank, num_free, length)
+    step = reveal.scale_rank(rank, num_steps, num_free, num_steps, length)
     is_before = step[:, :, None] < jnp.arange(num_steps)[None, None]
     revealed = jnp.sum(is_before & ~canvas.fixed[:, :, None], axis=1)
     # As in training, the share of masks is of the whole row, prompt included.

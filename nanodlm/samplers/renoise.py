@@ -104,8 +104,12 @@ class Renoise(Sampler):
       order = jnp.argsort(jnp.where(free, entropy, jnp.inf), axis=1)
       budget = self.entropy_budget or DEFAULT_BUDGET
       count = confidence.num_within(entropy, order, budget)
-      num_left = reveal.part_of(
-        num_free, self.num_steps - step - 1, self.num_steps, self.num_steps
+      num_left = reveal.scale_rank(
+        self.num_steps - step - 1,
+        num_free,
+        self.num_steps,
+        length,
+        self.num_steps,
       )
       count = jnp.maximum(count, num_free - num_left)
       accepted = free & (processes.inverse_permutation(order) < count)

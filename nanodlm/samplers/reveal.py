@@ -17,9 +17,6 @@ from nanodlm.noise import categorical
 from nanodlm.noise.categorical import Draw
 from nanodlm.types import Canvas, Denoise, InputError, Samples
 
-# Products of two smaller numbers fit 32 bits.
-MAX_PARTS = 1 << 16
-
 
 class Plan(NamedTuple):
   """The step that reveals each position.
@@ -155,21 +152,28 @@ def draw_pending(
   return drawn, memory, prob, num_calls
 
 
-def part_of(total: Any, rank: Any, num: Any, longest: int) -> jax.Array:
-  """Returns floor(total * rank / num) of int32 arrays, 0 <= rank <= num.
+def scale_rank(
+  rank: Any, total: Any, num: Any, max_total: int, max_num: int
+) -> jax.Array:
+  """Returns floor(rank * total / num), int32, also if the product is larger.
 
-  It is exact where the product does not fit. `longest` is the largest `num`.
+  Args:
+    rank: 0 to `num`, any shape.
+    total: any integers >= 0.
+    num: any integers >= 0; 0 counts as 1.
+    max_total: the largest `total`.
+    max_num: the largest `num`.
 
   Raises:
-    InputError: `longest` is 65,536 or more.
+    InputError: both limits are 65,536 or more, so that 32 bits do not suffice.
   """
-  if longest >= MAX_PARTS:
+  if min(max_total, max_num) * max_num >= 1 << 32:
     raise InputError(
-      f'a canvas or sampler.num_steps of {longest} is too large for this '
-      f'sampler: it must be below {MAX_PARTS}'
+      f'sampler.num_steps and the length of the canvas, {max_total} and '
+      f'{max_num}, are too large for this sampler; one must be below 65536'
     )
-  total, rank, num = (
-    jnp.asarray(x).astype(jnp.uint32) for x in (total, rank, num)
+  rank, total, num = (
+    jnp.asarray(x).astype(jnp.uint32) for x in (rank, total, num)
   )
   num = jnp.maximum(num, 1)
   return (total // num * rank + total % num * rank // num).astype(jnp.int32)

@@ -151,6 +151,12 @@ def share_interval(num: int, total: int) -> tuple[float, float]:
   return max(center - half_width, 0.0), min(center + half_width, 1.0)
 
 
+def sum_groups(x: Any, num_together: int) -> np.ndarray:
+  """Adds each `num_together` consecutive entries of x [N]."""
+  x = np.asarray(x)
+  return np.add.reduceat(x, np.arange(0, len(x), num_together))
+
+
 def ratio_interval(
   total: Any, count: Any, independent: bool = True, where: Any = None
 ) -> tuple[float, float]:
@@ -243,8 +249,8 @@ def eval_means(
     sums: sums from the same steps.
     split: the metrics' prefix.
     has_documents: whether a row is a whole document. Rows are then independent.
-    num_together: number of consecutive rows that are not, such as the answers
-      to one prompt, since they are equally hard.
+    num_together: number of consecutive rows that depend on each other, such as
+      the answers to one prompt, which are equally hard.
 
   Returns:
     nll and nll_ci95 (half width) in nats per token, and the same of ar_nll, the
@@ -257,9 +263,8 @@ def eval_means(
     how much the bound exceeds it, from the difference of each document.
   """
   num_examples = float(np.sum(rows['weight'] > 0))
-  sums_of = lambda x: np.add.reduceat(x, np.arange(0, len(x), num_together))
   rows = {**rows, 'num_rows': (rows['weight'] > 0).astype(np.float64)}
-  rows = {key: sums_of(np.asarray(x)) for key, x in rows.items()}
+  rows = {key: sum_groups(x, num_together) for key, x in rows.items()}
   nats, weight = rows['nll'], rows['weight']
   nll, half_width = ratio_interval(nats, weight, has_documents)
   per_byte, byte_half_width = ratio_interval(

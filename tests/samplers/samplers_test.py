@@ -68,12 +68,14 @@ def test_parts_do_not_overflow():
     num = rng.integers(1, longest + 1, 1000)
     rank = rng.integers(0, num + 1)
     expected = total.astype(np.int64) * rank // num
-    found = reveal.part_of(total, rank, num, longest)
+    found = reveal.scale_rank(rank, total, num, total.max(), longest)
     np.testing.assert_array_equal(found, expected)
-  large = reveal.part_of(65535, np.array([1, 65534]), 65535, 65535)
+  large = reveal.scale_rank(np.array([1, 65534]), 65535, 65535, 65535, 65535)
   np.testing.assert_array_equal(large, [1, 65534])
-  with pytest.raises(InputError, match='65536 is too large'):
-    reveal.part_of(1, 1, 1, 65536)
+  few = reveal.scale_rank(np.array([1, 99_999]), 16, 100_000, 16, 100_000)
+  np.testing.assert_array_equal(few, [0, 15])
+  with pytest.raises(InputError, match='65536, are too large'):
+    reveal.scale_rank(1, 1, 1, 65536, 65536)
 
 
 @dataclasses.dataclass(frozen=True)
