@@ -308,7 +308,7 @@ def get_config() -> config_dict.ConfigDict:
   sampler.seed = 0
 
   config.optim = optim = config_dict.ConfigDict()
-  # 'adamw' | 'lion' | 'muon' (for the matrices of the blocks; AdamW elsewhere).
+  # 'adamw' | 'lion' | 'muon' (for the matrices of the blocks; NAdam elsewhere).
   optim.name = 'adamw'
   optim.learning_rate = 1e-3  # Of the peak, > 0.
   # After the warm-up: 'cosine' | 'constant' | 'wsd' (constant, then a linear

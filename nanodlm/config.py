@@ -399,6 +399,8 @@ def start_from(workdir: str) -> config_dict.ConfigDict:
   # How the other run was trained is not how this one is.
   config.distill.name = config.policy.name = config.train.reward = ''
   config.train.batches, config.objective.curriculum_steps = 'auto', 0
+  config.train.anneal_steps = config.train.profile_steps = 0
+  config.optim.decay_from_step = 0
   if config.tokenizer.name in ('run', 'sentencepiece'):
     config.tokenizer.update(name='run', path=workdir, vocab_size=0)
   return config

@@ -647,6 +647,7 @@ def lay_out(
     run.objective.sees_right(length),
     sampler.fills_masks,
     sampler.fills_room,
+    run.settings.data.is_pairs,
   )
   data = run.settings.data
   if data.has_documents and data.padding == 'eos' and fixed[-1]:

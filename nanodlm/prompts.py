@@ -149,6 +149,7 @@ def make_canvas(
   sees_right: bool,
   fills_masks: bool = True,
   fills_room: bool = False,
+  is_pairs: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Makes a canvas of n <= `length` tokens; see `encode_parts`.
 
@@ -183,7 +184,9 @@ def make_canvas(
       'model chooses itself: use {*}'
     )
   num_ends = int(any(is_any))
-  rows = encode_parts(prompt, tokenizer, length - num_ends, sees_right)
+  rows = encode_parts(
+    prompt, tokenizer, length - num_ends, sees_right, is_pairs
+  )
   fixed = [np.full(len(row), isinstance(x, str)) for row, x in zip(rows, parts)]
   for row, is_room in zip(
     [r for r, f in zip(rows, fixed) if not all(f)], is_any
@@ -198,7 +201,11 @@ def make_canvas(
 
 
 def encode_parts(
-  prompt: str, tokenizer: Tokenizer, length: int, sees_right: bool
+  prompt: str,
+  tokenizer: Tokenizer,
+  length: int,
+  sees_right: bool,
+  is_pairs: bool = False,
 ) -> list[np.ndarray]:
   """Encodes the parts of a prompt, of at most `length` tokens in all.
 
@@ -208,6 +215,8 @@ def encode_parts(
     length: maximum number of tokens, used in full if a gap has automatic size.
     sees_right: whether gaps see the text after them. If not, the only gap must
       be at the end of the prompt.
+    is_pairs: whether the model was trained on pairs, whose prompts were encoded
+      alone.
 
   Returns:
     The ids of each of `parse_prompt`, int32, mask_id in a gap.
@@ -229,8 +238,9 @@ def encode_parts(
     if isinstance(part, Gap):
       rows.append(part.size)
       continue
-    is_last = part is parts[-1]
-    text = part if is_last else before_gap(part, tokenizer)
+    text = part
+    if i < len(parts) - 1:
+      text = before_gap(part, tokenizer, is_pairs and i == len(parts) - 2)
     tokens = tokenizer.encode_rest(text) if i else tokenizer.encode(text)
     # Only control tokens and the unknown token have no bytes.
     if np.any(tokenizer.num_bytes[tokens] == 0):
@@ -311,13 +321,16 @@ def make_chat_canvas(
   return tokens, fixed
 
 
-def before_gap(text: str, tokenizer: Tokenizer) -> str:
+def before_gap(text: str, tokenizer: Tokenizer, is_whole: bool = False) -> str:
   """Returns the part of a text before a gap that is fixed.
 
   If words and the space before them are one token, a single space is never
-  followed by a word: the last space belongs to the gap.
+  followed by a word: the last space belongs to the gap, unless the text
+  `is_whole`, like the prompt of a pair, which was encoded alone.
   """
-  return text.removesuffix(' ') if tokenizer.joins_spaces else text
+  if is_whole or not tokenizer.joins_spaces:
+    return text
+  return text.removesuffix(' ')
 
 
 def read_prompts(path: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
+import logging
 import pathlib
 import types
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +25,8 @@ from nanodlm.steps.network import check_batch_size, Scorer
 from nanodlm.training import checkpoint, checksums, optim
 from nanodlm.training import state as states
 from nanodlm.types import InputError, Network, Objective, Sampler
+
+log = logging.getLogger('nanodlm')
 
 T = TypeVar('T')
 # Stands for the vocabulary until the tokenizer is known.
@@ -540,22 +543,28 @@ def check_same_model(run: Run, workdir: str):
   )
   ours, theirs = run.objective.evaluation(), make_objective(other).evaluation()
   theirs = dataclasses.replace(theirs, mask_id=ours.mask_id)  # pyright: ignore
-  changed = configs.differing_keys(other.to_dict(), run.settings.to_dict())
-  lines = [
-    f'  {key}: {old!r} of that run, {new!r} of this run'
-    for key, (old, new) in changed.items()
-    if key.startswith('objective.')
-    and ours != theirs
-    or key.startswith('model.')
-    and configs.is_bound(key)
-    and key != 'model.dropout'
-  ]
+  lines = _describe_changes(
+    run, other, ('objective.',) * (ours != theirs) + ('model.',)
+  )
   if lines:
     raise InputError(
       f'checkpoint.init_from={workdir!r} cannot be what this run starts from '
-      f'with {method_name(run.settings)}.name; they differ in\n'
-      + '\n'.join(lines)
+      f'with {method_name(run.settings)}.name; they differ in\n{lines}'
     )
+
+
+def _describe_changes(
+  run: Run, other: Settings, sections: tuple[str, ...]
+) -> str:
+  """Returns the keys that decide on the model and differ, one per line."""
+  changed = configs.differing_keys(other.to_dict(), run.settings.to_dict())
+  return '\n'.join(
+    f'  {key}: {old!r} of that run, {new!r} of this run'
+    for key, (old, new) in changed.items()
+    if key.startswith(sections)
+    and (key.startswith('objective.') or configs.is_bound(key))
+    and key != 'model.dropout'
+  )
 
 
 def _keys_of(thing: Any, unread: Collection[str]) -> set[str]:
@@ -774,7 +783,21 @@ def check_start(run: Run, workdir: str):
       '--mode=export and read it with --mode=import'
     )
   if run.trained is not run.objective:
-    check_same_model(run, workdir)
+    return check_same_model(run, workdir)
+  other = configs.make_settings(config)
+  lines = _describe_changes(run, other, ('model.',))
+  if lines and ours['rank']:
+    raise InputError(
+      f'checkpoint.init_from={workdir!r} cannot be the base of adapters of '
+      f'this run; the networks differ in\n{lines}'
+    )
+  if lines:
+    log.warning(
+      'checkpoint.init_from=%r has the weights of another network; they differ '
+      'in\n%s',
+      workdir,
+      lines,
+    )
 
 
 def trained_shapes(run: Run) -> Any:

@@ -226,7 +226,9 @@ def train(
           progress=Progress(
             settings.train,
             settings.data.length,
-            run.network.flops_per_token(settings.data.length),
+            # Methods call the network more often than that.
+            run.network.flops_per_token(settings.data.length)
+            * (run.trained is run.objective),
             writer,
           ),
           trace=_make_trace(settings, workdir, step),

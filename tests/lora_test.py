@@ -168,6 +168,10 @@ def again(start):
     ({'lora__rank': -1}, 'lora.rank=-1 must be'),
     ({'lora__targets': '('}, 'lora.targets'),
     ({'lora__targets': 'q_proj'}, "lora.targets='q_proj' matches none"),
+    (
+      {'model__rope_theta': 5.0},
+      'model.rope_theta: 10000.0 of that run, 5.0 of this run',
+    ),
   ],
 )
 def test_mistakes(base, tmp_path, changes, named):

@@ -1,6 +1,7 @@
 """Prompts: what becomes fixed, what is left to fill."""
 
 import dataclasses
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -51,6 +52,21 @@ def canvas(prompt, length, sees_right=True):
   tokens, fixed = prompts.make_canvas(prompt, BYTES, length, sees_right)
   assert np.all((tokens == BYTES.mask_id) == ~fixed)
   return ''.join(chr(t) if f else '_' for t, f in zip(tokens, fixed))
+
+
+def test_spaces_before_gaps():
+  tokenizer = dataclasses.replace(BYTES)
+  with mock.patch.object(type(tokenizer), 'joins_spaces', True):
+    encode = lambda prompt, **options: [
+      len(x)
+      for x in prompts.encode_parts(prompt, tokenizer, 20, True, **options)
+    ]
+    assert encode('{2} {2}') == [2, 0, 2]
+    # Also if the prompt ends with the same text.
+    assert encode('{2} {2} ') == [2, 0, 2, 1]
+    assert encode('a {2}b {3}') == [1, 2, 1, 3]
+    # The prompts of pairs were encoded alone.
+    assert encode('a {2}b {3}', is_pairs=True) == [1, 2, 2, 3]
 
 
 @pytest.mark.parametrize(

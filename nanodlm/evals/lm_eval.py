@@ -217,7 +217,8 @@ class TextModel:
     tokenizer = self.lm.tokenizer
     heads, totals, texts = [], [], [''] * len(prompts)
     for prompt in prompts:
-      head = self.encode(prompting.before_gap(prompt, tokenizer))
+      is_pairs = self.lm.run.settings.data.is_pairs
+      head = self.encode(prompting.before_gap(prompt, tokenizer, is_pairs))
       room = min(max_new_tokens, self.length - min(len(head), self.length // 2))
       heads.append(head[max(0, len(head) + room - self.length) :])
       totals.append(len(heads[-1]) + room)

@@ -142,7 +142,7 @@ class Linear(nn.Module):
       a = self.param(lora.A, draw, (width, rank))
       b = self.param(lora.B, nn.initializers.zeros, (rank, self.features))
       if dropout is not None:
-        flat = flat * dropout.reshape(-1, width).astype(flat.dtype)
+        flat = (flat * dropout.reshape(-1, width)).astype(flat.dtype)
       low = flat @ a.astype(self.dtype)
       y += self.adapter.scale * (low @ b.astype(self.dtype))
     y = sharding.join(y, self.join)

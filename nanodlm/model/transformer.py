@@ -155,7 +155,7 @@ class Block(nn.Module):
       if context.dropout_keys is not None and cfg.dropout:
         keys = salted(salt)
         mask = pick(dropout_mask(keys, cfg.dropout, (length, width)))
-        y = y * mask.astype(y.dtype)
+        y = (y * mask).astype(y.dtype)
       return y
 
     def drop(name, size, axis_size=1, is_picked=False):

@@ -353,7 +353,9 @@ def format_times(results: dict[str, Any], settings: Settings) -> str:
     if isinstance(row, dict)
   ]
   rate, train = results['matmul_flops_per_sec'], rows[0]
-  train['matmul_share'] = train['flops_per_sec'] / rate
+  train['matmul_share'] = train['flops_per_sec'] / (
+    rate * results['num_devices']
+  )
   lines = [
     f'{results["num_devices"]} x {results["device"]}, {results["dtype"]}, '
     f'matrix product {rate / 1e9:,.0f} GFLOP/s',

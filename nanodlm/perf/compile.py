@@ -305,6 +305,7 @@ def compile_run(run: Run, topology: str = '') -> dict[str, Any]:
   parts = dict(
     parameters=(state.params, state.base),
     average=state.ema_params,
+    frozen=state.frozen,
     optimiser=state.opt_state,
     batch=batch,
   )

@@ -146,7 +146,8 @@ class Completions:
     prompt, tokenizer = self.prompts[i // self._num], self._model.tokenizer
     if not isinstance(prompt, str):
       return ''
-    return prompt.removeprefix(prompts.before_gap(prompt, tokenizer))
+    is_pairs = self._model.run.settings.data.is_pairs
+    return prompt.removeprefix(prompts.before_gap(prompt, tokenizer, is_pairs))
 
   def _complete(self, i: int, row: Row) -> tuple[str, str | None, int]:
     """The text so far, the reason why it ended, and its number of tokens."""
@@ -158,6 +159,8 @@ class Completions:
       is_final = row.choice.sampler.is_final
       tokens = tokens[: np.argmax(hidden) if is_final else 0]
     is_blank, given = not row.fixed[:1].any(), self._given(i)
+    if not is_done and is_blank and np.isin(tokens, self._ends).all():
+      return '', None, 0  # Separators may begin the text, or end it.
 
     def decode(ids: np.ndarray) -> str:
       return tokenizer.decode(ids, is_start=is_blank).removeprefix(given)
@@ -228,9 +231,11 @@ class Completions:
     places, texts = [place for place, _ in parts], [text for _, text in parts]
     found = self._model.score_tokens(row, places, self._body.logprobs)
     alternatives = []
-    for (own, top), text in zip(found, texts):
-      # The best of several tokens with the same text; the token itself always.
-      named = {name: value for _, name, value in reversed(top)}
+    for (own, top), text, place in zip(found, texts, places):
+      # The best of several tokens with the same text; the token itself always,
+      # by the text that it is a part of.
+      others = [x for x in top if x[0] != row.canvas[place]]
+      named = {name: value for _, name, value in reversed(others)}
       named |= {} if own is None else {text: own}
       best_first = sorted(named, key=lambda name: -named[name])
       alternatives.append({name: named[name] for name in best_first} or None)
@@ -247,7 +252,10 @@ class Completions:
     separator_id = self._model.tokenizer.separator_id
     # Separators after a suffix only fill the canvas.
     given = (row.canvas[row.fixed] for row in rows[:: self._num])
-    prompt = sum(len(np.trim_zeros(ids - separator_id, 'b')) for ids in given)
+    sizes = [len(np.trim_zeros(ids - separator_id, 'b')) for ids in given]
+    # But not those that the client sent.
+    sent = [0 if isinstance(x, str) else len(x) for x in self.prompts]
+    prompt = sum(map(max, sizes, sent))
     completion = sum(self._complete(i, row)[2] for i, row in enumerate(rows))
     return {
       'prompt_tokens': prompt,

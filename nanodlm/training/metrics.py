@@ -10,8 +10,11 @@ from scipy import special
 # Number of blocks for the interval of rows that are not independent.
 NUM_BLOCKS = 30
 # Matrix products of one device in its 16-bit format, dense, in FLOP/s, from the
-# makers' data sheets. Keys are prefixes of JAX's device_kind.
+# makers' data sheets. Keys are prefixes of JAX's device_kind; the first that fits
+# counts.
 PEAK_FLOPS = {
+  'NVIDIA H100 NVL': 835e12,
+  'NVIDIA H100 PCIe': 756e12,
   'NVIDIA H100': 989e12,
   'NVIDIA H200': 989e12,
   'NVIDIA A100': 312e12,
@@ -73,9 +76,11 @@ def join_steps(lines: Iterable[dict[str, Any]]) -> list[dict[str, float]]:
     if type(step := line.get('step')) is int:
       while steps and next(reversed(steps)) > step:
         steps.popitem()
-      line = {key: value for key, value in line.items() if is_number(value)}
       steps[step] = steps.get(step, {}) | line
-  return list(steps.values())
+  return [
+    {key: value for key, value in line.items() if is_number(value)}
+    for line in steps.values()
+  ]
 
 
 def _ratio(total, count) -> float:

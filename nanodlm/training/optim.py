@@ -121,6 +121,7 @@ def _decoupled(make, config, learning_rate):
 
 
 def _muon(config, learning_rate):
+  # Optax's Adam for the other parameters has Nesterov's momentum, as Muon has.
   return optax.chain(
     optax.contrib.muon(
       1.0,

@@ -72,7 +72,7 @@ class Progress:
   Args:
     config: `config.train`.
     length: tokens per row.
-    flops_per_token: FLOPs of a training step per token.
+    flops_per_token: FLOPs of a training step per token; 0: unknown.
     writer: receives the scalars.
   """
 
@@ -144,20 +144,23 @@ class Progress:
   def report(self, step: int):
     """Writes and logs what happened since the last report."""
     secs = time.monotonic() - self._start - self._secs['pause']
+    # Without the first step of a start, which is compiled, there may be none.
+    has_rate = self._num_steps > 0
     secs_per_step = secs / max(self._num_steps, 1)
     rate = self._num_steps * self._tokens_per_step / secs
     means = metrics.train_means(metrics.add(self._sums)) if self._sums else {}
-    scalars = {
-      **means,
-      'train/tokens_per_sec': rate,
-      'train/secs_per_step': secs_per_step,
-      'train/data_wait_share': self._secs['wait'] / secs,
-      'train/skipped_steps': self._skipped,
-    }
+    scalars = {**means, 'train/skipped_steps': self._skipped}
+    if has_rate:
+      scalars |= {
+        'train/tokens_per_sec': rate,
+        'train/secs_per_step': secs_per_step,
+        # The process waits for a batch; the device may still be busy.
+        'train/data_wait_share': self._secs['wait'] / secs,
+      }
     for key in ('grad_norm', 'param_norm', 'learning_rate'):
       scalars[f'train/{key}'] = float(self._last[key])
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
-    if peak:
+    if peak and has_rate and self._flops_per_token:
       peak *= jax.device_count()
       scalars['train/mfu'] = rate * self._flops_per_token / peak
     self._writer.write_scalars(step, scalars)
@@ -168,11 +171,13 @@ class Progress:
       if 'train/reward' in means:
         bits += f'reward {means["train/reward"]:.4f}  '
       num_steps = self._train.num_steps
-      left = describe_secs((num_steps - step) * secs_per_step)
+      speed = ''
+      if has_rate:
+        left = describe_secs((num_steps - step) * secs_per_step)
+        speed = f'{rate:,.0f} tokens/s' + f'  {left} left' * (step < num_steps)
       log.info(
         f'step {step:{len(str(num_steps))}}/{num_steps}  '
-        f'loss {means["train/loss"]:.4f} nats/token  {bits}'
-        f'{rate:,.0f} tokens/s' + f'  {left} left' * (step < num_steps)
+        f'loss {means["train/loss"]:.4f} nats/token  {bits}{speed}'.rstrip()
       )
     self._sums = []
     self.restart_clock()

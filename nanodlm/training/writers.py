@@ -73,7 +73,10 @@ def open_writers(
     """Scalars as one JSON object per line."""
 
     def __init__(self):
-      self._file = open(pathlib.Path(workdir) / workdirs.METRICS, 'a')
+      path = pathlib.Path(workdir) / workdirs.METRICS
+      is_cut = path.exists() and path.read_bytes()[-1:] not in (b'', b'\n')
+      self._file = open(path, 'a')
+      self._file.write('\n' * is_cut)
 
     def write_scalars(self, step, scalars):
       line = {'step': step} | metrics.finite_or_none(dict(scalars))

@@ -151,8 +151,14 @@ def test_add():
   np.testing.assert_array_equal(total['a'], [2.0, 2.0])
 
 
+def test_a_later_value_that_is_not_finite():
+  lines = [{'step': 10, 'a': 3.0, 'b': 1.0}, {'step': 10, 'a': None}]
+  assert metrics.join_steps(lines) == [{'step': 10, 'b': 1.0}]
+
+
 def test_peak_flops():
   assert metrics.peak_flops('NVIDIA H100 80GB HBM3') == 989e12
+  assert metrics.peak_flops('NVIDIA H100 PCIe') == 756e12
   assert metrics.peak_flops('TPU v5 lite') == 197e12
   assert metrics.peak_flops('cpu') is None
 

@@ -160,14 +160,15 @@ def find_template(value: str) -> str:
 def read_template(folder: pathlib.Path) -> str:
   """Returns the chat template next to a tokenizer.json, '' without one.
 
-  The texts of its first and last tokens are set in its first line.
+  The texts of its first and last tokens are set in its first lines.
   """
   described = read_described(folder)
   names = {
     key: token_text(described, key) for key in ('bos_token', 'eos_token')
   }
   sets = [
-    f'{{%- set {key} = {json.dumps(text)} -%}}'
+    # Jinja drops the newline after the tag, and no other white space.
+    f'{{% set {key} = {json.dumps(text)} %}}\n'
     for key, text in names.items()
     if text
   ]

@@ -10,6 +10,7 @@ MAX_WRITTEN. It ends after MAX_SECS of processor time, or one operation later.
 from collections.abc import Callable, Iterator
 import contextvars
 import functools
+import json
 import math
 import re
 import time
@@ -142,14 +143,25 @@ def _timed_items(items: Iterator[Any]) -> Iterator[Any]:
     yield item
 
 
-def _narrow(to_json: Callable[..., Any]) -> Callable[..., Any]:
-  @functools.wraps(to_json)
-  def call(context, value, indent=None):
-    if indent is not None and not 0 <= int(indent) <= 100:
-      raise Excess(f'it indents JSON by {indent!r}; at most 100 is allowed')
-    return to_json(context, value, indent)
-
-  return call
+def _to_json(
+  value: Any,
+  ensure_ascii: bool = False,
+  indent: int | None = None,
+  separators: Any = None,
+  **options: Any,
+) -> str:
+  """Writes JSON as transformers does, without escapes for HTML."""
+  if indent is not None and not 0 <= int(indent) <= 100:
+    raise Excess(f'it indents JSON by {indent!r}; at most 100 is allowed')
+  if unknown := options.keys() - {'sort_keys'}:
+    raise TypeError(f'tojson does not take {sorted(unknown)}')
+  return json.dumps(
+    value,
+    ensure_ascii=ensure_ascii,
+    indent=indent,
+    separators=separators,
+    **options,
+  )
 
 
 class _Environment(sandbox.ImmutableSandboxedEnvironment):
@@ -271,7 +283,7 @@ class Template:
     environment.globals['raise_exception'] = _refuse
     filters = environment.filters
     filters |= {name: _limited(filters[name]) for name in _GROWING}
-    filters['tojson'] = _narrow(filters['tojson'])
+    filters['tojson'] = _to_json
     for name in _SLOW:
       del filters[name]
     for functions in filters, environment.tests:

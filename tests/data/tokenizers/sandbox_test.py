@@ -1,5 +1,7 @@
 """Templates with limits write what they write in Jinja's own sandbox."""
 
+import functools
+import json
 import time
 
 from jinja2 import sandbox as jinja
@@ -43,6 +45,8 @@ def test_limits_change_nothing(template):
   plain = jinja.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols']
   )
+  # As in transformers: not escaped for HTML.
+  plain.filters['tojson'] = functools.partial(json.dumps, ensure_ascii=False)
   values = {
     'messages': [
       {'role': 'user', 'content': ' Hello, {all}\n of \u00e9 <|im_end|>'},
