@@ -138,7 +138,7 @@ What holds of what papers say, at this scale:
   calls, and those of whole rows are less diverse (entropy of a text at 8 calls:
   3.08 nats/token after SDTT, 3.13 before; the law has 3.12). A judge of
   perplexity would reward that. But of blocks of 4, in one or two steps each,
-  about twice as many samples of the students are possible.
+  the students have about twice the share of possible samples.
 - The most probable tokens first (confidence) give by far the most possible
   stories of a masked model, and are the farthest from the law: what a judge
   of perplexity calls better is another distribution.

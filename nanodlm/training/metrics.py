@@ -10,8 +10,8 @@ from scipy import special
 # Number of blocks for the interval of rows that are not independent.
 NUM_BLOCKS = 30
 # Matrix products of one device in its 16-bit format, dense, in FLOP/s, from the
-# makers' data sheets. Keys are prefixes of JAX's device_kind, of which the first
-# that fits is used.
+# makers' data sheets. Keys are prefixes of JAX's device_kind. The first match
+# counts.
 PEAK_FLOPS = {
   'NVIDIA H100 NVL': 835e12,
   'NVIDIA H100 PCIe': 756e12,
