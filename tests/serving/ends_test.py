@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 
+from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.serving import app, openai, schemas, service
 from nanodlm.serving import engine as engines
 from tests import foreign_tokenizers
@@ -221,11 +222,44 @@ def test_rows_are_freed_as_soon_as_every_text_has_ended(opened, ending, end):
   assert engine.num_waiting() == 0
 
 
+def model_of(tokenizer, eos_ids=()):
+  """What `openai.Completions` reads of a `service.Service`."""
+  data = types.SimpleNamespace(is_pairs=False)
+  run = types.SimpleNamespace(
+    tokenizer=tokenizer,
+    eos_ids=eos_ids,
+    settings=types.SimpleNamespace(data=data),
+  )
+  return types.SimpleNamespace(run=run, tokenizer=tokenizer, name='tiny')
+
+
+def test_a_separator_at_the_start_of_a_blank_text_does_not_end_it():
+  tokenizer = BytesTokenizer()
+  completions = openai.Completions(
+    model_of(tokenizer, tokenizer.eos_ids), schemas.CompletionRequest(prompt='')
+  )
+  end, mask = tokenizer.eos_ids[0], tokenizer.mask_id
+  sampler = types.SimpleNamespace(is_final=True)
+  row = types.SimpleNamespace(
+    state='running',
+    fixed=np.zeros(4, bool),
+    choice=types.SimpleNamespace(sampler=sampler),
+  )
+  for ids, text, reason in (
+    ([end, mask, mask, mask], '', None),
+    ([end, 97, mask, mask], '\na', None),
+    ([end, 97, end, mask], '\na', 'stop'),
+  ):
+    row.canvas = np.array(ids)
+    found = completions._complete(0, row)
+    assert found[1] == reason
+    assert found[0].endswith(text[-1:])
+
+
 @pytest.mark.parametrize('space', ['', ' '])
 def test_prompt_and_completion_join_with_one_space(tmp_path, space):
   tokenizer = foreign_tokenizers.make_llama(tmp_path)
-  run = types.SimpleNamespace(tokenizer=tokenizer, eos_ids=())
-  model = types.SimpleNamespace(run=run, tokenizer=tokenizer, name='tiny')
+  model = model_of(tokenizer)
   ids = tokenizer.encode('the quick brown fox')
   row = types.SimpleNamespace(
     state='done',
