@@ -80,11 +80,7 @@ def make_evaluate(
       max_examples=max_examples,
     )
     results = []
-    num = len(
-      pipeline.spread_rows(
-        len(packed.validation), max_examples, run.settings.data.num_alternatives
-      )
-    )
+    num = len(pipeline.eval_rows(packed, run.settings.data, max_examples))
     countdown = progress.Countdown('evaluating', -(-num // batch_size))
     for batch in batches:
       if should_stop():
@@ -137,11 +133,7 @@ def validation_rows(
 ) -> Batch:
   """Returns `num_examples` spread rows of the validation split (0: all)."""
   data = run.settings.data
-  num = len(
-    pipeline.spread_rows(
-      len(packed.validation), num_examples, data.num_alternatives
-    )
-  )
+  num = len(pipeline.eval_rows(packed, data, num_examples))
   batches = pipeline.make_eval_batches(
     packed, data, batch_size=num, max_examples=num
   )

@@ -532,15 +532,12 @@ def check_training(run: Run):
   )
 
 
-def check_same_model(run: Run, workdir: str):
-  """Raises InputError unless the run in `workdir` has a model of the same kind.
+def check_same_model(run: Run, other: Settings):
+  """Raises InputError unless another run has a model of the same kind.
 
   Its objective must be the same, up to how training draws times, and its
   network, up to how it is computed.
   """
-  other = configs.make_settings(
-    configs.read_run(workdir, 'checkpoint.init_from')
-  )
   ours, theirs = run.objective.evaluation(), make_objective(other).evaluation()
   theirs = dataclasses.replace(theirs, mask_id=ours.mask_id)  # pyright: ignore
   lines = _describe_changes(
@@ -548,8 +545,9 @@ def check_same_model(run: Run, workdir: str):
   )
   if lines:
     raise InputError(
-      f'checkpoint.init_from={workdir!r} cannot be what this run starts from '
-      f'with {method_name(run.settings)}.name; they differ in\n{lines}'
+      f'checkpoint.init_from={run.settings.checkpoint.init_from!r} cannot be '
+      f'what this run starts from with {method_name(run.settings)}.name; they '
+      f'differ in\n{lines}'
     )
 
 
@@ -782,16 +780,15 @@ def check_start(run: Run, workdir: str):
       f'{differing}. For other adapters, or none, write the whole model with '
       '--mode=export and read it with --mode=import'
     )
-  if run.trained is not run.objective:
-    return check_same_model(run, workdir)
   other = configs.make_settings(config)
-  lines = _describe_changes(run, other, ('model.',))
-  if lines and ours['rank']:
-    raise InputError(
-      f'checkpoint.init_from={workdir!r} cannot be the base of adapters of '
-      f'this run; the networks differ in\n{lines}'
-    )
-  if lines:
+  if run.trained is not run.objective:
+    check_same_model(run, other)
+  elif lines := _describe_changes(run, other, ('model.',)):
+    if ours['rank']:
+      raise InputError(
+        f'checkpoint.init_from={workdir!r} cannot be the base of adapters of '
+        f'this run; the networks differ in\n{lines}'
+      )
     log.warning(
       'checkpoint.init_from=%r has the weights of another network; they differ '
       'in\n%s',

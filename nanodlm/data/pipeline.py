@@ -153,20 +153,27 @@ def make_eval_batches(
     examples without eligible tokens and bytes.
   """
   rows = rows or slice(0, batch_size)
-  num_rows = len(packed.validation)
-  chosen = spread_rows(num_rows, max_examples, data_config.num_alternatives)
+  chosen = eval_rows(packed, data_config, max_examples)
 
   def batch_of(step: int) -> Batch:
     first = step * batch_size
     index = chosen[first + rows.start : first + rows.stop]
     examples = [packed.validation[int(i)] for i in index]
     num_empty = rows.stop - rows.start - len(index)
-    index = np.append(index, np.full(num_empty, num_rows))
+    index = np.append(index, np.full(num_empty, len(packed.validation)))
     batch = _stack(examples, len(index), packed, data_config)
     return batch._replace(index=index.astype(np.int32))
 
   steps = grain.MapDataset.range(math.ceil(len(chosen) / batch_size))
   return steps.map(batch_of).to_iter_dataset(_read_options(data_config))
+
+
+def eval_rows(
+  packed: PackedData, data_config: DataConfig, max_examples: int
+) -> np.ndarray:
+  """Returns the validation rows that `make_eval_batches` reads."""
+  num_together = data_config.num_alternatives
+  return spread_rows(len(packed.validation), max_examples, num_together)
 
 
 def spread_rows(

@@ -194,7 +194,6 @@ def sample_point(
   tokens, num_calls = fill(lm.params, keys[1], tokens, fixed)
   secs = time.perf_counter() - start
   tokens, own = lms.without_room(lm.run, tokens, fixed)
-  num_filled = sum(np.sum(~row) for row in own)
   settings = lm.run.describe_sampler()
   for key in ('num_samples', 'length', 'seed'):
     del settings[key]
@@ -204,7 +203,7 @@ def sample_point(
     'tokens_per_call': lms.tokens_per_call(own, num_calls),
     'num_samples': request.num_samples,
     'length': length,
-    'tokens_per_sec': num_filled / secs,
+    'tokens_per_sec': np.sum(~own) / secs,
     **judges.measure_quality(
       judge,
       _cut_ends(lm.run, tokens),

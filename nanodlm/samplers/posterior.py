@@ -108,7 +108,7 @@ class Posterior(Sampler):
     return Samples(tokens=tokens, num_calls=num_steps + num_corrections)
 
   def _denoise(self, keys, canvas, denoise):
-    tokens, fixed, memory = canvas[:3]
+    tokens, fixed, memory = canvas.tokens, canvas.fixed, canvas.memory
     grid = self.times()
     num_steps = grid.size - 1
     positions = all_positions(tokens)
@@ -131,7 +131,7 @@ class Posterior(Sampler):
     return tokens, memory, last - first
 
   def _correct(self, keys, canvas, denoise):
-    tokens, fixed, memory = canvas[:3]
+    tokens, fixed, memory = canvas.tokens, canvas.fixed, canvas.memory
     positions = all_positions(tokens)
     level = self.rule.level_at(
       jnp.float32(CORRECTION_TIME), jnp.mean(~fixed, axis=1)

@@ -74,9 +74,12 @@ def open_writers(
 
     def __init__(self):
       path = pathlib.Path(workdir) / workdirs.METRICS
-      is_cut = path.exists() and path.read_bytes()[-1:] not in (b'', b'\n')
       self._file = open(path, 'a')
-      self._file.write('\n' * is_cut)
+      if size := self._file.tell():
+        with open(path, 'rb') as file:
+          file.seek(size - 1)
+          is_cut = file.read() != b'\n'
+        self._file.write('\n' * is_cut)
 
     def write_scalars(self, step, scalars):
       line = {'step': step} | metrics.finite_or_none(dict(scalars))

@@ -65,6 +65,19 @@ def test_events_are_those_that_tensorboard_reads(tmp_path):
   assert lines == ['{"step": 3, "a": 0.5, "b": 2.0}', '{"step": 4, "a": null}']
 
 
+def test_a_line_that_was_cut_does_not_swallow_the_next(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  for text, before in (
+    ('', ''),
+    ('{"a": 1}\n', '{"a": 1}\n'),
+    ('{"a', '{"a\n'),
+  ):
+    path.write_text(text)
+    with writers.open_writers(str(tmp_path), {}, '') as writer:
+      writer.write_scalars(3, {'b': 0.5})
+    assert path.read_text() == before + '{"step": 3, "b": 0.5}\n'
+
+
 def test_some_values_of_each_parameter():
   mesh = meshes.make_mesh(meshes.MeshConfig(2, 2, 2))
   big = np.random.default_rng(0).permutation(400_000).reshape(400, 1000)
