@@ -1,4 +1,4 @@
-"""A masked diffusion model of little stories, on a laptop, in 2.5 minutes.
+r"""A masked diffusion model of little stories, on a laptop, in 2.5 minutes.
 
 python launch.py --config=configs/quickstart.py --workdir=runs/quickstart
 
@@ -28,12 +28,16 @@ the models one by one.
       400 calls (64 samples)            77% (77, 77, 77)    100%       0.005
 
 After 12,000 steps: confidence 100% of 256, 75% different, 0.047; remask at
-temperature 0 91%, 99% different, 0.009.
+temperature 0, 200 calls, 91%, 99% different, 0.009. One of them alone:
 
-The default, the most confident words first, writes what is possible, but not
-all of it: it is the farthest from the law, and repeats itself. Its calls see
-the words that are easy to continue. Those of remask see all kinds of contexts,
-some of them wrong, and its stories are as varied as the law's.
+    python launch.py --mode=sample --workdir=runs/quickstart \
+        --config.sampler.num_samples=128 \
+        --samplers='remask:num_steps=400;remask=rescale;eta=0.5;temperature=0'
+
+The divergence is 0 if each word and phrase is as frequent as in the law; it is
+0.0020 for 64 stories of the law itself. The default, the most confident words
+first, writes what is possible, but not all of it: some things and events are
+rare in its stories. Remasking, whose order is random, is nearer the law.
 
 What decides how soon a masked model copies names, things and colours (nats a
 story above the truth after 1200 steps, +- 0.6, one seed):

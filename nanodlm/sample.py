@@ -186,7 +186,7 @@ def choose_texts(lm: LanguageModel, prompts: Sequence[str]):
       if not choice.is_exact:
         text += f'  -log p <= {choice.nats:.2f} ± {choice.nats_ci95:.2f} nats'
       shown.append(text)
-    print(f'--- probabilities of the choices, {kind}, prompt {prompt!r}')
+    print(f"--- the model's probabilities, {kind}, prompt {prompt!r}")
     print('\n'.join(shown), flush=True)
     line = {
       'prompt': prompt,

@@ -39,6 +39,7 @@ from nanodlm.types import check_seed, InputError
 
 AUTO = 'auto'
 ALL = 'all'
+OWN = 'run'
 # The markers of samplers in a plot.
 MARKERS = 'osvD^P*X<>'
 DRAW_FLAGS = ('temperature', 'top_k', 'top_p')
@@ -85,9 +86,9 @@ def define_measurements():
   flags.DEFINE_list(
     'samplers',
     None,
-    "Samplers; each run uses those that fit it, its default for 'auto', and "
-    "every one that fits for 'all'. By default 'auto' with --judge, otherwise "
-    'none.',
+    "Samplers; each run uses those that fit it, for 'auto' the default of its "
+    "objective, for 'run' its own with its other settings, and for 'all' every "
+    "one that fits. By default 'auto' with --judge, otherwise none.",
   )
   flags.DEFINE_list(
     'num_steps', ['16', '64', '256'], 'Network calls to try for each sampler.'
@@ -115,7 +116,7 @@ class Request(NamedTuple):
   """The samples asked of every run.
 
   Attributes:
-    samplers: names, possibly with 'auto' or 'all'; empty for no samples.
+    samplers: names, possibly with 'auto', 'run' or 'all'; empty: no samples.
     num_steps: numbers of network calls to try.
     num_samples: texts per point of a curve.
     length: tokens per text; 0 for the run's own length.
@@ -147,6 +148,7 @@ def plan_points(
   rules['stop_at_eos'] = False  # Whole canvases are compared.
   groups = {
     AUTO: [objective.default_sampler],
+    OWN: [run.sampler_name],
     ALL: runs.fitting_samplers(objective),
   }
   names = [
@@ -603,7 +605,7 @@ def parse_request(options: flags.FlagValues, judge: str) -> Request:
   names = options.samplers
   if names is None:
     names = [AUTO] if judge else []
-  known = [AUTO, ALL, *sorted(SAMPLERS)]
+  known = [AUTO, OWN, ALL, *sorted(SAMPLERS)]
   if unknown := sorted(set(names) - set(known)):
     raise InputError(f'--samplers={unknown} are not among {known}')
   for name in () if names else SAMPLE_FLAGS:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from nanodlm import config as configs
 from nanodlm import evaluate, laws
 from nanodlm import lm as lms
 from nanodlm.data import overlap, pipeline, sources
@@ -298,6 +299,7 @@ class NanodlmJudge(ModelJudge):
 
   def __init__(self, spec: str, batch_size: int, mauve_seed: int | None = None):
     super().__init__(spec, mauve_seed)
+    configs.read_run(spec, '--judge')  # Its error names the flag.
     self.lm, self.batch_size = lms.load(spec), batch_size
     settings = self.lm.run.settings
     if not self.lm.run.objective.exact:

@@ -1,7 +1,7 @@
 r"""--mode=sample: samples of a run, printed, drawn live, and kept as a page.
 
     python launch.py --mode=sample --workdir=runs/quickstart \
-        --prompt='Return the {} of the {12}.' \
+        --prompt='One fine day, Ada met {}' --config.sampler.num_samples=2 \
         --samplers='fixed_count:num_steps=64,remask:num_steps=64' \
         --html=replay.html
 
@@ -20,8 +20,9 @@ again, and keeps what is better (nanodlm/searches.py). The calls of all
 candidates are added up.
 
 For a prompt with a slot, such as 'The sky is {blue|green}.', nothing is
-sampled: the probability of each choice is printed, before all samples, and
-whether it is exact. Its line in samples.jsonl has them as 'choices'.
+sampled: the probability that the model gives each choice is printed, before all
+samples, and whether it is exact. Its line in samples.jsonl has them as
+'choices'.
 """
 
 from absl import flags

@@ -72,6 +72,9 @@ def test_points():
   assert plan('ar', names, (2, 8)) == [('ar', None)]
   for objective, cls in objectives.OBJECTIVES.items():
     assert plan(objective, names, (2, 8))[0][0] == cls.default_sampler
+  own = {'name': 'remask', 'remask': 'rescale', 'eta': 0.5}
+  assert plan('masked', ('run', 'remask'), (8,), **own) == [('remask', 8)]
+  assert plan('masked', ('run',), (8,)) == [('fixed_count', 8)]
   # Four blocks of 16 share the calls, with at least one call each.
   assert plan('block', names, (2, 8)) == [('block', 1), ('block', 2)]
   # Two blocks of 32 share eight steps.
@@ -194,6 +197,7 @@ def test_common_source(runs, tmp_path):
   [
     (['--samplers=ar'], 'fits none of the runs'),
     (['--samplers=nope'], 'are not among'),
+    (['--judge=lw'], "--judge='lw' is not the folder of a run"),
     (['--num_steps=0'], '--num_steps=0'),
     (['--num_steps=x,4'], '--num_steps=x,4'),
     (['--judge=MASKED'], 'must be autoregressive'),
