@@ -39,7 +39,6 @@ from nanodlm.types import check_seed, InputError
 
 AUTO = 'auto'
 ALL = 'all'
-OWN = 'run'
 # The markers of samplers in a plot.
 MARKERS = 'osvD^P*X<>'
 DRAW_FLAGS = ('temperature', 'top_k', 'top_p')
@@ -87,8 +86,8 @@ def define_measurements():
     'samplers',
     None,
     "Samplers; each run uses those that fit it, for 'auto' the default of its "
-    "objective, for 'run' its own with its other settings, and for 'all' every "
-    "one that fits. By default 'auto' with --judge, otherwise none.",
+    "objective, which may not be its own, and for 'all' every one that fits. "
+    "By default 'auto' with --judge, otherwise none.",
   )
   flags.DEFINE_list(
     'num_steps', ['16', '64', '256'], 'Network calls to try for each sampler.'
@@ -116,7 +115,7 @@ class Request(NamedTuple):
   """The samples asked of every run.
 
   Attributes:
-    samplers: names, possibly with 'auto', 'run' or 'all'; empty: no samples.
+    samplers: names, possibly with 'auto' or 'all'; empty for no samples.
     num_steps: numbers of network calls to try.
     num_samples: texts per point of a curve.
     length: tokens per text; 0 for the run's own length.
@@ -142,13 +141,12 @@ def plan_points(
   objective are left out.
   """
   objective, points = run.objective, []
-  size = objective.block_size or prefix_cache.DEFAULT_BLOCK_SIZE
   # The run's own sampler may have another rule than a number of steps.
   rules = {**request.draw, 'threshold': 0.0, 'entropy_budget': 0.0}
-  rules['stop_at_eos'] = False  # Whole canvases are compared.
+  # Whole canvases are compared, without a prompt to be guided by.
+  rules |= {'stop_at_eos': False, 'guidance': 0.0}
   groups = {
     AUTO: [objective.default_sampler],
-    OWN: [run.sampler_name],
     ALL: runs.fitting_samplers(objective),
   }
   names = [
@@ -167,7 +165,10 @@ def plan_points(
     if not runs.reads_steps(sampler):
       points.append({'name': name, **rules})
       continue
-    share = -(-length // size) if hasattr(sampler, 'inner') else 1
+    size = objective.block_size
+    if isinstance(sampler, prefix_cache.PrefixCache):
+      size = sampler.block_size or prefix_cache.DEFAULT_BLOCK_SIZE
+    share = -(-length // size) if size else 1
     shares = [max(num_steps // share, 1) for num_steps in request.num_steps]
     points += [{**changes, 'num_steps': x} for x in dict.fromkeys(shares)]
   return points
@@ -605,7 +606,7 @@ def parse_request(options: flags.FlagValues, judge: str) -> Request:
   names = options.samplers
   if names is None:
     names = [AUTO] if judge else []
-  known = [AUTO, OWN, ALL, *sorted(SAMPLERS)]
+  known = [AUTO, ALL, *sorted(SAMPLERS)]
   if unknown := sorted(set(names) - set(known)):
     raise InputError(f'--samplers={unknown} are not among {known}')
   for name in () if names else SAMPLE_FLAGS:

@@ -5,8 +5,8 @@ fixed_count     Exact with one call per token; the tokens of one call are
                 drawn independently.
 ancestral       Exact as num_steps grows.
 confidence      margin, entropy, random: exact with one position per call.
-                max_prob prefers probable texts and collapses to few words
-                at temperature 1.
+                max_prob prefers probable texts, at temperature 1 so much
+                that a weak network repeats a few words.
 remask          cap, rescale, constant: exact as num_steps grows. conf, loop:
                 approximate.
 edit            Approximate.

@@ -42,7 +42,7 @@ class Confidence(base.MaskedSampler):
   With one position per call, every score except 'max_prob' reproduces the
   network's law exactly, since the order depends only on the text so far.
   'max_prob' depends on the drawn token and favours likely texts at any number
-  of calls: at temperature 1 it degenerates to a few common words.
+  of calls; at temperature 1 a weak network repeats a few common words.
 
   Differs from MaskGIT: no noise is added to the confidence.
 

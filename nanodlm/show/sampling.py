@@ -2,7 +2,7 @@ r"""--mode=sample: samples of a run, printed, drawn live, and kept as a page.
 
     python launch.py --mode=sample --workdir=runs/quickstart \
         --prompt='One fine day, Ada met {}' --config.sampler.num_samples=2 \
-        --samplers='fixed_count:num_steps=64,remask:num_steps=64' \
+        --samplers='fixed_count:num_steps=64;temperature=0.3,confidence' \
         --html=replay.html
 
 '{}' takes an equal share of the free space, '{12}' is 12 tokens; a prompt

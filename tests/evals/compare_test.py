@@ -72,9 +72,12 @@ def test_points():
   assert plan('ar', names, (2, 8)) == [('ar', None)]
   for objective, cls in objectives.OBJECTIVES.items():
     assert plan(objective, names, (2, 8))[0][0] == cls.default_sampler
-  own = {'name': 'remask', 'remask': 'rescale', 'eta': 0.5}
-  assert plan('masked', ('run', 'remask'), (8,), **own) == [('remask', 8)]
-  assert plan('masked', ('run',), (8,)) == [('fixed_count', 8)]
+  # Guidance, which needs a prompt, is off: it does not divide the steps.
+  own = {'name': 'confidence', 'guidance': 2.0}
+  assert plan('masked', ('confidence',), (8,), **own) == [('confidence', 8)]
+  # A run's own blocks divide the steps.
+  own = {'name': 'prefix_cache', 'block_size': 16}
+  assert plan('masked', ('prefix_cache',), (8,), **own) == [('prefix_cache', 2)]
   # Four blocks of 16 share the calls, with at least one call each.
   assert plan('block', names, (2, 8)) == [('block', 1), ('block', 2)]
   # Two blocks of 32 share eight steps.
