@@ -61,8 +61,8 @@ the mean divergence of their words and phrases from the law's
 With the sampler of the rollouts (100 calls, temperature 0.3) 75, 56 and 56% are
 possible at the start, nearly all of them different, then 91, 86 and 91% with
 coupled (81, 98 and 90% different), 84, 84 and 88% with one_step and 81, 75 and
-69% with sequence (nearly all different). After 120 steps, one_step had 81, 87 and 85%,
-and with 400 calls at temperature 0 93, 96 and 95%.
+69% with sequence (nearly all different). After 120 steps, one_step had 81, 87
+and 85%, and with 400 calls at temperature 0 93, 96 and 95%.
 
 What raises the reward most costs most of the bound, which says what all orders
 of filling in give, and of the variety. With kl_weight=0.01 and a rate of 6e-4,
