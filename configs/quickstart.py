@@ -1,4 +1,4 @@
-r"""A masked diffusion model of little stories, on a laptop, in 2.5 minutes.
+r"""A masked diffusion model of little stories, on a laptop, in three minutes.
 
 python launch.py --config=configs/quickstart.py --workdir=runs/quickstart
 
@@ -7,10 +7,11 @@ stories come from a program that knows their probability, and the tokenizer,
 trained on them, makes every word a token.
 
 Measured on two cores of an AMD EPYC (Zen 5), float32, JAX 0.10.2, three seeds:
-161 (next to other work for its first 30), 143 and 146 s in all; 168 and 173 s
-in fresh clones, which prepared the text first. The bound on held-out stories
-was 3.91, 4.27 and 4.01 +- 0.61 nats a story above the truth (15.1). After
-12,000 steps, ten minutes at this speed, it was 1.61 +- 0.57 (one seed).
+161 (next to other work for its first 30), 143 and 146 s in all; 168, 173 and
+179 s in fresh clones, which prepared the text first, on slower days. The bound
+on held-out stories was 3.91, 4.27 and 4.01 +- 0.61 nats a story above the truth
+(15.1). After 12,000 steps, ten minutes at this speed, it was 1.61 +- 0.57 (one
+seed).
 
 Samplers: the share of possible stories, the share that are different, and the
 divergence of their words and phrases from the law's (configs/objectives.py), of
