@@ -807,6 +807,10 @@ class Sampler(abc.ABC):
     in `samplers.ancestral`.
     """
 
+  def num_blocks(self, length: int) -> int:
+    """Returns how many times num_steps steps fill `length` positions."""
+    return 1
+
   def with_rule(self, rule: Any) -> 'Sampler':
     """Returns the sampler with the objective's learned parameters."""
     return self

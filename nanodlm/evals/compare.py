@@ -33,7 +33,7 @@ from nanodlm.config import Settings, Start
 from nanodlm.evals import judge as judges
 from nanodlm.lm import LanguageModel
 from nanodlm.run import Run
-from nanodlm.samplers import prefix_cache, SAMPLERS
+from nanodlm.samplers import SAMPLERS
 from nanodlm.training import metrics
 from nanodlm.types import check_seed, InputError
 
@@ -143,8 +143,7 @@ def plan_points(
   objective, points = run.objective, []
   # The run's own sampler may have another rule than a number of steps.
   rules = {**request.draw, 'threshold': 0.0, 'entropy_budget': 0.0}
-  # Whole canvases are compared, without a prompt to be guided by.
-  rules |= {'stop_at_eos': False, 'guidance': 0.0}
+  rules['stop_at_eos'] = False  # Whole canvases are compared.
   groups = {
     AUTO: [objective.default_sampler],
     ALL: runs.fitting_samplers(objective),
@@ -165,11 +164,8 @@ def plan_points(
     if not runs.reads_steps(sampler):
       points.append({'name': name, **rules})
       continue
-    size = objective.block_size
-    if isinstance(sampler, prefix_cache.PrefixCache):
-      size = sampler.block_size or prefix_cache.DEFAULT_BLOCK_SIZE
-    share = -(-length // size) if size else 1
-    shares = [max(num_steps // share, 1) for num_steps in request.num_steps]
+    num_blocks = sampler.num_blocks(length)
+    shares = [max(x // num_blocks, 1) for x in request.num_steps]
     points += [{**changes, 'num_steps': x} for x in dict.fromkeys(shares)]
   return points
 

@@ -299,9 +299,9 @@ class NanodlmJudge(ModelJudge):
 
   def __init__(self, spec: str, batch_size: int, mauve_seed: int | None = None):
     super().__init__(spec, mauve_seed)
-    configs.read_run(spec, '--judge')  # Its error names the flag.
-    self.lm, self.batch_size = lms.load(spec), batch_size
-    settings = self.lm.run.settings
+    settings = configs.make_settings(configs.read_run(spec, '--judge'))
+    self.lm = lms.load(spec, settings=settings)
+    self.batch_size = batch_size
     if not self.lm.run.objective.exact:
       raise InputError(
         f'--judge={spec!r} is a run of objective.name='

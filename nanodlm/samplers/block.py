@@ -48,8 +48,11 @@ class Block(base.OuterSampler):
   def needs_cache(self) -> bool:  # pyright: ignore
     return self.cache
 
+  def num_blocks(self, length: int) -> int:
+    return -(-length // self.block_size)
+
   def max_calls(self, length: int) -> int:
-    num_blocks = -(-length // self.block_size) + 1  # The first may be partial.
+    num_blocks = self.num_blocks(length) + 1  # The first may be partial.
     return num_blocks * (self.inner.max_calls(self.block_size) + self.cache)
 
   def __call__(self, keys, canvas, denoise):

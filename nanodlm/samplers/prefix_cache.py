@@ -60,17 +60,21 @@ class PrefixCache(base.OuterSampler):
   def fits(cls, objective: Objective) -> bool:
     return objective.predicts_masked
 
+  def _size(self, length: int) -> int:
+    return min(self.block_size or DEFAULT_BLOCK_SIZE, length)
+
+  def num_blocks(self, length: int) -> int:
+    return -(-length // self._size(length))
+
   def max_calls(self, length: int) -> int:
-    size = min(self.block_size or DEFAULT_BLOCK_SIZE, length)
-    num_blocks = -(-length // size) + 1  # The first may be partial.
-    num_calls = self.inner.max_calls(size)
+    num_blocks = self.num_blocks(length) + 1  # The first may be partial.
+    num_calls = self.inner.max_calls(self._size(length))
     # Each call of a block but the first may be due for one of the rows.
     return num_blocks * (num_calls + (num_calls if self.refresh_calls else 1))
 
   def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
-    size = min(self.block_size or DEFAULT_BLOCK_SIZE, length)
-    num_blocks = -(-length // size)
+    size, num_blocks = self._size(length), self.num_blocks(length)
     cut = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
     def body(block, state):

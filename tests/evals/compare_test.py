@@ -72,7 +72,7 @@ def test_points():
   assert plan('ar', names, (2, 8)) == [('ar', None)]
   for objective, cls in objectives.OBJECTIVES.items():
     assert plan(objective, names, (2, 8))[0][0] == cls.default_sampler
-  # Guidance, which needs a prompt, is off: it does not divide the steps.
+  # A guided sampler has an inner one, but divides no steps among blocks.
   own = {'name': 'confidence', 'guidance': 2.0}
   assert plan('masked', ('confidence',), (8,), **own) == [('confidence', 8)]
   # A run's own blocks divide the steps.
