@@ -43,15 +43,34 @@ on two cores (--config=configs/quickstart.py --config.objective.expand=True
 Gaps begin with four masks and grow one by one, while others become words.
 """
 
+from ml_collections import config_dict
+
 from nanodlm import config as configs
 
+VARIANTS = {
+  'flex': {
+    'objective.name': 'flex',
+    'model.time_conditioning': True,
+    'sampler.num_steps': 200,
+  },
+  'expand': {
+    'objective.expand': True,
+    'optim.learning_rate': 5e-3,
+    'sampler.name': 'expand',
+  },
+}
 
-def get_config():
+
+def get_config(name='flex'):
   config = configs.load('quickstart')
-  config.objective.name = 'flex'
-  config.model.conv_size = 0  # As measured above.
-  config.model.time_conditioning = True
   config.data.clean_infill_rate = 0.5
   config.sampler = configs.load('base').sampler
-  config.sampler.num_steps = 200
-  return config
+  if name == 'expand':
+    # A reference, so that --config.checkpoint.init_from=OTHER also changes the
+    # tokenizer.
+    start = config_dict.FieldReference('runs/quickstart')
+    config.tokenizer.name = 'run'
+    config.tokenizer.path = start
+    config.tokenizer.vocab_size = 0
+    config.checkpoint.init_from = start
+  return configs.vary(config, VARIANTS, name)

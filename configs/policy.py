@@ -24,7 +24,8 @@ The reward is 1 if a story is possible, else 0. The variants sequence, coupled
 and one_step start from a masked model:
 
     python launch.py --config=configs/quickstart.py --workdir=runs/masked \
-        --config.data.source=jsonl:mixed.jsonl
+        --config.data.source=jsonl:mixed.jsonl --config.train.num_steps=2400 \
+        --config.optim.momentum=0.95
     python launch.py --config=configs/policy.py:coupled --workdir=runs/coupled \
         --config.checkpoint.init_from=runs/masked
 

@@ -116,16 +116,20 @@ def get_config():
   config.model.unroll = True
   config.optim.name = 'muon'
   config.optim.learning_rate = 1e-2
+  config.optim.momentum = 0.9
   config.optim.warmup_steps = 50
   config.optim.weight_decay = 0.0
   config.train.batch_size = 16
-  config.train.num_steps = 2400
+  config.train.num_steps = 2000
   config.train.log_every_steps = 200
-  config.train.eval_every_steps = 800
+  config.train.num_samples = 4
+  config.train.eval_every_steps = 500
   config.train.chunk_size = 1024
   config.eval.num_draws = 4
   config.eval.max_examples = 128
   config.sampler.name = 'confidence'
   config.sampler.num_steps = 100
-  config.checkpoint.every_steps = 800
+  config.sampler.score = 'margin'
+  config.sampler.temperature = 0.3
+  config.checkpoint.every_steps = 500
   return config

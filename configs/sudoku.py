@@ -89,6 +89,7 @@ VARIANTS = {
 def get_config(name='start'):
   config = configs.load('quickstart')
   config.model.conv_size = 0  # As measured above.
+  config.optim.momentum = 0.95
   config.data.source = 'pairs:sudokus.jsonl'
   config.data.crop = 'chunk'
   config.data.length = 34

@@ -65,10 +65,7 @@ class Confidence(base.MaskedSampler):
   block_size: int = 0
 
   def __post_init__(self):
-    if self.score not in SCORES:
-      raise InputError(
-        f'sampler.score={self.score!r} is not one of {list(SCORES)}'
-      )
+    check_score(self.score)
     for key in ('num_steps', 'threshold', 'entropy_budget', 'block_size'):
       if not getattr(self, key) >= 0:
         raise InputError(f'sampler.{key}={getattr(self, key)!r} must be >= 0')
@@ -115,7 +112,8 @@ class Confidence(base.MaskedSampler):
       call_keys = reveal.fold_in_each(keys, num_calls)
       draw_keys, score_keys = reveal.split_each(call_keys)
       drawn = self.draw.sample(draw_keys, logits)
-      confidence, entropy = self._confidence(score_keys, logits, drawn)
+      log_p = categorical.log_prob(logits, self.draw.mask_id)
+      confidence, entropy = measure(self.score, score_keys, log_p, drawn)
       # All previous calls filled positions of each row that is not done.
       block_end = jnp.minimum((current + 1) * block_size, num_free)
       calls_left = jnp.zeros_like(current)
@@ -141,21 +139,6 @@ class Confidence(base.MaskedSampler):
     )
     return Samples(tokens=tokens, num_calls=num_calls)
 
-  def _confidence(self, keys, logits, drawn):
-    log_p = categorical.log_prob(logits, self.draw.mask_id)
-    p = jnp.exp(log_p)
-    entropy = -jnp.sum(p * log_p, axis=-1)
-    if self.score == 'max_prob':
-      confidence = jnp.take_along_axis(p, drawn[..., None], axis=-1)[..., 0]
-    elif self.score == 'margin':
-      largest = jax.lax.top_k(p, 2)[0]
-      confidence = largest[..., 0] - largest[..., 1]
-    elif self.score == 'entropy':
-      confidence = -entropy
-    else:
-      confidence = reveal.uniform_each(keys, drawn.shape[1])
-    return confidence, entropy
-
   def _kept(self, confidence, entropy, is_open, calls_left):
     """Returns which open positions a call keeps, [B, K] like its arguments."""
     order = jnp.argsort(
@@ -172,6 +155,37 @@ class Confidence(base.MaskedSampler):
       count = num_within(entropy, order, self.entropy_budget)
     rank = processes.inverse_permutation(order)
     return is_open & (rank < count)
+
+
+def check_score(score: str):
+  """Raises InputError unless `score` is one of SCORES."""
+  if score not in SCORES:
+    raise InputError(f'sampler.score={score!r} is not one of {list(SCORES)}')
+
+
+def measure(
+  score: str, keys: jax.Array, log_p: jax.Array, drawn: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the confidence of positions and their entropies, [B, K] each.
+
+  Args:
+    score: one of SCORES.
+    keys: [B] keys of 'random'.
+    log_p: [B, K, V].
+    drawn: [B, K], what was drawn from it.
+  """
+  p = jnp.exp(log_p)
+  entropy = -jnp.sum(p * log_p, axis=-1)
+  if score == 'max_prob':
+    confidence = jnp.take_along_axis(p, drawn[..., None], axis=-1)[..., 0]
+  elif score == 'margin':
+    largest = jax.lax.top_k(p, 2)[0]
+    confidence = largest[..., 0] - largest[..., 1]
+  elif score == 'entropy':
+    confidence = -entropy
+  else:
+    confidence = reveal.uniform_each(keys, drawn.shape[1])
+  return confidence, entropy
 
 
 def num_within(

@@ -8,27 +8,29 @@ import jax.numpy as jnp
 from nanodlm.devices import sharding
 from nanodlm.noise import categorical
 from nanodlm.noise.categorical import Draw
-from nanodlm.samplers import insert, reveal
+from nanodlm.samplers import confidence, insert, posterior, reveal
 from nanodlm.types import InputError, Objective, Sampler, Samples
 
 
 @dataclasses.dataclass(frozen=True)
 class Expand(Sampler):
-  """Fills a random mask in each call, and can change the length of gaps.
+  """Fills the most confident mask in each call; can change lengths of gaps.
 
   APPROXIMATE. A gap of any length starts with `num_masks` masks. There, a mask
   can also become two masks, if there is room, or none, with the probabilities
   that the network gives to the mask and to the last token of the row. The
   expansions of a row are at most its room at the start. Temperature, top-k and
   top-p are those of the choice between tokens. Source: DreamOn
-  (DreamLM/DreamOn), which takes the most probable position.
+  (DreamLM/DreamOn).
 
   Attributes:
     num_masks: see above.
+    score: the confidence in what was drawn for a mask; see `Confidence`.
   """
 
   draw: Draw
   num_masks: int = 4
+  score: str = 'max_prob'
 
   fills_room = True
   needs = 'objective.expand=True'
@@ -36,6 +38,7 @@ class Expand(Sampler):
   def __post_init__(self):
     if self.num_masks < 1:
       raise InputError(f'sampler.num_masks={self.num_masks!r} must be >= 1')
+    confidence.check_score(self.score)
 
   @classmethod
   def fits(cls, objective: Objective) -> bool:
@@ -57,39 +60,44 @@ class Expand(Sampler):
     def body(state):
       tokens, budget, step = state
       masked = free & (tokens == mask_id)
-      when_keys, kind_keys, draw_keys = reveal.split_each(
+      score_keys, kind_keys, draw_keys = reveal.split_each(
         reveal.fold_in_each(keys, step), 3
       )
-      u = reveal.uniform_each(when_keys, length)
-      at = jnp.argmax(jnp.where(masked, u, -1.0), axis=1)[:, None]
       level = jnp.mean(masked, axis=1)
-      logits = denoise(tokens, level, at)
-      own = lambda x: jnp.take_along_axis(x, at, axis=1)
-      is_open = jnp.any(masked, axis=1, keepdims=True) & own(is_any)
+      logits = denoise(tokens, level, posterior.all_positions(tokens))
       room = (
         jnp.zeros_like(tokens)
         .at[row, start]
         .add(free & (tokens == last))[row, start]
       )
-      can_two = is_open & (own(room) > 0) & (budget > 0)
-      ids = jnp.arange(logits.shape[-1])[None]
-      is_two, is_none = ids == mask_id, (ids == last) & is_open
+      is_open = masked & is_any
+      can_two = is_open & (room > 0) & (budget > 0)
+      ids = jnp.arange(logits.shape[-1])[None, None]
+      is_two = ids == mask_id
+      is_none = (ids == last[..., None]) & is_open[..., None]
       # Whether there are two masks, none, or a token.
-      log_p = categorical.log_prob(logits, mask_id + 1)[:, 0]
+      barred = is_two & ~can_two[..., None]
+      log_p = categorical.log_prob(
+        jnp.where(barred, categorical.NEG_INF, logits), mask_id + 1
+      )
       of = lambda where: categorical.log_sum_exp(
         jnp.where(where, log_p, categorical.NEG_INF)
       )
-      kinds = is_two & can_two, is_none, ~is_two & ~is_none
+      kinds = of(is_two), of(is_none), of(~is_two & ~is_none)
       kind = jax.vmap(categorical.sample_categorical)(
-        kind_keys, jnp.stack([of(where) for where in kinds], axis=1)
-      )[:, None]
+        kind_keys, jnp.stack(kinds, axis=-1)
+      )
       two, none = kind == 0, kind == 1
-      barred = jnp.where(is_none[:, None], categorical.NEG_INF, logits)
-      new = self.draw.sample(draw_keys, barred)
+      new = self.draw.sample(
+        draw_keys, jnp.where(is_none, categorical.NEG_INF, logits)
+      )
       new = jnp.where(none, last, jnp.where(two, mask_id, new))
+      score, _ = confidence.measure(self.score, score_keys, log_p, new)
+      at = jnp.argmax(jnp.where(masked, score, -jnp.inf), axis=1)[:, None]
       is_at = (place == at) & masked
       tokens = jnp.where(is_at, new, tokens)
       # No row does both.
+      two = jnp.take_along_axis(two, at, axis=1)
       count = (is_at & two).astype(tokens.dtype)
       longer = insert.insert(tokens, free, count, mask_id)
       # What is deleted is room at the end of its gap.

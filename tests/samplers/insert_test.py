@@ -204,6 +204,22 @@ def test_masks_expand_and_are_deleted_until_a_gap_has_its_length(truth):
   assert samples.num_calls <= sampler.max_calls(9)
 
 
+@pytest.mark.parametrize('score, is_right', [('max_prob', 1), ('random', 0)])
+def test_the_most_confident_mask_comes_first(score, is_right):
+  def denoise(tokens, level, positions):
+    """Knows the second token; the first one once the second is there."""
+    is_known = (positions != 1) | (tokens[:, 2:3] == 1)
+    is_right = jax.nn.one_hot(jnp.ones_like(positions), MASK + 1)
+    logits = jnp.where(is_known, 9.0, 0.5)[..., None] * is_right
+    # Neither a mask nor the end of the row is likely.
+    return logits.at[..., jnp.array([FILL, MASK])].set(-50.0)
+
+  sampler = expand.Expand(Draw(MASK), num_masks=2, score=score)
+  canvas = canvas_of([0, FILL, FILL, FILL], [True, False, False, True], 200)
+  first = np.array(run(sampler, denoise, canvas).tokens)[:, 1]
+  assert (np.mean(first == 1) > 0.98) == is_right
+
+
 def test_no_more_masks_than_there_is_room_for():
   canvas = canvas_of([0, FILL, FILL, FILL], [True, False, False, True], 8)
   always = lambda tokens, level, positions: (

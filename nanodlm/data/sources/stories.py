@@ -502,5 +502,9 @@ class StoriesSource(base.Source):
       yield start, min(start + base.PART_ROWS, self.stop)
 
   def read(self, part: base.Part) -> Iterator[base.Document]:
-    law = self.law
-    return (base.document_of(law.sample(0, i)) for i in range(*part))
+    return (base.document_of(_story(self.world, i)) for i in range(*part))
+
+
+@functools.lru_cache(NUM_STORIES)  # Text is read three times to prepare it.
+def _story(world: str, i: int) -> str:
+  return StoriesLaw(WORLDS[world]).sample(0, i)
