@@ -257,8 +257,8 @@ def get_config() -> config_dict.ConfigDict:
   # | a list falling from 1 to 0, such as '1,0.5,0.2,0', which replaces
   # num_steps.
   sampler.grid = 'uniform'
-  # What confidence ranks positions by: 'max_prob' | 'margin' | 'entropy' |
-  # 'random'.
+  # What confidence and expand rank positions by: 'max_prob' | 'margin' |
+  # 'entropy' | 'random'.
   sampler.score = 'max_prob'
   # For confidence (0: off) and edit (0: 0.7), which reveal everything more
   # probable.

@@ -4,12 +4,12 @@
         --output=runs/objectives --seeds=0,1,2 --samplers=all \
         --num_steps=4,16,64,128 --num_samples=64
 
-Data, network, optimizer and batch are those of configs/quickstart.py, without
-its convolutions, which causal networks and blocks cannot have; a variant
-changes the objective, and reads the time where it must. Nothing is tuned for
-one of them, but that uniform noise has untied embeddings (66k parameters more).
-genmd4 noises each example twice, so that its steps make twice the network
-calls. One of them alone:
+Data, network, optimizer and batch are those of configs/quickstart.py, with
+Muon's usual momentum and without convolutions, which causal networks and blocks
+cannot have; a variant changes the objective, and reads the time where it must.
+Nothing is tuned for one of them, but that uniform noise has untied embeddings
+(66k parameters more). genmd4 noises each example twice, so that its steps make
+twice the network calls. One of them alone:
 
     python launch.py --config=configs/objectives.py:block4 --workdir=runs/block4
 

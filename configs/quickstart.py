@@ -123,13 +123,11 @@ def get_config():
   config.train.num_steps = 2000
   config.train.log_every_steps = 200
   config.train.num_samples = 4
-  config.train.eval_every_steps = 500
+  config.train.eval_every_steps = 1000
   config.train.chunk_size = 1024
   config.eval.num_draws = 4
   config.eval.max_examples = 128
   config.sampler.name = 'confidence'
   config.sampler.num_steps = 100
-  config.sampler.score = 'margin'
-  config.sampler.temperature = 0.3
-  config.checkpoint.every_steps = 500
+  config.checkpoint.every_steps = 1000
   return config

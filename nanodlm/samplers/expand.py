@@ -25,7 +25,9 @@ class Expand(Sampler):
 
   Attributes:
     num_masks: see above.
-    score: the confidence in what was drawn for a mask; see `Confidence`.
+    score: what masks are ranked by; see `Confidence`. Here p includes that of
+      two masks and, in gaps of any length, that of none. 'max_prob' favours
+      likely texts; 'random' has the network's law in gaps of a given length.
   """
 
   draw: Draw
@@ -53,7 +55,7 @@ class Expand(Sampler):
     # Gaps of a given length have no room.
     is_any = free & (canvas.tokens == last) & canvas.fixed[:, -1:]
     row, place = jnp.arange(len(free))[:, None], jnp.arange(length)[None]
-    start = insert.run_starts(free)
+    start = insert.run_starts(is_any)
     is_first = is_any & (place - start < self.num_masks)
     tokens = jnp.where(free & (is_first | ~is_any), mask_id, canvas.tokens)
 
@@ -68,22 +70,26 @@ class Expand(Sampler):
       room = (
         jnp.zeros_like(tokens)
         .at[row, start]
-        .add(free & (tokens == last))[row, start]
+        .add(is_any & (tokens == last))[row, start]
       )
       is_open = masked & is_any
       can_two = is_open & (room > 0) & (budget > 0)
       ids = jnp.arange(logits.shape[-1])[None, None]
       is_two = ids == mask_id
       is_none = (ids == last[..., None]) & is_open[..., None]
-      # Whether there are two masks, none, or a token.
       barred = is_two & ~can_two[..., None]
       log_p = categorical.log_prob(
         jnp.where(barred, categorical.NEG_INF, logits), mask_id + 1
       )
-      of = lambda where: categorical.log_sum_exp(
-        jnp.where(where, log_p, categorical.NEG_INF)
+      # Whether there are two masks, none, or a token.
+      end = jnp.take_along_axis(log_p, last[..., None], axis=2)[..., 0]
+      kinds = (
+        log_p[..., mask_id],
+        jnp.where(is_open, end, categorical.NEG_INF),
+        categorical.log_sum_exp(
+          jnp.where(is_two | is_none, categorical.NEG_INF, log_p)
+        ),
       )
-      kinds = of(is_two), of(is_none), of(~is_two & ~is_none)
       kind = jax.vmap(categorical.sample_categorical)(
         kind_keys, jnp.stack(kinds, axis=-1)
       )
@@ -99,7 +105,7 @@ class Expand(Sampler):
       # No row does both.
       two = jnp.take_along_axis(two, at, axis=1)
       count = (is_at & two).astype(tokens.dtype)
-      longer = insert.insert(tokens, free, count, mask_id)
+      longer = insert.insert(tokens, is_any, count, mask_id)
       # What is deleted is room at the end of its gap.
       is_room = is_any & (tokens == last)
       order = jnp.argsort(2 * start + is_room, axis=1)

@@ -209,8 +209,8 @@ def test_the_most_confident_mask_comes_first(score, is_right):
   def denoise(tokens, level, positions):
     """Knows the second token; the first one once the second is there."""
     is_known = (positions != 1) | (tokens[:, 2:3] == 1)
-    is_right = jax.nn.one_hot(jnp.ones_like(positions), MASK + 1)
-    logits = jnp.where(is_known, 9.0, 0.5)[..., None] * is_right
+    right = jax.nn.one_hot(jnp.ones_like(positions), MASK + 1)
+    logits = jnp.where(is_known, 9.0, 0.5)[..., None] * right
     # Neither a mask nor the end of the row is likely.
     return logits.at[..., jnp.array([FILL, MASK])].set(-50.0)
 
@@ -218,6 +218,26 @@ def test_the_most_confident_mask_comes_first(score, is_right):
   canvas = canvas_of([0, FILL, FILL, FILL], [True, False, False, True], 200)
   first = np.array(run(sampler, denoise, canvas).tokens)[:, 1]
   assert (np.mean(first == 1) > 0.98) == is_right
+
+
+def test_a_gap_of_a_given_length_keeps_it():
+  """Although its first token is the last one of the row, which fills room."""
+  row = [0, *[FILL] * 4, MASK, MASK, FILL]
+  canvas = canvas_of(row, [True, *[False] * 6, True], 20)
+
+  def denoise(tokens, level, positions):
+    is_two = jnp.sum(tokens[:, 1:5] != FILL, axis=1)[:, None] < 4
+    wanted = jnp.where(is_two, MASK, 1)
+    logits = 9.0 * jax.nn.one_hot(
+      jnp.where(positions < 5, wanted, positions - 5), MASK + 1
+    )
+    # It fills that gap first.
+    first = 50.0 * jax.nn.one_hot(jnp.full_like(positions, FILL), MASK + 1)
+    return jnp.where((positions == 5)[..., None], first, logits)
+
+  samples = run(expand.Expand(Draw(MASK), num_masks=1), denoise, canvas)
+  expected = [0, 1, 1, 1, 1, FILL, 1, FILL]
+  np.testing.assert_array_equal(samples.tokens, [expected] * 20)
 
 
 def test_no_more_masks_than_there_is_room_for():

@@ -118,7 +118,7 @@ CASES = {
   # One mask per call, and tokens are final.
   'edit': Case(Edit(DRAW, 1.01, 1.01), lambda n: (n, n)),
   # Here, no gap has room.
-  'expand': Case(Expand(DRAW), lambda n: (n, n)),
+  'expand': Case(Expand(DRAW, score='random'), lambda n: (n, n)),
   'first_hitting': Case(FirstHitting(DRAW), lambda n: (n, n)),
   'fixed_count': Case(FixedCount(DRAW, num_steps=LENGTH), lambda n: (n, n)),
   'posterior': Case(Posterior(DRAW, 64, Masked(MASK)), lambda n: (64, 64)),

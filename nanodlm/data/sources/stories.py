@@ -505,6 +505,7 @@ class StoriesSource(base.Source):
     return (base.document_of(_story(self.world, i)) for i in range(*part))
 
 
-@functools.lru_cache(NUM_STORIES)  # Text is read three times to prepare it.
+# To prepare text and train a tokenizer reads it three times.
+@functools.lru_cache(NUM_STORIES)
 def _story(world: str, i: int) -> str:
   return StoriesLaw(WORLDS[world]).sample(0, i)
