@@ -288,9 +288,10 @@ class Start:
       if key == 'checkpoint.init_from' and config.lora.rank:
         continue  # The base of the adapters may have moved.
       if key in unread or not key.startswith((*reads, 'train.chunk_size')):
+        own = ', '.join(part + '*' * part.endswith('.') for part in reads)
         raise InputError(
           f'--config.{key}={value!r} is ignored by --mode={self.mode}; it '
-          f'reads {", ".join(part + "*" for part in reads)}'
+          f'reads {own}'
         )
       if is_bound(key) and not key.startswith(('data.', 'tokenizer.chat_')):
         raise InputError(

@@ -248,7 +248,7 @@ class LanguageModel:
 
         fill = search.around(fill, on_candidate if keeps else None)
       filled, num_calls = fill(self.params, key, tokens, is_fixed)
-    warn_of_full(run, filled, fixed)
+    warn_of_full(run, filled, row, fixed)
     show = answer_tokens if is_chat else shown_tokens
     texts = [
       run.tokenizer.decode(show(run, row, fixed), is_start=not is_chat)
@@ -776,17 +776,20 @@ def without_room(
   return take(tokens), take(fixed | is_room)
 
 
-def warn_of_full(run: Run, tokens: np.ndarray, fixed: np.ndarray):
+def warn_of_full(
+  run: Run, tokens: np.ndarray, canvas: np.ndarray, fixed: np.ndarray
+):
   """Warns of gaps of any length that samples [N, n] fill to their last place.
 
-  `fixed` [n] is that of the canvas.
+  `canvas` and `fixed` are those of `lay_out`, [n].
   """
   if not run.sampler.fills_room:
     return
-  borders = np.flatnonzero(np.diff(fixed)) + 1
+  is_room = ~fixed & (canvas == run.tokenizer.separator_id)
+  borders = np.flatnonzero(np.diff(is_room)) + 1
   is_full = np.zeros(len(tokens), bool)
   for places in np.split(np.arange(len(fixed)), borders):
-    if not fixed[places[0]]:
+    if is_room[places[0]]:
       rows = tokens[:, places]
       is_full |= np.all(rows != run.tokenizer.separator_id, axis=1)
   if np.any(is_full):

@@ -175,8 +175,8 @@ def make_canvas(
   if any(is_any) and not fills_room:
     raise InputError(
       f'prompt={prompt!r} has a gap of any length, {{*}}, which this sampler '
-      "does not fill: use {} or {12}, or sampler.name='insert' of models with "
-      "objective.name='flex', or 'expand' with objective.expand=True"
+      "does not fill: use {} or {12}, or sampler.name='insert' or 'expand' of "
+      'a model that was trained for it, by configs/flex.py or flex.py:expand'
     )
   if not fills_masks and not all(is_any):
     raise InputError(

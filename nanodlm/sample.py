@@ -149,7 +149,7 @@ def sample_prompts(
           [len(lms.shown_tokens(model.run, row, fixed[0])) for row in samples],
           ~fixed[0] & (tokens[0] != run.tokenizer.mask_id),
         )
-      lms.warn_of_full(model.run, samples, fixed[0])
+      lms.warn_of_full(model.run, samples, tokens[0], fixed[0])
       values = search.reward(samples, fixed) if search else None
       samples, fixed = lms.without_room(model.run, samples, fixed)
       if not jax.process_index():

@@ -221,22 +221,19 @@ def test_the_most_confident_mask_comes_first(score, is_right):
 
 
 def test_a_gap_of_a_given_length_keeps_it():
-  """Although its first token is the last one of the row, which fills room."""
+  """Although the network prefers the last token of the row, which is room."""
   row = [0, *[FILL] * 4, MASK, MASK, FILL]
   canvas = canvas_of(row, [True, *[False] * 6, True], 20)
 
   def denoise(tokens, level, positions):
     is_two = jnp.sum(tokens[:, 1:5] != FILL, axis=1)[:, None] < 4
     wanted = jnp.where(is_two, MASK, 1)
-    logits = 9.0 * jax.nn.one_hot(
-      jnp.where(positions < 5, wanted, positions - 5), MASK + 1
-    )
-    # It fills that gap first.
+    logits = 9.0 * jax.nn.one_hot(jnp.where(positions < 5, wanted, 1), MASK + 1)
     first = 50.0 * jax.nn.one_hot(jnp.full_like(positions, FILL), MASK + 1)
-    return jnp.where((positions == 5)[..., None], first, logits)
+    return logits + jnp.where((positions == 5)[..., None], first, 0.0)
 
   samples = run(expand.Expand(Draw(MASK), num_masks=1), denoise, canvas)
-  expected = [0, 1, 1, 1, 1, FILL, 1, FILL]
+  expected = [0, *[1] * 6, FILL]
   np.testing.assert_array_equal(samples.tokens, [expected] * 20)
 
 
