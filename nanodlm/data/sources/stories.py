@@ -43,7 +43,7 @@ _RANGE = re.compile(r'(?:(.*):)?(\d+)-(\d+)')
 _WORD = re.compile(r'\{\}|\w+|[^\w\s]')
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class World:
   """What stories are about.
 
@@ -502,10 +502,11 @@ class StoriesSource(base.Source):
       yield start, min(start + base.PART_ROWS, self.stop)
 
   def read(self, part: base.Part) -> Iterator[base.Document]:
-    return (base.document_of(_story(self.world, i)) for i in range(*part))
+    world = WORLDS[self.world]
+    return (base.document_of(_story(world, i)) for i in range(*part))
 
 
 # To prepare text and train a tokenizer reads it three times.
 @functools.lru_cache(NUM_STORIES)
-def _story(world: str, i: int) -> str:
-  return StoriesLaw(WORLDS[world]).sample(0, i)
+def _story(world: World, i: int) -> str:
+  return StoriesLaw(world).sample(0, i)
