@@ -76,11 +76,10 @@ class Expand(Sampler):
       can_two = is_open & (room > 0) & (budget > 0)
       ids = jnp.arange(logits.shape[-1])[None, None]
       is_two = ids == mask_id
-      is_none = (ids == last[..., None]) & is_open[..., None]
-      # A text between gaps of any length does not hold the end of the row.
-      is_end = (ids == last[..., None]) & ~is_open[..., None]
-      is_end &= jnp.any(is_any, axis=1)[:, None, None]
-      barred = is_two & ~can_two[..., None] | is_end
+      # A text with gaps of any length does not hold the last token of the row.
+      is_none = ids == last[..., None]
+      is_none &= jnp.any(is_any, axis=1)[:, None, None]
+      barred = is_two & ~can_two[..., None] | is_none & ~is_open[..., None]
       log_p = categorical.log_prob(
         jnp.where(barred, categorical.NEG_INF, logits), mask_id + 1
       )
@@ -98,7 +97,7 @@ class Expand(Sampler):
       )
       two, none = kind == 0, kind == 1
       new = self.draw.sample(
-        draw_keys, jnp.where(is_none | is_end, categorical.NEG_INF, logits)
+        draw_keys, jnp.where(is_none, categorical.NEG_INF, logits)
       )
       new = jnp.where(none, last, jnp.where(two, mask_id, new))
       score, _ = confidence.measure(self.score, score_keys, log_p, new)
