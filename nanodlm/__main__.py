@@ -131,9 +131,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     _leave_closed_pipe()
   except flags.UnrecognizedFlagError as error:
     others = configs.settings_named(error.flagname, configs.load())
-    # The mode's own section first, such as config.sampler for --mode=sample.
-    others.sort(key=lambda name: not name.startswith(f'config.{mode}'))
-    hint = ' or '.join(f'--{other}' for other in others)
+    # The mode's own section, such as config.sampler for --mode=sample.
+    own = [name for name in others if name.startswith(f'config.{mode}')]
+    hint = ' or '.join(f'--{other}' for other in own or others)
     _exit_with(
       f'--{error.flagname} is not a flag of --mode={mode}; '
       + (

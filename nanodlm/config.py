@@ -347,9 +347,14 @@ def read_run(workdir: str, key: str = 'workdir') -> config_dict.ConfigDict:
   """Returns the config of the run in `workdir`; InputError if there is none."""
   config = read(workdir)
   if config is None:
+    is_folder = pathlib.Path(workdir).is_dir()
     raise InputError(
-      f'{key}={workdir!r} is not the folder of a run: it lacks '
-      f'{workdirs.CONFIG}'
+      f'{key}={workdir!r} '
+      + (
+        f'is not the folder of a run: it lacks {workdirs.CONFIG}'
+        if is_folder
+        else 'does not exist'
+      )
     )
   return config
 
@@ -534,10 +539,13 @@ def vary(
 
 def suggest(key: str, known) -> str:
   """Returns '; did you mean ...?', or the known keys."""
-  close = difflib.get_close_matches(key, list(known), n=1)
-  return (
-    f'; did you mean {close[0]!r}?' if close else f'; known: {sorted(known)}'
-  )
+  return closest(key, known) or f'; known: {sorted(known)}'
+
+
+def closest(name: str, known) -> str:
+  """Returns '; did you mean ...?', or '' if no name is close."""
+  close = difflib.get_close_matches(name, list(known), n=1)
+  return f'; did you mean {close[0]!r}?' if close else ''
 
 
 def settings_named(key: str, config: Any) -> list[str]:

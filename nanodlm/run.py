@@ -365,6 +365,7 @@ def _choose(
   if name not in table:
     raise InputError(
       f'{section}.{key}={name!r} is not one of {[*more, *sorted(table)]}'
+      + configs.closest(name, table)
     )
   return table[name]
 
@@ -763,12 +764,12 @@ def _read_identity(workdir: str, step: int) -> dict[str, Any]:
 
 def check_start(run: Run, workdir: str):
   """Raises InputError unless a run can start from the one in `workdir`."""
+  config: Any = configs.read_run(workdir, 'checkpoint.init_from')
   if not workdirs.has_tokenizer(workdir):
     raise InputError(
       f'checkpoint.init_from={workdir!r} is not the folder of a run: it '
       f'lacks {workdirs.TOKENIZER}'
     )
-  config: Any = configs.read_run(workdir, 'checkpoint.init_from')
   ours, theirs = run.settings.lora, config.lora
   keys = ('rank', 'alpha', 'rslora', 'targets')  # What the adapters compute.
   differing = {key: (theirs[key], ours[key]) for key in keys}
