@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanodlm import config as configs
-from nanodlm import prompts, rewards, searches
+from nanodlm import prompts, rewards, searches, weights
 from nanodlm import run as runs
 from nanodlm.data.tokenizers import chat
 from nanodlm.data.tokenizers.base import Tokenizer
@@ -618,7 +618,7 @@ def load(
   if 'tokenizer.chat_template' in settings.given:
     tokenizer = chat.with_template(tokenizer, settings.tokenizer.chat_template)
   run = run.with_tokenizer(tokenizer)
-  return LanguageModel(run, *runs.load_params(run, workdir, step), workdir)
+  return LanguageModel(run, *weights.load_params(run, workdir, step), workdir)
 
 
 def lay_out(

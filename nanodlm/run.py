@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
-import logging
-import pathlib
 import types
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,22 +9,18 @@ import jax
 
 from nanodlm import config as configs
 from nanodlm import objectives, samplers
-from nanodlm import workdir as workdirs
 from nanodlm.config import Settings
 from nanodlm.data.tokenizers.base import Tokenizer
 from nanodlm.devices import mesh as meshes
-from nanodlm.devices import multihost
 from nanodlm.devices.sharding import Shards, UNSPLIT
 from nanodlm.model import NETWORKS
 from nanodlm.noise import categorical, schedules, times
 from nanodlm.samplers import guidance
 from nanodlm.steps import train as train_steps
 from nanodlm.steps.network import check_batch_size, Scorer
-from nanodlm.training import checkpoint, checksums, optim
+from nanodlm.training import optim
 from nanodlm.training import state as states
 from nanodlm.types import InputError, Network, Objective, Sampler
-
-log = logging.getLogger('nanodlm')
 
 T = TypeVar('T')
 # Stands for the vocabulary until the tokenizer is known.
@@ -105,7 +99,14 @@ class Run:
 
   def num_trained(self) -> int:
     """Returns the number of those that `config.lora` trains."""
-    return sum(leaf.size for leaf in jax.tree.leaves(trained_shapes(self)))
+    return sum(leaf.size for leaf in jax.tree.leaves(self.shapes()[0]))
+
+  def shapes(self) -> tuple[Any, Any]:
+    """Returns the two parts of `Network.split` as sharded abstract arrays."""
+    init = lambda: self.network.split(
+      self.scorer.init_params(jax.random.key(0))
+    )
+    return meshes.shapes_sharded(self.mesh, init)
 
   def with_vocabulary(self, vocab_size: int) -> 'Run':
     """Returns the run of a network with this number of ids, mask included."""
@@ -466,7 +467,7 @@ def _check_network(run: Run):
 def _check_adapters(run: Run):
   """Checks that the network has adapters, if there should be any."""
   lora, name = run.settings.lora, run.settings.model['name']
-  if lora['rank'] and _shapes(run)[1] is None:
+  if lora['rank'] and run.shapes()[1] is None:
     raise InputError(
       f'lora.rank={lora["rank"]!r} does not fit model.name={name!r}, whose '
       'network does not support adapters'
@@ -530,39 +531,6 @@ def check_training(run: Run):
   )
   check_batch_size(
     run.settings.eval.batch_size, run.mesh, key='eval.batch_size'
-  )
-
-
-def check_same_model(run: Run, other: Settings):
-  """Raises InputError unless another run has a model of the same kind.
-
-  Its objective must be the same, up to how training draws times, and its
-  network, up to how it is computed.
-  """
-  ours, theirs = run.objective.evaluation(), make_objective(other).evaluation()
-  theirs = dataclasses.replace(theirs, mask_id=ours.mask_id)  # pyright: ignore
-  lines = _describe_changes(
-    run, other, ('objective.',) * (ours != theirs) + ('model.',)
-  )
-  if lines:
-    raise InputError(
-      f'checkpoint.init_from={run.settings.checkpoint.init_from!r} cannot be '
-      f'what this run starts from with {method_name(run.settings)}.name; they '
-      f'differ in\n{lines}'
-    )
-
-
-def _describe_changes(
-  run: Run, other: Settings, sections: tuple[str, ...]
-) -> str:
-  """Returns the keys that decide on the model and differ, one per line."""
-  changed = configs.differing_keys(other.to_dict(), run.settings.to_dict())
-  return '\n'.join(
-    f'  {key}: {old!r} of that run, {new!r} of this run'
-    for key, (old, new) in changed.items()
-    if key.startswith(sections)
-    and (key.startswith('objective.') or configs.is_bound(key))
-    and key != 'model.dropout'
   )
 
 
@@ -663,164 +631,3 @@ def make_training(run: Run) -> Training:
     run.network, objective, optimizer, settings.seed, ema_decay > 0
   )
   return Training(step, init_state)
-
-
-def load_params(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
-  """Returns the averaged parameters of a workdir's checkpoint, and its step.
-
-  Args:
-    run: the run that they must fit.
-    workdir: workdir of the run that saved them.
-    step: step of the checkpoint. 0 is the last one or, if that is damaged, the
-      one before, with a warning.
-
-  Raises:
-    InputError: there is no such checkpoint, it is damaged or of another shape.
-  """
-  params, found = load_trained(run, workdir, step)
-  if not run.settings.lora['rank']:
-    return params, found
-  meta = checkpoint.read_meta(workdir, found)['data']
-  return states.join(params, load_base(run, meta['base'])[0]), found
-
-
-def load_merged(run: Run, workdir: str) -> tuple[Run, Any, int]:
-  """Returns a run without adapters, its float32 parameters, and their step.
-
-  The adapters of the last checkpoint in `workdir` are added to the weights of
-  checkpoint.init_from, as those were before they were cast.
-  """
-  adapters, found = load_trained(run, workdir)
-  meta = checkpoint.read_meta(workdir, found)['data']
-  base, _ = load_base(run, meta['base'], in_full=True)
-  params = run.network.merge(states.join(adapters, base))
-  return run.without_adapters(), params, found
-
-
-def load_trained(run: Run, workdir: str, step: int = 0) -> tuple[Any, int]:
-  """Returns what `load_params` does, without the base of adapters."""
-  params, found, _ = _restore(run, workdir, trained_shapes(run), step)
-  return params, found
-
-
-def load_base(
-  run: Run, expected: Mapping[str, Any] | None = None, in_full: bool = False
-) -> tuple[Any, dict[str, Any]]:
-  """Returns the frozen parameters of a run with adapters, and their identity.
-
-  They are those of checkpoint.init_from, together with what its objective has
-  learned, if anything.
-
-  Args:
-    run: a run with `config.lora`.
-    expected: the identity that the checkpoint of the run has; None: any.
-    in_full: whether they are float32, instead of what the network uses.
-
-  Raises:
-    InputError: they are not there, do not fit, or are others than `expected`.
-  """
-  saved = run.settings.checkpoint
-  workdir, step = find_base(saved.init_from), saved.init_step
-  if expected is None and workdir != saved.init_from:
-    expected = _read_identity(saved.init_from, step)
-  trained, shapes = _shapes(run)
-  if in_full:
-    shapes = meshes.shapes_sharded(
-      run.mesh,
-      lambda: run.without_adapters().scorer.init_params(jax.random.key(0)),
-    )
-  elif 'objective' in trained:
-    shapes = {**shapes, 'objective': trained['objective']}
-  step = expected['step'] if expected else step
-  base, found, digest = _restore(run, workdir, shapes, step)
-  if in_full:
-    base.pop('objective', None)
-  identity = {'step': found, 'sha256': digest}
-  if expected not in (None, identity):
-    raise InputError(
-      f'checkpoint.init_from={workdir!r}, step {found}, has changed '
-      'since the adapters were trained'
-    )
-  return base, identity
-
-
-def find_base(workdir: str) -> str:
-  """Returns the workdir of the base of adapters in `workdir`.
-
-  That is `workdir` itself if it holds a whole model.
-  """
-  config: Any = configs.read_run(workdir, 'checkpoint.init_from')
-  if not config.lora.rank:
-    return workdir
-  return find_base(config.checkpoint.init_from)
-
-
-def _read_identity(workdir: str, step: int) -> dict[str, Any]:
-  """Returns the identity of the base of adapters; see `load_base`."""
-  with checkpoint.open_manager(workdir, read_only=True) as manager:
-    found = multihost.on_process_0(lambda: checkpoint.find_step(manager, step))
-    return checkpoint.restore_meta(manager, found)['data']['base']
-
-
-def check_start(run: Run, workdir: str):
-  """Raises InputError unless a run can start from the one in `workdir`."""
-  config: Any = configs.read_run(workdir, 'checkpoint.init_from')
-  if not workdirs.has_tokenizer(workdir):
-    raise InputError(
-      f'checkpoint.init_from={workdir!r} is not the folder of a run: it '
-      f'lacks {workdirs.TOKENIZER}'
-    )
-  ours, theirs = run.settings.lora, config.lora
-  keys = ('rank', 'alpha', 'rslora', 'targets')  # What the adapters compute.
-  differing = {key: (theirs[key], ours[key]) for key in keys}
-  differing = {key: x for key, x in differing.items() if x[0] != x[1]}
-  if theirs.rank and differing:
-    raise InputError(
-      f'checkpoint.init_from={workdir!r} holds adapters, which can only be '
-      f'trained further as they are; {{key of lora: (there, here)}} is '
-      f'{differing}. For other adapters, or none, write the whole model with '
-      '--mode=export and read it with --mode=import'
-    )
-  other = configs.make_settings(config)
-  if run.trained is not run.objective:
-    check_same_model(run, other)
-  elif lines := _describe_changes(run, other, ('model.',)):
-    if ours['rank']:
-      raise InputError(
-        f'checkpoint.init_from={workdir!r} cannot be the base of adapters of '
-        f'this run; the networks differ in\n{lines}'
-      )
-    log.warning(
-      'checkpoint.init_from=%r has the weights of another network; they differ '
-      'in\n%s',
-      workdir,
-      lines,
-    )
-
-
-def trained_shapes(run: Run) -> Any:
-  """Returns the parameters that are trained, as sharded abstract arrays."""
-  return _shapes(run)[0]
-
-
-def _shapes(run: Run) -> tuple[Any, Any]:
-  """Returns the two parts of `Network.split` as sharded abstract arrays."""
-  init = lambda: run.network.split(run.scorer.init_params(jax.random.key(0)))
-  return meshes.shapes_sharded(run.mesh, init)
-
-
-def _restore(
-  run: Run, workdir: str, shapes: Any, step: int
-) -> tuple[Any, int, str]:
-  """Returns averaged parameters, the step, and a digest of their files."""
-  directory = pathlib.Path(workdir) / workdirs.CHECKPOINTS
-  if not directory.is_dir():
-    raise InputError(
-      f'{workdir!r} is not the folder of a run: it lacks {workdirs.CHECKPOINTS}'
-    )
-  vocab_size = run.objective.mask_id + 1
-  with checkpoint.open_manager(workdir, read_only=True) as manager:
-    found = multihost.on_process_0(lambda: checkpoint.find_step(manager, step))
-    params = checkpoint.restore_params(manager, shapes, found, vocab_size)
-    item = checkpoint.averaged_item(manager, found)
-  return params, found, checksums.identify(directory / str(found), item)

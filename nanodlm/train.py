@@ -34,7 +34,6 @@ killed).
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
-import dataclasses
 import functools
 import importlib.util
 import logging
@@ -49,7 +48,7 @@ from typing import Any
 import jax
 
 from nanodlm import config as configs
-from nanodlm import evaluate, laws, rollouts, sample
+from nanodlm import evaluate, laws, rollouts, sample, weights
 from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
@@ -149,7 +148,7 @@ def train(
   step = multihost.on_process_0(lambda: checkpoint.find_intact(workdir))
   init_from = settings.checkpoint.init_from if step < 0 else ''
   if init_from:
-    runs.check_start(run, init_from)
+    weights.check_start(run, init_from)
   is_new = not workdirs.has_tokenizer(workdir)
   before = checkpoint.read_meta(workdir, step) if step >= 0 else None
   if is_new:
@@ -160,21 +159,7 @@ def train(
     check_same_text(packed, before, workdir)
   run = run.with_tokenizer(packed.tokenizer)
   training = runs.make_training(run)
-  state: Any = _initial_state(run, training, init_from)
-  origin = {}
-  if settings.lora['rank']:
-    expected = before['data']['base'] if before else None
-    base, identity = runs.load_base(run, expected)
-    state, origin = _with_base(state, base), {'base': identity}
-    source = settings.checkpoint.init_from
-    whole = runs.find_base(source)
-    if init_from and whole != init_from:
-      adapters, first = runs.load_trained(
-        run, init_from, settings.checkpoint.init_step
-      )
-      state = _with_weights(run, state, adapters)
-      log.info('starting from the adapters of %s, step %d', init_from, first)
-    log.info('training adapters of %s, step %d', whole, identity['step'])
+  state, base = weights.init_state(run, training, init_from, before)
   with checkpoint.open_manager(
     workdir,
     max_to_keep=settings.checkpoint.max_to_keep,
@@ -221,7 +206,7 @@ def train(
           make_batches(run, packed, step),
           state,
           training.step,
-          save=functools.partial(_save, manager, run, packed, origin),
+          save=functools.partial(_save, manager, run, packed, base),
           show=_make_show(run, packed, evaluated, writer, caught, workdir),
           progress=Progress(
             settings.train,
@@ -345,56 +330,6 @@ def was_evaluated(workdir: str, step: int) -> bool:
   path = pathlib.Path(workdir) / workdirs.METRICS
   lines = path.read_text().splitlines() if path.exists() else []
   return any(f'"step": {step},' in x and '"eval/nll"' in x for x in lines)
-
-
-def _initial_state(
-  run: Run, training: runs.Training, init_from: str
-) -> TrainState:
-  """Draws the state of step 0, perhaps with the weights of another run."""
-  initial = None
-  if init_from:
-    other = load_tokenizer(init_from)
-    if other.fingerprint != run.tokenizer.fingerprint:
-      raise InputError(
-        f'checkpoint.init_from={init_from!r} has a different tokenizer from '
-        'this run'
-      )
-    if not run.settings.lora['rank']:
-      initial, step = runs.load_params(
-        run, init_from, run.settings.checkpoint.init_step
-      )
-      log.info('starting from the weights of %s, step %d', init_from, step)
-  # The base of adapters is loaded later. XLA does not draw what is not used.
-  init = lambda: dataclasses.replace(training.init_state(), base=None)
-  state: Any = meshes.init_sharded(run.mesh, init)
-  return state if initial is None else _with_weights(run, state, initial)
-
-
-def _with_weights(run: Run, state: Any, params: Any) -> Any:
-  """Returns the state of step 0 that starts from these parameters."""
-  copy = lambda: jax.tree.map(lambda x: x.copy(), params)
-  if state.ema_params is not None:
-    state = state.replace(ema_params=copy())
-  if state.frozen is not None:
-    state = state.replace(frozen=run.trained.init_frozen(params))
-  return state.replace(params=params)
-
-
-def _with_base(state: Any, base: dict[str, Any]) -> Any:
-  """Adds the base of adapters, and what its objective has learned."""
-  learned = base.pop('objective', None)
-  if learned is not None:
-
-    def start(params):
-      copy = jax.tree.map(lambda x: x.copy(), learned)
-      return params and {**params, 'objective': copy}
-
-    state = state.replace(
-      params=start(state.params),
-      ema_params=start(state.ema_params),
-      frozen=start(state.frozen),
-    )
-  return state.replace(base=base)
 
 
 def _write_config(
@@ -619,7 +554,7 @@ def _save(
   manager: Any,
   run: Run,
   packed: PackedData,
-  origin: Mapping[str, Any],
+  base: Mapping[str, Any] | None,
   state: TrainState,
 ):
   step = int(state.step)
@@ -627,7 +562,7 @@ def _save(
     'step': step,
     'example': step * run.settings.train.batch_size,
     'fingerprint': packed.fingerprint,
-    **origin,
+    **({'base': base} if base else {}),
   }
   checkpoint.save(manager, state, run.settings.to_dict(), position)
 

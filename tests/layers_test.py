@@ -19,6 +19,7 @@ CORE = (
   'rewards',
   'searches',
   'run',
+  'weights',
   'lm',
   *STORIES,
 )
@@ -39,7 +40,8 @@ MAY_IMPORT = {
   'training': (*GROUND, 'model', 'workdir'),
   'config': ('types', 'workdir', 'devices', 'data', 'training'),
   'steps': (*GROUND, 'model', 'training', 'show.watch'),
-  'run': (*GROUND, *PARTS, 'workdir', 'config'),
+  'run': (*GROUND, *PARTS, 'config'),
+  'weights': (*GROUND, 'data', 'training', 'workdir', 'config', 'run'),
   'lm': (
     *GROUND,
     *PARTS,
@@ -49,6 +51,7 @@ MAY_IMPORT = {
     'run',
     'searches',
     'show.watch',
+    'weights',
   ),
   **dict.fromkeys(STORIES, (*CORE, 'show.watch')),
   # The command line finds the module of a mode by its name.

@@ -11,8 +11,7 @@ import pytest
 
 from nanodlm import config as configs
 from nanodlm import lm as lms
-from nanodlm import model, train
-from nanodlm import run as runs
+from nanodlm import model, train, weights
 from nanodlm.show import runs as reading
 from nanodlm.types import InputError
 from tests import seams_test, workdirs
@@ -52,7 +51,7 @@ def test_a_checkpoint_holds_adapters_alone(base, adapted):
 
 def test_it_loads_as_the_whole_model(base, adapted):
   lm = lms.load(adapted.workdir)
-  run, params, _ = runs.load_merged(lm.run, adapted.workdir)
+  run, params, _ = weights.load_merged(lm.run, adapted.workdir)
   theirs = lms.load(base).params
   own = saved(adapted.workdir, NUM_STEPS, 'ema_params')
   a, b = (own[f"['last_layer']['mlp_out']['lora_{x}']"] for x in 'ab')
@@ -86,7 +85,7 @@ def test_a_base_in_bfloat16_is_merged_in_float32(base, tmp_path):
   assert train.main(start) == 0
   lm = lms.load(start.workdir)
   assert str(lm.params['layers']['query']['kernel'].dtype) == 'bfloat16'
-  _, params, _ = runs.load_merged(lm.run, start.workdir)
+  _, params, _ = weights.load_merged(lm.run, start.workdir)
   own = saved(start.workdir, 2, 'ema_params')
   a, b = (own[f"['last_layer']['query']['lora_{x}']"] for x in 'ab')
   kernel = lms.load(base).params['last_layer']['query']['kernel']
@@ -232,8 +231,8 @@ def test_adapters_are_trained_further(base, adapted, tmp_path, caplog):
     {'checkpoint.init_from': start.workdir, 'optim.learning_rate': 0.1},
   )
   assert train.main(again) == 0
-  assert runs.find_base(again.workdir) == base
-  merged = runs.load_merged(lms.load(again.workdir).run, again.workdir)[1]
+  assert weights.find_base(again.workdir) == base
+  merged = weights.load_merged(lms.load(again.workdir).run, again.workdir)[1]
   own = saved(again.workdir, 1, 'ema_params')
   a, b = (own[f"['last_layer']['mlp_out']['lora_{x}']"] for x in 'ab')
   kernel = lms.load(base).params['last_layer']['mlp_out']['kernel']

@@ -44,7 +44,7 @@ import jax
 import numpy as np
 
 from nanodlm import config as configs
-from nanodlm import evaluate
+from nanodlm import evaluate, weights
 from nanodlm import lm as lms
 from nanodlm import run as runs
 from nanodlm import workdir as workdirs
@@ -127,9 +127,9 @@ def export_adapters(workdir: str, output: str, family: str = ''):
       )
     run = runs.make_run(settings, refit=True)
     run = run.with_tokenizer(load_tokenizer(workdir))
-    params, step = runs.load_trained(run, workdir)
+    params, step = weights.load_trained(run, workdir)
     form = FAMILIES[convert.choose_family(run, family)]
-    base = runs.find_base(settings.checkpoint.init_from)
+    base = weights.find_base(settings.checkpoint.init_from)
     source = checkpoint.read_origin(base).get('source', '')
     kind = 'its name on the hub'
     if not convert.is_hub_name(source):
@@ -164,7 +164,7 @@ def export_checkpoint(workdir: str, output: str, family: str = ''):
     lm, num_adapted = lms.load(workdir), 0
     if lm.run.settings.lora['rank']:
       num_adapted = lm.run.num_trained()
-      whole, params, _ = runs.load_merged(lm.run, workdir)
+      whole, params, _ = weights.load_merged(lm.run, workdir)
       lm = dataclasses.replace(lm, run=whole, params=params)
     run, params, step = lm.run, lm.params, lm.step
     family = convert.choose_family(run, family)

@@ -25,6 +25,7 @@ import numpy as np
 
 from nanodlm import config as configs
 from nanodlm import run as runs
+from nanodlm import weights
 from nanodlm import workdir as workdirs
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.interop import tensors as tensor_files
@@ -212,7 +213,7 @@ def import_adapters(
   plain = runs.make_run(settings, devices=jax.devices('cpu')[:1], refit=True)
   tokenizer = load_tokenizer(base)
   plain = plain.with_tokenizer(tokenizer)
-  runs.check_start(plain, base)
+  weights.check_start(plain, base)
   if not (folder / TENSORS).is_file():
     raise InputError(f'{folder} lacks {TENSORS}')
   tensors = tensor_files.open_tensors(folder / TENSORS, False)
@@ -242,7 +243,7 @@ def import_adapters(
   settings = configs.make_settings(config, changes)
   run = runs.make_run(settings, devices=jax.devices('cpu')[:1], refit=True)
   run = run.with_tokenizer(tokenizer)
-  wanted = checkpoint.flatten(runs.trained_shapes(run))
+  wanted = checkpoint.flatten(run.shapes()[0])
   params = {}
   for path, values in found.items():
     order = sorted(values, key=lambda i: -1 if i is None else i)
@@ -260,7 +261,7 @@ def import_adapters(
       f'{folder / TENSORS} does not fit {base!r}: {{name: (shape there, shape '
       f'wanted)}} is {differing}'
     )
-  _, identity = runs.load_base(run)
+  _, identity = weights.load_base(run)
   save_tokenizer(tokenizer, work)
   (work / workdirs.CONFIG).write_text(settings.to_json())
   with checkpoint.open_manager(str(work)) as manager:

@@ -9,8 +9,7 @@ import pytest
 
 from nanodlm import config as configs
 from nanodlm import lm as lms
-from nanodlm import run as runs
-from nanodlm import train
+from nanodlm import train, weights
 from nanodlm.interop import convert, export, peft
 from nanodlm.types import InputError
 from tests import workdirs
@@ -67,7 +66,7 @@ def read(base, source, workdir):
 def test_there_and_back(base, tmp_path):
   workdir = read(base, write(tmp_path / 'theirs'), tmp_path / 'run')
   lm, plain, arrays = lms.load(workdir), lms.load(base), adapters()
-  run, params, _ = runs.load_merged(lm.run, workdir)
+  run, params, _ = weights.load_merged(lm.run, workdir)
   merged_lm = dataclasses.replace(lm, run=run, params=params)
   tokens = np.arange(8, dtype=np.int32)
   np.testing.assert_allclose(
