@@ -200,7 +200,7 @@ def test_fine_tune_and_answer(examples):
 
 def test_python(examples):
   _, output = examples[3]
-  # The array takes as many lines as its digits need.
+  # A long array is printed on several lines.
   printed, _, logprobs = output.rpartition('\n[')
   texts, bits_per_byte, choices = printed.splitlines()[-3:]
   assert len(eval(texts)) == 2
