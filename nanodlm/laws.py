@@ -212,12 +212,12 @@ def describe_samples(means: Mapping[str, float], num: int) -> str:
   """Describes the means of `num` samples in one line."""
   share = means['valid_share']
   text = (
-    f'{share * num:.0f} of {num} samples are possible ({share:.1%}, 95% '
-    f'interval {means["valid_share_low"]:.1%} to '
-    f'{means["valid_share_high"]:.1%}), {means["distinct_share"]:.1%} distinct'
+    f'{share * num:.0f} of {num} samples possible ({share:.1%}, 95% interval '
+    f'{means["valid_share_low"]:.1%} to {means["valid_share_high"]:.1%}), '
+    f'{means["distinct_share"]:.1%} distinct'
   )
   if 'law_nats' in means:
-    text += f', {means["law_nats"]:.1f} nats each under the law'
+    text += f'; -log p by the law: {means["law_nats"]:.1f} nats each'
   return text
 
 

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import reprlib
 from typing import Any, NamedTuple
 
 import jax
@@ -564,14 +565,17 @@ class LanguageModel:
         time-conditioned: the expected share of masks for masked noise, the time
         for mixtures. None is the share of masks in each row.
     """
-    ids = np.asarray(tokens, np.int32)
-    rows = np.atleast_2d(ids)
     vocab_size = self.run.network.vocab_size
+    try:
+      ids = np.asarray(tokens, np.int32)
+    except ValueError:  # Text, or rows of different lengths.
+      ids = np.zeros(0, np.int32)
+    rows = np.atleast_2d(ids)
     is_valid = rows.ndim == 2 and rows.size and rows.min() >= 0
     if not is_valid or rows.max() >= vocab_size:
       raise InputError(
-        f'tokens of shape {ids.shape} must be [L] or [B, L] ids below '
-        f'{vocab_size}'
+        f'tokens={reprlib.repr(tokens)} must be ids below {vocab_size}, [L] or '
+        '[B, L]'
       )
     separator = self.tokenizer.separator_id
     if self.run.objective.any_length and np.any(rows[:, -1] != separator):

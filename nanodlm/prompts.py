@@ -229,8 +229,8 @@ def encode_parts(
   if not sees_right and any(isinstance(part, Gap) for part in parts[:-1]):
     raise InputError(
       f'prompt={prompt!r}: a model that reads from left to right (by tokens '
-      'or blocks) only fills a gap at the end; text after a gap needs '
-      'objective.name=masked'
+      'or blocks) only fills a gap at the end; for text after a gap, train a '
+      "model that sees the whole text, such as objective.name='masked'"
     )
   # Ids, the size of a gap, or None for a share of the remaining tokens.
   rows = []

@@ -146,6 +146,11 @@ def train(
   make_batches = _find_batches(run)
   # All processes must see the same, since it decides what they do together.
   step = multihost.on_process_0(lambda: checkpoint.find_intact(workdir))
+  if step > settings.train.num_steps:
+    raise InputError(
+      f'train.num_steps={settings.train.num_steps!r} must be at least {step}, '
+      f'the step that workdir={workdir!r} has reached'
+    )
   init_from = settings.checkpoint.init_from if step < 0 else ''
   if init_from:
     weights.check_start(run, init_from)

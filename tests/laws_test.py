@@ -361,7 +361,7 @@ def test_samples_of_a_run(flat, capsys):
   lm = lms.load(flat).with_sampler({'num_samples': 1})
   sample.sample_prompts(lm, [])
   output = capsys.readouterr().out
-  assert 'word 1 is' in output and '0 of 1 samples are possible' in output
+  assert 'word 1 is' in output and '0 of 1 samples possible' in output
   with open(f'{flat}/samples.jsonl') as file:
     line = json.loads(file.readline())
   assert line['law_nats'] is None and 'word 1' in line['problem']

@@ -342,11 +342,16 @@ def test_logits(masked, ar):
   changed = np.array([1, 2, 3, 9])
   same = ar.logits(np.array([1, 2, 3, 4])), ar.logits(changed)
   np.testing.assert_allclose(same[0], same[1], rtol=1e-5)
-  for wrong in ([[-1]], [mask_id + 1], []):
+  for wrong in ([[-1]], [mask_id + 1], [], 'text', [[1], [2, 3]]):
     with pytest.raises(InputError, match='ids below'):
       masked.logits(wrong)
   with pytest.raises(InputError, match='level=2'):
     masked.logits([1], level=2)
+
+
+def test_a_greedy_draw_reads_no_top_k(masked):
+  with pytest.raises(InputError, match='top_k=5 is ignored'):
+    masked.sample(temperature=0, top_k=5)
 
 
 def test_no_run(tmp_path):

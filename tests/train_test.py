@@ -12,6 +12,7 @@ import pytest
 
 from nanodlm import train
 from nanodlm.training import checksums
+from nanodlm.types import InputError
 from tests.launch_test import arrays, assert_identical, metric_lines
 from tests.seams_test import losses, start_of
 
@@ -123,6 +124,17 @@ def test_a_longer_run_says_how_its_rate_changes(spoilt, caplog):
   expected = {16 + i: cosine(i / 5) / 2 for i in range(5)}
   found = {step: rate for step, rate in rates(start).items() if step > 15}
   assert found == pytest.approx(expected, rel=1e-5)
+  # The config says how many steps were taken.
+  start.config.train.num_steps = 19
+  written = {path: path.read_bytes() for path in files_of(start)}
+  with pytest.raises(InputError, match='num_steps=19 must be at least 20'):
+    train.main(start)
+  assert written == {path: path.read_bytes() for path in files_of(start)}
+
+
+def files_of(start):
+  workdir = pathlib.Path(start.workdir)
+  return [path for path in workdir.rglob('*') if path.is_file()]
 
 
 def diverge(start):

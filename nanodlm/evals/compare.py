@@ -85,9 +85,9 @@ def define_measurements():
   flags.DEFINE_list(
     'samplers',
     None,
-    "Samplers; each run uses those that fit it, for 'auto' the default of its "
-    "objective, which may not be its own, and for 'all' every one that fits. "
-    "By default 'auto' with --judge, otherwise none.",
+    "Samplers; each run uses those that fit it, for 'auto' its own, and for "
+    "'all' every one that fits. By default 'auto' with --judge, otherwise "
+    'none.',
   )
   flags.DEFINE_list(
     'num_steps', ['16', '64', '256'], 'Network calls to try for each sampler.'
@@ -144,10 +144,7 @@ def plan_points(
   # The run's own sampler may have another rule than a number of steps.
   rules = {**request.draw, 'threshold': 0.0, 'entropy_budget': 0.0}
   rules['stop_at_eos'] = False  # Whole canvases are compared.
-  groups = {
-    AUTO: [objective.default_sampler],
-    ALL: runs.fitting_samplers(objective),
-  }
+  groups = {AUTO: [run.sampler_name], ALL: runs.fitting_samplers(objective)}
   names = [
     name for group in request.samplers for name in groups.get(group, [group])
   ]

@@ -166,10 +166,14 @@ class Progress:
     self._writer.write_scalars(step, scalars)
     self._writer.flush()
     if means:
-      bits = means.get('train/bits_per_byte')
-      bits = '' if bits is None else f'{bits:.4f} bits/byte  '
+      loss, text = means['train/loss'], ''
+      nll = means.get('train/nll', loss)
+      if not math.isclose(nll, loss, rel_tol=1e-4):
+        text += f'bound {nll:.4f}  '
+      if 'train/bits_per_byte' in means:
+        text += f'{means["train/bits_per_byte"]:.4f} bits/byte  '
       if 'train/reward' in means:
-        bits += f'reward {means["train/reward"]:.4f}  '
+        text += f'reward {means["train/reward"]:.4f}  '
       num_steps = self._train.num_steps
       speed = ''
       if has_rate:
@@ -177,7 +181,7 @@ class Progress:
         speed = f'{rate:,.0f} tokens/s' + f'  {left} left' * (step < num_steps)
       log.info(
         f'step {step:{len(str(num_steps))}}/{num_steps}  '
-        f'loss {means["train/loss"]:.4f} nats/token  {bits}{speed}'.rstrip()
+        f'loss {loss:.4f} nats/token  {text}{speed}'.rstrip()
       )
     self._sums = []
     self.restart_clock()
