@@ -37,6 +37,8 @@ def parse_sampler(text: str) -> dict[str, Any]:
   Numbers and truth values are converted, and checked by `Run.with_sampler`.
   """
   name, _, rest = text.partition(':')
+  if '=' in name or ';' in name:
+    raise InputError('settings are written NAME:KEY=VALUE;KEY=VALUE')
   changes: dict[str, Any] = {'name': name}
   for pair in rest.split(';') if rest else ():
     key, equals, value = map(str.strip, pair.partition('='))
@@ -330,8 +332,8 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs, rewards):
     lines.append(line)
   num_filled = int(np.sum(~fixed))
   print(
-    f'--- filled {num_filled} of {tokens.size} tokens in {int(num_calls)} '
-    f'network calls, {lms.tokens_per_call(fixed, num_calls):.2f} tokens of a '
+    f'--- tokens filled: {num_filled} of {tokens.size}, network calls: '
+    f'{int(num_calls)}, {lms.tokens_per_call(fixed, num_calls):.2f} tokens of a '
     f'text per call, {secs:.1f} s with compilation',
     flush=True,
   )

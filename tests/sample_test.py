@@ -34,6 +34,8 @@ def test_split_samplers(text, parts):
 
 
 def test_parse_sampler():
+  with pytest.raises(InputError, match='NAME:KEY=VALUE'):
+    sample.parse_sampler('confidence;temperature=0.3')
   assert sample.parse_sampler('confidence:threshold=0.9; num_steps=0') == {
     'name': 'confidence',
     'threshold': 0.9,
