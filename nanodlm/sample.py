@@ -333,8 +333,9 @@ def _report(lm, law, prompt, tokens, fixed, num_calls, label, secs, rewards):
   num_filled = int(np.sum(~fixed))
   print(
     f'--- tokens filled: {num_filled} of {tokens.size}, network calls: '
-    f'{int(num_calls)}, {lms.tokens_per_call(fixed, num_calls):.2f} tokens of a '
-    f'text per call, {secs:.1f} s with compilation',
+    f'{int(num_calls)}, tokens of a text per call: '
+    f'{lms.tokens_per_call(fixed, num_calls):.2f}, {secs:.1f} s with '
+    'compilation',
     flush=True,
   )
   if rewards is not None:
