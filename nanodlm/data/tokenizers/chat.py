@@ -14,7 +14,6 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
 from nanodlm.data.tokenizers import sandbox
@@ -256,7 +255,7 @@ class ChatFormat:
   def __init__(
     self, template: str, controls: Mapping[str, int], separator_id: int
   ):
-    self._template = _compile(template)
+    self._template = template
     self._controls = controls
     self._eos = next(x for x, i in controls.items() if i == separator_id)
     names = sorted(controls, key=len, reverse=True)
@@ -300,7 +299,8 @@ class ChatFormat:
 
   def _render(self, messages: Sequence[Message], generation: bool) -> str:
     try:
-      return self._template.render(
+      return sandbox.render(
+        self._template,
         messages=messages,
         add_generation_prompt=generation,
         # Undefined, "tools is not none" would hold.
@@ -309,14 +309,8 @@ class ChatFormat:
         eos_token=self._eos,
         bos_token='',
       )
-    # A template can fail in any way that Python can.
-    except Exception as error:
-      what = 'refuses' if isinstance(error, sandbox.Refusal) else 'cannot write'
-      known = sandbox.Refusal, sandbox.Excess, jinja2.TemplateError
-      kind = '' if isinstance(error, known) else f'{type(error).__name__}: '
-      raise InputError(
-        f'the chat template {what} the conversation ({kind}{error})'
-      ) from error
+    except sandbox.TemplateError as error:
+      raise InputError(f'the chat template {error}') from error
 
   def _guard(self, text: str, guard: str, wall: str) -> str:
     """Marks what could be a part of a control token once it is written.
@@ -410,27 +404,3 @@ class ChatFormat:
       join(sizes, np.int64),
       num_lost,
     )
-
-
-# What compiling a text that is not a template raises.
-_UNCOMPILED = (
-  jinja2.TemplateError,
-  MemoryError,
-  RecursionError,
-  SyntaxError,
-  ValueError,
-)
-
-
-@functools.lru_cache(maxsize=64)
-def _compile(template: str) -> sandbox.Template:
-  """Compiles a template as published ones expect."""
-  try:
-    return sandbox.Template(template)
-  except sandbox.Excess as error:
-    raise InputError(f'the chat template is too long: {error}') from error
-  # Python compiles it, and has limits of its own.
-  except _UNCOMPILED as error:
-    raise InputError(
-      f'the chat template is not a Jinja template: {reason(error)}'
-    ) from error
