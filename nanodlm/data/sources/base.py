@@ -105,7 +105,7 @@ class Source(abc.ABC):
     spec: the config.data.source it was made from.
   """
 
-  forms: ClassVar[tuple[str, ...]]
+  forms: ClassVar[tuple[str, ...]] = ()
   is_tokens: ClassVar[bool] = False
   is_pairs: ClassVar[bool] = False
   is_chat: ClassVar[bool] = False
