@@ -273,8 +273,8 @@ def escape_controls(text: str) -> str:
   return _CONTROLS.sub(lambda match: f'‹U+{ord(match.group()):04X}›', text)
 
 
-def utf8(text: str) -> bytes:
-  """Returns the UTF-8 bytes of `text`.
+def utf8(text: str, what: str = 'the text') -> bytes:
+  """Returns the UTF-8 bytes of `text`, which errors call `what`.
 
   Raises:
     InputError: the text holds half of a surrogate pair.
@@ -283,6 +283,6 @@ def utf8(text: str) -> bytes:
     return text.encode()
   except UnicodeEncodeError as error:
     raise InputError(
-      f'the text holds {text[error.start]!r} at character {error.start}, '
-      'half of a surrogate pair, which UTF-8 cannot represent'
+      f'{what} holds {text[error.start]!r} at character {error.start}, '
+      'half of a surrogate pair; write it as one character'
     ) from error
