@@ -265,7 +265,7 @@ def _write_conversations(job: Job, task: Task, file: Any) -> Iterator[int]:
     try:
       encoded = chat_format.encode(job.tokenizer, document.messages).to_score()
     except InputError as error:
-      raise job.source.error(f'{document.place}: {error}') from error
+      raise job.source.error(f'{document.place()}: {error}') from error
     num = len(encoded.ids)
     records = job.records(encoded.ids, encoded.num_bytes)
     records['marks'] = np.where(encoded.scored, 0, GIVEN) + END * encoded.ends

@@ -158,6 +158,11 @@ def prepare_parts(
     dataclasses.replace(data_config, source=source)
     for _, source in sources.parse_mixture(data_config.source)
   ]
+  if len(configs) > 1 and getattr(tokenizer_config, 'is_trained', False):
+    raise InputError(
+      f"tokenizer.path='' trains a model on the source, but data.source="
+      f'{data_config.source!r} has several; name a model'
+    )
   make = lambda config, *elsewhere: _prepare_one(
     config, tokenizer_config, engine or encoder.ThisProcess(), whole, *elsewhere
   )
@@ -178,17 +183,8 @@ def _prepare(
   whole: str = '',
 ) -> PackedData:
   """Prepares a source or a mixture."""
-  is_mixture = len(sources.parse_mixture(data_config.source)) > 1
-  if is_mixture and getattr(tokenizer_config, 'is_trained', False):
-    raise InputError(
-      f"tokenizer.path='' trains a model on the source, but data.source="
-      f'{data_config.source!r} has several; name a model'
-    )
   parts = prepare_parts(data_config, tokenizer_config, engine, whole)
-  all_packed = list(parts.values())
-  if not is_mixture:
-    return all_packed[0]
-  return packed_data.mix(data_config.source, all_packed)
+  return packed_data.mix(data_config.source, [*parts.values()])
 
 
 def _prepare_one(
@@ -361,17 +357,14 @@ def _build(
 
 def _totals(tables: Sequence[np.ndarray]) -> dict[str, int]:
   """Counts all that was read, including separators and what is dropped."""
-  # A document that is cut between the splits is one document.
-  totals = {
-    key: sum(int(table[column].sum()) for table in tables)
-    for key, column in (
-      ('num_documents', 'num_ends'),
-      ('num_tokens', 'num_tokens'),
-      ('num_bytes', 'num_bytes'),
-      ('num_lost_bytes', 'num_lost_bytes'),
-    )
+  total = lambda column: sum(int(table[column].sum()) for table in tables)
+  return {
+    # A document that is cut between the splits is one document.
+    'num_documents': max(total('num_ends'), 1),
+    'num_tokens': total('num_tokens'),
+    'num_bytes': total('num_bytes'),
+    'num_lost_bytes': total('num_lost_bytes'),
   }
-  return {**totals, 'num_documents': max(totals['num_documents'], 1)}
 
 
 def _write_manifest(

@@ -59,11 +59,11 @@ class Conversation(Document):
   """A conversation, whose pieces are what is said.
 
   Attributes:
-    place: the file and the line, for messages.
+    place: returns the file and the line, for messages.
     messages: dicts with 'role' and 'content'.
   """
 
-  place: str = ''
+  place: Callable[[], str] = str
   messages: tuple[Mapping[str, Any], ...] = ()
 
 
