@@ -133,7 +133,7 @@ class Task:
 class Engine(abc.ABC):
   """What runs the work; the result is the same with each."""
 
-  num_threads: int  # That encode in each process; see Job.
+  num_threads = 1  # That encode in each process; see Job.
 
   @abc.abstractmethod
   def map(self, function: Callable[[Any], None], tasks: Sequence) -> Iterator:
@@ -331,11 +331,10 @@ def _write_ids(job: Job, task: Task, file: Any) -> Iterator[int]:
   yield from (0, num_bytes, 0, num_tokens, 0, num_ends)
 
 
-@dataclasses.dataclass(frozen=True)
 class ThisProcess(Engine):
   """Encodes with the threads of this process."""
 
-  num_threads: int = 0
+  num_threads = 0
 
   def map(self, function: Callable[[Any], None], tasks: Sequence) -> Iterator:
     for task in tasks:
@@ -348,7 +347,6 @@ class Workers(Engine):
   """Encodes with `num_workers` >= 1 processes of this machine."""
 
   num_workers: int
-  num_threads: int = 1
 
   def map(self, function: Callable[[Any], None], tasks: Sequence) -> Iterator:
     others = set(multiprocessing.active_children())
@@ -404,7 +402,6 @@ class Beam(Engine):
   """Encodes with Apache Beam and options such as 'runner=FlinkRunner'."""
 
   options: tuple[str, ...]
-  num_threads: int = 1
 
   def __post_init__(self):
     try:

@@ -174,9 +174,7 @@ def _check_files(split: Any, num_rows: int) -> list[tuple[pathlib.Path, int]]:
 
 
 def _damaged(path: pathlib.Path, text: str) -> InputError:
-  folder = path
-  while folder.name != NAME:
-    folder = folder.parent
+  folder = next(folder for folder in path.parents if folder.name == NAME)
   return InputError(
     f'prepared data {path} is damaged ({text}). Delete '
     f'{folder.parent}, and the next start prepares it again'

@@ -117,8 +117,6 @@ def prepare(
 class Prepared(encoder.Engine):
   """Only opens prepared data; InputError if a part must be encoded."""
 
-  num_threads = 1
-
   def map(self, function: Callable[[Any], None], tasks: Sequence) -> Iterator:
     raise InputError('the text is not prepared')
 

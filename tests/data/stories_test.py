@@ -13,7 +13,6 @@ from nanodlm.types import InputError
 
 TINY = stories.World(
   girls=('Ada', 'Bella'),
-  boys=('Adam',),
   children=(('Ada', 'Bella', 'Adam'),) * 2,
   things=(('ball', 'cup'),) * 2,
   colors=('red', 'blue'),
@@ -137,7 +136,7 @@ def test_worlds(world):
   assert all(4 <= text.count('.') <= 8 for text in texts)
   bits = np.array([-law.log_prob(text) / math.log(2) for text in texts])
   assert 20 < bits.mean() < 60
-  names = (*world.girls, *world.boys)
+  names = {*world.children[0], *world.children[1]}
   for text in texts:
     assert sum(name in text.split() for name in names) == 2
 

@@ -48,7 +48,7 @@ class World:
   """What stories are about.
 
   Attributes:
-    girls, boys: names.
+    girls: the names that are those of girls.
     children: the names of the first and of the second child, who are different.
     things: nouns for what the first and the second have, which is different.
     colors, paints: adjectives for what a thing is, and becomes if painted.
@@ -59,7 +59,6 @@ class World:
   """
 
   girls: tuple[str, ...]
-  boys: tuple[str, ...]
   children: tuple[tuple[str, ...], tuple[str, ...]]
   things: tuple[tuple[str, ...], tuple[str, ...]]
   colors: tuple[str, ...]
@@ -100,7 +99,6 @@ _PLACES = {
 }
 LARGE = World(
   girls=_GIRLS,
-  boys=_BOYS,
   children=((*_GIRLS, *_BOYS), (*_GIRLS, *_BOYS)),
   things=(_THINGS, _THINGS),
   colors=_COLORS,
