@@ -185,11 +185,8 @@ def spread_rows(
   the same: neighbouring rows are often of one document, and the rows of a
   mixture are interleaved, so that equal distances could meet one source alone.
 
-  Args:
-    num_rows: number of rows to choose from.
-    max_examples: number of rows to choose; 0 is all.
-    num_together: rows that belong together. Whole groups are chosen, at least
-      one.
+  Of `num_rows`, `max_examples` are chosen; 0 is all. Of each `num_together`
+  rows, which belong together, all or none are, and at least one group is.
   """
   num_groups, num = num_rows // num_together, max_examples // num_together
   num = min(max(num, 1), num_groups) if max_examples else num_groups

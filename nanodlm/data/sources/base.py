@@ -117,12 +117,10 @@ class Source(abc.ABC):
   @classmethod
   @abc.abstractmethod
   def make(cls, spec: str, name: str, data_dir: str) -> 'Source':
-    """Makes the source of config.data.source.
+    """Makes the source of config.data.source, `spec`.
 
-    Args:
-      spec: config.data.source.
-      name: the part of `spec` after the kind and its colon.
-      data_dir: a folder that may hold datasets or downloads.
+    `name` is what follows the kind and its colon in it. `data_dir` is a folder
+    that may hold datasets or downloads.
 
     Raises:
       InputError: it names nothing that exists.

@@ -172,10 +172,8 @@ class Tokenizer(abc.ABC):
 
     They add up to those of the text, also if the tokenizer changes it.
 
-    Args:
-      text: the text.
-      ids: encode(text), or encode_rest(text) if not is_start.
-      is_start: whether the text begins a document.
+    `ids` are those of encode(text) if the text begins a document, `is_start`,
+    and otherwise of encode_rest(text).
     """
     del text, is_start
     return self.num_bytes[ids]
