@@ -16,7 +16,7 @@ given, too. Of several answers in a conversation, such a network sees what
 follows an earlier one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import itertools
 import math
 import sys
@@ -75,22 +75,23 @@ def make_train_iterator(
   rates = data_config.clean_prefix_rate, data_config.clean_infill_rate
   num_together = data_config.num_alternatives
   stream: Any = _shuffled(packed, seed, num_together)
-  read: Callable[[Any], dict[str, Any]] = packed.train.__getitem__
-  if data_config.crop == 'random':
+  is_random = data_config.crop == 'random'
+  if is_random:
     # The generator of random_map depends only on (seed, global index).
     stream = stream.random_map(
       lambda row, rng: (row, int(rng.integers(packed.length)))
     )
-    read = lambda place: _read_crop(packed, *place)
+
+  def read(i: int) -> dict[str, Any]:
+    if is_random:
+      return _read_crop(packed, *stream[i])
+    group, i = divmod(i, num_together)
+    return packed.train[stream[group] * num_together + i]
 
   def batch_of(step: int) -> Batch:
     first = step * batch_size
     indices = range(first + rows.start, first + rows.stop)
-    if num_together > 1:
-      rows_of = lambda i: stream[i // num_together] * num_together
-      examples = [read(rows_of(i) + i % num_together) for i in indices]
-    else:
-      examples = [read(stream[i]) for i in indices]
+    examples = [read(i) for i in indices]
     batch = _stack(examples, len(indices), packed, data_config)
     if not any(rates):
       return batch
