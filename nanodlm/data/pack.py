@@ -68,9 +68,7 @@ class Stream:
   def num_tokens(self) -> int:
     """The number of tokens; including the separators that fill rows."""
     if self.fills_rows:
-      return self.length * int(
-        self.ranges[-1, 4] + 1 if len(self.ranges) else 0
-      )
+      return self.length * (int(self.ranges[:, 4].max(initial=-1)) + 1)
     return int((self.ranges[:, 2] - self.ranges[:, 1]).sum())
 
   @property
