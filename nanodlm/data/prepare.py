@@ -406,13 +406,6 @@ def define_flags():
 def main(start: Any) -> int:
   """Runs --mode=prepare, which packs the text of a config before training."""
   settings, _ = start.resolve()
-  packed = prepare(settings.data, settings.tokenizer, engine=_make_engine())
-  _log.info(f'prepared: {", ".join(packed.folders)}')
-  return 0
-
-
-def _make_engine() -> encoder.Engine:
-  """Returns what encodes the text, as the flags say."""
   workers, options = flags.FLAGS.prepare_workers, flags.FLAGS.beam_options
   if flags.FLAGS.prepare_engine == 'beam':
     if workers:
@@ -420,7 +413,11 @@ def _make_engine() -> encoder.Engine:
         f'--prepare_workers={workers} is ignored with --prepare_engine=beam, '
         'whose runner has options of its own'
       )
-    return encoder.Beam(tuple(options))
-  if options:
+    engine = encoder.Beam(tuple(options))
+  elif options:
     raise InputError(f'--beam_options={options} needs --prepare_engine=beam')
-  return encoder.Workers(workers) if workers else encoder.ThisProcess()
+  else:
+    engine = encoder.Workers(workers) if workers else encoder.ThisProcess()
+  packed = prepare(settings.data, settings.tokenizer, engine)
+  _log.info(f'prepared: {", ".join(packed.folders)}')
+  return 0
