@@ -316,7 +316,7 @@ def _prepare_for_another_source(data: Any, changes: Mapping[str, Any]):
     data.crop = 'chunk'
   data.update(clean_prefix_rate=0.0, clean_infill_rate=0.0)
   cls = sources.find_class(changes['data.source'])
-  if data.crop != 'document' and not (cls and (cls.is_pairs or cls.is_chat)):
+  if data.crop != 'document' and not (cls.is_pairs or cls.is_chat):
     data.update(padding='eos', long_documents='drop')
   if data.eval_source and 'data.eval_source' not in changes:
     data.eval_source = ''

@@ -323,7 +323,7 @@ def open_text(lm: LanguageModel) -> Text:
     data = dataclasses.replace(data, source=trained.source)
     keys = ['eval_fraction', 'eval_tokens', 'test_tokens']
     classes = map(sources.find_class, mixture)
-    if any(cls and cls.is_tokens for cls in classes):
+    if any(cls.is_tokens for cls in classes):
       keys.append('length')  # Token ids are divided between two rows.
     is_split = all(getattr(data, key) == getattr(trained, key) for key in keys)
     # A tokenizer trained on another part of the text would be another one.

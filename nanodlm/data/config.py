@@ -1,7 +1,7 @@
 """The checked settings of `config.data` and `config.tokenizer`."""
 
 import dataclasses
-from typing import Literal
+from typing import get_args, Literal
 
 from nanodlm.data import sources, tokenizers
 from nanodlm.types import check_at_least, InputError
@@ -30,20 +30,17 @@ class DataConfig:
   @property
   def is_pairs(self) -> bool:
     """Whether a row is a prompt and its response."""
-    cls = sources.find_class(self.source)
-    return cls is not None and cls.is_pairs
+    return sources.find_class(self.source).is_pairs
 
   @property
   def num_alternatives(self) -> int:
     """Number of consecutive rows that belong together; see `sources.base`."""
-    cls = sources.find_class(self.source)
-    return 1 if cls is None else cls.num_alternatives
+    return sources.find_class(self.source).num_alternatives
 
   @property
   def is_chat(self) -> bool:
     """Whether a row has whole conversations."""
-    cls = sources.find_class(self.source)
-    return cls is not None and cls.is_chat
+    return sources.find_class(self.source).is_chat
 
   @property
   def fills_rows(self) -> bool:
@@ -59,23 +56,18 @@ class DataConfig:
     check_at_least(2, self, 'data', 'length')
     check_at_least(1, self, 'data', 'prefetch_batches', 'num_threads')
     check_at_least(0, self, 'data', 'eval_tokens', 'test_tokens')
-    for key, *allowed in (
-      ('crop', 'chunk', 'random', 'document'),
-      ('long_documents', 'drop', 'cut', 'refuse'),
-      ('padding', 'eos', 'masked'),
-    ):
-      self._check(
-        key, getattr(self, key) in allowed, f'is not one of {allowed}'
-      )
+    for field in dataclasses.fields(self):
+      if allowed := [*get_args(field.type)]:
+        is_allowed = getattr(self, field.name) in allowed
+        self._check(field.name, is_allowed, f'is not one of {allowed}')
     sources.parse_mixture(self.source)
     if self.eval_source:
       sources.parse_mixture(self.eval_source, 'data.eval_source')
-      cls = sources.find_class(self.eval_source)
+      own, other = map(sources.find_class, (self.source, self.eval_source))
       self._check(
         'eval_source',
-        self.is_pairs == bool(cls and cls.is_pairs)
-        and self.is_chat == bool(cls and cls.is_chat)
-        and self.num_alternatives == (cls.num_alternatives if cls else 1),
+        (own.is_pairs, own.is_chat, own.num_alternatives)
+        == (other.is_pairs, other.is_chat, other.num_alternatives),
         f'and data.source={self.source!r} must both be pairs, both be '
         'preferences, both be conversations, or none of these',
       )
@@ -134,10 +126,9 @@ class DataConfig:
     text = f'is not allowed {where}: a row is a single document or pair'
     self._check('segment_ids', not self.segment_ids, text)
     for _, source in sources.parse_mixture(self.source):
-      cls = sources.find_class(source)
       self._check(
         'crop',
-        not (cls and cls.is_tokens),
+        not sources.find_class(source).is_tokens,
         f'does not apply to {source!r}: rows of ids are not documents',
       )
 

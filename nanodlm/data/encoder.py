@@ -7,7 +7,6 @@ with any number of workers leaves the same files.
 """
 
 import abc
-import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import process
@@ -54,6 +53,7 @@ DOCUMENT = np.dtype(
     ('num_ends', np.int64),
   ]
 )
+Row = tuple[int, ...]  # The values of these fields.
 
 # Marks of a token of a conversation: it is not scored; it ends a turn that is;
 # it is the first one of a conversation, or of what fills the row after it; it
@@ -68,8 +68,6 @@ class Job:
   """What all parts share; it can be pickled.
 
   Attributes:
-    source: the source.
-    tokenizer: the tokenizer.
     folder: where the files are written; the same for all workers.
     num_threads: threads that encode in each process; 0 is one for each core.
   """
@@ -133,7 +131,7 @@ class Task:
 class Engine(abc.ABC):
   """What runs the work; the result is the same with each."""
 
-  num_threads: int  # That encode in each process; see Job.
+  num_threads = 1  # That encode in each process; see Job.
 
   @abc.abstractmethod
   def map(self, function: Callable[[Any], None], tasks: Sequence) -> Iterator:
@@ -144,10 +142,7 @@ class Engine(abc.ABC):
 
 
 def encode(job: Job, tasks: Sequence[Task], engine: Engine) -> list[np.ndarray]:
-  """Encodes the parts that are not finished yet.
-
-  Returns:
-    The table of each part, an array of DOCUMENT.
+  """Encodes the parts that are not finished; returns the table of each part.
 
   Raises:
     InputError: the source is damaged, or a worker was lost.
@@ -199,10 +194,9 @@ def encode_part(job: Job, task: Task) -> None:
   with open(partial, 'wb') as file:
     write = _write_ids if job.source.is_tokens else _write_documents
     write = _write_conversations if job.source.is_chat else write
-    table = array.array('Q', write(job, task, file))
+    documents = np.fromiter(write(job, task, file), DOCUMENT)
   os.replace(partial, path)
   with open(partial, 'wb') as file:
-    documents = np.array(table, np.uint64).view(DOCUMENT)
     np.savez(file, documents=documents, task=repr(task))
   os.replace(partial, path.with_suffix('.npz'))
 
@@ -222,7 +216,7 @@ def _read_table(job: Job, task: Task) -> np.ndarray | None:
     return None
 
 
-def _write_documents(job: Job, task: Task, file: Any) -> Iterator[int]:
+def _write_documents(job: Job, task: Task, file: Any) -> Iterator[Row]:
   """Writes documents, each followed by a separator; yields their table."""
   tokenizer, separator = job.tokenizer, np.array([job.tokenizer.separator_id])
   digest = None  # None: the next piece begins a document.
@@ -252,29 +246,28 @@ def _write_documents(job: Job, task: Task, file: Any) -> Iterator[int]:
           rest = np.array([num_bytes - num_counted])
           file.write(job.records(separator, rest).tobytes())
           num_tokens += 1
-        yield int.from_bytes(digest.digest(), 'little')
+        own_hash = int.from_bytes(digest.digest(), 'little')
         num_ends = int(is_end and task.stop is None)
-        yield from (num_bytes, num_lost, num_tokens, prompt_length, num_ends)
+        yield own_hash, num_bytes, num_lost, num_tokens, prompt_length, num_ends
         digest = None
 
 
-def _write_conversations(job: Job, task: Task, file: Any) -> Iterator[int]:
+def _write_conversations(job: Job, task: Task, file: Any) -> Iterator[Row]:
   """Writes conversations up to their last scored turn; yields their table."""
   chat_format = chat.make_format(job.tokenizer)
   for document in job.source.read(task.part):
     try:
       encoded = chat_format.encode(job.tokenizer, document.messages).to_score()
     except InputError as error:
-      raise job.source.error(f'{document.place}: {error}') from error
-    num = len(encoded.ids)
+      raise job.source.error(f'{document.place()}: {error}') from error
     records = job.records(encoded.ids, encoded.num_bytes)
     records['marks'] = np.where(encoded.scored, 0, GIVEN) + END * encoded.ends
     records['marks'][0] += START
     file.write(records.tobytes())
     said = ''.join(document.open()).encode()
     digest = hashlib.blake2b(said, digest_size=8).digest()
-    yield int.from_bytes(digest, 'little')
-    yield from (len(said), encoded.num_lost, num, 0, 1)
+    own_hash = int.from_bytes(digest, 'little')
+    yield own_hash, len(said), encoded.num_lost, len(records), 0, 1
 
 
 def cut(pieces: Iterable[str], start: int, stop: int | None) -> Iterator[str]:
@@ -311,7 +304,7 @@ def _batches(job: Job, task: Task) -> Iterator[list[tuple[str, bool, bool]]]:
     yield batch
 
 
-def _write_ids(job: Job, task: Task, file: Any) -> Iterator[int]:
+def _write_ids(job: Job, task: Task, file: Any) -> Iterator[Row]:
   """Writes rows of ids unchanged, if the tokenizer has all of them."""
   num_bytes = num_tokens = num_ends = 0
   num_ids = job.tokenizer.mask_id
@@ -328,14 +321,13 @@ def _write_ids(job: Job, task: Task, file: Any) -> Iterator[int]:
     num_tokens += rows.ids.size
     num_bytes += int(sizes.sum())
     num_ends += int((rows.ids == job.tokenizer.separator_id).sum())
-  yield from (0, num_bytes, 0, num_tokens, 0, num_ends)
+  yield 0, num_bytes, 0, num_tokens, 0, num_ends
 
 
-@dataclasses.dataclass(frozen=True)
 class ThisProcess(Engine):
   """Encodes with the threads of this process."""
 
-  num_threads: int = 0
+  num_threads = 0
 
   def map(self, function: Callable[[Any], None], tasks: Sequence) -> Iterator:
     for task in tasks:
@@ -348,7 +340,6 @@ class Workers(Engine):
   """Encodes with `num_workers` >= 1 processes of this machine."""
 
   num_workers: int
-  num_threads: int = 1
 
   def map(self, function: Callable[[Any], None], tasks: Sequence) -> Iterator:
     others = set(multiprocessing.active_children())
@@ -404,7 +395,6 @@ class Beam(Engine):
   """Encodes with Apache Beam and options such as 'runner=FlinkRunner'."""
 
   options: tuple[str, ...]
-  num_threads: int = 1
 
   def __post_init__(self):
     try:

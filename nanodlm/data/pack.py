@@ -68,9 +68,7 @@ class Stream:
   def num_tokens(self) -> int:
     """The number of tokens; including the separators that fill rows."""
     if self.fills_rows:
-      return self.length * int(
-        self.ranges[-1, 4] + 1 if len(self.ranges) else 0
-      )
+      return self.length * (int(self.ranges[:, 4].max(initial=-1)) + 1)
     return int((self.ranges[:, 2] - self.ranges[:, 1]).sum())
 
   @property
@@ -257,16 +255,15 @@ def make_streams(
       f'{stream.num_tokens} tokens in {name}'
       for name, stream in streams.items()
     )
-    split_advice = (
-      ', or another data.eval_fraction (now '
-      f'{data_config.eval_fraction}) or data.eval_tokens '
-      f'({data_config.eval_tokens})'
-    )
+    advice = f'data.length<={shortest} or more text'
+    if len(streams) > 1:
+      advice += (
+        f', or another data.eval_fraction (now {data_config.eval_fraction}) or '
+        f'data.eval_tokens ({data_config.eval_tokens})'
+      )
     raise InputError(
       f'data.length={length} is longer than the text: there are {sizes}. Use '
-      f'data.length<={shortest} or more text'
-      + split_advice
-      * (len(streams) > 1)
+      + advice
     )
   return streams
 
@@ -392,9 +389,9 @@ def write(
   shards = {}
   for name, stream in streams.items():
     parts = stream.shards()
-    path = target / f'{NAME}-{name}.array_record'
+    file = f'{NAME}-{name}.array_record'
     shards[name] = [
-      (part, pathlib.Path(f'{path}-{i:05d}-of-{len(parts):05d}'))
+      (part, target / f'{file}-{i:05d}-of-{len(parts):05d}')
       for i, part in enumerate(parts)
     ]
   blank = dataclasses.replace(
@@ -407,22 +404,23 @@ def write(
   ]
   for _ in engine.map(functools.partial(_write_shard, blank), tasks):
     pass
-  job, length = blank.job, blank.length
-  features = {
-    # Encoding.BYTES stores the ids as they are in memory.
-    'tokens': tfds.features.Tensor(
-      shape=(length,), dtype=job.dtype, encoding=tfds.features.Encoding.BYTES
-    ),
+  job = blank.job
+
+  def row_of(dtype: Any) -> tfds.features.Tensor:
+    # Encoding.BYTES stores the numbers as they are in memory.
+    encoding = tfds.features.Encoding.BYTES
+    return tfds.features.Tensor(
+      shape=(blank.length,), dtype=dtype, encoding=encoding
+    )
+
+  features: dict[str, Any] = {
+    'tokens': row_of(job.dtype),
     'num_bytes': tfds.features.Scalar(np.int32),
   }
   if not job.tokenizer.is_lossless:
-    features['token_bytes'] = tfds.features.Tensor(
-      shape=(length,), dtype=np.uint32, encoding=tfds.features.Encoding.BYTES
-    )
+    features['token_bytes'] = row_of(np.uint32)
   if job.source.is_chat:
-    features['marks'] = tfds.features.Tensor(
-      shape=(length,), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
-    )
+    features['marks'] = row_of(np.uint8)
   if has_documents:
     features['prompt_length'] = tfds.features.Scalar(np.int32)
   with quiet_tfds():

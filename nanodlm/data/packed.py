@@ -68,18 +68,15 @@ class PackedRows:
       ends = np.cumsum([num_rows for _, num_rows in self.files])
       path, _ = self.files[int(np.searchsorted(ends, i, 'right'))]
       raise _damaged(path, reason(error)) from error
-    features = Example.FromString(record).features.feature
-    tokens = np.frombuffer(features['tokens'].bytes_list.value[0], self.dtype)
-    row: dict[str, Any] = {'tokens': tokens.astype(np.int32)}
-    if 'token_bytes' in features:
-      sizes = features['token_bytes'].bytes_list.value[0]
-      row['token_bytes'] = np.frombuffer(sizes, np.uint32)
-    if 'marks' in features:
-      marks = features['marks'].bytes_list.value[0]
-      row['marks'] = np.frombuffer(marks, np.uint8)
-    for name in features.keys() - row.keys():
-      row[name] = features[name].int64_list.value[0]
-    return row
+    arrays = {'tokens': self.dtype, 'token_bytes': np.uint32, 'marks': np.uint8}
+    row: dict[str, Any] = {}
+    for name, feature in Example.FromString(record).features.feature.items():
+      if name in arrays:
+        data = feature.bytes_list.value[0]
+        row[name] = np.frombuffer(data, arrays[name])
+      else:
+        row[name] = feature.int64_list.value[0]
+    return row | {'tokens': row['tokens'].astype(np.int32)}
 
 
 # PackedRows, or a grain.MapDataset of the rows of a mixture.
@@ -177,9 +174,7 @@ def _check_files(split: Any, num_rows: int) -> list[tuple[pathlib.Path, int]]:
 
 
 def _damaged(path: pathlib.Path, text: str) -> InputError:
-  folder = path
-  while folder.name != NAME:
-    folder = folder.parent
+  folder = next(folder for folder in path.parents if folder.name == NAME)
   return InputError(
     f'prepared data {path} is damaged ({text}). Delete '
     f'{folder.parent}, and the next start prepares it again'
@@ -218,7 +213,9 @@ def _hashes(packed: PackedData, split: str) -> np.ndarray:
 
 
 def mix(source: str, all_packed: Sequence[PackedData]) -> PackedData:
-  """Combines the datasets of the sources of a mixture by its weights."""
+  """Combines the datasets of a source, several if it is a mixture."""
+  if len(all_packed) == 1:
+    return all_packed[0]
   mixture = sources.parse_mixture(source)
   weights = tuple(weight for weight, _ in mixture)
   train = [packed.train for packed in all_packed]

@@ -16,7 +16,7 @@ given, too. Of several answers in a conversation, such a network sees what
 follows an earlier one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import itertools
 import math
 import sys
@@ -75,22 +75,23 @@ def make_train_iterator(
   rates = data_config.clean_prefix_rate, data_config.clean_infill_rate
   num_together = data_config.num_alternatives
   stream: Any = _shuffled(packed, seed, num_together)
-  read: Callable[[Any], dict[str, Any]] = packed.train.__getitem__
-  if data_config.crop == 'random':
+  is_random = data_config.crop == 'random'
+  if is_random:
     # The generator of random_map depends only on (seed, global index).
     stream = stream.random_map(
       lambda row, rng: (row, int(rng.integers(packed.length)))
     )
-    read = lambda place: _read_crop(packed, *place)
+
+  def read(i: int) -> dict[str, Any]:
+    if is_random:
+      return _read_crop(packed, *stream[i])
+    group, i = divmod(i, num_together)
+    return packed.train[stream[group] * num_together + i]
 
   def batch_of(step: int) -> Batch:
     first = step * batch_size
     indices = range(first + rows.start, first + rows.stop)
-    if num_together > 1:
-      rows_of = lambda i: stream[i // num_together] * num_together
-      examples = [read(rows_of(i) + i % num_together) for i in indices]
-    else:
-      examples = [read(stream[i]) for i in indices]
+    examples = [read(i) for i in indices]
     batch = _stack(examples, len(indices), packed, data_config)
     if not any(rates):
       return batch
@@ -185,11 +186,8 @@ def spread_rows(
   the same: neighbouring rows are often of one document, and the rows of a
   mixture are interleaved, so that equal distances could meet one source alone.
 
-  Args:
-    num_rows: number of rows to choose from.
-    max_examples: number of rows to choose; 0 is all.
-    num_together: rows that belong together. Whole groups are chosen, at least
-      one.
+  Of `num_rows`, `max_examples` are chosen; 0 is all. Of each `num_together`
+  rows, which belong together, all or none are, and at least one group is.
   """
   num_groups, num = num_rows // num_together, max_examples // num_together
   num = min(max(num, 1), num_groups) if max_examples else num_groups

@@ -117,8 +117,6 @@ def prepare(
 class Prepared(encoder.Engine):
   """Only opens prepared data; InputError if a part must be encoded."""
 
-  num_threads = 1
-
   def map(self, function: Callable[[Any], None], tasks: Sequence) -> Iterator:
     raise InputError('the text is not prepared')
 
@@ -158,6 +156,11 @@ def prepare_parts(
     dataclasses.replace(data_config, source=source)
     for _, source in sources.parse_mixture(data_config.source)
   ]
+  if len(configs) > 1 and getattr(tokenizer_config, 'is_trained', False):
+    raise InputError(
+      f"tokenizer.path='' trains a model on the source, but data.source="
+      f'{data_config.source!r} has several; name a model'
+    )
   make = lambda config, *elsewhere: _prepare_one(
     config, tokenizer_config, engine or encoder.ThisProcess(), whole, *elsewhere
   )
@@ -178,17 +181,8 @@ def _prepare(
   whole: str = '',
 ) -> PackedData:
   """Prepares a source or a mixture."""
-  is_mixture = len(sources.parse_mixture(data_config.source)) > 1
-  if is_mixture and getattr(tokenizer_config, 'is_trained', False):
-    raise InputError(
-      f"tokenizer.path='' trains a model on the source, but data.source="
-      f'{data_config.source!r} has several; name a model'
-    )
   parts = prepare_parts(data_config, tokenizer_config, engine, whole)
-  all_packed = list(parts.values())
-  if not is_mixture:
-    return all_packed[0]
-  return packed_data.mix(data_config.source, all_packed)
+  return packed_data.mix(data_config.source, [*parts.values()])
 
 
 def _prepare_one(
@@ -361,17 +355,14 @@ def _build(
 
 def _totals(tables: Sequence[np.ndarray]) -> dict[str, int]:
   """Counts all that was read, including separators and what is dropped."""
-  # A document that is cut between the splits is one document.
-  totals = {
-    key: sum(int(table[column].sum()) for table in tables)
-    for key, column in (
-      ('num_documents', 'num_ends'),
-      ('num_tokens', 'num_tokens'),
-      ('num_bytes', 'num_bytes'),
-      ('num_lost_bytes', 'num_lost_bytes'),
-    )
+  total = lambda column: sum(int(table[column].sum()) for table in tables)
+  return {
+    # A document that is cut between the splits is one document.
+    'num_documents': max(total('num_ends'), 1),
+    'num_tokens': total('num_tokens'),
+    'num_bytes': total('num_bytes'),
+    'num_lost_bytes': total('num_lost_bytes'),
   }
-  return {**totals, 'num_documents': max(totals['num_documents'], 1)}
 
 
 def _write_manifest(
@@ -415,13 +406,6 @@ def define_flags():
 def main(start: Any) -> int:
   """Runs --mode=prepare, which packs the text of a config before training."""
   settings, _ = start.resolve()
-  packed = prepare(settings.data, settings.tokenizer, engine=_make_engine())
-  _log.info(f'prepared: {", ".join(packed.folders)}')
-  return 0
-
-
-def _make_engine() -> encoder.Engine:
-  """Returns what encodes the text, as the flags say."""
   workers, options = flags.FLAGS.prepare_workers, flags.FLAGS.beam_options
   if flags.FLAGS.prepare_engine == 'beam':
     if workers:
@@ -429,7 +413,11 @@ def _make_engine() -> encoder.Engine:
         f'--prepare_workers={workers} is ignored with --prepare_engine=beam, '
         'whose runner has options of its own'
       )
-    return encoder.Beam(tuple(options))
-  if options:
+    engine = encoder.Beam(tuple(options))
+  elif options:
     raise InputError(f'--beam_options={options} needs --prepare_engine=beam')
-  return encoder.Workers(workers) if workers else encoder.ThisProcess()
+  else:
+    engine = encoder.Workers(workers) if workers else encoder.ThisProcess()
+  packed = prepare(settings.data, settings.tokenizer, engine)
+  _log.info(f'prepared: {", ".join(packed.folders)}')
+  return 0

@@ -118,7 +118,7 @@ def test_an_autoregressive_export_writes_the_start(tmp_path):
     shutil.rmtree(out / convert.OWN)
     tokenizer, ours = encode(run)
     start = json.loads((out / 'config.json').read_text())['bos_token_id']
-    text = sandbox.Template(chat.read_template(out)).render(messages=SAID)
+    text = sandbox.render(chat.read_template(out), messages=SAID)
     token = chat.read_described(out)['bos_token']
     assert text.startswith(token) and text.count(token) == 1
     has_peer = check_ids(out, [start, *tokenizer.swap_mask(ours.ids).tolist()])

@@ -79,9 +79,9 @@ SOURCES: dict[str, type[base.Source]] = {
 _MIX = 'mix'
 
 
-def find_class(spec: str) -> type[base.Source] | None:
-  """Returns the class of config.data.source; None if its kind is unknown."""
-  return SOURCES.get(spec.partition(':')[0])
+def find_class(spec: str) -> type[base.Source]:
+  """Returns the class of config.data.source; `Source` for a mixture."""
+  return SOURCES.get(spec.partition(':')[0], base.Source)
 
 
 def make_source(spec: str, data_dir: str = '') -> base.Source:
@@ -96,7 +96,7 @@ def make_source(spec: str, data_dir: str = '') -> base.Source:
     InputError: the form is unknown, or it names nothing that exists.
   """
   cls, name = find_class(spec), spec.partition(':')[2]
-  if cls is None or bool(name) not in {':' in form for form in cls.forms}:
+  if bool(name) not in {':' in form for form in cls.forms}:
     forms = [form for known in SOURCES.values() for form in known.forms]
     raise InputError(
       f'data.source={spec!r} is not one of {forms}, nor a mixture, '
@@ -107,8 +107,7 @@ def make_source(spec: str, data_dir: str = '') -> base.Source:
 
 def law_of(spec: str) -> Law | None:
   """Returns the law of the documents of a source; None if it is not known."""
-  cls = find_class(spec)
-  return make_source(spec).law if cls is not None and cls.has_law else None
+  return make_source(spec).law if find_class(spec).has_law else None
 
 
 def _hint(spec: str) -> str:
@@ -153,7 +152,7 @@ def parse_mixture(
         f"{item!r} is not a positive weight, '*' and a source; {form}"
       )
     cls = find_class(source)
-    if cls is None or cls.is_pairs or cls.is_chat:
+    if cls is base.Source or cls.is_pairs or cls.is_chat:
       raise error(
         f'{source!r} cannot be part of a mixture; only sources of text or '
         'token ids can'

@@ -134,16 +134,12 @@ class ParquetTokensSource(ParquetSource):
 
 @dataclasses.dataclass(frozen=True)
 class HfSource(ArrowSource, base.SplitSource):
-  """Rows of text of a dataset of the Hugging Face Hub, or of a folder.
-
-  Attributes:
-    dataset: datasets.DatasetDict.
-  """
+  """Rows of text of a dataset of the Hugging Face Hub, or of a folder."""
 
   forms = ('hf:NAME', 'hf:NAME:FEATURE', 'hf:NAME:CONFIG:FEATURE')
   default_field = 'text'
 
-  dataset: Any
+  dataset: Any  # datasets.DatasetDict
 
   @classmethod
   def make(cls, spec: str, name: str, data_dir: str) -> 'HfSource':

@@ -59,11 +59,11 @@ class Conversation(Document):
   """A conversation, whose pieces are what is said.
 
   Attributes:
-    place: the file and the line, for messages.
+    place: returns the file and the line, for messages.
     messages: dicts with 'role' and 'content'.
   """
 
-  place: str = ''
+  place: Callable[[], str] = str
   messages: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -105,7 +105,7 @@ class Source(abc.ABC):
     spec: the config.data.source it was made from.
   """
 
-  forms: ClassVar[tuple[str, ...]]
+  forms: ClassVar[tuple[str, ...]] = ()
   is_tokens: ClassVar[bool] = False
   is_pairs: ClassVar[bool] = False
   is_chat: ClassVar[bool] = False
@@ -117,12 +117,10 @@ class Source(abc.ABC):
   @classmethod
   @abc.abstractmethod
   def make(cls, spec: str, name: str, data_dir: str) -> 'Source':
-    """Makes the source of config.data.source.
+    """Makes the source of config.data.source, `spec`.
 
-    Args:
-      spec: config.data.source.
-      name: the part of `spec` after the kind and its colon.
-      data_dir: a folder that may hold datasets or downloads.
+    `name` is what follows the kind and its colon in it. `data_dir` is a folder
+    that may hold datasets or downloads.
 
     Raises:
       InputError: it names nothing that exists.

@@ -377,15 +377,13 @@ class JsonlSource(FileSource):
         position += len(line)
         if not line.strip():
           continue
+        place = functools.partial(_place, path, start, number)
         try:
-          record = self._record(path, line)
-          document = self._document(record)
+          document = self._document(self._record(path, line))
         except InputError as error:
-          number += _count_lines(path, start)
-          raise self.error(f'{path}:{number} {error}') from error
+          raise self.error(f'{place()} {error}') from error
         if self.is_chat:
-          number += _count_lines(path, start)
-          document = dataclasses.replace(document, place=f'{path}:{number}')
+          document = dataclasses.replace(document, place=place)
         yield document
 
   def _document(self, record: dict[str, Any]) -> base.Document:
@@ -493,10 +491,9 @@ class ChatSource(JsonlSource):
     return base.Conversation(functools.partial(iter, said), messages=messages)
 
 
-def _count_lines(path: str, stop: int) -> int:
-  """Returns the number of lines in the first `stop` bytes of a file."""
+def _place(path: str, start: int, number: int) -> str:
+  """Returns a file and a line of it, the `number`-th after byte `start`."""
   with open(path, 'rb') as file:
-    return sum(
-      file.read(min(base.PIECE_CHARS, stop - i)).count(b'\n')
-      for i in range(0, stop, base.PIECE_CHARS)
-    )
+    for i in range(0, start, base.PIECE_CHARS):
+      number += file.read(min(base.PIECE_CHARS, start - i)).count(b'\n')
+  return f'{path}:{number}'

@@ -48,7 +48,7 @@ class World:
   """What stories are about.
 
   Attributes:
-    girls, boys: names.
+    girls: the names that are those of girls.
     children: the names of the first and of the second child, who are different.
     things: nouns for what the first and the second have, which is different.
     colors, paints: adjectives for what a thing is, and becomes if painted.
@@ -59,7 +59,6 @@ class World:
   """
 
   girls: tuple[str, ...]
-  boys: tuple[str, ...]
   children: tuple[tuple[str, ...], tuple[str, ...]]
   things: tuple[tuple[str, ...], tuple[str, ...]]
   colors: tuple[str, ...]
@@ -100,7 +99,6 @@ _PLACES = {
 }
 LARGE = World(
   girls=_GIRLS,
-  boys=_BOYS,
   children=((*_GIRLS, *_BOYS), (*_GIRLS, *_BOYS)),
   things=(_THINGS, _THINGS),
   colors=_COLORS,
@@ -284,10 +282,6 @@ class StoriesLaw(Law):
     self.world = world
 
   def sample(self, seed: int, i: int) -> str:
-    return _join(phrase for phrase, _ in self._draw(seed, i))
-
-  def _draw(self, seed: int, i: int) -> list[tuple[str, Mapping[str, float]]]:
-    """Draws a story: its phrases, each with the choice it was drawn from."""
     uniforms = np.random.Generator(np.random.Philox(key=[seed, i]))
     drawn = []
 
@@ -299,25 +293,11 @@ class StoriesLaw(Law):
           rest -= options[phrase]
           if rest < 0:
             break
-      drawn.append((phrase, options))
+      drawn.append(phrase)
       return phrase
 
     _tell(self.world, choose)
-    return drawn
-
-  def entropy(self, num_samples: int, seed: int = 0) -> tuple[float, float]:
-    # Along a drawn story, the mean entropy of the choices has less variance
-    # than the mean of -log_prob.
-    entropies = [
-      sum(
-        -p * math.log(p)
-        for _, options in self._draw(seed, i)
-        for p in options.values()
-      )
-      for i in range(num_samples)
-    ]
-    error = np.std(entropies, ddof=1) / math.sqrt(num_samples)
-    return float(np.mean(entropies)), 1.96 * float(error)
+    return _join(drawn)
 
   def log_prob(self, text: str) -> float:
     return self._read(text)[0]

@@ -22,16 +22,11 @@ from nanodlm.types import InputError, reason
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSource(base.SplitSource):
-  """A dataset with a text feature, one document per example.
-
-  Attributes:
-    builder: tfds.core.DatasetBuilder.
-    feature: the text feature.
-  """
+  """A dataset with a text feature, one document per example."""
 
   forms = ('tfds:NAME', 'tfds:NAME:FEATURE')
 
-  builder: Any
+  builder: Any  # tfds.core.DatasetBuilder
   feature: str
 
   @classmethod

@@ -48,10 +48,7 @@ def find_class(name: str) -> type[Tokenizer]:
 
 
 def make_tokenizer(config: Any) -> Tokenizer:
-  """Makes the tokenizer that config.tokenizer describes.
-
-  Args:
-    config: `config.tokenizer`, or its checked settings.
+  """Makes the tokenizer of `config.tokenizer`, or of its checked settings.
 
   Raises:
     InputError: the name is unknown, or files are missing or damaged.

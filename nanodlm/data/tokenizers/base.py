@@ -172,10 +172,8 @@ class Tokenizer(abc.ABC):
 
     They add up to those of the text, also if the tokenizer changes it.
 
-    Args:
-      text: the text.
-      ids: encode(text), or encode_rest(text) if not is_start.
-      is_start: whether the text begins a document.
+    `ids` are those of encode(text) if the text begins a document, `is_start`,
+    and otherwise of encode_rest(text).
     """
     del text, is_start
     return self.num_bytes[ids]
@@ -273,8 +271,8 @@ def escape_controls(text: str) -> str:
   return _CONTROLS.sub(lambda match: f'‹U+{ord(match.group()):04X}›', text)
 
 
-def utf8(text: str) -> bytes:
-  """Returns the UTF-8 bytes of `text`.
+def utf8(text: str, what: str = 'the text') -> bytes:
+  """Returns the UTF-8 bytes of `text`, which errors call `what`.
 
   Raises:
     InputError: the text holds half of a surrogate pair.
@@ -283,6 +281,6 @@ def utf8(text: str) -> bytes:
     return text.encode()
   except UnicodeEncodeError as error:
     raise InputError(
-      f'the text holds {text[error.start]!r} at character {error.start}, '
-      'half of a surrogate pair, which UTF-8 cannot represent'
+      f'{what} holds {text[error.start]!r} at character {error.start}, '
+      'half of a surrogate pair; write it as one character'
     ) from error

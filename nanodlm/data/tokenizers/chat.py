@@ -14,11 +14,10 @@ import pathlib
 import re
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
 from nanodlm.data.tokenizers import sandbox
-from nanodlm.data.tokenizers.base import Tokenizer
+from nanodlm.data.tokenizers.base import Tokenizer, utf8
 from nanodlm.types import InputError, reason
 
 ASSISTANT = 'assistant'
@@ -85,13 +84,8 @@ class Encoded(NamedTuple):
     if not self.ends.any():
       raise InputError(f'no message has the role {ASSISTANT!r}')
     num = int(np.flatnonzero(self.ends)[-1]) + 1
-    return Encoded(
-      self.ids[:num],
-      self.scored[:num],
-      self.ends[:num],
-      self.num_bytes[:num],
-      self.num_lost,
-    )
+    rows = [row[:num] for row in self[:-1]]
+    return self._make([*rows, self.num_lost])
 
 
 def check_messages(messages: Any) -> None:
@@ -119,13 +113,7 @@ def check_messages(messages: Any) -> None:
         f'messages[{i}] of role {role!r} has the content '
         f'{str(content)[:40]!r}; it must be a text'
       )
-    try:
-      content.encode()
-    except UnicodeEncodeError as error:
-      raise InputError(
-        f'messages[{i}] holds half of a surrogate pair at character '
-        f'{error.start}; write it as one character'
-      ) from error
+    utf8(content, f'messages[{i}]')
 
 
 def with_template(tokenizer: Tokenizer, value: str) -> Tokenizer:
@@ -163,14 +151,11 @@ def read_template(folder: pathlib.Path) -> str:
   The texts of its first and last tokens are set in its first lines.
   """
   described = read_described(folder)
-  names = {
-    key: token_text(described, key) for key in ('bos_token', 'eos_token')
-  }
   sets = [
     # Jinja drops the newline after the tag, and no other white space.
     f'{{% set {key} = {json.dumps(text)} %}}\n'
-    for key, text in names.items()
-    if text
+    for key in ('bos_token', 'eos_token')
+    if (text := token_text(described, key))
   ]
   try:
     template: Any = described.get('chat_template') or ''
@@ -239,13 +224,6 @@ def make_format(tokenizer: Tokenizer) -> 'ChatFormat':
   return _make_format(tokenizer.chat_template, controls, tokenizer.separator_id)
 
 
-@functools.lru_cache(maxsize=64)
-def _make_format(
-  template: str, controls: tuple[tuple[str, int], ...], separator_id: int
-) -> 'ChatFormat':
-  return ChatFormat(template, dict(controls), separator_id)
-
-
 class ChatFormat:
   """A template and the control tokens of a tokenizer.
 
@@ -254,18 +232,21 @@ class ChatFormat:
   """
 
   def __init__(
-    self, template: str, controls: Mapping[str, int], separator_id: int
+    self,
+    template: str,
+    controls: tuple[tuple[str, int], ...],
+    separator_id: int,
   ):
-    self._template = _compile(template)
-    self._controls = controls
-    self._eos = next(x for x, i in controls.items() if i == separator_id)
-    names = sorted(controls, key=len, reverse=True)
+    self._template = template
+    self._controls = dict(controls)
+    self._eos = next(x for x, i in controls if i == separator_id)
+    names = sorted(self._controls, key=len, reverse=True)
     self._names = '|'.join(map(re.escape, names))
     self._tails = tuple(
       {name[i:] for name in names for i in range(1, len(name))}
     )
     # A template may look for tags such as </think> in what is said.
-    tags = sorted({*_TAG.findall(template)} - {*controls})
+    tags = sorted({*_TAG.findall(template)} - {*names})
     firsts = ''.join(sorted({name[0] for name in names}))
     self._firsts = re.compile(
       ''.join(f'(?!{tag})' for tag in tags) + f'[{re.escape(firsts)}]'
@@ -273,7 +254,7 @@ class ChatFormat:
     self._marks = [mark for mark in _MARKS if mark not in template]
     question = [{'role': 'user', 'content': 'x'}]
     before, after = (self._render(question, x) for x in (False, True))
-    if unknown := sorted({*_CONTROL.findall(after)} - {*controls}):
+    if unknown := sorted({*_CONTROL.findall(after)} - {*names}):
       raise InputError(
         f'the chat template writes {unknown}, which are not control tokens of '
         f'the tokenizer; it has {self._some()}'
@@ -300,7 +281,8 @@ class ChatFormat:
 
   def _render(self, messages: Sequence[Message], generation: bool) -> str:
     try:
-      return self._template.render(
+      return sandbox.render(
+        self._template,
         messages=messages,
         add_generation_prompt=generation,
         # Undefined, "tools is not none" would hold.
@@ -309,14 +291,8 @@ class ChatFormat:
         eos_token=self._eos,
         bos_token='',
       )
-    # A template can fail in any way that Python can.
-    except Exception as error:
-      what = 'refuses' if isinstance(error, sandbox.Refusal) else 'cannot write'
-      known = sandbox.Refusal, sandbox.Excess, jinja2.TemplateError
-      kind = '' if isinstance(error, known) else f'{type(error).__name__}: '
-      raise InputError(
-        f'the chat template {what} the conversation ({kind}{error})'
-      ) from error
+    except sandbox.TemplateError as error:
+      raise InputError(f'the chat template {error}') from error
 
   def _guard(self, text: str, guard: str, wall: str) -> str:
     """Marks what could be a part of a control token once it is written.
@@ -412,25 +388,4 @@ class ChatFormat:
     )
 
 
-# What compiling a text that is not a template raises.
-_UNCOMPILED = (
-  jinja2.TemplateError,
-  MemoryError,
-  RecursionError,
-  SyntaxError,
-  ValueError,
-)
-
-
-@functools.lru_cache(maxsize=64)
-def _compile(template: str) -> sandbox.Template:
-  """Compiles a template as published ones expect."""
-  try:
-    return sandbox.Template(template)
-  except sandbox.Excess as error:
-    raise InputError(f'the chat template is too long: {error}') from error
-  # Python compiles it, and has limits of its own.
-  except _UNCOMPILED as error:
-    raise InputError(
-      f'the chat template is not a Jinja template: {reason(error)}'
-    ) from error
+_make_format = functools.lru_cache(maxsize=64)(ChatFormat)

@@ -39,8 +39,33 @@ class HuggingFaceTokenizer(NormalizingTokenizer):
 
   @classmethod
   def make(cls, name: str, path: str) -> 'HuggingFaceTokenizer':
+    """Loads a published tokenizer.json, or the one in a folder.
+
+    The tokens that end a text and mask, and the chat template, are those of the
+    tokenizer_config.json next to it. A tokenizer without a mask gets one.
+    """
     del name
-    return find_tokenizer_json(path)
+    file = pathlib.Path(path)
+    file = file / 'tokenizer.json' if file.is_dir() else file
+    described = chat.read_described(file.parent)
+    processor, _ = _open(str(file))
+    known = processor.get_vocab(with_added_tokens=True)
+    find = lambda key, usual: next(
+      (x for x in (chat.token_text(described, key), *usual) if x in known), ''
+    )
+    end, mask = find('eos_token', _ENDS), find('mask_token', _MASKS)
+    if not end:
+      raise InputError(
+        f'tokenizer.path={path!r} lacks a token that ends a text: eos_token of '
+        f'tokenizer_config.json next to it, or one of {list(_ENDS)}'
+      )
+    size = max(known.values()) + 1 + (not mask)
+    place = known[mask] if mask else size - 1
+    ids = {size - 1: place, place: size - 1}
+    separator_id = ids.get(known[end], known[end])
+    tokenizer = load_hugging_face(str(file), size, place, separator_id)
+    template = chat.read_template(file.parent)
+    return dataclasses.replace(tokenizer, chat_template=template)
 
   @classmethod
   def from_json(
@@ -161,38 +186,6 @@ def _open(path: str, controls: Sequence[int] = ()) -> tuple[Any, bytes]:
   processor.no_truncation()
   processor.no_padding()
   return processor, content
-
-
-def find_tokenizer_json(path: str) -> HuggingFaceTokenizer:
-  """Loads a published tokenizer.json, or the one in a folder.
-
-  The tokens that end a text and mask, and the chat template, are those of the
-  tokenizer_config.json next to it. A tokenizer without a mask gets one.
-
-  Raises:
-    InputError: it cannot be read, or no token ends a text.
-  """
-  file = pathlib.Path(path)
-  file = file / 'tokenizer.json' if file.is_dir() else file
-  described = chat.read_described(file.parent)
-  processor, _ = _open(str(file))
-  known = processor.get_vocab(with_added_tokens=True)
-  find = lambda key, usual: next(
-    (x for x in (chat.token_text(described, key), *usual) if x in known), ''
-  )
-  end, mask = find('eos_token', _ENDS), find('mask_token', _MASKS)
-  if not end:
-    raise InputError(
-      f'tokenizer.path={path!r} lacks a token that ends a text: eos_token of '
-      f'tokenizer_config.json next to it, or one of {list(_ENDS)}'
-    )
-  size = max(known.values()) + 1 + (not mask)
-  place = known[mask] if mask else size - 1
-  ids = {size - 1: place, place: size - 1}
-  separator_id = ids.get(known[end], known[end])
-  tokenizer = load_hugging_face(str(file), size, place, separator_id)
-  template = chat.read_template(file.parent)
-  return dataclasses.replace(tokenizer, chat_template=template)
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -25,17 +25,13 @@ class SentencePieceTokenizer(NormalizingTokenizer):
 
   The separator is the model's end-of-sentence piece, or an extra id if it has
   none. A model from `train` is lossless.
-
-  Attributes:
-    path: the .model file, as given.
-    processor: sentencepiece.SentencePieceProcessor.
   """
 
   reads_path = True
   min_trained_size = 257  # 256 bytes and the unknown piece
 
-  path: str
-  processor: Any
+  path: str  # The .model file, as given.
+  processor: Any  # sentencepiece.SentencePieceProcessor
 
   @classmethod
   def make(cls, name: str, path: str) -> 'SentencePieceTokenizer':

@@ -19,13 +19,9 @@ from nanodlm.types import InputError, reason
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TiktokenTokenizer(base.Tokenizer):
-  """An encoding of tiktoken; the separator is its <|endoftext|>.
+  """An encoding of tiktoken; the separator is its <|endoftext|>."""
 
-  Attributes:
-    encoding: tiktoken.Encoding.
-  """
-
-  encoding: Any
+  encoding: Any  # tiktoken.Encoding
 
   @classmethod
   def make(cls, name: str, path: str) -> 'TiktokenTokenizer':
