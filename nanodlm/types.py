@@ -906,6 +906,10 @@ class Law(abc.ABC):
     """
 
   @abc.abstractmethod
+  def entropy(self, num_samples: int, seed: int = 0) -> tuple[float, float]:
+    """Returns the entropy, nats per document, and half its 95% interval."""
+
+  @abc.abstractmethod
   def features(self, text: str) -> frozenset[str]:
     """Returns the features that a text has, by which samples are compared.
 

@@ -69,6 +69,9 @@ def test_probabilities(tiny):
   assert sum(tiny.values()) == pytest.approx(1, abs=1e-9)
   for text, probability in list(tiny.items())[::37]:
     assert law.log_prob(text) == pytest.approx(math.log(probability))
+  entropy = -sum(p * math.log(p) for p in tiny.values())
+  mean, half_width = law.entropy(2000)
+  assert abs(mean - entropy) < 2 * half_width
 
 
 def test_frequencies(tiny):

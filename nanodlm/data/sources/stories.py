@@ -282,6 +282,10 @@ class StoriesLaw(Law):
     self.world = world
 
   def sample(self, seed: int, i: int) -> str:
+    return _join(phrase for phrase, _ in self._draw(seed, i))
+
+  def _draw(self, seed: int, i: int) -> list[tuple[str, Mapping[str, float]]]:
+    """Draws a story: its phrases, each with the choice it was drawn from."""
     uniforms = np.random.Generator(np.random.Philox(key=[seed, i]))
     drawn = []
 
@@ -293,11 +297,25 @@ class StoriesLaw(Law):
           rest -= options[phrase]
           if rest < 0:
             break
-      drawn.append(phrase)
+      drawn.append((phrase, options))
       return phrase
 
     _tell(self.world, choose)
-    return _join(drawn)
+    return drawn
+
+  def entropy(self, num_samples: int, seed: int = 0) -> tuple[float, float]:
+    # Along a drawn story, the mean entropy of the choices has less variance
+    # than the mean of -log_prob.
+    entropies = [
+      sum(
+        -p * math.log(p)
+        for _, options in self._draw(seed, i)
+        for p in options.values()
+      )
+      for i in range(num_samples)
+    ]
+    error = np.std(entropies, ddof=1) / math.sqrt(num_samples)
+    return float(np.mean(entropies)), 1.96 * float(error)
 
   def log_prob(self, text: str) -> float:
     return self._read(text)[0]
