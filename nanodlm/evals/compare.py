@@ -463,67 +463,52 @@ def make_panels(judge: judges.Judge | None) -> dict[str, str]:
   return {**own, 'sample_entropy': 'entropy of a sample, nats/token'}
 
 
-class Curve(NamedTuple):
-  """A curve, or a horizontal line if x is None.
-
-  Attributes:
-    style: its color, marker and so on.
-    x: values of x.
-    y: values of y.
-    bars: the lengths of the error bars below and above each y.
-  """
-
-  style: Mapping[str, Any]
-  x: Sequence[Any]
-  y: Sequence[float]
-  bars: tuple[Sequence[float], Sequence[float]]
-
-
-class Panel(NamedTuple):
-  """A plot of several curves."""
-
-  x_label: str
-  y_label: str
-  curves: Sequence[Curve]
-  x_log: bool = False
-
-
-def make_curve(
-  style: Mapping[str, Any],
+def draw_curve(
+  axes: Any,
   points: Sequence[Mapping[str, Any]],
   x_key: str,
   key: str,
-) -> Curve:
-  """Makes a curve of points with intervals; see `metrics.format_table`."""
+  style: Mapping[str, Any],
+):
+  """Draws points with intervals; see `metrics.format_table`.
+
+  A point whose x is None is a horizontal line.
+  """
   points = [point for point in points if point.get(key) is not None]
+  if not points:
+    return
+  x, y = ([point[name] for point in points] for name in (x_key, key))
+  if x[0] is None:
+    axes.axhline(y[0], **style)
+    return
   lows, highs = [], []
   for point in points:
     width = point.get(f'{key}_ci95') or 0.0
     lows.append(point[key] - point.get(f'{key}_low', point[key] - width))
     highs.append(point.get(f'{key}_high', point[key] + width) - point[key])
-  x, y = ([point[name] for point in points] for name in (x_key, key))
-  return Curve(style, x, y, (lows, highs))
-
-
-def color_of(i: int) -> Any:
-  """Returns the color of run i: ten dark ones, then ten light ones."""
-  from matplotlib import colormaps
-
-  return colormaps['tab20']((2 * i + i // 10) % 20)
+  axes.errorbar(x, y, yerr=(lows, highs), capsize=3, **style)
 
 
 def plot_curves(
   results: Sequence[dict[str, Any]],
   labels: Mapping[str, str],
   path: pathlib.Path,
-  more_panels: Sequence[Panel] = (),
+  draw_first: Callable[[Any, Mapping[str, Any]], None] | None = None,
 ):
-  """Draws `labels`, {key: label}, against network calls, after `more_panels`.
+  """Draws `labels`, {key: label}, against network calls, three in a row.
 
-  A run has a color, and a sampler a marker and dashes.
+  A run has a color, ten dark ones before ten light ones, and a sampler a marker
+  and dashes. `draw_first` draws a plot before the others, on axes, with
+  {workdir: color}.
   """
+  try:
+    from matplotlib import colormaps, figure, lines
+  except ModuleNotFoundError as error:
+    print(f"{path.name} is left out ({error}): pip install -e '.[plots]'")
+    return
   colors = {
-    run['workdir']: {'color': color_of(i)} for i, run in enumerate(results)
+    run['workdir']: colormaps['tab20']((2 * i + i // 10) % 20)
+    for i, run in enumerate(results)
   }
   looks, curves = {}, {}
   for result in results:
@@ -536,53 +521,32 @@ def plot_curves(
         dashes = (0, (1 + i, i // 2))
         looks[name] = {'marker': MARKERS[i % len(MARKERS)], 'linestyle': dashes}
       curves.setdefault((result['workdir'], name), []).append(point)
-  panels = [
-    *more_panels,
+  num = len(labels) + (draw_first is not None)
+  num_rows, num_columns = -(-num // 3), min(num, 3)
+  size = (5.5 * num_columns + 2, 4.5 * num_rows)
+  fig = figure.Figure(figsize=size, layout='constrained')
+  plots = [fig.add_subplot(num_rows, num_columns, i + 1) for i in range(num)]
+  if draw_first:
+    draw_first(plots[0], colors)
+  for axes, (key, label) in zip(plots[-len(labels) :], labels.items()):
+    for (run, name), points in curves.items():
+      style = {'color': colors[run], **looks[name]}
+      draw_curve(axes, points, 'num_calls', key, style)
+    axes.set(xlabel='network calls', ylabel=label)
+    axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter('{x:g}')
+  for axes in plots:
+    axes.grid(alpha=0.3)
+  legend = [
     *(
-      Panel(
-        'network calls',
-        label,
-        [
-          make_curve({**colors[run], **looks[name]}, points, 'num_calls', key)
-          for (run, name), points in curves.items()
-        ],
-        x_log=True,
-      )
-      for key, label in labels.items()
+      lines.Line2D([], [], label=x, color=color) for x, color in colors.items()
+    ),
+    *(
+      lines.Line2D([], [], label=x, **{**look, 'color': 'black'})
+      for x, look in looks.items()
     ),
   ]
-  black = {name: {**look, 'color': 'black'} for name, look in looks.items()}
-  _draw(panels, [*colors.items(), *black.items()], path)
-
-
-def _draw(
-  panels: Sequence[Panel],
-  legend: Sequence[tuple[str, Mapping[str, Any]]],
-  path: pathlib.Path,
-):
-  """Draws panels, three in a row, with a legend of labels and styles."""
-  try:
-    from matplotlib import figure, lines
-  except ModuleNotFoundError as error:
-    print(f"{path.name} is left out ({error}): pip install -e '.[plots]'")
-    return
-  num_rows = -(-len(panels) // 3)
-  size = (5.5 * min(len(panels), 3) + 2, 4.5 * num_rows)
-  fig = figure.Figure(figsize=size, layout='constrained')
-  for i, panel in enumerate(panels):
-    axes = fig.add_subplot(num_rows, min(len(panels), 3), i + 1)
-    for style, x, y, bars in panel.curves:
-      if x[:1] == [None]:
-        axes.axhline(y[0], **style)
-      elif x:
-        axes.errorbar(x, y, yerr=bars, capsize=3, **style)
-    axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
-    if panel.x_log:
-      axes.set_xscale('log', base=2)
-      axes.xaxis.set_major_formatter('{x:g}')
-    axes.grid(alpha=0.3)
-  handles = [lines.Line2D([], [], label=x, **style) for x, style in legend]
-  fig.legend(handles=handles, loc='outside right upper')
+  fig.legend(handles=legend, loc='outside right upper')
   fig.savefig(path, dpi=150)
 
 

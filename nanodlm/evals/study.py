@@ -40,7 +40,7 @@ from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
 from nanodlm.evals import compare, infill
 from nanodlm.evals import judge as judges
-from nanodlm.evals.compare import Curve, Panel, Recall, Subject
+from nanodlm.evals.compare import Recall, Subject
 from nanodlm.training import checkpoint, checksums, metrics
 from nanodlm.training.metrics import is_number
 from nanodlm.training.progress import describe_secs
@@ -450,16 +450,19 @@ def format_table(
   return '\n'.join(lines)
 
 
-def make_curves(summaries: Sequence[Mapping[str, Any]]) -> Panel:
-  """Makes the plot of learning curves, with a star at each minimum."""
-  key, curves = _curve_key([x['curve'] for x in summaries]), []
-  for i, summary in enumerate(summaries):
-    style = {'color': compare.color_of(i)}
-    curves.append(compare.make_curve(style, summary['curve'], 'epochs', key))
-    best = min(summary['curve'], key=lambda point: point[key])
-    star = {**style, 'marker': '*', 'markersize': 12}
-    curves.append(Curve(star, [best['epochs']], [best[key]], ([0], [0])))
-  return Panel('epochs', _CURVES[key], curves)
+def draw_curves(
+  summaries: Sequence[Mapping[str, Any]], axes: Any, colors: Mapping[str, Any]
+):
+  """Draws learning curves on axes, with a star at each minimum."""
+  key = _curve_key([x['curve'] for x in summaries])
+  for summary in summaries:
+    style, curve = {'color': colors[summary['workdir']]}, summary['curve']
+    compare.draw_curve(axes, curve, 'epochs', key, style)
+    best = min(curve, key=lambda point: point[key])
+    lowest = {'epochs': best['epochs'], key: best[key]}
+    style = {**style, 'marker': '*', 'markersize': 12}
+    compare.draw_curve(axes, [lowest], 'epochs', key, style)
+  axes.set(xlabel='epochs', ylabel=_CURVES[key])
 
 
 def main(start: Start) -> int:
@@ -526,9 +529,8 @@ def main(start: Start) -> int:
     workdirs.write(output / RESULTS, compare.to_json(value))
     if options.plot:
       panels = compare.make_panels(judge) if request.samplers else {}
-      compare.plot_curves(
-        summaries, panels, output / 'study.png', [make_curves(summaries)]
-      )
+      draw = functools.partial(draw_curves, summaries)
+      compare.plot_curves(summaries, panels, output / 'study.png', draw)
   if results:
     print((output / 'study.txt').read_text(), end='')
     files = ['study.txt', RESULTS, *['study.png'] * options.plot]
