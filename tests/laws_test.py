@@ -333,7 +333,8 @@ def test_infilling(flat, monkeypatch):
   text = evaluate.open_text(lm)
   rows = evaluate.validation_rows(lm.run, text.packed, 8)
   cut = row_of(LAW.sample(0, 0) * 3)
-  rows = rows._replace(tokens=np.concatenate([rows.tokens, [cut]]))
+  tokens = np.concatenate([rows.tokens, [cut]])
+  rows = lms.make_batch(tokens, np.ones(tokens.shape, bool))
   (wrong, _) = infill.measure_words(lm, LAW, rows, [0.5])
   # It writes bytes that do not form words.
   assert wrong['accuracy'] == wrong['exact_match'] == 0

@@ -59,30 +59,33 @@ def parse_ratios(texts: Sequence[str]) -> list[float]:
   return ratios
 
 
+def choose(
+  generator: np.random.Generator, num: int, ratio: float, pattern: str
+) -> np.ndarray:
+  """Draws which of `num` >= 1 tokens or words are to be filled in, ascending.
+
+  Their share is `ratio`, rounded, but there is at least one.
+  """
+  num_chosen = max(1, round(ratio * num))
+  if pattern == 'span':
+    return generator.integers(num - num_chosen + 1) + np.arange(num_chosen)
+  return np.sort(generator.permutation(num)[:num_chosen])
+
+
 def sample_gaps(
   generator: np.random.Generator,
   eligible: np.ndarray,
   ratio: float,
   pattern: str,
 ) -> np.ndarray:
-  """Draws the tokens of each row to be filled in.
+  """Returns which of the `eligible` tokens to fill in; both are [N, L] bool.
 
-  `ratio` of the `eligible` tokens, [N, L] bool, of each row is chosen, rounded,
-  but at least one token. A 'span' skips tokens that are not eligible.
-
-  Returns:
-    [N, L] bool.
+  A 'span' skips tokens that are not eligible.
   """
   gaps = np.zeros(eligible.shape, bool)
   for row in np.flatnonzero(eligible.any(axis=1)):
     places = np.flatnonzero(eligible[row])
-    num = max(1, round(ratio * places.size))
-    if pattern == 'span':
-      start = generator.integers(places.size - num + 1)
-      chosen = places[start : start + num]
-    else:
-      chosen = generator.permutation(places)[:num]
-    gaps[row, chosen] = True
+    gaps[row, places[choose(generator, places.size, ratio, pattern)]] = True
   return gaps
 
 
@@ -272,20 +275,17 @@ def measure_words(
   check_run(lm.run)
   settings, tokenizer = lm.run.settings.eval, lm.tokenizer
   fill = lms.make_fill(lm.run, settings.batch_size)
-  whole = [laws.read_text(tokenizer, row)[1] for row in rows.tokens]
-  tokens, segments = rows.tokens[np.array(whole, bool)], rows.segment_ids
-  if segments is not None:
-    segments = segments[np.array(whole, bool)]
-  words = [find_words(law, tokenizer, row) for row in tokens]
+  is_whole = [laws.read_text(tokenizer, row)[1] for row in rows.tokens]
+  whole = jax.tree.map(lambda x: x[np.array(is_whole, bool)], rows)
+  words = [find_words(law, tokenizer, row) for row in whole.tokens]
   for pattern, ratio, generator, key in _trials(settings.seed, ratios):
     found, kept, problem = [], [], 'every document was cut'
-    for j, row in enumerate(tokens):
-      ones = np.ones((1, len(words[j])), bool)
-      (chosen,) = sample_gaps(generator, ones, ratio, pattern)
-      chosen = [words[j][k] for k in np.flatnonzero(chosen)]
-      if not chosen:
+    for j, row in enumerate(whole.tokens):
+      if not words[j]:
         problem = f'tokens of {tokenizer.name!r} spell several words each'
         continue
+      chosen = choose(generator, len(words[j]), ratio, pattern)
+      chosen = [words[j][k] for k in chosen]
       try:
         found.append(make_word_gaps(law, tokenizer, row, chosen))
         kept.append(j)
@@ -296,12 +296,12 @@ def measure_words(
         f'--infill={ratio:g}: the exact posterior is not known for any of '
         f'{len(rows.tokens)} documents: {problem}'
       )
-    fixed = np.ones((len(kept), tokens.shape[1]), bool)
+    used = jax.tree.map(lambda x: x[kept], whole)
+    fixed = np.ones(used.tokens.shape, bool)
     for row, gaps in zip(fixed, found):
       row[np.concatenate(gaps.places)] = False
-    canvas = np.where(fixed, tokens[kept], tokenizer.mask_id).astype(np.int32)
-    own = None if segments is None else segments[kept]
-    filled, num_calls = fill(lm.params, key, canvas, fixed, own)
+    canvas = np.where(fixed, used.tokens, tokenizer.mask_id).astype(np.int32)
+    filled, num_calls = fill(lm.params, key, canvas, fixed, used.segment_ids)
     correct, best, exact = np.zeros((3, len(kept)))
     for n, (row, gaps) in enumerate(zip(filled, found)):
       pieces = tokenizer.spell(row)
@@ -398,8 +398,7 @@ def measure_lengths(
       words = law.words(text) if is_whole else []
       if not words:
         continue
-      ones = np.ones((1, len(words)), bool)
-      (chosen,) = np.nonzero(sample_gaps(generator, ones, ratio, pattern)[0])
+      chosen = choose(generator, len(words), ratio, pattern)
       start, stop = words[chosen[0]][0], words[chosen[-1]][1]
       before, after = text[:start], text[stop:]
       escape = lambda x: x.replace('{', '{{').replace('}', '}}')
@@ -461,13 +460,10 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
   """Measures the infilling of rows of a text: of words if its law is known."""
   law = laws.law_of_rows(lm.run.settings.data, text.source)
-  if law and lm.run.sampler.fills_room:
-    return measure_lengths(lm, law, rows, ratios)
-  return (
-    measure_words(lm, law, rows, ratios)
-    if law
-    else measure_infilling(lm, rows, ratios)
-  )
+  if not law:
+    return measure_infilling(lm, rows, ratios)
+  of_law = measure_lengths if lm.run.sampler.fills_room else measure_words
+  return of_law(lm, law, rows, ratios)
 
 
 def describe(result: Mapping[str, Any]) -> str:
