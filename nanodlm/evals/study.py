@@ -24,7 +24,6 @@ import functools
 import json
 import logging
 import pathlib
-import re
 import runpy
 import statistics
 import time
@@ -144,9 +143,8 @@ def plan_members(
     )
   if unknown := sorted(set(variants) - set(known)):
     raise InputError(f'--variants={unknown} are not among {list(known)}')
-  are_whole = all(re.fullmatch('[0-9]+', seed) for seed in seeds)
-  numbers = [int(seed) for seed in seeds] if are_whole else []
-  if not numbers or len(set(numbers)) < len(numbers):
+  numbers = [int(seed) for seed in seeds if seed.isdecimal()]
+  if not numbers or len(set(numbers)) < len(seeds):
     raise InputError(
       f'--seeds={",".join(seeds)} must be different whole numbers, such as '
       '0,1,2'
