@@ -49,7 +49,6 @@ log = logging.getLogger('nanodlm')
 
 RESULTS = 'study.json'
 _RATE = 'train/tokens_per_sec'
-LAST, BEST = 'last', 'best'
 # What a learning curve shows, if each evaluation has it, and its unit.
 _CURVES = {'excess_nats': 'nats/document above the law', 'nll': 'nats/token'}
 _RUN_COLUMNS = (
@@ -83,8 +82,8 @@ def define_flags():
   flags.DEFINE_list('seeds', ['0'], 'Values of config.seed, such as 0,1,2.')
   flags.DEFINE_enum(
     'checkpoint',
-    LAST,
-    [LAST, BEST],
+    'last',
+    ['last', 'best'],
     'Whether to measure the last checkpoint of a run, or the one, among those '
     'that checkpoint.max_to_keep keeps, whose held-out bound was the lowest.',
   )
@@ -172,7 +171,7 @@ def plan_members(
             'must come before it'
           )
         config.checkpoint.init_from = folder = folders[origin]
-        if origin not in chosen and not _has_ended(folder):
+        if origin not in chosen and not _is_trained(folder):
           raise InputError(
             f'--variants={list(variants)}: {variant!r} starts from {origin!r}, '
             f'which is neither among them nor trained in {folder}'
@@ -219,19 +218,15 @@ def _check_output(output: str, name: str):
     )
 
 
-def _is_trained(member: Member) -> bool:
-  """Returns whether the run has ended, with a checkpoint and its bound."""
-  return _has_ended(str(member.workdir), member.settings.train.num_steps)
-
-
-def _has_ended(workdir: str, num_steps: int = 0) -> bool:
-  """Returns whether a run has ended, by default after its saved steps."""
-  if not num_steps:
-    saved: Any = configs.read(workdir)
-    num_steps = saved.train.num_steps if saved is not None else 0
+def _is_trained(workdir: str) -> bool:
+  """Returns whether a run has ended, with a checkpoint and its bound."""
+  config: Any = configs.read(workdir)
+  if config is None:
+    return False
   checkpoints = pathlib.Path(workdir) / workdirs.CHECKPOINTS
-  steps = checksums.complete_steps(checkpoints)
-  return steps[-1:] == [num_steps] and train.was_evaluated(workdir, num_steps)
+  last = config.train.num_steps
+  is_saved = checksums.complete_steps(checkpoints)[-1:] == [last]
+  return is_saved and train.was_evaluated(workdir, last)
 
 
 def make_recall(path: pathlib.Path, step: int) -> Recall:
@@ -252,28 +247,18 @@ def make_recall(path: pathlib.Path, step: int) -> Recall:
   return recall
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-  """Returns the metrics of each step of a run."""
-  lines, _ = workdirs.parse_lines((workdir / workdirs.METRICS).read_bytes())
-  return metrics.join_steps(lines)
-
-
 def learning_curve(
   lines: Sequence[Mapping[str, float]], steps_per_epoch: float
 ) -> list[dict[str, float]]:
   """Returns step, epochs and the values of _CURVES of each evaluation."""
   curve = []
   for line in lines:
-    splits = [x for x in ('eval', 'eval_subset') if f'{x}/nll' in line]
-    if not splits:
+    split = 'eval/' if 'eval/nll' in line else 'eval_subset/'
+    values = {key.removeprefix(split): value for key, value in line.items()}
+    if 'nll' not in values:
       continue
-    values = {
-      key.partition('/')[2]: value
-      for key, value in line.items()
-      if key.startswith(f'{splits[0]}/')
-    }
-    kept = [key for key in values if key.removesuffix('_ci95') in _CURVES]
     point = {'step': line['step'], 'epochs': line['step'] / steps_per_epoch}
+    kept = [key for key in values if key.removesuffix('_ci95') in _CURVES]
     curve.append(point | {key: values[key] for key in kept})
   return curve
 
@@ -306,7 +291,8 @@ def measure(
   subject, recall = Subject(workdir, settings, step), make_recall(path, step)
   packed = train.open_own_text(settings, workdir)
   train.check_same_text(packed, checkpoint.read_meta(workdir, step), workdir)
-  lines = read_metrics(member.workdir)
+  data = (member.workdir / workdirs.METRICS).read_bytes()
+  lines = metrics.join_steps(workdirs.parse_lines(data)[0])
   curve = learning_curve(lines, len(packed.train) / settings.train.batch_size)
   if not curve:
     return None
@@ -321,7 +307,7 @@ def measure(
       if key.removesuffix('_ci95') in _CURVES
     }
   key = _curve_key([curve])
-  if options.checkpoint == BEST:
+  if options.checkpoint == 'best':
     kept = [point for point in curve if point['step'] in steps]
     best = min(kept, key=lambda point: point[key], default={'step': step})
     if (best_step := int(best['step'])) != step:
@@ -494,7 +480,7 @@ def main(start: Start) -> int:
       member.seed,
       f', about {describe_secs(left)} left' if left else '',
     )
-    began, is_new = time.monotonic(), not _is_trained(member)
+    began, is_new = time.monotonic(), not _is_trained(member.start.workdir)
     if is_new:  # What was measured is of another training.
       (member.workdir / workdirs.MEASURED).unlink(missing_ok=True)
     lost = {str(output / name) for name in failed}
