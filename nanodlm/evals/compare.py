@@ -271,28 +271,32 @@ def compare_run(
   """
   mauve_seed = None if judge is None else judge.mauve_seed
   has_mauve = mauve_seed is not None
-  # MAUVE compares two halves of the held-out text, which rows may alternate in.
-  order = np.random.default_rng(0).permutation(2 * request.num_samples)
 
   @functools.cache
-  def read_rows():
+  def read_rows() -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows of held-out text, and others that MAUVE compares to."""
     num = request.num_samples * (1 + has_mauve)
-    rows = evaluate.validation_rows(subject.lm.run, subject.text.packed, num)
-    if has_mauve and len(rows.tokens) < num:
+    lm, packed = subject.lm, subject.text.packed
+    rows = evaluate.validation_rows(lm.run, packed, num).tokens
+    if not has_mauve:
+      return rows, rows[:0]
+    if len(rows) < num:
       raise InputError(
         f'--num_samples={request.num_samples!r} is too large for --mauve: it '
         f'needs {num} rows of held-out text, of which {subject.workdir!r} has '
-        f'{len(rows.tokens)}'
+        f'{len(rows)}'
       )
-    return rows.tokens
+    # Texts of different kinds may alternate.
+    rows = np.random.default_rng(0).permutation(rows)
+    return rows[::2], rows[1::2]
 
   @functools.cache
-  def reference():
+  def reference() -> np.ndarray | None:
     if judge is None or not has_mauve:
       return None
-    lm = subject.lm
-    others = _cut_ends(lm.run, read_rows()[order[1::2], :length])
-    return judge.features(others, lm.tokenizer)
+    lm, (_, others) = subject.lm, read_rows()
+    texts = _cut_ends(lm.run, others[:, :length])
+    return judge.features(texts, lm.tokenizer)
 
   length = request.length or subject.settings.data.length
   planned = plan_points(subject.run, request, length)
@@ -317,8 +321,7 @@ def compare_run(
     what['mauve_seed'] = mauve_seed
 
   def measure_text():
-    rows = read_rows()
-    rows = rows[order[::2]] if has_mauve else rows
+    rows, _ = read_rows()
     return _measure_text(subject, judge, rows, length, reference())
 
   points = [recall({**what, 'sampler': None}, measure_text)]
