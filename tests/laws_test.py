@@ -264,23 +264,24 @@ def test_gaps_of_words(everything, num_gaps):
     text = LAW.sample(11, i)
     row = row_of(text)
     words = infill.find_words(LAW, BYTES, row)
-    assert [text[a:b] for a, b, _ in words] == stories._words(
+    assert [word.text for word in words] == stories._words(
       text.replace('.', '').replace(',', '')
     ) or len(words) > 20
     chosen = sorted(rng.choice(len(words), num_gaps, replace=False))
-    gaps = infill.make_word_gaps(LAW, BYTES, row, [words[k] for k in chosen])
+    gaps = [words[k] for k in chosen]
+    posterior = infill.find_posterior(LAW, BYTES, row, gaps)
     is_gap = np.zeros(LENGTH, bool)
-    is_gap[np.concatenate(gaps.places)] = True
+    is_gap[np.concatenate([word.places for word in gaps])] = True
     # By enumeration of all that agrees with what the network is given.
     total, marginals = 0.0, [{} for _ in chosen]
     for other, p in others:
       if np.all((other == row) | is_gap):
         total += p
-        for marginal, places in zip(marginals, gaps.places):
-          word = bytes(other[places].tolist()).decode()
+        for marginal, gap in zip(marginals, gaps):
+          word = bytes(other[gap.places].tolist()).decode()
           marginal[word] = marginal.get(word, 0.0) + p
-    assert gaps.posterior.log_prob == pytest.approx(math.log(total))
-    for found, expected in zip(gaps.posterior.marginals(), marginals):
+    assert posterior.log_prob == pytest.approx(math.log(total))
+    for found, expected in zip(posterior.marginals(), marginals):
       expected = {word: p / total for word, p in expected.items()}
       assert found == pytest.approx(expected)
 

@@ -168,27 +168,17 @@ def measure_infilling(
     }
 
 
-class WordGaps(NamedTuple):
-  """Words of a row to be filled in, and what is known of them.
+class Word(NamedTuple):
+  """A word of a row, and where it is, in characters and in tokens."""
 
-  Attributes:
-    places: the token positions of each word.
-    words: the words.
-    posterior: their law, given all other tokens of the row.
-  """
-
-  places: list[np.ndarray]
-  words: tuple[str, ...]
-  posterior: Posterior
+  text: str
+  start: int
+  stop: int
+  places: np.ndarray
 
 
-def find_words(
-  law: Law, tokenizer: Tokenizer, row: np.ndarray
-) -> list[tuple[int, int, np.ndarray]]:
-  """Returns the words of a row [L] whose tokens spell nothing else but spaces.
-
-  Each is (start, stop, token positions), the first two in characters.
-  """
+def find_words(law: Law, tokenizer: Tokenizer, row: np.ndarray) -> list[Word]:
+  """Returns the words of a row [L] whose tokens spell only them and spaces."""
   text, _ = laws.read_text(tokenizer, row)
   pieces = tokenizer.spell(row)
   stops = np.cumsum([len(piece) for piece in pieces])
@@ -198,17 +188,14 @@ def find_words(
     places = np.flatnonzero((starts < stop) & (stops > start))
     spelled = ''.join(pieces[i] for i in places)
     if spelled.strip() == text[start:stop]:
-      words.append((start, stop, places))
+      words.append(Word(text[start:stop], start, stop, places))
   return words
 
 
-def make_word_gaps(
-  law: Law,
-  tokenizer: Tokenizer,
-  row: np.ndarray,
-  words: Sequence[tuple[int, int, np.ndarray]],
-) -> WordGaps:
-  """Makes gaps of some `words` of a row [L] from `find_words`.
+def find_posterior(
+  law: Law, tokenizer: Tokenizer, row: np.ndarray, words: Sequence[Word]
+) -> Posterior:
+  """Returns the law of some `words` of a row [L], given all its other tokens.
 
   The network also sees how many tokens are masked, and where. The posterior is
   therefore that of fillings whose tokens agree with all others of the row.
@@ -218,16 +205,13 @@ def make_word_gaps(
       of its text.
   """
   text, _ = laws.read_text(tokenizer, row)
-  parts, last = [], 0
-  for start, stop, _ in words:
-    parts.append(text[last:start])
-    last = stop
-  rest = text[last:]
+  stops = [0, *(word.stop for word in words)]
+  parts = [text[stop : word.start] for stop, word in zip(stops, words)]
+  rest = text[stops[-1] :]
   join = lambda fill: ''.join(map(''.join, zip(parts, fill))) + rest
   posterior = law.posterior(join([law.gap] * len(words)))
   is_gap = np.zeros(len(row), bool)
-  for _, _, places in words:
-    is_gap[places] = True
+  is_gap[np.concatenate([word.places for word in words])] = True
   size = int(np.argmax(np.isin(row, tokenizer.eos_ids)))
 
   def agrees(fill) -> bool:
@@ -243,13 +227,9 @@ def make_word_gaps(
       f'tokenizer.name={tokenizer.name!r} encodes {text!r} differently from '
       'its row'
     )
-  return WordGaps(
-    [places for *_, places in words],
-    tuple(text[start:stop] for start, stop, _ in words),
-    Posterior(
-      posterior.log_prob + math.log(total),
-      {fill: p / total for fill, p in fills.items()},
-    ),
+  return Posterior(
+    posterior.log_prob + math.log(total),
+    {fill: p / total for fill, p in fills.items()},
   )
 
 
@@ -285,9 +265,9 @@ def measure_words(
         problem = f'tokens of {tokenizer.name!r} spell several words each'
         continue
       chosen = choose(generator, len(words[j]), ratio, pattern)
-      chosen = [words[j][k] for k in chosen]
+      gaps = [words[j][k] for k in chosen]
       try:
-        found.append(make_word_gaps(law, tokenizer, row, chosen))
+        found.append((gaps, find_posterior(law, tokenizer, row, gaps)))
         kept.append(j)
       except InputError as error:
         problem = str(error)
@@ -298,20 +278,19 @@ def measure_words(
       )
     used = jax.tree.map(lambda x: x[kept], whole)
     fixed = np.ones(used.tokens.shape, bool)
-    for row, gaps in zip(fixed, found):
-      row[np.concatenate(gaps.places)] = False
+    for row, (gaps, _) in zip(fixed, found):
+      row[np.concatenate([word.places for word in gaps])] = False
     canvas = np.where(fixed, used.tokens, tokenizer.mask_id).astype(np.int32)
     filled, num_calls = fill(lm.params, key, canvas, fixed, used.segment_ids)
     correct, best, exact = np.zeros((3, len(kept)))
-    for n, (row, gaps) in enumerate(zip(filled, found)):
+    for n, (row, (gaps, posterior)) in enumerate(zip(filled, found)):
       pieces = tokenizer.spell(row)
-      for places, word, law_of_word in zip(
-        gaps.places, gaps.words, gaps.posterior.marginals()
-      ):
-        correct[n] += ''.join(pieces[p] for p in places).strip() == word
+      for word, law_of_word in zip(gaps, posterior.marginals()):
+        spelled = ''.join(pieces[p] for p in word.places)
+        correct[n] += spelled.strip() == word.text
         best[n] += max(law_of_word.values())
         exact[n] += sum(p * p for p in law_of_word.values())
-    num = np.array([len(gaps.words) for gaps in found])
+    num = np.array([len(gaps) for gaps, _ in found])
     accuracy, half_width = metrics.ratio_interval(correct, num)
     bayes, bayes_half_width = metrics.ratio_interval(best, num)
     yield {
