@@ -112,15 +112,9 @@ def define_measurements():
 
 
 class Request(NamedTuple):
-  """The samples asked of every run.
+  """The samples asked of every run, as `define_measurements` explains.
 
-  Attributes:
-    samplers: names, possibly with 'auto' or 'all'; empty for no samples.
-    num_steps: numbers of network calls to try.
-    num_samples: texts per point of a curve.
-    length: tokens per text; 0 for the run's own length.
-    draw: temperature, top_k and top_p.
-    seed: seed of the samples.
+  `draw` holds the values of DRAW_FLAGS.
   """
 
   samplers: tuple[str, ...]

@@ -112,12 +112,6 @@ def plan_members(
 ) -> list[Member]:
   """Returns the checked runs of a study, in the order of training.
 
-  Args:
-    start: the command line.
-    output: the folder of the study.
-    variants: values of --variants.
-    seeds: values of --seeds.
-
   Raises:
     InputError: there is no such variant or seed, or the run in its folder has
       other settings.

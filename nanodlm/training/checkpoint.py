@@ -126,12 +126,8 @@ def save(
   Checkpoints of this step or a later one are deleted: a run that resumed from
   before them has found them damaged.
 
-  Args:
-    manager: the result of `open_manager`.
-    state: saved as step state.step.
-    config: the run's config.
-    position: place in the data: {'step': n, 'example': n * batch_size,
-      'fingerprint': that of the text}.
+  `position` is the place in the data: {'step': n, 'example': n * batch_size,
+  'fingerprint': that of the text}.
 
   Raises:
     SaveError: this save or an EARLIER one failed, on a full disk for example.
@@ -208,14 +204,8 @@ def restore_state(
 ) -> TrainState:
   """Restores the state of `step` with the shapes and shardings of `state`.
 
-  It may have been saved on any number of devices and processes.
-
-  Args:
-    manager: the result of `open_manager`.
-    state: what to restore, with the shapes and shardings wanted.
-    step: the checkpoint's step.
-    vocab_size: embedding rows from here on are padding, whose number may
-      differ.
+  It may have been saved on any number of devices and processes. Embedding rows
+  from `vocab_size` on are padding, whose number may differ.
 
   Raises:
     InputError: shapes in the checkpoint differ.
@@ -356,12 +346,7 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
 def find_step(
   manager: ocp.CheckpointManager, step: int = 0, items: tuple[str, ...] = PARAMS
 ) -> int:
-  """Returns `step`, or for 0 the last step whose `items` are intact.
-
-  Args:
-    manager: the result of `open_manager`.
-    step: step of the checkpoint; 0 for the last intact one.
-    items: the items that will be read.
+  """Returns `step`, or for 0 the last one, whose `items` are intact.
 
   Raises:
     InputError: there is no such checkpoint, or it is damaged.
