@@ -399,7 +399,7 @@ def test_texts_are_compared_to_their_ends(flat):
   short, long = compare._cut_ends(run, rows)
   np.testing.assert_array_equal(short, row_of(text)[: len(text) + 1])
   assert len(long) == LENGTH
-  quality = judges.measure_quality(None, [short, long], BYTES)
+  quality = judges.measure_quality(judges.Judge(), [short, long], BYTES)
   assert quality['sample_entropy'] == pytest.approx(
     stats.entropy(np.bincount(short)) / 2
   )

@@ -166,7 +166,7 @@ def plan_points(
 
 def sample_point(
   lm: LanguageModel,
-  judge: judges.Judge | None,
+  judge: judges.Judge,
   request: Request,
   reference: np.ndarray | None = None,
 ) -> dict[str, Any]:
@@ -254,7 +254,7 @@ Recall = Callable[[dict[str, Any], Callable[[], Any]], Any]
 def compare_run(
   subject: Subject,
   request: Request,
-  judge: judges.Judge | None,
+  judge: judges.Judge,
   max_examples: int,
   recall: Recall = lambda description, compute: compute(),
 ) -> dict[str, Any]:
@@ -263,8 +263,7 @@ def compare_run(
   With samples, the first point is the text, whose values are those of perfect
   samples if neither the run nor the judge was trained on it.
   """
-  mauve_seed = None if judge is None else judge.mauve_seed
-  has_mauve = mauve_seed is not None
+  has_mauve = judge.mauve_seed is not None
 
   @functools.cache
   def read_rows() -> tuple[np.ndarray, np.ndarray]:
@@ -286,7 +285,7 @@ def compare_run(
 
   @functools.cache
   def reference() -> np.ndarray | None:
-    if judge is None or not has_mauve:
+    if not has_mauve:
       return None
     lm, (_, others) = subject.lm, read_rows()
     texts = _cut_ends(lm.run, others[:, :length])
@@ -307,12 +306,12 @@ def compare_run(
   what = {
     'what': 'samples',
     **SPREAD,
-    'judge': judge and judge.name,
+    'judge': judge.name or None,
     'num_samples': request.num_samples,
     'length': length,
   }
   if has_mauve:
-    what['mauve_seed'] = mauve_seed
+    what['mauve_seed'] = judge.mauve_seed
 
   def measure_text():
     rows, _ = read_rows()
@@ -357,7 +356,7 @@ def measure_bound(subject: Subject, max_examples: int) -> dict[str, Any]:
 
 def _measure_text(
   subject: Subject,
-  judge: judges.Judge | None,
+  judge: judges.Judge,
   rows: np.ndarray,
   length: int,
   reference: np.ndarray | None,
@@ -370,7 +369,7 @@ def _measure_text(
     'num_samples': len(rows),
     'length': min(length, text.packed.length),
     'tokens_per_sec': None,
-    'judge_trained_share': judge and judge.trained_share(rows, lm.tokenizer),
+    'judge_trained_share': judge.trained_share(rows, lm.tokenizer),
     **judges.measure_quality(
       judge,
       _cut_ends(lm.run, rows[:, :length]),
@@ -414,7 +413,7 @@ TEXT_COLUMNS = (
 
 def format_table(
   results: Sequence[dict[str, Any]],
-  judge: judges.Judge | None,
+  judge: judges.Judge,
   run_columns: Sequence[tuple[str, str, str]] = RUN_COLUMNS,
   text_columns: Sequence[tuple[str, str, str]] = TEXT_COLUMNS,
 ) -> str:
@@ -441,23 +440,21 @@ def format_table(
   lines += [
     '',
     *metrics.format_table(
-      (*_POINT_COLUMNS, *(judge.columns if judge else ()), *text_columns),
-      points,
+      (*_POINT_COLUMNS, *judge.columns, *text_columns), points
     ),
     '',
     f'{last["num_samples"]} samples of {points[0]["length"]} tokens per line, '
     f'{draw}. entropy: nats/token, of all samples and of single '
     'texts.',
+    *judge.remarks(points),
   ]
-  if judge:
-    lines += judge.remarks(points)
   return '\n'.join(lines)
 
 
-def make_panels(judge: judges.Judge | None) -> dict[str, str]:
+def make_panels(judge: judges.Judge) -> dict[str, str]:
   """Returns what is plotted of the points, {key: label}."""
-  own = judge.panels if judge else {}
-  return {**own, 'sample_entropy': 'entropy of a sample, nats/token'}
+  own = {'sample_entropy': 'entropy of a sample, nats/token'}
+  return {**judge.panels, **own}
 
 
 def draw_curve(
@@ -583,17 +580,13 @@ def parse_request(options: flags.FlagValues, judge: str) -> Request:
   return Request(tuple(names), num_steps, *sizes, draw, options.seed)
 
 
-def make_judge(options: flags.FlagValues, spec: str) -> judges.Judge | None:
-  """Makes what measures the samples that the flags ask for; '': nothing."""
-  if not spec and not options.mauve:
-    return None
+def make_judge(options: flags.FlagValues, spec: str) -> judges.Judge:
+  """Makes what measures the samples that the flags ask for."""
   seed = options.seed if options.mauve else None
   return judges.make_judge(spec, mauve_seed=seed)
 
 
-def check(
-  settings: Sequence[Settings], request: Request, judge: judges.Judge | None
-):
+def check(settings: Sequence[Settings], request: Request, judge: judges.Judge):
   """Raises InputError if a sampler fits no run, or the judge not each run."""
   objectives = list(map(runs.make_objective, settings))
   for name in request.samplers:
@@ -602,9 +595,8 @@ def check(
       raise InputError(
         f'--samplers={name} fits none of the runs, whose objectives are {names}'
       )
-  if judge:
-    for one in settings:
-      judge.check(one.data, request.length)
+  for one in settings:
+    judge.check(one.data, request.length)
 
 
 def _open_settings(workdirs: Sequence[str], source: str) -> list[Settings]:
@@ -659,16 +651,14 @@ def main(start: Start) -> int:
 
 
 def describe(
-  results: Sequence[dict[str, Any]],
-  request: Request,
-  judge: judges.Judge | None,
+  results: Sequence[dict[str, Any]], request: Request, judge: judges.Judge
 ) -> dict[str, Any]:
   """Returns the content of comparison.json."""
   points = [point for result in results for point in result['points']]
   return {
-    'judge': judge.name if judge else '',
+    'judge': judge.name,
     'panels': make_panels(judge),
-    'remarks': judge.remarks(points) if judge and points else [],
+    'remarks': judge.remarks(points) if points else [],
     'request': request._asdict(),
     'runs': results,
   }

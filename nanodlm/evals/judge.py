@@ -45,8 +45,8 @@ class Judged(NamedTuple):
   num_bytes: np.ndarray
 
 
-class Judge(abc.ABC):
-  """What measures samples.
+class Judge:
+  """What measures samples; this one measures nothing.
 
   Attributes:
     name: value of --judge.
@@ -56,16 +56,16 @@ class Judge(abc.ABC):
   """
 
   mauve_seed: int | None = None
-  name: str
-  columns: tuple[tuple[str, str, str], ...]
-  panels: Mapping[str, str]
+  name = ''
+  columns: tuple[tuple[str, str, str], ...] = ()
+  panels: Mapping[str, str] = types.MappingProxyType({})
 
   def check(self, data: DataConfig, length: int = 0):
     """Raises InputError if it cannot judge texts like those of a run.
 
     `length` is that of the texts in tokens; 0: data.length.
     """
-    del data, length  # By default, it judges any text.
+    del data, length
 
   def features(
     self, tokens: Sequence[np.ndarray], tokenizer: Tokenizer
@@ -73,7 +73,6 @@ class Judge(abc.ABC):
     """Returns features [N, D] of texts, for MAUVE."""
     raise NotImplementedError
 
-  @abc.abstractmethod
   def measure(
     self,
     tokens: Sequence[np.ndarray],
@@ -85,10 +84,13 @@ class Judge(abc.ABC):
 
     `reference` [N, D] are the features of texts that MAUVE compares them to.
     """
+    del tokens, tokenizer, source, reference
+    return {}
 
-  @abc.abstractmethod
   def remarks(self, points: Sequence[Mapping[str, Any]]) -> list[str]:
     """Explains the columns of points, in lines below the table."""
+    del points
+    return []
 
   def trained_share(
     self, tokens: np.ndarray, tokenizer: Tokenizer
@@ -100,6 +102,7 @@ class Judge(abc.ABC):
 class LawJudge(Judge):
   """The exact law of the text that a run was trained on."""
 
+  name = LAW
   columns = (
     ('possible', 'valid_share', '.4f'),
     ('law nats', 'law_nats', '.2f'),
@@ -116,7 +119,6 @@ class LawJudge(Judge):
   )
 
   def __init__(self):
-    self.name = LAW
     self._features = {}
 
   def check(self, data: DataConfig, length: int = 0):
@@ -157,7 +159,7 @@ class LawJudge(Judge):
     ]
 
 
-class ModelJudge(Judge):
+class ModelJudge(Judge, abc.ABC):
   """An autoregressive model that scores texts.
 
   Texts longer than `window` tokens are cut, and each part is scored without the
@@ -444,7 +446,7 @@ class HuggingFaceJudge(ModelJudge):
 def make_judge(
   spec: str, batch_size: int = 32, mauve_seed: int | None = None
 ) -> Judge:
-  """Makes a judge: 'law', a workdir of an 'ar' run, or 'hf:NAME_OR_PATH'.
+  """Makes a judge: 'law', a workdir of an 'ar' run, 'hf:NAME_OR_PATH', or ''.
 
   Args:
     spec: value of --judge.
@@ -468,6 +470,8 @@ def make_judge(
       raise InputError(
         f"--mauve needs {error.name}: pip install -e '.[mauve]'"
       ) from error
+  if not spec:
+    return Judge()
   if spec == LAW:
     return LawJudge()
   cls = HuggingFaceJudge if spec.startswith(HUGGING_FACE) else NanodlmJudge
@@ -475,7 +479,7 @@ def make_judge(
 
 
 def measure_quality(
-  judge: Judge | None,
+  judge: Judge,
   tokens: Sequence[np.ndarray],
   tokenizer: Tokenizer,
   source: str = '',
@@ -484,7 +488,7 @@ def measure_quality(
   """Measures the quality of sampled texts.
 
   Args:
-    judge: what measures more than the statistics; None is nothing.
+    judge: what measures more than the statistics.
     tokens: N arrays of ids of `tokenizer`, the sampling model's.
     tokenizer: their tokenizer.
     source: data.source of the model; read by the law alone.
@@ -502,7 +506,5 @@ def measure_quality(
     `laws.sample_means`; divergence, own_divergence and num_features, see
     `laws.Features`. What is undefined for lack of texts is left out.
   """
-  quality = metrics.text_statistics(tokens)
-  if judge is not None:
-    quality |= judge.measure(tokens, tokenizer, source, reference)
-  return quality
+  statistics = metrics.text_statistics(tokens)
+  return statistics | judge.measure(tokens, tokenizer, source, reference)

@@ -269,7 +269,7 @@ def _curve_key(curves: Sequence[Sequence[Mapping[str, float]]]) -> str:
 def measure(
   member: Member,
   request: compare.Request,
-  judge: judges.Judge | None,
+  judge: judges.Judge,
   ratios: Sequence[float],
   options: flags.FlagValues,
 ) -> dict[str, Any] | None:
@@ -406,7 +406,7 @@ def summarize_variants(
 
 
 def format_table(
-  summaries: Sequence[dict[str, Any]], judge: judges.Judge | None
+  summaries: Sequence[dict[str, Any]], judge: judges.Judge
 ) -> str:
   """Formats summaries of variants as tables with remarks."""
   lines = [compare.format_table(summaries, judge, _RUN_COLUMNS, _TEXT_COLUMNS)]
