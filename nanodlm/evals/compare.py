@@ -48,9 +48,6 @@ SAMPLE_FLAGS = (
 )
 # With fewer samples, whose clusters are fewer, MAUVE is far too high.
 MIN_MAUVE_SAMPLES = 500
-# What is remembered of a measurement says how its rows were chosen; earlier
-# ones were at equal distances.
-SPREAD = {'rows': 'spread'}
 
 
 def define_flags():
@@ -298,14 +295,13 @@ def compare_run(
   bound = functools.partial(measure_bound, subject, max_examples)
   result = {
     'workdir': subject.workdir,
-    **recall({'what': 'bound', **SPREAD, 'max_examples': max_examples}, bound),
+    **recall({'what': 'bound', 'max_examples': max_examples}, bound),
     'points': [],
   }
   if not planned:
     return result
   what = {
     'what': 'samples',
-    **SPREAD,
     'judge': judge.name or None,
     'num_samples': request.num_samples,
     'length': length,
@@ -522,7 +518,7 @@ def plot_curves(
   plots = [fig.add_subplot(num_rows, num_columns, i + 1) for i in range(num)]
   if draw_first:
     draw_first(plots[0], colors)
-  for axes, (key, label) in zip(plots[-len(labels) :], labels.items()):
+  for axes, (key, label) in zip(plots[num - len(labels) :], labels.items()):
     for (run, name), points in curves.items():
       style = {'color': colors[run], **looks[name]}
       draw_curve(axes, points, 'num_calls', key, style)
@@ -531,16 +527,11 @@ def plot_curves(
     axes.xaxis.set_major_formatter('{x:g}')
   for axes in plots:
     axes.grid(alpha=0.3)
-  legend = [
-    *(
-      lines.Line2D([], [], label=x, color=color) for x, color in colors.items()
-    ),
-    *(
-      lines.Line2D([], [], label=x, **{**look, 'color': 'black'})
-      for x, look in looks.items()
-    ),
-  ]
-  fig.legend(handles=legend, loc='outside right upper')
+  legend: list[tuple[str, Any]]
+  legend = [(name, {'color': color}) for name, color in colors.items()]
+  legend += [(name, {**look, 'color': 'black'}) for name, look in looks.items()]
+  handles = [lines.Line2D([], [], label=x, **style) for x, style in legend]
+  fig.legend(handles=handles, loc='outside right upper')
   fig.savefig(path, dpi=150)
 
 

@@ -228,7 +228,9 @@ def make_recall(path: pathlib.Path, step: int) -> Recall:
   known = json.loads(path.read_text()) if path.exists() else []
 
   def recall(description, compute):
-    asked = json.loads(json.dumps({'step': step, **description}))
+    # The rows of older results were at equal distances.
+    asked = {'step': step, 'rows': 'spread', **description}
+    asked = json.loads(json.dumps(asked))
     for entry in known:
       if entry['asked'] == asked:
         return entry['result']
@@ -293,7 +295,7 @@ def measure(
   if num and curve[-1]['step'] == step:
     # Training evaluates the last step, alone, on all of the held-out text.
     bound = functools.partial(compare.measure_bound, subject, num)
-    asked = {'what': 'end of the curve', **compare.SPREAD, 'max_examples': num}
+    asked = {'what': 'end of the curve', 'max_examples': num}
     means = recall(asked, bound)
     curve[-1] |= {
       key: means[key]
@@ -333,7 +335,6 @@ def measure(
   if ratios and _can_fill(subject):
     asked = {
       'what': 'infilling',
-      **compare.SPREAD,
       'ratios': ratios,
       'num_examples': options.infill_examples,
     }
