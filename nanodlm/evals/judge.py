@@ -14,7 +14,6 @@ import abc
 from collections.abc import Mapping, Sequence
 import functools
 import math
-import types
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +57,7 @@ class Judge:
   mauve_seed: int | None = None
   name = ''
   columns: tuple[tuple[str, str, str], ...] = ()
-  panels: Mapping[str, str] = types.MappingProxyType({})
+  panels: Mapping[str, str] = {}
 
   def check(self, data: DataConfig, length: int = 0):
     """Raises InputError if it cannot judge texts like those of a run.
@@ -110,18 +109,16 @@ class LawJudge(Judge):
     ('divergence', 'divergence', '.5f'),
     ('of the law', 'own_divergence', '.5f'),
   )
-  panels = types.MappingProxyType(
-    {
-      'valid_share': 'share of possible samples',
-      'law_nats': 'nats of a possible sample',
-      'divergence': 'divergence of features, nats',
-    }
-  )
+  panels = {
+    'valid_share': 'share of possible samples',
+    'law_nats': 'nats of a possible sample',
+    'divergence': 'divergence of features, nats',
+  }
 
   def __init__(self):
     self._features = {}
 
-  def check(self, data: DataConfig, length: int = 0):
+  def check(self, data, length=0):
     for key in ('source', 'eval_source'):
       try:
         laws.require_law(data, getattr(data, key))
@@ -149,7 +146,7 @@ class LawJudge(Judge):
       'num_features': len(features.frequencies),
     }
 
-  def remarks(self, points: Sequence[Mapping[str, Any]]) -> list[str]:
+  def remarks(self, points):
     nums = sorted({point['num_features'] for point in points})
     return [
       'possible: share of the samples that the law of the text allows; law '
@@ -239,7 +236,7 @@ class ModelJudge(Judge, abc.ABC):
       'mauve_seed': self.mauve_seed,
     }
 
-  def remarks(self, points: Sequence[Mapping[str, Any]]) -> list[str]:
+  def remarks(self, points):
     is_text = 'text' in {point['judge_tokens'] for point in points}
     shares = {
       evaluate.shown_share({'trained_share': point['judge_trained_share']})
@@ -315,24 +312,20 @@ class NanodlmJudge(ModelJudge):
       self.lm.run, num_draws=1, batch_size=batch_size
     )
 
-  def reads_ids_of(self, tokenizer: Tokenizer) -> bool:
+  def reads_ids_of(self, tokenizer):
     return tokenizer.fingerprint == self.lm.tokenizer.fingerprint
 
-  def trained_share(
-    self, tokens: np.ndarray, tokenizer: Tokenizer
-  ) -> float | None:
+  def trained_share(self, tokens, tokenizer):
     rows = self._own_ids(tokens, tokenizer)
     separator_id = self.lm.tokenizer.separator_id
     if self.lm.run.settings.data.has_documents:  # The start of each row is one.
       rows = [np.append(separator_id, row) for row in rows]
     return overlap.load(self.lm.workdir).share_of(rows, separator_id)
 
-  def encode(self, texts: list[str]) -> list[np.ndarray]:
+  def encode(self, texts):
     return self.lm.tokenizer.encode_to_score(texts)
 
-  def score_windows(
-    self, tokens: np.ndarray, is_text: np.ndarray
-  ) -> np.ndarray:
+  def score_windows(self, tokens, is_text):
     segment_ids = self._mark(tokens == self.lm.tokenizer.separator_id)
     batch = lms.make_batch(tokens, is_text, segment_ids)
     return self._score(self.lm.params, jax.random.key(0), batch)['nll']
@@ -394,10 +387,10 @@ class HuggingFaceJudge(ModelJudge):
         'which the first token is predicted'
       )
 
-  def reads_ids_of(self, tokenizer: Tokenizer) -> bool:
+  def reads_ids_of(self, tokenizer):
     return False
 
-  def encode(self, texts: list[str]) -> list[np.ndarray]:
+  def encode(self, texts):
     ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)
     rows = ids['input_ids']
     decoded = self.tokenizer.batch_decode(
@@ -408,9 +401,7 @@ class HuggingFaceJudge(ModelJudge):
     warn_of_loss(f'--judge={self.name!r}', num_lost, num_bytes)
     return [np.asarray(row, np.int64) for row in rows]
 
-  def score_windows(
-    self, tokens: np.ndarray, is_text: np.ndarray
-  ) -> np.ndarray:
+  def score_windows(self, tokens, is_text):
     import torch  # pyright: ignore[reportMissingImports]  (optional)
 
     longest = int(is_text.sum(1).max())
