@@ -264,23 +264,24 @@ def test_gaps_of_words(everything, num_gaps):
     text = LAW.sample(11, i)
     row = row_of(text)
     words = infill.find_words(LAW, BYTES, row)
-    assert [text[a:b] for a, b, _ in words] == stories._words(
+    assert [word.text for word in words] == stories._words(
       text.replace('.', '').replace(',', '')
     ) or len(words) > 20
     chosen = sorted(rng.choice(len(words), num_gaps, replace=False))
-    gaps = infill.make_word_gaps(LAW, BYTES, row, [words[k] for k in chosen])
+    gaps = [words[k] for k in chosen]
+    posterior = infill.find_posterior(LAW, BYTES, row, gaps)
     is_gap = np.zeros(LENGTH, bool)
-    is_gap[np.concatenate(gaps.places)] = True
+    is_gap[np.concatenate([word.places for word in gaps])] = True
     # By enumeration of all that agrees with what the network is given.
     total, marginals = 0.0, [{} for _ in chosen]
     for other, p in others:
       if np.all((other == row) | is_gap):
         total += p
-        for marginal, places in zip(marginals, gaps.places):
-          word = bytes(other[places].tolist()).decode()
+        for marginal, gap in zip(marginals, gaps):
+          word = bytes(other[gap.places].tolist()).decode()
           marginal[word] = marginal.get(word, 0.0) + p
-    assert gaps.posterior.log_prob == pytest.approx(math.log(total))
-    for found, expected in zip(gaps.posterior.marginals(), marginals):
+    assert posterior.log_prob == pytest.approx(math.log(total))
+    for found, expected in zip(posterior.marginals(), marginals):
       expected = {word: p / total for word, p in expected.items()}
       assert found == pytest.approx(expected)
 
@@ -333,7 +334,8 @@ def test_infilling(flat, monkeypatch):
   text = evaluate.open_text(lm)
   rows = evaluate.validation_rows(lm.run, text.packed, 8)
   cut = row_of(LAW.sample(0, 0) * 3)
-  rows = rows._replace(tokens=np.concatenate([rows.tokens, [cut]]))
+  tokens = np.concatenate([rows.tokens, [cut]])
+  rows = lms.make_batch(tokens, np.ones(tokens.shape, bool))
   (wrong, _) = infill.measure_words(lm, LAW, rows, [0.5])
   # It writes bytes that do not form words.
   assert wrong['accuracy'] == wrong['exact_match'] == 0
@@ -397,7 +399,7 @@ def test_texts_are_compared_to_their_ends(flat):
   short, long = compare._cut_ends(run, rows)
   np.testing.assert_array_equal(short, row_of(text)[: len(text) + 1])
   assert len(long) == LENGTH
-  quality = judges.measure_quality(None, [short, long], BYTES)
+  quality = judges.measure_quality(judges.Judge(), [short, long], BYTES)
   assert quality['sample_entropy'] == pytest.approx(
     stats.entropy(np.bincount(short)) / 2
   )

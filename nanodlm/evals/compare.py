@@ -48,9 +48,6 @@ SAMPLE_FLAGS = (
 )
 # With fewer samples, whose clusters are fewer, MAUVE is far too high.
 MIN_MAUVE_SAMPLES = 500
-# What is remembered of a measurement says how its rows were chosen; earlier
-# ones were at equal distances.
-SPREAD = {'rows': 'spread'}
 
 
 def define_flags():
@@ -112,15 +109,9 @@ def define_measurements():
 
 
 class Request(NamedTuple):
-  """The samples asked of every run.
+  """The samples asked of every run, as `define_measurements` explains.
 
-  Attributes:
-    samplers: names, possibly with 'auto' or 'all'; empty for no samples.
-    num_steps: numbers of network calls to try.
-    num_samples: texts per point of a curve.
-    length: tokens per text; 0 for the run's own length.
-    draw: temperature, top_k and top_p.
-    seed: seed of the samples.
+  `draw` holds the values of DRAW_FLAGS.
   """
 
   samplers: tuple[str, ...]
@@ -169,7 +160,7 @@ def plan_points(
 
 def sample_point(
   lm: LanguageModel,
-  judge: judges.Judge | None,
+  judge: judges.Judge,
   request: Request,
   reference: np.ndarray | None = None,
 ) -> dict[str, Any]:
@@ -257,7 +248,7 @@ Recall = Callable[[dict[str, Any], Callable[[], Any]], Any]
 def compare_run(
   subject: Subject,
   request: Request,
-  judge: judges.Judge | None,
+  judge: judges.Judge,
   max_examples: int,
   recall: Recall = lambda description, compute: compute(),
 ) -> dict[str, Any]:
@@ -266,30 +257,33 @@ def compare_run(
   With samples, the first point is the text, whose values are those of perfect
   samples if neither the run nor the judge was trained on it.
   """
-  mauve_seed = None if judge is None else judge.mauve_seed
-  has_mauve = mauve_seed is not None
-  # MAUVE compares two halves of the held-out text, which rows may alternate in.
-  order = np.random.default_rng(0).permutation(2 * request.num_samples)
+  has_mauve = judge.mauve_seed is not None
 
   @functools.cache
-  def read_rows():
+  def read_rows() -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows of held-out text, and others that MAUVE compares to."""
     num = request.num_samples * (1 + has_mauve)
-    rows = evaluate.validation_rows(subject.lm.run, subject.text.packed, num)
-    if has_mauve and len(rows.tokens) < num:
+    lm, packed = subject.lm, subject.text.packed
+    rows = evaluate.validation_rows(lm.run, packed, num).tokens
+    if not has_mauve:
+      return rows, rows[:0]
+    if len(rows) < num:
       raise InputError(
         f'--num_samples={request.num_samples!r} is too large for --mauve: it '
         f'needs {num} rows of held-out text, of which {subject.workdir!r} has '
-        f'{len(rows.tokens)}'
+        f'{len(rows)}'
       )
-    return rows.tokens
+    # Texts of different kinds may alternate.
+    rows = np.random.default_rng(0).permutation(rows)
+    return rows[::2], rows[1::2]
 
   @functools.cache
-  def reference():
-    if judge is None or not has_mauve:
+  def reference() -> np.ndarray | None:
+    if not has_mauve:
       return None
-    lm = subject.lm
-    others = _cut_ends(lm.run, read_rows()[order[1::2], :length])
-    return judge.features(others, lm.tokenizer)
+    lm, (_, others) = subject.lm, read_rows()
+    texts = _cut_ends(lm.run, others[:, :length])
+    return judge.features(texts, lm.tokenizer)
 
   length = request.length or subject.settings.data.length
   planned = plan_points(subject.run, request, length)
@@ -298,24 +292,22 @@ def compare_run(
   bound = functools.partial(measure_bound, subject, max_examples)
   result = {
     'workdir': subject.workdir,
-    **recall({'what': 'bound', **SPREAD, 'max_examples': max_examples}, bound),
+    **recall({'what': 'bound', 'max_examples': max_examples}, bound),
     'points': [],
   }
   if not planned:
     return result
   what = {
     'what': 'samples',
-    **SPREAD,
-    'judge': judge and judge.name,
+    'judge': judge.name or None,
     'num_samples': request.num_samples,
     'length': length,
   }
   if has_mauve:
-    what['mauve_seed'] = mauve_seed
+    what['mauve_seed'] = judge.mauve_seed
 
   def measure_text():
-    rows = read_rows()
-    rows = rows[order[::2]] if has_mauve else rows
+    rows, _ = read_rows()
     return _measure_text(subject, judge, rows, length, reference())
 
   points = [recall({**what, 'sampler': None}, measure_text)]
@@ -357,7 +349,7 @@ def measure_bound(subject: Subject, max_examples: int) -> dict[str, Any]:
 
 def _measure_text(
   subject: Subject,
-  judge: judges.Judge | None,
+  judge: judges.Judge,
   rows: np.ndarray,
   length: int,
   reference: np.ndarray | None,
@@ -370,7 +362,7 @@ def _measure_text(
     'num_samples': len(rows),
     'length': min(length, text.packed.length),
     'tokens_per_sec': None,
-    'judge_trained_share': judge and judge.trained_share(rows, lm.tokenizer),
+    'judge_trained_share': judge.trained_share(rows, lm.tokenizer),
     **judges.measure_quality(
       judge,
       _cut_ends(lm.run, rows[:, :length]),
@@ -414,7 +406,7 @@ TEXT_COLUMNS = (
 
 def format_table(
   results: Sequence[dict[str, Any]],
-  judge: judges.Judge | None,
+  judge: judges.Judge,
   run_columns: Sequence[tuple[str, str, str]] = RUN_COLUMNS,
   text_columns: Sequence[tuple[str, str, str]] = TEXT_COLUMNS,
 ) -> str:
@@ -441,86 +433,69 @@ def format_table(
   lines += [
     '',
     *metrics.format_table(
-      (*_POINT_COLUMNS, *(judge.columns if judge else ()), *text_columns),
-      points,
+      (*_POINT_COLUMNS, *judge.columns, *text_columns), points
     ),
     '',
     f'{last["num_samples"]} samples of {points[0]["length"]} tokens per line, '
     f'{draw}. entropy: nats/token, of all samples and of single '
     'texts.',
+    *judge.remarks(points),
   ]
-  if judge:
-    lines += judge.remarks(points)
   return '\n'.join(lines)
 
 
-def make_panels(judge: judges.Judge | None) -> dict[str, str]:
+def make_panels(judge: judges.Judge) -> dict[str, str]:
   """Returns what is plotted of the points, {key: label}."""
-  own = judge.panels if judge else {}
-  return {**own, 'sample_entropy': 'entropy of a sample, nats/token'}
+  own = {'sample_entropy': 'entropy of a sample, nats/token'}
+  return {**judge.panels, **own}
 
 
-class Curve(NamedTuple):
-  """A curve, or a horizontal line if x is None.
-
-  Attributes:
-    style: its color, marker and so on.
-    x: values of x.
-    y: values of y.
-    bars: the lengths of the error bars below and above each y.
-  """
-
-  style: Mapping[str, Any]
-  x: Sequence[Any]
-  y: Sequence[float]
-  bars: tuple[Sequence[float], Sequence[float]]
-
-
-class Panel(NamedTuple):
-  """A plot of several curves."""
-
-  x_label: str
-  y_label: str
-  curves: Sequence[Curve]
-  x_log: bool = False
-
-
-def make_curve(
-  style: Mapping[str, Any],
+def draw_curve(
+  axes: Any,
   points: Sequence[Mapping[str, Any]],
   x_key: str,
   key: str,
-) -> Curve:
-  """Makes a curve of points with intervals; see `metrics.format_table`."""
+  style: Mapping[str, Any],
+):
+  """Draws points with intervals; see `metrics.format_table`.
+
+  A point whose x is None is a horizontal line.
+  """
   points = [point for point in points if point.get(key) is not None]
+  if not points:
+    return
+  x, y = ([point[name] for point in points] for name in (x_key, key))
+  if x[0] is None:
+    axes.axhline(y[0], **style)
+    return
   lows, highs = [], []
   for point in points:
     width = point.get(f'{key}_ci95') or 0.0
     lows.append(point[key] - point.get(f'{key}_low', point[key] - width))
     highs.append(point.get(f'{key}_high', point[key] + width) - point[key])
-  x, y = ([point[name] for point in points] for name in (x_key, key))
-  return Curve(style, x, y, (lows, highs))
-
-
-def color_of(i: int) -> Any:
-  """Returns the color of run i: ten dark ones, then ten light ones."""
-  from matplotlib import colormaps
-
-  return colormaps['tab20']((2 * i + i // 10) % 20)
+  axes.errorbar(x, y, yerr=(lows, highs), capsize=3, **style)
 
 
 def plot_curves(
   results: Sequence[dict[str, Any]],
   labels: Mapping[str, str],
   path: pathlib.Path,
-  more_panels: Sequence[Panel] = (),
+  draw_first: Callable[[Any, Mapping[str, Any]], None] | None = None,
 ):
-  """Draws `labels`, {key: label}, against network calls, after `more_panels`.
+  """Draws `labels`, {key: label}, against network calls, three in a row.
 
-  A run has a color, and a sampler a marker and dashes.
+  A run has a color, ten dark ones before ten light ones, and a sampler a marker
+  and dashes. `draw_first` draws a plot before the others, on axes, with
+  {workdir: color}.
   """
+  try:
+    from matplotlib import colormaps, figure, lines
+  except ModuleNotFoundError as error:
+    print(f"{path.name} is left out ({error}): pip install -e '.[plots]'")
+    return
   colors = {
-    run['workdir']: {'color': color_of(i)} for i, run in enumerate(results)
+    run['workdir']: colormaps['tab20']((2 * i + i // 10) % 20)
+    for i, run in enumerate(results)
   }
   looks, curves = {}, {}
   for result in results:
@@ -533,51 +508,25 @@ def plot_curves(
         dashes = (0, (1 + i, i // 2))
         looks[name] = {'marker': MARKERS[i % len(MARKERS)], 'linestyle': dashes}
       curves.setdefault((result['workdir'], name), []).append(point)
-  panels = [
-    *more_panels,
-    *(
-      Panel(
-        'network calls',
-        label,
-        [
-          make_curve({**colors[run], **looks[name]}, points, 'num_calls', key)
-          for (run, name), points in curves.items()
-        ],
-        x_log=True,
-      )
-      for key, label in labels.items()
-    ),
-  ]
-  black = {name: {**look, 'color': 'black'} for name, look in looks.items()}
-  _draw(panels, [*colors.items(), *black.items()], path)
-
-
-def _draw(
-  panels: Sequence[Panel],
-  legend: Sequence[tuple[str, Mapping[str, Any]]],
-  path: pathlib.Path,
-):
-  """Draws panels, three in a row, with a legend of labels and styles."""
-  try:
-    from matplotlib import figure, lines
-  except ModuleNotFoundError as error:
-    print(f"{path.name} is left out ({error}): pip install -e '.[plots]'")
-    return
-  num_rows = -(-len(panels) // 3)
-  size = (5.5 * min(len(panels), 3) + 2, 4.5 * num_rows)
+  num = len(labels) + (draw_first is not None)
+  num_rows, num_columns = -(-num // 3), min(num, 3)
+  size = (5.5 * num_columns + 2, 4.5 * num_rows)
   fig = figure.Figure(figsize=size, layout='constrained')
-  for i, panel in enumerate(panels):
-    axes = fig.add_subplot(num_rows, min(len(panels), 3), i + 1)
-    for style, x, y, bars in panel.curves:
-      if x[:1] == [None]:
-        axes.axhline(y[0], **style)
-      elif x:
-        axes.errorbar(x, y, yerr=bars, capsize=3, **style)
-    axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
-    if panel.x_log:
-      axes.set_xscale('log', base=2)
-      axes.xaxis.set_major_formatter('{x:g}')
+  plots = [fig.add_subplot(num_rows, num_columns, i + 1) for i in range(num)]
+  if draw_first:
+    draw_first(plots[0], colors)
+  for axes, (key, label) in zip(plots[num - len(labels) :], labels.items()):
+    for (run, name), points in curves.items():
+      style = {'color': colors[run], **looks[name]}
+      draw_curve(axes, points, 'num_calls', key, style)
+    axes.set(xlabel='network calls', ylabel=label)
+    axes.set_xscale('log', base=2)
+    axes.xaxis.set_major_formatter('{x:g}')
+  for axes in plots:
     axes.grid(alpha=0.3)
+  legend: list[tuple[str, Any]]
+  legend = [(name, {'color': color}) for name, color in colors.items()]
+  legend += [(name, {**look, 'color': 'black'}) for name, look in looks.items()]
   handles = [lines.Line2D([], [], label=x, **style) for x, style in legend]
   fig.legend(handles=handles, loc='outside right upper')
   fig.savefig(path, dpi=150)
@@ -619,17 +568,13 @@ def parse_request(options: flags.FlagValues, judge: str) -> Request:
   return Request(tuple(names), num_steps, *sizes, draw, options.seed)
 
 
-def make_judge(options: flags.FlagValues, spec: str) -> judges.Judge | None:
-  """Makes what measures the samples that the flags ask for; '': nothing."""
-  if not spec and not options.mauve:
-    return None
+def make_judge(options: flags.FlagValues, spec: str) -> judges.Judge:
+  """Makes what measures the samples that the flags ask for."""
   seed = options.seed if options.mauve else None
   return judges.make_judge(spec, mauve_seed=seed)
 
 
-def check(
-  settings: Sequence[Settings], request: Request, judge: judges.Judge | None
-):
+def check(settings: Sequence[Settings], request: Request, judge: judges.Judge):
   """Raises InputError if a sampler fits no run, or the judge not each run."""
   objectives = list(map(runs.make_objective, settings))
   for name in request.samplers:
@@ -638,9 +583,8 @@ def check(
       raise InputError(
         f'--samplers={name} fits none of the runs, whose objectives are {names}'
       )
-  if judge:
-    for one in settings:
-      judge.check(one.data, request.length)
+  for one in settings:
+    judge.check(one.data, request.length)
 
 
 def _open_settings(workdirs: Sequence[str], source: str) -> list[Settings]:
@@ -695,16 +639,14 @@ def main(start: Start) -> int:
 
 
 def describe(
-  results: Sequence[dict[str, Any]],
-  request: Request,
-  judge: judges.Judge | None,
+  results: Sequence[dict[str, Any]], request: Request, judge: judges.Judge
 ) -> dict[str, Any]:
   """Returns the content of comparison.json."""
   points = [point for result in results for point in result['points']]
   return {
-    'judge': judge.name if judge else '',
+    'judge': judge.name,
     'panels': make_panels(judge),
-    'remarks': judge.remarks(points) if judge and points else [],
+    'remarks': judge.remarks(points) if points else [],
     'request': request._asdict(),
     'runs': results,
   }

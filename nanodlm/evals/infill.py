@@ -59,30 +59,33 @@ def parse_ratios(texts: Sequence[str]) -> list[float]:
   return ratios
 
 
+def choose(
+  generator: np.random.Generator, num: int, ratio: float, pattern: str
+) -> np.ndarray:
+  """Draws which of `num` >= 1 tokens or words are to be filled in, ascending.
+
+  Their share is `ratio`, rounded, but there is at least one.
+  """
+  num_chosen = max(1, round(ratio * num))
+  if pattern == 'span':
+    return generator.integers(num - num_chosen + 1) + np.arange(num_chosen)
+  return np.sort(generator.permutation(num)[:num_chosen])
+
+
 def sample_gaps(
   generator: np.random.Generator,
   eligible: np.ndarray,
   ratio: float,
   pattern: str,
 ) -> np.ndarray:
-  """Draws the tokens of each row to be filled in.
+  """Returns which of the `eligible` tokens to fill in; both are [N, L] bool.
 
-  `ratio` of the `eligible` tokens, [N, L] bool, of each row is chosen, rounded,
-  but at least one token. A 'span' skips tokens that are not eligible.
-
-  Returns:
-    [N, L] bool.
+  A 'span' skips tokens that are not eligible.
   """
   gaps = np.zeros(eligible.shape, bool)
   for row in np.flatnonzero(eligible.any(axis=1)):
     places = np.flatnonzero(eligible[row])
-    num = max(1, round(ratio * places.size))
-    if pattern == 'span':
-      start = generator.integers(places.size - num + 1)
-      chosen = places[start : start + num]
-    else:
-      chosen = generator.permutation(places)[:num]
-    gaps[row, chosen] = True
+    gaps[row, places[choose(generator, places.size, ratio, pattern)]] = True
   return gaps
 
 
@@ -165,27 +168,17 @@ def measure_infilling(
     }
 
 
-class WordGaps(NamedTuple):
-  """Words of a row to be filled in, and what is known of them.
+class Word(NamedTuple):
+  """A word of a row, and where it is, in characters and in tokens."""
 
-  Attributes:
-    places: the token positions of each word.
-    words: the words.
-    posterior: their law, given all other tokens of the row.
-  """
-
-  places: list[np.ndarray]
-  words: tuple[str, ...]
-  posterior: Posterior
+  text: str
+  start: int
+  stop: int
+  places: np.ndarray
 
 
-def find_words(
-  law: Law, tokenizer: Tokenizer, row: np.ndarray
-) -> list[tuple[int, int, np.ndarray]]:
-  """Returns the words of a row [L] whose tokens spell nothing else but spaces.
-
-  Each is (start, stop, token positions), the first two in characters.
-  """
+def find_words(law: Law, tokenizer: Tokenizer, row: np.ndarray) -> list[Word]:
+  """Returns the words of a row [L] whose tokens spell only them and spaces."""
   text, _ = laws.read_text(tokenizer, row)
   pieces = tokenizer.spell(row)
   stops = np.cumsum([len(piece) for piece in pieces])
@@ -195,17 +188,14 @@ def find_words(
     places = np.flatnonzero((starts < stop) & (stops > start))
     spelled = ''.join(pieces[i] for i in places)
     if spelled.strip() == text[start:stop]:
-      words.append((start, stop, places))
+      words.append(Word(text[start:stop], start, stop, places))
   return words
 
 
-def make_word_gaps(
-  law: Law,
-  tokenizer: Tokenizer,
-  row: np.ndarray,
-  words: Sequence[tuple[int, int, np.ndarray]],
-) -> WordGaps:
-  """Makes gaps of some `words` of a row [L] from `find_words`.
+def find_posterior(
+  law: Law, tokenizer: Tokenizer, row: np.ndarray, words: Sequence[Word]
+) -> Posterior:
+  """Returns the law of some `words` of a row [L], given all its other tokens.
 
   The network also sees how many tokens are masked, and where. The posterior is
   therefore that of fillings whose tokens agree with all others of the row.
@@ -215,16 +205,13 @@ def make_word_gaps(
       of its text.
   """
   text, _ = laws.read_text(tokenizer, row)
-  parts, last = [], 0
-  for start, stop, _ in words:
-    parts.append(text[last:start])
-    last = stop
-  rest = text[last:]
+  stops = [0, *(word.stop for word in words)]
+  parts = [text[stop : word.start] for stop, word in zip(stops, words)]
+  rest = text[stops[-1] :]
   join = lambda fill: ''.join(map(''.join, zip(parts, fill))) + rest
   posterior = law.posterior(join([law.gap] * len(words)))
   is_gap = np.zeros(len(row), bool)
-  for _, _, places in words:
-    is_gap[places] = True
+  is_gap[np.concatenate([word.places for word in words])] = True
   size = int(np.argmax(np.isin(row, tokenizer.eos_ids)))
 
   def agrees(fill) -> bool:
@@ -240,13 +227,9 @@ def make_word_gaps(
       f'tokenizer.name={tokenizer.name!r} encodes {text!r} differently from '
       'its row'
     )
-  return WordGaps(
-    [places for *_, places in words],
-    tuple(text[start:stop] for start, stop, _ in words),
-    Posterior(
-      posterior.log_prob + math.log(total),
-      {fill: p / total for fill, p in fills.items()},
-    ),
+  return Posterior(
+    posterior.log_prob + math.log(total),
+    {fill: p / total for fill, p in fills.items()},
   )
 
 
@@ -272,22 +255,19 @@ def measure_words(
   check_run(lm.run)
   settings, tokenizer = lm.run.settings.eval, lm.tokenizer
   fill = lms.make_fill(lm.run, settings.batch_size)
-  whole = [laws.read_text(tokenizer, row)[1] for row in rows.tokens]
-  tokens, segments = rows.tokens[np.array(whole, bool)], rows.segment_ids
-  if segments is not None:
-    segments = segments[np.array(whole, bool)]
-  words = [find_words(law, tokenizer, row) for row in tokens]
+  is_whole = [laws.read_text(tokenizer, row)[1] for row in rows.tokens]
+  whole = jax.tree.map(lambda x: x[np.array(is_whole, bool)], rows)
+  words = [find_words(law, tokenizer, row) for row in whole.tokens]
   for pattern, ratio, generator, key in _trials(settings.seed, ratios):
     found, kept, problem = [], [], 'every document was cut'
-    for j, row in enumerate(tokens):
-      ones = np.ones((1, len(words[j])), bool)
-      (chosen,) = sample_gaps(generator, ones, ratio, pattern)
-      chosen = [words[j][k] for k in np.flatnonzero(chosen)]
-      if not chosen:
+    for j, row in enumerate(whole.tokens):
+      if not words[j]:
         problem = f'tokens of {tokenizer.name!r} spell several words each'
         continue
+      chosen = choose(generator, len(words[j]), ratio, pattern)
+      gaps = [words[j][k] for k in chosen]
       try:
-        found.append(make_word_gaps(law, tokenizer, row, chosen))
+        found.append((gaps, find_posterior(law, tokenizer, row, gaps)))
         kept.append(j)
       except InputError as error:
         problem = str(error)
@@ -296,22 +276,21 @@ def measure_words(
         f'--infill={ratio:g}: the exact posterior is not known for any of '
         f'{len(rows.tokens)} documents: {problem}'
       )
-    fixed = np.ones((len(kept), tokens.shape[1]), bool)
-    for row, gaps in zip(fixed, found):
-      row[np.concatenate(gaps.places)] = False
-    canvas = np.where(fixed, tokens[kept], tokenizer.mask_id).astype(np.int32)
-    own = None if segments is None else segments[kept]
-    filled, num_calls = fill(lm.params, key, canvas, fixed, own)
+    used = jax.tree.map(lambda x: x[kept], whole)
+    fixed = np.ones(used.tokens.shape, bool)
+    for row, (gaps, _) in zip(fixed, found):
+      row[np.concatenate([word.places for word in gaps])] = False
+    canvas = np.where(fixed, used.tokens, tokenizer.mask_id).astype(np.int32)
+    filled, num_calls = fill(lm.params, key, canvas, fixed, used.segment_ids)
     correct, best, exact = np.zeros((3, len(kept)))
-    for n, (row, gaps) in enumerate(zip(filled, found)):
+    for n, (row, (gaps, posterior)) in enumerate(zip(filled, found)):
       pieces = tokenizer.spell(row)
-      for places, word, law_of_word in zip(
-        gaps.places, gaps.words, gaps.posterior.marginals()
-      ):
-        correct[n] += ''.join(pieces[p] for p in places).strip() == word
+      for word, law_of_word in zip(gaps, posterior.marginals()):
+        spelled = ''.join(pieces[p] for p in word.places)
+        correct[n] += spelled.strip() == word.text
         best[n] += max(law_of_word.values())
         exact[n] += sum(p * p for p in law_of_word.values())
-    num = np.array([len(gaps.words) for gaps in found])
+    num = np.array([len(gaps) for gaps, _ in found])
     accuracy, half_width = metrics.ratio_interval(correct, num)
     bayes, bayes_half_width = metrics.ratio_interval(best, num)
     yield {
@@ -398,8 +377,7 @@ def measure_lengths(
       words = law.words(text) if is_whole else []
       if not words:
         continue
-      ones = np.ones((1, len(words)), bool)
-      (chosen,) = np.nonzero(sample_gaps(generator, ones, ratio, pattern)[0])
+      chosen = choose(generator, len(words), ratio, pattern)
       start, stop = words[chosen[0]][0], words[chosen[-1]][1]
       before, after = text[:start], text[stop:]
       escape = lambda x: x.replace('{', '{{').replace('}', '}}')
@@ -461,13 +439,10 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
   """Measures the infilling of rows of a text: of words if its law is known."""
   law = laws.law_of_rows(lm.run.settings.data, text.source)
-  if law and lm.run.sampler.fills_room:
-    return measure_lengths(lm, law, rows, ratios)
-  return (
-    measure_words(lm, law, rows, ratios)
-    if law
-    else measure_infilling(lm, rows, ratios)
-  )
+  if not law:
+    return measure_infilling(lm, rows, ratios)
+  of_law = measure_lengths if lm.run.sampler.fills_room else measure_words
+  return of_law(lm, law, rows, ratios)
 
 
 def describe(result: Mapping[str, Any]) -> str:

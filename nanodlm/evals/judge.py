@@ -14,7 +14,6 @@ import abc
 from collections.abc import Mapping, Sequence
 import functools
 import math
-import types
 from typing import Any, NamedTuple
 
 import jax
@@ -45,8 +44,8 @@ class Judged(NamedTuple):
   num_bytes: np.ndarray
 
 
-class Judge(abc.ABC):
-  """What measures samples.
+class Judge:
+  """What measures samples; this one measures nothing.
 
   Attributes:
     name: value of --judge.
@@ -56,16 +55,16 @@ class Judge(abc.ABC):
   """
 
   mauve_seed: int | None = None
-  name: str
-  columns: tuple[tuple[str, str, str], ...]
-  panels: Mapping[str, str]
+  name = ''
+  columns: tuple[tuple[str, str, str], ...] = ()
+  panels: Mapping[str, str] = {}
 
   def check(self, data: DataConfig, length: int = 0):
     """Raises InputError if it cannot judge texts like those of a run.
 
     `length` is that of the texts in tokens; 0: data.length.
     """
-    del data, length  # By default, it judges any text.
+    del data, length
 
   def features(
     self, tokens: Sequence[np.ndarray], tokenizer: Tokenizer
@@ -73,7 +72,6 @@ class Judge(abc.ABC):
     """Returns features [N, D] of texts, for MAUVE."""
     raise NotImplementedError
 
-  @abc.abstractmethod
   def measure(
     self,
     tokens: Sequence[np.ndarray],
@@ -85,10 +83,13 @@ class Judge(abc.ABC):
 
     `reference` [N, D] are the features of texts that MAUVE compares them to.
     """
+    del tokens, tokenizer, source, reference
+    return {}
 
-  @abc.abstractmethod
   def remarks(self, points: Sequence[Mapping[str, Any]]) -> list[str]:
     """Explains the columns of points, in lines below the table."""
+    del points
+    return []
 
   def trained_share(
     self, tokens: np.ndarray, tokenizer: Tokenizer
@@ -100,6 +101,7 @@ class Judge(abc.ABC):
 class LawJudge(Judge):
   """The exact law of the text that a run was trained on."""
 
+  name = LAW
   columns = (
     ('possible', 'valid_share', '.4f'),
     ('law nats', 'law_nats', '.2f'),
@@ -107,19 +109,16 @@ class LawJudge(Judge):
     ('divergence', 'divergence', '.5f'),
     ('of the law', 'own_divergence', '.5f'),
   )
-  panels = types.MappingProxyType(
-    {
-      'valid_share': 'share of possible samples',
-      'law_nats': 'nats of a possible sample',
-      'divergence': 'divergence of features, nats',
-    }
-  )
+  panels = {
+    'valid_share': 'share of possible samples',
+    'law_nats': 'nats of a possible sample',
+    'divergence': 'divergence of features, nats',
+  }
 
   def __init__(self):
-    self.name = LAW
     self._features = {}
 
-  def check(self, data: DataConfig, length: int = 0):
+  def check(self, data, length=0):
     for key in ('source', 'eval_source'):
       try:
         laws.require_law(data, getattr(data, key))
@@ -147,7 +146,7 @@ class LawJudge(Judge):
       'num_features': len(features.frequencies),
     }
 
-  def remarks(self, points: Sequence[Mapping[str, Any]]) -> list[str]:
+  def remarks(self, points):
     nums = sorted({point['num_features'] for point in points})
     return [
       'possible: share of the samples that the law of the text allows; law '
@@ -157,7 +156,7 @@ class LawJudge(Judge):
     ]
 
 
-class ModelJudge(Judge):
+class ModelJudge(Judge, abc.ABC):
   """An autoregressive model that scores texts.
 
   Texts longer than `window` tokens are cut, and each part is scored without the
@@ -237,7 +236,7 @@ class ModelJudge(Judge):
       'mauve_seed': self.mauve_seed,
     }
 
-  def remarks(self, points: Sequence[Mapping[str, Any]]) -> list[str]:
+  def remarks(self, points):
     is_text = 'text' in {point['judge_tokens'] for point in points}
     shares = {
       evaluate.shown_share({'trained_share': point['judge_trained_share']})
@@ -313,24 +312,20 @@ class NanodlmJudge(ModelJudge):
       self.lm.run, num_draws=1, batch_size=batch_size
     )
 
-  def reads_ids_of(self, tokenizer: Tokenizer) -> bool:
+  def reads_ids_of(self, tokenizer):
     return tokenizer.fingerprint == self.lm.tokenizer.fingerprint
 
-  def trained_share(
-    self, tokens: np.ndarray, tokenizer: Tokenizer
-  ) -> float | None:
+  def trained_share(self, tokens, tokenizer):
     rows = self._own_ids(tokens, tokenizer)
     separator_id = self.lm.tokenizer.separator_id
     if self.lm.run.settings.data.has_documents:  # The start of each row is one.
       rows = [np.append(separator_id, row) for row in rows]
     return overlap.load(self.lm.workdir).share_of(rows, separator_id)
 
-  def encode(self, texts: list[str]) -> list[np.ndarray]:
+  def encode(self, texts):
     return self.lm.tokenizer.encode_to_score(texts)
 
-  def score_windows(
-    self, tokens: np.ndarray, is_text: np.ndarray
-  ) -> np.ndarray:
+  def score_windows(self, tokens, is_text):
     segment_ids = self._mark(tokens == self.lm.tokenizer.separator_id)
     batch = lms.make_batch(tokens, is_text, segment_ids)
     return self._score(self.lm.params, jax.random.key(0), batch)['nll']
@@ -392,10 +387,10 @@ class HuggingFaceJudge(ModelJudge):
         'which the first token is predicted'
       )
 
-  def reads_ids_of(self, tokenizer: Tokenizer) -> bool:
+  def reads_ids_of(self, tokenizer):
     return False
 
-  def encode(self, texts: list[str]) -> list[np.ndarray]:
+  def encode(self, texts):
     ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)
     rows = ids['input_ids']
     decoded = self.tokenizer.batch_decode(
@@ -406,9 +401,7 @@ class HuggingFaceJudge(ModelJudge):
     warn_of_loss(f'--judge={self.name!r}', num_lost, num_bytes)
     return [np.asarray(row, np.int64) for row in rows]
 
-  def score_windows(
-    self, tokens: np.ndarray, is_text: np.ndarray
-  ) -> np.ndarray:
+  def score_windows(self, tokens, is_text):
     import torch  # pyright: ignore[reportMissingImports]  (optional)
 
     longest = int(is_text.sum(1).max())
@@ -444,7 +437,7 @@ class HuggingFaceJudge(ModelJudge):
 def make_judge(
   spec: str, batch_size: int = 32, mauve_seed: int | None = None
 ) -> Judge:
-  """Makes a judge: 'law', a workdir of an 'ar' run, or 'hf:NAME_OR_PATH'.
+  """Makes a judge: 'law', a workdir of an 'ar' run, 'hf:NAME_OR_PATH', or ''.
 
   Args:
     spec: value of --judge.
@@ -468,6 +461,8 @@ def make_judge(
       raise InputError(
         f"--mauve needs {error.name}: pip install -e '.[mauve]'"
       ) from error
+  if not spec:
+    return Judge()
   if spec == LAW:
     return LawJudge()
   cls = HuggingFaceJudge if spec.startswith(HUGGING_FACE) else NanodlmJudge
@@ -475,7 +470,7 @@ def make_judge(
 
 
 def measure_quality(
-  judge: Judge | None,
+  judge: Judge,
   tokens: Sequence[np.ndarray],
   tokenizer: Tokenizer,
   source: str = '',
@@ -484,7 +479,7 @@ def measure_quality(
   """Measures the quality of sampled texts.
 
   Args:
-    judge: what measures more than the statistics; None is nothing.
+    judge: what measures more than the statistics.
     tokens: N arrays of ids of `tokenizer`, the sampling model's.
     tokenizer: their tokenizer.
     source: data.source of the model; read by the law alone.
@@ -502,7 +497,5 @@ def measure_quality(
     `laws.sample_means`; divergence, own_divergence and num_features, see
     `laws.Features`. What is undefined for lack of texts is left out.
   """
-  quality = metrics.text_statistics(tokens)
-  if judge is not None:
-    quality |= judge.measure(tokens, tokenizer, source, reference)
-  return quality
+  statistics = metrics.text_statistics(tokens)
+  return statistics | judge.measure(tokens, tokenizer, source, reference)

@@ -24,7 +24,6 @@ import functools
 import json
 import logging
 import pathlib
-import re
 import runpy
 import statistics
 import time
@@ -40,7 +39,7 @@ from nanodlm import workdir as workdirs
 from nanodlm.config import Settings, Start
 from nanodlm.evals import compare, infill
 from nanodlm.evals import judge as judges
-from nanodlm.evals.compare import Curve, Panel, Recall, Subject
+from nanodlm.evals.compare import Recall, Subject
 from nanodlm.training import checkpoint, checksums, metrics
 from nanodlm.training.metrics import is_number
 from nanodlm.training.progress import describe_secs
@@ -50,7 +49,6 @@ log = logging.getLogger('nanodlm')
 
 RESULTS = 'study.json'
 _RATE = 'train/tokens_per_sec'
-LAST, BEST = 'last', 'best'
 # What a learning curve shows, if each evaluation has it, and its unit.
 _CURVES = {'excess_nats': 'nats/document above the law', 'nll': 'nats/token'}
 _RUN_COLUMNS = (
@@ -84,8 +82,8 @@ def define_flags():
   flags.DEFINE_list('seeds', ['0'], 'Values of config.seed, such as 0,1,2.')
   flags.DEFINE_enum(
     'checkpoint',
-    LAST,
-    [LAST, BEST],
+    'last',
+    ['last', 'best'],
     'Whether to measure the last checkpoint of a run, or the one, among those '
     'that checkpoint.max_to_keep keeps, whose held-out bound was the lowest.',
   )
@@ -114,12 +112,6 @@ def plan_members(
 ) -> list[Member]:
   """Returns the checked runs of a study, in the order of training.
 
-  Args:
-    start: the command line.
-    output: the folder of the study.
-    variants: values of --variants.
-    seeds: values of --seeds.
-
   Raises:
     InputError: there is no such variant or seed, or the run in its folder has
       other settings.
@@ -144,9 +136,8 @@ def plan_members(
     )
   if unknown := sorted(set(variants) - set(known)):
     raise InputError(f'--variants={unknown} are not among {list(known)}')
-  are_whole = all(re.fullmatch('[0-9]+', seed) for seed in seeds)
-  numbers = [int(seed) for seed in seeds] if are_whole else []
-  if not numbers or len(set(numbers)) < len(numbers):
+  numbers = [int(seed) for seed in seeds if seed.isdecimal()]
+  if not numbers or len(set(numbers)) < len(seeds):
     raise InputError(
       f'--seeds={",".join(seeds)} must be different whole numbers, such as '
       '0,1,2'
@@ -174,7 +165,7 @@ def plan_members(
             'must come before it'
           )
         config.checkpoint.init_from = folder = folders[origin]
-        if origin not in chosen and not _has_ended(folder):
+        if origin not in chosen and not _is_trained(folder):
           raise InputError(
             f'--variants={list(variants)}: {variant!r} starts from {origin!r}, '
             f'which is neither among them nor trained in {folder}'
@@ -221,19 +212,15 @@ def _check_output(output: str, name: str):
     )
 
 
-def _is_trained(member: Member) -> bool:
-  """Returns whether the run has ended, with a checkpoint and its bound."""
-  return _has_ended(str(member.workdir), member.settings.train.num_steps)
-
-
-def _has_ended(workdir: str, num_steps: int = 0) -> bool:
-  """Returns whether a run has ended, by default after its saved steps."""
-  if not num_steps:
-    saved: Any = configs.read(workdir)
-    num_steps = saved.train.num_steps if saved is not None else 0
+def _is_trained(workdir: str) -> bool:
+  """Returns whether a run has ended, with a checkpoint and its bound."""
+  config: Any = configs.read(workdir)
+  if config is None:
+    return False
   checkpoints = pathlib.Path(workdir) / workdirs.CHECKPOINTS
-  steps = checksums.complete_steps(checkpoints)
-  return steps[-1:] == [num_steps] and train.was_evaluated(workdir, num_steps)
+  last = config.train.num_steps
+  is_saved = checksums.complete_steps(checkpoints)[-1:] == [last]
+  return is_saved and train.was_evaluated(workdir, last)
 
 
 def make_recall(path: pathlib.Path, step: int) -> Recall:
@@ -241,7 +228,9 @@ def make_recall(path: pathlib.Path, step: int) -> Recall:
   known = json.loads(path.read_text()) if path.exists() else []
 
   def recall(description, compute):
-    asked = json.loads(json.dumps({'step': step, **description}))
+    # The rows of older results were at equal distances.
+    asked = {'step': step, 'rows': 'spread', **description}
+    asked = json.loads(json.dumps(asked))
     for entry in known:
       if entry['asked'] == asked:
         return entry['result']
@@ -254,28 +243,18 @@ def make_recall(path: pathlib.Path, step: int) -> Recall:
   return recall
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-  """Returns the metrics of each step of a run."""
-  lines, _ = workdirs.parse_lines((workdir / workdirs.METRICS).read_bytes())
-  return metrics.join_steps(lines)
-
-
 def learning_curve(
   lines: Sequence[Mapping[str, float]], steps_per_epoch: float
 ) -> list[dict[str, float]]:
   """Returns step, epochs and the values of _CURVES of each evaluation."""
   curve = []
   for line in lines:
-    splits = [x for x in ('eval', 'eval_subset') if f'{x}/nll' in line]
-    if not splits:
+    split = 'eval/' if 'eval/nll' in line else 'eval_subset/'
+    values = {key.removeprefix(split): value for key, value in line.items()}
+    if 'nll' not in values:
       continue
-    values = {
-      key.partition('/')[2]: value
-      for key, value in line.items()
-      if key.startswith(f'{splits[0]}/')
-    }
-    kept = [key for key in values if key.removesuffix('_ci95') in _CURVES]
     point = {'step': line['step'], 'epochs': line['step'] / steps_per_epoch}
+    kept = [key for key in values if key.removesuffix('_ci95') in _CURVES]
     curve.append(point | {key: values[key] for key in kept})
   return curve
 
@@ -292,7 +271,7 @@ def _curve_key(curves: Sequence[Sequence[Mapping[str, float]]]) -> str:
 def measure(
   member: Member,
   request: compare.Request,
-  judge: judges.Judge | None,
+  judge: judges.Judge,
   ratios: Sequence[float],
   options: flags.FlagValues,
 ) -> dict[str, Any] | None:
@@ -308,14 +287,15 @@ def measure(
   subject, recall = Subject(workdir, settings, step), make_recall(path, step)
   packed = train.open_own_text(settings, workdir)
   train.check_same_text(packed, checkpoint.read_meta(workdir, step), workdir)
-  lines = read_metrics(member.workdir)
+  data = (member.workdir / workdirs.METRICS).read_bytes()
+  lines = metrics.join_steps(workdirs.parse_lines(data)[0])
   curve = learning_curve(lines, len(packed.train) / settings.train.batch_size)
   if not curve:
     return None
   if num and curve[-1]['step'] == step:
     # Training evaluates the last step, alone, on all of the held-out text.
     bound = functools.partial(compare.measure_bound, subject, num)
-    asked = {'what': 'end of the curve', **compare.SPREAD, 'max_examples': num}
+    asked = {'what': 'end of the curve', 'max_examples': num}
     means = recall(asked, bound)
     curve[-1] |= {
       key: means[key]
@@ -323,7 +303,7 @@ def measure(
       if key.removesuffix('_ci95') in _CURVES
     }
   key = _curve_key([curve])
-  if options.checkpoint == BEST:
+  if options.checkpoint == 'best':
     kept = [point for point in curve if point['step'] in steps]
     best = min(kept, key=lambda point: point[key], default={'step': step})
     if (best_step := int(best['step'])) != step:
@@ -355,7 +335,6 @@ def measure(
   if ratios and _can_fill(subject):
     asked = {
       'what': 'infilling',
-      **compare.SPREAD,
       'ratios': ratios,
       'num_examples': options.infill_examples,
     }
@@ -428,7 +407,7 @@ def summarize_variants(
 
 
 def format_table(
-  summaries: Sequence[dict[str, Any]], judge: judges.Judge | None
+  summaries: Sequence[dict[str, Any]], judge: judges.Judge
 ) -> str:
   """Formats summaries of variants as tables with remarks."""
   lines = [compare.format_table(summaries, judge, _RUN_COLUMNS, _TEXT_COLUMNS)]
@@ -450,16 +429,19 @@ def format_table(
   return '\n'.join(lines)
 
 
-def make_curves(summaries: Sequence[Mapping[str, Any]]) -> Panel:
-  """Makes the plot of learning curves, with a star at each minimum."""
-  key, curves = _curve_key([x['curve'] for x in summaries]), []
-  for i, summary in enumerate(summaries):
-    style = {'color': compare.color_of(i)}
-    curves.append(compare.make_curve(style, summary['curve'], 'epochs', key))
-    best = min(summary['curve'], key=lambda point: point[key])
-    star = {**style, 'marker': '*', 'markersize': 12}
-    curves.append(Curve(star, [best['epochs']], [best[key]], ([0], [0])))
-  return Panel('epochs', _CURVES[key], curves)
+def draw_curves(
+  summaries: Sequence[Mapping[str, Any]], axes: Any, colors: Mapping[str, Any]
+):
+  """Draws learning curves on axes, with a star at each minimum."""
+  key = _curve_key([x['curve'] for x in summaries])
+  for summary in summaries:
+    style, curve = {'color': colors[summary['workdir']]}, summary['curve']
+    compare.draw_curve(axes, curve, 'epochs', key, style)
+    best = min(curve, key=lambda point: point[key])
+    lowest = {'epochs': best['epochs'], key: best[key]}
+    style = {**style, 'marker': '*', 'markersize': 12}
+    compare.draw_curve(axes, [lowest], 'epochs', key, style)
+  axes.set(xlabel='epochs', ylabel=_CURVES[key])
 
 
 def main(start: Start) -> int:
@@ -493,7 +475,7 @@ def main(start: Start) -> int:
       member.seed,
       f', about {describe_secs(left)} left' if left else '',
     )
-    began, is_new = time.monotonic(), not _is_trained(member)
+    began, is_new = time.monotonic(), not _is_trained(member.start.workdir)
     if is_new:  # What was measured is of another training.
       (member.workdir / workdirs.MEASURED).unlink(missing_ok=True)
     lost = {str(output / name) for name in failed}
@@ -526,9 +508,8 @@ def main(start: Start) -> int:
     workdirs.write(output / RESULTS, compare.to_json(value))
     if options.plot:
       panels = compare.make_panels(judge) if request.samplers else {}
-      compare.plot_curves(
-        summaries, panels, output / 'study.png', [make_curves(summaries)]
-      )
+      draw = functools.partial(draw_curves, summaries)
+      compare.plot_curves(summaries, panels, output / 'study.png', draw)
   if results:
     print((output / 'study.txt').read_text(), end='')
     files = ['study.txt', RESULTS, *['study.png'] * options.plot]

@@ -18,7 +18,6 @@ GPT-2's, with data.length=1024), bits are per byte of the detokenised text.
 Results are printed, and appended to zeroshot.jsonl in the workdir.
 """
 
-from collections.abc import Iterator
 import re
 from typing import Any, NamedTuple
 
@@ -210,14 +209,9 @@ def make_rows(
   """
   tokenizer, length = lm.tokenizer, lm.run.settings.data.length
   split = 'validation' if source.has_validation else 'train'
-  size, ids, sizes = length - 2, [], []
-
-  def read() -> Iterator[str]:
-    for document in base.documents(source, split):
-      yield texts.detokenize(''.join(document.open()))
-
-  total = 0
-  for text in read():
+  size, ids, sizes, total = length - 2, [], [], 0
+  for document in base.documents(source, split):
+    text = texts.detokenize(''.join(document.open()))
     row = tokenizer.encode(text)
     ids.append(row)
     sizes.append(tokenizer.count_bytes(text, row))

@@ -355,11 +355,11 @@ _COLUMNS = (
   ('peak GiB', 'peak_bytes', '.2f', 2**30),
   ('of GiB', 'capacity_bytes', '.2f', 2**30),
   ('TFLOP', 'flops', '.3f', 1e12),
-  ('unknown loops', 'num_unknown_loops', '.0f', 1),
+  ('unknown loops', 'num_unknown_loops', '.0f'),
   ('Mcycles', 'estimated_cycles', '.1f', 1e6),
   ('kernel Mcycles', 'kernel_cycles', '.1f', 1e6),
   ('ms', 'estimated_secs', '.1f', 1e-3),
-  ('compiled s', 'compile_secs', '.1f', 1),
+  ('compiled s', 'compile_secs', '.1f'),
 )
 _VERDICTS = {True: 'fits', False: 'DOES NOT FIT', None: 'memory size unknown'}
 _NOTES = """\

@@ -69,10 +69,10 @@ class Instruction:
   rest: str
   is_root: bool
 
-  def find(self, pattern: str, default: str = '') -> str:
-    """Returns the group of a pattern in `rest`, or a default."""
+  def find(self, pattern: str) -> str:
+    """Returns the group of a pattern in `rest`; '' without a match."""
     match = re.search(pattern, self.rest)
-    return match[1] if match else default
+    return match[1] if match else ''
 
   @functools.cached_property
   def backend_config(self) -> dict[str, Any]:

@@ -32,14 +32,9 @@ from nanodlm.types import InputError, reason
 log = logging.getLogger('nanodlm')
 
 PARAMS = ('params', 'ema_params')
-_CONCURRENT_GB = 96  # Orbax's default.
 # Chunk size, in bytes, in which `save_params` compresses and writes large
 # arrays.
 _CHUNK_BYTES = 2**25
-# Orbax aborts a save after this time on the wall clock, by which a laptop that
-# slept would end its run. Several processes may wait for one whose save failed,
-# so their wait must be finite.
-_SAVE_TIMEOUT_SECS = {'one': 100 * 365 * 86400, 'several': 3600}
 
 
 class SaveError(RuntimeError):
@@ -52,7 +47,7 @@ def open_manager(
   max_to_keep: int | None = None,
   keep_period: int = 0,
   read_only: bool = False,
-  concurrent_gb: int = _CONCURRENT_GB,
+  concurrent_gb: int = 96,  # Orbax's default.
 ) -> ocp.CheckpointManager:
   """Opens the manager of `workdir`/checkpoints, which ignores incomplete ones.
 
@@ -60,7 +55,6 @@ def open_manager(
   time; the largest array must be smaller.
   """
   directory = pathlib.Path(workdir).absolute() / workdirs.CHECKPOINTS
-  several = 'one' if jax.process_count() == 1 else 'several'
 
   def write_checksums():
     # Called on process 0 when all files of a checkpoint are written. There is
@@ -68,8 +62,12 @@ def open_manager(
     (folder,) = directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}')
     checksums.write(folder)
 
+  # Orbax aborts a save after this time on the wall clock, by which a laptop
+  # that slept would end its run. Several processes may wait for one whose save
+  # failed, so their wait must be finite.
+  is_alone = jax.process_count() == 1
   async_options = ocp.AsyncOptions(
-    timeout_secs=_SAVE_TIMEOUT_SECS[several],
+    timeout_secs=100 * 365 * 86400 if is_alone else 3600,
     # Asynchronous creation would wait for the folders by the wall clock, too.
     create_directories_asynchronously=False,
     post_finalization_callback=write_checksums,
@@ -102,12 +100,19 @@ def open_manager(
     absl_logging.set_verbosity(verbosity)
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
-  return {
-    'step': state.step,
-    'opt_state': state.opt_state,
-    'key': jax.random.key_data(state.key),
+def _items(state: TrainState) -> dict[str, Any]:
+  """Returns the items of a checkpoint that hold arrays."""
+  items = {
+    'params': state.params,
+    'ema_params': state.ema_params,
+    'frozen': state.frozen,
+    'rest': {
+      'step': state.step,
+      'opt_state': state.opt_state,
+      'key': jax.random.key_data(state.key),
+    },
   }
+  return {name: tree for name, tree in items.items() if tree is not None}
 
 
 def save(
@@ -121,25 +126,16 @@ def save(
   Checkpoints of this step or a later one are deleted: a run that resumed from
   before them has found them damaged.
 
-  Args:
-    manager: the result of `open_manager`.
-    state: saved as step state.step.
-    config: the run's config.
-    position: place in the data: {'step': n, 'example': n * batch_size,
-      'fingerprint': that of the text}.
+  `position` is the place in the data: {'step': n, 'example': n * batch_size,
+  'fingerprint': that of the text}.
 
   Raises:
     SaveError: this save or an EARLIER one failed, on a full disk for example.
   """
   items = {
-    'params': ocp.args.StandardSave(state.params),
-    'rest': ocp.args.StandardSave(_rest(state)),
+    **{name: ocp.args.StandardSave(x) for name, x in _items(state).items()},
     'meta': ocp.args.JsonSave({'config': dict(config), 'data': position}),
   }
-  if state.ema_params is not None:
-    items['ema_params'] = ocp.args.StandardSave(state.ema_params)
-  if state.frozen is not None:
-    items['frozen'] = ocp.args.StandardSave(state.frozen)
   step = int(state.step)
   with _explaining(manager):
     for damaged in manager.all_steps():
@@ -208,14 +204,8 @@ def restore_state(
 ) -> TrainState:
   """Restores the state of `step` with the shapes and shardings of `state`.
 
-  It may have been saved on any number of devices and processes.
-
-  Args:
-    manager: the result of `open_manager`.
-    state: what to restore, with the shapes and shardings wanted.
-    step: the checkpoint's step.
-    vocab_size: embedding rows from here on are padding, whose number may
-      differ.
+  It may have been saved on any number of devices and processes. Embedding rows
+  from `vocab_size` on are padding, whose number may differ.
 
   Raises:
     InputError: shapes in the checkpoint differ.
@@ -224,20 +214,17 @@ def restore_state(
   abstract = lambda tree: ocp.args.StandardRestore(
     jax.tree.map(ocp.utils.to_shape_dtype_struct, tree), strict=strict
   )
-  items = {'params': abstract(state.params), 'rest': abstract(_rest(state))}
-  if state.ema_params is not None:
-    items['ema_params'] = abstract(state.ema_params)
-  if state.frozen is not None:
-    items['frozen'] = abstract(state.frozen)
+  items = {name: abstract(tree) for name, tree in _items(state).items()}
   saved = _restore(manager, step, items)
-  key = jax.random.wrap_key_data(saved['rest']['key'])
+  rest = saved['rest']
+  key = jax.random.wrap_key_data(rest['key'])
   return dataclasses.replace(
     state,
-    step=saved['rest']['step'],
+    step=rest['step'],
     params=saved['params'],
-    ema_params=saved['ema_params'] if state.ema_params is not None else None,
-    frozen=saved['frozen'] if state.frozen is not None else None,
-    opt_state=saved['rest']['opt_state'],
+    ema_params=saved.get('ema_params'),
+    frozen=saved.get('frozen'),
+    opt_state=rest['opt_state'],
     key=jax.device_put(key, state.key.sharding),
   )
 
@@ -359,12 +346,7 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
 def find_step(
   manager: ocp.CheckpointManager, step: int = 0, items: tuple[str, ...] = PARAMS
 ) -> int:
-  """Returns `step`, or for 0 the last step whose `items` are intact.
-
-  Args:
-    manager: the result of `open_manager`.
-    step: step of the checkpoint; 0 for the last intact one.
-    items: the items that will be read.
+  """Returns `step`, or for 0 the last one, whose `items` are intact.
 
   Raises:
     InputError: there is no such checkpoint, or it is damaged.

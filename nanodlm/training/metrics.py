@@ -30,10 +30,10 @@ PEAK_FLOPS = {
 
 def peak_flops(device_kind: str) -> float | None:
   """Returns the device's peak in FLOP/s, or None if it is unknown."""
-  for prefix, value in PEAK_FLOPS.items():
-    if device_kind.startswith(prefix):
-      return value
-  return None
+  fitting = (
+    x for kind, x in PEAK_FLOPS.items() if device_kind.startswith(kind)
+  )
+  return next(fitting, None)
 
 
 def add(sums: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -194,10 +194,6 @@ def ratio_interval(
   return ratio, float(quantile * spread / count.sum())
 
 
-# The values of n in distinct_n.
-DISTINCT_N = (1, 2, 3)
-
-
 def text_statistics(texts: Sequence[np.ndarray]) -> dict[str, float]:
   """Measures the variety of texts, which a low perplexity alone does not show.
 
@@ -226,7 +222,7 @@ def text_statistics(texts: Sequence[np.ndarray]) -> dict[str, float]:
   return {
     'unigram_entropy': _entropy(np.concatenate(texts)),
     'sample_entropy': float(np.mean([_entropy(text) for text in texts])),
-    **{f'distinct_{n}': distinct(n) for n in DISTINCT_N},
+    **{f'distinct_{n}': distinct(n) for n in (1, 2, 3)},
   }
 
 

@@ -59,27 +59,17 @@ def open_writers(
   protos: Any = event_pb2, summary_pb2  # Their classes are made at import.
   Event, Summary = protos[0].Event, protos[1].Summary
 
-  class Writer(metric_writers.MetricWriter):
-    """Ignores what it is not made for."""
+  # A MultiWriter that has no writers ignores what the class does not override.
 
-    def _ignore(self, *args, **kwargs):
-      pass
-
-    write_scalars = write_summaries = write_images = write_videos = _ignore
-    write_audios = write_texts = write_histograms = write_hparams = _ignore
-    write_pointcloud = _ignore
-
-  class JsonLines(Writer):
+  class JsonLines(metric_writers.MultiWriter):
     """Scalars as one JSON object per line."""
 
     def __init__(self):
+      super().__init__([])
       path = pathlib.Path(workdir) / workdirs.METRICS
+      is_cut = path.exists() and path.read_bytes()[-1:] not in (b'', b'\n')
       self._file = open(path, 'a')
-      if size := self._file.tell():
-        with open(path, 'rb') as file:
-          file.seek(size - 1)
-          is_cut = file.read() != b'\n'
-        self._file.write('\n' * is_cut)
+      self._file.write('\n' * is_cut)
 
     def write_scalars(self, step, scalars):
       line = {'step': step} | metrics.finite_or_none(dict(scalars))
@@ -91,10 +81,11 @@ def open_writers(
     def close(self):
       self._file.close()
 
-  class TensorBoard(Writer):
+  class TensorBoard(metric_writers.MultiWriter):
     """The events that CLU's SummaryWriter writes, without TensorFlow."""
 
     def __init__(self):
+      super().__init__([])
       # Weights & Biases replaces this attribute of the module.
       self._events = event_file_writer.EventFileWriter(workdir)
 
@@ -176,8 +167,7 @@ def some_values(params: Any) -> dict[str, np.ndarray]:
   no other process takes part.
   """
   values = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
+  for name, leaf in checkpoint.flatten(params).items():
     shards = {str(shard.index): shard.data for shard in leaf.addressable_shards}
     stride = -(-sum(x.size for x in shards.values()) // HISTOGRAM_VALUES)
     values[f'params/{name}'] = np.concatenate(

@@ -150,7 +150,7 @@ def test_quality(tmp_path):
   assert quality['gen_bits_per_byte_ci95'] < 1e-3
   # The numbers that show repetition are always present.
   assert (
-    set(judges.measure_quality(None, tokens, BYTES))
+    set(judges.measure_quality(judges.Judge(), tokens, BYTES))
     == {
       'unigram_entropy',
       'sample_entropy',

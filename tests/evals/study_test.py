@@ -244,7 +244,7 @@ def test_the_best_checkpoint(finished, monkeypatch):
 
 
 def test_runs_that_fail_are_left_out(finished, monkeypatch, capsys):
-  is_trained = lambda member: member.seed == 3
+  is_trained = lambda workdir: workdir.endswith('seed3')
   monkeypatch.setattr(study, '_is_trained', is_trained)
   monkeypatch.setattr(train, 'main', lambda start: 1)
   assert start(finished) == 1
