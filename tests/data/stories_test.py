@@ -145,8 +145,9 @@ def test_worlds(world):
   'change, word, expected',
   [
     (lambda s: s.replace('One day', 'Two days'), 1, 'One'),
-    (lambda s: s.replace('Ada had a', 'Ada has a', 1), 12, 'had'),
-    (lambda s: s[: s.index(' in the park')], 7, 'at or in'),
+    (lambda s: s.replace('Ada had a', 'Ada has a', 1), 10, 'had'),
+    (lambda s: s[: s.index(' in the park')], 6, "'at' or 'in'"),
+    (lambda s: s.replace('.', ',', 1), 8, "is ','; expected '.'"),
     (lambda s: s + ' Ada', None, 'end'),
     (lambda s: s.replace(' ', '  ', 1), None, 'spaced'),
     (lambda s: '', 1, 'One'),

@@ -335,16 +335,14 @@ class StoriesLaw(Law):
         if words[position:end] == _words(phrase):
           position, log_prob = end, log_prob + math.log(probability)
           return phrase
-      raise _Impossible(_mismatch(options, words[position:], position))
+      raise _Impossible(_mismatch(options, words, position))
 
     try:
       _tell(self.world, choose)
     except _Impossible as error:
       return -math.inf, str(error)
     if position < len(words):
-      return -math.inf, (
-        f'word {position + 1} is {words[position]!r}; expected the end'
-      )
+      return -math.inf, f'{_place(words, position)}; expected the end'
     if _join(words) != text:
       return -math.inf, f'it is not spaced as in {_join(words)!r}'
     return log_prob, None
@@ -401,7 +399,7 @@ class StoriesLaw(Law):
         else:
           fitting = [p for p in options if _agrees(p, pattern[len(words) :])]
           if not fitting:
-            reason = _mismatch(options, pattern[len(words) :], len(words))
+            reason = _mismatch(options, pattern, len(words))
             furthest = max(furthest, (len(words), reason))
             raise _Impossible
           phrase = fitting[0]
@@ -442,23 +440,34 @@ def _mismatch(
 ) -> str:
   """Says which word is impossible, and which words are possible instead."""
   # The phrases that agree longest say which word is wrong.
+  rest = words[position:]
   agreeing = {
     phrase: next(
       (
         k
         for k, word in enumerate(_words(phrase))
-        if k == len(words) or words[k] not in (word, GAP)
+        if k == len(rest) or rest[k] not in (word, GAP)
       )
     )
     for phrase in options
   }
   k = max(agreeing.values())
   expected = sorted({_words(p)[k] for p in options if agreeing[p] == k})
-  word = repr(words[k]) if k < len(words) else 'the end'
-  shown = expected[:MAX_EXPECTED]
+  shown = [repr(word) for word in expected[:MAX_EXPECTED]]
   if num_more := len(expected) - len(shown):
     shown.append(f'one of {num_more} others')
-  return f'word {position + k + 1} is {word}; expected {" or ".join(shown)}'
+  place = _place(words, position + k)
+  return f'{place}; expected {" or ".join(shown)}'
+
+
+def _place(words: Sequence[str], i: int) -> str:
+  """Says what words[i], a word, a sign or the end, is; signs do not count."""
+  num = sum(word == GAP or word.isalnum() for word in words[:i])
+  if i == len(words):
+    return f'word {num + 1} is the end'
+  is_word = words[i] == GAP or words[i].isalnum()
+  place = f'word {num + 1}' if is_word else f'the sign after word {num}'
+  return f'{place} is {words[i]!r}'
 
 
 @dataclasses.dataclass(frozen=True)
