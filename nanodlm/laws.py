@@ -154,7 +154,7 @@ def describe_gaps(law: Law, tokenizer: Tokenizer, prompt: str) -> str:
   try:
     marginals = law.posterior(text).marginals()
   except InputError as error:
-    return f'the exact law of the gaps is not known: {error}'
+    return f'no exact law of the gaps: {error}'
   shown = [
     ', '.join(f'{word} {share:.0%}' for word, share in list(gap.items())[:3])
     for gap in marginals[:MAX_SHOWN_GAPS]

@@ -72,6 +72,9 @@ def test_points():
   assert plan('ar', names, (2, 8)) == [('ar', None)]
   for objective, cls in objectives.OBJECTIVES.items():
     assert plan(objective, names, (2, 8))[0][0] == cls.default_sampler
+  # 'auto' is a run's own sampler.
+  own = {'name': 'confidence'}
+  assert plan('masked', ('auto',), (8,), **own) == [('confidence', 8)]
   # A guided sampler has an inner one, but divides no steps among blocks.
   own = {'name': 'confidence', 'guidance': 2.0}
   assert plan('masked', ('confidence',), (8,), **own) == [('confidence', 8)]
@@ -170,7 +173,7 @@ def test_mauve(runs, tmp_path, capsys, monkeypatch):
   real, sampled = value['runs'][0]['points']
   assert {'mauve_clusters': 3, 'mauve_seed': 0}.items() <= sampled.items()
   # The text repeats itself, and an untrained network writes noise.
-  assert 0 < sampled['mauve'] < 0.8 < real['mauve'] <= 1
+  assert 0 < sampled['mauve'] < real['mauve'] <= 1
 
 
 def test_settings_of_samples_without_samples_are_refused(
