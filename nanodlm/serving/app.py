@@ -292,12 +292,10 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     has_logprobs = body.logprobs is not None
     return model.submit(request, body, [canvas], body.num_samples, has_logprobs)
 
-  @app.post(
-    '/api/generate',
-    summary='Fill the gaps of a text',
-    response_model=schemas.GenerateResponse,
-  )
-  async def generate(body: schemas.GenerateRequest, request: fastapi.Request):
+  @app.post('/api/generate', summary='Fill the gaps of a text')
+  async def generate(
+    body: schemas.GenerateRequest, request: fastapi.Request
+  ) -> schemas.GenerateResponse:
     submission = await submit(body, request)
     await submission.finish(request)
     return model.respond(submission.rows, body.logprobs, bool(body.messages))
@@ -330,13 +328,13 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
   async def score(
     body: schemas.ScoreRequest, request: fastapi.Request
   ) -> schemas.ScoreResponse:
-    return schemas.ScoreResponse(**await model.score(request, body))
+    return await model.score(request, body)
 
   @app.post('/api/choose', summary='Compare the texts that can fill a slot')
   async def choose(
     body: schemas.ChooseRequest, request: fastapi.Request
   ) -> schemas.ChooseResponse:
-    return schemas.ChooseResponse(**await model.choose(request, body))
+    return await model.choose(request, body)
 
 
 def make_server(model: Service, host: str) -> uvicorn.Server:

@@ -68,14 +68,14 @@ class ChatCompletions(Completions):
     found = self._model.score_tokens(
       row, [place for place, _ in parts], self._body.top_logprobs or 0
     )
-    describe = lambda token, text, value: {
+    describe = lambda token, text, logprob: {
       'token': text,
-      'logprob': value,
+      'logprob': logprob,
       'bytes': list(self._model.tokenizer.piece(int(token))),
     }
     content = [
       describe(row.canvas[place], text, own)
-      | {'top_logprobs': [describe(*one) for one in top]}
+      | {'top_logprobs': [describe(x.token, x.text, x.logprob) for x in top]}
       for (place, text), (own, top) in zip(parts, found)
     ]
     return {'content': content, 'definition': 'reveal'}

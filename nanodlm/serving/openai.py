@@ -234,8 +234,8 @@ class Completions:
     for (own, top), text, place in zip(found, texts, places):
       # The best of several tokens with the same text; the token itself always,
       # by the text that it is a part of.
-      others = [x for x in top if x[0] != row.canvas[place]]
-      named = {name: value for _, name, value in reversed(others)}
+      others = [x for x in top if x.token != row.canvas[place]]
+      named = {x.text: x.logprob for x in reversed(others)}
       named |= {} if own is None else {text: own}
       best_first = sorted(named, key=lambda name: -named[name])
       alternatives.append({name: named[name] for name in best_first} or None)

@@ -366,8 +366,8 @@ class Service:
 
   async def score(
     self, request: fastapi.Request, body: schemas.ScoreRequest
-  ) -> dict[str, Any]:
-    """Returns the `schemas.ScoreResponse` of texts, or of a conversation."""
+  ) -> schemas.ScoreResponse:
+    """Scores texts, or a conversation."""
     check_one(texts=body.texts, messages=body.messages)
     texts: list[Any] = (
       [body.texts] if isinstance(body.texts, str) else body.texts or []
@@ -383,14 +383,13 @@ class Service:
         f'(data.length); at most {most} of each are allowed, at least one text'
       )
     work = lambda lm: lm.bound(texts, seed=body.seed, batch_size=ROWS_PER_STEP)
-    bounds = await self.compute(request, body.user, work)
-    scores = [dataclasses.asdict(bound) for bound in bounds]
-    return {'model': self.name, 'step': self.step, 'scores': scores}
+    scores = await self.compute(request, body.user, work)
+    return schemas.ScoreResponse(model=self.name, step=self.step, scores=scores)
 
   async def choose(
     self, request: fastapi.Request, body: schemas.ChooseRequest
-  ) -> dict[str, Any]:
-    """Returns the `schemas.ChooseResponse` of a prompt with a slot."""
+  ) -> schemas.ChooseResponse:
+    """Compares the choices of a prompt with a slot."""
     check_one(prompt=body.prompt, messages=body.messages)
     prompt: Any = body.prompt
     text = prompt
@@ -407,16 +406,17 @@ class Service:
       )
     work = lambda lm: lm.choose(prompt, seed=body.seed)
     chosen = await self.compute(request, body.user, work)
-    named = [dataclasses.asdict(choice) for choice in chosen]
-    return {'model': self.name, 'step': self.step, 'choices': named}
+    return schemas.ChooseResponse(
+      model=self.name, step=self.step, choices=chosen
+    )
 
   def score_tokens(
     self, row: Row, places: Sequence[int] | np.ndarray, num_top: int
-  ) -> list[tuple[float | None, list[tuple[int, str, float]]]]:
+  ) -> list[tuple[float | None, list[schemas.Alternative]]]:
     """Returns log-probabilities of the tokens at some places of a row.
 
-    For each the value, None in the prompt, and the ids, texts and values of the
-    `num_top` most probable tokens.
+    For each the value, None in the prompt, and the `num_top` most probable
+    tokens.
     """
     scored, logprobs = [], row.logprobs
     assert logprobs is not None  # For type checkers.
@@ -427,7 +427,9 @@ class Service:
         continue
       best = zip(logprobs.top_tokens[place], logprobs.top[place].tolist())
       top = [
-        (int(token), self.name_token(token), value)
+        schemas.Alternative(
+          token=int(token), text=self.name_token(token), logprob=value
+        )
         for token, value in [*best][:num_top]
         if np.isfinite(value)  # There may be fewer tokens.
       ]
@@ -444,8 +446,8 @@ class Service:
 
   def respond(
     self, rows: Sequence[Row], num_top: int | None, is_chat: bool
-  ) -> dict[str, Any]:
-    """Returns the `schemas.GenerateResponse` for rows that are done.
+  ) -> schemas.GenerateResponse:
+    """Returns the response for rows that are done.
 
     With log-probabilities of `num_top` tokens, or without any (None); `is_chat`
     is whether they are answers to messages.
@@ -458,36 +460,32 @@ class Service:
     used |= {key: getattr(first.draw, key) for key in DRAW}
     if first.choice.num_steps is not None:
       used['num_steps'] = first.choice.num_steps
-    return {
-      'model': self.name,
-      'step': self.step,
-      'seed': first.seed,
-      'sampler': used,
-      'samples': [
-        {
-          # Without what is left of the room of gaps.
-          'text': decode(tokens[: np.sum(row.fixed) - np.sum(fixed) or None]),
-          'shown': decode(show(run, tokens, fixed), is_start=not is_chat),
-          'tokens': row.canvas.tolist(),
-          'texts': self.tokenizer.spell(row.canvas),
-          'num_calls': row.num_calls,
-          'tokens_per_call': lms.tokens_per_call(fixed, row.num_calls),
-          'logprobs': self._logprobs(row, num_top),
-        }
-        for row, (tokens, fixed) in zip(rows, written)
-      ],
-    }
-
-  def _logprobs(self, row: Row, num_top: int | None) -> dict[str, Any] | None:
-    if num_top is None:
-      return None
-    scored = self.score_tokens(row, range(len(row.tokens)), num_top)
-    keys = schemas.Alternative.model_fields
-    return {
-      'definition': 'reveal',
-      'tokens': [own for own, _ in scored],
-      'top': [[dict(zip(keys, one)) for one in top] for _, top in scored],
-    }
+    samples = []
+    for row, (tokens, fixed) in zip(rows, written):
+      logprobs = None
+      if num_top is not None:
+        scored = self.score_tokens(row, range(len(row.tokens)), num_top)
+        logprobs = schemas.Logprobs(
+          tokens=[own for own, _ in scored], top=[top for _, top in scored]
+        )
+      sample = schemas.Sample(
+        # Without what is left of the room of gaps.
+        text=decode(tokens[: np.sum(row.fixed) - np.sum(fixed) or None]),
+        shown=decode(show(run, tokens, fixed), is_start=not is_chat),
+        tokens=row.canvas.tolist(),
+        texts=self.tokenizer.spell(row.canvas),
+        num_calls=row.num_calls,
+        tokens_per_call=lms.tokens_per_call(fixed, row.num_calls),
+        logprobs=logprobs,
+      )
+      samples.append(sample)
+    return schemas.GenerateResponse(
+      model=self.name,
+      step=self.step,
+      seed=first.seed,
+      sampler=used,
+      samples=samples,
+    )
 
   async def events(
     self, submission: Submission, num_top: int | None, is_chat: bool
@@ -518,7 +516,8 @@ class Service:
           yield make_event('reveal', event)
         if state not in (old_state, 'failed'):
           yield make_event('state', {'row': i, 'state': state})
-    yield make_event('done', self.respond(submission.rows, num_top, is_chat))
+    response = self.respond(submission.rows, num_top, is_chat)
+    yield make_event('done', response.model_dump())
 
   def _spell(self, canvas: np.ndarray) -> list[tuple[int | None, str]]:
     """The id and text of each token, None and '' for a mask."""
