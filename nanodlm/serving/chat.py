@@ -60,13 +60,11 @@ class ChatCompletions(Completions):
   def _echo(self, i: int) -> str:
     return ''
 
-  def _logprobs(
-    self, row: Row, parts: Sequence[Part], start: int
-  ) -> dict[str, Any] | None:
+  def _logprobs(self, row: Row, parts: Sequence[Part]) -> dict[str, Any] | None:
     if not self._has_logprobs:
       return None
     found = self._model.score_tokens(
-      row, [place for place, _ in parts], self._body.top_logprobs or 0
+      row, [part.place for part in parts], self._body.top_logprobs or 0
     )
     describe = lambda token, text, logprob: {
       'token': text,
@@ -74,9 +72,9 @@ class ChatCompletions(Completions):
       'bytes': list(self._model.tokenizer.piece(int(token))),
     }
     content = [
-      describe(row.canvas[place], text, own)
+      describe(row.canvas[part.place], part.text, own)
       | {'top_logprobs': [describe(x.token, x.text, x.logprob) for x in top]}
-      for (place, text), (own, top) in zip(parts, found)
+      for part, (own, top) in zip(parts, found)
     ]
     return {'content': content, 'definition': 'reveal'}
 

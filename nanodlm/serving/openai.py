@@ -2,10 +2,11 @@
 
 import asyncio
 import bisect
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+import itertools
 import secrets
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import fastapi
 import numpy as np
@@ -16,10 +17,15 @@ from nanodlm.serving.engine import Row
 from nanodlm.serving.service import ApiError, Canvas, Service, Submission
 from nanodlm.types import InputError
 
-# A token: its place on the canvas, and its part of the text.
-Part = tuple[int, str]
-
 _BRACES = str.maketrans({'{': '{{', '}': '}}'})
+
+
+class Part(NamedTuple):
+  """A token: its place on the canvas, and its part of a choice's text."""
+
+  place: int
+  start: int
+  text: str
 
 
 def add_routes(app: fastapi.FastAPI, model: Service):
@@ -208,7 +214,7 @@ class Completions:
     texts = self._model.tokenizer.spell(ids, is_start=is_blank)
     if texts:
       texts[0] = texts[0].removeprefix(self._given(i))
-    return [*zip(places.tolist(), texts)]
+    return _make_parts(places.tolist(), len(self._echo(i)), texts)
 
   def _spell_echo(self, i: int, row: Row) -> list[Part]:
     """The tokens before completion i."""
@@ -217,35 +223,29 @@ class Completions:
     tokenizer, ids = self._model.tokenizer, self.prompts[i // self._num]
     num = len(tokenizer.encode(ids) if isinstance(ids, str) else ids)
     num = int(np.argmin([*row.fixed[:num], False]))
-    return [*enumerate(tokenizer.spell(row.tokens[:num]))]
+    return _make_parts(range(num), 0, tokenizer.spell(row.tokens[:num]))
 
-  def _logprobs(
-    self, row: Row, parts: Sequence[Part], start: int
-  ) -> dict[str, Any] | None:
-    """OpenAI's `logprobs` of tokens whose text begins at `start`.
-
-    None if they are not wanted.
-    """
+  def _logprobs(self, row: Row, parts: Sequence[Part]) -> dict[str, Any] | None:
+    """OpenAI's `logprobs` of some tokens; None if they are not wanted."""
     if not self._has_logprobs:
       return None
-    places, texts = [place for place, _ in parts], [text for _, text in parts]
+    places = [part.place for part in parts]
     found = self._model.score_tokens(row, places, self._body.logprobs)
     alternatives = []
-    for (own, top), text, place in zip(found, texts, places):
+    for part, (own, top) in zip(parts, found):
       # The best of several tokens with the same text; the token itself always,
       # by the text that it is a part of.
-      others = [x for x in top if x.token != row.canvas[place]]
+      others = [x for x in top if x.token != row.canvas[part.place]]
       named = {x.text: x.logprob for x in reversed(others)}
-      named |= {} if own is None else {text: own}
+      named |= {} if own is None else {part.text: own}
       best_first = sorted(named, key=lambda name: -named[name])
       alternatives.append({name: named[name] for name in best_first} or None)
-    ends = start + np.cumsum([len(text) for text in texts], dtype=int)
     return {
       'definition': 'reveal',
-      'tokens': texts,
+      'tokens': [part.text for part in parts],
       'token_logprobs': [own for own, _ in found],
       'top_logprobs': alternatives,
-      'text_offset': [int(x) - len(text) for x, text in zip(ends, texts)],
+      'text_offset': [part.start for part in parts],
     }
 
   def _usage(self, rows: Sequence[Row]) -> dict[str, int]:
@@ -268,13 +268,9 @@ class Completions:
     choices = []
     for i, row in enumerate(rows):
       text, reason, num_tokens = self._complete(i, row)
-      echoed, parts = self._echo(i), self._spell(i, row, num_tokens)
-      logprobs = self._logprobs(row, self._spell_echo(i, row), 0)
-      if logprobs:
-        own = self._logprobs(row, parts, len(echoed)) or {}
-        for key in own.keys() - {'definition'}:
-          logprobs[key] += own[key]
-      choices.append(self._choice(i, echoed + text, reason, logprobs))
+      parts = self._spell_echo(i, row) + self._spell(i, row, num_tokens)
+      logprobs = self._logprobs(row, parts)
+      choices.append(self._choice(i, self._echo(i) + text, reason, logprobs))
     return self._head | {'choices': choices, 'usage': self._usage(rows)}
 
   async def stream(self, submission: Submission) -> AsyncIterator[bytes]:
@@ -289,7 +285,7 @@ class Completions:
     reasons: list[str | None] = [None] * len(rows)
     for i, row in enumerate(rows):
       if echoed := self._echo(i):
-        logprobs = self._logprobs(row, self._spell_echo(i, row), 0)
+        logprobs = self._logprobs(row, self._spell_echo(i, row))
         yield event([self._choice(i, echoed, None, logprobs)])
     async for has_changed in submission.changes(service.HEARTBEAT_SECS):
       if not has_changed:
@@ -300,14 +296,13 @@ class Completions:
         text, reasons[i], num_tokens = self._complete(i, row)
         if text != sent[i] or reasons[i]:
           parts = self._spell(i, row, num_tokens)
-          ends = np.cumsum([len(spelled) for _, spelled in parts])
-          num = len(parts) if reasons[i] else int(np.sum(ends <= len(text)))
-          new = parts[num_sent[i] : num]
-          begin = len(self._echo(i)) + int([0, *ends][num_sent[i]])
-          logprobs = self._logprobs(row, new, begin)
-          part = text[len(sent[i]) :]
-          yield event([self._choice(i, part, reasons[i], logprobs)])
-          sent[i], num_sent[i] = text, max(num, num_sent[i])
+          if not reasons[i]:  # A token is sent with the end of its text.
+            end = len(self._echo(i) + text)
+            parts = [x for x in parts if x.start + len(x.text) <= end]
+          logprobs = self._logprobs(row, parts[num_sent[i] :])
+          new = text[len(sent[i]) :]
+          yield event([self._choice(i, new, reasons[i], logprobs)])
+          sent[i], num_sent[i] = text, max(len(parts), num_sent[i])
       if all(reasons):
         break
     options = self._body.stream_options
@@ -319,3 +314,11 @@ class Completions:
     self, i: int, text: str, reason: str | None, logprobs: Any
   ) -> dict[str, Any]:
     return dict(index=i, text=text, logprobs=logprobs, finish_reason=reason)
+
+
+def _make_parts(
+  places: Iterable[int], start: int, texts: Sequence[str]
+) -> list[Part]:
+  """Returns parts whose texts follow one another from `start`."""
+  starts = itertools.accumulate(map(len, texts), initial=start)
+  return [Part(*each) for each in zip(places, starts, texts)]
