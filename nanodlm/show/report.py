@@ -10,17 +10,17 @@ from collections.abc import Iterator, Sequence
 import json
 import pathlib
 import statistics
-import string
 import sys
 from typing import Any, NamedTuple
 
 from absl import flags
+import jinja2
 
 from nanodlm import evaluate
 from nanodlm import workdir as workdir_files
 from nanodlm.show import pages
 from nanodlm.show import runs as reading
-from nanodlm.show.pages import escape, printable
+from nanodlm.show.pages import printable
 from nanodlm.show.plots import Plot, to_svg
 from nanodlm.show.runs import half_interval, Line, Run
 from nanodlm.training.metrics import is_number
@@ -328,46 +328,6 @@ def tabulate(plot: Plot) -> Table:
   return Table(f'Numbers ({len(rows)} of {total})', rows)
 
 
-def to_html(part: Part) -> str:
-  """Returns a part as HTML."""
-  if isinstance(part, str):
-    return f'<p>{escape(part)}</p>'
-  title = escape(part.title)
-  if isinstance(part, Sample):
-    return f'<h3>{title}</h3>\n<pre tabindex="0">\n{escape(part.text)}</pre>'
-  if isinstance(part, Plot):
-    table = tabulate(part)
-    return (
-      f'<figure>\n<h3>{title}</h3>\n{to_svg(part)}\n<details>\n<summary>'
-      f'{table.title}</summary>\n{to_html(table)}\n</details>\n</figure>'
-    )
-  columns = [
-    f'<th scope="col">{escape(column)}</th>' for column in part.rows[0]
-  ]
-  lines = [
-    # Scrollable with the keyboard, since it may be wider than the page.
-    f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">'
-    f'<table>\n<caption>{title}</caption>\n<tr>{"".join(columns)}</tr>'
-  ]
-  for row in part.rows:
-    name, *cells = map(escape, row.values())
-    cells = ''.join(f'<td>{cell}</td>' for cell in cells)
-    lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
-  return '\n'.join([*lines, '</table></div>'])
-
-
-def to_body(sections: dict[str, Sequence[Part]]) -> str:
-  """Returns the sections of the page as HTML."""
-  body = []
-  for title, parts in sections.items():
-    body += ['<section>', f'<h2>{escape(title)}</h2>']
-    for part in parts:
-      if not isinstance(part, Plot) or any(part.curves.values()):
-        body.append(to_html(part))
-    body.append('</section>')
-  return '\n'.join(body)
-
-
 def define_flags():
   """Defines the flags of --mode=report."""
   flags.DEFINE_list(
@@ -446,8 +406,11 @@ def main(start: Any = None) -> int:
     'Samples': samples or [NO_SAMPLES],
   }
   title = f'nanodlm: {", ".join(run.name for run in runs)}'
-  page = string.Template(pages.read('report.html')).substitute(
-    title=escape(title), body=to_body(sections)
+  # Text of a run may hold characters that a page cannot.
+  page = printable(
+    jinja2.Template(pages.read('report.html'), autoescape=True).render(
+      title=title, sections=sections, tabulate=tabulate, to_svg=to_svg
+    )
   )
   pages.write('--output', output, page)
   for run, workdir in zip(runs, workdirs):
