@@ -154,8 +154,8 @@ def test_data_is_the_trajectory():
       np.testing.assert_array_equal(canvas, after)
       assert probability == (-1 if ids[token] == MASK else 500)
       # Only alternatives of at least 0.05% are listed, at most num_top.
-      where, num, first, half, other, quarter = call['a']
-      assert (where, num, half, quarter) == (position, 2, 500, 250)
+      ((where, (first, half, other, quarter)),) = call['a'].items()
+      assert (where, half, quarter) == (str(position), 500, 250)
       assert ids[other] == 65
       assert ids[first] == take.trajectory.frames[-1][position] or (
         ids[first] == ord('z')
