@@ -122,7 +122,7 @@ try:
   import starlette.exceptions
   import uvicorn
 
-  from nanodlm.serving import chat, guard, openai, schemas
+  from nanodlm.serving import guard, openai, schemas
   from nanodlm.serving.engine import Engine
   from nanodlm.serving.service import ApiError, check_one, EventStream, Service
 except ImportError as error:  # Raised by main(), so that --help needs nothing.
@@ -191,7 +191,6 @@ def make_app(model: Service, host: str = '') -> guard.Guard:
     app.add_exception_handler(kind, _respond_to_error)
   _add_routes(app, model)
   openai.add_routes(app, model)
-  chat.add_routes(app, model)
   return guard.Guard(app, host)
 
 

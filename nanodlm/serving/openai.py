@@ -1,4 +1,4 @@
-"""/v1: the models and completions of OpenAI's API."""
+"""/v1: the models, completions and conversations of OpenAI's API."""
 
 import asyncio
 import bisect
@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import fastapi
 import numpy as np
 
+from nanodlm import lm as lms
 from nanodlm import prompts
+from nanodlm.data.tokenizers import chat
 from nanodlm.serving import schemas, service
 from nanodlm.serving.engine import Row
 from nanodlm.serving.service import ApiError, Canvas, Service, Submission
@@ -51,6 +53,15 @@ def add_routes(app: fastapi.FastAPI, model: Service):
     check_name(model, body.model)
     return await Completions(model, body).run(request)
 
+  @app.post('/v1/chat/completions', summary='Answer a conversation')
+  async def answer(body: schemas.ChatRequest, request: fastapi.Request):
+    """Answers messages, as OpenAI's API does.
+
+    With `stream`, the text is sent in its order, as it becomes final.
+    """
+    check_name(model, body.model)
+    return await ChatCompletions(model, body).run(request)
+
 
 def check_name(model: Service, name: str | None):
   """Raises ApiError unless `name` is None or the model's."""
@@ -88,7 +99,7 @@ class Completions:
     lay_out = lambda: [self.lay_out(prompt) for prompt in self.prompts]
     canvases = await asyncio.to_thread(lay_out)
     submission = self._model.submit(
-      request, body, canvases, self._num, self._has_logprobs
+      request, body, canvases, self._num, self._num_top is not None
     )
     if body.stream:
       return service.EventStream(submission, self.stream(submission))
@@ -96,8 +107,9 @@ class Completions:
     return self.respond(submission.rows)
 
   @property
-  def _has_logprobs(self) -> bool:
-    return self._body.logprobs is not None
+  def _num_top(self) -> int | None:
+    """The number of alternatives to a token; None: no log-probabilities."""
+    return self._body.logprobs
 
   @property
   def _ends(self) -> tuple[int, ...]:
@@ -134,14 +146,12 @@ class Completions:
         f'max_tokens={size} and the {num_given} tokens of prompt and suffix do '
         f'not fit; the canvas has {length} tokens'
       )
-    if not size:
-      given = [*ids, *suffix_ids]
-      blank = np.zeros(0, np.int32), np.zeros(0, bool)
-      return model.lay_out_ids(given, 'prompt') if given else blank
-    if isinstance(prompt, str):  # This also rejects unknown characters.
+    if size and isinstance(prompt, str):  # This rejects unknown characters.
       text, suffix = prompt.translate(_BRACES), suffix.translate(_BRACES)
       prompt = f'{text}{{{size}}}{suffix}'
       return model.lay_out(prompt, self._body.sampler)
+    if not num_given + size:
+      return np.zeros(0, np.int32), np.zeros(0, bool)
     return model.lay_out_ids([*ids, *[None] * size, *suffix_ids], 'prompt')
 
   def _given(self, i: int) -> str:
@@ -207,7 +217,7 @@ class Completions:
 
     None of them without log-probabilities; likewise of `_spell_echo`.
     """
-    if not self._has_logprobs:
+    if self._num_top is None:
       return []
     places, is_blank = np.flatnonzero(~row.fixed), not row.fixed[:1].any()
     ids = row.canvas[places[:num_tokens]]
@@ -218,7 +228,7 @@ class Completions:
 
   def _spell_echo(self, i: int, row: Row) -> list[Part]:
     """The tokens before completion i."""
-    if not self._echo(i) or not self._has_logprobs:
+    if not self._echo(i) or self._num_top is None:
       return []
     tokenizer, ids = self._model.tokenizer, self.prompts[i // self._num]
     num = len(tokenizer.encode(ids) if isinstance(ids, str) else ids)
@@ -227,10 +237,16 @@ class Completions:
 
   def _logprobs(self, row: Row, parts: Sequence[Part]) -> dict[str, Any] | None:
     """OpenAI's `logprobs` of some tokens; None if they are not wanted."""
-    if not self._has_logprobs:
+    if self._num_top is None:
       return None
     places = [part.place for part in parts]
-    found = self._model.score_tokens(row, places, self._body.logprobs)
+    found = self._model.score_tokens(row, places, self._num_top)
+    return self._describe(row, parts, found) | {'definition': 'reveal'}
+
+  def _describe(
+    self, row: Row, parts: Sequence[Part], found: Sequence[Any]
+  ) -> dict[str, Any]:
+    """Writes what `Service.score_tokens` found as OpenAI does."""
     alternatives = []
     for part, (own, top) in zip(parts, found):
       # The best of several tokens with the same text; the token itself always,
@@ -241,7 +257,6 @@ class Completions:
       best_first = sorted(named, key=lambda name: -named[name])
       alternatives.append({name: named[name] for name in best_first} or None)
     return {
-      'definition': 'reveal',
       'tokens': [part.text for part in parts],
       'token_logprobs': [own for own, _ in found],
       'top_logprobs': alternatives,
@@ -314,6 +329,63 @@ class Completions:
     self, i: int, text: str, reason: str | None, logprobs: Any
   ) -> dict[str, Any]:
     return dict(index=i, text=text, logprobs=logprobs, finish_reason=reason)
+
+
+class ChatCompletions(Completions):
+  """The answers to one conversation."""
+
+  kind, part_kind = 'chat.completion', 'chat.completion.chunk'
+  id_prefix = 'chatcmpl'
+
+  def _make_prompts(self) -> list[Any]:
+    if self._body.top_logprobs is not None and not self._body.logprobs:
+      raise InputError(
+        f'top_logprobs={self._body.top_logprobs!r} needs logprobs=true'
+      )
+    return [[message.plain() for message in self._body.messages]]
+
+  @property
+  def _num_top(self) -> int | None:
+    return self._body.top_logprobs or 0 if self._body.logprobs else None
+
+  @property
+  def _ends(self) -> tuple[int, ...]:
+    return lms.answer_ends(self._model.run)
+
+  def lay_out(self, prompt: Any) -> Canvas:
+    wanted = [self._body.max_completion_tokens, self._body.max_tokens]
+    size = next((x for x in wanted if x is not None), None)
+    model = self._model
+    return lms.lay_out_chat(model.run, prompt, model.engine.length, size)
+
+  def _echo(self, i: int) -> str:
+    return ''
+
+  def _describe(
+    self, row: Row, parts: Sequence[Part], found: Sequence[Any]
+  ) -> dict[str, Any]:
+    describe = lambda token, text, logprob: {
+      'token': text,
+      'logprob': logprob,
+      'bytes': list(self._model.tokenizer.piece(int(token))),
+    }
+    content = [
+      describe(row.canvas[part.place], part.text, own)
+      | {'top_logprobs': [describe(x.token, x.text, x.logprob) for x in top]}
+      for part, (own, top) in zip(parts, found)
+    ]
+    return {'content': content}
+
+  def _choice(
+    self, i: int, text: str, reason: str | None, logprobs: Any
+  ) -> dict[str, Any]:
+    said = {'role': chat.ASSISTANT, 'content': text}
+    return {
+      'index': i,
+      'delta' if self._body.stream else 'message': said,
+      'logprobs': logprobs,
+      'finish_reason': reason,
+    }
 
 
 def _make_parts(
