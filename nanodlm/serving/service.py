@@ -209,10 +209,12 @@ class Service:
   def info(self) -> dict[str, Any]:
     """What a client has to know about the model."""
     settings, objective = self.run.settings, self.run.objective
-    fitting = []
+    samplers = []
     for name in runs.fitting_samplers(objective):
       with contextlib.suppress(InputError):  # It rejects the run's settings.
-        fitting.append(self.engine.choose(name))
+        num = self.engine.choose(name).num_steps
+        sampler = {'name': name, 'reads_steps': num is not None}
+        samplers.append(sampler | {'num_steps': num})
     return {
       'model': self.name,
       'step': self.step,
@@ -223,14 +225,7 @@ class Service:
       'tokenizer': self.tokenizer.name,
       'has_chat': bool(self.tokenizer.chat_template),
       'vocab_size': self.tokenizer.vocab_size,
-      'samplers': [
-        {
-          'name': choice.name,
-          'reads_steps': choice.num_steps is not None,
-          'num_steps': choice.num_steps,
-        }
-        for choice in fitting
-      ],
+      'samplers': samplers,
       'sampler': self.engine.choose().name,
       'defaults': {key: settings.sampler[key] for key in ('num_steps', *DRAW)},
       'limits': {
@@ -300,12 +295,11 @@ class Service:
       )
     values = {key: self.run.settings.sampler[key] for key in DRAW}
     values |= body.model_dump(include={*DRAW}, exclude_none=True)
-    draw = categorical.Draw(self.tokenizer.mask_id, **values)
-    num_seeds = schemas.MAX_SEED + 1
+    draw = categorical.Draw(mask_id, **values)
     seed, is_fixed = body.seed, body.seed is None and draw.is_greedy
     if seed is None:
       # Without a seed, a greedy text depends on its own prompt alone.
-      seed = 0 if is_fixed else secrets.randbelow(num_seeds)
+      seed = 0 if is_fixed else secrets.randbelow(schemas.MAX_SEED + 1)
     rows = []
     for canvas in canvases:
       for _ in range(num):
