@@ -400,7 +400,7 @@ def main(start: Any = None) -> int:
     'Runs': list(describe_runs(runs)),
     'Loss': list(draw_losses(runs)),
     'Loss by noise level': list(draw_levels(runs)),
-    **({'The law of the text': law} if (law := list(draw_law(runs))) else {}),
+    'The law of the text': list(draw_law(runs)),
     'Quality against network calls': quality or [NO_QUALITY],
     'Throughput': list(draw_speed(runs)),
     'Samples': samples or [NO_SAMPLES],
