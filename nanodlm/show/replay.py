@@ -46,6 +46,11 @@ class Take(NamedTuple):
   num_shown: int
   room: Any = np.False_
 
+  def shown_places(self, tokenizer: Tokenizer) -> np.ndarray:
+    """Returns the positions [n] of the text, without what is left of room."""
+    is_left = self.room & (self.trajectory.frames[-1] == tokenizer.separator_id)
+    return np.flatnonzero(~is_left)[: self.num_shown]
+
 
 class Page:
   """The page of --html: collects takes and writes them.
@@ -84,16 +89,14 @@ class Page:
     path, first = pathlib.Path(self.path), self.takes[0]
     if path.suffix == '.svg':
       frames, answers = first.trajectory
-      written = ~first.room | (frames[-1] != tokenizer.separator_id)
-      first = first._replace(
-        trajectory=watch.Trajectory(frames[:, written], answers)
-      )
-      texts = tokenizer.spell(frames[-1][written][: first.num_shown])
+      frames = frames[:, first.shown_places(tokenizer)]
       facts = (
         f'{title}: {np.sum(~first.fixed)} tokens in {len(answers)} network '
         f'calls, {first.sampler}'
       )
-      page = picture.make_svg(texts, first.trajectory, facts)
+      page = picture.make_svg(
+        tokenizer.spell(frames[-1]), watch.Trajectory(frames, answers), facts
+      )
     else:
       data = make_data(self.takes, tokenizer, self.num_top, title, facts)
       page = make_page(data)
@@ -149,7 +152,7 @@ def make_data(
         share = probs.get(position, {}).get(token, -1)
         revealed.append([int(position), local(token), share])
       calls.append({'c': revealed, 'a': said})
-    written = ~take.room | (frames[-1] != tokenizer.separator_id)
+    text = frames[-1][take.shown_places(tokenizer)]
     shown.append(
       {
         'sampler': take.sampler,
@@ -160,7 +163,7 @@ def make_data(
         'room': np.flatnonzero(take.room).tolist(),
         'start': [local(token) for token in frames[0]],
         'calls': calls,
-        'text': tokenizer.decode(frames[-1][written][: take.num_shown]),
+        'text': tokenizer.decode(text),
       }
     )
   ends = {tokenizer.separator_id, *tokenizer.eos_ids}
