@@ -32,17 +32,11 @@ _RC: Any = {
 
 
 class Plot(NamedTuple):
-  """Curves and their labels.
+  """Curves, {name: points}, and labels; `name` identifies the plot on a page.
 
-  Attributes:
-    name: identifies it on a page.
-    title: heading of the plot.
-    x_label: label of the x axis.
-    y_label: label of the y axis.
-    curves: {name: points}. A point is x, y and half the width of y's interval
-      or 0; x rises. Colors, dashes and markers go by the number of the curve,
-      including curves without points, which are not drawn.
-    x_log: whether the x axis is logarithmic.
+  A point is x, y and half the width of y's interval or 0; x rises. Colors,
+  dashes and markers go by the number of the curve, including curves without
+  points, which are not drawn.
   """
 
   name: str
