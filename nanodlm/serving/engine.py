@@ -141,6 +141,10 @@ class Row:
     """Whether the row will not change any more."""
     return self.state in ('done', 'failed')
 
+  def fail(self, error: str):
+    """Ends the row; `error` says why."""
+    self.change(error=error, state='failed')
+
   def change(self, **values: Any):
     """Sets attributes, in their order, and notifies the client."""
     for name, value in values.items():
@@ -234,7 +238,7 @@ class Engine:
       self._changed.notify_all()
     for row in rows:
       if not row.is_over:
-        row.change(error='the server is stopping', state='failed')
+        row.fail('the server is stopping')
     for thread in self._threads:
       if thread.is_alive():
         thread.join(timeout_secs)
@@ -344,9 +348,7 @@ class Engine:
         # The cause may be specific to this batch, so the thread continues.
         log.exception('sampling a batch failed')
         for row in self._current:
-          row.change(
-            error='sampling failed; see the server log', state='failed'
-          )
+          row.fail('sampling failed; see the server log')
       with self._changed:
         self._current = []
 
@@ -388,7 +390,7 @@ class Engine:
     for client, queue in list(self._queues.items()):
       for row in queue:
         if error := self._errors.get((row.group, self._sizes[0])):
-          row.change(error=error, state='failed')
+          row.fail(error)
       queue[:] = [row for row in queue if not (row.is_cancelled or row.is_over)]
       if not queue:
         del self._queues[client]
