@@ -210,24 +210,19 @@ async def _respond_to_error(request: fastapi.Request, error: Exception):
       message = 'the body is not valid JSON in UTF-8, or is nested too deeply'
       error = ApiError(400, message, 'malformed_json')
     case starlette.exceptions.HTTPException(status_code=404 | 405):
-      message = _describe_routes(request)
+      known = [
+        f'{method.upper()} {path}'
+        for path, methods in request.app.openapi()['paths'].items()
+        for method in methods
+      ]
+      message = f'there is no {request.method} {request.url.path[:100]}'
+      message += f'. The routes are: {", ".join(known)}'
       error = ApiError(error.status_code, message, 'not_found', error.headers)
     case starlette.exceptions.HTTPException():
       error = ApiError(error.status_code, error.detail, None, error.headers)
     case _:
       error = ApiError(500, 'internal error; see the log of the server')
   return error.response()
-
-
-def _describe_routes(request: fastapi.Request) -> str:
-  """Says that the requested route does not exist, and which do."""
-  message = f'there is no {request.method} {request.url.path[:100]}'
-  known = [
-    f'{method.upper()} {path}'
-    for path, verbs in request.app.openapi()['paths'].items()
-    for method in verbs
-  ]
-  return f'{message}. The routes are: {", ".join(known)}'
 
 
 def _invalid_body(first) -> ApiError:
@@ -323,17 +318,12 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     events = model.events(submission, body.logprobs, bool(body.messages))
     return EventStream(submission, events, 'error')
 
-  @app.post('/api/score', summary='Bound the log-probability of texts')
-  async def score(
-    body: schemas.ScoreRequest, request: fastapi.Request
-  ) -> schemas.ScoreResponse:
-    return await model.score(request, body)
-
-  @app.post('/api/choose', summary='Compare the texts that can fill a slot')
-  async def choose(
-    body: schemas.ChooseRequest, request: fastapi.Request
-  ) -> schemas.ChooseResponse:
-    return await model.choose(request, body)
+  app.post('/api/score', summary='Bound the log-probability of texts')(
+    model.score
+  )
+  app.post('/api/choose', summary='Compare the texts that can fill a slot')(
+    model.choose
+  )
 
 
 def make_server(model: Service, host: str) -> uvicorn.Server:
