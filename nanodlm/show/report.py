@@ -145,10 +145,10 @@ def draw_losses(runs: Sequence[Run]) -> Iterator[Part]:
       training[run.name] = run.curve('train/loss', scale)
       whole[run.name] = run.curve('eval/nll', scale)
       subset[f'{run.name}, subset'] = run.curve('eval_subset/nll', scale)
-    title, name = f'Training loss by {unit}', f'train-by-{unit}'
-    yield Plot(name, title, unit, 'nats/token', training)
-    title, name = f'Held-out bound by {unit}', f'held-out-by-{unit}'
-    yield Plot(name, title, unit, 'nats/token', whole | subset)
+    title = f'Training loss by {unit}'
+    yield Plot(title, unit, 'nats/token', training)
+    title = f'Held-out bound by {unit}'
+    yield Plot(title, unit, 'nats/token', whole | subset)
 
 
 def draw_law(runs: Sequence[Run]) -> Iterator[Part]:
@@ -165,10 +165,10 @@ def draw_law(runs: Sequence[Run]) -> Iterator[Part]:
   excess = {run.name: run.curve(whole) for run in runs}
   excess |= {f'{run.name}, subset': run.curve(subset) for run in runs}
   title = 'Excess over the law by steps'
-  yield Plot('excess', title, 'steps', 'nats/document', excess)
+  yield Plot(title, 'steps', 'nats/document', excess)
   shares = {run.name: run.curve(possible) for run in runs}
   title = 'Possible samples by steps'
-  yield Plot('possible', title, 'steps', 'share of samples', shares)
+  yield Plot(title, 'steps', 'share of samples', shares)
 
 
 def draw_levels(runs: Sequence[Run]) -> Iterator[Part]:
@@ -178,9 +178,9 @@ def draw_levels(runs: Sequence[Run]) -> Iterator[Part]:
     'bins of the noise level (for masked noise, the share of masked tokens): '
     'on the left nearly all of the text is known, on the right nearly nothing.'
   )
-  for name, title, *splits in (
-    ('levels-held-out', 'Held-out text', 'eval_subset', 'eval'),
-    ('levels-train', 'Training text', 'train'),
+  for title, *splits in (
+    ('Held-out text', 'eval_subset', 'eval'),
+    ('Training text', 'train'),
   ):
     bins = {
       f'{split}_by_level/cross_entropy_{i}': (i + 0.5) / NUM_LEVELS
@@ -192,10 +192,10 @@ def draw_levels(runs: Sequence[Run]) -> Iterator[Part]:
       line = run.last_line(*bins)
       points = [(x, line[key], 0.0) for key, x in bins.items() if key in line]
       curves[f'{run.name}, step {line.get("step")}'] = points
-    yield Plot(name, title, 'noise level', 'nats/token', curves)
+    yield Plot(title, 'noise level', 'nats/token', curves)
 
 
-def draw_comparison(comparison: Line, number: int) -> Iterator[Part]:
+def draw_comparison(comparison: Line) -> Iterator[Part]:
   """Quality against network calls for each run's samplers, and the bounds."""
   yield from comparison['remarks']
   runs = comparison['runs']
@@ -217,8 +217,7 @@ def draw_comparison(comparison: Line, number: int) -> Iterator[Part]:
     ends = ticks[:1] + ticks[-1:]
     curves = {name: sorted(points) for name, points in curves.items()}
     curves |= {k: [(x, y, 0.0) for x in ends] for k, y in real.items()}
-    name = f'calls-{number}-{key.replace("_", "-")}'
-    yield Plot(name, title, 'network calls', label, curves, x_log=True)
+    yield Plot(title, 'network calls', label, curves, x_log=True)
   rows = []
   for run, name in zip(runs, names):
     sign = '' if run.get('is_exact') else '≤ '
@@ -273,7 +272,7 @@ def draw_evals(runs: Sequence[Run]) -> Iterator[Part]:
     )
     sets = {name: sorted(curve.values()) for name, curve in curves.items()}
     title = 'Accuracy of filled gaps'
-    yield Plot('infill', title, 'network calls', 'accuracy', sets, x_log=True)
+    yield Plot(title, 'network calls', 'accuracy', sets, x_log=True)
   if rows:
     yield Table('Evaluations (eval.jsonl)', rows)
 
@@ -293,7 +292,7 @@ def draw_speed(runs: Sequence[Run]) -> Iterator[Part]:
       previous = step
       if step in speeds:
         curves[run.name].append((secs / 60, speeds[step], 0.0))
-  yield Plot('throughput', 'Throughput', 'minutes', 'tokens/s', curves)
+  yield Plot('Throughput', 'minutes', 'tokens/s', curves)
 
 
 def show_samples(runs: Sequence[Run], num_samples: int) -> Iterator[Part]:
@@ -390,10 +389,8 @@ def main(start: Any = None) -> int:
   runs = list(map(reading.read_run, workdirs, reading.short_names(workdirs)))
   comparisons = list(map(reading.read_comparison, compared))
   quality = []
-  for i, comparison in enumerate(
-    comparisons or reading.find_comparisons(workdirs)
-  ):
-    quality += draw_comparison(comparison, i)
+  for comparison in comparisons or reading.find_comparisons(workdirs):
+    quality += draw_comparison(comparison)
   quality += draw_evals(runs)
   samples = list(show_samples(runs, args.num_samples))
   sections = {
