@@ -292,7 +292,7 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
   ) -> schemas.GenerateResponse:
     submission = await submit(body, request)
     await submission.finish(request)
-    return model.respond(submission.rows, body.logprobs, bool(body.messages))
+    return model.respond(body, submission.rows)
 
   @app.post(
     '/api/stream',
@@ -315,8 +315,7 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     Lines that begin with a colon are comments.
     """
     submission = await submit(body, request)
-    events = model.events(submission, body.logprobs, bool(body.messages))
-    return EventStream(submission, events, 'error')
+    return EventStream(submission, model.events(body, submission), 'error')
 
   app.post('/api/score', summary='Bound the log-probability of texts')(
     model.score

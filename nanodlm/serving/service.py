@@ -439,13 +439,10 @@ class Service:
     return f'bytes:{"".join(codes)}'
 
   def respond(
-    self, rows: Sequence[Row], num_top: int | None, is_chat: bool
+    self, body: schemas.GenerateRequest, rows: Sequence[Row]
   ) -> schemas.GenerateResponse:
-    """Returns the response for rows that are done.
-
-    With log-probabilities of `num_top` tokens, or without any (None); `is_chat`
-    is whether they are answers to messages.
-    """
+    """Returns the response for rows that are done."""
+    is_chat = body.messages is not None
     show = lms.answer_tokens if is_chat else lms.shown_tokens
     first, decode = rows[0], self.tokenizer.decode
     run = dataclasses.replace(self.run, sampler=first.choice.sampler)
@@ -457,8 +454,8 @@ class Service:
     samples = []
     for row, (tokens, fixed) in zip(rows, written):
       logprobs = None
-      if num_top is not None:
-        scored = self.score_tokens(row, range(len(row.tokens)), num_top)
+      if body.logprobs is not None:
+        scored = self.score_tokens(row, range(len(row.tokens)), body.logprobs)
         logprobs = schemas.Logprobs(
           tokens=[own for own, _ in scored], top=[top for _, top in scored]
         )
@@ -482,7 +479,7 @@ class Service:
     )
 
   async def events(
-    self, submission: Submission, num_top: int | None, is_chat: bool
+    self, body: schemas.GenerateRequest, submission: Submission
   ) -> AsyncIterator[bytes]:
     """Yields the events of /api/stream."""
     seen: list[Any] = []
@@ -510,7 +507,7 @@ class Service:
           yield make_event('reveal', event)
         if state not in (old_state, 'failed'):
           yield make_event('state', {'row': i, 'state': state})
-    response = self.respond(submission.rows, num_top, is_chat)
+    response = self.respond(body, submission.rows)
     yield make_event('done', response.model_dump())
 
   def _spell(self, canvas: np.ndarray) -> list[tuple[int | None, str]]:
