@@ -454,22 +454,16 @@ class Engine:
     lengths = np.full(size, group.length, np.int32)
     # Always the largest batch, so that the keys are compiled once.
     seeds = np.zeros([3, self._sizes[-1]], np.uint32)
-    draws = np.tile([[1.0], [0.0], [1.0]], size)
+    temperature, top_p = np.ones((2, size), np.float32)
+    top_k = np.zeros(size, np.int32)
     for i, row in enumerate(rows):
       lengths[i] = n = len(row.tokens)
       tokens[i, :n], fixed[i, :n] = row.tokens, row.fixed
       seeds[:, i] = *divmod(row.seed, 1 << 32), row.index
-      draws[:, i] = row.draw.temperature, row.draw.top_k, row.draw.top_p
-    temperature, top_k, top_p = draws
-    batch = steps.Rows(
-      np.asarray(_row_key_data(seeds[:2].T, seeds[2]))[:size],
-      tokens,
-      fixed,
-      lengths,
-      temperature.astype(np.float32),
-      top_k.astype(np.int32),
-      top_p.astype(np.float32),
-    )
+      temperature[i], top_p[i] = row.draw.temperature, row.draw.top_p
+      top_k[i] = row.draw.top_k
+    keys = np.asarray(_row_key_data(seeds[:2].T, seeds[2]))[:size]
+    batch = steps.Rows(keys, tokens, fixed, lengths, temperature, top_k, top_p)
     return meshes.shard_whole_batch(self.lm.run.mesh, batch)
 
   def _fill(self, rows: list[Row], program: Any, size: int):
