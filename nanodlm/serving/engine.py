@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from nanodlm import run as runs
 from nanodlm.devices import mesh as meshes
 from nanodlm.lm import LanguageModel
 from nanodlm.noise import categorical
+from nanodlm.run import Run
 from nanodlm.show import watch
 from nanodlm.steps import sample as steps
 from nanodlm.types import InputError, Sampler
@@ -44,22 +44,6 @@ State = Literal['waiting', 'compiling', 'running', 'done', 'failed']
 
 class FullError(Exception):
   """The queue cannot accept a request now; the client can retry later."""
-
-
-class Choice(NamedTuple):
-  """A sampler, except for its seed and its draw.
-
-  Attributes:
-    name: config.sampler.name.
-    num_steps: config.sampler.num_steps; None if the sampler ignores it.
-    sampler: the sampler; its own draw is not used.
-    pads: whether padding a canvas leaves the law of its tokens unchanged.
-  """
-
-  name: str
-  num_steps: int | None
-  sampler: Sampler
-  pads: bool
 
 
 class _Turns:
@@ -91,7 +75,7 @@ class Row:
   Attributes:
     tokens: [n] int32, mask_id in the gaps.
     fixed: [n] bool, positions that the sampler may not change.
-    choice: the sampler, from `Engine.choose`.
+    run: the run with its sampler, from `Engine.choose`.
     draw: temperature, top-k and top-p.
     seed: seed in [0, 2^64).
     index: number among the samples of this seed. Seed and index give the same
@@ -110,7 +94,7 @@ class Row:
 
   tokens: np.ndarray
   fixed: np.ndarray
-  choice: Choice
+  run: Run
   draw: categorical.Draw
   seed: int
   index: int
@@ -210,9 +194,9 @@ class Engine:
         compile it for other batch sizes and lengths in the background.
     """
     if warm_up:
-      choice, (size, *larger) = self.choose(), self._sizes
-      lengths = self._lengths(choice)
-      *shorter, group = [_Group(choice.sampler, n, False) for n in lengths]
+      run, (size, *larger) = self.choose(), self._sizes
+      lengths = self._lengths(run)
+      *shorter, group = [_Group(run.sampler, n, False) for n in lengths]
       program = self._programs[group, size] = self._compile(group, size)
       # The first call allocates the memory that later calls reuse.
       jax.block_until_ready(
@@ -256,8 +240,10 @@ class Engine:
         for row in itertools.chain(*self._queues.values())
       )
 
-  def _choose(self, name: str | None = None, num_steps: int | None = None):
-    """Returns the run's sampler with another name or number of steps.
+  def _choose(
+    self, name: str | None = None, num_steps: int | None = None
+  ) -> Run:
+    """Returns the run with another sampler or number of steps.
 
     Raises:
       InputError: the sampler does not fit the objective or ignores num_steps.
@@ -269,17 +255,7 @@ class Engine:
     run = self.lm.run.with_sampler(changes)
     if num_steps is not None:
       run = run.with_sampler({'num_steps': num_steps}, is_given=True)
-    sampler, objective = run.sampler, run.objective
-    num_steps = run.settings.sampler['num_steps']
-    is_one_way = bool(objective.causal or objective.block_size)
-    return Choice(
-      run.sampler_name,
-      num_steps if runs.reads_steps(sampler) else None,
-      sampler,
-      # The time given to a network depends on the canvas's length. Padding is
-      # not masked in a cache; one-way networks do not see it in any case.
-      pads=is_one_way or not (run.network.knows_time or sampler.needs_cache),
-    )
+    return run
 
   def submit(
     self, client: Hashable, rows: Sequence[Row], on_change: Callable[[], Any]
@@ -315,11 +291,11 @@ class Engine:
       self._queues[client] = [*queue, *rows]
       self._changed.notify_all()
 
-  def _lengths(self, choice: Choice) -> list[int]:
+  def _lengths(self, run: Run) -> list[int]:
     """The lengths that canvases are padded to, ascending."""
-    if not choice.pads:
+    if not can_pad(run):
       return [self.length]
-    unit = self.lm.run.objective.block_size or 1
+    unit = run.objective.block_size or 1
     lengths, length = {self.length}, self.length // 2
     while length >= MIN_LENGTH:
       lengths.add(min(-(-length // unit) * unit, self.length))
@@ -328,9 +304,9 @@ class Engine:
 
   def _group(self, row: Row) -> _Group:
     length = len(row.tokens)
-    if row.choice.pads:
-      length = min(n for n in self._lengths(row.choice) if n >= length)
-    return _Group(row.choice.sampler, length, row.logprobs is not None)
+    if can_pad(row.run):
+      length = min(n for n in self._lengths(row.run) if n >= length)
+    return _Group(row.run.sampler, length, row.logprobs is not None)
 
   def _sample_all(self):
     """Samples batches until the engine closes."""
@@ -497,6 +473,16 @@ class Engine:
       row.change(frame=(num_made, canvas))
     is_unwanted = bool(rows) and all(row.is_cancelled for row in rows)
     return not (self.is_closing or is_unwanted)
+
+
+def can_pad(run: Run) -> bool:
+  """Whether padding a canvas leaves the law of its tokens unchanged."""
+  # The time given to a network depends on the canvas's length. Padding is not
+  # masked in a cache; one-way networks do not see it in any case.
+  is_one_way = run.objective.causal or run.objective.block_size
+  return bool(is_one_way) or not (
+    run.network.knows_time or run.sampler.needs_cache
+  )
 
 
 def _best_size(sizes: Sequence[int], num_rows: int) -> int:

@@ -172,7 +172,7 @@ class Completions:
     tokens = row.canvas[~row.fixed]
     if not is_done:
       hidden = [*(tokens == run.tokenizer.mask_id), True]
-      is_final = row.choice.sampler.is_final
+      is_final = row.run.sampler.is_final
       tokens = tokens[: np.argmax(hidden) if is_final else 0]
     is_blank, given = not row.fixed[:1].any(), self._given(i)
     if not is_done and is_blank and np.isin(tokens, self._ends).all():

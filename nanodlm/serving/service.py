@@ -21,6 +21,7 @@ from nanodlm import prompts
 from nanodlm import run as runs
 from nanodlm.lm import LanguageModel
 from nanodlm.noise import categorical
+from nanodlm.run import Run
 from nanodlm.serving import schemas
 from nanodlm.serving.engine import Engine, FullError, Row
 from nanodlm.show import watch
@@ -212,7 +213,7 @@ class Service:
     samplers = []
     for name in runs.fitting_samplers(objective):
       with contextlib.suppress(InputError):  # It rejects the run's settings.
-        num = self.engine.choose(name).num_steps
+        num = self._num_steps(self.engine.choose(name))
         sampler = {'name': name, 'reads_steps': num is not None}
         samplers.append(sampler | {'num_steps': num})
     return {
@@ -226,7 +227,7 @@ class Service:
       'has_chat': bool(self.tokenizer.chat_template),
       'vocab_size': self.tokenizer.vocab_size,
       'samplers': samplers,
-      'sampler': self.engine.choose().name,
+      'sampler': self.run.sampler_name,
       'defaults': {key: settings.sampler[key] for key in ('num_steps', *DRAW)},
       'limits': {
         'num_samples': schemas.MAX_SAMPLES,
@@ -236,15 +237,17 @@ class Service:
       },
     }
 
+  def _num_steps(self, run: Run) -> int | None:
+    """The number of steps of a run's sampler; None if it ignores it."""
+    reads = runs.reads_steps(run.sampler)
+    return run.settings.sampler['num_steps'] if reads else None
+
   def lay_out(
     self, prompt: str | list[dict[str, str]], sampler: str | None
   ) -> Canvas:
-    """Returns tokens and fixed [n] of a text with gaps, or of messages.
-
-    They are for a sampler by name, None: that of the run.
-    """
-    own = self.engine.choose(sampler).sampler
-    return lms.lay_out(self.run, prompt, self.engine.length, own)
+    """Returns tokens and fixed [n] of a text with gaps, or of messages."""
+    run = self.engine.choose(sampler)
+    return lms.lay_out(run, prompt, self.engine.length)
 
   def lay_out_ids(
     self, ids: Sequence[int | None], field: str = 'tokens'
@@ -280,17 +283,17 @@ class Service:
 
     With `logprobs`, the rows have log-probabilities.
     """
-    choice = self.engine.choose(body.sampler, body.num_steps)
-    mask_id, sampler = self.tokenizer.mask_id, choice.sampler
-    if logprobs and sampler.fills_room:
+    run = self.engine.choose(body.sampler, body.num_steps)
+    mask_id, name = self.tokenizer.mask_id, run.sampler_name
+    if logprobs and run.sampler.fills_room:
       raise InputError(
-        f'logprobs: sampler={choice.name!r} moves tokens, and does not record '
+        f'logprobs: sampler={name!r} moves tokens, and does not record '
         'their log-probabilities'
       )
     is_masked = any(np.any(tokens == mask_id) for tokens, _ in canvases)
-    if is_masked and not sampler.fills_masks:
+    if is_masked and not run.sampler.fills_masks:
       raise InputError(
-        f'sampler={choice.name!r} fills gaps of any length, {{*}}, and not '
+        f'sampler={name!r} fills gaps of any length, {{*}}, and not '
         'those of a given number of tokens'
       )
     values = {key: self.run.settings.sampler[key] for key in DRAW}
@@ -304,7 +307,7 @@ class Service:
     for canvas in canvases:
       for _ in range(num):
         index = 0 if is_fixed else len(rows)
-        row = Row(*canvas, choice, draw, seed % 2**64, index)
+        row = Row(*canvas, run, draw, seed % 2**64, index)
         if logprobs:
           row.logprobs = watch.Logprobs(len(row.tokens))
         row.state = 'done' if np.all(row.fixed) else 'waiting'
@@ -445,14 +448,13 @@ class Service:
     is_chat = body.messages is not None
     show = lms.answer_tokens if is_chat else lms.shown_tokens
     first, decode = rows[0], self.tokenizer.decode
-    run = dataclasses.replace(self.run, sampler=first.choice.sampler)
-    written = [lms.without_room(run, row.canvas, row.fixed) for row in rows]
-    used: dict[str, Any] = {'name': first.choice.name}
+    used: dict[str, Any] = {'name': first.run.sampler_name}
     used |= {key: getattr(first.draw, key) for key in DRAW}
-    if first.choice.num_steps is not None:
-      used['num_steps'] = first.choice.num_steps
+    if (num_steps := self._num_steps(first.run)) is not None:
+      used['num_steps'] = num_steps
     samples = []
-    for row, (tokens, fixed) in zip(rows, written):
+    for row in rows:
+      tokens, fixed = lms.without_room(row.run, row.canvas, row.fixed)
       logprobs = None
       if body.logprobs is not None:
         scored = self.score_tokens(row, range(len(row.tokens)), body.logprobs)
@@ -462,7 +464,7 @@ class Service:
       sample = schemas.Sample(
         # Without what is left of the room of gaps.
         text=decode(tokens[: np.sum(row.fixed) - np.sum(fixed) or None]),
-        shown=decode(show(run, tokens, fixed), is_start=not is_chat),
+        shown=decode(show(row.run, tokens, fixed), is_start=not is_chat),
         tokens=row.canvas.tolist(),
         texts=self.tokenizer.spell(row.canvas),
         num_calls=row.num_calls,
