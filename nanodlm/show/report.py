@@ -358,12 +358,8 @@ _NO_RUN = (
 )
 
 
-def main(start: Any = None) -> int:
-  """Runs --mode=report, which writes the page.
-
-  Args:
-    start: not used; the runs are given by flags.
-  """
+def main(start: Any) -> int:
+  """Runs --mode=report, which writes the page of the runs that flags name."""
   del start
   args = flags.FLAGS
   output = pathlib.Path(args.output)
