@@ -145,10 +145,8 @@ def draw_losses(runs: Sequence[Run]) -> Iterator[Part]:
       training[run.name] = run.curve('train/loss', scale)
       whole[run.name] = run.curve('eval/nll', scale)
       subset[f'{run.name}, subset'] = run.curve('eval_subset/nll', scale)
-    title = f'Training loss by {unit}'
-    yield Plot(title, unit, 'nats/token', training)
-    title = f'Held-out bound by {unit}'
-    yield Plot(title, unit, 'nats/token', whole | subset)
+    yield Plot(f'Training loss by {unit}', unit, 'nats/token', training)
+    yield Plot(f'Held-out bound by {unit}', unit, 'nats/token', whole | subset)
 
 
 def draw_law(runs: Sequence[Run]) -> Iterator[Part]:
@@ -164,11 +162,9 @@ def draw_law(runs: Sequence[Run]) -> Iterator[Part]:
   whole, subset, possible = keys
   excess = {run.name: run.curve(whole) for run in runs}
   excess |= {f'{run.name}, subset': run.curve(subset) for run in runs}
-  title = 'Excess over the law by steps'
-  yield Plot(title, 'steps', 'nats/document', excess)
+  yield Plot('Excess over the law by steps', 'steps', 'nats/document', excess)
   shares = {run.name: run.curve(possible) for run in runs}
-  title = 'Possible samples by steps'
-  yield Plot(title, 'steps', 'share of samples', shares)
+  yield Plot('Possible samples by steps', 'steps', 'share of samples', shares)
 
 
 def draw_levels(runs: Sequence[Run]) -> Iterator[Part]:
