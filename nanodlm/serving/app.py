@@ -442,8 +442,7 @@ def main(start: Start) -> int:
     serving.result()
   log.info('stopped')
   status = 128 + received[0] if received else 0
-  if (
-    model.is_computing or not has_ended
-  ):  # A compilation cannot be interrupted.
+  # A compilation cannot be interrupted.
+  if model.is_computing or not has_ended:
     multihost.leave(status)
   return status
