@@ -31,14 +31,7 @@ from nanodlm.show import watch
 from nanodlm.steps import evaluate as evaluate_steps
 from nanodlm.steps import sample as sample_steps
 from nanodlm.training import progress
-from nanodlm.types import (
-  Batch,
-  Canvas,
-  check_seed,
-  InputError,
-  Objective,
-  Sampler,
-)
+from nanodlm.types import Batch, Canvas, check_seed, InputError, Objective
 
 log = logging.getLogger('nanodlm')
 
@@ -626,14 +619,9 @@ def load(
 
 
 def lay_out(
-  run: Run,
-  prompt: str | Sequence[chat.Message],
-  length: int,
-  sampler: Sampler | None = None,
+  run: Run, prompt: str | Sequence[chat.Message], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Makes the canvas of a prompt; see `prompts.make_canvas`.
-
-  It is for a sampler, by default that of the run.
 
   That of messages ends with a gap for the answer.
 
@@ -643,14 +631,13 @@ def lay_out(
   """
   if not isinstance(prompt, str):
     return lay_out_chat(run, prompt, length)
-  sampler = sampler or run.sampler
   tokens, fixed = prompts.make_canvas(
     prompt,
     run.tokenizer,
     length,
     run.objective.sees_right(length),
-    sampler.fills_masks,
-    sampler.fills_room,
+    run.sampler.fills_masks,
+    run.sampler.fills_room,
     run.settings.data.is_pairs,
   )
   data = run.settings.data

@@ -106,6 +106,7 @@ import re
 import signal
 import socket
 import time
+from typing import Any
 
 from absl import flags
 import jax
@@ -122,7 +123,7 @@ try:
   import starlette.exceptions
   import uvicorn
 
-  from nanodlm.serving import chat, guard, openai, schemas
+  from nanodlm.serving import guard, openai, schemas
   from nanodlm.serving.engine import Engine
   from nanodlm.serving.service import ApiError, check_one, EventStream, Service
 except ImportError as error:  # Raised by main(), so that --help needs nothing.
@@ -191,7 +192,6 @@ def make_app(model: Service, host: str = '') -> guard.Guard:
     app.add_exception_handler(kind, _respond_to_error)
   _add_routes(app, model)
   openai.add_routes(app, model)
-  chat.add_routes(app, model)
   return guard.Guard(app, host)
 
 
@@ -210,24 +210,19 @@ async def _respond_to_error(request: fastapi.Request, error: Exception):
       message = 'the body is not valid JSON in UTF-8, or is nested too deeply'
       error = ApiError(400, message, 'malformed_json')
     case starlette.exceptions.HTTPException(status_code=404 | 405):
-      message = _describe_routes(request)
+      known = [
+        f'{method.upper()} {path}'
+        for path, methods in request.app.openapi()['paths'].items()
+        for method in methods
+      ]
+      message = f'there is no {request.method} {request.url.path[:100]}'
+      message += f'. The routes are: {", ".join(known)}'
       error = ApiError(error.status_code, message, 'not_found', error.headers)
     case starlette.exceptions.HTTPException():
       error = ApiError(error.status_code, error.detail, None, error.headers)
     case _:
       error = ApiError(500, 'internal error; see the log of the server')
   return error.response()
-
-
-def _describe_routes(request: fastapi.Request) -> str:
-  """Says that the requested route does not exist, and which do."""
-  message = f'there is no {request.method} {request.url.path[:100]}'
-  known = [
-    f'{method.upper()} {path}'
-    for path, verbs in request.app.openapi()['paths'].items()
-    for method in verbs
-  ]
-  return f'{message}. The routes are: {", ".join(known)}'
 
 
 def _invalid_body(first) -> ApiError:
@@ -282,25 +277,22 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     check_one(prompt=body.prompt, tokens=body.tokens, messages=body.messages)
     if body.tokens is not None:
       canvas = model.lay_out_ids(body.tokens)
-    elif body.messages is not None:
-      messages = [message.plain() for message in body.messages]
-      # A chat template may take seconds, in which others are served.
-      lay_out = model.lay_out
-      canvas = await asyncio.to_thread(lay_out, messages, body.sampler)
     else:
-      canvas = model.lay_out(body.prompt or '', body.sampler)
+      prompt: Any = body.prompt
+      if body.messages is not None:
+        prompt = [message.plain() for message in body.messages]
+      # A chat template may take seconds, in which others are served.
+      canvas = await asyncio.to_thread(model.lay_out, prompt, body.sampler)
     has_logprobs = body.logprobs is not None
     return model.submit(request, body, [canvas], body.num_samples, has_logprobs)
 
-  @app.post(
-    '/api/generate',
-    summary='Fill the gaps of a text',
-    response_model=schemas.GenerateResponse,
-  )
-  async def generate(body: schemas.GenerateRequest, request: fastapi.Request):
+  @app.post('/api/generate', summary='Fill the gaps of a text')
+  async def generate(
+    body: schemas.GenerateRequest, request: fastapi.Request
+  ) -> schemas.GenerateResponse:
     submission = await submit(body, request)
     await submission.finish(request)
-    return model.respond(submission.rows, body.logprobs, bool(body.messages))
+    return model.respond(body, submission.rows)
 
   @app.post(
     '/api/stream',
@@ -323,20 +315,14 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     Lines that begin with a colon are comments.
     """
     submission = await submit(body, request)
-    events = model.events(submission, body.logprobs, bool(body.messages))
-    return EventStream(submission, events, 'error')
+    return EventStream(submission, model.events(body, submission), 'error')
 
-  @app.post('/api/score', summary='Bound the log-probability of texts')
-  async def score(
-    body: schemas.ScoreRequest, request: fastapi.Request
-  ) -> schemas.ScoreResponse:
-    return schemas.ScoreResponse(**await model.score(request, body))
-
-  @app.post('/api/choose', summary='Compare the texts that can fill a slot')
-  async def choose(
-    body: schemas.ChooseRequest, request: fastapi.Request
-  ) -> schemas.ChooseResponse:
-    return schemas.ChooseResponse(**await model.choose(request, body))
+  app.post('/api/score', summary='Bound the log-probability of texts')(
+    model.score
+  )
+  app.post('/api/choose', summary='Compare the texts that can fill a slot')(
+    model.choose
+  )
 
 
 def make_server(model: Service, host: str) -> uvicorn.Server:
@@ -456,8 +442,7 @@ def main(start: Start) -> int:
     serving.result()
   log.info('stopped')
   status = 128 + received[0] if received else 0
-  if (
-    model.is_computing or not has_ended
-  ):  # A compilation cannot be interrupted.
+  # A compilation cannot be interrupted.
+  if model.is_computing or not has_ended:
     multihost.leave(status)
   return status

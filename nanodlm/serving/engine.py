@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from nanodlm import run as runs
 from nanodlm.devices import mesh as meshes
 from nanodlm.lm import LanguageModel
 from nanodlm.noise import categorical
+from nanodlm.run import Run
 from nanodlm.show import watch
 from nanodlm.steps import sample as steps
 from nanodlm.types import InputError, Sampler
@@ -44,22 +44,6 @@ State = Literal['waiting', 'compiling', 'running', 'done', 'failed']
 
 class FullError(Exception):
   """The queue cannot accept a request now; the client can retry later."""
-
-
-class Choice(NamedTuple):
-  """A sampler, except for its seed and its draw.
-
-  Attributes:
-    name: config.sampler.name.
-    num_steps: config.sampler.num_steps; None if the sampler ignores it.
-    sampler: the sampler; its own draw is not used.
-    pads: whether padding a canvas leaves the law of its tokens unchanged.
-  """
-
-  name: str
-  num_steps: int | None
-  sampler: Sampler
-  pads: bool
 
 
 class _Turns:
@@ -91,7 +75,7 @@ class Row:
   Attributes:
     tokens: [n] int32, mask_id in the gaps.
     fixed: [n] bool, positions that the sampler may not change.
-    choice: the sampler, from `Engine.choose`.
+    run: the run with its sampler, from `Engine.choose`.
     draw: temperature, top-k and top-p.
     seed: seed in [0, 2^64).
     index: number among the samples of this seed. Seed and index give the same
@@ -110,7 +94,7 @@ class Row:
 
   tokens: np.ndarray
   fixed: np.ndarray
-  choice: Choice
+  run: Run
   draw: categorical.Draw
   seed: int
   index: int
@@ -140,6 +124,10 @@ class Row:
   def is_over(self) -> bool:
     """Whether the row will not change any more."""
     return self.state in ('done', 'failed')
+
+  def fail(self, error: str):
+    """Ends the row; `error` says why."""
+    self.change(error=error, state='failed')
 
   def change(self, **values: Any):
     """Sets attributes, in their order, and notifies the client."""
@@ -206,9 +194,9 @@ class Engine:
         compile it for other batch sizes and lengths in the background.
     """
     if warm_up:
-      choice, (size, *larger) = self.choose(), self._sizes
-      lengths = self._lengths(choice)
-      *shorter, group = [_Group(choice.sampler, n, False) for n in lengths]
+      run, (size, *larger) = self.choose(), self._sizes
+      lengths = self._lengths(run)
+      *shorter, group = [_Group(run.sampler, n, False) for n in lengths]
       program = self._programs[group, size] = self._compile(group, size)
       # The first call allocates the memory that later calls reuse.
       jax.block_until_ready(
@@ -234,7 +222,7 @@ class Engine:
       self._changed.notify_all()
     for row in rows:
       if not row.is_over:
-        row.change(error='the server is stopping', state='failed')
+        row.fail('the server is stopping')
     for thread in self._threads:
       if thread.is_alive():
         thread.join(timeout_secs)
@@ -252,8 +240,10 @@ class Engine:
         for row in itertools.chain(*self._queues.values())
       )
 
-  def _choose(self, name: str | None = None, num_steps: int | None = None):
-    """Returns the run's sampler with another name or number of steps.
+  def _choose(
+    self, name: str | None = None, num_steps: int | None = None
+  ) -> Run:
+    """Returns the run with another sampler or number of steps.
 
     Raises:
       InputError: the sampler does not fit the objective or ignores num_steps.
@@ -265,17 +255,7 @@ class Engine:
     run = self.lm.run.with_sampler(changes)
     if num_steps is not None:
       run = run.with_sampler({'num_steps': num_steps}, is_given=True)
-    sampler, objective = run.sampler, run.objective
-    num_steps = run.settings.sampler['num_steps']
-    is_one_way = bool(objective.causal or objective.block_size)
-    return Choice(
-      run.sampler_name,
-      num_steps if runs.reads_steps(sampler) else None,
-      sampler,
-      # The time given to a network depends on the canvas's length. Padding is
-      # not masked in a cache; one-way networks do not see it in any case.
-      pads=is_one_way or not (run.network.knows_time or sampler.needs_cache),
-    )
+    return run
 
   def submit(
     self, client: Hashable, rows: Sequence[Row], on_change: Callable[[], Any]
@@ -311,11 +291,11 @@ class Engine:
       self._queues[client] = [*queue, *rows]
       self._changed.notify_all()
 
-  def _lengths(self, choice: Choice) -> list[int]:
+  def _lengths(self, run: Run) -> list[int]:
     """The lengths that canvases are padded to, ascending."""
-    if not choice.pads:
+    if not can_pad(run):
       return [self.length]
-    unit = self.lm.run.objective.block_size or 1
+    unit = run.objective.block_size or 1
     lengths, length = {self.length}, self.length // 2
     while length >= MIN_LENGTH:
       lengths.add(min(-(-length // unit) * unit, self.length))
@@ -324,9 +304,9 @@ class Engine:
 
   def _group(self, row: Row) -> _Group:
     length = len(row.tokens)
-    if row.choice.pads:
-      length = min(n for n in self._lengths(row.choice) if n >= length)
-    return _Group(row.choice.sampler, length, row.logprobs is not None)
+    if can_pad(row.run):
+      length = min(n for n in self._lengths(row.run) if n >= length)
+    return _Group(row.run.sampler, length, row.logprobs is not None)
 
   def _sample_all(self):
     """Samples batches until the engine closes."""
@@ -344,9 +324,7 @@ class Engine:
         # The cause may be specific to this batch, so the thread continues.
         log.exception('sampling a batch failed')
         for row in self._current:
-          row.change(
-            error='sampling failed; see the server log', state='failed'
-          )
+          row.fail('sampling failed; see the server log')
       with self._changed:
         self._current = []
 
@@ -388,7 +366,7 @@ class Engine:
     for client, queue in list(self._queues.items()):
       for row in queue:
         if error := self._errors.get((row.group, self._sizes[0])):
-          row.change(error=error, state='failed')
+          row.fail(error)
       queue[:] = [row for row in queue if not (row.is_cancelled or row.is_over)]
       if not queue:
         del self._queues[client]
@@ -452,22 +430,16 @@ class Engine:
     lengths = np.full(size, group.length, np.int32)
     # Always the largest batch, so that the keys are compiled once.
     seeds = np.zeros([3, self._sizes[-1]], np.uint32)
-    draws = np.tile([[1.0], [0.0], [1.0]], size)
+    temperature, top_p = np.ones((2, size), np.float32)
+    top_k = np.zeros(size, np.int32)
     for i, row in enumerate(rows):
       lengths[i] = n = len(row.tokens)
       tokens[i, :n], fixed[i, :n] = row.tokens, row.fixed
       seeds[:, i] = *divmod(row.seed, 1 << 32), row.index
-      draws[:, i] = row.draw.temperature, row.draw.top_k, row.draw.top_p
-    temperature, top_k, top_p = draws
-    batch = steps.Rows(
-      np.asarray(_row_key_data(seeds[:2].T, seeds[2]))[:size],
-      tokens,
-      fixed,
-      lengths,
-      temperature.astype(np.float32),
-      top_k.astype(np.int32),
-      top_p.astype(np.float32),
-    )
+      temperature[i], top_p[i] = row.draw.temperature, row.draw.top_p
+      top_k[i] = row.draw.top_k
+    keys = np.asarray(_row_key_data(seeds[:2].T, seeds[2]))[:size]
+    batch = steps.Rows(keys, tokens, fixed, lengths, temperature, top_k, top_p)
     return meshes.shard_whole_batch(self.lm.run.mesh, batch)
 
   def _fill(self, rows: list[Row], program: Any, size: int):
@@ -501,6 +473,16 @@ class Engine:
       row.change(frame=(num_made, canvas))
     is_unwanted = bool(rows) and all(row.is_cancelled for row in rows)
     return not (self.is_closing or is_unwanted)
+
+
+def can_pad(run: Run) -> bool:
+  """Whether padding a canvas leaves the law of its tokens unchanged."""
+  # The time given to a network depends on the canvas's length. Padding is not
+  # masked in a cache; one-way networks do not see it in any case.
+  is_one_way = run.objective.causal or run.objective.block_size
+  return bool(is_one_way) or not (
+    run.network.knows_time or run.sampler.needs_cache
+  )
 
 
 def _best_size(sizes: Sequence[int], num_rows: int) -> int:

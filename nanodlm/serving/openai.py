@@ -1,25 +1,33 @@
-"""/v1: the models and completions of OpenAI's API."""
+"""/v1: the models, completions and conversations of OpenAI's API."""
 
 import asyncio
 import bisect
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+import itertools
 import secrets
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import fastapi
 import numpy as np
 
+from nanodlm import lm as lms
 from nanodlm import prompts
+from nanodlm.data.tokenizers import chat
 from nanodlm.serving import schemas, service
 from nanodlm.serving.engine import Row
 from nanodlm.serving.service import ApiError, Canvas, Service, Submission
 from nanodlm.types import InputError
 
-# A token: its place on the canvas, and its part of the text.
-Part = tuple[int, str]
-
 _BRACES = str.maketrans({'{': '{{', '}': '}}'})
+
+
+class Part(NamedTuple):
+  """A token: its place on the canvas, and its part of a choice's text."""
+
+  place: int
+  start: int
+  text: str
 
 
 def add_routes(app: fastapi.FastAPI, model: Service):
@@ -44,6 +52,15 @@ def add_routes(app: fastapi.FastAPI, model: Service):
     """
     check_name(model, body.model)
     return await Completions(model, body).run(request)
+
+  @app.post('/v1/chat/completions', summary='Answer a conversation')
+  async def answer(body: schemas.ChatRequest, request: fastapi.Request):
+    """Answers messages, as OpenAI's API does.
+
+    With `stream`, the text is sent in its order, as it becomes final.
+    """
+    check_name(model, body.model)
+    return await ChatCompletions(model, body).run(request)
 
 
 def check_name(model: Service, name: str | None):
@@ -82,7 +99,7 @@ class Completions:
     lay_out = lambda: [self.lay_out(prompt) for prompt in self.prompts]
     canvases = await asyncio.to_thread(lay_out)
     submission = self._model.submit(
-      request, body, canvases, self._num, self._has_logprobs
+      request, body, canvases, self._num, self._num_top is not None
     )
     if body.stream:
       return service.EventStream(submission, self.stream(submission))
@@ -90,8 +107,9 @@ class Completions:
     return self.respond(submission.rows)
 
   @property
-  def _has_logprobs(self) -> bool:
-    return self._body.logprobs is not None
+  def _num_top(self) -> int | None:
+    """The number of alternatives to a token; None: no log-probabilities."""
+    return self._body.logprobs
 
   @property
   def _ends(self) -> tuple[int, ...]:
@@ -128,14 +146,12 @@ class Completions:
         f'max_tokens={size} and the {num_given} tokens of prompt and suffix do '
         f'not fit; the canvas has {length} tokens'
       )
-    if not size:
-      given = [*ids, *suffix_ids]
-      blank = np.zeros(0, np.int32), np.zeros(0, bool)
-      return model.lay_out_ids(given, 'prompt') if given else blank
-    if isinstance(prompt, str):  # This also rejects unknown characters.
+    if size and isinstance(prompt, str):  # This rejects unknown characters.
       text, suffix = prompt.translate(_BRACES), suffix.translate(_BRACES)
       prompt = f'{text}{{{size}}}{suffix}'
       return model.lay_out(prompt, self._body.sampler)
+    if not num_given + size:
+      return np.zeros(0, np.int32), np.zeros(0, bool)
     return model.lay_out_ids([*ids, *[None] * size, *suffix_ids], 'prompt')
 
   def _given(self, i: int) -> str:
@@ -156,7 +172,7 @@ class Completions:
     tokens = row.canvas[~row.fixed]
     if not is_done:
       hidden = [*(tokens == run.tokenizer.mask_id), True]
-      is_final = row.choice.sampler.is_final
+      is_final = row.run.sampler.is_final
       tokens = tokens[: np.argmax(hidden) if is_final else 0]
     is_blank, given = not row.fixed[:1].any(), self._given(i)
     if not is_done and is_blank and np.isin(tokens, self._ends).all():
@@ -201,51 +217,50 @@ class Completions:
 
     None of them without log-probabilities; likewise of `_spell_echo`.
     """
-    if not self._has_logprobs:
+    if self._num_top is None:
       return []
     places, is_blank = np.flatnonzero(~row.fixed), not row.fixed[:1].any()
     ids = row.canvas[places[:num_tokens]]
     texts = self._model.tokenizer.spell(ids, is_start=is_blank)
     if texts:
       texts[0] = texts[0].removeprefix(self._given(i))
-    return [*zip(places.tolist(), texts)]
+    return _make_parts(places.tolist(), len(self._echo(i)), texts)
 
   def _spell_echo(self, i: int, row: Row) -> list[Part]:
     """The tokens before completion i."""
-    if not self._echo(i) or not self._has_logprobs:
+    if not self._echo(i) or self._num_top is None:
       return []
     tokenizer, ids = self._model.tokenizer, self.prompts[i // self._num]
     num = len(tokenizer.encode(ids) if isinstance(ids, str) else ids)
     num = int(np.argmin([*row.fixed[:num], False]))
-    return [*enumerate(tokenizer.spell(row.tokens[:num]))]
+    return _make_parts(range(num), 0, tokenizer.spell(row.tokens[:num]))
 
-  def _logprobs(
-    self, row: Row, parts: Sequence[Part], start: int
-  ) -> dict[str, Any] | None:
-    """OpenAI's `logprobs` of tokens whose text begins at `start`.
-
-    None if they are not wanted.
-    """
-    if not self._has_logprobs:
+  def _logprobs(self, row: Row, parts: Sequence[Part]) -> dict[str, Any] | None:
+    """OpenAI's `logprobs` of some tokens; None if they are not wanted."""
+    if self._num_top is None:
       return None
-    places, texts = [place for place, _ in parts], [text for _, text in parts]
-    found = self._model.score_tokens(row, places, self._body.logprobs)
+    places = [part.place for part in parts]
+    found = self._model.score_tokens(row, places, self._num_top)
+    return self._describe(row, parts, found) | {'definition': 'reveal'}
+
+  def _describe(
+    self, row: Row, parts: Sequence[Part], found: Sequence[Any]
+  ) -> dict[str, Any]:
+    """Writes what `Service.score_tokens` found as OpenAI does."""
     alternatives = []
-    for (own, top), text, place in zip(found, texts, places):
+    for part, (own, top) in zip(parts, found):
       # The best of several tokens with the same text; the token itself always,
       # by the text that it is a part of.
-      others = [x for x in top if x[0] != row.canvas[place]]
-      named = {name: value for _, name, value in reversed(others)}
-      named |= {} if own is None else {text: own}
+      others = [x for x in top if x.token != row.canvas[part.place]]
+      named = {x.text: x.logprob for x in reversed(others)}
+      named |= {} if own is None else {part.text: own}
       best_first = sorted(named, key=lambda name: -named[name])
       alternatives.append({name: named[name] for name in best_first} or None)
-    ends = start + np.cumsum([len(text) for text in texts], dtype=int)
     return {
-      'definition': 'reveal',
-      'tokens': texts,
+      'tokens': [part.text for part in parts],
       'token_logprobs': [own for own, _ in found],
       'top_logprobs': alternatives,
-      'text_offset': [int(x) - len(text) for x, text in zip(ends, texts)],
+      'text_offset': [part.start for part in parts],
     }
 
   def _usage(self, rows: Sequence[Row]) -> dict[str, int]:
@@ -268,13 +283,9 @@ class Completions:
     choices = []
     for i, row in enumerate(rows):
       text, reason, num_tokens = self._complete(i, row)
-      echoed, parts = self._echo(i), self._spell(i, row, num_tokens)
-      logprobs = self._logprobs(row, self._spell_echo(i, row), 0)
-      if logprobs:
-        own = self._logprobs(row, parts, len(echoed)) or {}
-        for key in own.keys() - {'definition'}:
-          logprobs[key] += own[key]
-      choices.append(self._choice(i, echoed + text, reason, logprobs))
+      parts = self._spell_echo(i, row) + self._spell(i, row, num_tokens)
+      logprobs = self._logprobs(row, parts)
+      choices.append(self._choice(i, self._echo(i) + text, reason, logprobs))
     return self._head | {'choices': choices, 'usage': self._usage(rows)}
 
   async def stream(self, submission: Submission) -> AsyncIterator[bytes]:
@@ -289,7 +300,7 @@ class Completions:
     reasons: list[str | None] = [None] * len(rows)
     for i, row in enumerate(rows):
       if echoed := self._echo(i):
-        logprobs = self._logprobs(row, self._spell_echo(i, row), 0)
+        logprobs = self._logprobs(row, self._spell_echo(i, row))
         yield event([self._choice(i, echoed, None, logprobs)])
     async for has_changed in submission.changes(service.HEARTBEAT_SECS):
       if not has_changed:
@@ -300,14 +311,13 @@ class Completions:
         text, reasons[i], num_tokens = self._complete(i, row)
         if text != sent[i] or reasons[i]:
           parts = self._spell(i, row, num_tokens)
-          ends = np.cumsum([len(spelled) for _, spelled in parts])
-          num = len(parts) if reasons[i] else int(np.sum(ends <= len(text)))
-          new = parts[num_sent[i] : num]
-          begin = len(self._echo(i)) + int([0, *ends][num_sent[i]])
-          logprobs = self._logprobs(row, new, begin)
-          part = text[len(sent[i]) :]
-          yield event([self._choice(i, part, reasons[i], logprobs)])
-          sent[i], num_sent[i] = text, max(num, num_sent[i])
+          if not reasons[i]:  # A token is sent with the end of its text.
+            end = len(self._echo(i) + text)
+            parts = [x for x in parts if x.start + len(x.text) <= end]
+          logprobs = self._logprobs(row, parts[num_sent[i] :])
+          new = text[len(sent[i]) :]
+          yield event([self._choice(i, new, reasons[i], logprobs)])
+          sent[i], num_sent[i] = text, max(len(parts), num_sent[i])
       if all(reasons):
         break
     options = self._body.stream_options
@@ -319,3 +329,68 @@ class Completions:
     self, i: int, text: str, reason: str | None, logprobs: Any
   ) -> dict[str, Any]:
     return dict(index=i, text=text, logprobs=logprobs, finish_reason=reason)
+
+
+class ChatCompletions(Completions):
+  """The answers to one conversation."""
+
+  kind, part_kind = 'chat.completion', 'chat.completion.chunk'
+  id_prefix = 'chatcmpl'
+
+  def _make_prompts(self) -> list[Any]:
+    if self._body.top_logprobs is not None and not self._body.logprobs:
+      raise InputError(
+        f'top_logprobs={self._body.top_logprobs!r} needs logprobs=true'
+      )
+    return [[message.plain() for message in self._body.messages]]
+
+  @property
+  def _num_top(self) -> int | None:
+    return self._body.top_logprobs or 0 if self._body.logprobs else None
+
+  @property
+  def _ends(self) -> tuple[int, ...]:
+    return lms.answer_ends(self._model.run)
+
+  def lay_out(self, prompt: Any) -> Canvas:
+    wanted = [self._body.max_completion_tokens, self._body.max_tokens]
+    size = next((x for x in wanted if x is not None), None)
+    model = self._model
+    return lms.lay_out_chat(model.run, prompt, model.engine.length, size)
+
+  def _echo(self, i: int) -> str:
+    return ''
+
+  def _describe(
+    self, row: Row, parts: Sequence[Part], found: Sequence[Any]
+  ) -> dict[str, Any]:
+    describe = lambda token, text, logprob: {
+      'token': text,
+      'logprob': logprob,
+      'bytes': list(self._model.tokenizer.piece(int(token))),
+    }
+    content = [
+      describe(row.canvas[part.place], part.text, own)
+      | {'top_logprobs': [describe(x.token, x.text, x.logprob) for x in top]}
+      for part, (own, top) in zip(parts, found)
+    ]
+    return {'content': content}
+
+  def _choice(
+    self, i: int, text: str, reason: str | None, logprobs: Any
+  ) -> dict[str, Any]:
+    said = {'role': chat.ASSISTANT, 'content': text}
+    return {
+      'index': i,
+      'delta' if self._body.stream else 'message': said,
+      'logprobs': logprobs,
+      'finish_reason': reason,
+    }
+
+
+def _make_parts(
+  places: Iterable[int], start: int, texts: Sequence[str]
+) -> list[Part]:
+  """Returns parts whose texts follow one another from `start`."""
+  starts = itertools.accumulate(map(len, texts), initial=start)
+  return [Part(*each) for each in zip(places, starts, texts)]

@@ -19,11 +19,6 @@ MAX_BODY_BYTES = 2**18
 
 _Name = Annotated[str, Field(max_length=200)]
 _Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
-_Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
-_Temperature = Annotated[
-  float, Field(ge=0, le=categorical.MAX_TEMPERATURE, allow_inf_nan=False)
-]
-_TopP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 _Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 _Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
 _Zero = Literal[0]
@@ -43,13 +38,15 @@ class Sampling(_Request):
 
   sampler: _Name | None = None
   """The name of a sampler; /api/info lists those that fit the model."""
-  num_steps: _Steps | None = None
+  num_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
   """Network calls; with a sampler that fills blocks, calls per block."""
-  temperature: _Temperature | None = None
+  temperature: float | None = Field(
+    None, ge=0, le=categorical.MAX_TEMPERATURE, allow_inf_nan=False
+  )
   """0 takes the most probable token."""
   top_k: _Id | None = None
   """Draws from this number of most probable tokens; 0: from all tokens."""
-  top_p: _TopP | None = None
+  top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
   """Draws from the smallest set of tokens that is at least this probable; 0:
   the most probable token."""
   seed: _Seed | None = None

@@ -21,6 +21,7 @@ from nanodlm import prompts
 from nanodlm import run as runs
 from nanodlm.lm import LanguageModel
 from nanodlm.noise import categorical
+from nanodlm.run import Run
 from nanodlm.serving import schemas
 from nanodlm.serving.engine import Engine, FullError, Row
 from nanodlm.show import watch
@@ -209,10 +210,12 @@ class Service:
   def info(self) -> dict[str, Any]:
     """What a client has to know about the model."""
     settings, objective = self.run.settings, self.run.objective
-    fitting = []
+    samplers = []
     for name in runs.fitting_samplers(objective):
       with contextlib.suppress(InputError):  # It rejects the run's settings.
-        fitting.append(self.engine.choose(name))
+        num = self._num_steps(self.engine.choose(name))
+        sampler = {'name': name, 'reads_steps': num is not None}
+        samplers.append(sampler | {'num_steps': num})
     return {
       'model': self.name,
       'step': self.step,
@@ -223,15 +226,8 @@ class Service:
       'tokenizer': self.tokenizer.name,
       'has_chat': bool(self.tokenizer.chat_template),
       'vocab_size': self.tokenizer.vocab_size,
-      'samplers': [
-        {
-          'name': choice.name,
-          'reads_steps': choice.num_steps is not None,
-          'num_steps': choice.num_steps,
-        }
-        for choice in fitting
-      ],
-      'sampler': self.engine.choose().name,
+      'samplers': samplers,
+      'sampler': self.run.sampler_name,
       'defaults': {key: settings.sampler[key] for key in ('num_steps', *DRAW)},
       'limits': {
         'num_samples': schemas.MAX_SAMPLES,
@@ -241,15 +237,17 @@ class Service:
       },
     }
 
+  def _num_steps(self, run: Run) -> int | None:
+    """The number of steps of a run's sampler; None if it ignores it."""
+    reads = runs.reads_steps(run.sampler)
+    return run.settings.sampler['num_steps'] if reads else None
+
   def lay_out(
     self, prompt: str | list[dict[str, str]], sampler: str | None
   ) -> Canvas:
-    """Returns tokens and fixed [n] of a text with gaps, or of messages.
-
-    They are for a sampler by name, None: that of the run.
-    """
-    own = self.engine.choose(sampler).sampler
-    return lms.lay_out(self.run, prompt, self.engine.length, own)
+    """Returns tokens and fixed [n] of a text with gaps, or of messages."""
+    run = self.engine.choose(sampler)
+    return lms.lay_out(run, prompt, self.engine.length)
 
   def lay_out_ids(
     self, ids: Sequence[int | None], field: str = 'tokens'
@@ -285,32 +283,31 @@ class Service:
 
     With `logprobs`, the rows have log-probabilities.
     """
-    choice = self.engine.choose(body.sampler, body.num_steps)
-    mask_id, sampler = self.tokenizer.mask_id, choice.sampler
-    if logprobs and sampler.fills_room:
+    run = self.engine.choose(body.sampler, body.num_steps)
+    mask_id, name = self.tokenizer.mask_id, run.sampler_name
+    if logprobs and run.sampler.fills_room:
       raise InputError(
-        f'logprobs: sampler={choice.name!r} moves tokens, and does not record '
+        f'logprobs: sampler={name!r} moves tokens, and does not record '
         'their log-probabilities'
       )
     is_masked = any(np.any(tokens == mask_id) for tokens, _ in canvases)
-    if is_masked and not sampler.fills_masks:
+    if is_masked and not run.sampler.fills_masks:
       raise InputError(
-        f'sampler={choice.name!r} fills gaps of any length, {{*}}, and not '
+        f'sampler={name!r} fills gaps of any length, {{*}}, and not '
         'those of a given number of tokens'
       )
     values = {key: self.run.settings.sampler[key] for key in DRAW}
     values |= body.model_dump(include={*DRAW}, exclude_none=True)
-    draw = categorical.Draw(self.tokenizer.mask_id, **values)
-    num_seeds = schemas.MAX_SEED + 1
+    draw = categorical.Draw(mask_id, **values)
     seed, is_fixed = body.seed, body.seed is None and draw.is_greedy
     if seed is None:
       # Without a seed, a greedy text depends on its own prompt alone.
-      seed = 0 if is_fixed else secrets.randbelow(num_seeds)
+      seed = 0 if is_fixed else secrets.randbelow(schemas.MAX_SEED + 1)
     rows = []
     for canvas in canvases:
       for _ in range(num):
         index = 0 if is_fixed else len(rows)
-        row = Row(*canvas, choice, draw, seed % 2**64, index)
+        row = Row(*canvas, run, draw, seed % 2**64, index)
         if logprobs:
           row.logprobs = watch.Logprobs(len(row.tokens))
         row.state = 'done' if np.all(row.fixed) else 'waiting'
@@ -366,8 +363,8 @@ class Service:
 
   async def score(
     self, request: fastapi.Request, body: schemas.ScoreRequest
-  ) -> dict[str, Any]:
-    """Returns the `schemas.ScoreResponse` of texts, or of a conversation."""
+  ) -> schemas.ScoreResponse:
+    """Scores texts, or a conversation."""
     check_one(texts=body.texts, messages=body.messages)
     texts: list[Any] = (
       [body.texts] if isinstance(body.texts, str) else body.texts or []
@@ -383,14 +380,13 @@ class Service:
         f'(data.length); at most {most} of each are allowed, at least one text'
       )
     work = lambda lm: lm.bound(texts, seed=body.seed, batch_size=ROWS_PER_STEP)
-    bounds = await self.compute(request, body.user, work)
-    scores = [dataclasses.asdict(bound) for bound in bounds]
-    return {'model': self.name, 'step': self.step, 'scores': scores}
+    scores = await self.compute(request, body.user, work)
+    return schemas.ScoreResponse(model=self.name, step=self.step, scores=scores)
 
   async def choose(
     self, request: fastapi.Request, body: schemas.ChooseRequest
-  ) -> dict[str, Any]:
-    """Returns the `schemas.ChooseResponse` of a prompt with a slot."""
+  ) -> schemas.ChooseResponse:
+    """Compares the choices of a prompt with a slot."""
     check_one(prompt=body.prompt, messages=body.messages)
     prompt: Any = body.prompt
     text = prompt
@@ -407,16 +403,17 @@ class Service:
       )
     work = lambda lm: lm.choose(prompt, seed=body.seed)
     chosen = await self.compute(request, body.user, work)
-    named = [dataclasses.asdict(choice) for choice in chosen]
-    return {'model': self.name, 'step': self.step, 'choices': named}
+    return schemas.ChooseResponse(
+      model=self.name, step=self.step, choices=chosen
+    )
 
   def score_tokens(
     self, row: Row, places: Sequence[int] | np.ndarray, num_top: int
-  ) -> list[tuple[float | None, list[tuple[int, str, float]]]]:
+  ) -> list[tuple[float | None, list[schemas.Alternative]]]:
     """Returns log-probabilities of the tokens at some places of a row.
 
-    For each the value, None in the prompt, and the ids, texts and values of the
-    `num_top` most probable tokens.
+    For each the value, None in the prompt, and the `num_top` most probable
+    tokens.
     """
     scored, logprobs = [], row.logprobs
     assert logprobs is not None  # For type checkers.
@@ -427,7 +424,9 @@ class Service:
         continue
       best = zip(logprobs.top_tokens[place], logprobs.top[place].tolist())
       top = [
-        (int(token), self.name_token(token), value)
+        schemas.Alternative(
+          token=int(token), text=self.name_token(token), logprob=value
+        )
         for token, value in [*best][:num_top]
         if np.isfinite(value)  # There may be fewer tokens.
       ]
@@ -443,54 +442,46 @@ class Service:
     return f'bytes:{"".join(codes)}'
 
   def respond(
-    self, rows: Sequence[Row], num_top: int | None, is_chat: bool
-  ) -> dict[str, Any]:
-    """Returns the `schemas.GenerateResponse` for rows that are done.
-
-    With log-probabilities of `num_top` tokens, or without any (None); `is_chat`
-    is whether they are answers to messages.
-    """
+    self, body: schemas.GenerateRequest, rows: Sequence[Row]
+  ) -> schemas.GenerateResponse:
+    """Returns the response for rows that are done."""
+    is_chat = body.messages is not None
     show = lms.answer_tokens if is_chat else lms.shown_tokens
     first, decode = rows[0], self.tokenizer.decode
-    run = dataclasses.replace(self.run, sampler=first.choice.sampler)
-    written = [lms.without_room(run, row.canvas, row.fixed) for row in rows]
-    used: dict[str, Any] = {'name': first.choice.name}
+    used: dict[str, Any] = {'name': first.run.sampler_name}
     used |= {key: getattr(first.draw, key) for key in DRAW}
-    if first.choice.num_steps is not None:
-      used['num_steps'] = first.choice.num_steps
-    return {
-      'model': self.name,
-      'step': self.step,
-      'seed': first.seed,
-      'sampler': used,
-      'samples': [
-        {
-          # Without what is left of the room of gaps.
-          'text': decode(tokens[: np.sum(row.fixed) - np.sum(fixed) or None]),
-          'shown': decode(show(run, tokens, fixed), is_start=not is_chat),
-          'tokens': row.canvas.tolist(),
-          'texts': self.tokenizer.spell(row.canvas),
-          'num_calls': row.num_calls,
-          'tokens_per_call': lms.tokens_per_call(fixed, row.num_calls),
-          'logprobs': self._logprobs(row, num_top),
-        }
-        for row, (tokens, fixed) in zip(rows, written)
-      ],
-    }
-
-  def _logprobs(self, row: Row, num_top: int | None) -> dict[str, Any] | None:
-    if num_top is None:
-      return None
-    scored = self.score_tokens(row, range(len(row.tokens)), num_top)
-    keys = schemas.Alternative.model_fields
-    return {
-      'definition': 'reveal',
-      'tokens': [own for own, _ in scored],
-      'top': [[dict(zip(keys, one)) for one in top] for _, top in scored],
-    }
+    if (num_steps := self._num_steps(first.run)) is not None:
+      used['num_steps'] = num_steps
+    samples = []
+    for row in rows:
+      tokens, fixed = lms.without_room(row.run, row.canvas, row.fixed)
+      logprobs = None
+      if body.logprobs is not None:
+        scored = self.score_tokens(row, range(len(row.tokens)), body.logprobs)
+        logprobs = schemas.Logprobs(
+          tokens=[own for own, _ in scored], top=[top for _, top in scored]
+        )
+      sample = schemas.Sample(
+        # Without what is left of the room of gaps.
+        text=decode(tokens[: np.sum(row.fixed) - np.sum(fixed) or None]),
+        shown=decode(show(row.run, tokens, fixed), is_start=not is_chat),
+        tokens=row.canvas.tolist(),
+        texts=self.tokenizer.spell(row.canvas),
+        num_calls=row.num_calls,
+        tokens_per_call=lms.tokens_per_call(fixed, row.num_calls),
+        logprobs=logprobs,
+      )
+      samples.append(sample)
+    return schemas.GenerateResponse(
+      model=self.name,
+      step=self.step,
+      seed=first.seed,
+      sampler=used,
+      samples=samples,
+    )
 
   async def events(
-    self, submission: Submission, num_top: int | None, is_chat: bool
+    self, body: schemas.GenerateRequest, submission: Submission
   ) -> AsyncIterator[bytes]:
     """Yields the events of /api/stream."""
     seen: list[Any] = []
@@ -518,7 +509,8 @@ class Service:
           yield make_event('reveal', event)
         if state not in (old_state, 'failed'):
           yield make_event('state', {'row': i, 'state': state})
-    yield make_event('done', self.respond(submission.rows, num_top, is_chat))
+    response = self.respond(body, submission.rows)
+    yield make_event('done', response.model_dump())
 
   def _spell(self, canvas: np.ndarray) -> list[tuple[int | None, str]]:
     """The id and text of each token, None and '' for a mask."""

@@ -52,12 +52,8 @@ def main(start: Start) -> int:
   lm = lms.load(start.workdir, settings=settings)
   length = lm.run.settings.sample_length
   lms.lay_out(lm.run, [*before, {'role': 'user', 'content': ''}], length)
-  watchers = watch.Watchers()
   display = live.make_display()
-  view = None
-  if display:
-    view = watch.View(watchers, lm.tokenizer.mask_id)
-    watchers.those = [display.watch]
+  view = watch.View(display.watch, lm.tokenizer.mask_id) if display else None
   fill = lms.make_fill(lm.run, view=view)
   commands = ', '.join(f'{name} {what}' for name, what in COMMANDS.items())
   print(f'{start.workdir}, step {lm.step}; {commands}', flush=True)

@@ -4,10 +4,8 @@ from collections.abc import Callable, Sequence
 import concurrent.futures
 import contextlib
 import itertools
-import os
 import re
 import signal
-import threading
 import time
 from typing import Any, TypeVar
 
@@ -270,24 +268,18 @@ def _window(lines: list[Text], height: int) -> list[Text]:
 @contextlib.contextmanager
 def _restored(display: live.Live):
   """On SIGINT or SIGTERM, restores the cursor, then calls the old handler."""
-  handled = (signal.SIGINT, signal.SIGTERM)
-  if threading.current_thread() is not threading.main_thread():
-    handled = ()
-  previous = {number: signal.getsignal(number) for number in handled}
+  previous = {}
 
   def handle(number, frame):
+    del frame
     display.stop()
-    handler = previous[number]
-    signal.signal(number, handler)
-    if callable(handler):
-      handler(number, frame)
-    else:
-      os.kill(os.getpid(), number)
+    signal.signal(number, previous[number])
+    signal.raise_signal(number)
 
-  for number in handled:
-    signal.signal(number, handle)
+  for number in (signal.SIGINT, signal.SIGTERM):
+    previous[number] = signal.signal(number, handle)
   try:
     yield
   finally:
-    for number in handled:
-      signal.signal(number, previous[number])
+    for number, handler in previous.items():
+      signal.signal(number, handler)

@@ -32,20 +32,13 @@ _RC: Any = {
 
 
 class Plot(NamedTuple):
-  """Curves and their labels.
+  """Curves, {name: points}, and labels.
 
-  Attributes:
-    name: identifies it on a page.
-    title: heading of the plot.
-    x_label: label of the x axis.
-    y_label: label of the y axis.
-    curves: {name: points}. A point is x, y and half the width of y's interval
-      or 0; x rises. Colors, dashes and markers go by the number of the curve,
-      including curves without points, which are not drawn.
-    x_log: whether the x axis is logarithmic.
+  A point is x, y and half the width of y's interval or 0; x rises. Colors,
+  dashes and markers go by the number of the curve, including curves without
+  points, which are not drawn.
   """
 
-  name: str
   title: str
   x_label: str
   y_label: str
@@ -74,7 +67,8 @@ def to_svg(plot: Plot) -> str:
       "plots need matplotlib, which is not installed: pip install -e '.[plots]'"
     ) from error
   with (
-    matplotlib.rc_context(_RC | {'svg.hashsalt': plot.name}),
+    # Plots of the same page must not have the same ids.
+    matplotlib.rc_context(_RC | {'svg.hashsalt': str(plot)}),
     warnings.catch_warnings(),
   ):
     # The font may lack a character of a run's name.

@@ -2,7 +2,7 @@
 
 Slider and keys step through the calls; color shows the call or probability of
 each token; hover, focus or tap shows the alternatives. 4 x 256 tokens in 64
-calls take 0.08 MiB with fixed_count, and 1.1 MiB with confidence, which asks
+calls take 0.08 MiB with fixed_count, and 1.2 MiB with confidence, which asks
 for all masked positions at each call.
 """
 
@@ -46,6 +46,11 @@ class Take(NamedTuple):
   num_shown: int
   room: Any = np.False_
 
+  def shown_places(self, tokenizer: Tokenizer) -> np.ndarray:
+    """Returns the positions [n] of the text, without what is left of room."""
+    is_left = self.room & (self.trajectory.frames[-1] == tokenizer.separator_id)
+    return np.flatnonzero(~is_left)[: self.num_shown]
+
 
 class Page:
   """The page of --html: collects takes and writes them.
@@ -84,16 +89,14 @@ class Page:
     path, first = pathlib.Path(self.path), self.takes[0]
     if path.suffix == '.svg':
       frames, answers = first.trajectory
-      written = ~first.room | (frames[-1] != tokenizer.separator_id)
-      first = first._replace(
-        trajectory=watch.Trajectory(frames[:, written], answers)
-      )
-      texts = tokenizer.spell(frames[-1][written][: first.num_shown])
+      frames = frames[:, first.shown_places(tokenizer)]
       facts = (
         f'{title}: {np.sum(~first.fixed)} tokens in {len(answers)} network '
         f'calls, {first.sampler}'
       )
-      page = picture.make_svg(texts, first.trajectory, facts)
+      page = picture.make_svg(
+        tokenizer.spell(frames[-1]), watch.Trajectory(frames, answers), facts
+      )
     else:
       data = make_data(self.takes, tokenizer, self.num_top, title, facts)
       page = make_page(data)
@@ -114,8 +117,8 @@ def make_data(
 
   Ids are indices of `vocab`, a list of the tokens that occur, the mask first:
   text, or bytes that are not UTF-8 alone. `takes[i].calls[j]` has the changes
-  `c` of the call, flat triples (position, id, probability in 1/1000 or -1), and
-  its alternatives `a`, flat (position, n, then n times id, probability).
+  `c` of the call, [position, id, probability in 1/1000 or -1], and its
+  alternatives `a`, {position: flat pairs (id, probability)}.
   """
   mask_id = tokenizer.mask_id
   vocab = {mask_id: 0}
@@ -132,7 +135,7 @@ def make_data(
       stays = changed & ~take.room
       takes_back |= bool(np.any(stays & ~is_text))
       changes |= bool(np.any(stays & was_text & is_text))
-      said, probs = [], {}
+      said, probs = {}, {}
       for position, tokens, top in zip(*answer) if answer else ():
         permille = [round(1000 * p) for p in top.tolist()]
         probs[position] = dict(zip(tokens.tolist(), permille))
@@ -140,16 +143,16 @@ def make_data(
         if take.fixed[position] or (was_text & ~changed)[position]:
           continue
         num = max(int(np.sum(top[:num_top] >= MIN_PROB)), 1)
-        said += [int(position), num]
-        for token, share in zip(tokens[:num], permille):
-          said += [local(token), share]
+        said[str(position)] = [
+          x for pair in zip(map(local, tokens[:num]), permille) for x in pair
+        ]
       revealed = []
       for position in np.flatnonzero(changed):
         token = int(after[position])
         share = probs.get(position, {}).get(token, -1)
-        revealed += [int(position), local(token), share]
+        revealed.append([int(position), local(token), share])
       calls.append({'c': revealed, 'a': said})
-    written = ~take.room | (frames[-1] != tokenizer.separator_id)
+    text = frames[-1][take.shown_places(tokenizer)]
     shown.append(
       {
         'sampler': take.sampler,
@@ -160,7 +163,7 @@ def make_data(
         'room': np.flatnonzero(take.room).tolist(),
         'start': [local(token) for token in frames[0]],
         'calls': calls,
-        'text': tokenizer.decode(frames[-1][written][: take.num_shown]),
+        'text': tokenizer.decode(text),
       }
     )
   ends = {tokenizer.separator_id, *tokenizer.eos_ids}

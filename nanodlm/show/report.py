@@ -10,17 +10,17 @@ from collections.abc import Iterator, Sequence
 import json
 import pathlib
 import statistics
-import string
 import sys
 from typing import Any, NamedTuple
 
 from absl import flags
+import jinja2
 
 from nanodlm import evaluate
 from nanodlm import workdir as workdir_files
 from nanodlm.show import pages
 from nanodlm.show import runs as reading
-from nanodlm.show.pages import escape, printable
+from nanodlm.show.pages import printable
 from nanodlm.show.plots import Plot, to_svg
 from nanodlm.show.runs import half_interval, Line, Run
 from nanodlm.training.metrics import is_number
@@ -145,10 +145,8 @@ def draw_losses(runs: Sequence[Run]) -> Iterator[Part]:
       training[run.name] = run.curve('train/loss', scale)
       whole[run.name] = run.curve('eval/nll', scale)
       subset[f'{run.name}, subset'] = run.curve('eval_subset/nll', scale)
-    title, name = f'Training loss by {unit}', f'train-by-{unit}'
-    yield Plot(name, title, unit, 'nats/token', training)
-    title, name = f'Held-out bound by {unit}', f'held-out-by-{unit}'
-    yield Plot(name, title, unit, 'nats/token', whole | subset)
+    yield Plot(f'Training loss by {unit}', unit, 'nats/token', training)
+    yield Plot(f'Held-out bound by {unit}', unit, 'nats/token', whole | subset)
 
 
 def draw_law(runs: Sequence[Run]) -> Iterator[Part]:
@@ -164,11 +162,9 @@ def draw_law(runs: Sequence[Run]) -> Iterator[Part]:
   whole, subset, possible = keys
   excess = {run.name: run.curve(whole) for run in runs}
   excess |= {f'{run.name}, subset': run.curve(subset) for run in runs}
-  title = 'Excess over the law by steps'
-  yield Plot('excess', title, 'steps', 'nats/document', excess)
+  yield Plot('Excess over the law by steps', 'steps', 'nats/document', excess)
   shares = {run.name: run.curve(possible) for run in runs}
-  title = 'Possible samples by steps'
-  yield Plot('possible', title, 'steps', 'share of samples', shares)
+  yield Plot('Possible samples by steps', 'steps', 'share of samples', shares)
 
 
 def draw_levels(runs: Sequence[Run]) -> Iterator[Part]:
@@ -178,9 +174,9 @@ def draw_levels(runs: Sequence[Run]) -> Iterator[Part]:
     'bins of the noise level (for masked noise, the share of masked tokens): '
     'on the left nearly all of the text is known, on the right nearly nothing.'
   )
-  for name, title, *splits in (
-    ('levels-held-out', 'Held-out text', 'eval_subset', 'eval'),
-    ('levels-train', 'Training text', 'train'),
+  for title, *splits in (
+    ('Held-out text', 'eval_subset', 'eval'),
+    ('Training text', 'train'),
   ):
     bins = {
       f'{split}_by_level/cross_entropy_{i}': (i + 0.5) / NUM_LEVELS
@@ -192,10 +188,10 @@ def draw_levels(runs: Sequence[Run]) -> Iterator[Part]:
       line = run.last_line(*bins)
       points = [(x, line[key], 0.0) for key, x in bins.items() if key in line]
       curves[f'{run.name}, step {line.get("step")}'] = points
-    yield Plot(name, title, 'noise level', 'nats/token', curves)
+    yield Plot(title, 'noise level', 'nats/token', curves)
 
 
-def draw_comparison(comparison: Line, number: int) -> Iterator[Part]:
+def draw_comparison(comparison: Line) -> Iterator[Part]:
   """Quality against network calls for each run's samplers, and the bounds."""
   yield from comparison['remarks']
   runs = comparison['runs']
@@ -217,8 +213,7 @@ def draw_comparison(comparison: Line, number: int) -> Iterator[Part]:
     ends = ticks[:1] + ticks[-1:]
     curves = {name: sorted(points) for name, points in curves.items()}
     curves |= {k: [(x, y, 0.0) for x in ends] for k, y in real.items()}
-    name = f'calls-{number}-{key.replace("_", "-")}'
-    yield Plot(name, title, 'network calls', label, curves, x_log=True)
+    yield Plot(title, 'network calls', label, curves, x_log=True)
   rows = []
   for run, name in zip(runs, names):
     sign = '' if run.get('is_exact') else '≤ '
@@ -273,7 +268,7 @@ def draw_evals(runs: Sequence[Run]) -> Iterator[Part]:
     )
     sets = {name: sorted(curve.values()) for name, curve in curves.items()}
     title = 'Accuracy of filled gaps'
-    yield Plot('infill', title, 'network calls', 'accuracy', sets, x_log=True)
+    yield Plot(title, 'network calls', 'accuracy', sets, x_log=True)
   if rows:
     yield Table('Evaluations (eval.jsonl)', rows)
 
@@ -293,7 +288,7 @@ def draw_speed(runs: Sequence[Run]) -> Iterator[Part]:
       previous = step
       if step in speeds:
         curves[run.name].append((secs / 60, speeds[step], 0.0))
-  yield Plot('throughput', 'Throughput', 'minutes', 'tokens/s', curves)
+  yield Plot('Throughput', 'minutes', 'tokens/s', curves)
 
 
 def show_samples(runs: Sequence[Run], num_samples: int) -> Iterator[Part]:
@@ -328,46 +323,6 @@ def tabulate(plot: Plot) -> Table:
   return Table(f'Numbers ({len(rows)} of {total})', rows)
 
 
-def to_html(part: Part) -> str:
-  """Returns a part as HTML."""
-  if isinstance(part, str):
-    return f'<p>{escape(part)}</p>'
-  title = escape(part.title)
-  if isinstance(part, Sample):
-    return f'<h3>{title}</h3>\n<pre tabindex="0">\n{escape(part.text)}</pre>'
-  if isinstance(part, Plot):
-    table = tabulate(part)
-    return (
-      f'<figure>\n<h3>{title}</h3>\n{to_svg(part)}\n<details>\n<summary>'
-      f'{table.title}</summary>\n{to_html(table)}\n</details>\n</figure>'
-    )
-  columns = [
-    f'<th scope="col">{escape(column)}</th>' for column in part.rows[0]
-  ]
-  lines = [
-    # Scrollable with the keyboard, since it may be wider than the page.
-    f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">'
-    f'<table>\n<caption>{title}</caption>\n<tr>{"".join(columns)}</tr>'
-  ]
-  for row in part.rows:
-    name, *cells = map(escape, row.values())
-    cells = ''.join(f'<td>{cell}</td>' for cell in cells)
-    lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
-  return '\n'.join([*lines, '</table></div>'])
-
-
-def to_body(sections: dict[str, Sequence[Part]]) -> str:
-  """Returns the sections of the page as HTML."""
-  body = []
-  for title, parts in sections.items():
-    body += ['<section>', f'<h2>{escape(title)}</h2>']
-    for part in parts:
-      if not isinstance(part, Plot) or any(part.curves.values()):
-        body.append(to_html(part))
-    body.append('</section>')
-  return '\n'.join(body)
-
-
 def define_flags():
   """Defines the flags of --mode=report."""
   flags.DEFINE_list(
@@ -399,12 +354,8 @@ _NO_RUN = (
 )
 
 
-def main(start: Any = None) -> int:
-  """Runs --mode=report, which writes the page.
-
-  Args:
-    start: not used; the runs are given by flags.
-  """
+def main(start: Any) -> int:
+  """Runs --mode=report, which writes the page of the runs that flags name."""
   del start
   args = flags.FLAGS
   output = pathlib.Path(args.output)
@@ -430,24 +381,25 @@ def main(start: Any = None) -> int:
   runs = list(map(reading.read_run, workdirs, reading.short_names(workdirs)))
   comparisons = list(map(reading.read_comparison, compared))
   quality = []
-  for i, comparison in enumerate(
-    comparisons or reading.find_comparisons(workdirs)
-  ):
-    quality += draw_comparison(comparison, i)
+  for comparison in comparisons or reading.find_comparisons(workdirs):
+    quality += draw_comparison(comparison)
   quality += draw_evals(runs)
   samples = list(show_samples(runs, args.num_samples))
   sections = {
     'Runs': list(describe_runs(runs)),
     'Loss': list(draw_losses(runs)),
     'Loss by noise level': list(draw_levels(runs)),
-    **({'The law of the text': law} if (law := list(draw_law(runs))) else {}),
+    'The law of the text': list(draw_law(runs)),
     'Quality against network calls': quality or [NO_QUALITY],
     'Throughput': list(draw_speed(runs)),
     'Samples': samples or [NO_SAMPLES],
   }
   title = f'nanodlm: {", ".join(run.name for run in runs)}'
-  page = string.Template(pages.read('report.html')).substitute(
-    title=escape(title), body=to_body(sections)
+  # Text of a run may hold characters that a page cannot.
+  page = printable(
+    jinja2.Template(pages.read('report.html'), autoescape=True).render(
+      title=title, sections=sections, tabulate=tabulate, to_svg=to_svg
+    )
   )
   pages.write('--output', output, page)
   for run, workdir in zip(runs, workdirs):

@@ -230,11 +230,7 @@ def read_comparison(path: pathlib.Path) -> dict[str, Any]:
       'sample_entropy': 'entropy of a sample, nats/token',
     }
     value = {'panels': panels, 'remarks': [], **value, 'path': str(file)}
-    panels, texts = value['panels'], [*value['remarks']]
-    # Keys become a part of the names of files.
-    if not all(key.isidentifier() for key in panels):
-      raise ValueError(f'panels={panels!r}')
-    _ = [text + '' for text in [*panels.values(), *texts]]
+    _ = [text + '' for text in [*value['panels'].values(), *value['remarks']]]
     return value
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise InputError(

@@ -114,28 +114,28 @@ def main(start: Start) -> int:
   if options.prompt_file is not None:
     texts += prompts.read_prompts(options.prompt_file)
   samplers = sample.split_samplers(options.samplers)
-  wanted = (
+  display = None if options.reward else live.make_display()
+  page = _make_page(options.html, options['alternatives'])
+  slots = [text for text in texts if prompts.has_choices(text)]
+  others = [text for text in texts if text not in slots]
+  if slots and not others and (samplers or page or options.reward):
+    raise InputError(
+      f'prompt={slots[0]!r}: --samplers, --html and --reward do not apply to a '
+      'slot, for which nothing is sampled'
+    )
+  if page and options.reward:
+    raise InputError(
+      f'--html={options.html!r} shows single samples; leave out --reward='
+      f'{options.reward!r}'
+    )
+  lm = lms.load(start.workdir, settings=settings)
+  search = lms.make_search(
+    lm.run,
     options.reward,
     options.best_of,
     options.num_refinements,
     options.reward_temperature,
   )
-  display = None if wanted[0] else live.make_display()
-  page = _make_page(options.html, options['alternatives'])
-  slots = [text for text in texts if prompts.has_choices(text)]
-  others = [text for text in texts if text not in slots]
-  if slots and not others and (samplers or page or wanted[0]):
-    raise InputError(
-      f'prompt={slots[0]!r}: --samplers, --html and --reward do not apply to a '
-      'slot, for which nothing is sampled'
-    )
-  if page and wanted[0]:
-    raise InputError(
-      f'--html={options.html!r} shows single samples; leave out --reward='
-      f'{wanted[0]!r}'
-    )
-  lm = lms.load(start.workdir, settings=settings)
-  search = lms.make_search(lm.run, *wanted)
   for _, model in sample.with_samplers(lm, samplers):
     sample.check_prompts(model, others)
   sample.choose_texts(lm, slots)

@@ -14,6 +14,8 @@ import jax
 from jax.experimental import io_callback
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
 
 from nanodlm.devices import sharding
 from nanodlm.noise import categorical
@@ -400,12 +402,9 @@ def paste(canvas: np.ndarray, tokens: np.ndarray, start: int):
 
 # The colors of the first and last call, and of the prompt.
 _FIRST, _LAST, _GIVEN = (217, 242, 224), (0, 77, 33), (150, 150, 150)
-# In pixels: the least width of an image, the height of a row, and a gap.
-_WIDTH, _HEIGHT, _GAP = 512, 32, 8
-# Letters of 3 x 5 dots: a row of dots for each octal digit.
-_FONT = dict(F='74644', I='72227', R='65655', S='34216', T='72222', C='34443')
-_FONT |= dict(A='25755', L='44447', P='65644', O='25552', M='57755')
-_FONT[' '] = '00000'
+# In pixels: the least width of an image, the height of a row, a gap, and the
+# height of the legend.
+_WIDTH, _HEIGHT, _GAP, _LEGEND = 512, 32, 8, 16
 
 
 def order_image(
@@ -416,32 +415,29 @@ def order_image(
   Returns [H, W, 3] uint8; colors are shares of the number of calls of each
   sample, the prompt, `fixed` [L], is gray, and a legend is below.
   """
-  rows = []
-  for trajectory in trajectories:
+  row_width = max(_WIDTH // len(fixed), 1) * len(fixed)
+  top = len(trajectories) * (_HEIGHT + _GAP)
+  size = (max(row_width, _WIDTH), top + _LEGEND)
+  image = PIL.Image.new('RGB', size, 'white')
+
+  def paint(colors: np.ndarray, x: int, y: int, width: int, height: int):
+    row = PIL.Image.fromarray(colors[None].round().astype(np.uint8))
+    nearest = PIL.Image.Resampling.NEAREST
+    image.paste(row.resize((width, height), nearest), (x, y))
+
+  for i, trajectory in enumerate(trajectories):
     last_call = max(len(trajectory.answers) - 1, 1)
     colors = _shade(np.maximum(trajectory.changed_at(), 0) / last_call)
     colors[fixed] = _GIVEN
-    row = np.repeat(colors, max(_WIDTH // len(colors), 1), axis=0)
-    rows += [np.tile(row, (_HEIGHT, 1, 1)), np.full((_GAP, len(row), 3), 255)]
-  scale = np.tile(_shade(np.linspace(0, 1, 96)), (15, 1, 1))
-  legend = [_draw_text('FIRST CALL '), scale, _draw_text(' LAST CALL  ')]
-  legend += [np.tile(np.array(_GIVEN), (15, 24, 1)), _draw_text(' PROMPT')]
-  rows.append(np.concatenate(legend, axis=1))
-  width = max(row.shape[1] for row in rows)
-  fill = lambda row: ((0, 0), (0, width - row.shape[1]), (0, 0))
-  rows = [np.pad(row, fill(row), constant_values=255) for row in rows]
-  return np.concatenate(rows).astype(np.uint8)
+    paint(colors, 0, i * (_HEIGHT + _GAP), row_width, _HEIGHT)
+  paint(_shade(np.linspace(0, 1, 96)), 96, top, 96, _LEGEND)
+  paint(np.array([_GIVEN]), 320, top, 24, _LEGEND)
+  write = PIL.ImageDraw.Draw(image).text
+  for x, text in (0, 'FIRST CALL'), (200, 'LAST CALL'), (352, 'PROMPT'):
+    write((x, top), text, 'black', font_size=14)
+  return np.array(image)
 
 
 def _shade(share: np.ndarray) -> np.ndarray:
   """Returns the colors [N, 3] of shares [N] of the calls."""
-  mixed = np.outer(1 - share, _FIRST) + np.outer(share, _LAST)
-  return mixed.round().astype(np.uint8)
-
-
-def _draw_text(text: str) -> np.ndarray:
-  """Draws a text, black on white, [15, 12 * len(text), 3]."""
-  dots = [[f'{int(_FONT[c][i]):03b}0' for c in text] for i in range(5)]
-  ink = np.array([[*map(int, ''.join(row))] for row in dots])
-  pixels = np.kron(255 * (1 - ink), np.ones((3, 3), int))
-  return np.repeat(pixels[..., None], 3, axis=2)
+  return np.outer(1 - share, _FIRST) + np.outer(share, _LAST)

@@ -243,7 +243,7 @@ def test_a_separator_at_the_start_of_a_blank_text_does_not_end_it():
   row = types.SimpleNamespace(
     state='running',
     fixed=np.zeros(4, bool),
-    choice=types.SimpleNamespace(sampler=sampler),
+    run=types.SimpleNamespace(sampler=sampler),
   )
   for ids, text, reason in (
     ([end, mask, mask, mask], '', None),

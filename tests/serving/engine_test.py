@@ -237,12 +237,12 @@ def test_padding_does_not_change_tokens(opened, monkeypatch):
 
 def test_canvases_are_padded_where_that_keeps_their_law(opened):
   engine = engines.Engine(opened)
-  assert engine.choose('fixed_count').pads
-  assert not engine.choose('prefix_cache').pads
+  assert engines.can_pad(engine.choose('fixed_count'))
+  assert not engines.can_pad(engine.choose('prefix_cache'))
   network = opened.run.network
   timed = dataclasses.replace(network.config, time_conditioning=True)
   run = dataclasses.replace(
     opened.run, network=dataclasses.replace(network, config=timed)
   )
   engine = engines.Engine(dataclasses.replace(opened, run=run))
-  assert not engine.choose('fixed_count').pads
+  assert not engines.can_pad(engine.choose('fixed_count'))

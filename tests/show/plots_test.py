@@ -13,7 +13,7 @@ pytest.importorskip('matplotlib')
 
 def plot_of(*curves, **kwargs):
   named = {f'run {i}': points for i, points in enumerate(curves)}
-  return plots.Plot('a-b', 'A title', 'step', 'nats', named, **kwargs)
+  return plots.Plot('A title', 'step', 'nats', named, **kwargs)
 
 
 def texts_of(svg):

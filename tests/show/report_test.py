@@ -301,10 +301,6 @@ def test_law_of_the_text(tmp_path):
     'As the law says.',
   ):
     assert words in text, words
-  # Keys are a part of the names of files.
-  compared['panels'] = {'../x': 'y'}
-  (tmp_path / 'comparison.json').write_text(json.dumps(compared))
-  assert run_main([a], f'--compare={tmp_path}', output=output) == 2
 
 
 @pytest.mark.parametrize('other, is_said', [('a', False), ('b', True)])
