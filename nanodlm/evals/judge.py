@@ -14,6 +14,7 @@ import abc
 from collections.abc import Mapping, Sequence
 import functools
 import math
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -298,6 +299,10 @@ class NanodlmJudge(ModelJudge):
 
   def __init__(self, spec: str, batch_size: int, mauve_seed: int | None = None):
     super().__init__(spec, mauve_seed)
+    if not pathlib.Path(spec).is_dir():
+      raise InputError(
+        f"--judge={spec!r} is not 'law', 'hf:NAME_OR_PATH' or a folder of a run"
+      )
     settings = configs.make_settings(configs.read_run(spec, '--judge'))
     self.lm = lms.load(spec, settings=settings)
     self.batch_size = batch_size

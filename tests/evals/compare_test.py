@@ -203,7 +203,7 @@ def test_common_source(runs, tmp_path):
   [
     (['--samplers=ar'], 'fits none of the runs'),
     (['--samplers=nope'], 'are not among'),
-    (['--judge=lw'], "--judge='lw' is not the folder of a run"),
+    (['--judge=lw'], "--judge='lw' is not 'law'"),
     (['--num_steps=0'], '--num_steps=0'),
     (['--num_steps=x,4'], '--num_steps=x,4'),
     (['--judge=MASKED'], 'must be autoregressive'),
