@@ -4,7 +4,7 @@ r"""--mode=serve: a playground in the browser, and an HTTP API.
     python launch.py --mode=serve --workdir=runs/quickstart
     curl -N http://127.0.0.1:8000/api/stream \
       -H 'Content-Type: application/json' \
-      -d '{"prompt": "Return the {} of the {12}.", "num_steps": 8}'
+      -d '{"prompt": "One fine day, {1} met Ben at the {1}. {}", "seed": 0}'
 
 Routes; bodies are JSON, and /openapi.json describes every field:
 
