@@ -156,28 +156,9 @@ class TransformerNetwork(Network):
   def init_cache(self, batch_size: int, length: int) -> transformer.Cache:
     return transformer.init_cache(self.config, batch_size, length, self.shards)
 
-  def advance(
-    self,
-    params,
-    tokens,
-    t,
-    start,
-    cache,
-    visible,
-    positions=None,
-    condition=None,
-  ):
-    return self.module.apply(
-      {'params': params},
-      tokens,
-      t,
-      start,
-      cache,
-      visible,
-      positions,
-      condition,
-      method='advance',
-    )
+  def advance(self, params, *args, **options) -> Any:
+    module = self.module
+    return module.apply({'params': params}, *args, **options, method='advance')
 
   def flops_per_token(self, length: int) -> float:
     """Counts the model FLOPs of one token's forward and backward pass.
