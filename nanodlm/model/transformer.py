@@ -350,21 +350,9 @@ class Transformer(nn.Module):
   ) -> jax.Array:
     """Applies the network up to, not including, the output projection.
 
-    Args:
-      tokens: [B, L] int32.
-      t: [B] float32 in [0, 1], or [B, n] of n equal parts of each row; required
-        with time conditioning.
-      clean: [B, L] int32, the clean copy, with `config.block_size` only. Its
-        time is 0.
-      soft: embedded instead of the tokens, without `config.block_size` only.
-      condition: [B, L, E], mean embeddings of a prediction, which the clean
-        copy does not read; None: zeros. With `config.self_conditioning` only.
-      segment_ids: as in Context.
-      dropout_keys: as in Context; None turns dropout off.
-      seen: as in Context, for example from `opening_mask`.
-      positions: [N] int32 indices into B * L of the rows wanted; None: all. The
-        last block computes its output for those only. If the clean copy is
-        causal, its rows are B * L to 2 * B * L - 1.
+    The arguments are those of `types.Network.hidden`. `t` is required with time
+    conditioning, `clean` with blocks, whose clean copy reads no `condition`.
+    The last block computes its output for the wanted `positions` only.
 
     Returns:
       hidden [B, L, D], or [N, D] with `positions`, in the compute dtype.
@@ -417,18 +405,7 @@ class Transformer(nn.Module):
   ) -> tuple[jax.Array, Cache]:
     """Applies the network to S consecutive tokens, with a cache for the rest.
 
-    Args:
-      tokens: [B, S] int32.
-      t: [B] float32; required with time conditioning.
-      start: [] int32, the position of the first token; or [B].
-      cache: keys and values of C positions, with start + S <= C.
-      visible: [C] bool, the cached positions that the tokens see; or [B, C].
-      positions: [N] int32 indices into B * S of the rows wanted; None: all.
-      condition: [B, S, E], as in `__call__`.
-
-    Returns:
-      hidden [B, S, D] or [N, D], and the cache with the tokens' own keys and
-      values at start .. start + S - 1.
+    The arguments and results are those of `types.Network.advance`.
     """
     if not self.config.has_cache:
       key = 'conv_size' if self.config.conv_size else 'shift_outputs'
