@@ -94,14 +94,9 @@ def define_flags():
 
 def main(start: Start) -> int:
   """Runs --mode=export; see `export_checkpoint`."""
-  if start.is_given:
-    raise InputError(
-      '--mode=export reads its config from --workdir; leave --config out'
-    )
+  start.check_ignored(('config',))
   if not flags.FLAGS.output:
     raise InputError('--mode=export needs --output')
-  for key, value in sorted(start.changes.items()):
-    raise InputError(f'--config.{key}={value!r} is ignored by --mode=export')
   export = export_adapters if flags.FLAGS.adapters else export_checkpoint
   export(start.workdir, flags.FLAGS.output, flags.FLAGS.family)
   return 0
