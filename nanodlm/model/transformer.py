@@ -125,7 +125,6 @@ class Block(nn.Module):
     # This device has a part of the heads and of the MLP.
     num_heads = cfg.num_heads // shards.tensor
     kv_heads = cfg.kv_heads // shards.tensor
-    inner, mlp_width = num_heads * cfg.head_dim, cfg.mlp_width // shards.tensor
     has_scales = not cfg.time_conditioning or TIME_FORMS[cfg.time_form].scales
 
     def pick(y):  # [B, L, D] -> the wanted rows
@@ -158,20 +157,34 @@ class Block(nn.Module):
         y = (y * mask).astype(y.dtype)
       return y
 
-    def drop(name, size, axis_size=1, is_picked=False):
-      """Draws the dropout [B, L, size] of the input of an adapter."""
+    def drop(name, y, num_parts):
+      """Draws the dropout of the input y of an adapter; None without one."""
       adapter = cfg.adapter(name)
       if not adapter or not adapter.dropout or context.dropout_keys is None:
         return None
       # 0 and 1 are those of the branches.
       keys = salted(2 + lora.LAYERS.index(name))
       # All columns, of which this device has a part.
-      shape = length, size * axis_size
-      mask = dropout_mask(keys, adapter.dropout, shape)
-      if axis_size > 1:
+      size = y.shape[-1]
+      mask = dropout_mask(keys, adapter.dropout, (length, size * num_parts))
+      if num_parts > 1:
         start = jax.lax.axis_index(sharding.TENSOR) * size
         mask = jax.lax.dynamic_slice_in_dim(mask, start, size, axis=2)
-      return pick(mask) if is_picked else mask
+      return mask if y.ndim == 3 else pick(mask)
+
+    def dense(name, y, size, has_bias, num_parts=1, **options):
+      """Applies a dense layer to y, of whose `num_parts` parts this is one."""
+      options |= {'adapter': cfg.adapter(name), 'name': name}
+      layer = Linear(size, dtype, has_bias, **options)
+      return layer(y, drop(name, y, num_parts))
+
+    leave = functools.partial(
+      dense,
+      size=width,
+      num_parts=shards.tensor,
+      std=INIT_STD / (2 * cfg.num_layers) ** 0.5,
+      join=shards,
+    )
 
     shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
     if cfg.time_conditioning:
@@ -193,15 +206,7 @@ class Block(nn.Module):
     h = sharding.split(h, shards)
 
     def project(name, heads):
-      has_bias = cfg.attention_bias != 'none'
-      dense = Linear(
-        heads * cfg.head_dim,
-        dtype,
-        has_bias,
-        adapter=cfg.adapter(name),
-        name=name,
-      )
-      y = dense(h, drop(name, width))
+      y = dense(name, h, heads * cfg.head_dim, cfg.attention_bias != 'none')
       return y.reshape(batch, length, heads, cfg.head_dim)
 
     q, k = project('query', num_heads), project('key', kv_heads)
@@ -221,17 +226,10 @@ class Block(nn.Module):
       'platform': cfg.platform,
     }
     if cached is not None:
-      own = k, v
-      cached_k, cached_v = cached
+      own, causal = (k, v), cfg.causal and not cfg.block_size
+      seen = context.visible
       h = attention.cached_attention(
-        q,
-        k,
-        v,
-        cached_k,
-        cached_v,
-        context.visible,
-        causal=cfg.causal and not cfg.block_size,
-        scoring=scoring,
+        q, k, v, *cached, visible=seen, causal=causal, scoring=scoring
       )
     elif cfg.block_size:
       if positions is not None and not (cfg.causal or cfg.shift_outputs):
@@ -244,39 +242,21 @@ class Block(nn.Module):
         q, k, v, causal=cfg.causal, seen=context.seen, **kernel
       )
     h = ad_checkpoint.checkpoint_name(h, ATTENTION_OUT)
-    h = pick(h.reshape(-1, length, inner))
-
-    def leave(name, use_bias, h):
-      dense = Linear(
-        width,
-        dtype,
-        use_bias,
-        std=INIT_STD / (2 * cfg.num_layers) ** 0.5,
-        join=shards,
-        adapter=cfg.adapter(name),
-        name=name,
-      )
-      return dense(h, drop(name, h.shape[-1], shards.tensor, is_picked=True))
-
-    out = leave('attention_out', cfg.attention_bias == 'all', h)
+    h = pick(h.reshape(-1, length, num_heads * cfg.head_dim))
+    out = leave('attention_out', h, has_bias=cfg.attention_bias == 'all')
     x = mixed('residual_conv', x)
     x = pick(x) + branch(out, gate1, 0)
 
     h = sharding.split(normed('mlp_norm', x, shift2, scale2), shards)
-
-    def widen(name):
-      adapter = cfg.adapter(name)
-      dense = Linear(mlp_width, dtype, cfg.mlp_bias, adapter=adapter, name=name)
-      return dense(h, drop(name, width, is_picked=True))
-
-    up = widen('mlp_in')
+    mlp_width = cfg.mlp_width // shards.tensor
+    up = dense('mlp_in', h, mlp_width, cfg.mlp_bias)
     if cfg.is_gated:
-      gate = widen('mlp_gate')
+      gate = dense('mlp_gate', h, mlp_width, cfg.mlp_bias)
       product = lambda gate, up: MLPS[cfg.mlp](gate) * up
       up = keeps_inputs(product, cfg.platform)(gate, up)
     else:
       up = MLPS[cfg.mlp](up)
-    out = leave('mlp_out', cfg.mlp_bias, up)
+    out = leave('mlp_out', up, has_bias=cfg.mlp_bias)
     return x + branch(out, gate2, 1), own
 
 
