@@ -234,17 +234,12 @@ def import_checkpoint(
     params = read_params(run, family, tensors, described, scratch)
     save_tokenizer(tokenizer, work)
     (work / workdirs.CONFIG).write_text(settings.to_json())
-    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    with checkpoint.open_manager(
-      str(work), concurrent_gb=largest // 10**9 + 1
-    ) as manager:
-      origin = {
-        'imported': family,
-        'source': source,
-        'max_length': described.max_length,
-      }
-      checkpoint.save_params(manager, params, settings.to_dict(), origin)
-      checkpoint.wait(manager)
+    origin = {
+      'imported': family,
+      'source': source,
+      'max_length': described.max_length,
+    }
+    checkpoint.save_params(str(work), params, settings.to_dict(), origin)
   log.info(
     'imported %s as %s: %s parameters, %d ids, into %s',
     source,

@@ -263,14 +263,9 @@ def import_adapters(
   _, identity = runs.load_base(run)
   save_tokenizer(tokenizer, work)
   (work / workdirs.CONFIG).write_text(settings.to_json())
-  with checkpoint.open_manager(str(work)) as manager:
-    checkpoint.save_params(
-      manager,
-      traverse_util.unflatten_dict(params),
-      settings.to_dict(),
-      {'imported': 'peft', 'source': source, 'base': identity},
-    )
-    checkpoint.wait(manager)
+  origin_here = {'imported': 'peft', 'source': source, 'base': identity}
+  whole = traverse_util.unflatten_dict(params)
+  checkpoint.save_params(str(work), whole, settings.to_dict(), origin_here)
   named = str(foreign.get('base_model_name_or_path') or '')
   origin = checkpoint.read_origin(base).get('source', '')
   known = {origin, pathlib.Path(os.path.abspath(base)).name}

@@ -943,11 +943,8 @@ def make_run(folder, tokenizer=None, **changes):
   settings = configs.make_settings(config)
   (folder / workdir_files.CONFIG).write_text(settings.to_json())
   save_tokenizer(tokenizer, folder)
-  with checkpoint.open_manager(str(folder)) as manager:
-    checkpoint.save_params(
-      manager, params, settings.to_dict(), {'imported': 'gpt5', 'source': 'a/b'}
-    )
-    checkpoint.wait(manager)
+  origin = {'imported': 'gpt5', 'source': 'a/b'}
+  checkpoint.save_params(str(folder), params, settings.to_dict(), origin)
   return str(folder), params
 
 
