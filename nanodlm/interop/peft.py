@@ -70,14 +70,12 @@ class Place(NamedTuple):
 
   Attributes:
     module: name of the dense layer in PEFT, such as 'layers.0.mlp.up_proj'.
-    layer: its name here, one of `lora.LAYERS`.
-    path: path of its parameters; that of a block has a leading axis.
+    path: path here, such as 'layers/mlp_in', whose arrays have a leading axis.
     index: index into that axis; None for the last layer.
   """
 
   module: str
-  layer: str
-  path: tuple[str, ...]
+  path: str
   index: int | None
 
 
@@ -103,19 +101,19 @@ def places(run: Run, form: Family) -> Iterator[Place]:
     )
   num_layers = run.settings.model['num_layers']
   for name, parts in layout_of(run, form).tensors.items():
-    (_, *names) = parts[0].path.split('/')
-    if len(names) < 2 or names[0] not in lora.LAYERS or names[1] != 'kernel':
+    layer = parts[0].path.removeprefix('layers/').removesuffix('/kernel')
+    if layer not in lora.LAYERS:
       continue
     if len(parts) > 1 or not form.is_transposed:
       raise InputError(
         f'adapters of the family {form.model_types[0]!r} cannot be exchanged: '
         f'{name} holds several of our layers, or is not transposed'
       )
-    is_last = parts[0].layer == num_layers - 1
-    block = 'last_layer' if is_last else 'layers'
-    index = None if is_last else parts[0].layer
-    module = name.removesuffix('.weight')
-    yield Place(module, names[0], (block, names[0]), index)
+    module, index = name.removesuffix('.weight'), parts[0].layer
+    if index == num_layers - 1:
+      yield Place(module, f'last_layer/{layer}', None)
+    else:
+      yield Place(module, f'layers/{layer}', index)
 
 
 def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
@@ -129,11 +127,11 @@ def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
     base: the name of the base, '' if it has none.
   """
   config, arrays, modules = run.settings.lora, {}, set()
-  adapters: Any = traverse_util.flatten_dict(jax.tree.map(np.asarray, params))
+  adapters = checkpoint.flatten(jax.tree.map(np.asarray, params))
   found = list(places(run, form))
   for place in found:
     for ours, theirs in _SIDES.items():
-      stack = adapters.get((*place.path, ours))
+      stack = adapters.get(f'{place.path}/{ours}')
       if stack is None:
         continue
       value = stack if place.index is None else stack[place.index]
@@ -216,7 +214,7 @@ def import_adapters(
   if not (folder / TENSORS).is_file():
     raise InputError(f'{folder} lacks {TENSORS}')
   tensors = tensor_files.open_tensors(folder / TENSORS, False)
-  found: dict[tuple[str, ...], dict[int | None, np.ndarray]] = {}
+  found: dict[str, dict[int | None, np.ndarray]] = {}
   left = set(tensors.shapes)
   for place in places(plain, choose(plain)):
     for ours, theirs in _SIDES.items():
@@ -225,8 +223,8 @@ def import_adapters(
         if name in left:
           left.remove(name)
           value = np.asarray(tensors.read(name), np.float32).T
-          found.setdefault((*place.path, ours), {})[place.index] = value
-  layers = sorted({path[1] for path in found})
+          found.setdefault(f'{place.path}/{ours}', {})[place.index] = value
+  layers = sorted({path.split('/')[1] for path in found})
   if left or not layers:
     raise InputError(
       f'{folder / TENSORS} does not fit {base!r}: its network lacks dense '
@@ -245,16 +243,16 @@ def import_adapters(
   wanted = checkpoint.flatten(runs.trained_shapes(run))
   params = {}
   for path, values in found.items():
-    order = sorted(values, key=lambda i: -1 if i is None else i)
-    params[path] = (
-      values[None] if None in values else np.stack([values[i] for i in order])
-    )
-  shapes = {'/'.join(path): x.shape for path, x in params.items()}
-  if shapes != (expected := {k: x.shape for k, x in wanted.items()}):
+    last, stack = values.pop(None, None), [values[i] for i in sorted(values)]
+    params[path] = np.stack(stack) if last is None else last
+  there, here = (
+    {path: x.shape for path, x in tree.items()} for tree in (params, wanted)
+  )
+  if there != here:
     differing = {
-      name: (shapes.get(name), expected.get(name))
-      for name in sorted(shapes | expected)
-      if shapes.get(name) != expected.get(name)
+      path: (there.get(path), here.get(path))
+      for path in sorted(there | here)
+      if there.get(path) != here.get(path)
     }
     raise InputError(
       f'{folder / TENSORS} does not fit {base!r}: {{name: (shape there, shape '
@@ -264,7 +262,7 @@ def import_adapters(
   save_tokenizer(tokenizer, work)
   (work / workdirs.CONFIG).write_text(settings.to_json())
   origin_here = {'imported': 'peft', 'source': source, 'base': identity}
-  whole = traverse_util.unflatten_dict(params)
+  whole = traverse_util.unflatten_dict(params, '/')
   checkpoint.save_params(str(work), whole, settings.to_dict(), origin_here)
   named = str(foreign.get('base_model_name_or_path') or '')
   origin = checkpoint.read_origin(base).get('source', '')
