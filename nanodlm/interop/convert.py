@@ -561,11 +561,7 @@ def check_names(
     InputError: names are missing or surplus, or tied tensors differ.
   """
   wanted = set(layout.tensors)
-  found = {
-    name
-    for name in tensors.shapes
-    if not any(re.fullmatch(pattern, name) for pattern in ignored)
-  }
+  found = set(tensors.weights(ignored))
   tensors.check_dtypes(sorted(found))
   surplus = found - wanted - set(layout.same)
   wrong = {'missing': wanted - found, 'surplus': surplus}

@@ -31,9 +31,8 @@ SINGLE = ('model.safetensors', 'pytorch_model.bin')
 # What PyTorch, Lightning and plain pickle write.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 # Files in a folder that do not hold the weights of a whole network.
-_ADAPTER = 'adapter'
 _NOT_WEIGHTS = (
-  _ADAPTER,
+  'adapter',
   'training_args',
   'optimizer',
   'scheduler',
@@ -66,6 +65,11 @@ class Tensors(abc.ABC):
     self.where = where
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.dtypes: dict[str, str] = {}
+
+  def weights(self, ignored: tuple[str, ...]) -> list[str]:
+    """Returns the names that none of these regular expressions matches."""
+    is_ignored = lambda name: any(re.fullmatch(one, name) for one in ignored)
+    return [name for name in self.shapes if not is_ignored(name)]
 
   def check_dtypes(self, names: Iterable[str]):
     """Raises InputError if an array does not hold floating-point numbers."""
@@ -146,12 +150,7 @@ class TorchTensors(Tensors):
     average = self._average
     if not isinstance(average, dict) or 'shadow_params' not in average:
       return False
-    names = [
-      name
-      for name in self._tensors
-      if not any(re.fullmatch(pattern, name) for pattern in ignored)
-    ]
-    shadows = average['shadow_params']
+    names, shadows = self.weights(ignored), average['shadow_params']
     if [tuple(x.shape) for x in shadows] != [self.shapes[n] for n in names]:
       raise InputError(
         f'{self.where}: the averaged weights (ema) are not of the shapes of '
@@ -314,7 +313,6 @@ def find_weights(folder: pathlib.Path) -> list[pathlib.Path]:
       if missing := [path.name for path in paths if not path.is_file()]:
         raise InputError(f'{index} names files that are missing: {missing}')
       return paths
-  adapters = sorted(path.name for path in folder.glob(f'{_ADAPTER}*'))
   for ends in ((SAFETENSORS,), PICKLES):
     paths = [
       path
@@ -330,7 +328,7 @@ def find_weights(folder: pathlib.Path) -> list[pathlib.Path]:
         f'neither {SINGLE[0]} nor its index: name one of the files in --from'
       )
   hint = ''
-  if adapters:
+  if adapters := sorted(path.name for path in folder.glob('adapter*')):
     hint = f'. {adapters} belong to an adapter: merge it into its network first'
   raise InputError(
     f'--from={str(folder)!r} does not hold weights: neither *{SAFETENSORS} nor '
