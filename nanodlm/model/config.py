@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from nanodlm.model import attention
 from nanodlm.model.lora import LAYERS, LoraConfig
-from nanodlm.types import InputError
+from nanodlm.types import check_at_least, InputError
 
 # Scales t in [0, 1] to the range for which the sinusoids of a time were chosen.
 TIME_SCALE = 1000.0
@@ -47,9 +47,6 @@ MLPS = {
   'glu': nn.sigmoid,
 }
 GATED = ('geglu', 'geglu_tanh', 'swiglu', 'glu')
-NORMS = ('rms', 'layer')
-ROPE_SCALINGS = ('llama3', 'yarn')
-ATTENTION_BIASES = ('none', 'qkv', 'all')
 REMATS = {
   'none': None,
   'full': jax.checkpoint_policies.nothing_saveable,
@@ -58,7 +55,6 @@ REMATS = {
     jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT),
   ),
 }
-DTYPES = ('float32', 'bfloat16')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +187,7 @@ class ModelConfig:
       if not is_valid:
         raise InputError(f'model.{key}={getattr(self, key)!r} {rule}')
 
-    for key in ('num_layers', 'embed_dim', 'num_heads'):
-      require(getattr(self, key) >= 1, key, 'must be >= 1')
+    check_at_least(1, self, 'model', 'num_layers', 'embed_dim', 'num_heads')
     for key, default in (
       ('num_kv_heads', 'num_heads'),
       ('head_size', 'embed_dim / num_heads'),
@@ -237,11 +232,11 @@ class ModelConfig:
     for key, allowed in (
       ('mlp', MLPS),
       ('remat', REMATS),
-      ('dtype', DTYPES),
-      ('norm', NORMS),
-      ('attention_bias', ATTENTION_BIASES),
+      ('dtype', ('float32', 'bfloat16')),
+      ('norm', ('rms', 'layer')),
+      ('attention_bias', ('none', 'qkv', 'all')),
       ('time_form', TIME_FORMS),
-      ('rope_scaling', ROPE_SCALINGS),
+      ('rope_scaling', ('llama3', 'yarn')),
     ):
       rule = f'is not one of {sorted(allowed)}'
       require(getattr(self, key) in allowed, key, rule)
