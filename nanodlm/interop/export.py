@@ -56,18 +56,10 @@ from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from nanodlm.data.tokenizers.tiktoken import TiktokenTokenizer
 from nanodlm.devices import sharding
-from nanodlm.interop import convert, peft
+from nanodlm.interop import convert, peft, tokenizer_json
 from nanodlm.interop import tensors as tensor_files
 from nanodlm.interop.families import FAMILIES
 from nanodlm.interop.families import layout as layouts
-from nanodlm.interop.tokenizer_json import (
-  added_token,
-  begin_with,
-  bytes_tokenizer,
-  find_difference,
-  sentencepiece_tokenizer,
-  tiktoken_tokenizer,
-)
 from nanodlm.run import Run
 from nanodlm.training import checkpoint
 from nanodlm.types import InputError
@@ -269,21 +261,24 @@ def write_tokenizer(
   tokenizer = run.tokenizer
   if isinstance(tokenizer, HuggingFaceTokenizer):
     content = json.loads(pathlib.Path(tokenizer.path).read_bytes())
-    if (text := find_difference(content, tokenizer)) is not None:
+    if (text := tokenizer_json.find_difference(content, tokenizer)) is not None:
       log.warning(
         'tokenizer.json is the imported one, which encodes %.40r to ids '
         'that differ from those of nanodlm',
         text,
       )
   elif isinstance(tokenizer, BytesTokenizer):
-    content = bytes_tokenizer()
+    content = tokenizer_json.bytes_tokenizer()
   else:
     content = None
     if isinstance(tokenizer, TiktokenTokenizer):
-      content = tiktoken_tokenizer(tokenizer.encoding)
+      content = tokenizer_json.tiktoken_tokenizer(tokenizer.encoding)
     elif isinstance(tokenizer, SentencePieceTokenizer):
-      content = sentencepiece_tokenizer(tokenizer.processor)
-    if not content or find_difference(content, tokenizer) is not None:
+      content = tokenizer_json.sentencepiece_tokenizer(tokenizer.processor)
+    if (
+      not content
+      or tokenizer_json.find_difference(content, tokenizer) is not None
+    ):
       return False
   # Unigram models have a list of pieces instead of {piece: id}.
   vocab = content['model'].get('vocab', {})
@@ -299,10 +294,12 @@ def write_tokenizer(
     if i not in texts:
       while text in texts.values():  # An imported export has them already.
         text = text.replace('|>', '_|>')
-      content['added_tokens'].append(added_token(i, text))
+      content['added_tokens'].append(tokenizer_json.added_token(i, text))
       texts[i] = text
   if run.objective.causal:
-    begin_with(content, described.mask_id, texts[described.mask_id])
+    tokenizer_json.begin_with(
+      content, described.mask_id, texts[described.mask_id]
+    )
   write_json(folder / convert.HF_TOKENIZER, content)
   mask, separator = texts[described.mask_id], texts[described.separator_id]
   special = {'mask_token': mask, 'eos_token': separator, 'pad_token': separator}

@@ -599,7 +599,7 @@ class ImportTest(FolderTest):
     # A byte-level tokenizer.json with the mask inside the vocabulary.
     folder = self.folder()
     source = write(folder / 'theirs', 'llada', mask_token_id=100)
-    content = export.bytes_tokenizer()
+    content = tokenizer_json.bytes_tokenizer()
     vocab = content['model']['vocab']
     for text in [text for text, i in vocab.items() if i >= 100]:
       vocab[text] += 1
@@ -1059,7 +1059,7 @@ class ExportTest(FolderTest):
     source = write(
       folder / 'theirs', name, tensors, mask_token_id=mask, **sizes
     )
-    content = export.bytes_tokenizer()
+    content = tokenizer_json.bytes_tokenizer()
     vocab = content['model']['vocab']
     for text in [text for text, i in vocab.items() if i == mask]:
       del vocab[text]
@@ -1160,7 +1160,7 @@ class ExportTest(FolderTest):
     text = tokenizer_json.find_difference(content, tokenizer)
     self.assertIn('\u2581', str(text))
     with mock.patch.object(
-      export, 'sentencepiece_tokenizer', return_value=content
+      tokenizer_json, 'sentencepiece_tokenizer', return_value=content
     ):
       export.export_checkpoint(workdir, str(folder / 'out'))
     self.assertFalse((folder / 'out' / 'tokenizer.json').exists())
