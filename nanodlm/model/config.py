@@ -109,7 +109,6 @@ class ModelConfig:
       token (`Objective.clean_input`).
     block_size: S, from the objective; S > 0 for block diffusion, whose network
       takes a noisy and a clean copy of the text.
-    keep_rotary: whether learned positions add to rotary ones.
     conv_size: K, odd, the width in tokens of two depthwise convolutions in
       each block, which add to what they read: the normed input of the
       attention, and the residual stream next to it. Their weights are 0
@@ -204,11 +203,6 @@ class ModelConfig:
       f'must divide model.embed_dim={self.embed_dim!r}',
     )
     require(
-      self.num_positions or not self.keep_rotary,
-      'keep_rotary',
-      'is ignored by model.num_positions=0, whose positions are rotary',
-    )
-    require(
       self.conv_size == 0 or self.conv_size > 0 and self.conv_size % 2,
       'conv_size',
       'must be odd, or 0 (no convolution)',
@@ -258,11 +252,6 @@ class ModelConfig:
     require(0 <= self.dropout < 1, 'dropout', 'must be in [0, 1)')
     require(self.time_dim % 2 == 0, 'time_dim', 'must be even')
     require(
-      not self.norm_bias or self.norm == 'layer',
-      'norm_bias',
-      f"is ignored by model.norm={self.norm!r}; it needs 'layer'",
-    )
-    require(
       not self.shift_outputs or self.block_size or not self.causal,
       'shift_outputs',
       'must be False with objectives that shift their input',
@@ -273,6 +262,8 @@ class ModelConfig:
       ('joint_qk_norm', False, 'qk_norm', False),
       ('rope_scaling', 'llama3', 'rope_factor', 1.0),
       ('rope_length', 8192, 'rope_factor', 1.0),
+      ('keep_rotary', False, 'num_positions', 0),
+      ('norm_bias', False, 'norm', 'rms'),
     ):
       require(
         getattr(self, reader) != default or getattr(self, key) == unset,
