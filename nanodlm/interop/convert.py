@@ -61,12 +61,8 @@ from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.data import network, tokenizers
 from nanodlm.data.config import TokenizerConfig
-from nanodlm.data.tokenizers import chat
+from nanodlm.data.tokenizers import chat, huggingface
 from nanodlm.data.tokenizers.base import Tokenizer
-from nanodlm.data.tokenizers.huggingface import (
-  HuggingFaceTokenizer,
-  load_hugging_face,
-)
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.data.tokenizers.tiktoken import TiktokenTokenizer
 from nanodlm.devices import sharding
@@ -386,7 +382,7 @@ def find_tokens(
 def describe_own(tokenizer: Tokenizer, length: int) -> layouts.Description:
   """Returns the vocabulary of a run's export, with the ids of its files."""
   mask, size = tokenizer.mask_id, tokenizer.vocab_size
-  if isinstance(tokenizer, HuggingFaceTokenizer):
+  if isinstance(tokenizer, huggingface.HuggingFaceTokenizer):
     mask = tokenizer.mask_place
   ends = (tokenizer.separator_id, *tokenizer.eos_ids)
   ends = [size - 1 if end == mask else end for end in ends]
@@ -522,7 +518,7 @@ def find_tokenizer(
   if path.is_file():
     mask = size - 1 if described.mask_id is None else described.mask_id
     separator = int(described.rows[described.separator_id])
-    return load_hugging_face(str(path), size, mask, separator)
+    return huggingface.load_hugging_face(str(path), size, mask, separator)
   if not described.tokenizer:
     raise InputError(
       f'there is no {HF_TOKENIZER} in {folder}: name a tokenizer of {size} ids '
