@@ -212,8 +212,8 @@ def write_tensors(
   # On a CPU they share the memory.
   flat = checkpoint.flatten(jax.tree.map(np.asarray, params))
   for path in sharding.BY_VOCABULARY & set(flat):
-    # The rows of a vocabulary that is split over devices may be padded.
-    flat[path] = flat[path][: described.vocab_size]
+    # Leaves out the rows that pad a vocabulary which is split over devices.
+    flat[path] = flat[path][described.rows]
   shards, size, names = {}, 0, {}
   for name, parts in sorted(layout.tensors.items()):
     shards.setdefault(size // SHARD_BYTES, {})[name] = parts
@@ -222,9 +222,7 @@ def write_tensors(
     file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
     if len(shards) == 1:
       file = 'model.safetensors'
-    arrays = {
-      name: _tensor(flat, parts, described) for name, parts in shard.items()
-    }
+    arrays = {name: _tensor(flat, parts) for name, parts in shard.items()}
     tensor_files.write(folder / file, arrays)
     names.update(dict.fromkeys(shard, file))
   if len(shards) > 1:
@@ -233,17 +231,10 @@ def write_tensors(
 
 
 def _tensor(
-  params: Mapping[str, np.ndarray],
-  parts: list[layouts.Part],
-  described: layouts.Description,
+  params: Mapping[str, np.ndarray], parts: list[layouts.Part]
 ) -> np.ndarray:
   """Returns the exported tensor made of these parameters, {path: array}."""
-  arrays = []
-  for part in parts:
-    array = part.of(params)
-    if part.path in sharding.BY_VOCABULARY:
-      array = array[described.rows]
-    arrays.append(part.how(array))
+  arrays = [part.how(part.of(params)) for part in parts]
   share = parts[0].share
   whole = arrays[0] if share is None else np.concatenate(arrays, share[0])
   return np.ascontiguousarray(whole)
