@@ -12,12 +12,12 @@ evaluated, sampled, exported, and trained further in another workdir, with
 the whole model, with the adapters added to its weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import json
 import logging
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import traverse_util
 import jax
@@ -28,7 +28,7 @@ from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.interop import tensors as tensor_files
-from nanodlm.interop.families.layout import Family, Layout
+from nanodlm.interop.families.layout import Family, Layout, Part
 from nanodlm.model import lora
 from nanodlm.run import Run
 from nanodlm.training import checkpoint
@@ -65,20 +65,6 @@ _HARMLESS = """
 """.split()
 
 
-class Place(NamedTuple):
-  """An adapter in both layouts.
-
-  Attributes:
-    module: name of the dense layer in PEFT, such as 'layers.0.mlp.up_proj'.
-    path: path here, such as 'layers/mlp_in', whose arrays have a leading axis.
-    index: index into that axis; None for the last layer.
-  """
-
-  module: str
-  path: str
-  index: int | None
-
-
 def layout_of(run: Run, form: Family) -> Layout:
   """Returns the tensors of a run without adapters in the form of a family."""
   network: Any = run.network
@@ -91,15 +77,18 @@ def layout_of(run: Run, form: Family) -> Layout:
   return form.layout(network.config, paths, ())
 
 
-def places(run: Run, form: Family) -> Iterator[Place]:
-  """Yields all dense layers of a run's blocks, in the names of a family."""
+def kernels_of(run: Run, form: Family) -> dict[str, Part]:
+  """Returns {module: kernel} of the dense layers in a run's blocks.
+
+  The names of modules, such as 'model.layers.0.mlp.up_proj', are a family's.
+  """
   if not form.names:
     raise InputError(
       "adapters can be exchanged if the base has a published family's form, "
       'which this network lacks; --mode=export without --adapters names the '
       'nearest forms and the settings that they need'
     )
-  num_layers = run.settings.model['num_layers']
+  kernels = {}
   for name, parts in layout_of(run, form).tensors.items():
     layer = parts[0].path.removeprefix('layers/').removesuffix('/kernel')
     if layer not in lora.LAYERS:
@@ -109,11 +98,13 @@ def places(run: Run, form: Family) -> Iterator[Place]:
         f'adapters of the family {form.model_types[0]!r} cannot be exchanged: '
         f'{name} holds several of our layers, or is not transposed'
       )
-    module, index = name.removesuffix('.weight'), parts[0].layer
-    if index == num_layers - 1:
-      yield Place(module, f'last_layer/{layer}', None)
-    else:
-      yield Place(module, f'layers/{layer}', index)
+    kernels[name.removesuffix('.weight')] = parts[0]
+  return kernels
+
+
+def _side(kernel: Part, name: str) -> Part:
+  """Returns one of the two matrices of a kernel's adapter."""
+  return kernel._replace(path=kernel.path.replace('kernel', name))
 
 
 def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
@@ -126,21 +117,23 @@ def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
     form: the family whose names to use.
     base: the name of the base, '' if it has none.
   """
-  config, arrays, modules = run.settings.lora, {}, set()
-  adapters = checkpoint.flatten(jax.tree.map(np.asarray, params))
-  found = list(places(run, form))
-  for place in found:
+  config, arrays = run.settings.lora, {}
+  network: Any = run.network
+  flat = checkpoint.flatten(jax.tree.map(np.asarray, params))
+  kernels = kernels_of(run, form)
+  modules = [
+    module
+    for module, kernel in kernels.items()
+    if network.config.adapter(kernel.path.split('/')[1])
+  ]
+  for module in modules:
     for ours, theirs in _SIDES.items():
-      stack = adapters.get(f'{place.path}/{ours}')
-      if stack is None:
-        continue
-      value = stack if place.index is None else stack[place.index]
-      name = f'{_PREFIX}{place.module}.{theirs}.weight'
+      value = _side(kernels[module], ours).of(flat)
+      name = f'{_PREFIX}{module}.{theirs}.weight'
       arrays[name] = np.ascontiguousarray(value.T)
-      modules.add(place.module)
   tensor_files.write(folder / TENSORS, arrays)
   # PEFT takes every module whose name ends like one of these.
-  own = {f'{place.module}.weight' for place in found}
+  own = {f'{module}.weight' for module in kernels}
   last = lambda name: name.removesuffix('.weight').rpartition('.')[2]
   ends = {last(module) for module in modules}
   if any(
@@ -214,21 +207,18 @@ def import_adapters(
   if not (folder / TENSORS).is_file():
     raise InputError(f'{folder} lacks {TENSORS}')
   tensors = tensor_files.open_tensors(folder / TENSORS, False)
-  found: dict[str, dict[int | None, np.ndarray]] = {}
-  left = set(tensors.shapes)
-  for place in places(plain, choose(plain)):
+  sides: dict[str, Part] = {}
+  for module, kernel in kernels_of(plain, choose(plain)).items():
     for ours, theirs in _SIDES.items():
-      for module in {place.module, place.module.removeprefix('model.')}:
-        name = f'{_PREFIX}{module}.{theirs}.weight'
-        if name in left:
-          left.remove(name)
-          value = np.asarray(tensors.read(name), np.float32).T
-          found.setdefault(f'{place.path}/{ours}', {})[place.index] = value
-  layers = sorted({path.split('/')[1] for path in found})
+      for start in (module, module.removeprefix('model.')):
+        sides[f'{_PREFIX}{start}.{theirs}.weight'] = _side(kernel, ours)
+  left = sorted(set(tensors.shapes) - set(sides))
+  found = {name: sides[name] for name in tensors.shapes if name in sides}
+  layers = sorted({part.path.split('/')[1] for part in found.values()})
   if left or not layers:
     raise InputError(
       f'{folder / TENSORS} does not fit {base!r}: its network lacks dense '
-      f'layers {sorted(left)[:20]}'
+      f'layers {left[:20]}'
     )
   config.lora.update(
     rank=foreign['r'],
@@ -240,23 +230,23 @@ def import_adapters(
   settings = configs.make_settings(config, changes)
   run = runs.make_run(settings, devices=jax.devices('cpu')[:1], refit=True)
   run = run.with_tokenizer(tokenizer)
-  wanted = checkpoint.flatten(runs.trained_shapes(run))
-  params = {}
-  for path, values in found.items():
-    last, stack = values.pop(None, None), [values[i] for i in sorted(values)]
-    params[path] = np.stack(stack) if last is None else last
-  there, here = (
-    {path: x.shape for path, x in tree.items()} for tree in (params, wanted)
-  )
-  if there != here:
-    differing = {
-      path: (there.get(path), here.get(path))
-      for path in sorted(there | here)
-      if there.get(path) != here.get(path)
-    }
+  shapes = checkpoint.flatten(runs.trained_shapes(run))
+  params = {
+    path: np.full(x.shape, np.nan, np.float32) for path, x in shapes.items()
+  }
+  for name, part in found.items():
+    value, ours = tensors.read(name).T, part.of(params)
+    if value.shape != ours.shape:
+      raise InputError(
+        f'{folder / TENSORS} does not fit {base!r}: tensor {name} makes '
+        f'{part.path} of shape {value.shape}, which must be {ours.shape}'
+      )
+    ours[...] = value
+  lacking = [path for path, x in params.items() if np.isnan(x).any()]
+  if lacking:
     raise InputError(
-      f'{folder / TENSORS} does not fit {base!r}: {{name: (shape there, shape '
-      f'wanted)}} is {differing}'
+      f'{folder / TENSORS} does not fit {base!r}: numbers of {lacking} are '
+      'missing, or NaN'
     )
   _, identity = runs.load_base(run)
   save_tokenizer(tokenizer, work)
