@@ -418,14 +418,12 @@ class Transformer(nn.Module):
         old, new.astype(old.dtype), start, axis=old.ndim - 3
       )
 
-    def write_rows(old, new):
+    def write_all(old, new):
       row = old.ndim - 4
-      return jax.vmap(write, (row, row, 0), row)(old, new, start)
+      each = jax.vmap(write, (row, row, 0), row) if start.ndim else write
+      return each(old, new, start)
 
-    one_start = functools.partial(write, start=start)
-    return hidden, jax.tree.map(
-      write_rows if start.ndim else one_start, cache, own
-    )
+    return hidden, jax.tree.map(write_all, cache, own)
 
   def _started(self, tokens):
     """Replaces the mask, the start symbol, by `config.start_token`, if any."""
