@@ -162,7 +162,7 @@ def import_checkpoint(
       choose = lambda run: FAMILIES[choose_family(run, family)]
       peft.import_adapters(folder, work, changes, choose, source)
       return
-    foreign = tensor_files.read_json(folder / HF_CONFIG) if has_config else {}
+    foreign = workdirs.read_json(folder / HF_CONFIG) if has_config else {}
     ends, mask = find_tokens(folder, foreign)
     if ends:
       foreign['eos_token_id'] = ends
@@ -334,7 +334,7 @@ def new_folder(target: str, flag: str) -> Iterator[pathlib.Path]:
 
 def read_own(own: pathlib.Path) -> tuple[str, Any, Tokenizer]:
   """Returns the family, config and tokenizer in the folder `nanodlm`."""
-  family = tensor_files.read_json(own / ORIGIN).get('family')
+  family = workdirs.read_json(own / ORIGIN).get('family')
   if family not in list(FAMILIES):  # A list is not hashable.
     raise InputError(
       f'{own / ORIGIN}: family={family!r} is not one of {sorted(FAMILIES)}'
@@ -354,7 +354,7 @@ def find_tokens(
   """
   names = 'generation_config.json', HF_TOKENIZER
   generation, content = (
-    tensor_files.read_json(folder / name) if (folder / name).is_file() else {}
+    workdirs.read_json(folder / name) if (folder / name).is_file() else {}
     for name in names
   )
   settings = chat.read_described(folder)

@@ -187,7 +187,7 @@ def import_adapters(
       f'--from={source!r} holds adapters: give the workdir of their base with '
       '--config.checkpoint.init_from=WORKDIR'
     )
-  foreign = tensor_files.read_json(folder / CONFIG)
+  foreign = workdirs.read_json(folder / CONFIG)
   _check(foreign, folder / CONFIG)
   config: Any = configs.start_from(base)
   if config.lora.rank:

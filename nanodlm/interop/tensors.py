@@ -9,7 +9,6 @@ import abc
 from collections.abc import Callable, Iterable
 import functools
 import importlib.util
-import json
 import logging
 import pathlib
 import re
@@ -277,21 +276,9 @@ def require(package: str):
     )
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a file with a JSON object; InputError if it is not one."""
-  try:
-    value = json.loads(path.read_text())
-  # Thousands of brackets raise a RecursionError.
-  except (OSError, ValueError, RecursionError) as error:
-    raise InputError(f'{path} cannot be read: {reason(error)}') from error
-  if not isinstance(value, dict):
-    raise InputError(f'{path} is not an object but {type(value).__name__}')
-  return value
-
-
 def files_in(index: pathlib.Path) -> list[str]:
   """Returns the names of the files in an index of transformers."""
-  names = read_json(index).get('weight_map')
+  names = workdirs.read_json(index).get('weight_map')
   if not isinstance(names, dict) or not all(
     isinstance(name, str) for name in names.values()
   ):

@@ -413,7 +413,7 @@ class ParityTest(FolderTest):
   def test_logits(self, name):
     folder = self.folder()
     source = pathlib.Path(write(folder / 'theirs', name, files=2))
-    foreign = tensor_files.read_json(source / 'config.json')
+    foreign = workdir_files.read_json(source / 'config.json')
     family = convert.detect(foreign, tensor_files.open_tensors(source, False))
     self.assertEqual(family, ALIASES.get(name, name))
     workdir = str(folder / 'ours')
@@ -1078,7 +1078,7 @@ class ExportTest(FolderTest):
     for key, x in tensors.items():
       np.testing.assert_array_equal(found.read(key), x, key)
     for file in ('config.json', 'generation_config.json'):
-      foreign = tensor_files.read_json(out / file)
+      foreign = workdir_files.read_json(out / file)
       self.assertEqual(
         (foreign['mask_token_id'], foreign['eos_token_id']), (mask, END)
       )

@@ -292,7 +292,7 @@ class TokenizersTest(parameterized.TestCase):
     (b'{"name": "by\xf4es"}', 'cannot be read'),
     (b'{', 'cannot be read'),
     (b'{"nbme": "bytes"}', "is not a saved .* KeyError\\('name'"),
-    (b'[]', 'is not a saved'),
+    (b'[]', 'is not an object but list'),
   )
   def test_saved_tokenizer_that_is_damaged_is_refused(self, content, message):
     folder = self.folder()
