@@ -115,7 +115,6 @@ def main(start: configs.Start) -> int:
   source = flags.FLAGS['from'].value
   if not source:
     raise InputError('--mode=import needs --from')
-  workdirs.check_writable(start.workdir)
   try:
     import_checkpoint(
       source,

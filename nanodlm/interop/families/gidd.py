@@ -71,7 +71,6 @@ class ScaledGIDD(Family):
   prefixes = ('model.',)
 
   def settings(self, config, shapes):
-    del shapes
     noise, width = config['noise_type'], config['hidden_size']
     if abs(noise) < _PURE:
       raise InputError(
