@@ -289,8 +289,7 @@ class ModelConfig:
       'objective.ar_weight > 0',
     )
     if self.lora is not None:
-      has_gate = self.mlp in GATED
-      layers = [x for x in LAYERS if has_gate or x != 'mlp_gate']
+      layers = [x for x in LAYERS if self.is_gated or x != 'mlp_gate']
       self.lora.check_targets(layers)
     attention.check_backend(
       self.attention, self.platform or jax.default_backend()
