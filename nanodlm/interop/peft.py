@@ -67,14 +67,10 @@ _HARMLESS = """
 
 def layout_of(run: Run, form: Family) -> Layout:
   """Returns the tensors of a run without adapters in the form of a family."""
-  network: Any = run.network
-  shapes = jax.eval_shape(run.scorer.init_params, jax.random.key(0))
-  paths = [
-    path
-    for path in checkpoint.flatten(shapes)
-    if path.rpartition('/')[2] not in lora.LEAVES
-  ]
-  return form.layout(network.config, paths, ())
+  plain = run.without_adapters()
+  network: Any = plain.network
+  shapes = jax.eval_shape(plain.scorer.init_params, jax.random.key(0))
+  return form.layout(network.config, checkpoint.flatten(shapes), ())
 
 
 def kernels_of(run: Run, form: Family) -> dict[str, Part]:
