@@ -7,7 +7,6 @@ and MLP only those that are scored (half of them in training) or revealed (a few
 in sampling).
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from nanodlm.devices import sharding
-from nanodlm.devices.sharding import Shards, UNSPLIT
+from nanodlm.devices.sharding import Shards
 from nanodlm.model import attention, lora
 from nanodlm.model.config import (
   ATTENTION_OUT,
@@ -599,20 +598,6 @@ def opening_mask(keys: jax.Array, share: jax.Array, length: int) -> jax.Array:
   return jax.vmap(draw)(keys) | jnp.tril(jnp.ones((length, length), bool))[None]
 
 
-def init_cache(
-  config: ModelConfig, batch_size: int, length: int, shards: Shards = UNSPLIT
-) -> Cache:
-  """Makes an empty cache of `length` positions, in the compute dtype."""
-  kv_heads = config.kv_heads // shards.tensor
-  shape = (batch_size, length, kv_heads, config.head_dim)
-  zeros = lambda *lead: (jnp.zeros(lead + shape, config.dtype),) * 2
-  layers = zeros(config.num_layers - 1) if config.num_layers > 1 else None
-  states = None
-  if config.shift_outputs:
-    states = jnp.zeros((batch_size, length, 1, config.embed_dim), config.dtype)
-  return Cache(layers, zeros(), states)
-
-
 def output_kernel(params) -> tuple[jax.Array, ...]:
   """Returns the output projection [V, D], tied or not, and its bias, if any."""
   names = 'output' if 'output' in params else 'embedding', 'output_bias'
@@ -634,27 +619,3 @@ def output_logits(kernel: Any, hidden: jax.Array) -> jax.Array:
   for row in bias:
     logits += jnp.expand_dims(row, range(hidden.ndim - 1))
   return logits
-
-
-def init_params(config: ModelConfig, key: jax.Array, shards: Shards = UNSPLIT):
-  """Draws the initial parameters, a nested dict of whole float32 arrays.
-
-  The numbers do not depend on `shards`, for which the vocabulary is padded with
-  rows of zeros that stay zero.
-  """
-  if config.start_token >= config.vocab_size:
-    raise InputError(
-      f'model.start_token={config.start_token!r} must be an id of the '
-      f'vocabulary, below {config.vocab_size}'
-    )
-  # These settings change no shape, and kernels do not support two tokens.
-  config = dataclasses.replace(
-    config, block_size=0, causal=False, start_token=-1, attention='xla'
-  )
-  tokens = jnp.zeros((1, 2), jnp.int32)
-  params: Any = Transformer(config).init(key, tokens, jnp.zeros((1,)))['params']
-  padding = sharding.padded(config.vocab_size, shards) - config.vocab_size
-  for name in sharding.BY_VOCABULARY & set(params):
-    x = params[name]
-    params[name] = jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
-  return params
