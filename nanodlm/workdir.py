@@ -73,6 +73,18 @@ def write(path: pathlib.Path, text: str):
     temporary.unlink(missing_ok=True)
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a file with a JSON object; InputError if it is not one."""
+  try:
+    value = json.loads(path.read_bytes())
+  # Thousands of brackets raise a RecursionError.
+  except (OSError, ValueError, RecursionError) as error:
+    raise InputError(f'{path} cannot be read: {reason(error)}') from error
+  if not isinstance(value, dict):
+    raise InputError(f'{path} is not an object but {type(value).__name__}')
+  return value
+
+
 def append(workdir: str, name: str, *lines: dict[str, Any]):
   """Appends JSON objects, one per line, to a file of the workdir.
 

@@ -61,12 +61,8 @@ from nanodlm import run as runs
 from nanodlm import workdir as workdirs
 from nanodlm.data import network, tokenizers
 from nanodlm.data.config import TokenizerConfig
-from nanodlm.data.tokenizers import chat
+from nanodlm.data.tokenizers import chat, huggingface
 from nanodlm.data.tokenizers.base import Tokenizer
-from nanodlm.data.tokenizers.huggingface import (
-  HuggingFaceTokenizer,
-  load_hugging_face,
-)
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.data.tokenizers.tiktoken import TiktokenTokenizer
 from nanodlm.devices import sharding
@@ -119,7 +115,6 @@ def main(start: configs.Start) -> int:
   source = flags.FLAGS['from'].value
   if not source:
     raise InputError('--mode=import needs --from')
-  workdirs.check_writable(start.workdir)
   try:
     import_checkpoint(
       source,
@@ -166,7 +161,7 @@ def import_checkpoint(
       choose = lambda run: FAMILIES[choose_family(run, family)]
       peft.import_adapters(folder, work, changes, choose, source)
       return
-    foreign = tensor_files.read_json(folder / HF_CONFIG) if has_config else {}
+    foreign = workdirs.read_json(folder / HF_CONFIG) if has_config else {}
     ends, mask = find_tokens(folder, foreign)
     if ends:
       foreign['eos_token_id'] = ends
@@ -234,17 +229,12 @@ def import_checkpoint(
     params = read_params(run, family, tensors, described, scratch)
     save_tokenizer(tokenizer, work)
     (work / workdirs.CONFIG).write_text(settings.to_json())
-    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    with checkpoint.open_manager(
-      str(work), concurrent_gb=largest // 10**9 + 1
-    ) as manager:
-      origin = {
-        'imported': family,
-        'source': source,
-        'max_length': described.max_length,
-      }
-      checkpoint.save_params(manager, params, settings.to_dict(), origin)
-      checkpoint.wait(manager)
+    origin = {
+      'imported': family,
+      'source': source,
+      'max_length': described.max_length,
+    }
+    checkpoint.save_params(str(work), params, settings.to_dict(), origin)
   log.info(
     'imported %s as %s: %s parameters, %d ids, into %s',
     source,
@@ -343,7 +333,7 @@ def new_folder(target: str, flag: str) -> Iterator[pathlib.Path]:
 
 def read_own(own: pathlib.Path) -> tuple[str, Any, Tokenizer]:
   """Returns the family, config and tokenizer in the folder `nanodlm`."""
-  family = tensor_files.read_json(own / ORIGIN).get('family')
+  family = workdirs.read_json(own / ORIGIN).get('family')
   if family not in list(FAMILIES):  # A list is not hashable.
     raise InputError(
       f'{own / ORIGIN}: family={family!r} is not one of {sorted(FAMILIES)}'
@@ -363,7 +353,7 @@ def find_tokens(
   """
   names = 'generation_config.json', HF_TOKENIZER
   generation, content = (
-    tensor_files.read_json(folder / name) if (folder / name).is_file() else {}
+    workdirs.read_json(folder / name) if (folder / name).is_file() else {}
     for name in names
   )
   settings = chat.read_described(folder)
@@ -391,7 +381,7 @@ def find_tokens(
 def describe_own(tokenizer: Tokenizer, length: int) -> layouts.Description:
   """Returns the vocabulary of a run's export, with the ids of its files."""
   mask, size = tokenizer.mask_id, tokenizer.vocab_size
-  if isinstance(tokenizer, HuggingFaceTokenizer):
+  if isinstance(tokenizer, huggingface.HuggingFaceTokenizer):
     mask = tokenizer.mask_place
   ends = (tokenizer.separator_id, *tokenizer.eos_ids)
   ends = [size - 1 if end == mask else end for end in ends]
@@ -527,7 +517,7 @@ def find_tokenizer(
   if path.is_file():
     mask = size - 1 if described.mask_id is None else described.mask_id
     separator = int(described.rows[described.separator_id])
-    return load_hugging_face(str(path), size, mask, separator)
+    return huggingface.load_hugging_face(str(path), size, mask, separator)
   if not described.tokenizer:
     raise InputError(
       f'there is no {HF_TOKENIZER} in {folder}: name a tokenizer of {size} ids '
@@ -566,11 +556,7 @@ def check_names(
     InputError: names are missing or surplus, or tied tensors differ.
   """
   wanted = set(layout.tensors)
-  found = {
-    name
-    for name in tensors.shapes
-    if not any(re.fullmatch(pattern, name) for pattern in ignored)
-  }
+  found = set(tensors.weights(ignored))
   tensors.check_dtypes(sorted(found))
   surplus = found - wanted - set(layout.same)
   wrong = {'missing': wanted - found, 'surplus': surplus}

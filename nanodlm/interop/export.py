@@ -56,18 +56,10 @@ from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from nanodlm.data.tokenizers.tiktoken import TiktokenTokenizer
 from nanodlm.devices import sharding
-from nanodlm.interop import convert, peft
+from nanodlm.interop import convert, peft, tokenizer_json
 from nanodlm.interop import tensors as tensor_files
 from nanodlm.interop.families import FAMILIES
 from nanodlm.interop.families import layout as layouts
-from nanodlm.interop.tokenizer_json import (
-  added_token,
-  begin_with,
-  bytes_tokenizer,
-  find_difference,
-  sentencepiece_tokenizer,
-  tiktoken_tokenizer,
-)
 from nanodlm.run import Run
 from nanodlm.training import checkpoint
 from nanodlm.types import InputError
@@ -94,14 +86,9 @@ def define_flags():
 
 def main(start: Start) -> int:
   """Runs --mode=export; see `export_checkpoint`."""
-  if start.is_given:
-    raise InputError(
-      '--mode=export reads its config from --workdir; leave --config out'
-    )
+  start.check_ignored(('config',))
   if not flags.FLAGS.output:
     raise InputError('--mode=export needs --output')
-  for key, value in sorted(start.changes.items()):
-    raise InputError(f'--config.{key}={value!r} is ignored by --mode=export')
   export = export_adapters if flags.FLAGS.adapters else export_checkpoint
   export(start.workdir, flags.FLAGS.output, flags.FLAGS.family)
   return 0
@@ -225,8 +212,8 @@ def write_tensors(
   # On a CPU they share the memory.
   flat = checkpoint.flatten(jax.tree.map(np.asarray, params))
   for path in sharding.BY_VOCABULARY & set(flat):
-    # The rows of a vocabulary that is split over devices may be padded.
-    flat[path] = flat[path][: described.vocab_size]
+    # Leaves out the rows that pad a vocabulary which is split over devices.
+    flat[path] = flat[path][described.rows]
   shards, size, names = {}, 0, {}
   for name, parts in sorted(layout.tensors.items()):
     shards.setdefault(size // SHARD_BYTES, {})[name] = parts
@@ -235,9 +222,7 @@ def write_tensors(
     file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
     if len(shards) == 1:
       file = 'model.safetensors'
-    arrays = {
-      name: _tensor(flat, parts, described) for name, parts in shard.items()
-    }
+    arrays = {name: _tensor(flat, parts) for name, parts in shard.items()}
     tensor_files.write(folder / file, arrays)
     names.update(dict.fromkeys(shard, file))
   if len(shards) > 1:
@@ -246,17 +231,10 @@ def write_tensors(
 
 
 def _tensor(
-  params: Mapping[str, np.ndarray],
-  parts: list[layouts.Part],
-  described: layouts.Description,
+  params: Mapping[str, np.ndarray], parts: list[layouts.Part]
 ) -> np.ndarray:
   """Returns the exported tensor made of these parameters, {path: array}."""
-  arrays = []
-  for part in parts:
-    array = part.of(params)
-    if part.path in sharding.BY_VOCABULARY:
-      array = array[described.rows]
-    arrays.append(part.how(array))
+  arrays = [part.how(part.of(params)) for part in parts]
   share = parts[0].share
   whole = arrays[0] if share is None else np.concatenate(arrays, share[0])
   return np.ascontiguousarray(whole)
@@ -274,21 +252,24 @@ def write_tokenizer(
   tokenizer = run.tokenizer
   if isinstance(tokenizer, HuggingFaceTokenizer):
     content = json.loads(pathlib.Path(tokenizer.path).read_bytes())
-    if (text := find_difference(content, tokenizer)) is not None:
+    if (text := tokenizer_json.find_difference(content, tokenizer)) is not None:
       log.warning(
         'tokenizer.json is the imported one, which encodes %.40r to ids '
         'that differ from those of nanodlm',
         text,
       )
   elif isinstance(tokenizer, BytesTokenizer):
-    content = bytes_tokenizer()
+    content = tokenizer_json.bytes_tokenizer()
   else:
     content = None
     if isinstance(tokenizer, TiktokenTokenizer):
-      content = tiktoken_tokenizer(tokenizer.encoding)
+      content = tokenizer_json.tiktoken_tokenizer(tokenizer.encoding)
     elif isinstance(tokenizer, SentencePieceTokenizer):
-      content = sentencepiece_tokenizer(tokenizer.processor)
-    if not content or find_difference(content, tokenizer) is not None:
+      content = tokenizer_json.sentencepiece_tokenizer(tokenizer.processor)
+    if (
+      not content
+      or tokenizer_json.find_difference(content, tokenizer) is not None
+    ):
       return False
   # Unigram models have a list of pieces instead of {piece: id}.
   vocab = content['model'].get('vocab', {})
@@ -304,10 +285,12 @@ def write_tokenizer(
     if i not in texts:
       while text in texts.values():  # An imported export has them already.
         text = text.replace('|>', '_|>')
-      content['added_tokens'].append(added_token(i, text))
+      content['added_tokens'].append(tokenizer_json.added_token(i, text))
       texts[i] = text
   if run.objective.causal:
-    begin_with(content, described.mask_id, texts[described.mask_id])
+    tokenizer_json.begin_with(
+      content, described.mask_id, texts[described.mask_id]
+    )
   write_json(folder / convert.HF_TOKENIZER, content)
   mask, separator = texts[described.mask_id], texts[described.separator_id]
   special = {'mask_token': mask, 'eos_token': separator, 'pad_token': separator}

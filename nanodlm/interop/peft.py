@@ -12,12 +12,12 @@ evaluated, sampled, exported, and trained further in another workdir, with
 the whole model, with the adapters added to its weights.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import json
 import logging
 import os
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import traverse_util
 import jax
@@ -29,7 +29,7 @@ from nanodlm import weights
 from nanodlm import workdir as workdirs
 from nanodlm.data.tokenizers.saved import load_tokenizer, save_tokenizer
 from nanodlm.interop import tensors as tensor_files
-from nanodlm.interop.families.layout import Family, Layout
+from nanodlm.interop.families.layout import Family, Layout, Part
 from nanodlm.model import lora
 from nanodlm.run import Run
 from nanodlm.training import checkpoint
@@ -66,57 +66,42 @@ _HARMLESS = """
 """.split()
 
 
-class Place(NamedTuple):
-  """An adapter in both layouts.
-
-  Attributes:
-    module: name of the dense layer in PEFT, such as 'layers.0.mlp.up_proj'.
-    layer: its name here, one of `lora.LAYERS`.
-    path: path of its parameters; that of a block has a leading axis.
-    index: index into that axis; None for the last layer.
-  """
-
-  module: str
-  layer: str
-  path: tuple[str, ...]
-  index: int | None
-
-
 def layout_of(run: Run, form: Family) -> Layout:
   """Returns the tensors of a run without adapters in the form of a family."""
-  network: Any = run.network
-  shapes = jax.eval_shape(run.scorer.init_params, jax.random.key(0))
-  paths = [
-    path
-    for path in checkpoint.flatten(shapes)
-    if path.rpartition('/')[2] not in lora.LEAVES
-  ]
-  return form.layout(network.config, paths, ())
+  plain = run.without_adapters()
+  network: Any = plain.network
+  shapes = jax.eval_shape(plain.scorer.init_params, jax.random.key(0))
+  return form.layout(network.config, checkpoint.flatten(shapes), ())
 
 
-def places(run: Run, form: Family) -> Iterator[Place]:
-  """Yields all dense layers of a run's blocks, in the names of a family."""
+def kernels_of(run: Run, form: Family) -> dict[str, Part]:
+  """Returns {module: kernel} of the dense layers in a run's blocks.
+
+  The names of modules, such as 'model.layers.0.mlp.up_proj', are a family's.
+  """
   if not form.names:
     raise InputError(
       "adapters can be exchanged if the base has a published family's form, "
       'which this network lacks; --mode=export without --adapters names the '
       'nearest forms and the settings that they need'
     )
-  num_layers = run.settings.model['num_layers']
+  kernels = {}
   for name, parts in layout_of(run, form).tensors.items():
-    (_, *names) = parts[0].path.split('/')
-    if len(names) < 2 or names[0] not in lora.LAYERS or names[1] != 'kernel':
+    layer = parts[0].path.removeprefix('layers/').removesuffix('/kernel')
+    if layer not in lora.LAYERS:
       continue
     if len(parts) > 1 or not form.is_transposed:
       raise InputError(
         f'adapters of the family {form.model_types[0]!r} cannot be exchanged: '
         f'{name} holds several of our layers, or is not transposed'
       )
-    is_last = parts[0].layer == num_layers - 1
-    block = 'last_layer' if is_last else 'layers'
-    index = None if is_last else parts[0].layer
-    module = name.removesuffix('.weight')
-    yield Place(module, names[0], (block, names[0]), index)
+    kernels[name.removesuffix('.weight')] = parts[0]
+  return kernels
+
+
+def _side(kernel: Part, name: str) -> Part:
+  """Returns one of the two matrices of a kernel's adapter."""
+  return kernel._replace(path=kernel.path.replace('kernel', name))
 
 
 def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
@@ -129,21 +114,23 @@ def write(folder: pathlib.Path, run: Run, params: Any, form: Family, base: str):
     form: the family whose names to use.
     base: the name of the base, '' if it has none.
   """
-  config, arrays, modules = run.settings.lora, {}, set()
-  adapters: Any = traverse_util.flatten_dict(jax.tree.map(np.asarray, params))
-  found = list(places(run, form))
-  for place in found:
+  config, arrays = run.settings.lora, {}
+  network: Any = run.network
+  flat = checkpoint.flatten(jax.tree.map(np.asarray, params))
+  kernels = kernels_of(run, form)
+  modules = [
+    module
+    for module, kernel in kernels.items()
+    if network.config.adapter(kernel.path.split('/')[1])
+  ]
+  for module in modules:
     for ours, theirs in _SIDES.items():
-      stack = adapters.get((*place.path, ours))
-      if stack is None:
-        continue
-      value = stack if place.index is None else stack[place.index]
-      name = f'{_PREFIX}{place.module}.{theirs}.weight'
+      value = _side(kernels[module], ours).of(flat)
+      name = f'{_PREFIX}{module}.{theirs}.weight'
       arrays[name] = np.ascontiguousarray(value.T)
-      modules.add(place.module)
   tensor_files.write(folder / TENSORS, arrays)
   # PEFT takes every module whose name ends like one of these.
-  own = {f'{place.module}.weight' for place in found}
+  own = {f'{module}.weight' for module in kernels}
   last = lambda name: name.removesuffix('.weight').rpartition('.')[2]
   ends = {last(module) for module in modules}
   if any(
@@ -197,7 +184,7 @@ def import_adapters(
       f'--from={source!r} holds adapters: give the workdir of their base with '
       '--config.checkpoint.init_from=WORKDIR'
     )
-  foreign = tensor_files.read_json(folder / CONFIG)
+  foreign = workdirs.read_json(folder / CONFIG)
   _check(foreign, folder / CONFIG)
   config: Any = configs.start_from(base)
   if config.lora.rank:
@@ -217,21 +204,18 @@ def import_adapters(
   if not (folder / TENSORS).is_file():
     raise InputError(f'{folder} lacks {TENSORS}')
   tensors = tensor_files.open_tensors(folder / TENSORS, False)
-  found: dict[tuple[str, ...], dict[int | None, np.ndarray]] = {}
-  left = set(tensors.shapes)
-  for place in places(plain, choose(plain)):
+  sides: dict[str, Part] = {}
+  for module, kernel in kernels_of(plain, choose(plain)).items():
     for ours, theirs in _SIDES.items():
-      for module in {place.module, place.module.removeprefix('model.')}:
-        name = f'{_PREFIX}{module}.{theirs}.weight'
-        if name in left:
-          left.remove(name)
-          value = np.asarray(tensors.read(name), np.float32).T
-          found.setdefault((*place.path, ours), {})[place.index] = value
-  layers = sorted({path[1] for path in found})
+      for start in (module, module.removeprefix('model.')):
+        sides[f'{_PREFIX}{start}.{theirs}.weight'] = _side(kernel, ours)
+  left = sorted(set(tensors.shapes) - set(sides))
+  found = {name: sides[name] for name in tensors.shapes if name in sides}
+  layers = sorted({part.path.split('/')[1] for part in found.values()})
   if left or not layers:
     raise InputError(
       f'{folder / TENSORS} does not fit {base!r}: its network lacks dense '
-      f'layers {sorted(left)[:20]}'
+      f'layers {left[:20]}'
     )
   config.lora.update(
     rank=foreign['r'],
@@ -243,35 +227,30 @@ def import_adapters(
   settings = configs.make_settings(config, changes)
   run = runs.make_run(settings, devices=jax.devices('cpu')[:1], refit=True)
   run = run.with_tokenizer(tokenizer)
-  wanted = checkpoint.flatten(run.shapes()[0])
-  params = {}
-  for path, values in found.items():
-    order = sorted(values, key=lambda i: -1 if i is None else i)
-    params[path] = (
-      values[None] if None in values else np.stack([values[i] for i in order])
-    )
-  shapes = {'/'.join(path): x.shape for path, x in params.items()}
-  if shapes != (expected := {k: x.shape for k, x in wanted.items()}):
-    differing = {
-      name: (shapes.get(name), expected.get(name))
-      for name in sorted(shapes | expected)
-      if shapes.get(name) != expected.get(name)
-    }
+  shapes = checkpoint.flatten(run.shapes()[0])
+  params = {
+    path: np.full(x.shape, np.nan, np.float32) for path, x in shapes.items()
+  }
+  for name, part in found.items():
+    value, ours = tensors.read(name).T, part.of(params)
+    if value.shape != ours.shape:
+      raise InputError(
+        f'{folder / TENSORS} does not fit {base!r}: tensor {name} makes '
+        f'{part.path} of shape {value.shape}, which must be {ours.shape}'
+      )
+    ours[...] = value
+  lacking = [path for path, x in params.items() if np.isnan(x).any()]
+  if lacking:
     raise InputError(
-      f'{folder / TENSORS} does not fit {base!r}: {{name: (shape there, shape '
-      f'wanted)}} is {differing}'
+      f'{folder / TENSORS} does not fit {base!r}: numbers of {lacking} are '
+      'missing, or NaN'
     )
   _, identity = weights.load_base(run)
   save_tokenizer(tokenizer, work)
   (work / workdirs.CONFIG).write_text(settings.to_json())
-  with checkpoint.open_manager(str(work)) as manager:
-    checkpoint.save_params(
-      manager,
-      traverse_util.unflatten_dict(params),
-      settings.to_dict(),
-      {'imported': 'peft', 'source': source, 'base': identity},
-    )
-    checkpoint.wait(manager)
+  origin_here = {'imported': 'peft', 'source': source, 'base': identity}
+  whole = traverse_util.unflatten_dict(params, '/')
+  checkpoint.save_params(str(work), whole, settings.to_dict(), origin_here)
   named = str(foreign.get('base_model_name_or_path') or '')
   origin = checkpoint.read_origin(base).get('source', '')
   known = {origin, pathlib.Path(os.path.abspath(base)).name}

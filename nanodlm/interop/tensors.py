@@ -9,7 +9,6 @@ import abc
 from collections.abc import Callable, Iterable
 import functools
 import importlib.util
-import json
 import logging
 import pathlib
 import re
@@ -31,9 +30,8 @@ SINGLE = ('model.safetensors', 'pytorch_model.bin')
 # What PyTorch, Lightning and plain pickle write.
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 # Files in a folder that do not hold the weights of a whole network.
-_ADAPTER = 'adapter'
 _NOT_WEIGHTS = (
-  _ADAPTER,
+  'adapter',
   'training_args',
   'optimizer',
   'scheduler',
@@ -66,6 +64,11 @@ class Tensors(abc.ABC):
     self.where = where
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.dtypes: dict[str, str] = {}
+
+  def weights(self, ignored: tuple[str, ...]) -> list[str]:
+    """Returns the names that none of these regular expressions matches."""
+    is_ignored = lambda name: any(re.fullmatch(one, name) for one in ignored)
+    return [name for name in self.shapes if not is_ignored(name)]
 
   def check_dtypes(self, names: Iterable[str]):
     """Raises InputError if an array does not hold floating-point numbers."""
@@ -146,12 +149,7 @@ class TorchTensors(Tensors):
     average = self._average
     if not isinstance(average, dict) or 'shadow_params' not in average:
       return False
-    names = [
-      name
-      for name in self._tensors
-      if not any(re.fullmatch(pattern, name) for pattern in ignored)
-    ]
-    shadows = average['shadow_params']
+    names, shadows = self.weights(ignored), average['shadow_params']
     if [tuple(x.shape) for x in shadows] != [self.shapes[n] for n in names]:
       raise InputError(
         f'{self.where}: the averaged weights (ema) are not of the shapes of '
@@ -278,21 +276,9 @@ def require(package: str):
     )
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a file with a JSON object; InputError if it is not one."""
-  try:
-    value = json.loads(path.read_text())
-  # Thousands of brackets raise a RecursionError.
-  except (OSError, ValueError, RecursionError) as error:
-    raise InputError(f'{path} cannot be read: {reason(error)}') from error
-  if not isinstance(value, dict):
-    raise InputError(f'{path} is not an object but {type(value).__name__}')
-  return value
-
-
 def files_in(index: pathlib.Path) -> list[str]:
   """Returns the names of the files in an index of transformers."""
-  names = read_json(index).get('weight_map')
+  names = workdirs.read_json(index).get('weight_map')
   if not isinstance(names, dict) or not all(
     isinstance(name, str) for name in names.values()
   ):
@@ -314,7 +300,6 @@ def find_weights(folder: pathlib.Path) -> list[pathlib.Path]:
       if missing := [path.name for path in paths if not path.is_file()]:
         raise InputError(f'{index} names files that are missing: {missing}')
       return paths
-  adapters = sorted(path.name for path in folder.glob(f'{_ADAPTER}*'))
   for ends in ((SAFETENSORS,), PICKLES):
     paths = [
       path
@@ -330,7 +315,7 @@ def find_weights(folder: pathlib.Path) -> list[pathlib.Path]:
         f'neither {SINGLE[0]} nor its index: name one of the files in --from'
       )
   hint = ''
-  if adapters:
+  if adapters := sorted(path.name for path in folder.glob('adapter*')):
     hint = f'. {adapters} belong to an adapter: merge it into its network first'
   raise InputError(
     f'--from={str(folder)!r} does not hold weights: neither *{SAFETENSORS} nor '

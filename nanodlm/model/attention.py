@@ -143,14 +143,12 @@ def attention(
         "train.anneal_steps; use 'auto' or 'xla'"
       )
     backend, seen = 'xla', seen[:, None]
+  same = None if segment_ids is None else _same(segment_ids)
   is_plain = segment_ids is None
   backend = _choose(backend, platform, q, k.shape[1], scoring, is_plain)
   if backend == 'cudnn':  # It supports shared keys.
-    mask = None
-    if segment_ids is not None:
-      mask = _same(segment_ids, segment_ids)
     return jax.nn.dot_product_attention(
-      q, k, v, mask=mask, is_causal=causal, implementation='cudnn'
+      q, k, v, mask=same, is_causal=causal, implementation='cudnn'
     )
   k, v = _one_per_query(q, k, v)
   if backend == 'pallas':
@@ -160,8 +158,7 @@ def attention(
     )
   if causal:
     seen = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))[None, None]
-  if segment_ids is not None:
-    same = _same(segment_ids, segment_ids)
+  if same is not None:
     seen = same if seen is None else seen & same
   q, k, v = _heads_first(q, k, v)
   own = _scores(q, k, seen, scoring.cap)
@@ -200,10 +197,9 @@ def block_attention(
     v: [2B, L, K, Dh].
     block_size: S, divides L.
     causal: whether the clean rows are causal.
-    segment_ids: [2B, L] int32 or None, as in `attention`.
-    scoring: as in `attention`.
+    segment_ids: [2B, L] int32 or None.
+    scoring, platform: as in `attention`.
     backend: 'xla', 'pallas' (noisy and clean keys concatenated) or 'auto'.
-    platform: as in `attention`.
 
   Returns:
     In q's shape and dtype.
@@ -230,10 +226,9 @@ def block_attention(
   same_block = None
   if segment_ids is not None:
     ids = segment_ids[:batch]
-    before = before & _same(ids, ids)
-    blocks = ids.reshape(-1, block_size)
+    before = before & _same(ids)
     shape = batch, 1, num_blocks, block_size, block_size
-    same_block = _same(blocks, blocks).reshape(shape)
+    same_block = _same(ids.reshape(-1, block_size)).reshape(shape)
   noisy_q = q[:batch]
   own = _scores(split(noisy_q), split(noisy_k), same_block, scoring.cap)
   context = _scores(noisy_q, clean_k, before, scoring.cap)
@@ -245,7 +240,7 @@ def block_attention(
   )
   if q.shape[0] > batch:
     if segment_ids is not None:
-      seen = seen & _same(segment_ids[batch:], segment_ids[batch:])
+      seen = seen & _same(segment_ids[batch:])
     clean_q = q[batch:]
     clean = _mix(
       (_scores(clean_q, clean_k, seen, scoring.cap), lambda p: p @ clean_v),
@@ -337,9 +332,9 @@ def _heads_first(q, k, v):
   return (x.transpose(0, 2, 1, 3) for x in (q * q.shape[-1] ** -0.5, k, v))
 
 
-def _same(rows, columns):
-  """Returns where ids [B, Lq] equal ids [B, Lk], [B, 1, Lq, Lk] bool."""
-  return (rows[:, :, None] == columns[:, None, :])[:, None]
+def _same(ids):
+  """Returns which positions have equal ids [B, L], [B, 1, L, L] bool."""
+  return (ids[:, :, None] == ids[:, None, :])[:, None]
 
 
 def _scores(q, k, seen, cap):

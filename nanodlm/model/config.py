@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from nanodlm.model import attention
 from nanodlm.model.lora import LAYERS, LoraConfig
-from nanodlm.types import InputError
+from nanodlm.types import check_at_least, InputError
 
 # Scales t in [0, 1] to the range for which the sinusoids of a time were chosen.
 TIME_SCALE = 1000.0
@@ -47,9 +47,6 @@ MLPS = {
   'glu': nn.sigmoid,
 }
 GATED = ('geglu', 'geglu_tanh', 'swiglu', 'glu')
-NORMS = ('rms', 'layer')
-ROPE_SCALINGS = ('llama3', 'yarn')
-ATTENTION_BIASES = ('none', 'qkv', 'all')
 REMATS = {
   'none': None,
   'full': jax.checkpoint_policies.nothing_saveable,
@@ -58,7 +55,6 @@ REMATS = {
     jax.checkpoint_policies.save_only_these_names(ATTENTION_OUT),
   ),
 }
-DTYPES = ('float32', 'bfloat16')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +187,7 @@ class ModelConfig:
       if not is_valid:
         raise InputError(f'model.{key}={getattr(self, key)!r} {rule}')
 
-    for key in ('num_layers', 'embed_dim', 'num_heads'):
-      require(getattr(self, key) >= 1, key, 'must be >= 1')
+    check_at_least(1, self, 'model', 'num_layers', 'embed_dim', 'num_heads')
     for key, default in (
       ('num_kv_heads', 'num_heads'),
       ('head_size', 'embed_dim / num_heads'),
@@ -207,11 +202,6 @@ class ModelConfig:
       self.head_size or self.embed_dim % self.num_heads == 0,
       'num_heads',
       f'must divide model.embed_dim={self.embed_dim!r}',
-    )
-    require(
-      self.num_positions or not self.keep_rotary,
-      'keep_rotary',
-      'is ignored by model.num_positions=0, whose positions are rotary',
     )
     require(
       self.conv_size == 0 or self.conv_size > 0 and self.conv_size % 2,
@@ -237,11 +227,11 @@ class ModelConfig:
     for key, allowed in (
       ('mlp', MLPS),
       ('remat', REMATS),
-      ('dtype', DTYPES),
-      ('norm', NORMS),
-      ('attention_bias', ATTENTION_BIASES),
+      ('dtype', ('float32', 'bfloat16')),
+      ('norm', ('rms', 'layer')),
+      ('attention_bias', ('none', 'qkv', 'all')),
       ('time_form', TIME_FORMS),
-      ('rope_scaling', ROPE_SCALINGS),
+      ('rope_scaling', ('llama3', 'yarn')),
     ):
       rule = f'is not one of {sorted(allowed)}'
       require(getattr(self, key) in allowed, key, rule)
@@ -263,11 +253,6 @@ class ModelConfig:
     require(0 <= self.dropout < 1, 'dropout', 'must be in [0, 1)')
     require(self.time_dim % 2 == 0, 'time_dim', 'must be even')
     require(
-      not self.norm_bias or self.norm == 'layer',
-      'norm_bias',
-      f"is ignored by model.norm={self.norm!r}; it needs 'layer'",
-    )
-    require(
       not self.shift_outputs or self.block_size or not self.causal,
       'shift_outputs',
       'must be False with objectives that shift their input',
@@ -278,6 +263,8 @@ class ModelConfig:
       ('joint_qk_norm', False, 'qk_norm', False),
       ('rope_scaling', 'llama3', 'rope_factor', 1.0),
       ('rope_length', 8192, 'rope_factor', 1.0),
+      ('keep_rotary', False, 'num_positions', 0),
+      ('norm_bias', False, 'norm', 'rms'),
     ):
       require(
         getattr(self, reader) != default or getattr(self, key) == unset,
@@ -303,8 +290,7 @@ class ModelConfig:
       'objective.ar_weight > 0',
     )
     if self.lora is not None:
-      has_gate = self.mlp in GATED
-      layers = [x for x in LAYERS if has_gate or x != 'mlp_gate']
+      layers = [x for x in LAYERS if self.is_gated or x != 'mlp_gate']
       self.lora.check_targets(layers)
     attention.check_backend(
       self.attention, self.platform or jax.default_backend()

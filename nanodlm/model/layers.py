@@ -50,10 +50,8 @@ def rotary_table(
       once, often = (
         math.log(longest / n) / math.log(theta) * head_dim / 2 for n in (1, 32)
       )
-      first, last = (
-        max(math.floor(often), 0),
-        min(math.ceil(once), head_dim - 1),
-      )
+      first = max(math.floor(often), 0)
+      last = min(math.ceil(once), head_dim - 1)
       place = jnp.arange(head_dim // 2) - first
       kept = 1 - jnp.clip(place / max(last - first, 1e-3), 0, 1)
     frequency *= kept + (1 - kept) / factor

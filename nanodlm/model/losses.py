@@ -71,19 +71,9 @@ def projected_terms(
   return _scan_chunks(project, terms_of, chunk_size, False, *args)[0]
 
 
-def _scan_chunks(
-  project,
-  terms_of,
-  chunk_size,
-  with_gradient,
-  kernel,
-  learned,
-  hidden,
-  fields,
-  weight,
-  reference,
-):
+def _scan_chunks(project, terms_of, chunk_size, with_gradient, *args):
   """Returns the results of `projected_terms` and, if wanted, the gradients."""
+  kernel, learned, hidden, fields, weight, reference = args
   num = hidden.shape[0]
   # Chunks of even size: 2056 positions in chunks of at most 2048 are 2 x 1028.
   num_chunks = -(-num // min(chunk_size, num))

@@ -114,7 +114,25 @@ class TransformerNetwork(Network):
     attention.check_sizes(self.config.attention, q, num_keys)
 
   def init_params(self, key: jax.Array) -> Any:
-    return transformer.init_params(self.config, key, self.shards)
+    size, start_token = self.config.vocab_size, self.config.start_token
+    if start_token >= size:
+      raise InputError(
+        f'model.start_token={start_token!r} must be an id of the vocabulary, '
+        f'below {size}'
+      )
+    # These settings change no shape, and kernels do not support two tokens.
+    config = dataclasses.replace(
+      self.config, block_size=0, causal=False, start_token=-1, attention='xla'
+    )
+    tokens, time = jnp.zeros((1, 2), jnp.int32), jnp.zeros((1,))
+    # The numbers do not depend on `shards`, for which rows of zeros are added.
+    whole = transformer.Transformer(config)
+    params: Any = whole.init(key, tokens, time)['params']
+    padding = sharding.padded(size, self.shards) - size
+    for name in sharding.BY_VOCABULARY & set(params):
+      x = params[name]
+      params[name] = jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
+    return params
 
   def split(self, params: Any) -> tuple[Any, Any]:
     if self.config.lora is None:
@@ -154,30 +172,18 @@ class TransformerNetwork(Network):
     return sharding.join(rows, self.shards)
 
   def init_cache(self, batch_size: int, length: int) -> transformer.Cache:
-    return transformer.init_cache(self.config, batch_size, length, self.shards)
+    cfg, size = self.config, (batch_size, length)
+    shape = *size, cfg.kv_heads // self.shards.tensor, cfg.head_dim
+    zeros = lambda *lead: (jnp.zeros(lead + shape, cfg.dtype),) * 2
+    layers = zeros(cfg.num_layers - 1) if cfg.num_layers > 1 else None
+    states = None
+    if cfg.shift_outputs:
+      states = jnp.zeros((*size, 1, cfg.embed_dim), cfg.dtype)
+    return transformer.Cache(layers, zeros(), states)
 
-  def advance(
-    self,
-    params,
-    tokens,
-    t,
-    start,
-    cache,
-    visible,
-    positions=None,
-    condition=None,
-  ):
-    return self.module.apply(
-      {'params': params},
-      tokens,
-      t,
-      start,
-      cache,
-      visible,
-      positions,
-      condition,
-      method='advance',
-    )
+  def advance(self, params, *args, **options) -> Any:
+    module = self.module
+    return module.apply({'params': params}, *args, **options, method='advance')
 
   def flops_per_token(self, length: int) -> float:
     """Counts the model FLOPs of one token's forward and backward pass.

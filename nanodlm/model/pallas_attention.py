@@ -422,13 +422,11 @@ def _rotate_kernel(setup, eps, x_ref, cos_ref, sin_ref, *refs):
   out_ref[0] = out.astype(out_ref.dtype)
 
 
-def _rotate_back_kernel(setup, eps, x_ref, d_out_ref, cos_ref, sin_ref, *refs):
+def _rotate_back_kernel(
+  setup, eps, x_ref, d_out_ref, cos_ref, sin_ref, scale_ref, dx_ref, d_scale_ref
+):
   d_out = d_out_ref[0].astype(jnp.float32)
   dx = d_out * cos_ref[...] - _swap(setup, d_out) * sin_ref[...]
-  if len(refs) == 1:
-    refs[0][0] = dx.astype(refs[0].dtype)
-    return
-  scale_ref, dx_ref, d_scale_ref = refs
   x = x_ref[0].astype(jnp.float32)
   inverse = jax.lax.rsqrt(_head_means(setup, x * x) + eps)
   x *= inverse
@@ -443,7 +441,9 @@ def _rotate_back_kernel(setup, eps, x_ref, d_out_ref, cos_ref, sin_ref, *refs):
   dx_ref[0] = dx.astype(dx_ref.dtype)
 
 
-def _call_rotate(kernel, setup, eps, name, arrays, tables, scale, has_d_scale):
+def _call_rotate(
+  setup, eps, name, kernel, arrays, tables, scale=None, has_d_scale=False
+):
   """Runs a rotation kernel."""
   x = arrays[0]
   batch, length, width = x.shape
@@ -467,9 +467,8 @@ def _call_rotate(kernel, setup, eps, name, arrays, tables, scale, has_d_scale):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _rotate(setup, eps, x, scale, tables):
-  return _call_rotate(
-    _rotate_kernel, setup, eps, 'rotate', [x], tables, scale, False
-  )[0]
+  call = functools.partial(_call_rotate, setup, eps, 'rotate')
+  return call(_rotate_kernel, [x], tables, scale)[0]
 
 
 def _rotate_forward(setup, eps, x, scale, tables):
@@ -478,16 +477,12 @@ def _rotate_forward(setup, eps, x, scale, tables):
 
 def _rotate_backward(setup, eps, residuals, d_out):
   x, scale, tables = residuals
-  name = 'rotate_backward'
-  if scale is None:
-    kernel = lambda setup, eps, *refs: _rotate_back_kernel(
-      setup, eps, None, *refs
-    )
-    (dx,) = _call_rotate(kernel, setup, eps, name, [d_out], tables, None, False)
+  call = functools.partial(_call_rotate, setup, eps, 'rotate_backward')
+  if scale is None:  # The inverse rotation.
+    cos, sin = tables
+    (dx,) = call(_rotate_kernel, [d_out], (cos, -sin))
     return dx, None, None
-  dx, d_scale = _call_rotate(
-    _rotate_back_kernel, setup, eps, name, [x, d_out], tables, scale, True
-  )
+  dx, d_scale = call(_rotate_back_kernel, [x, d_out], tables, scale, True)
   return dx, jnp.sum(d_scale, axis=(0, 1)), None
 
 

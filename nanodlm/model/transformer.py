@@ -7,7 +7,6 @@ and MLP only those that are scored (half of them in training) or revealed (a few
 in sampling).
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from jax import ad_checkpoint
 import jax.numpy as jnp
 
 from nanodlm.devices import sharding
-from nanodlm.devices.sharding import Shards, UNSPLIT
+from nanodlm.devices.sharding import Shards
 from nanodlm.model import attention, lora
 from nanodlm.model.config import (
   ATTENTION_OUT,
@@ -125,7 +124,6 @@ class Block(nn.Module):
     # This device has a part of the heads and of the MLP.
     num_heads = cfg.num_heads // shards.tensor
     kv_heads = cfg.kv_heads // shards.tensor
-    inner, mlp_width = num_heads * cfg.head_dim, cfg.mlp_width // shards.tensor
     has_scales = not cfg.time_conditioning or TIME_FORMS[cfg.time_form].scales
 
     def pick(y):  # [B, L, D] -> the wanted rows
@@ -158,20 +156,34 @@ class Block(nn.Module):
         y = (y * mask).astype(y.dtype)
       return y
 
-    def drop(name, size, axis_size=1, is_picked=False):
-      """Draws the dropout [B, L, size] of the input of an adapter."""
+    def drop(name, y, num_parts):
+      """Draws the dropout of the input y of an adapter; None without one."""
       adapter = cfg.adapter(name)
       if not adapter or not adapter.dropout or context.dropout_keys is None:
         return None
       # 0 and 1 are those of the branches.
       keys = salted(2 + lora.LAYERS.index(name))
       # All columns, of which this device has a part.
-      shape = length, size * axis_size
-      mask = dropout_mask(keys, adapter.dropout, shape)
-      if axis_size > 1:
+      size = y.shape[-1]
+      mask = dropout_mask(keys, adapter.dropout, (length, size * num_parts))
+      if num_parts > 1:
         start = jax.lax.axis_index(sharding.TENSOR) * size
         mask = jax.lax.dynamic_slice_in_dim(mask, start, size, axis=2)
-      return pick(mask) if is_picked else mask
+      return mask if y.ndim == 3 else pick(mask)
+
+    def dense(name, y, size, has_bias, num_parts=1, **options):
+      """Applies a dense layer to y, of whose `num_parts` parts this is one."""
+      options |= {'adapter': cfg.adapter(name), 'name': name}
+      layer = Linear(size, dtype, has_bias, **options)
+      return layer(y, drop(name, y, num_parts))
+
+    leave = functools.partial(
+      dense,
+      size=width,
+      num_parts=shards.tensor,
+      std=INIT_STD / (2 * cfg.num_layers) ** 0.5,
+      join=shards,
+    )
 
     shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = None
     if cfg.time_conditioning:
@@ -193,15 +205,7 @@ class Block(nn.Module):
     h = sharding.split(h, shards)
 
     def project(name, heads):
-      has_bias = cfg.attention_bias != 'none'
-      dense = Linear(
-        heads * cfg.head_dim,
-        dtype,
-        has_bias,
-        adapter=cfg.adapter(name),
-        name=name,
-      )
-      y = dense(h, drop(name, width))
+      y = dense(name, h, heads * cfg.head_dim, cfg.attention_bias != 'none')
       return y.reshape(batch, length, heads, cfg.head_dim)
 
     q, k = project('query', num_heads), project('key', kv_heads)
@@ -221,17 +225,10 @@ class Block(nn.Module):
       'platform': cfg.platform,
     }
     if cached is not None:
-      own = k, v
-      cached_k, cached_v = cached
+      own, causal = (k, v), cfg.causal and not cfg.block_size
+      seen = context.visible
       h = attention.cached_attention(
-        q,
-        k,
-        v,
-        cached_k,
-        cached_v,
-        context.visible,
-        causal=cfg.causal and not cfg.block_size,
-        scoring=scoring,
+        q, k, v, *cached, visible=seen, causal=causal, scoring=scoring
       )
     elif cfg.block_size:
       if positions is not None and not (cfg.causal or cfg.shift_outputs):
@@ -244,39 +241,21 @@ class Block(nn.Module):
         q, k, v, causal=cfg.causal, seen=context.seen, **kernel
       )
     h = ad_checkpoint.checkpoint_name(h, ATTENTION_OUT)
-    h = pick(h.reshape(-1, length, inner))
-
-    def leave(name, use_bias, h):
-      dense = Linear(
-        width,
-        dtype,
-        use_bias,
-        std=INIT_STD / (2 * cfg.num_layers) ** 0.5,
-        join=shards,
-        adapter=cfg.adapter(name),
-        name=name,
-      )
-      return dense(h, drop(name, h.shape[-1], shards.tensor, is_picked=True))
-
-    out = leave('attention_out', cfg.attention_bias == 'all', h)
+    h = pick(h.reshape(-1, length, num_heads * cfg.head_dim))
+    out = leave('attention_out', h, has_bias=cfg.attention_bias == 'all')
     x = mixed('residual_conv', x)
     x = pick(x) + branch(out, gate1, 0)
 
     h = sharding.split(normed('mlp_norm', x, shift2, scale2), shards)
-
-    def widen(name):
-      adapter = cfg.adapter(name)
-      dense = Linear(mlp_width, dtype, cfg.mlp_bias, adapter=adapter, name=name)
-      return dense(h, drop(name, width, is_picked=True))
-
-    up = widen('mlp_in')
+    mlp_width = cfg.mlp_width // shards.tensor
+    up = dense('mlp_in', h, mlp_width, cfg.mlp_bias)
     if cfg.is_gated:
-      gate = widen('mlp_gate')
+      gate = dense('mlp_gate', h, mlp_width, cfg.mlp_bias)
       product = lambda gate, up: MLPS[cfg.mlp](gate) * up
       up = keeps_inputs(product, cfg.platform)(gate, up)
     else:
       up = MLPS[cfg.mlp](up)
-    out = leave('mlp_out', cfg.mlp_bias, up)
+    out = leave('mlp_out', up, has_bias=cfg.mlp_bias)
     return x + branch(out, gate2, 1), own
 
 
@@ -350,21 +329,9 @@ class Transformer(nn.Module):
   ) -> jax.Array:
     """Applies the network up to, not including, the output projection.
 
-    Args:
-      tokens: [B, L] int32.
-      t: [B] float32 in [0, 1], or [B, n] of n equal parts of each row; required
-        with time conditioning.
-      clean: [B, L] int32, the clean copy, with `config.block_size` only. Its
-        time is 0.
-      soft: embedded instead of the tokens, without `config.block_size` only.
-      condition: [B, L, E], mean embeddings of a prediction, which the clean
-        copy does not read; None: zeros. With `config.self_conditioning` only.
-      segment_ids: as in Context.
-      dropout_keys: as in Context; None turns dropout off.
-      seen: as in Context, for example from `opening_mask`.
-      positions: [N] int32 indices into B * L of the rows wanted; None: all. The
-        last block computes its output for those only. If the clean copy is
-        causal, its rows are B * L to 2 * B * L - 1.
+    The arguments are those of `types.Network.hidden`. `t` is required with time
+    conditioning, `clean` with blocks, whose clean copy reads no `condition`.
+    The last block computes its output for the wanted `positions` only.
 
     Returns:
       hidden [B, L, D], or [N, D] with `positions`, in the compute dtype.
@@ -417,18 +384,7 @@ class Transformer(nn.Module):
   ) -> tuple[jax.Array, Cache]:
     """Applies the network to S consecutive tokens, with a cache for the rest.
 
-    Args:
-      tokens: [B, S] int32.
-      t: [B] float32; required with time conditioning.
-      start: [] int32, the position of the first token; or [B].
-      cache: keys and values of C positions, with start + S <= C.
-      visible: [C] bool, the cached positions that the tokens see; or [B, C].
-      positions: [N] int32 indices into B * S of the rows wanted; None: all.
-      condition: [B, S, E], as in `__call__`.
-
-    Returns:
-      hidden [B, S, D] or [N, D], and the cache with the tokens' own keys and
-      values at start .. start + S - 1.
+    The arguments and results are those of `types.Network.advance`.
     """
     if not self.config.has_cache:
       key = 'conv_size' if self.config.conv_size else 'shift_outputs'
@@ -461,14 +417,12 @@ class Transformer(nn.Module):
         old, new.astype(old.dtype), start, axis=old.ndim - 3
       )
 
-    def write_rows(old, new):
+    def write_all(old, new):
       row = old.ndim - 4
-      return jax.vmap(write, (row, row, 0), row)(old, new, start)
+      each = jax.vmap(write, (row, row, 0), row) if start.ndim else write
+      return each(old, new, start)
 
-    one_start = functools.partial(write, start=start)
-    return hidden, jax.tree.map(
-      write_rows if start.ndim else one_start, cache, own
-    )
+    return hidden, jax.tree.map(write_all, cache, own)
 
   def _started(self, tokens):
     """Replaces the mask, the start symbol, by `config.start_token`, if any."""
@@ -644,20 +598,6 @@ def opening_mask(keys: jax.Array, share: jax.Array, length: int) -> jax.Array:
   return jax.vmap(draw)(keys) | jnp.tril(jnp.ones((length, length), bool))[None]
 
 
-def init_cache(
-  config: ModelConfig, batch_size: int, length: int, shards: Shards = UNSPLIT
-) -> Cache:
-  """Makes an empty cache of `length` positions, in the compute dtype."""
-  kv_heads = config.kv_heads // shards.tensor
-  shape = (batch_size, length, kv_heads, config.head_dim)
-  zeros = lambda *lead: (jnp.zeros(lead + shape, config.dtype),) * 2
-  layers = zeros(config.num_layers - 1) if config.num_layers > 1 else None
-  states = None
-  if config.shift_outputs:
-    states = jnp.zeros((batch_size, length, 1, config.embed_dim), config.dtype)
-  return Cache(layers, zeros(), states)
-
-
 def output_kernel(params) -> tuple[jax.Array, ...]:
   """Returns the output projection [V, D], tied or not, and its bias, if any."""
   names = 'output' if 'output' in params else 'embedding', 'output_bias'
@@ -679,27 +619,3 @@ def output_logits(kernel: Any, hidden: jax.Array) -> jax.Array:
   for row in bias:
     logits += jnp.expand_dims(row, range(hidden.ndim - 1))
   return logits
-
-
-def init_params(config: ModelConfig, key: jax.Array, shards: Shards = UNSPLIT):
-  """Draws the initial parameters, a nested dict of whole float32 arrays.
-
-  The numbers do not depend on `shards`, for which the vocabulary is padded with
-  rows of zeros that stay zero.
-  """
-  if config.start_token >= config.vocab_size:
-    raise InputError(
-      f'model.start_token={config.start_token!r} must be an id of the '
-      f'vocabulary, below {config.vocab_size}'
-    )
-  # These settings change no shape, and kernels do not support two tokens.
-  config = dataclasses.replace(
-    config, block_size=0, causal=False, start_token=-1, attention='xla'
-  )
-  tokens = jnp.zeros((1, 2), jnp.int32)
-  params: Any = Transformer(config).init(key, tokens, jnp.zeros((1,)))['params']
-  padding = sharding.padded(config.vocab_size, shards) - config.vocab_size
-  for name in sharding.BY_VOCABULARY & set(params):
-    x = params[name]
-    params[name] = jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1))
-  return params

@@ -146,14 +146,12 @@ def save(
 
 
 def save_params(
-  manager: ocp.CheckpointManager,
-  params: Any,
-  config: Mapping[str, Any],
-  origin: dict[str, Any],
+  workdir: str, params: Any, config: Mapping[str, Any], origin: dict[str, Any]
 ):
   """Saves parameters alone, as step 0: to evaluate, sample and start from.
 
-  `origin` describes their source in JSON values.
+  `origin` describes their source in JSON values. Needs memory for little more
+  than the largest array at a time.
 
   Raises:
     SaveError: as `save`.
@@ -165,8 +163,11 @@ def save_params(
     'params': ocp.args.StandardSave(params, save_args=chunks),
     'meta': ocp.args.JsonSave({'config': dict(config), 'data': origin}),
   }
-  with _explaining(manager):
-    manager.save(0, args=ocp.args.Composite(**items))
+  largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+  with open_manager(workdir, concurrent_gb=largest // 10**9 + 1) as manager:
+    with _explaining(manager):
+      manager.save(0, args=ocp.args.Composite(**items))
+      manager.wait_until_finished()
 
 
 def holds_weights_alone(workdir: str) -> bool:

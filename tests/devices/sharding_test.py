@@ -16,7 +16,6 @@ from nanodlm import objectives, samplers, types
 from nanodlm.devices import mesh as meshes
 from nanodlm.devices import sharding
 from nanodlm.devices.sharding import Shards
-from nanodlm.model import transformer
 from nanodlm.model.lora import LoraConfig
 from nanodlm.model.network import TransformerNetwork
 from nanodlm.noise.categorical import Draw
@@ -121,9 +120,8 @@ def make_optimizer():
 def initial_params(config, scale):
   """Larger weights than initial ones, so that each has an effect."""
   config = dataclasses.replace(config, remat='none', unroll=False)
-  params = jax.jit(transformer.init_params, static_argnums=0)(
-    config, jax.random.key(0)
-  )
+  init = TransformerNetwork(config).init_params
+  params = jax.jit(init)(jax.random.key(0))
   params = jax.tree.map(lambda x: scale * np.array(x), params)
   if config.self_conditioning:  # Initially, its weights are 0.
     kernel = np.random.default_rng(0).normal(size=(WIDTH, WIDTH))

@@ -459,7 +459,7 @@ class EndsTest(checkpoints.FolderTest):
     folder = pathlib.Path(
       checkpoints.write(self.folder() / 'theirs', name, **changes)
     )
-    content = export.bytes_tokenizer()
+    content = tokenizer_json.bytes_tokenizer()
     vocab = content['model']['vocab']
     taken = (17, checkpoints.PLACE)
     for text in [text for text, i in vocab.items() if i in taken]:

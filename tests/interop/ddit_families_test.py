@@ -18,6 +18,7 @@ from nanodlm import lm as lms
 from nanodlm.interop import convert, export
 from nanodlm.interop.families import FAMILIES
 from nanodlm.model import transformer
+from nanodlm.model.network import TransformerNetwork
 from nanodlm.training import checkpoint
 from nanodlm.types import InputError
 from tests import dit_reference as reference
@@ -299,9 +300,8 @@ class SettingsTest(parameterized.TestCase):
           if key.startswith('model.')
         },
       )
-      params = jax.eval_shape(
-        lambda: transformer.init_params(network, jax.random.key(0))
-      )
+      init = TransformerNetwork(network).init_params
+      params = jax.eval_shape(init, jax.random.key(0))
       paths = checkpoint.flatten(params)
       layout = FAMILIES[family].layout(network, paths, tensors)
       parts = [part for parts in layout.tensors.values() for part in parts]

@@ -413,7 +413,7 @@ class ParityTest(FolderTest):
   def test_logits(self, name):
     folder = self.folder()
     source = pathlib.Path(write(folder / 'theirs', name, files=2))
-    foreign = tensor_files.read_json(source / 'config.json')
+    foreign = workdir_files.read_json(source / 'config.json')
     family = convert.detect(foreign, tensor_files.open_tensors(source, False))
     self.assertEqual(family, ALIASES.get(name, name))
     workdir = str(folder / 'ours')
@@ -599,7 +599,7 @@ class ImportTest(FolderTest):
     # A byte-level tokenizer.json with the mask inside the vocabulary.
     folder = self.folder()
     source = write(folder / 'theirs', 'llada', mask_token_id=100)
-    content = export.bytes_tokenizer()
+    content = tokenizer_json.bytes_tokenizer()
     vocab = content['model']['vocab']
     for text in [text for text, i in vocab.items() if i >= 100]:
       vocab[text] += 1
@@ -943,11 +943,8 @@ def make_run(folder, tokenizer=None, **changes):
   settings = configs.make_settings(config)
   (folder / workdir_files.CONFIG).write_text(settings.to_json())
   save_tokenizer(tokenizer, folder)
-  with checkpoint.open_manager(str(folder)) as manager:
-    checkpoint.save_params(
-      manager, params, settings.to_dict(), {'imported': 'gpt5', 'source': 'a/b'}
-    )
-    checkpoint.wait(manager)
+  origin = {'imported': 'gpt5', 'source': 'a/b'}
+  checkpoint.save_params(str(folder), params, settings.to_dict(), origin)
   return str(folder), params
 
 
@@ -1062,7 +1059,7 @@ class ExportTest(FolderTest):
     source = write(
       folder / 'theirs', name, tensors, mask_token_id=mask, **sizes
     )
-    content = export.bytes_tokenizer()
+    content = tokenizer_json.bytes_tokenizer()
     vocab = content['model']['vocab']
     for text in [text for text, i in vocab.items() if i == mask]:
       del vocab[text]
@@ -1081,7 +1078,7 @@ class ExportTest(FolderTest):
     for key, x in tensors.items():
       np.testing.assert_array_equal(found.read(key), x, key)
     for file in ('config.json', 'generation_config.json'):
-      foreign = tensor_files.read_json(out / file)
+      foreign = workdir_files.read_json(out / file)
       self.assertEqual(
         (foreign['mask_token_id'], foreign['eos_token_id']), (mask, END)
       )
@@ -1163,7 +1160,7 @@ class ExportTest(FolderTest):
     text = tokenizer_json.find_difference(content, tokenizer)
     self.assertIn('\u2581', str(text))
     with mock.patch.object(
-      export, 'sentencepiece_tokenizer', return_value=content
+      tokenizer_json, 'sentencepiece_tokenizer', return_value=content
     ):
       export.export_checkpoint(workdir, str(folder / 'out'))
     self.assertFalse((folder / 'out' / 'tokenizer.json').exists())

@@ -203,7 +203,7 @@ def test_peft_computes_the_same(base, tmp_path):
     ({'r': None}, None, 'r=None'),
     ({'r': '3'}, None, "r='3'"),
     ({'init_lora_weights': 'pissa'}, None, 'init_lora_weights'),
-    ({}, {'self_attn.q_proj': (D, D + 1)}, 'last_layer/query/lora_b'),
+    ({}, {'self_attn.q_proj': (D, D + 1)}, 'layers/query/lora_b'),
     ({}, {'self_attn.qkv': (D, D)}, 'self_attn.qkv'),
   ],
 )

@@ -45,14 +45,14 @@ def params_of(config):
     return (is_norm + 0.1 * rng.normal(size=shape.shape)).astype(np.float32)
 
   shapes = jax.eval_shape(
-    functools.partial(transformer.init_params, config), jax.random.key(0)
+    TransformerNetwork(config).init_params, jax.random.key(0)
   )
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def initial_params(config):
-  return transformer.init_params(config, jax.random.key(0))
+  return TransformerNetwork(config).init_params(jax.random.key(0))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -182,7 +182,7 @@ class ConvolutionTest(absltest.TestCase):
 
   def test_has_no_cache(self):
     config = toys.model_config(conv_size=3)
-    cache = transformer.init_cache(config, BATCH, LENGTH)
+    cache = TransformerNetwork(config).init_cache(BATCH, LENGTH)
     with self.assertRaisesRegex(InputError, r'model\.conv_size=3'):
       transformer.Transformer(config).apply(
         {'params': params_of(config)},
@@ -268,7 +268,11 @@ class BlockDiffusionTest(parameterized.TestCase):
       )
       nothing = jnp.zeros((LENGTH,), bool)
       _, cache = advance(
-        TOKENS, None, 0, transformer.init_cache(config, BATCH, LENGTH), nothing
+        TOKENS,
+        None,
+        0,
+        TransformerNetwork(config).init_cache(BATCH, LENGTH),
+        nothing,
       )
       part = np.stack([row[s : s + size] for row, s in zip(TOKENS, starts)])
       visible = np.arange(LENGTH)[None] < starts[:, None]
@@ -303,7 +307,7 @@ class BlockDiffusionTest(parameterized.TestCase):
 
     @jax.jit
     def by_cache(params):
-      cache, hidden = transformer.init_cache(config, BATCH, LENGTH), []
+      cache, hidden = TransformerNetwork(config).init_cache(BATCH, LENGTH), []
       advance = functools.partial(
         transformer.Transformer(config).apply,
         {'params': params},
@@ -343,7 +347,7 @@ class BlockDiffusionTest(parameterized.TestCase):
 
     @jax.jit
     def copy_of(tokens):  # The states of the clean copy.
-      cache, states = transformer.init_cache(config, BATCH, LENGTH), []
+      cache, states = TransformerNetwork(config).init_cache(BATCH, LENGTH), []
       for start in range(0, LENGTH, size):
         part = tokens[:, start : start + size]
         now = jnp.arange(LENGTH) < start
@@ -379,7 +383,7 @@ class BlockDiffusionTest(parameterized.TestCase):
 
     @jax.jit
     def by_cache():
-      cache, hidden = transformer.init_cache(shifted, BATCH, LENGTH), []
+      cache, hidden = TransformerNetwork(shifted).init_cache(BATCH, LENGTH), []
       copy = dataclasses.replace(own, shift_outputs=not causal)
       if causal:
         _, cache = advance(copy)(clean[:, :1], 0 * T, 0, cache, nothing)
@@ -455,7 +459,7 @@ class BlockDiffusionTest(parameterized.TestCase):
 
     @jax.jit
     def by_cache(params):
-      cache = transformer.init_cache(config, BATCH, LENGTH)
+      cache = TransformerNetwork(config).init_cache(BATCH, LENGTH)
       advance = functools.partial(
         transformer.Transformer(config).apply,
         {'params': params},
@@ -497,7 +501,7 @@ class BlockDiffusionTest(parameterized.TestCase):
     self.assertGreater(np.min(change[2:4]), 1e-3)
     np.testing.assert_array_equal(np.delete(change, [2, 3]), 0)
     # Cached blocks are at time 0.
-    cache = transformer.init_cache(config, BATCH, LENGTH)
+    cache = TransformerNetwork(config).init_cache(BATCH, LENGTH)
     apply = functools.partial(
       transformer.Transformer(config).apply,
       {'params': params},
@@ -517,7 +521,7 @@ class BlockDiffusionTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       both, hidden_of(config, params, TOKENS, 1 - T, clean=clean)
     )
-    cache = transformer.init_cache(config, BATCH, LENGTH)
+    cache = TransformerNetwork(config).init_cache(BATCH, LENGTH)
     apply = functools.partial(
       transformer.Transformer(config).apply,
       {'params': params},
@@ -759,7 +763,7 @@ class OptionsTest(parameterized.TestCase):
 
     @jax.jit
     def by_cache(params):
-      cache, hidden = transformer.init_cache(config, BATCH, LENGTH), []
+      cache, hidden = TransformerNetwork(config).init_cache(BATCH, LENGTH), []
       self.assertEqual(cache.last[0].shape, (BATCH, LENGTH, 2, 6))
       for start, stop in ((0, 4), (4, 5), (5, 6)):
         part, cache = transformer.Transformer(config).apply(
@@ -796,7 +800,7 @@ class OptionsTest(parameterized.TestCase):
         TOKENS[:, :2],
         None,
         0,
-        transformer.init_cache(shifted, BATCH, LENGTH),
+        TransformerNetwork(shifted).init_cache(BATCH, LENGTH),
         np.zeros(LENGTH, bool),
         method='advance',
       )

@@ -56,9 +56,7 @@ def test_parameters_of_the_last_checkpoint(tmp_path):
   # A copy on each of several devices, which write a part of it each.
   replicated = jax.NamedSharding(jax.make_mesh((8,), ('x',)), P())
   params = {'a': {'b': jax.device_put(np.zeros((16, 4)), replicated)}}
-  with checkpoint.open_manager(str(tmp_path)) as manager:
-    checkpoint.save_params(manager, {**params, 'c': np.zeros(7)}, {}, {})
-    checkpoint.wait(manager)
+  checkpoint.save_params(str(tmp_path), {**params, 'c': np.zeros(7)}, {}, {})
   saved = tmp_path / 'checkpoints'
   assert count() == 16 * 4 + 7
   # The last one counts; one of the folders is not complete.

@@ -6,7 +6,6 @@ import numpy as np
 
 from nanodlm.devices import mesh as meshes
 from nanodlm.devices.sharding import Shards
-from nanodlm.model import transformer
 from nanodlm.model.network import TransformerNetwork
 from nanodlm.noise.categorical import Draw
 from nanodlm.objectives.ar import Autoregressive
@@ -86,9 +85,8 @@ def sample(name, shape=(1, 1, 1), view=None):
   mesh = meshes.make_mesh(
     meshes.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))]
   )
-  params = jax.jit(transformer.init_params, static_argnums=0)(
-    network.config, jax.random.key(0)
-  )
+  init = TransformerNetwork(network.config).init_params
+  params = jax.jit(init)(jax.random.key(0))
   params = jax.tree.map(lambda x: 3 * np.array(x), params)
   padding = ((0, -VOCAB % shape[2]), (0, 0))
   params['embedding'] = np.pad(params['embedding'], padding)

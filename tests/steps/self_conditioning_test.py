@@ -10,7 +10,6 @@ import pytest
 
 from nanodlm import samplers
 from nanodlm.devices import mesh as meshes
-from nanodlm.model import transformer
 from nanodlm.model.network import TransformerNetwork
 from nanodlm.noise.categorical import Draw
 from nanodlm.objectives.block import Block
@@ -48,7 +47,7 @@ def make(objective=MASKED, scale=1.0, self_conditioning=True):
 @functools.cache
 def initial_params(config):
   config = dataclasses.replace(config, self_conditioning=False)
-  return transformer.init_params(config, jax.random.key(0))
+  return TransformerNetwork(config).init_params(jax.random.key(0))
 
 
 def one_device():

@@ -137,8 +137,8 @@ def make_mesh(num_devices):
 @functools.cache
 def initial_params():
   """Parameters on the host, for causal networks too."""
-  init = jax.jit(transformer.init_params, static_argnums=0)
-  params = init(network('count').config, jax.random.key(0))
+  init = TransformerNetwork(network('count').config).init_params
+  params = jax.jit(init)(jax.random.key(0))
   # Large parameters make every part of the network matter.
   return jax.tree.map(lambda x: 3 * np.array(x), params)
 

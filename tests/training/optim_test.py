@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nanodlm.model import lora, transformer
+from nanodlm.model import lora
+from nanodlm.model.network import TransformerNetwork
 from nanodlm.training import optim
 from nanodlm.types import InputError
 from tests import toys
@@ -32,7 +33,7 @@ def config(**changes):
 
 def shapes():
   return jax.eval_shape(
-    lambda: transformer.init_params(
+    TransformerNetwork(
       toys.model_config(
         qk_norm=True,
         time_conditioning=True,
@@ -42,9 +43,9 @@ def shapes():
         num_positions=4,
         tie_embeddings=False,
         mlp='swiglu',
-      ),
-      jax.random.key(0),
-    )
+      )
+    ).init_params,
+    jax.random.key(0),
   )
 
 

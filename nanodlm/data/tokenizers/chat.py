@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanodlm import workdir as workdirs
 from nanodlm.data.tokenizers import sandbox
 from nanodlm.data.tokenizers.base import Tokenizer, utf8
 from nanodlm.types import InputError, reason
@@ -193,13 +194,7 @@ def to_publish(template: str, start: str, begins: bool) -> str:
 def read_described(folder: pathlib.Path) -> dict[str, Any]:
   """Returns the tokenizer_config.json of a folder, {} without one."""
   path = folder / 'tokenizer_config.json'
-  if not path.is_file():
-    return {}
-  try:
-    described = json.loads(path.read_bytes())
-  except (OSError, ValueError, RecursionError) as error:
-    raise InputError(f'{path} cannot be read: {reason(error)}') from error
-  return described if isinstance(described, dict) else {}
+  return workdirs.read_json(path) if path.is_file() else {}
 
 
 def token_text(described: Mapping[str, Any], key: str) -> str:

@@ -9,7 +9,7 @@ import shutil
 from nanodlm import workdir as workdirs
 from nanodlm.data import tokenizers
 from nanodlm.data.tokenizers import base
-from nanodlm.types import InputError, reason
+from nanodlm.types import InputError
 
 
 def save_tokenizer(
@@ -34,10 +34,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> base.Tokenizer:
       it produced when it was saved.
   """
   path = pathlib.Path(folder, workdirs.TOKENIZER)
-  try:
-    described = json.loads(path.read_bytes())
-  except (OSError, ValueError, RecursionError) as error:
-    raise InputError(f'{path} cannot be read: {reason(error)}') from error
+  described = workdirs.read_json(path)
   try:
     cls = tokenizers.find_class(described['name'])
     model_path = path.with_name(workdirs.TOKENIZER_MODEL)

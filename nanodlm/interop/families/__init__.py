@@ -40,47 +40,40 @@ and every key of config.json that is neither supported nor listed as harmless.
 compute something else with tensors of the same names.
 """
 
-from nanodlm.interop.families.adapted import (
-  A2DLlama,
-  A2DQwen2,
-  A2DQwen3,
-  Dream,
-  FastDLLM,
-  ILLaDA,
-  Nemotron,
-  SDAR,
+from nanodlm.interop.families import (
+  adapted,
+  ddit,
+  gidd,
+  gpt2,
+  llada,
+  llama,
+  md4,
+  native,
 )
-from nanodlm.interop.families.ddit import BD3LM, Duo, GIDD, MDLM, SEDD
-from nanodlm.interop.families.gidd import ScaledGIDD
-from nanodlm.interop.families.gpt2 import GPT2
 from nanodlm.interop.families.layout import Family
-from nanodlm.interop.families.llada import LLaDA
-from nanodlm.interop.families.llama import Llama, Mistral, Qwen2, Qwen3
-from nanodlm.interop.families.md4 import MD4
-from nanodlm.interop.families.native import Native
 
 # An export uses the first that fits, in this order.
 FAMILIES: dict[str, Family] = {
-  'gpt2': GPT2(),
-  'llama': Llama(),
-  'mistral': Mistral(),
-  'qwen2': Qwen2(),
-  'qwen3': Qwen3(),
-  'llada': LLaDA(),
-  'dream': Dream(),
-  'sdar': SDAR(),
-  'fast-dllm': FastDLLM(),
-  'nemotron': Nemotron(),
-  'a2d-qwen3': A2DQwen3(),
-  'a2d-qwen2': A2DQwen2(),
-  'a2d-llama': A2DLlama(),
-  'illada': ILLaDA(),
-  'mdlm': MDLM(),
-  'bd3lm': BD3LM(),
-  'sedd': SEDD(),
-  'duo': Duo(),
-  'gidd': GIDD(),
-  'scaled-gidd': ScaledGIDD(),
-  'md4': MD4(),
-  'nanodlm': Native(),
+  'gpt2': gpt2.GPT2(),
+  'llama': llama.Llama(),
+  'mistral': llama.Mistral(),
+  'qwen2': llama.Qwen2(),
+  'qwen3': llama.Qwen3(),
+  'llada': llada.LLaDA(),
+  'dream': adapted.Dream(),
+  'sdar': adapted.SDAR(),
+  'fast-dllm': adapted.FastDLLM(),
+  'nemotron': adapted.Nemotron(),
+  'a2d-qwen3': adapted.A2DQwen3(),
+  'a2d-qwen2': adapted.A2DQwen2(),
+  'a2d-llama': adapted.A2DLlama(),
+  'illada': adapted.ILLaDA(),
+  'mdlm': ddit.MDLM(),
+  'bd3lm': ddit.BD3LM(),
+  'sedd': ddit.SEDD(),
+  'duo': ddit.Duo(),
+  'gidd': ddit.GIDD(),
+  'scaled-gidd': gidd.ScaledGIDD(),
+  'md4': md4.MD4(),
+  'nanodlm': native.Native(),
 }

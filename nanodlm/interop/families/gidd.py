@@ -13,6 +13,7 @@ training for texts without one: samples with a prompt have another law.
 
 import numpy as np
 
+from nanodlm.interop.families import llama
 from nanodlm.interop.families.layout import Family, Key, refuse
 from nanodlm.types import InputError
 
@@ -61,25 +62,15 @@ class ScaledGIDD(Family):
   network = {'mlp': 'relu2'}
   length = ('max_position_embeddings', 1024)
   names = {
-    'embedding': 'model.embed_tokens.weight',
-    'attention_norm': 'model.layers.{layer}.attn_layernorm',
-    'query': 'model.layers.{layer}.self_attn.q_proj',
-    'key': 'model.layers.{layer}.self_attn.k_proj',
-    'value': 'model.layers.{layer}.self_attn.v_proj',
-    'q_norm': 'model.layers.{layer}.self_attn.q_norm',
-    'k_norm': 'model.layers.{layer}.self_attn.k_norm',
-    'sink_key': 'model.layers.{layer}.self_attn.k_bias',
-    'sink_value': 'model.layers.{layer}.self_attn.v_bias',
-    'attention_out': 'model.layers.{layer}.self_attn.o_proj',
-    'mlp_norm': 'model.layers.{layer}.mlp_layernorm',
-    'mlp_in': 'model.layers.{layer}.mlp.up_proj',
-    'mlp_out': 'model.layers.{layer}.mlp.down_proj',
-    'final_norm': 'model.norm',
-    'output': 'lm_head.weight',
+    **llama.Llama.names,
+    'attention_norm': '{top}layers.{layer}.attn_layernorm',
+    'sink_key': '{top}layers.{layer}.self_attn.k_bias',
+    'sink_value': '{top}layers.{layer}.self_attn.v_bias',
+    'mlp_norm': '{top}layers.{layer}.mlp_layernorm',
   }
+  prefixes = ('model.',)
 
   def settings(self, config, shapes):
-    del shapes
     noise, width = config['noise_type'], config['hidden_size']
     if abs(noise) < _PURE:
       raise InputError(

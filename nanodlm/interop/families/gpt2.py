@@ -37,7 +37,6 @@ class GPT2(Family):
   allowed = {
     'scale_attn_weights': (True,),
     'scale_attn_by_inverse_layer_idx': (False,),
-    'add_cross_attention': (False,),
   }
   harmless = """
     attn_pdrop embd_pdrop n_ctx n_special predict_special_tokens

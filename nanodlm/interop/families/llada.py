@@ -78,7 +78,6 @@ class LLaDA(Family):
   prefixes = ('model.transformer.',)
 
   def settings(self, config, shapes):
-    del shapes
     width = config.get('mlp_hidden_size')
     bias = 'qkv' if config.get('include_qkv_bias') else 'none'
     return {

@@ -110,7 +110,6 @@ class Llama(Family):
   ignored = (r'.*rotary_emb\.inv_freq',)
 
   def settings(self, config, shapes):
-    del shapes
     # Newer files keep the base of the rotary frequencies in rope_parameters.
     name = 'rope_scaling' if config.get('rope_scaling') else 'rope_parameters'
     rope = dict(config.get(name) or {})

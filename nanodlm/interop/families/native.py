@@ -21,13 +21,8 @@ class Native(Family):
     )
 
   def parts(self, network, paths, names):
-    parts = {}
-    for path in paths:
-      name = path.replace('/', '.')
-      if path.startswith('layers/'):
-        name = name.replace('layers.', f'layers.{LAYER}.', 1)
-      parts[path] = Part(name)
-    return parts
+    name = lambda path: path.replace('layers/', f'layers/{LAYER}/')
+    return {path: Part(name(path).replace('/', '.')) for path in paths}
 
   def misfit(self, network, objective):
     return ''
