@@ -149,7 +149,7 @@ def parse_flags(argv: list[str]) -> list[str]:
       text = f'--config={given}: {text.splitlines()[-1].partition(": ")[2]}'
     text = ' '.join(text.split())
     if variant and 'get_config() takes 0' in text:
-      text = f'--config={given}: {path} has no variants'
+      text = f'--config={given}: {path} lacks variants'
     for words, meaning in _NOT_A.items():
       if words in text:
         text = text.removeprefix('flag ').partition(': ')[0] + f' is {meaning}'

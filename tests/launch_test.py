@@ -415,7 +415,7 @@ def test_misused_modes(finished, tmp_path):
     (('--mode', 'sample', f'--workdir={tmp_path}'), 'is not the folder of a'),
     (('--config', 'missing.py', '--workdir=x'), "'missing.py' is not a file"),
     (('--config=objectives:typo', '--workdir=x'), "a variant 'typo'; known: ["),
-    (('--config=tiny:typo', '--workdir=x'), 'tiny.py has no variants'),
+    (('--config=tiny:typo', '--workdir=x'), 'tiny.py lacks variants'),
     ((f'--workdir={tmp_path}/mistyped',), 'a new one needs a --config'),
     (
       (TINY, f'--workdir={tmp_path}', '--prompt_file=x'),

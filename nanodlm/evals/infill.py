@@ -169,7 +169,7 @@ def measure_infilling(
 
 
 class Word(NamedTuple):
-  """A word of a row, and where it is, in characters and in tokens."""
+  """A word of a row, with its place in characters and in tokens."""
 
   text: str
   start: int

@@ -59,7 +59,7 @@ def open_writers(
   protos: Any = event_pb2, summary_pb2  # Their classes are made at import.
   Event, Summary = protos[0].Event, protos[1].Summary
 
-  # A MultiWriter that has no writers ignores what the class does not override.
+  # A MultiWriter without writers ignores what the class does not override.
 
   class JsonLines(metric_writers.MultiWriter):
     """Scalars as one JSON object per line."""
