@@ -560,16 +560,16 @@ class LanguageModel:
     """
     vocab_size = self.run.network.vocab_size
     try:
-      ids = np.asarray(tokens, np.int32)
-    except ValueError:  # Text, or rows of different lengths.
-      ids = np.zeros(0, np.int32)
-    rows = np.atleast_2d(ids)
-    is_valid = rows.ndim == 2 and rows.size and rows.min() >= 0
-    if not is_valid or rows.max() >= vocab_size:
+      ids = np.asarray(tokens)
+    except ValueError:  # Rows of different lengths.
+      ids = np.zeros(0)
+    is_ids = ids.dtype.kind in 'iu' and ids.ndim in (1, 2) and ids.size
+    if not is_ids or ids.min() < 0 or ids.max() >= vocab_size:
       raise InputError(
         f'tokens={reprlib.repr(tokens)} must be ids below {vocab_size}, [L] or '
         '[B, L]'
       )
+    rows = np.atleast_2d(ids).astype(np.int32)
     separator = self.tokenizer.separator_id
     if self.run.objective.any_length and np.any(rows[:, -1] != separator):
       raise InputError(

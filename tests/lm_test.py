@@ -342,7 +342,8 @@ def test_logits(masked, ar):
   changed = np.array([1, 2, 3, 9])
   same = ar.logits(np.array([1, 2, 3, 4])), ar.logits(changed)
   np.testing.assert_allclose(same[0], same[1], rtol=1e-5)
-  for wrong in ([[-1]], [mask_id + 1], [], 'text', [[1], [2, 3]]):
+  several = [[1], [2, 3]], [[-1]], [mask_id + 1], [2**31], [1.7], [None], []
+  for wrong in (*several, 'text', None):
     with pytest.raises(InputError, match='ids below'):
       masked.logits(wrong)
   with pytest.raises(InputError, match='level=2'):

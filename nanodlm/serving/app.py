@@ -106,7 +106,6 @@ import re
 import signal
 import socket
 import time
-from typing import Any
 
 from absl import flags
 import jax
@@ -277,12 +276,13 @@ def _add_routes(app: fastapi.FastAPI, model: Service):
     check_one(prompt=body.prompt, tokens=body.tokens, messages=body.messages)
     if body.tokens is not None:
       canvas = model.lay_out_ids(body.tokens)
-    else:
-      prompt: Any = body.prompt
-      if body.messages is not None:
-        prompt = [message.plain() for message in body.messages]
+    elif body.messages is not None:
+      messages = [message.plain() for message in body.messages]
       # A chat template may take seconds, in which others are served.
-      canvas = await asyncio.to_thread(model.lay_out, prompt, body.sampler)
+      lay_out = model.lay_out
+      canvas = await asyncio.to_thread(lay_out, messages, body.sampler)
+    else:
+      canvas = model.lay_out(body.prompt or '', body.sampler)
     has_logprobs = body.logprobs is not None
     return model.submit(request, body, [canvas], body.num_samples, has_logprobs)
 

@@ -40,7 +40,9 @@ def make_svg(texts: list[str], trajectory: watch.Trajectory, facts: str) -> str:
         }
         pieces.append(piece)
       x += len(text)
-  template = jinja2.Template(pages.read('picture.svg'), autoescape=True)
+  template = jinja2.Template(
+    pages.read('picture.svg'), autoescape=True, trim_blocks=True
+  )
   picture = template.render(
     height=HEIGHT * y + 90,
     pieces=pieces,

@@ -6,7 +6,7 @@ function setTheme() {
   const root = document.documentElement, button = document.getElementById('theme');
   const now = chosenTheme || (darkScheme.matches ? 'dark' : 'light');
   const other = now === 'dark' ? 'light' : 'dark';
-  root.style.colorScheme = root.dataset.theme = now;
+  root.style.colorScheme = now;
   button.textContent = other === 'dark' ? 'Dark' : 'Light';
   button.setAttribute('aria-label', `Switch to the ${other} theme`);
   button.onclick = () => {

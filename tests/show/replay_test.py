@@ -516,7 +516,7 @@ CONTRAST = """selectors => {
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 def test_browser_colours(visit, scheme):
   page = visit(color_scheme=scheme, reduced_motion='reduce')
-  theme = 'document.documentElement.dataset.theme'
+  theme = 'getComputedStyle(document.documentElement).colorScheme'
   assert page.evaluate(theme) == scheme
   # Covers all probabilities and calls.
   stretch = """document.querySelectorAll('.said').forEach((token, i, all) => {
