@@ -542,7 +542,7 @@ def _keys_of(thing: Any, unread: Collection[str]) -> set[str]:
       continue
     keys.add(field.name)
     value = getattr(thing, field.name)
-    if isinstance(value, (Sampler, categorical.Draw)):
+    if isinstance(value, Sampler):
       keys |= _keys_of(value, value.unread_keys())
     elif dataclasses.is_dataclass(value) and not isinstance(value, Objective):
       keys |= _keys_of(value, ())

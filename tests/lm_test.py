@@ -350,11 +350,6 @@ def test_logits(masked, ar):
     masked.logits([1], level=2)
 
 
-def test_a_greedy_draw_reads_no_top_k(masked):
-  with pytest.raises(InputError, match='top_k=5 is ignored'):
-    masked.sample(temperature=0, top_k=5)
-
-
 def test_no_run(tmp_path):
   with pytest.raises(InputError, match='lacks config.json'):
     nanodlm.load(str(tmp_path))

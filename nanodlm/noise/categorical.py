@@ -102,10 +102,6 @@ class Draw:
     """Whether the most probable token is always drawn."""
     return self.temperature == 0 or self.top_k == 1 or self.top_p == 0
 
-  def unread_keys(self) -> frozenset[str]:
-    """Returns the names of the fields that are ignored."""
-    return frozenset(('top_k', 'top_p') if self.temperature == 0 else ())
-
   def log_prob(self, logits: jax.Array) -> jax.Array:
     """Returns the log-probabilities of a draw, [..., V] float32."""
     if self.is_greedy:

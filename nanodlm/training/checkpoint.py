@@ -347,7 +347,7 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
 def find_step(
   manager: ocp.CheckpointManager, step: int = 0, items: tuple[str, ...] = PARAMS
 ) -> int:
-  """Returns `step`, or for 0 the last one, whose `items` are intact.
+  """Returns `step`, or for 0 the last one whose `items` are intact.
 
   Raises:
     InputError: there is no such checkpoint, or it is damaged.

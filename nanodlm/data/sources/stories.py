@@ -461,12 +461,16 @@ def _mismatch(
 
 
 def _place(words: Sequence[str], i: int) -> str:
-  """Says what words[i], a word, a sign or the end, is; signs do not count."""
-  num = sum(word == GAP or word.isalnum() for word in words[:i])
+  """Says what words[i] is, which may be a sign or the end of the text."""
+  if not words:
+    return 'the text is empty'
+  is_word = [bool(re.match(r'\w|{}', word)) for word in words]
+  num = sum(is_word[:i])
+  if not i:
+    return f'the text begins with {words[0]!r}'
   if i == len(words):
-    return f'word {num + 1} is the end'
-  is_word = words[i] == GAP or words[i].isalnum()
-  place = f'word {num + 1}' if is_word else f'the sign after word {num}'
+    return f'the text ends after word {num}'
+  place = f'word {num + 1}' if is_word[i] else f'the sign after word {num}'
   return f'{place} is {words[i]!r}'
 
 

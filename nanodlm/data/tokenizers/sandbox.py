@@ -60,11 +60,12 @@ def render(template: str, **values: Any) -> str:
         _process.stdin.flush()
         answer = _process.stdout.readline()
       finally:
-        if not answer:  # It has ended, or Ctrl-C leaves its answer unread.
+        # It has ended, or Ctrl-C leaves its answer unread.
+        if not answer.endswith(b'\n'):
           with _process:
             _process.kill()
     status = _process.returncode
-  if not answer:
+  if not answer.endswith(b'\n'):
     reasons = {
       -signal.SIGPROF: f'it takes more than {MAX_SECS:g} seconds',
       _OUT_OF_MEMORY: f'it takes more than {MAX_BYTES >> 20} MB of memory',
@@ -114,7 +115,7 @@ def _answer(
   except MemoryError:
     raise
   except Exception as error:
-    return False, f'is not a Jinja template: {error or type(error).__name__}'
+    return False, f'is not a Jinja template: {error!s}'
   try:
     written = template.render(values)
   except _Refusal as error:
@@ -141,13 +142,18 @@ def main():
   )
   environment.filters['tojson'] = _to_json
   environment.globals['raise_exception'] = _refuse
+  # The process that started this one may ignore or block the timer's signal,
+  # which ends a process that does not handle it.
+  signal.signal(signal.SIGPROF, signal.SIG_DFL)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
   compile_text = functools.lru_cache(64)(environment.from_string)
   try:
     for line in sys.stdin.buffer:
       text, values, max_secs = json.loads(line)
-      # Without a handler, the signal of this timer ends the process.
       signal.setitimer(signal.ITIMER_PROF, max_secs)
-      print(json.dumps(_answer(compile_text, text, values)), flush=True)
+      answer = json.dumps(_answer(compile_text, text, values))
+      signal.setitimer(signal.ITIMER_PROF, 0)
+      print(answer, flush=True)
   except MemoryError:  # What fills the memory may not be freed.
     sys.exit(_OUT_OF_MEMORY)
 
