@@ -86,7 +86,9 @@ class Message(_Request):
 class GenerateRequest(Sampling):
   """A text with gaps, its tokens, or a conversation to answer."""
 
-  prompt: str | None = Field(None, examples=['Return the {} of the {12}.'])
+  prompt: str | None = Field(
+    None, examples=['One fine day, {1} met {1} at the {1}. {}']
+  )
   """A text in which {} is a gap that takes an equal share of the free tokens of
   the canvas, {12} is a gap of 12 tokens, and {{ and }} are literal braces. A
   text without a gap is continued."""
