@@ -347,15 +347,10 @@ def read_run(workdir: str, key: str = 'workdir') -> config_dict.ConfigDict:
   """Returns the config of the run in `workdir`; InputError if there is none."""
   config = read(workdir)
   if config is None:
-    is_folder = pathlib.Path(workdir).is_dir()
-    raise InputError(
-      f'{key}={workdir!r} '
-      + (
-        f'is not the folder of a run: it lacks {workdirs.CONFIG}'
-        if is_folder
-        else 'does not exist'
-      )
-    )
+    problem = 'does not exist'
+    if pathlib.Path(workdir).is_dir():
+      problem = f'is not the folder of a run: it lacks {workdirs.CONFIG}'
+    raise InputError(f'{key}={workdir!r} {problem}')
   return config
 
 

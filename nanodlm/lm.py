@@ -486,8 +486,8 @@ class LanguageModel:
         texts = [[*rest, {**last, 'content': text}] for text in texts]
       bounds = model.bound(texts, num_draws=num_draws, seed=seed)
       values = [(x.nats, x.nats_ci95, x.is_exact) for x in bounds]
-    weights = np.array([-nats for nats, _, _ in values])
-    shares = np.exp(weights - np.logaddexp.reduce(weights))
+    scores = np.array([-nats for nats, _, _ in values])
+    shares = np.exp(scores - np.logaddexp.reduce(scores))
     return [
       Choice(text, float(share), *value)
       for text, share, value in zip(choices, shares, values)

@@ -164,7 +164,7 @@ def train(
     check_same_text(packed, before, workdir)
   run = run.with_tokenizer(packed.tokenizer)
   training = runs.make_training(run)
-  state, base = weights.init_state(run, training, init_from, before)
+  state, origin = weights.init_state(run, training, init_from, before)
   with checkpoint.open_manager(
     workdir,
     max_to_keep=settings.checkpoint.max_to_keep,
@@ -211,7 +211,7 @@ def train(
           make_batches(run, packed, step),
           state,
           training.step,
-          save=functools.partial(_save, manager, run, packed, base),
+          save=functools.partial(_save, manager, run, packed, origin),
           show=_make_show(run, packed, evaluated, writer, caught, workdir),
           progress=Progress(
             settings.train,
@@ -559,7 +559,7 @@ def _save(
   manager: Any,
   run: Run,
   packed: PackedData,
-  base: Mapping[str, Any] | None,
+  origin: Mapping[str, Any],
   state: TrainState,
 ):
   step = int(state.step)
@@ -567,7 +567,7 @@ def _save(
     'step': step,
     'example': step * run.settings.train.batch_size,
     'fingerprint': packed.fingerprint,
-    **({'base': base} if base else {}),
+    **origin,
   }
   checkpoint.save(manager, state, run.settings.to_dict(), position)
 

@@ -213,7 +213,7 @@ def init_state(
   training: runs.Training,
   init_from: str,
   before: Mapping[str, Any] | None,
-) -> tuple[TrainState, dict[str, Any] | None]:
+) -> tuple[TrainState, dict[str, Any]]:
   """Draws the state of step 0, perhaps with the weights of another run.
 
   Args:
@@ -223,7 +223,8 @@ def init_state(
     before: metadata of the checkpoint that will be restored, or None.
 
   Returns:
-    The state, and the identity of the base of adapters, None without adapters.
+    The state, and what a checkpoint records of where it comes from: the
+    identity of the base of adapters, {} without adapters.
 
   Raises:
     InputError: the other run has another tokenizer, or its base has changed.
@@ -246,7 +247,7 @@ def init_state(
   if initial is not None:
     state = _with_weights(run, state, initial)
   if not has_adapters:
-    return state, None
+    return state, {}
   base, identity = load_base(run, before['data']['base'] if before else None)
   state, whole = _with_base(state, base), find_base(saved.init_from)
   if init_from and whole != init_from:
@@ -254,7 +255,7 @@ def init_state(
     state = _with_weights(run, state, adapters)
     log.info('starting from the adapters of %s, step %d', init_from, step)
   log.info('training adapters of %s, step %d', whole, identity['step'])
-  return state, identity
+  return state, {'base': identity}
 
 
 def _with_weights(run: Run, state: Any, params: Any) -> Any:

@@ -30,10 +30,10 @@ PEAK_FLOPS = {
 
 def peak_flops(device_kind: str) -> float | None:
   """Returns the device's peak in FLOP/s, or None if it is unknown."""
-  fitting = (
-    x for kind, x in PEAK_FLOPS.items() if device_kind.startswith(kind)
-  )
-  return next(fitting, None)
+  for prefix, value in PEAK_FLOPS.items():
+    if device_kind.startswith(prefix):
+      return value
+  return None
 
 
 def add(sums: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:

@@ -115,7 +115,7 @@ def _answer(
   except MemoryError:
     raise
   except Exception as error:
-    return False, f'is not a Jinja template: {error!s}'
+    return False, f'is not a Jinja template: {error}'
   try:
     written = template.render(values)
   except _Refusal as error:
