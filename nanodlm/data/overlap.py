@@ -25,6 +25,7 @@ import numpy as np
 
 from nanodlm import workdir as workdirs
 from nanodlm.data import encoder, pipeline
+from nanodlm.data import packed as packed_data
 from nanodlm.data.packed import PackedData
 from nanodlm.types import InputError, reason
 
@@ -204,8 +205,10 @@ def _blocks(
   blocks = (
     np.concatenate(
       [
-        _ids(packed, rows[i])
-        for i in range(start, min(start + last, len(rows)))
+        _ids(packed, row)
+        for row in packed_data.read_rows(
+          rows, start, min(start + last, len(rows))
+        )
       ]
     )
     for start in starts

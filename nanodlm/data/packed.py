@@ -33,7 +33,7 @@ Example: Any = getattr(tf_example_pb2, 'Example')  # noqa: B009
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedRows:
-  """The rows of one split; reading one takes about 30 microseconds.
+  """The rows of one split; `read` takes a tenth of the time for many at once.
 
   Attributes:
     records: random access to serialized tf.train.Example records.
@@ -63,11 +63,22 @@ class PackedRows:
       InputError: the row is damaged, by the hash that ArrayRecord stores.
     """
     try:
-      record = self.records[i]
+      return self._parse(self.records[i])
     except (RuntimeError, OSError) as error:
       ends = np.cumsum([num_rows for _, num_rows in self.files])
       path, _ = self.files[int(np.searchsorted(ends, i, 'right'))]
       raise _damaged(path, reason(error)) from error
+
+  def read(self, start: int, stop: int) -> list[dict[str, Any]]:
+    """Returns rows [start, stop), as `__getitem__` does one."""
+    try:
+      records = self.records.__getitems__(range(start, stop))
+    except (RuntimeError, OSError):
+      # One by one, so that the error names the damaged file.
+      return [self[i] for i in range(start, stop)]
+    return [self._parse(record) for record in records]
+
+  def _parse(self, record: bytes) -> dict[str, Any]:
     arrays = {'tokens': self.dtype, 'token_bytes': np.uint32, 'marks': np.uint8}
     row: dict[str, Any] = {}
     for name, feature in Example.FromString(record).features.feature.items():
@@ -81,6 +92,13 @@ class PackedRows:
 
 # PackedRows, or a grain.MapDataset of the rows of a mixture.
 Rows = Any
+
+
+def read_rows(rows: Rows, start: int, stop: int) -> list[dict[str, Any]]:
+  """Returns rows [start, stop), read at once if they are in files."""
+  if isinstance(rows, PackedRows):
+    return rows.read(start, stop)
+  return [rows[i] for i in range(start, stop)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

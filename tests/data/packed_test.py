@@ -1,4 +1,4 @@
-"""Tests of nanodlm.data.packed: mixtures."""
+"""Tests of nanodlm.data.packed: rows read together, mixtures."""
 
 import json
 import pathlib
@@ -8,10 +8,35 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 import numpy as np
 
+from nanodlm.data import packed as packed_data
 from nanodlm.data import pipeline, prepare, sources
 from nanodlm.types import InputError
 from tests.data import cases
 from tests.data.cases import BYTES, DataTest
+
+
+class ReadTest(DataTest):
+  def setUp(self):
+    super().setUp()
+    (self.folder / 'a.txt').write_text('abcdefghijklmnop' * 40)
+    config = self.config(f'text:{self.folder}/a.txt')
+    self.packed = prepare.prepare(config, BYTES)
+
+  def test_rows_read_together_are_those_read_one_by_one(self):
+    rows = self.packed.train
+    together = rows.read(1, 4)
+    self.assertLen(together, 3)
+    for i, row in enumerate(together, 1):
+      np.testing.assert_equal(row, rows[i])
+
+  def test_a_damaged_row_among_them_names_its_file(self):
+    ((path, _),) = self.packed.train.files
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    packed = packed_data.open_packed(path.parents[2], BYTES)
+    with self.assertRaisesRegex(InputError, path.name):
+      packed.train.read(0, len(packed.train))
 
 
 class MixtureTest(DataTest):
