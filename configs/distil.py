@@ -37,8 +37,6 @@ of 100: 0.4%, 3.5% and 14.1% were possible, its teacher's 1.2%, 2.3% and 12.1%,
 and its bound was 12.9 nats above the truth.
 """
 
-from ml_collections import config_dict
-
 from nanodlm import config as configs
 
 VARIANTS = {'sdtt': {'distill.name': 'sdtt'}, 'dcd': {'distill.name': 'dcd'}}
@@ -46,13 +44,7 @@ VARIANTS = {'sdtt': {'distill.name': 'sdtt'}, 'dcd': {'distill.name': 'dcd'}}
 
 def get_config(name='sdtt'):
   config = configs.load('quickstart')
-  # A reference, so that --config.checkpoint.init_from=OTHER also changes the
-  # tokenizer.
-  teacher = config_dict.FieldReference('runs/quickstart')
-  config.tokenizer.name = 'run'
-  config.tokenizer.path = teacher
-  config.tokenizer.vocab_size = 0
-  config.checkpoint.init_from = teacher
+  configs.update(config, configs.starting_from('runs/quickstart'))
   config.distill.num_steps = 32
   config.distill.round_steps = 400
   config.optim.learning_rate = 2e-3

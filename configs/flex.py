@@ -41,8 +41,6 @@ instead of the most confident one, 11% and 0% are right, and 17% and 0% of the
 numbers.
 """
 
-from ml_collections import config_dict
-
 from nanodlm import config as configs
 
 VARIANTS = {
@@ -55,6 +53,7 @@ VARIANTS = {
     'objective.expand': True,
     'optim.learning_rate': 5e-3,
     'sampler.name': 'expand',
+    **configs.starting_from('runs/quickstart'),
   },
 }
 
@@ -63,12 +62,4 @@ def get_config(name='flex'):
   config = configs.load('quickstart')
   config.data.clean_infill_rate = 0.5
   config.sampler = configs.load('base').sampler
-  if name == 'expand':
-    # A reference, so that --config.checkpoint.init_from=OTHER also changes the
-    # tokenizer.
-    start = config_dict.FieldReference('runs/quickstart')
-    config.tokenizer.name = 'run'
-    config.tokenizer.path = start
-    config.tokenizer.vocab_size = 0
-    config.checkpoint.init_from = start
   return configs.vary(config, VARIANTS, name)

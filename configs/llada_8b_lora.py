@@ -17,8 +17,6 @@ of arguments; 4 rows of 2048 tokens at a time, 4 times a step: a peak of 21.0
 GiB; 16 rows of 4096 tokens at once: 56.0. Both fit a card of 80 GB.
 """
 
-from ml_collections import config_dict
-
 from nanodlm import config as configs
 
 
@@ -26,12 +24,7 @@ def get_config():
   config = configs.load('llada_8b')
   config.data.source = 'pairs:pairs.jsonl'
   config.data.length = 2048
-  # A reference, so that --config.checkpoint.init_from=OTHER also changes the
-  # tokenizer.
-  base = config_dict.FieldReference('runs/llada')
-  config.tokenizer.name = 'run'
-  config.tokenizer.path = config.checkpoint.init_from = base
-  config.tokenizer.vocab_size = 0
+  configs.update(config, configs.starting_from('runs/llada'))
   config.lora.rank = 16
   config.lora.alpha = 32.0
   config.optim.learning_rate = 2e-4

@@ -81,8 +81,6 @@ likelihoods 1. The variance of the change of a bound, if logits change by 0.1:
 own, 207 if these are also single ones.
 """
 
-from ml_collections import config_dict
-
 from nanodlm import config as configs
 
 # A masked model learns twice from what it wrote, since its calls take most of
@@ -112,13 +110,7 @@ VARIANTS = {
 
 def get_config(name='ar'):
   config = configs.load('objectives')
-  # A reference, so that --config.checkpoint.init_from=OTHER also changes the
-  # tokenizer.
-  start = config_dict.FieldReference('runs/mixed')
-  config.tokenizer.name = 'run'
-  config.tokenizer.path = start
-  config.tokenizer.vocab_size = 0
-  config.checkpoint.init_from = start
+  configs.update(config, configs.starting_from('runs/mixed'))
   config.policy.num_samples = 16
   config.policy.kl_weight = 0.05
   config.policy.scale_advantages = False

@@ -38,22 +38,15 @@ on held-out answers was 2.01 +- 0.07 bits/byte; they look like docstrings and
 end like them, but make no sense.
 """
 
-from ml_collections import config_dict
-
 from nanodlm import config as configs
 
 
 def get_config():
   config = configs.load('docs')
-  # A reference, so that --config.checkpoint.init_from=OTHER also changes the
-  # tokenizer.
-  start = config_dict.FieldReference('runs/docs')
+  configs.update(config, configs.starting_from('runs/docs'))
   config.data.source = 'pairs:pairs.jsonl'
   config.data.crop = 'chunk'
   config.data.eval_fraction = 0.1
-  config.tokenizer.path = start + '/tokenizer.model'
-  config.tokenizer.vocab_size = 0
-  config.checkpoint.init_from = start
   config.optim.learning_rate = 1e-3
   config.optim.ema_decay = 0.99
   config.eval.max_examples = 0

@@ -527,9 +527,28 @@ def vary(
     raise InputError(
       f'the config lacks a variant {name!r}{suggest(name, variants)}'
     )
-  for key, value in variants[name].items():
+  return update(config, variants[name])
+
+
+def update(config: Any, settings: Mapping[str, Any]) -> Any:
+  """Sets {'section.key': value} in a config, and returns it."""
+  for key, value in settings.items():
     set_value(config, key, value)
   return config
+
+
+def starting_from(workdir: str) -> dict[str, Any]:
+  """Returns the settings that start from a run's weights, with its tokenizer.
+
+  --config.checkpoint.init_from=OTHER changes both.
+  """
+  start = config_dict.FieldReference(workdir)
+  return {
+    'checkpoint.init_from': start,
+    'tokenizer.name': 'run',
+    'tokenizer.path': start,
+    'tokenizer.vocab_size': 0,
+  }
 
 
 def suggest(key: str, known) -> str:

@@ -24,7 +24,7 @@ TINY = '--config=configs/tiny.py'
 # Enough steps to be killed in the middle of, in a few seconds.
 LONG = (
   TINY,
-  '--config.train.num_steps=240',
+  '--config.train.num_steps=120',
   '--config.train.eval_every_steps=0',
   '--config.checkpoint.every_steps=10',
   '--config.train.num_samples=0',
@@ -114,16 +114,16 @@ def test_train_leaves_what_people_look_for(finished):
   assert 'Traceback' not in output
   lines = metric_lines(workdir)
   losses = [line['train/loss'] for line in lines if 'train/loss' in line]
-  assert len(losses) == 24
+  assert len(losses) == 12
   assert losses[-1] < losses[0] - 1.0  # it learns
   (held_out,) = [line for line in lines if 'eval/nll' in line]
   assert 0 < held_out['eval/nll_ci95'] < held_out['eval/nll'] < losses[0]
   config = json.loads((workdir / 'config.json').read_text())
   assert config['model']['embed_dim'] == 64
   with checkpoint.open_manager(workdir, read_only=True) as manager:
-    meta = checkpoint.restore_meta(manager, 240)
+    meta = checkpoint.restore_meta(manager, 120)
   assert meta['data'].pop('fingerprint')
-  assert meta['data'] == {'step': 240, 'example': 240 * 8}
+  assert meta['data'] == {'step': 120, 'example': 120 * 8}
   assert meta['config'] == config
 
 
@@ -132,7 +132,7 @@ def test_a_finished_run_is_not_evaluated_again(finished):
   before = (workdir / 'metrics.jsonl').read_bytes()
   status, output = launch(f'--workdir={workdir}')
   assert status == 0, output
-  assert '240 of train.num_steps=240' in output
+  assert '120 of train.num_steps=120' in output
   assert f'--mode=sample --workdir={workdir}' in output
   assert (workdir / 'metrics.jsonl').read_bytes() == before
 
@@ -155,11 +155,11 @@ def test_interrupted_run_ends_bit_identical(finished, tmp_path, number):
     assert process.returncode == 128 + number, output
     assert 'saving a checkpoint' in output
   steps = sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
-  assert 20 <= steps[-1] < 240, 'not interrupted in the middle'
+  assert 20 <= steps[-1] < 120, 'not interrupted in the middle'
   status, output = launch(*LONG, f'--workdir={workdir}')
   assert status == 0, output
   assert f'at step {steps[-1]}' in output
-  assert_identical(arrays(reference, 240), arrays(workdir, 240))
+  assert_identical(arrays(reference, 120), arrays(workdir, 120))
 
 
 def test_eval_and_sample_need_only_the_workdir(finished):
@@ -168,7 +168,7 @@ def test_eval_and_sample_need_only_the_workdir(finished):
   assert status == 0, output
   (trained,) = [line for line in metric_lines(workdir) if 'eval/nll' in line]
   evaluated = json.loads((workdir / 'eval.jsonl').read_text())
-  assert evaluated['step'] == 240
+  assert evaluated['step'] == 120
   assert evaluated['eval/nll'] == pytest.approx(trained['eval/nll'], rel=1e-6)
   args = (
     '--mode=sample',
@@ -221,10 +221,10 @@ def test_starts_from_another_runs_weights(finished, tmp_path):
     '--config.optim.ema_decay=0.0',
     '--config.eval.max_examples=8',
     f'--config.checkpoint.init_from={reference}',
-    '--config.checkpoint.init_step=240',
+    '--config.checkpoint.init_step=120',
   )
   assert status == 0, output
-  ours, theirs = arrays_of_params(tmp_path / 'run', 1), arrays(reference, 240)
+  ours, theirs = arrays_of_params(tmp_path / 'run', 1), arrays(reference, 120)
   for name, value in ours.items():
     np.testing.assert_allclose(value, theirs['ema_params' + name], atol=1e-6)
 

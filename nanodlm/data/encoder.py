@@ -77,13 +77,13 @@ class Job:
   folder: pathlib.Path
   num_threads: int
 
-  @property
+  @functools.cached_property
   def dtype(self) -> np.dtype:
     """The smaller of uint16 and uint32 that holds every id."""
     is_small = self.tokenizer.vocab_size <= 1 << 16
     return np.dtype(np.uint16 if is_small else np.uint32)
 
-  @property
+  @functools.cached_property
   def record(self) -> np.dtype:
     """The dtype of a stored token.
 

