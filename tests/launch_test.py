@@ -443,6 +443,10 @@ def test_misused_modes(finished, tmp_path):
       '--infill_examples=8 needs --infill',
     ),
     (
+      ('--mode=eval', f'--workdir={workdir}', '--config.sampler.num_steps=8'),
+      '--config.sampler.num_steps=8 needs --infill',
+    ),
+    (
       ('--mode=eval', f'--workdir={workdir}', '--infill=0.5,2'),
       "--infill='0.5,2'",
     ),

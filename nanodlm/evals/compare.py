@@ -588,7 +588,19 @@ def check(settings: Sequence[Settings], request: Request, judge: judges.Judge):
 
 
 def _open_settings(workdirs: Sequence[str], source: str) -> list[Settings]:
-  """Returns the settings of each run, with `source` as its text if given."""
+  """Returns the settings of each run, with `source` as its text if given.
+
+  Raises:
+    InputError: a folder is not that of a run, or one run is given twice.
+  """
+  seen: dict[pathlib.Path, str] = {}
+  for workdir in workdirs:
+    path = pathlib.Path(workdir).resolve()
+    if path in seen:
+      raise InputError(
+        f'--workdirs names one run twice: {workdir!r} is also {seen[path]!r}'
+      )
+    seen[path] = workdir
   settings = [configs.make_settings(configs.read_run(x)) for x in workdirs]
   if not source:
     return settings

@@ -34,6 +34,9 @@ def main(start: Start) -> int:
   num_rows = options.infill_examples
   if options['infill_examples'].present and not ratios:
     raise InputError(f'--infill_examples={num_rows} needs --infill')
+  for key, value in start.changes.items():
+    if key.startswith('sampler.') and not ratios:
+      raise InputError(f'--config.{key}={value!r} needs --infill')
   reads = (*READS, 'sampler.') if ratios else READS
   settings = start.resolve_reading(reads, UNREAD)
   workdirs.check_writable(start.workdir)

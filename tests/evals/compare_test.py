@@ -221,6 +221,14 @@ def test_refused(runs, tmp_path, capsys, args, words):
   assert not (tmp_path / 'new').exists()
 
 
+def test_one_run_under_two_names(runs, tmp_path, capsys):
+  (tmp_path / 'link').symlink_to(runs[0])
+  given = runs[1], runs[0], tmp_path / 'link'
+  assert run_main(given, f'--output={tmp_path}/new') == 2
+  assert f"'{tmp_path}/link' is also {runs[0]!r}" in capsys.readouterr().err
+  assert not (tmp_path / 'new').exists()
+
+
 def test_folder_without_a_run(tmp_path, capsys):
   assert run_main([tmp_path], f'--output={tmp_path}/new') == 2
   assert f"'{tmp_path}' is not the folder of a run" in capsys.readouterr().err
