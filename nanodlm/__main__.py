@@ -4,6 +4,7 @@ Each mode is a module with `define_flags()` and `main(start) -> exit status`.
 Its flags are declared next to the code that reads them.
 """
 
+import ast
 import importlib
 import io
 import logging
@@ -69,6 +70,7 @@ _NOT_A = {
   'could not convert string to float': 'not a number',
   'Non-boolean argument': 'neither True nor False',
 }
+_KEYS = 'Keys of --config.SECTION.KEY=VALUE are listed in configs/base.py.'
 # These modes may run as several processes.
 DISTRIBUTED = ('train', 'eval', 'sample', 'serve', 'prepare')
 # These modes leave nothing half done when they are interrupted.
@@ -94,7 +96,8 @@ def parse_flags(argv: list[str]) -> list[str]:
   Returns the command line with all flags in the form '--name=value'.
   """
   argv = _join_values(argv)
-  mode = _find(argv, 'mode') or 'train'
+  chosen = _find(argv, 'mode')
+  mode = chosen or 'train'
   try:
     module = importlib.import_module(MODES.get(mode, MODES['train']))
   except InputError as error:  # A package that the mode needs is missing.
@@ -103,7 +106,9 @@ def parse_flags(argv: list[str]) -> list[str]:
   multihost.define_flags()
   if any(arg.lstrip('-') in ('help', 'h', 'helpfull') for arg in argv[1:]):
     try:
-      _print_help(mode, module)
+      _print_help(mode, module) if chosen else _print_modes()
+      sys.stdout.flush()
+      sys.exit(0)
     except BrokenPipeError:
       _leave_closed_pipe()
   # What follows a colon is the argument of the file's get_config.
@@ -191,6 +196,18 @@ def _unknown_key(argv: list[str]) -> str:
   return ''
 
 
+def _print_modes():
+  """Prints the first lines of the modes' modules, without importing them."""
+  print(f'{(sys.modules["__main__"].__doc__ or "").strip()}\n\nThe modes:')
+  for mode, name in MODES.items():
+    path = pathlib.Path(__file__).parents[1].joinpath(*name.split('.'))
+    code = ast.parse(path.with_suffix('.py').read_text('utf-8'))
+    first = (ast.get_docstring(code) or '').splitlines()[0]
+    first = first.removeprefix(f'--mode={mode}: ')
+    print(f'  {mode:<10} {first[:1].upper()}{first[1:]}')
+  print(_KEYS)
+
+
 def _print_help(mode: str, module: ModuleType):
   # Its own, and those of another mode that it adopts.
   own = {
@@ -202,9 +219,7 @@ def _print_help(mode: str, module: ModuleType):
     flag = flags.FLAGS[name]
     default = f' (default: {flag.default})' if flag.default else ''
     print(f'  --{name}: {flag.help}{default}')
-  print('Keys of --config.SECTION.KEY=VALUE are listed in configs/base.py.')
-  sys.stdout.flush()
-  sys.exit(0)
+  print(_KEYS)
 
 
 def _exit_with(message: str) -> NoReturn:

@@ -398,6 +398,15 @@ def test_a_reader_that_has_seen_enough():
   assert (process.returncode, process.stderr) == (128 + signal.SIGPIPE, '')
 
 
+def test_help_without_a_mode_lists_them_all():
+  status, output = launch('--help')
+  assert status == 0, output
+  for mode in command_line.MODES:
+    assert re.search(rf'^  {mode} +[A-Z].*[.?]$', output, re.MULTILINE), mode
+  status, output = launch('--help', '--mode=eval')
+  assert status == 0 and '--infill' in output and '  chat ' not in output
+
+
 def test_misused_modes(finished, tmp_path):
   workdir, _ = finished
   for args, words in (
