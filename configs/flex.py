@@ -53,7 +53,6 @@ VARIANTS = {
     'objective.expand': True,
     'optim.learning_rate': 5e-3,
     'sampler.name': 'expand',
-    **configs.starting_from('runs/quickstart'),
   },
 }
 
@@ -62,4 +61,6 @@ def get_config(name='flex'):
   config = configs.load('quickstart')
   config.data.clean_infill_rate = 0.5
   config.sampler = configs.load('base').sampler
+  if name == 'expand':
+    configs.update(config, configs.starting_from('runs/quickstart'))
   return configs.vary(config, VARIANTS, name)

@@ -23,9 +23,8 @@ data.length tokens: the closer that is to the longest pair, the less work is
 spent on padding. Pairs that do not fit are left out.
 
 Training starts from runs/docs, with its tokenizer and network. Use
---config.checkpoint.init_from=OTHER for another run with a SentencePiece
-tokenizer; for a run with another tokenizer leave --config out, and its settings
-are taken over.
+--config.checkpoint.init_from=OTHER for another run of the same network; for a
+run of another network leave --config out, and its settings are taken over.
 
 Source: supervised fine-tuning of LLaDA, arXiv 2502.09992.
 

@@ -531,16 +531,21 @@ def vary(
 
 
 def update(config: Any, settings: Mapping[str, Any]) -> Any:
-  """Sets {'section.key': value} in a config, and returns it."""
+  """Sets {'section.key': value} in a config, and returns it.
+
+  Raises:
+    InputError: there is no such key, or a value has another type.
+  """
   for key, value in settings.items():
     set_value(config, key, value)
   return config
 
 
 def starting_from(workdir: str) -> dict[str, Any]:
-  """Returns the settings that start from a run's weights, with its tokenizer.
+  """Returns the settings of a run that starts from another, for one config.
 
-  --config.checkpoint.init_from=OTHER changes both.
+  It takes the weights and the tokenizer. Both paths are a single reference, so
+  that --config.checkpoint.init_from=OTHER also changes the tokenizer.
   """
   start = config_dict.FieldReference(workdir)
   return {

@@ -6,7 +6,7 @@ from absl.testing import parameterized
 import jax
 from ml_collections import config_dict
 
-from configs import base, distil, scarce, sft, sudoku
+from configs import base, distil, flex, scarce, sft, sudoku
 from configs import objectives as study
 from nanodlm import config as configs
 from nanodlm import objectives, samplers
@@ -662,6 +662,12 @@ class ResumableTest(parameterized.TestCase):
     self.assertEqual(config.tokenizer.path, 'runs/docs')
     config.checkpoint.init_from = 'elsewhere'
     self.assertEqual(config.tokenizer.path, 'elsewhere')
+
+  def test_configs_of_one_file_share_nothing(self):
+    one, other = flex.get_config('expand'), flex.get_config('expand')
+    one.checkpoint.init_from = 'elsewhere'
+    self.assertEqual(one.tokenizer.path, 'elsewhere')
+    self.assertEqual(other.tokenizer.path, 'runs/quickstart')
 
   @parameterized.parameters(*distil.VARIANTS)
   def test_distillation_takes_the_tokenizer_of_its_teacher(self, name):

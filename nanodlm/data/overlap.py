@@ -31,7 +31,7 @@ from nanodlm.types import InputError, reason
 
 PASSAGE_BYTES = 64
 MAX_HASHES = 1 << 20
-# A larger text is read in evenly chosen rows, which takes a few seconds.
+# In a larger text, evenly spaced blocks are read, which takes a few seconds.
 _MAX_ROWS = 1 << 17
 _MAX_MIXED_ROWS = 1 << 14
 _BLOCK_TOKENS = 1 << 18

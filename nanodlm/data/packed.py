@@ -33,7 +33,7 @@ Example: Any = getattr(tf_example_pb2, 'Example')  # noqa: B009
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedRows:
-  """The rows of one split; `read` takes a tenth of the time for many at once.
+  """The rows of one split; `read` is several times faster for short rows.
 
   Attributes:
     records: random access to serialized tf.train.Example records.
@@ -63,14 +63,21 @@ class PackedRows:
       InputError: the row is damaged, by the hash that ArrayRecord stores.
     """
     try:
-      return self._parse(self.records[i])
+      record = self.records[i]
     except (RuntimeError, OSError) as error:
       ends = np.cumsum([num_rows for _, num_rows in self.files])
       path, _ = self.files[int(np.searchsorted(ends, i, 'right'))]
       raise _damaged(path, reason(error)) from error
+    return self._parse(record)
 
   def read(self, start: int, stop: int) -> list[dict[str, Any]]:
-    """Returns rows [start, stop), as `__getitem__` does one."""
+    """Returns rows [start, stop), each as `__getitem__` returns it.
+
+    Raises:
+      InputError: a row is damaged.
+    """
+    if start >= stop:
+      return []
     try:
       records = self.records.__getitems__(range(start, stop))
     except (RuntimeError, OSError):

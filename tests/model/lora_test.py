@@ -109,7 +109,7 @@ def test_the_base_has_the_dtype_of_products():
   )
 
 
-def test_full_rank_reaches_the_loss_of_full_training():
+def test_full_rank_fits_what_full_training_fits():
   # Both train the same layers, to fit texts of random tokens.
   config = make_config(rank=16, alpha=16.0)
   network, plain = make_network(config), make_network(None)
@@ -147,7 +147,7 @@ def test_full_rank_reaches_the_loss_of_full_training():
     for wanted in (True, False)
   )
   full = fit(plain, 1e-2, dense, rest)
-  # A sum of 16 products moves further.
+  # A step of both factors moves their product further, so the rate is lower.
   low = fit(network, 4e-3, adapters, base)
   np.testing.assert_allclose(low[0], full[0], rtol=1e-6)
   for losses in (full, low):
