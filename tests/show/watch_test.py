@@ -1,5 +1,7 @@
 """Tests of nanodlm.show.watch: it shows all calls and keeps the samples."""
 
+import functools
+
 from absl.testing import absltest, parameterized
 import jax
 import numpy as np
@@ -68,6 +70,12 @@ def make_canvas():
   return np.where(fixed, 5, MASK).astype(np.int32), fixed
 
 
+@functools.cache
+def initial_params(config):
+  params = jax.jit(TransformerNetwork(config).init_params)(jax.random.key(0))
+  return jax.tree.map(lambda x: 3 * np.array(x), params)
+
+
 def sample(name, shape=(1, 1, 1), view=None):
   objective, sampler = CASES[name]
   objective = OBJECTIVES[objective]
@@ -85,9 +93,7 @@ def sample(name, shape=(1, 1, 1), view=None):
   mesh = meshes.make_mesh(
     meshes.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))]
   )
-  init = TransformerNetwork(network.config).init_params
-  params = jax.jit(init)(jax.random.key(0))
-  params = jax.tree.map(lambda x: 3 * np.array(x), params)
+  params = dict(initial_params(network.config))
   padding = ((0, -VOCAB % shape[2]), (0, 0))
   params['embedding'] = np.pad(params['embedding'], padding)
   params = jax.device_put(params, meshes.shardings(mesh, params))
@@ -95,6 +101,11 @@ def sample(name, shape=(1, 1, 1), view=None):
   run = make_sample_step(scorer, sampler, mesh, view)
   canvas = meshes.shard_whole_batch(mesh, Canvas(*make_canvas()))
   return jax.device_get(run(params, jax.random.key(1), canvas))
+
+
+@functools.cache
+def unwatched(name, shape=(1, 1, 1)):
+  return sample(name, shape)
 
 
 def record_all(recorder, rows):
@@ -123,7 +134,7 @@ class WatchTest(parameterized.TestCase):
       return recorder(event)
 
     samples = sample(name, view=watch.View(look, MASK, num_top=3))
-    np.testing.assert_array_equal(samples.tokens, sample(name).tokens)
+    np.testing.assert_array_equal(samples.tokens, unwatched(name).tokens)
     self.assertEqual(num_calls, samples.num_calls)
     objective, _ = CASES[name]
     for row, trajectory in enumerate(recorder.trajectories(samples.tokens)):
@@ -167,7 +178,7 @@ class WatchTest(parameterized.TestCase):
     look = record_all(recorder, rows)
     view = watch.View(look, MASK, num_top=MASK, reveals=True)
     samples = sample(name, view=view).tokens
-    np.testing.assert_array_equal(samples, sample(name).tokens)
+    np.testing.assert_array_equal(samples, unwatched(name).tokens)
     for i, (trajectory, row) in enumerate(
       zip(recorder.trajectories(samples), rows)
     ):
@@ -247,12 +258,12 @@ class WatchTest(parameterized.TestCase):
     view = watch.View(stop_after_two, MASK)
     samples = sample(name, shape, view)
     self.assertGreaterEqual(len(asked), 4)
-    unwatched = sample(name, shape)
+    expected = unwatched(name, shape)
     first = np.sort(
-      np.flatnonzero(np.any(samples.tokens != unwatched.tokens, axis=0))
+      np.flatnonzero(np.any(samples.tokens != expected.tokens, axis=0))
     )
     self.assertNotEmpty(first)
-    self.assertEqual(samples.num_calls, unwatched.num_calls)
+    self.assertEqual(samples.num_calls, expected.num_calls)
 
   def test_paste_skips_tokens_outside_the_canvas(self):
     for start, expected in (
