@@ -44,7 +44,7 @@ VARIANTS = {'sdtt': {'distill.name': 'sdtt'}, 'dcd': {'distill.name': 'dcd'}}
 
 def get_config(name='sdtt'):
   config = configs.load('quickstart')
-  configs.update(config, configs.starting_from('runs/quickstart'))
+  configs.set_start(config, 'runs/quickstart')
   config.distill.num_steps = 32
   config.distill.round_steps = 400
   config.optim.learning_rate = 2e-3

@@ -62,5 +62,5 @@ def get_config(name='flex'):
   config.data.clean_infill_rate = 0.5
   config.sampler = configs.load('base').sampler
   if name == 'expand':
-    configs.update(config, configs.starting_from('runs/quickstart'))
+    configs.set_start(config, 'runs/quickstart')
   return configs.vary(config, VARIANTS, name)

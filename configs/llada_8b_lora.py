@@ -24,7 +24,7 @@ def get_config():
   config = configs.load('llada_8b')
   config.data.source = 'pairs:pairs.jsonl'
   config.data.length = 2048
-  configs.update(config, configs.starting_from('runs/llada'))
+  configs.set_start(config, 'runs/llada')
   config.lora.rank = 16
   config.lora.alpha = 32.0
   config.optim.learning_rate = 2e-4

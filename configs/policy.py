@@ -110,7 +110,7 @@ VARIANTS = {
 
 def get_config(name='ar'):
   config = configs.load('objectives')
-  configs.update(config, configs.starting_from('runs/mixed'))
+  configs.set_start(config, 'runs/mixed')
   config.policy.num_samples = 16
   config.policy.kl_weight = 0.05
   config.policy.scale_advantages = False

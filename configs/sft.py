@@ -42,7 +42,7 @@ from nanodlm import config as configs
 
 def get_config():
   config = configs.load('docs')
-  configs.update(config, configs.starting_from('runs/docs'))
+  configs.set_start(config, 'runs/docs')
   config.data.source = 'pairs:pairs.jsonl'
   config.data.crop = 'chunk'
   config.data.eval_fraction = 0.1

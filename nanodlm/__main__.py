@@ -96,8 +96,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   Returns the command line with all flags in the form '--name=value'.
   """
   argv = _join_values(argv)
-  chosen = _find(argv, 'mode')
-  mode = chosen or 'train'
+  mode = _find(argv, 'mode') or 'train'
   try:
     module = importlib.import_module(MODES.get(mode, MODES['train']))
   except InputError as error:  # A package that the mode needs is missing.
@@ -106,7 +105,10 @@ def parse_flags(argv: list[str]) -> list[str]:
   multihost.define_flags()
   if any(arg.lstrip('-') in ('help', 'h', 'helpfull') for arg in argv[1:]):
     try:
-      _print_help(mode, module) if chosen else _print_modes()
+      if _find(argv, 'mode'):
+        _print_help(mode, module)
+      else:
+        _print_modes()
       sys.stdout.flush()
       sys.exit(0)
     except BrokenPipeError:

@@ -527,33 +527,21 @@ def vary(
     raise InputError(
       f'the config lacks a variant {name!r}{suggest(name, variants)}'
     )
-  return update(config, variants[name])
-
-
-def update(config: Any, settings: Mapping[str, Any]) -> Any:
-  """Sets {'section.key': value} in a config, and returns it.
-
-  Raises:
-    InputError: there is no such key, or a value has another type.
-  """
-  for key, value in settings.items():
+  for key, value in variants[name].items():
     set_value(config, key, value)
   return config
 
 
-def starting_from(workdir: str) -> dict[str, Any]:
-  """Returns the settings of a run that starts from another, for one config.
+def set_start(config: Any, workdir: str):
+  """Makes a config start from a run's weights, with its tokenizer.
 
-  It takes the weights and the tokenizer. Both paths are a single reference, so
-  that --config.checkpoint.init_from=OTHER also changes the tokenizer.
+  Both paths are a single reference, so that --config.checkpoint.init_from=OTHER
+  also changes the tokenizer.
   """
   start = config_dict.FieldReference(workdir)
-  return {
-    'checkpoint.init_from': start,
-    'tokenizer.name': 'run',
-    'tokenizer.path': start,
-    'tokenizer.vocab_size': 0,
-  }
+  config.checkpoint.init_from = config.tokenizer.path = start
+  config.tokenizer.name = 'run'
+  config.tokenizer.vocab_size = 0
 
 
 def suggest(key: str, known) -> str:

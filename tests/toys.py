@@ -4,6 +4,7 @@ A table replaces a network: its row for each canvas (tokens and masks) contains
 the logits of all positions, so that expectations are sums over all cases.
 """
 
+import functools
 import itertools
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from nanodlm.model.config import ModelConfig
+from nanodlm.model.network import TransformerNetwork
 
 # Tokens 0, 1, 2 and the mask; texts of three tokens.
 VOCAB = 3
@@ -293,3 +295,13 @@ def model_config(**changes):
     attention='auto',
   )
   return ModelConfig(**{**fields, **changes})
+
+
+@functools.cache
+def large_params(config, scale=3):
+  """Parameters on the host, so large that each part of a network matters.
+
+  Their dicts are shared by all callers.
+  """
+  params = jax.jit(TransformerNetwork(config).init_params)(jax.random.key(0))
+  return jax.tree.map(lambda x: scale * np.array(x), params)

@@ -124,9 +124,7 @@ def make_optimizer():
 def initial_params(config, scale):
   """Larger weights than initial ones, so that each has an effect."""
   config = dataclasses.replace(config, remat='none', unroll=False)
-  init = TransformerNetwork(config).init_params
-  params = jax.jit(init)(jax.random.key(0))
-  params = jax.tree.map(lambda x: scale * np.array(x), params)
+  params = jax.tree.map(np.copy, toys.large_params(config, scale))
   if config.self_conditioning:  # Initially, its weights are 0.
     kernel = np.random.default_rng(0).normal(size=(WIDTH, WIDTH))
     params['self_conditioning'] = {'kernel': 0.3 * np.float32(kernel)}

@@ -109,7 +109,7 @@ def test_the_base_has_the_dtype_of_products():
   )
 
 
-def test_full_rank_fits_what_full_training_fits():
+def test_full_rank_reaches_the_loss_of_full_training():
   # Both train the same layers, to fit texts of random tokens.
   config = make_config(rank=16, alpha=16.0)
   network, plain = make_network(config), make_network(None)
@@ -147,11 +147,11 @@ def test_full_rank_fits_what_full_training_fits():
     for wanted in (True, False)
   )
   full = fit(plain, 1e-2, dense, rest)
-  # A step of both factors moves their product further, so the rate is lower.
-  low = fit(network, 4e-3, adapters, base)
+  # A step of both factors moves their product further, and twice this rate ends
+  # elsewhere on another processor.
+  low = fit(network, 2e-3, adapters, base)
   np.testing.assert_allclose(low[0], full[0], rtol=1e-6)
-  for losses in (full, low):
-    assert losses[-1] < 0.05 * losses[0]
+  assert full[-1] < 0.05 * full[0] and low[-1] < 1.1 * full[-1] + 0.01
 
 
 def test_targets():

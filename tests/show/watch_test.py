@@ -70,12 +70,6 @@ def make_canvas():
   return np.where(fixed, 5, MASK).astype(np.int32), fixed
 
 
-@functools.cache
-def initial_params(config):
-  params = jax.jit(TransformerNetwork(config).init_params)(jax.random.key(0))
-  return jax.tree.map(lambda x: 3 * np.array(x), params)
-
-
 def sample(name, shape=(1, 1, 1), view=None):
   objective, sampler = CASES[name]
   objective = OBJECTIVES[objective]
@@ -93,7 +87,7 @@ def sample(name, shape=(1, 1, 1), view=None):
   mesh = meshes.make_mesh(
     meshes.MeshConfig(*shape), jax.devices()[: int(np.prod(shape))]
   )
-  params = dict(initial_params(network.config))
+  params = dict(toys.large_params(network.config))
   padding = ((0, -VOCAB % shape[2]), (0, 0))
   params['embedding'] = np.pad(params['embedding'], padding)
   params = jax.device_put(params, meshes.shardings(mesh, params))
