@@ -5,6 +5,7 @@ Its flags are declared next to the code that reads them.
 """
 
 import ast
+from collections.abc import Callable
 import importlib
 import io
 import logging
@@ -13,7 +14,7 @@ import pathlib
 import signal
 import sys
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # TensorFlow, which TFDS and TensorBoard import if it is there, would log to the
 # terminal.
@@ -96,6 +97,11 @@ def parse_flags(argv: list[str]) -> list[str]:
   Returns the command line with all flags in the form '--name=value'.
   """
   argv = _join_values(argv)
+  is_help = any(
+    arg.lstrip('-') in ('help', 'h', 'helpfull') for arg in argv[1:]
+  )
+  if is_help and not _find(argv, 'mode'):
+    _show(_print_modes)
   mode = _find(argv, 'mode') or 'train'
   try:
     module = importlib.import_module(MODES.get(mode, MODES['train']))
@@ -103,16 +109,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     _exit_with(str(error))
   module.define_flags()
   multihost.define_flags()
-  if any(arg.lstrip('-') in ('help', 'h', 'helpfull') for arg in argv[1:]):
-    try:
-      if _find(argv, 'mode'):
-        _print_help(mode, module)
-      else:
-        _print_modes()
-      sys.stdout.flush()
-      sys.exit(0)
-    except BrokenPipeError:
-      _leave_closed_pipe()
+  if is_help:
+    _show(_print_help, mode, module)
   # What follows a colon is the argument of the file's get_config.
   path, colon, variant = _find(argv, 'config').partition(':')
   rest = [arg for arg in argv[1:] if not _is_flag(arg, 'config')]
@@ -196,6 +194,16 @@ def _unknown_key(argv: list[str]) -> str:
       if problem:
         return f'--{path}: {problem}'
   return ''
+
+
+def _show(print_help: Callable[..., None], *args: Any) -> NoReturn:
+  """Prints a help and exits."""
+  try:
+    print_help(*args)
+    sys.stdout.flush()
+    sys.exit(0)
+  except BrokenPipeError:
+    _leave_closed_pipe()
 
 
 def _print_modes():

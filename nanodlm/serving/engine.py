@@ -363,13 +363,19 @@ class Engine:
 
   def _drop_rows(self):
     """Removes rows that are cancelled or whose program does not compile."""
+    failed = set()
     for client, queue in list(self._queues.items()):
       for row in queue:
-        if error := self._errors.get((row.group, self._sizes[0])):
+        key = row.group, self._sizes[0]
+        if error := self._errors.get(key):
           row.fail(error)
+          failed.add(key)
       queue[:] = [row for row in queue if not (row.is_cancelled or row.is_over)]
       if not queue:
         del self._queues[client]
+    # It is tried again for the next request: memory may be free by then.
+    for key in failed:
+      del self._errors[key]
 
   def _next_program(self) -> tuple[_Group, int] | None:
     """The group and batch size to compile next.

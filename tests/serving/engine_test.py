@@ -188,6 +188,7 @@ def test_a_size_that_does_not_compile_is_tried_once(opened):
 
 def test_rows_fail_if_their_program_does_not_compile(opened):
   engine = engines.Engine(opened)
+  compile_one = engine._compile
 
   def fail(group, size):
     raise RuntimeError('out of memory')
@@ -200,6 +201,8 @@ def test_rows_fail_if_their_program_does_not_compile(opened):
     wait_for(lambda: mine.is_over)
     assert mine.state == 'failed' and 'do not compile' in mine.error
   assert engine.is_alive()
+  engine._compile = compile_one
+  finish(engine, row(engine, 'a{}'))
   assert engine.close()
 
 
