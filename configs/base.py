@@ -33,8 +33,8 @@ def get_config() -> config_dict.ConfigDict:
   # data.source is held out.
   data.eval_source = ''
   # How much of each source is held out, unless a TFDS or Hugging Face dataset
-  # has a split for it: a fraction of the bytes in (0, 1), or a number of
-  # tokens. One of the two must be 0.
+  # has a split for it: a fraction of the bytes in (0, 1), of the characters if
+  # there is one document, or a number of tokens. One of the two must be 0.
   data.eval_fraction = 0.05
   data.eval_tokens = 0
   # Tokens at the end of the text that are used neither for training nor for

@@ -283,7 +283,7 @@ class Start:
       )
     config: Any = read_run(self.workdir)
     if 'data.source' in self.changes:
-      _prepare_for_another_source(config.data, self.changes)
+      set_source(config.data, self.changes['data.source'], self.changes)
     for key, value in sorted(self.changes.items()):
       if key == 'checkpoint.init_from' and config.lora.rank:
         continue  # The base of the adapters may have moved.
@@ -306,16 +306,18 @@ class Start:
     return make_settings(config, self.changes)
 
 
-def _prepare_for_another_source(data: Any, changes: Mapping[str, Any]):
-  """Resets settings of the run's source that another source may not allow.
+def set_source(data: Any, source: str, changes: Collection[str] = ()):
+  """Sets `config.data` of a run to read another source.
 
-  Random crops, data.clean_prefix_rate and data.clean_infill_rate are reset too,
-  since only training reads them.
+  Settings that this source may not allow are reset, unless they are among the
+  `changes` that are made next. So are random crops, data.clean_prefix_rate and
+  data.clean_infill_rate, since only training reads them.
   """
+  data.source = source
   if data.crop == 'random':
     data.crop = 'chunk'
   data.update(clean_prefix_rate=0.0, clean_infill_rate=0.0)
-  cls = sources.find_class(changes['data.source'])
+  cls = sources.find_class(source)
   if data.crop != 'document' and not (cls.is_pairs or cls.is_chat):
     data.update(padding='eos', long_documents='drop')
   if data.eval_source and 'data.eval_source' not in changes:

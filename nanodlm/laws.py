@@ -129,8 +129,8 @@ class HeldOut:
         f'as tokenizer.name={self._tokenizer.name!r} decodes it, '
         f'{self._law.explain(text)}'
         if is_whole
-        else 'it is longer than data.length. The law includes it, so the '
-        'excess of the bound over it is too low',
+        else 'it is longer than data.length. If training left out such text, '
+        'the excess of the bound over the law is too low',
       )
     return math.nan
 

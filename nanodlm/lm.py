@@ -226,7 +226,13 @@ class LanguageModel:
     keeps = details and not run.sampler.fills_room
     is_chat = not isinstance(prompt, str)
     search = make_search(
-      run, reward, best_of, num_refinements, reward_temperature, is_chat
+      run,
+      reward,
+      best_of,
+      num_refinements,
+      reward_temperature,
+      is_chat=is_chat,
+      length=length,
     )
     # As the first prompt of --mode=sample.
     key = jax.random.fold_in(jax.random.key(seed), 0)
@@ -539,7 +545,9 @@ class LanguageModel:
     step = np.lcm(LENGTH_STEP, self.run.objective.block_size or 1)
     size = -(-max(map(len, rows)) // step) * step
     fills = data.has_documents and data.padding == 'eos'
-    size = data.length if fills else int(min(size, data.length))
+    # The time that a network is given depends on the length of the row.
+    is_whole = fills or self.run.network.knows_time
+    size = data.length if is_whole else int(min(size, data.length))
     tokens, is_text, owner = cut_windows(rows, size)
     tokens = np.where(is_text, tokens, np.int32(separator))
     is_text |= fills
@@ -639,6 +647,7 @@ def lay_out(
     run.sampler.fills_masks,
     run.sampler.fills_room,
     run.settings.data.is_pairs,
+    run.objective.any_length,
   )
   data = run.settings.data
   if data.has_documents and data.padding == 'eos' and fixed[-1]:
@@ -714,11 +723,14 @@ def make_search(
   best_of: int = 1,
   num_refinements: int = 0,
   temperature: float = 0.0,
+  *,
   is_chat: bool = False,
+  length: int = 0,
 ) -> searches.Search | None:
   """Makes a search by a reward of `nanodlm.rewards`; None without a reward.
 
-  `is_chat` says whether samples answer messages.
+  `is_chat` says whether samples answer messages, and `length` how many tokens
+  their canvas has; 0: that of the run.
 
   Raises:
     InputError: a value is not allowed, or ignored without a reward.
@@ -747,7 +759,7 @@ def make_search(
     num_refinements,
     temperature,
     lambda rows, fixed: of_texts(*read_texts(run, rows, fixed, is_chat)),
-    run.objective.sees_right(settings.sample_length),
+    run.objective.sees_right(length or settings.sample_length),
   )
 
 
@@ -911,6 +923,13 @@ def make_fill(
       raise InputError(
         f'sampler.name={run.sampler_name!r} fills gaps of any length, and not '
         'those of a given number of tokens'
+      )
+    guidance = run.settings.sampler['guidance']
+    if segment_ids is not None and guidance and run.network.knows_time:
+      raise InputError(
+        f'sampler.guidance={guidance!r} must be 0 with '
+        "data.padding='masked' and model.time_conditioning=True: the time of "
+        'the call without a prompt would include the padding'
       )
     if segment_ids is not None and run.sampler.needs_cache:
       raise InputError(

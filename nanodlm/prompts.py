@@ -150,12 +150,14 @@ def make_canvas(
   fills_masks: bool = True,
   fills_room: bool = False,
   is_pairs: bool = False,
+  any_length: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Makes a canvas of n <= `length` tokens; see `encode_parts`.
 
   `fills_masks` and `fills_room` are those of the `types.Sampler`. If it cannot
-  do the former, '{}' is '{*}', too. Room in such gaps holds separators, and a
-  separator ends the canvas.
+  do the former, '{}' is '{*}', too. Room in such gaps holds separators. With
+  room, and for a network that takes separators for room, `any_length` of its
+  `types.Objective`, a separator ends the canvas.
 
   Returns:
     tokens [n] int32 with mask_id in other gaps, and fixed [n] bool.
@@ -183,7 +185,7 @@ def make_canvas(
       f'prompt={prompt!r} has a gap of a given number of tokens, which this '
       'model chooses itself: use {*}'
     )
-  num_ends = int(any(is_any))
+  num_ends = int(any(is_any) or any_length)
   rows = encode_parts(
     prompt, tokenizer, length - num_ends, sees_right, is_pairs
   )

@@ -567,7 +567,9 @@ def _check_effects(run: Run, given: Collection[str]):
   effects = {
     'objective': read - method.ignored if method else read,
     **{
-      key: _keys_of(method, ()) if key == kind else set()
+      key: _keys_of(method, method.unread_keys(uses_time))
+      if key == kind
+      else set()
       for key in objectives.METHODS
     },
     'sampler': sampled,

@@ -79,7 +79,8 @@ class Search:
       for i in range(num):
         is_refinement = i >= self.best_of
         given = ~self._redrawn(rng, ~fixed) if is_refinement else fixed
-        new, calls = fill(params, key_of(i), best, given)
+        start = best if is_refinement else tokens
+        new, calls = fill(params, key_of(i), start, given)
         num_calls += calls
         new_values = self.reward(new, fixed)
         gain = new_values - values

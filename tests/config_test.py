@@ -296,6 +296,26 @@ class ValidateTest(parameterized.TestCase):
       },
       'objective.tau=0.1 is ignored',
     ),
+    (
+      {
+        'objective__name': 'hybrid',
+        'objective__p_uniform': 0.0,
+        'objective__gamma': 1.5,
+      },
+      'objective.gamma=1.5 is ignored',
+    ),
+    (
+      {'policy__name': 'one_step', 'policy__clip': 0.1, 'data__length': 64},
+      'policy.clip=0.1 is ignored',
+    ),
+    (
+      {
+        'policy__name': 'sequence',
+        'policy__num_draws': 4,
+        'objective__name': 'ar',
+      },
+      'policy.num_draws=4 is ignored',
+    ),
     ({'tokenizer__name': 'run'}, "tokenizer.path='' must be the workdir"),
     ({'tokenizer__path': 'runs/x'}, "tokenizer.path='runs/x' is ignored"),
   )

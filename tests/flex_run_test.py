@@ -147,6 +147,11 @@ def test_masks_that_expand(tmp_path, caplog):
   for one in samples:
     assert one.text.startswith('a') and one.text.endswith(' cat')
   assert lm.bound(['a cat'])[0].nats > 0
+  # What a network takes for room is at the end.
+  for prompt in ('', 'a{3}', 'a{2}c'):
+    tokens, fixed = lms.lay_out(lm.run, prompt, 16)
+    assert len(tokens) == 16 and fixed[-1]
+    assert tokens[-1] == lm.tokenizer.separator_id
   with servers.serving(lm) as (_, server):
     body = {'prompt': 'a{*} cat', 'num_samples': 2, 'sampler': 'expand'}
     status, answer = servers.post(server, '/api/generate', body)
@@ -156,6 +161,9 @@ def test_masks_that_expand(tmp_path, caplog):
     body['sampler'] = 'fixed_count'
     status, _ = servers.post(server, '/api/generate', body)
     assert status == 400
+    body = {'tokens': [97, None], 'sampler': 'fixed_count'}
+    status, answer = servers.post(server, '/api/generate', body)
+    assert status == 400 and 'must end with the separator' in str(answer)
 
 
 def test_command_line_and_page(flex, tmp_path, capsys):

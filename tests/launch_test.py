@@ -452,6 +452,14 @@ def test_misused_modes(finished, tmp_path):
       '--infill_examples=8 needs --infill',
     ),
     (
+      (
+        '--mode=eval',
+        f'--workdir={workdir}',
+        '--config.data.clean_prefix_rate=1.0',
+      ),
+      'data.clean_prefix_rate=1.0 is ignored by --mode=eval',
+    ),
+    (
       ('--mode=eval', f'--workdir={workdir}', '--config.sampler.num_steps=8'),
       '--config.sampler.num_steps=8 needs --infill',
     ),

@@ -239,6 +239,22 @@ def test_bounds_have_an_interval(masked):
   assert masked.bound([]) == []
 
 
+def test_bounds_of_a_network_that_knows_the_time(tmp_path):
+  workdir = workdirs.make_workdir(
+    tmp_path, scale=1, model__time_conditioning=True, data__length=192
+  )
+  lm = nanodlm.load(workdir)
+  # The time is that of the share of masks in a row, whatever else is scored.
+  alone, together = lm.bound([TEXT[:9]]), lm.bound([TEXT[:9], 3 * TEXT])
+  np.testing.assert_allclose(alone[0].nats, together[0].nats, rtol=1e-5)
+  # Nor is there a time for a call without a prompt, next to padding.
+  guided = lm.with_sampler({'guidance': 1.0})
+  tokens, fixed = (x[None] for x in lms.lay_out(lm.run, 'ab{4}', 64))
+  fill = lms.make_fill(guided.run)
+  with pytest.raises(InputError, match='sampler.guidance=1.0 must be 0'):
+    fill(lm.params, jax.random.key(0), tokens, fixed, 0 * tokens)
+
+
 @pytest.mark.parametrize(
   'prompt, canvas, slot',
   [

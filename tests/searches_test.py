@@ -131,6 +131,30 @@ def first_letter(texts, prompts):
   return [ord(text.removeprefix(p)[0]) for text, p in zip(texts, prompts)]
 
 
+def test_candidates_are_draws_from_the_canvas():
+  given = []
+
+  def fill(params, key, tokens, fixed):
+    given.append(tokens)
+    return np.full_like(tokens, len(given)), 1.0
+
+  rise = lambda rows, fixed: np.asarray(rows[:, 0], np.float32)
+  search = searches.Search(3, 1, 0.0, rise, True).around(fill)
+  search(None, jax.random.key(0), *(x[:2] for x in BLANK))
+  assert [x[0, 0] for x in given] == [MASK, MASK, MASK, 3]
+
+
+def test_refinements_of_a_canvas_of_several_blocks(tmp_path):
+  workdir = workdirs.make_workdir(
+    tmp_path, objective__name='block', objective__block_size=16
+  )
+  run = lms.load(workdir).run
+  spec = f'{__name__}:first_letter'
+  for length, sees_right in ((16, True), (32, False)):
+    search = lms.make_search(run, spec, num_refinements=1, length=length)
+    assert search.sees_right == sees_right
+
+
 def test_a_model_searches(lm):
   options = dict(prompt='ab a', num_samples=3, details=True)
   spec = f'{__name__}:first_letter'

@@ -226,10 +226,11 @@ def _write_documents(job: Job, task: Task, file: Any) -> Iterator[Row]:
     encoded = tokenizer.encode_batch(texts, job.num_threads)
     for (text, is_last, is_end), ids in zip(batch, encoded, strict=True):
       is_start = digest is None
+      is_prompt = is_start and job.source.is_pairs
       if digest is None:
         digest = hashlib.blake2b(digest_size=8)
         num_bytes, num_lost, num_counted, num_tokens = 0, 0, 0, 0
-        prompt_length = ids.size * job.source.is_pairs
+        prompt_length = ids.size * is_prompt
       elif tokenizer.adds_space:
         ids = tokenizer.encode_rest(text)
       data = text.encode()
@@ -238,7 +239,8 @@ def _write_documents(job: Job, task: Task, file: Any) -> Iterator[Row]:
       file.write(job.records(ids, sizes).tobytes())
       num_bytes += len(data)
       num_lost += tokenizer.lost_bytes(text, ids, is_start)
-      num_counted += int(sizes.sum())
+      # What a prompt loses is not of the response.
+      num_counted += len(data) if is_prompt else int(sizes.sum())
       num_tokens += ids.size
       if is_last:
         if is_end:

@@ -20,11 +20,10 @@ import logging
 import pathlib
 from typing import Any
 
-import grain
 import numpy as np
 
 from nanodlm import workdir as workdirs
-from nanodlm.data import encoder, pipeline
+from nanodlm.data import encoder
 from nanodlm.data import packed as packed_data
 from nanodlm.data.packed import PackedData
 from nanodlm.types import InputError, reason
@@ -33,7 +32,6 @@ PASSAGE_BYTES = 64
 MAX_HASHES = 1 << 20
 # In a larger text, evenly spaced blocks are read, which takes a few seconds.
 _MAX_ROWS = 1 << 17
-_MAX_MIXED_ROWS = 1 << 14
 _BLOCK_TOKENS = 1 << 18
 # Smaller shares of a text that was trained on round to 0.0%.
 MIN_SHOWN_SHARE = 0.0005
@@ -69,17 +67,22 @@ class Record:
 
     None if the text has too few passages to say, or the record is too old.
     """
-    rows, num = packed.validation, len(packed.validation)
+    if packed.parts:
+      shares = [
+        (share, weight * _tokens_per_row(part))
+        for part, weight in zip(packed.parts, packed.weights)
+        if (share := self.share(part)) is not None
+      ]
+      if not shares:
+        return None
+      found, weights = zip(*shares)
+      return float(np.average(found, weights=weights))
     window = self.window
     if packed.is_chat:
       if self.version < _VERSION:
         return None
       window = packed.length
-    if not isinstance(rows, grain.MapDataset):
-      texts, _ = _blocks(packed, rows)
-    else:  # The rows of a mixture are interleaved.
-      numbers = pipeline.spread_rows(num, _MAX_MIXED_ROWS)
-      texts = (_ids(packed, rows[int(i)]) for i in numbers)  # pyright: ignore
+    texts, _ = _blocks(packed, packed.validation)
     return self.share_of(texts, packed.tokenizer.separator_id, window)
 
   def share_of(
@@ -214,6 +217,11 @@ def _blocks(
     for start in starts
   )
   return blocks, num_read / num if num else 1.0
+
+
+def _tokens_per_row(packed: PackedData) -> float:
+  counts = packed.metadata['validation']
+  return counts['num_tokens'] / counts['num_rows']
 
 
 def _has_whole_documents(packed: PackedData) -> bool:

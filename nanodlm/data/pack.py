@@ -244,10 +244,13 @@ def make_streams(
   else:
     for name in sides:
       # One part at a time, so that few ranges are in memory.
-      ranges = [
-        _ranges(task.number, table, side, fills_rows)
-        for task, table, side in zip(tasks, tables, sides[name], strict=True)
-      ]
+      ranges, is_end = [], True
+      for task, table, side in zip(tasks, tables, sides[name], strict=True):
+        if fills_rows and not is_end:  # It begins within a document.
+          side = side & (np.arange(len(side)) > 0)
+        ranges.append(_ranges(task.number, table, side, fills_rows))
+        if len(table):
+          is_end = bool(table['num_ends'][-1])
       streams[name] = Stream(job, length, np.concatenate(ranges), fills_rows)
       if fills_rows:
         streams[name] = _fit(name, streams[name], data_config)

@@ -127,6 +127,7 @@ class PackedData:
     train_borders: the index of the first training row of each dataset, and the
       number of all.
     weights: the share of the examples that comes from each dataset.
+    parts: the datasets of a mixture, otherwise none.
   """
 
   folders: tuple[str, ...]
@@ -139,6 +140,7 @@ class PackedData:
   metadata: Mapping[str, Any]
   train_borders: tuple[int, ...]
   weights: tuple[float, ...] = (1.0,)
+  parts: tuple['PackedData', ...] = ()
 
   @property
   def fingerprint(self) -> str:
@@ -257,6 +259,7 @@ def mix(source: str, all_packed: Sequence[PackedData]) -> PackedData:
     metadata=metadata,
     train_borders=train_borders,
     weights=weights,
+    parts=tuple(all_packed),
   )
   if train_borders[-1]:
     train = grain.MapDataset.concatenate([*map(grain.MapDataset.source, train)])

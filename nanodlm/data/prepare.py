@@ -87,7 +87,8 @@ def prepare(
   `folder`.
 
   Args:
-    data_config: `config.data`. eval_fraction is a share of the text's bytes.
+    data_config: `config.data`. eval_fraction is a share of the text's bytes, or
+      of the characters of a single document.
     tokenizer_config: `config.tokenizer`. A model that is trained, on the
       training text, is kept with the dataset.
     engine: what does the work, by default this process.

@@ -12,7 +12,6 @@ folder. Apart from times, the same command gives the same numbers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import dataclasses
 import functools
 import json
 import pathlib
@@ -207,8 +206,12 @@ def _cut_ends(run: Run, tokens: np.ndarray) -> list[np.ndarray]:
   Samples are whole canvases, see `plan_points`, and so is what they are
   compared to.
   """
-  has_end = run.settings.data.has_documents
-  eos_ids = run.tokenizer.eos_ids if has_end else ()
+  data, eos_ids = run.settings.data, run.tokenizer.eos_ids
+  if not data.has_documents:
+    return [*tokens]
+  if data.is_chat:  # Its messages end too.
+    last = [np.flatnonzero(~np.isin(row, eos_ids)) for row in tokens]
+    return [row[: max(x, default=-1) + 2] for row, x in zip(tokens, last)]
   return [row[: prompts.find_end(row, eos_ids) + 1] for row in tokens]
 
 
@@ -601,21 +604,13 @@ def _open_settings(workdirs: Sequence[str], source: str) -> list[Settings]:
         f'--workdirs names one run twice: {workdir!r} is also {seen[path]!r}'
       )
     seen[path] = workdir
-  settings = [configs.make_settings(configs.read_run(x)) for x in workdirs]
-  if not source:
-    return settings
-  change = {'source': source, 'eval_source': '', 'long_documents': 'cut'}
-  # The other crops, and the padding of pairs, do not apply to another text.
-  cut = {**change, 'crop': 'chunk', 'padding': 'eos', 'long_documents': 'drop'}
-  return [
-    dataclasses.replace(
-      one,
-      data=dataclasses.replace(
-        one.data, **(change if one.data.crop == 'document' else cut)
-      ),
-    )
-    for one in settings
-  ]
+  found = [configs.read_run(workdir) for workdir in workdirs]
+  for config in found if source else ():
+    data: Any = config.data
+    configs.set_source(data, source)
+    if data.crop == 'document':
+      data.long_documents = 'cut'
+  return list(map(configs.make_settings, found))
 
 
 def main(start: Start) -> int:

@@ -11,7 +11,11 @@ from nanodlm.types import InputError
 
 # The sections that --mode=eval reads, and keys of them that it does not.
 READS = ('data.', 'eval.', 'mesh.', 'model.', 'objective.')
-UNREAD = ('eval.max_examples',)
+UNREAD = (
+  'data.clean_infill_rate',
+  'data.clean_prefix_rate',
+  'eval.max_examples',
+)
 
 
 def define_flags():

@@ -61,7 +61,10 @@ class Masked(masking.MaskedNoise, room.Roomy):
     )(keys)
     noised = super().corrupt(keys, levels, x0, eligible)
     noised = merge(merge_keys, noised, x0[:, -1:], self.mask_id)
-    return append(append_keys, noised, x0[:, -1:], self.mask_id)
+    noised = append(append_keys, noised, x0[:, -1:], self.mask_id)
+    # As in sampling: that of the share of masks.
+    t = self.network_time(jnp.mean(noised.scored, axis=1))
+    return noised._replace(t=t)
 
   def max_scored(self, batch_size, length):
     if self.expand:

@@ -10,8 +10,7 @@ from nanodlm.objectives import diffusion
 from nanodlm.types import InputError, Noised, Terms
 
 # The least noise in MDLM's published code (arXiv 2406.07524). Without it, the
-# variance at independent times is infinite. It omits about this share of the
-# bound.
+# variance at independent times is infinite.
 NAIVE_MIN_NOISE = 1e-3
 _COUNTED = 'count', 'overlap'
 
@@ -37,9 +36,9 @@ class MaskedNoise(diffusion.Diffusion):
   Attributes:
     schedule: alpha(t).
     num_timesteps: T of the discrete-time form; 0 is continuous time.
-    min_time: t is drawn from (min_time, 1]. A positive value bounds the scale
-      and omits the bound's share below it from the TRAINING loss; evaluation
-      always uses overlapping counts.
+    min_time: t is drawn from (min_time, 1]. A positive value bounds the scale.
+      The TRAINING loss, the mean over these times, is then not a bound;
+      evaluation always uses overlapping counts.
   """
 
   schedule: schedules.Schedule = schedules.Linear()

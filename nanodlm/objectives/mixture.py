@@ -179,6 +179,10 @@ class Hybrid(MixtureNoise):
     """The forward process: masks and random tokens."""
     return processes.Hybrid(self.mask_id, self.p_uniform, self.gamma)
 
+  def unread_keys(self, uses_time):
+    own = frozenset(() if self.p_uniform else {'gamma'})
+    return super().unread_keys(uses_time) | own
+
 
 def phi(d: jax.Array, log1p_d: jax.Array) -> jax.Array:
   """Computes phi(1 + d) = d - log(1 + d) >= 0 for d > -1 of any shape."""

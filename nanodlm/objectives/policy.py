@@ -104,6 +104,10 @@ class Bounds(Tuning):
   def _num(self) -> int:
     return 1 if self.base.exact else self.num_draws
 
+  def unread_keys(self, uses_time):
+    own = frozenset({'num_draws'} if self.base.exact else ())
+    return super().unread_keys(uses_time) | own
+
   def max_scored(self, batch_size, length):
     return self.base.evaluation().max_scored(batch_size, length)
 
@@ -198,6 +202,11 @@ class Policy(Tuning):
   @property
   def copies(self):
     return *super().copies, *('old',) * (self.num_updates > 1)
+
+  def unread_keys(self, uses_time):
+    # The first update on samples has r = 1.
+    own = frozenset({'clip'} if self.num_updates == 1 else ())
+    return super().unread_keys(uses_time) | own
 
   @property
   def round_steps(self) -> int:  # pyright: ignore

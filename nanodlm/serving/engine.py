@@ -79,7 +79,8 @@ class Row:
     draw: temperature, top-k and top-p.
     seed: seed in [0, 2^64).
     index: number among the samples of this seed. Seed and index give the same
-      tokens as in `--mode=sample`.
+      tokens as in `--mode=sample`, unless the sampler has more steps than the
+      canvas has tokens: here, padding counts as tokens.
     num_asked: network calls that have begun.
     frame: the number of network calls that were made, and the canvas after
       them, [n] int32. Replaced as a whole, so that the two belong together. At
@@ -484,10 +485,13 @@ class Engine:
 def can_pad(run: Run) -> bool:
   """Whether padding a canvas leaves the law of its tokens unchanged."""
   # The time given to a network depends on the canvas's length. Padding is not
-  # masked in a cache; one-way networks do not see it in any case.
+  # masked in a cache, and changes where a canvas has room; one-way networks do
+  # not see it in any case.
   is_one_way = run.objective.causal or run.objective.block_size
   return bool(is_one_way) or not (
-    run.network.knows_time or run.sampler.needs_cache
+    run.network.knows_time
+    or run.sampler.needs_cache
+    or run.objective.any_length
   )
 
 

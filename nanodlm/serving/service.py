@@ -261,6 +261,12 @@ class Service:
       )
     if wrong := [i for i in ids if i is not None and i >= mask_id]:
       raise InputError(f'{field}: {wrong[0]} is not an id in [0, {mask_id})')
+    separator_id = self.tokenizer.separator_id
+    if self.run.objective.any_length and ids[-1] != separator_id:
+      raise InputError(
+        f'{field} must end with the separator, {separator_id}, for a model of '
+        'gaps of any length'
+      )
     fixed = np.array([i is not None for i in ids])
     sees_right = self.run.objective.sees_right(length)
     if not sees_right and np.any(fixed[1:] & ~fixed[:-1]):

@@ -75,6 +75,16 @@ def _facts(line: Line, **keys: str) -> dict[str, str]:
   return {name: str(line.get(key, MISSING)) for name, key in keys.items()}
 
 
+def _conditions(line: Line) -> dict[str, Any]:
+  """Returns what a measurement of infilling depends on, but for its calls."""
+  settings = line.get('sampler')
+  settings = dict(settings) if isinstance(settings, dict) else {}
+  for key in ('num_steps', 'num_samples', 'length', 'seed'):
+    settings.pop(key, None)
+  facts = {'sampler': settings.pop('name', MISSING), **settings}
+  return facts | _facts(line, step='step', text='source')
+
+
 def _summary(run: Run) -> dict[str, str]:
   line = run.last_line('eval/nll', 'eval_subset/nll')
   split = 'eval' if 'eval/nll' in line else 'eval_subset'
@@ -233,6 +243,7 @@ def draw_evals(runs: Sequence[Run]) -> Iterator[Part]:
   curves, rows = {}, []
   has_law = any('eval/law_nats' in line for run in runs for line in run.evals)
   for run in runs:
+    measured = [_conditions(x) for x in run.evals if x.get('infill')]
     for line in run.evals:
       if is_number(line.get('eval/nll')):
         row = {'run': run.name} | _facts(line, step='step', text='source')
@@ -251,7 +262,11 @@ def draw_evals(runs: Sequence[Run]) -> Iterator[Part]:
         calls, y, ratio = map(gap.get, ('num_calls', 'accuracy', 'ratio'))
         if calls and is_number(calls) and is_number(y) and is_number(ratio):
           name = f'{run.name}, {ratio:.0%} masked, {gap.get("pattern")}'
-          name += ' words' * (gap.get('unit') == 'word')
+          unit = gap.get('unit', 'token')
+          name += f' {unit}s' * (unit != 'token')
+          for key, value in _conditions(line).items():
+            if any(other.get(key) != value for other in measured):
+              name += f', {key} {value}'
           if not line.get('is_held_out', True):
             name += f' ({evaluate.shown_share(line)} trained on)'
           # A later measurement with the same number of calls replaces it.

@@ -312,6 +312,11 @@ def _vocab(shards: Shards) -> categorical.Vocab:
   return categorical.Vocab(sharding.TENSOR if shards.tensor > 1 else None)
 
 
+def _take(x: jax.Array, places: jax.Array) -> jax.Array:
+  """Returns x [B, L, D] at places [B, K] of each row, [B, K, D]."""
+  return jnp.take_along_axis(x, places[..., None], axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
   """A `types.CachedDenoise` that calls a network.
@@ -359,10 +364,16 @@ class Denoiser:
     )
 
   def recall(self, tokens, level, positions, memory):
+    # The memory has the order of the canvas: that of the input changes.
+    places = self.objective.places(tokens)
+    if places is not None and memory is not None:
+      memory = _take(memory, jnp.argsort(places, axis=1, stable=True))
     states = self._hidden(tokens, level, memory)
-    places = self._in_input(tokens, positions)
-    chosen = jnp.take_along_axis(states, places[..., None], axis=1)
-    return self._logits(chosen, positions), self._condition(lambda: states)
+    chosen = _take(states, self._in_input(tokens, positions))
+    memory = self._condition(lambda: states)
+    if places is not None and memory is not None:
+      memory = _take(memory, places)
+    return self._logits(chosen, positions), memory
 
   def _hidden(self, tokens, level, condition=None, positions=None):
     segment_ids = self.segment_ids

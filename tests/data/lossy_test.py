@@ -45,6 +45,14 @@ class LossyTest(DataTest):
     self.assertBetween(manifest['num_lost_bytes'], lost, lost + 2)
     self.assertIn(f'{manifest["num_lost_bytes"]:,} of', logs.output[0])
 
+  def test_what_a_prompt_loses_is_not_of_the_response(self):
+    pairs = [('\n' * 50, f'the fox and dog {i}') for i in range(30)]
+    packed = self.prepare(
+      self.write_pairs(pairs), tokenizer=self.given(vocab_size=80), length=32
+    )
+    for row in (packed.train[i] for i in range(len(packed.train))):
+      self.assertBetween(row['num_bytes'], 16, 18)
+
   def test_bytes_of_crops_and_of_what_is_scored(self):
     words = random.Random(0).choices(TEXT.split(), k=400)
     self.write('a.txt', '  '.join(words))

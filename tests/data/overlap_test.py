@@ -4,7 +4,6 @@ import itertools
 from unittest import mock
 
 from absl.testing import absltest
-import grain
 import numpy as np
 
 from nanodlm.data import overlap
@@ -18,7 +17,7 @@ SEPARATOR = 256
 class Packed:
   """The attributes of PackedData that are read, for ids in memory."""
 
-  weights, is_chat = (1.0,), False
+  weights, parts, is_chat = (1.0,), (), False
   tokenizer = BytesTokenizer.make('bytes', '')
 
   def __init__(self, train, validation=(), length=64, is_documents=False):
@@ -28,8 +27,10 @@ class Packed:
       for i in range(0, len(ids) - length + 1, length)
     ]
     self.train, self.validation = cut(train), cut(validation)
-    counts = {'num_bytes': len(train), 'num_tokens': len(train)}
-    self.metadata = {'train': counts}
+    self.metadata = {
+      split: {'num_bytes': n, 'num_tokens': n, 'num_rows': max(n // length, 1)}
+      for split, n in (('train', len(train)), ('validation', len(validation)))
+    }
 
 
 class OverlapTest(cases.DataTest):
@@ -104,13 +105,17 @@ class OverlapTest(cases.DataTest):
     )
     self.assertAlmostEqual(share, 1 / 2)
 
-  def test_a_mixture_of_documents(self):
-    documents = np.full([20, 64], SEPARATOR)
-    documents[:, :40] = self.draw((20, 40))
-    packed = Packed(documents[:10].ravel(), is_documents=True)
-    rows = [{'tokens': row} for row in documents[5:15]]
-    packed.validation = grain.MapDataset.source(rows)
-    self.assertAlmostEqual(overlap.make_record(packed).share(packed), 1 / 2)
+  def test_a_mixture(self):
+    # Rows have the length of a passage: most short documents are whole in a
+    # row, but one row in 64 has a whole passage of a long text.
+    short = self.draw((300, 16))
+    short[:, 15] = SEPARATOR
+    packed = Packed(self.text)
+    packed.parts = tuple(Packed((), x) for x in (self.text[7:], short.ravel()))
+    for weights, share in ((0.5, 0.5), 0.5), ((0.2, 0.8), 0.2):
+      packed.weights = weights
+      found = overlap.make_record(packed).share(packed)
+      self.assertAlmostEqual(found, share, delta=0.01)
 
   def test_few_hashes_and_few_rows_give_an_estimate(self):
     half = np.concatenate([self.text[:20_000], self.draw(20_000)])

@@ -9,6 +9,7 @@ import numpy as np
 
 from nanodlm.data import encoder, overlap, pack, pipeline, prepare
 from nanodlm.data.packed import SPLITS
+from nanodlm.data.sources import base
 from nanodlm.types import InputError
 from tests.data import cases
 from tests.data.cases import DataTest
@@ -196,6 +197,19 @@ class DocumentsTest(DataTest):
       sum(packed.metadata[x]['num_dropped_documents'] for x in SPLITS),
       num_dropped,
     )
+
+  def test_the_rest_of_a_long_text_is_no_document(self):
+    source, lines = self.write_lines([3, 4])
+    long = self.write('long.txt', 'one line of a text\n' * 20)
+    with mock.patch.object(base, 'PART_BYTES', 64):  # It is read in slices.
+      packed = self.prepare(
+        source,
+        eval_source=f'text:{long}',
+        eval_fraction=0,
+        crop='document',
+        long_documents='cut',
+      )
+    self.assertEqual(self.texts(packed), [*lines, 'one line of a te'])
 
   def test_long_documents_can_be_refused(self):
     source, _ = self.write_lines([9] * 20 + [30])

@@ -176,12 +176,18 @@ class HeldOutTest(DataTest):
       'data.test_tokens=5 .*has several documents',
     ),
     (
+      dict(eval_tokens=5, test_tokens=5, eval_fraction=0, eval_source='OWN'),
+      'data.test_tokens=5 must be 0 with data.eval_source',
+    ),
+    (
       dict(eval_fraction=0, eval_tokens=10**6),
       r'data.eval_tokens=1000000 .*leaves nothing to train on: .* \d+ tokens',
     ),
   )
   def test_mistakes(self, changes, message):
     source = self.write_jsonl()
+    if 'eval_source' in changes:
+      changes = {**changes, 'eval_source': source}
     with self.assertRaisesRegex(InputError, message):
       self.prepare(source, **changes)
     self.assertEmpty(list((self.folder / 'prepared').glob('*incomplete*')))

@@ -1,7 +1,9 @@
 """Tests of the comparison of runs: its numbers and its errors."""
 
 import json
+import types
 
+import numpy as np
 import pytest
 
 from nanodlm import config as configs
@@ -227,6 +229,33 @@ def test_one_run_under_two_names(runs, tmp_path, capsys):
   assert run_main(given, f'--output={tmp_path}/new') == 2
   assert f"'{tmp_path}/link' is also {runs[0]!r}" in capsys.readouterr().err
   assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize('padding', ['eos', 'masked'])
+def test_common_source_of_pairs(tmp_path, padding):
+  rows = [{'prompt': f'{i} is', 'response': f' {i}.'} for i in range(40)]
+  path = tmp_path / 'rows.jsonl'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  source = f'pairs:{path}'
+  workdir = workdirs.make_workdir(
+    tmp_path, data__source=source, data__padding=padding
+  )
+  own, common = (
+    compare._open_settings([workdir], x)[0].data for x in ('', source)
+  )
+  assert own == common and common.padding == padding
+
+
+def test_ends_of_texts():
+  rows = np.array([[1, 2, 256, 3, 256, 256], [256] * 6, [1, 2, 3, 4, 5, 6]])
+  # A conversation ends after the last of its messages.
+  for is_chat, sizes in (True, [5, 1, 6]), (False, [3, 1, 6]):
+    data = types.SimpleNamespace(has_documents=True, is_chat=is_chat)
+    run = types.SimpleNamespace(
+      settings=types.SimpleNamespace(data=data),
+      tokenizer=types.SimpleNamespace(eos_ids=(256,)),
+    )
+    assert list(map(len, compare._cut_ends(run, rows))) == sizes
 
 
 def test_folder_without_a_run(tmp_path, capsys):

@@ -42,6 +42,8 @@ def test_labels_give_the_text_back(eligible):
   tokens, scored = np.array(noised.tokens), np.array(noised.scored)
   labels = np.array(noised.fields['target'])
   np.testing.assert_array_equal(tokens == MASK, scored)
+  # The linear schedule: the time is the share of masks, as in sampling.
+  np.testing.assert_allclose(noised.t, scored.mean(axis=1), rtol=1e-5)
   first = jax.vmap(lambda key: jax.random.split(jax.random.clone(key), 3)[0])
   plain = Masked(MASK).corrupt(first(keys), levels, x0, can)
   num_two = num_none = 0

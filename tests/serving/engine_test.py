@@ -249,3 +249,6 @@ def test_canvases_are_padded_where_that_keeps_their_law(opened):
   )
   engine = engines.Engine(dataclasses.replace(opened, run=run))
   assert not engines.can_pad(engine.choose('fixed_count'))
+  # Padding changes where a canvas has room.
+  expands = dataclasses.replace(opened.run.objective, expand=True)
+  assert not engines.can_pad(dataclasses.replace(opened.run, objective=expands))

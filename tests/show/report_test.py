@@ -222,6 +222,32 @@ def test_values_of_other_types_are_skipped(tmp_path, capsys):
   assert "train.num_steps='many'" in capsys.readouterr().err
 
 
+def test_other_samplers_and_texts_have_curves_of_their_own(tmp_path):
+  a = write_run(tmp_path / 'a')
+  gap = {'pattern': 'span', 'ratio': 0.5, 'accuracy': 0.25, 'num_calls': 4}
+  lines = [
+    {'step': 10, 'sampler': {'name': name, 'num_steps': n}, 'source': source}
+    | {'infill': [gap | {'num_calls': n}]}
+    for name, n, source in (
+      ('remask', 4, 'text:x'),
+      ('remask', 8, 'text:x'),
+      ('psi', 4, 'text:x'),
+      ('psi', 4, 'text:y'),
+    )
+  ]
+  write_lines(a / 'eval.jsonl', lines)
+  parts = report.draw_evals([read_run(a, 'a')])
+  (plot,) = (part for part in parts if isinstance(part, report.Plot))
+  assert {name: len(points) for name, points in plot.curves.items()} == {
+    f'a, 50% masked, span, sampler {name}, text text:{source}': num
+    for name, source, num in (
+      ('remask', 'x', 2),
+      ('psi', 'x', 1),
+      ('psi', 'y', 1),
+    )
+  }
+
+
 def test_files_of_others_are_spared(tmp_path, capsys):
   a = write_run(tmp_path / 'a')
   output = tmp_path / 'mine.html'

@@ -220,6 +220,25 @@ def test_a_sampler_remembers_its_previous_prediction():
     np.testing.assert_allclose(new, expected, atol=1e-5)
 
 
+def test_predictions_stay_with_their_tokens_where_room_moves():
+  # The network reads [MASK, 2, 2] after the first token has become room.
+  scorer, params = make(Masked(MASK, expand=True))
+  params = jax.tree.map(jnp.asarray, params)
+  denoise = networks.Denoiser(scorer.network, scorer.objective, params)
+  first, second = jnp.array([[MASK, MASK, 2]]), jnp.array([[2, MASK, 2]])
+  level, positions = jnp.zeros(1), jnp.arange(LENGTH)[None]
+  memory = denoise.init_memory(first)
+  _, memory = denoise.recall(first, level, positions, memory)
+  logits, new = denoise.recall(second, level, positions, memory)
+  states = scorer.network.hidden(
+    params, second[:, [1, 0, 2]], level, condition=memory[:, [1, 0, 2]]
+  ).states
+  expected = networks.mean_embedding(scorer.network, params, states, MASK)
+  np.testing.assert_allclose(new, expected[:, [1, 0, 1]], atol=1e-5)
+  assert np.abs(memory[:, 1] - memory[:, 0]).max() > 1e-4
+  assert logits.shape == (1, LENGTH, MASK + 1)
+
+
 @pytest.mark.parametrize('name', ['ancestral', 'confidence', 'remask'])
 def test_a_row_does_not_depend_on_its_neighbours(name):
   # Alone, a row takes no calls at steps that reveal tokens of others only.

@@ -159,6 +159,8 @@ def test_a_later_value_that_is_not_finite():
 def test_peak_flops():
   assert metrics.peak_flops('NVIDIA H100 80GB HBM3') == 989e12
   assert metrics.peak_flops('NVIDIA H100 PCIe') == 756e12
+  assert metrics.peak_flops('NVIDIA H200 NVL') == 835e12
+  assert metrics.peak_flops('NVIDIA H200') == 989e12
   assert metrics.peak_flops('TPU v5 lite') == 197e12
   assert metrics.peak_flops('cpu') is None
 

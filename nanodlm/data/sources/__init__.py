@@ -21,7 +21,7 @@
                                 training examples
 
 A GLOB may contain '**', which enters each folder once, whatever links lead to
-it; a file with several names is read once, too. A FIELD may have any name; the
+it; a file that links lead to is read once, too. A FIELD may have any name; the
 longest GLOB that matches a file is taken. Text and JSONL files may be
 compressed (.gz, .bz2, .xz, .zst), and one that ends early is an error. A new
 kind is a subclass of `Source` and one entry in `SOURCES`.
