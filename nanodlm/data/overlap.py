@@ -67,10 +67,10 @@ class Record:
 
     None if the text has too few passages to say, or the record is too old.
     """
-    if packed.parts:
+    if packed.held_out:
       shares = [
         (share, weight * _tokens_per_row(part))
-        for part, weight in zip(packed.parts, packed.weights)
+        for weight, part in packed.held_out
         if (share := self.share(part)) is not None
       ]
       if not shares:

@@ -127,7 +127,8 @@ class PackedData:
     train_borders: the index of the first training row of each dataset, and the
       number of all.
     weights: the share of the examples that comes from each dataset.
-    parts: the datasets of a mixture, otherwise none.
+    held_out: the weights and datasets of a mixture whose held-out text the
+      validation rows are, otherwise none.
   """
 
   folders: tuple[str, ...]
@@ -140,7 +141,7 @@ class PackedData:
   metadata: Mapping[str, Any]
   train_borders: tuple[int, ...]
   weights: tuple[float, ...] = (1.0,)
-  parts: tuple['PackedData', ...] = ()
+  held_out: tuple[tuple[float, 'PackedData'], ...] = ()
 
   @property
   def fingerprint(self) -> str:
@@ -259,7 +260,7 @@ def mix(source: str, all_packed: Sequence[PackedData]) -> PackedData:
     metadata=metadata,
     train_borders=train_borders,
     weights=weights,
-    parts=tuple(all_packed),
+    held_out=tuple(zip(weights, all_packed)),
   )
   if train_borders[-1]:
     train = grain.MapDataset.concatenate([*map(grain.MapDataset.source, train)])

@@ -111,6 +111,7 @@ def prepare(
     train,
     folders=train.folders + held_out.folders,
     validation=held_out.validation,
+    held_out=held_out.held_out,
     metadata=metadata,
   )
 

@@ -44,10 +44,11 @@ def plan(
     num_documents = sum(itertools.islice(ends, 2))
   if not parts or not num_documents:
     raise _empty(source)
-  if whole and data_config.test_tokens:
+  if whole == 'train' and data_config.test_tokens:
     raise InputError(
       f'data.test_tokens={data_config.test_tokens!r} must be 0 with data.'
-      f'eval_source={data_config.eval_source!r}: nothing is cut off the text'
+      f'eval_source={data_config.eval_source!r}: all of the other text is '
+      'trained on'
     )
   if whole:
     return [encoder.Task(i, part, whole) for i, (_, part) in enumerate(parts)]

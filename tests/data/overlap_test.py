@@ -1,6 +1,7 @@
 """Tests of nanodlm.data.overlap: how much of a text is in another."""
 
 import itertools
+import json
 from unittest import mock
 
 from absl.testing import absltest
@@ -17,7 +18,7 @@ SEPARATOR = 256
 class Packed:
   """The attributes of PackedData that are read, for ids in memory."""
 
-  weights, parts, is_chat = (1.0,), (), False
+  weights, held_out, is_chat = (1.0,), (), False
   tokenizer = BytesTokenizer.make('bytes', '')
 
   def __init__(self, train, validation=(), length=64, is_documents=False):
@@ -111,11 +112,28 @@ class OverlapTest(cases.DataTest):
     short = self.draw((300, 16))
     short[:, 15] = SEPARATOR
     packed = Packed(self.text)
-    packed.parts = tuple(Packed((), x) for x in (self.text[7:], short.ravel()))
-    for weights, share in ((0.5, 0.5), 0.5), ((0.2, 0.8), 0.2):
-      packed.weights = weights
+    parts = [Packed((), x) for x in (self.text[7:], short.ravel())]
+    for share in (0.5, 0.2):
+      packed.held_out = tuple(zip((share, 1 - share), parts))
       found = overlap.make_record(packed).share(packed)
       self.assertAlmostEqual(found, share, delta=0.01)
+
+  def test_another_text_next_to_a_mixture(self):
+    for name in 'abc':
+      texts = [
+        bytes((97 + self.draw(80) % 26).tolist()).decode() for _ in range(40)
+      ]
+      lines = (json.dumps({'text': text}) + '\n' for text in texts)
+      self.write(f'{name}.jsonl', ''.join(lines))
+    mixture = '+'.join(f'0.5*jsonl:{self.folder}/{name}.jsonl' for name in 'ab')
+    for name, share in ('b', 1), ('c', 0):
+      packed = self.prepare(
+        f'mix:{mixture}',
+        eval_source=f'jsonl:{self.folder}/{name}.jsonl',
+        eval_fraction=0,
+      )
+      found = overlap.make_record(packed).share(packed)
+      self.assertAlmostEqual(found, share, delta=0.02)
 
   def test_few_hashes_and_few_rows_give_an_estimate(self):
     half = np.concatenate([self.text[:20_000], self.draw(20_000)])
