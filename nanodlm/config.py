@@ -183,9 +183,10 @@ def make_settings(config: Any, given: Collection[str] = ()) -> Settings:
     InputError: naming the key, its value and what is allowed.
   """
   for key in 'eval_fraction', 'eval_tokens', 'test_tokens':
-    if config.data.eval_source and f'data.{key}' in given:
+    value = config.data[key]
+    if config.data.eval_source and f'data.{key}' in given and value:
       raise InputError(
-        f'data.{key}={config.data[key]!r} is ignored with data.eval_source='
+        f'data.{key}={value!r} is ignored with data.eval_source='
         f'{config.data.eval_source!r}, all of which is evaluated'
       )
   saved = dict(config.checkpoint)
@@ -289,6 +290,7 @@ class Start:
         continue  # The base of the adapters may have moved.
       if key in unread or not key.startswith((*reads, 'train.chunk_size')):
         own = ', '.join(part + '*' * part.endswith('.') for part in reads)
+        own += f', without {", ".join(unread)}' if key in unread else ''
         raise InputError(
           f'--config.{key}={value!r} is ignored by --mode={self.mode}; it '
           f'reads {own}'

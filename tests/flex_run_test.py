@@ -161,6 +161,12 @@ def test_masks_that_expand(tmp_path, caplog):
     body['sampler'] = 'fixed_count'
     status, _ = servers.post(server, '/api/generate', body)
     assert status == 400
+    for prompt in 'a c', [97, 32, 99]:
+      body = {'prompt': prompt, 'max_tokens': 3, 'echo': True}
+      body['sampler'] = 'fixed_count'
+      status, answer = servers.post(server, '/v1/completions', body)
+      assert status == 200, answer
+      assert answer['choices'][0]['text'].startswith('a c')
     body = {'tokens': [97, None], 'sampler': 'fixed_count'}
     status, answer = servers.post(server, '/api/generate', body)
     assert status == 400 and 'must end with the separator' in str(answer)

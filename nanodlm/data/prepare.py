@@ -234,6 +234,12 @@ def _prepare_one(
     identity['tokenizer_revision'] = tokenizer.revision
   if source.num_alternatives > 1:
     identity['split'] = 'by shared texts'  # Earlier versions divided them.
+  if source.is_pairs and tokenizer and not tokenizer.is_lossless:
+    identity['prompt_bytes'] = 'apart'  # The response counted some of them.
+  if (
+    whole and data_config.fills_rows and not (source.is_pairs or source.is_chat)
+  ):
+    identity['long_texts'] = 'whole'  # They were several documents.
   if whole:
     identity |= {'eval_fraction': 0, 'whole': whole}
   if whole == 'validation':

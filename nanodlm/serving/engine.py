@@ -367,15 +367,14 @@ class Engine:
     failed = set()
     for client, queue in list(self._queues.items()):
       for row in queue:
-        key = row.group, self._sizes[0]
-        if error := self._errors.get(key):
+        if error := self._errors.get((row.group, self._sizes[0])):
           row.fail(error)
-          failed.add(key)
+          failed.add(row.group)
       queue[:] = [row for row in queue if not (row.is_cancelled or row.is_over)]
       if not queue:
         del self._queues[client]
-    # It is tried again for the next request: memory may be free by then.
-    for key in failed:
+    # They are tried again for the next request: memory may be free by then.
+    for key in [key for key in self._errors if key[0] in failed]:
       del self._errors[key]
 
   def _next_program(self) -> tuple[_Group, int] | None:

@@ -140,7 +140,9 @@ class Completions:
     suffix = self._body.suffix or ''
     ids = encode(prompt).tolist() if isinstance(prompt, str) else prompt
     suffix_ids = model.tokenizer.encode_rest(suffix).tolist()
-    num_given = len(ids) + len(suffix_ids)
+    # What a network takes for room is at the end.
+    end = [model.tokenizer.separator_id] * model.run.objective.any_length
+    num_given = len(ids) + len(suffix_ids) + len(end)
     if num_given + size > length:
       raise InputError(
         f'max_tokens={size} and the {num_given} tokens of prompt and suffix do '
@@ -150,9 +152,10 @@ class Completions:
       text, suffix = prompt.translate(_BRACES), suffix.translate(_BRACES)
       prompt = f'{text}{{{size}}}{suffix}'
       return model.lay_out(prompt, self._body.sampler)
-    if not num_given + size:
+    if not ids + suffix_ids and not size:
       return np.zeros(0, np.int32), np.zeros(0, bool)
-    return model.lay_out_ids([*ids, *[None] * size, *suffix_ids], 'prompt')
+    given = [*ids, *[None] * size, *suffix_ids, *end]
+    return model.lay_out_ids(given, 'prompt')
 
   def _given(self, i: int) -> str:
     """The space before completion i that was left to the gap.

@@ -34,6 +34,16 @@ NUM_LEVELS = 10
 MAX_TABLE_ROWS = 20
 # The speed of a run is the median of this many last lines of metrics.jsonl.
 SPEED_LINES = 5
+# Keys of config.sampler that decide on the calls, or on no token's law.
+NOT_CONDITIONS = (
+  'num_steps',
+  'threshold',
+  'entropy_budget',
+  'edit_threshold',
+  'num_samples',
+  'length',
+  'seed',
+)
 NO_QUALITY = (
   'Nothing measured yet: python launch.py --mode=compare --workdirs=RUN,RUN '
   '--output=FOLDER --judge=AR_RUN, or python launch.py --mode=eval '
@@ -79,10 +89,10 @@ def _conditions(line: Line) -> dict[str, Any]:
   """Returns what a measurement of infilling depends on, but for its calls."""
   settings = line.get('sampler')
   settings = dict(settings) if isinstance(settings, dict) else {}
-  for key in ('num_steps', 'num_samples', 'length', 'seed'):
+  for key in NOT_CONDITIONS:
     settings.pop(key, None)
   facts = {'sampler': settings.pop('name', MISSING), **settings}
-  return facts | _facts(line, step='step', text='source')
+  return facts | _facts(line, step='step', source='source')
 
 
 def _summary(run: Run) -> dict[str, str]:

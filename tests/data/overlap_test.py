@@ -126,12 +126,14 @@ class OverlapTest(cases.DataTest):
       lines = (json.dumps({'text': text}) + '\n' for text in texts)
       self.write(f'{name}.jsonl', ''.join(lines))
     mixture = '+'.join(f'0.5*jsonl:{self.folder}/{name}.jsonl' for name in 'ab')
-    for name, share in ('b', 1), ('c', 0):
-      packed = self.prepare(
-        f'mix:{mixture}',
-        eval_source=f'jsonl:{self.folder}/{name}.jsonl',
-        eval_fraction=0,
-      )
+    spec = lambda name: f'jsonl:{self.folder}/{name}.jsonl'
+    for train, held_out, share in (
+      (f'mix:{mixture}', spec('b'), 1),
+      (f'mix:{mixture}', spec('c'), 0),
+      (spec('a'), f'mix:{mixture}', 0.5),
+      (f'mix:{mixture}', f'mix:0.2*{spec("b")}+0.8*{spec("c")}', 0.2),
+    ):
+      packed = self.prepare(train, eval_source=held_out, eval_fraction=0)
       found = overlap.make_record(packed).share(packed)
       self.assertAlmostEqual(found, share, delta=0.02)
 

@@ -7,8 +7,10 @@ import random
 from absl.testing import absltest, parameterized
 import numpy as np
 
+from nanodlm.data import prepare
 from nanodlm.data.packed import SPLITS
 from nanodlm.data.split import choose
+from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.types import InputError
 from tests.data import cases
 from tests.data.cases import DataTest, REPO, stream
@@ -169,6 +171,15 @@ class HeldOutTest(DataTest):
     self.assertNotEqual(other.fingerprint, packed.fingerprint)
     self.assertEqual(other.folders[0], packed.folders[0])
     self.assertLen(other.validation, len(packed.train))
+
+  def test_another_text_is_evaluated_next_to_test_tokens(self):
+    path = self.folder / 'other.txt'
+    path.write_text('three ' * 40)
+    config = self.config(
+      eval_source=f'text:{path}', eval_tokens=5, test_tokens=5, eval_fraction=0
+    )
+    packed = prepare.prepare_whole(config, BytesTokenizer())
+    self.assertEqual(packed.metadata['validation']['num_bytes'], 240)
 
   @parameterized.parameters(
     (

@@ -226,7 +226,8 @@ def test_other_samplers_and_texts_have_curves_of_their_own(tmp_path):
   a = write_run(tmp_path / 'a')
   gap = {'pattern': 'span', 'ratio': 0.5, 'accuracy': 0.25, 'num_calls': 4}
   lines = [
-    {'step': 10, 'sampler': {'name': name, 'num_steps': n}, 'source': source}
+    {'step': 10, 'source': source}
+    | {'sampler': {'name': name, 'num_steps': n, 'threshold': 1 / n}}
     | {'infill': [gap | {'num_calls': n}]}
     for name, n, source in (
       ('remask', 4, 'text:x'),
@@ -239,7 +240,7 @@ def test_other_samplers_and_texts_have_curves_of_their_own(tmp_path):
   parts = report.draw_evals([read_run(a, 'a')])
   (plot,) = (part for part in parts if isinstance(part, report.Plot))
   assert {name: len(points) for name, points in plot.curves.items()} == {
-    f'a, 50% masked, span, sampler {name}, text text:{source}': num
+    f'a, 50% masked, span, sampler {name}, source text:{source}': num
     for name, source, num in (
       ('remask', 'x', 2),
       ('psi', 'x', 1),

@@ -24,7 +24,8 @@ A GLOB may contain '**', which enters each folder once, whatever links lead to
 it; a file that links lead to is read once, too. A FIELD may have any name; the
 longest GLOB that matches a file is taken. Text and JSONL files may be
 compressed (.gz, .bz2, .xz, .zst), and one that ends early is an error. A new
-kind is a subclass of `Source` and one entry in `SOURCES`.
+kind is a subclass of `Source` and one entry in `SOURCES`. A TFDS dataset is
+known by its version: write other text as another version.
 
     embedded                  text:books/**/*.txt.gz
     jsonl:corpus/*.jsonl:body parquet:part-*.parquet:text

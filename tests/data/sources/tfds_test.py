@@ -90,17 +90,12 @@ class TfdsTest(absltest.TestCase):
     )
     source = sources.make_source('tfds:own', f'{self.folder}/own')
     self.assertEqual(texts(source), [f'row {i}' for i in range(9)])
-    fingerprint = source.fingerprint()
-    self.assertEqual(source.fingerprint(), fingerprint)
     for split, row in (('validation', 9), ('train', 0)):
       with self.assertRaisesRegex(InputError, f'row {row} of split .*: .'):
         texts(source, split)
       (path,) = folder.glob('own-train.array_record*')
       data = path.read_bytes()
       path.write_bytes(data[: len(data) // 2])  # for the next one
-    # Other files with the same version are other text.
-    again = sources.make_source('tfds:own', f'{self.folder}/own')
-    self.assertNotEqual(again.fingerprint(), fingerprint)
 
   def test_tiny_shakespeare_from_a_copied_file(self):
     if not os.path.isdir(SHARED):
