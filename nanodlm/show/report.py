@@ -34,7 +34,8 @@ NUM_LEVELS = 10
 MAX_TABLE_ROWS = 20
 # The speed of a run is the median of this many last lines of metrics.jsonl.
 SPEED_LINES = 5
-# Keys of config.sampler that decide on the calls, or on no token's law.
+# Keys of config.sampler that set the number of calls, or which samples are
+# drawn. A curve joins measurements that differ in them.
 NOT_CONDITIONS = (
   'num_steps',
   'threshold',
@@ -266,6 +267,12 @@ def draw_evals(runs: Sequence[Run]) -> Iterator[Part]:
           row['law, nats/document'] = _show(line.get('eval/law_nats'), '.2f')
           row['above the law'] = _interval(line, 'eval/excess_nats')
         rows.append(row)
+      # What the measurements of this run do not have in common.
+      differing = ''.join(
+        f', {key} {value}'
+        for key, value in _conditions(line).items()
+        if any(other.get(key) != value for other in measured)
+      )
       gaps = line.get('infill')
       for gap in gaps if isinstance(gaps, list) else ():
         gap = gap if isinstance(gap, dict) else {}
@@ -274,9 +281,7 @@ def draw_evals(runs: Sequence[Run]) -> Iterator[Part]:
           name = f'{run.name}, {ratio:.0%} masked, {gap.get("pattern")}'
           unit = gap.get('unit', 'token')
           name += f' {unit}s' * (unit != 'token')
-          for key, value in _conditions(line).items():
-            if any(other.get(key) != value for other in measured):
-              name += f', {key} {value}'
+          name += differing
           if not line.get('is_held_out', True):
             name += f' ({evaluate.shown_share(line)} trained on)'
           # A later measurement with the same number of calls replaces it.

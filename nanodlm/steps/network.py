@@ -462,7 +462,7 @@ class Denoiser:
 
   def logits_again(self, places):
     """Returns the logits [B, K, V] of the last calls at canvas positions."""
-    states = jnp.take_along_axis(self.states[...], places[..., None], axis=1)
+    states = _take(self.states[...], places)
     return self._project(states).reshape(*places.shape, -1)
 
   def _project(self, states):
