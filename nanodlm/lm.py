@@ -220,6 +220,7 @@ class LanguageModel:
       length = run.settings.sample_length
     elif length < 1:
       raise InputError(f'length={length!r} must be >= 1')
+    run.check_length('length', length)
     row, fixed = lay_out(run, prompt, length)
     tokens, is_fixed = (np.tile(x, (num_samples, 1)) for x in (row, fixed))
     kept = [watch.Logprobs(len(row)) for _ in whole_batch(run, tokens)]
@@ -591,6 +592,7 @@ class LanguageModel:
         raise InputError(f'level={level!r} must be in [0, 1]')
       levels = np.full(len(rows), level, np.float32)
     mesh, length = self.run.mesh, rows.shape[1]
+    self.run.check_length('number of tokens', length)
     step = sample_steps.make_logits_step(self.run.scorer, mesh)
     size = self._padded(length)
     lengths = np.full(len(rows), length, np.int32)
@@ -649,6 +651,16 @@ def lay_out(
     run.settings.data.is_pairs,
     run.objective.any_length,
   )
+  return end_as_trained(run, tokens, fixed, length)
+
+
+def end_as_trained(
+  run: Run, tokens: np.ndarray, fixed: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Adds the separators that filled the row of a whole document in training.
+
+  A canvas [n] is one if it ends with text and the rows are documents.
+  """
   data = run.settings.data
   if data.has_documents and data.padding == 'eos' and fixed[-1]:
     padding = (0, max(min(data.length, length) - len(tokens), 0))

@@ -86,6 +86,20 @@ class Run:
     has_end = settings.data.has_documents or settings.sampler['stop_at_eos']
     return self.tokenizer.eos_ids if has_end else ()
 
+  def check_length(self, name: str, length: int):
+    """Raises InputError if the network cannot read texts of `length` tokens.
+
+    `name` is that of the length.
+    """
+    self.network.check(length)
+    most, size = self.network.num_positions, self.objective.block_size or 1
+    if 0 < most < length + -length % size:  # Samplers fill whole blocks.
+      blocks = f', in whole blocks of {size}' if size > 1 else ''
+      raise InputError(
+        f'{name}={length!r} must be at most model.num_positions={most!r}'
+        f'{blocks}'
+      )
+
   def num_params(self) -> int:
     """Returns the number of parameters, without what pads the vocabulary.
 
@@ -96,6 +110,15 @@ class Run:
       lambda: states.init_params(whole, self.objective, jax.random.key(0))
     )
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+  def flops_per_token(self) -> float:
+    """Returns the model FLOPs of a training step per token; 0: unknown.
+
+    Objectives that start from another network call it more often.
+    """
+    is_plain = self.trained is self.objective
+    num_calls = is_plain * self.objective.num_training_draws
+    return num_calls * self.network.flops_per_token(self.settings.data.length)
 
   def num_trained(self) -> int:
     """Returns the number of those that `config.lora` trains."""
@@ -406,17 +429,8 @@ def _check_network(run: Run):
           f'objective.name={name!r}, which models the length of whole '
           f'documents (data.source={data.source!r})'
         )
-  for key, length in (
-    ('data', data.length),
-    ('sampler', settings.sample.length),
-  ):
-    if length:
-      network.check(length)
-    if 0 < network.num_positions < length:
-      raise InputError(
-        f'{key}.length={length!r} must be at most '
-        f'model.num_positions={network.num_positions!r}'
-      )
+  run.check_length('data.length', data.length)
+  run.check_length('sampler.length', settings.sample.length or data.length)
   steps = settings.train.anneal_steps
   if steps and (objective.causal or objective.block_size):
     raise InputError(

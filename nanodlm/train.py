@@ -214,12 +214,7 @@ def train(
           save=functools.partial(_save, manager, run, packed, origin),
           show=_make_show(run, packed, evaluated, writer, caught, workdir),
           progress=Progress(
-            settings.train,
-            settings.data.length,
-            # Methods call the network more often than that.
-            run.network.flops_per_token(settings.data.length)
-            * (run.trained is run.objective),
-            writer,
+            settings.train, settings.data.length, run.flops_per_token(), writer
           ),
           trace=_make_trace(settings, workdir, step),
           caught=caught,

@@ -261,6 +261,9 @@ class Objective(abc.ABC):
     curriculum_steps: number of first steps that train `curriculum`.
     any_length: whether it also models the length of a document. On a canvas,
       the separators that fill it are room, which the network does not read.
+    num_training_draws: number of noisy texts that `loss` scores of each text.
+    trains_bound: whether the `Terms.nll` of training, with its own levels,
+      estimate the bound; otherwise training does not report them.
   """
 
   mask_id: int
@@ -279,6 +282,8 @@ class Objective(abc.ABC):
   noises: tuple[str, ...] = ()
   curriculum_steps: int = 0
   any_length: bool = False
+  num_training_draws: int = 1
+  trains_bound: bool = True
 
   @classmethod
   def auto_noise(cls, settings: Mapping[str, Any]) -> str:

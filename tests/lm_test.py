@@ -104,6 +104,16 @@ def test_log_probs_are_those_of_the_canvas_before_the_reveal(
     np.testing.assert_allclose(sample.top_logprobs[i], log_p[best], rtol=1e-4)
 
 
+def test_log_probs_of_a_part_of_a_block(both):
+  part, whole = (
+    both.sample(f'ab{{{size}}}', sampler='block', details=True)[0]
+    for size in (13, 14)
+  )
+  np.testing.assert_array_equal(part.tokens[:12], whole.tokens[:12])
+  np.testing.assert_allclose(part.logprobs[:12], whole.logprobs[:12], rtol=1e-4)
+  assert np.isfinite(part.logprobs[2:]).all() and len(part.logprobs) == 15
+
+
 def test_bound_of_a_tokenizer_that_changes_the_text(tmp_path):
   lm = nanodlm.load(
     workdirs.make_workdir(
@@ -184,6 +194,21 @@ def test_log_probs_add_up_to_the_exact_value(ar, both):
 def test_wrong_settings(masked, options, message):
   with pytest.raises(InputError, match=message):
     masked.sample(**options)
+
+
+def test_learned_positions_limit_the_length(tmp_path):
+  lm = nanodlm.load(workdirs.make_workdir(tmp_path, model__num_positions=16))
+  with pytest.raises(InputError, match='length=17 must be .*num_positions=16'):
+    lm.sample('ab', length=17)
+  with pytest.raises(InputError, match='tokens=17 must be .*num_positions=16'):
+    lm.logits(np.zeros(17, int))
+  assert lm.logits(np.zeros(16, int)).shape[0] == 16
+  # Blocks are filled as a whole.
+  blocks = dict(objective__name='block', objective__block_size=4)
+  with pytest.raises(InputError, match='sampler.length=17 .*num_positions=18'):
+    workdirs.make_workdir(
+      tmp_path / 'b', **blocks, model__num_positions=18, sampler__length=17
+    )
 
 
 def test_exact_values(ar):

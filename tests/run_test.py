@@ -97,3 +97,23 @@ def test_calls_stay_below_what_a_sampler_states(name):
     filled, num_calls = fill(params, jax.random.key(1), tokens, fixed)
     assert filled.max() < 8
     assert 0 < num_calls <= run.sampler.max_calls(num_free)
+
+
+@pytest.mark.parametrize(
+  'changes, ratio',
+  [
+    ({}, 1),
+    ({'objective.name': 'genmd4', 'model.time_conditioning': True}, 2),
+    ({'distill.name': 'sdtt'}, 0),  # Not known.
+  ],
+)
+def test_flops_are_those_of_all_network_calls(changes, ratio):
+  config = configs.load()
+  config.tokenizer.name = 'bytes'
+  config.checkpoint.init_from = '/run'
+  for key, value in changes.items():
+    configs.set_value(config, key, value)
+  run = runs.make_run(configs.make_settings(config), refit=True)
+  run = run.with_vocabulary(258)
+  own = run.network.flops_per_token(run.settings.data.length)
+  assert run.flops_per_token() == ratio * own > -1

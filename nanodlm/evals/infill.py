@@ -448,6 +448,7 @@ def measure(
 def describe(result: Mapping[str, Any]) -> str:
   """Describes a result of `measure_infilling` or `measure_words` in a line."""
   unit = result['unit']
+  reason = 'cut, or too many completions'
   text = (
     f'{result["ratio"]:.0%} of the {unit}s masked, {result["pattern"]:7}  '
     f'accuracy {result["accuracy"]:.4f} ± {result["accuracy_ci95"]:.4f}'
@@ -464,11 +465,12 @@ def describe(result: Mapping[str, Any]) -> str:
       f'{result["bayes_length_accuracy"]:.4f} (by draws '
       f'{result["exact_length_accuracy"]:.4f})'
     )
+    reason = 'cut, one length, or too many completions'
   left_out = result.get('num_left_out')
   return (
     f'{text}, rows without error {result["exact_match"]:.4f} '
     f'({result[f"num_{unit}s"]} {unit}s of {result["num_examples"]} examples, '
-    + f'{left_out} left out, '
+    + f'{left_out} left out: {reason}; '
     * bool(left_out)
     + f'{result["num_calls"]:.0f} network calls, '
     f'{result["tokens_per_call"]:.2f} tokens per call)'

@@ -80,6 +80,8 @@ log = logging.getLogger('nanodlm')
 
 HF_CONFIG = 'config.json'
 HF_TOKENIZER = 'tokenizer.json'
+# Names of files with a vocabulary in other forms.
+_VOCABULARIES = 'vocab.json', 'merges.txt', 'vocab.txt', '*.model'
 # The folder of an export that describes the run, and its file with the family.
 OWN, ORIGIN = 'nanodlm', 'origin.json'
 # The files of a repository of the hub that are downloaded, besides weights.
@@ -184,12 +186,8 @@ def import_checkpoint(
       config.data.length = min(described.max_length, _LENGTH)
       config.sampler.stop_at_eos = True
       _update(config, {**described.settings, **changes})
-      if 0 < described.window < config.data.length:
-        raise InputError(
-          f'{tensors.where}: sliding_window={described.window!r} (or scaled '
-          'queries from there on) is not supported for longer texts: '
-          f'data.length={config.data.length!r} must not exceed it'
-        )
+      if described.window:
+        _check_window(described.window, config, str(tensors.where))
       own_keys = {f'tokenizer.{key}' for key in ('name', 'path', 'vocab_size')}
       if own_keys & set(changes):
         tokenizer = tokenizers.make_tokenizer(config.tokenizer)
@@ -300,7 +298,7 @@ def find_nearest(run: runs.Run) -> str:
 
 def _misfits(run: runs.Run) -> dict[str, str]:
   """Returns {family: what it does not support of a run}."""
-  network, objective = network_of(run), run.settings.objective['name']
+  network, objective = network_of(run), run.settings.objective
   return {
     name: form.misfit(network, objective)
     for name, form in FAMILIES.items()
@@ -518,16 +516,40 @@ def find_tokenizer(
     mask = size - 1 if described.mask_id is None else described.mask_id
     separator = int(described.rows[described.separator_id])
     return huggingface.load_hugging_face(str(path), size, mask, separator)
-  if not described.tokenizer:
+  others = [
+    file.name for glob in _VOCABULARIES for file in sorted(folder.glob(glob))
+  ]
+  if others or not described.tokenizer:
+    hint = f' ({", ".join(others)} must be turned into it)' if others else ''
     raise InputError(
-      f'there is no {HF_TOKENIZER} in {folder}: name a tokenizer of {size} ids '
-      'with --config.tokenizer.name'
+      f'there is no {HF_TOKENIZER} in {folder}{hint}: write one with '
+      "transformers' AutoTokenizer.from_pretrained(FOLDER)"
+      f'.save_pretrained(FOLDER), or name a tokenizer of {size} ids with '
+      '--config.tokenizer.name'
     )
   config = TokenizerConfig(described.tokenizer, '', 0)
   tokenizer = tokenizers.make_tokenizer(config)
   if isinstance(tokenizer, TiktokenTokenizer):
     tokenizer = tokenizer.with_spare_ids(described.spare_ids)
   return tokenizer
+
+
+def _check_window(window: int, config: Any, where: str):
+  """Raises InputError if texts of a config exceed the window of attention."""
+  for key in ('data', 'sampler'):
+    if (length := config[key].length) > window:
+      raise InputError(
+        f'{where}: sliding_window={window!r} (or scaled queries from there on) '
+        f'is not supported for longer texts: {key}.length={length!r} must not '
+        'exceed it'
+      )
+  log.warning(
+    '%s: texts of more than %d tokens need a sliding window (or scaled '
+    'queries), which is not supported: use no greater data.length or '
+    'sampler.length with these weights',
+    where,
+    window,
+  )
 
 
 def _with_chat_template(

@@ -1,6 +1,8 @@
 """Writes tokenizers as the tokenizer.json of Hugging Face's tokenizers."""
 
+from collections.abc import Mapping
 import json
+import pathlib
 from typing import Any
 
 from nanodlm.data.tokenizers.base import Tokenizer
@@ -61,6 +63,31 @@ def added_token(i: int, text: str, special: bool = True) -> dict[str, Any]:
     **dict.fromkeys(options, False),
     'special': special,
   }
+
+
+def from_merges(
+  folder: pathlib.Path, pattern: str, special: Mapping[Any, Any]
+) -> dict[str, Any] | None:
+  """Returns the content for a folder's vocab.json and merges.txt, or None.
+
+  Args:
+    folder: may lack them.
+    pattern: see `byte_level`.
+    special: {id: entry of tokenizer_config.json's 'added_tokens_decoder'}.
+  """
+  vocab, merges = folder / 'vocab.json', folder / 'merges.txt'
+  if not (vocab.is_file() and merges.is_file()):
+    return None
+  require('tokenizers')
+  from tokenizers.models import BPE
+
+  ids, pairs = BPE.read_file(str(vocab), str(merges))
+  added = [
+    added_token(int(i), token['content'], token.get('special', True))
+    for i, token in special.items()
+  ]
+  content = byte_level(ids, list(map(list, pairs)), pattern)
+  return content | {'added_tokens': added}
 
 
 def begin_with(content: dict[str, Any], i: Any, text: str) -> None:

@@ -201,7 +201,9 @@ class TransformerNetwork(Network):
     heads = 2 * width * (inner + cfg.kv_heads * cfg.head_dim)
     layers = cfg.num_layers * (heads + mlp)
     copies = 2 if cfg.block_size else 1
-    matrices = copies * layers + width * cfg.vocab_size
+    # An autoregressive clean copy is projected, too.
+    num_projected = copies if cfg.causal else 1
+    matrices = copies * layers + num_projected * width * cfg.vocab_size
     keys = length + cfg.attention_sink
     attention = 12 * copies * cfg.num_layers * keys * inner
     passes = 4 if cfg.lora else 6

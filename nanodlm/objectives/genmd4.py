@@ -44,6 +44,7 @@ class GenMD4(diffusion.Diffusion):
   rates: Any = None
 
   needs_time = True
+  num_training_draws = 2
 
   def init_params(self) -> dict[str, jax.Array]:
     """Returns the parameters of w = 1, the linear schedule for all tokens."""

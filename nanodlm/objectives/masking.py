@@ -77,6 +77,10 @@ class MaskedNoise(diffusion.Diffusion):
       )
 
   @property
+  def trains_bound(self):  # pyright: ignore
+    return not self.min_time
+
+  @property
   def is_counted(self) -> bool:
     """Whether the number of masks is drawn, not the time."""
     return self.noise in _COUNTED

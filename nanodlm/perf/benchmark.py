@@ -197,14 +197,15 @@ def time_train(run: Run, num_timed: int) -> dict[str, float]:
   secs = _time(step, num_timed, NUM_WARMUP - 1)
   length = settings.data.length
   num_tokens = settings.train.batch_size * length
-  flops = num_tokens * run.network.flops_per_token(length)
+  flops = num_tokens * run.flops_per_token()
+  known = {'flops_per_sec': flops / statistics.median(secs)} if flops else {}
   return _row(
     secs,
     num_tokens,
     num_params=run.num_params(),
     compile_secs=compile_secs,
-    flops_per_sec=flops / statistics.median(secs),
     peak_bytes=_peak_bytes(),
+    **known,
   )
 
 
@@ -353,9 +354,10 @@ def format_times(results: dict[str, Any], settings: Settings) -> str:
     if isinstance(row, dict)
   ]
   rate, train = results['matmul_flops_per_sec'], rows[0]
-  train['matmul_share'] = train['flops_per_sec'] / (
-    rate * results['num_devices']
-  )
+  if 'flops_per_sec' in train:
+    train['matmul_share'] = train['flops_per_sec'] / (
+      rate * results['num_devices']
+    )
   lines = [
     f'{results["num_devices"]} x {results["device"]}, {results["dtype"]}, '
     f'matrix product {rate / 1e9:,.0f} GFLOP/s',

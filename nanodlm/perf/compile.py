@@ -300,8 +300,7 @@ def compile_run(run: Run, topology: str = '') -> dict[str, Any]:
     if device.platform == 'cpu' and 'SC_PHYS_PAGES' in os.sysconf_names:
       pages = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
       capacity = pages / num_devices
-  length = settings.data.length
-  tokens = settings.train.batch_size * length
+  tokens = settings.train.batch_size * settings.data.length
   parts = dict(
     parameters=(state.params, state.base),
     average=state.ema_params,
@@ -316,7 +315,7 @@ def compile_run(run: Run, topology: str = '') -> dict[str, Any]:
     'mesh': dict(mesh.shape),
     'num_params': run.num_params(),
     'tokens_per_step': tokens,
-    'model_flops': tokens / num_devices * run.network.flops_per_token(length),
+    'model_flops': tokens / num_devices * run.flops_per_token(),
     'part_bytes': {
       name: meshes.bytes_per_device(part) for name, part in parts.items()
     },
@@ -329,9 +328,10 @@ def compile_run(run: Run, topology: str = '') -> dict[str, Any]:
     log.info(f'  {secs:.0f} s, peak {peak:.2f} GiB')
   secs = report['programs']['train'].get('estimated_secs')
   if secs and chip:
-    rate = report['model_flops'] / secs
-    report['estimated_utilisation'] = rate / metrics.PEAK_FLOPS[chip.kind]
     report['estimated_tokens_per_sec'] = tokens / secs
+    if report['model_flops']:
+      rate = report['model_flops'] / secs
+      report['estimated_utilisation'] = rate / metrics.PEAK_FLOPS[chip.kind]
   return report
 
 
@@ -384,15 +384,17 @@ def format_report(report: dict[str, Any]) -> str:
   ]
   for name, row in report['programs'].items():
     lines += [f'{name}: {_VERDICTS[row["fits"]]}', *format_collectives(row)]
-  model = f'train: {report["model_flops"] / 1e12:.3f} TFLOP per chip of model'
-  if flops := report['programs']['train'].get('flops'):
-    model += f' FLOPs, {flops / report["model_flops"]:.2f} of them compiled'
+  found = []
+  if model := report['model_flops']:
+    found.append(f'{model / 1e12:.3f} TFLOP per chip of model FLOPs')
+    if flops := report['programs']['train'].get('flops'):
+      found[0] += f', {flops / model:.2f} of them compiled'
+  if 'estimated_tokens_per_sec' in report:
+    found.append(f'{report["estimated_tokens_per_sec"]:,.0f} tokens/s')
   if 'estimated_utilisation' in report:
-    model += (
-      f'; {report["estimated_tokens_per_sec"]:,.0f} tokens/s, '
-      f'{report["estimated_utilisation"]:.1%} of the peak rate'
-    )
-  return '\n'.join([*lines, model, _NOTES])
+    found[-1] += f', {report["estimated_utilisation"]:.1%} of the peak rate'
+  lines += ['train: ' + '; '.join(found)] * bool(found)
+  return '\n'.join([*lines, _NOTES])
 
 
 def define_flags():

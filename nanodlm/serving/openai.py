@@ -155,7 +155,11 @@ class Completions:
     if not ids + suffix_ids and not size:
       return np.zeros(0, np.int32), np.zeros(0, bool)
     given = [*ids, *[None] * size, *suffix_ids, *end]
-    return model.lay_out_ids(given, 'prompt')
+    canvas = model.lay_out_ids(given, 'prompt')
+    # Without a gap there is nothing to fill.
+    if not size:
+      return canvas
+    return lms.end_as_trained(model.run, *canvas, length)
 
   def _given(self, i: int) -> str:
     """The space before completion i that was left to the gap.
@@ -191,9 +195,9 @@ class Completions:
     ends = [(start + size, start) for start, size in found if start >= 0]
     if ends:
       text = text[: min(ends)[1]]
-      # The tokens that spell this text.
-      spelled = lambda num: len(decode(tokens[:num]))
-      num_tokens = bisect.bisect_left(range(num_tokens), len(text), key=spelled)
+      # The tokens that spell this text, whole characters.
+      spells = lambda num: decode(tokens[:num]).startswith(text)
+      num_tokens = bisect.bisect_left(range(num_tokens), True, key=spells)
     if ends or num_tokens < len(tokens):
       return text, 'stop', num_tokens
     if is_done:

@@ -199,15 +199,17 @@ def draw_levels(runs: Sequence[Run]) -> Iterator[Part]:
     ('Held-out text', 'eval_subset', 'eval'),
     ('Training text', 'train'),
   ):
-    bins = {
-      f'{split}_by_level/cross_entropy_{i}': (i + 0.5) / NUM_LEVELS
+    bins = [
+      (f'{split}_by_level/cross_entropy_{i}', (i + 0.5) / NUM_LEVELS)
       for split in splits
       for i in range(NUM_LEVELS)
-    }
+    ]
     curves = {}
     for run in runs:
-      line = run.last_line(*bins)
-      points = [(x, line[key], 0.0) for key, x in bins.items() if key in line]
+      line = run.last_line(*dict(bins))
+      # A line may have both splits; the last one is drawn.
+      values = {x: line[key] for key, x in bins if key in line}
+      points = [(x, values[x], 0.0) for x in sorted(values)]
       curves[f'{run.name}, step {line.get("step")}'] = points
     yield Plot(title, 'noise level', 'nats/token', curves)
 

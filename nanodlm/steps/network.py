@@ -457,6 +457,9 @@ class Denoiser:
   def keep_states(self, tokens) -> 'Denoiser':
     """Returns the denoiser of canvases [B, L] that keeps its `states`."""
     level = jnp.zeros(tokens.shape[:1])
+    # Samplers extend a canvas to whole blocks.
+    room = -tokens.shape[1] % (self.objective.block_size or 1)
+    tokens = jnp.pad(tokens, ((0, 0), (0, room)))
     blank = sharding.zeros_like(lambda: self._hidden(tokens, level))
     return dataclasses.replace(self, states=jax.new_ref(blank))
 

@@ -98,6 +98,8 @@ def make_train_step(
     scores = own.loss(batch, rows.levels, rows.keys, score)
     rows = {k: x for k, x in scores.rows._asdict().items() if x is not None}
     sums = jax.tree.map(jnp.sum, rows)
+    if not own.trains_bound:
+      sums['nll'] = jnp.full_like(sums['nll'], jnp.nan)
     sums['weight'] = jnp.sum(batch.num_tokens.astype(jnp.float32))
     sums['num_bytes'] = jnp.sum(batch.num_bytes.astype(jnp.float32))
     sums['num_rows'] = jnp.sum(jnp.ones_like(batch.weight))

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from nanodlm import config as configs
 from nanodlm import lm as lms
 from nanodlm.data import network
 from nanodlm.data.tokenizers.saved import load_tokenizer
@@ -170,6 +171,15 @@ class FieldsTest(checkpoints.FolderTest):
   def test_windows_limit_the_length(self, name, changes, window):
     found = FAMILIES[name].describe({**CONFIGS[name], **changes}, {})
     self.assertEqual((found.window, found.max_length), (window, window or 64))
+
+  @parameterized.parameters('data', 'sampler')
+  def test_texts_longer_than_the_window(self, section):
+    config = configs.load()
+    config.data.length = 9
+    convert._check_window(9, config, 'here')
+    config[section].length = 10
+    with self.assertRaisesRegex(InputError, f'{section}.length=10.*exceed'):
+      convert._check_window(9, config, 'here')
 
   @parameterized.parameters(('low_freq_factor', 2.0), ('high_freq_factor', 8.0))
   def test_other_scaling_than_llama_3(self, key, value):

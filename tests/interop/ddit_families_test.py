@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from nanodlm import config as configs
 from nanodlm import lm as lms
 from nanodlm.interop import convert, export
 from nanodlm.interop.families import FAMILIES
@@ -156,6 +157,12 @@ class ParityTest(parameterized.TestCase):
       atol=1e-4,
     )
 
+  def test_the_end_of_a_text_is_the_tokenizers(self):
+    config = {**CONFIGS['sedd'], 'eos_token_id': 2}
+    shapes = {name: x.shape for name, x in tensors_of('sedd').items()}
+    described = FAMILIES['sedd'].describe(config, shapes)
+    self.assertEqual((described.separator_id, described.eos_ids), (2, (2,)))
+
   def test_a_mask_in_the_middle_changes_places_with_the_last_id(self):
     place = 40
     workdir = self.convert('mdlm', mask_token_id=place)
@@ -193,8 +200,30 @@ class WayBackTest(parameterized.TestCase):
   )
   def test_a_form_without_a_parameter_of_ours_does_not_fit(self, **changes):
     network = toys.model_config(mlp='swiglu', causal=True, **changes)
+    objective = {**configs.load().objective, 'name': 'ar'}
     for family in ('gpt2', 'llama', 'qwen2', 'qwen3', 'llada', 'dream'):
-      self.assertIn(next(iter(changes)), FAMILIES[family].misfit(network, 'ar'))
+      misfit = FAMILIES[family].misfit(network, objective)
+      self.assertIn(next(iter(changes)), misfit)
+
+  @parameterized.parameters('mdlm', 'sedd')
+  def test_times_of_another_schedule_do_not_fit(self, family):
+    form = FAMILIES[family]
+    network = toys.model_config(
+      mlp='gelu_tanh',
+      mlp_bias=True,
+      norm='layer',
+      tie_embeddings=False,
+      output_bias=True,
+      time_conditioning=True,
+      time_form='sigma',
+    )
+    objective = {**configs.load().objective, 'name': form.objective}
+    known = form.misfit(network, objective)
+    for changes in {'schedule': 'cosine'}, {'expand': True}:
+      name, value = *changes, *changes.values()
+      found = form.misfit(network, {**objective, **changes})
+      self.assertIn(f'objective.{name}={value!r}', found)
+      self.assertNotIn(f'objective.{name}', known)
 
   def test_blocks_with_an_autoregressive_clean_copy_are_no_bd3lm(self):
     folder = new_folder(self)

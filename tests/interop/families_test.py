@@ -495,6 +495,7 @@ class ParityTest(FolderTest):
     logits = logits_of(lm.run.network.config, lm.params, np.array([[V, *ids]]))
     np.testing.assert_allclose(logits[0, :, :V], expected, atol=1e-4)
 
+  @pytest.mark.slow
   def test_the_samplers_of_nemotron(self):
     # The most probable tokens by its own forward pass: from left to right, and
     # block by block, with one call each.
@@ -663,8 +664,31 @@ class ImportTest(FolderTest):
     )
     self.assertEqual(tokenizer.decode(ids), 'hello 11<mask>')
     self.assertEqual(tokenizer.decode([299]), '_')
-    with self.assertRaisesRegex(InputError, 'no tokenizer.json .* 300 ids'):
-      convert.find_tokenizer('llama', described, source, folder)
+    (source / 'tokenizer_config.json').unlink()
+    (folder / 'tokenizer.json').unlink(missing_ok=True)
+    # Without its names of added tokens it is not Dream's, and never GPT-2's.
+    other = dataclasses.replace(described, tokenizer='gpt2')
+    for family, each in ('llama', described), ('mdlm', other):
+      with self.assertRaisesRegex(
+        InputError, 'no tokenizer.json .*vocab.json, merges.txt.* 300 ids'
+      ):
+        convert.find_tokenizer(family, each, source, folder)
+
+  def test_gpt2s_vocabulary_and_merges(self):
+    folder = self.folder()
+    vocab = {text: i for i, text in enumerate([*byte_alphabet(), 'he', 'll'])}
+    vocab['<|endoftext|>'] = len(vocab)
+    size = len(vocab)
+    (folder / 'vocab.json').write_text(json.dumps(vocab))
+    (folder / 'merges.txt').write_text('#version: 0.2\nh e\nl l\n')
+    described = layouts.Description(
+      size, None, size - 1, size - 1, 64, tokenizer='gpt2'
+    )
+    tokenizer = convert.find_tokenizer('gpt2', described, folder, folder)
+    texts = {i: text for text, i in vocab.items()}
+    ids = tokenizer.encode('hello ll')
+    self.assertEqual([texts[i] for i in ids], ['he', 'll', 'o', 'Ġ', 'll'])
+    self.assertEqual(tokenizer.decode(ids), 'hello ll')
 
   @parameterized.parameters(
     (

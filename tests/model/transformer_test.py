@@ -7,9 +7,11 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 from scipy import special
 
+from nanodlm.devices import mesh as meshes
 from nanodlm.model import attention, layers, transformer
 from nanodlm.model.config import GATED, MLPS
 from nanodlm.model.network import TransformerNetwork
@@ -941,6 +943,25 @@ class PartsTest(parameterized.TestCase):
     # One more key for each query of 4 heads of 6.
     flops = lambda config: TransformerNetwork(config).flops_per_token(LENGTH)
     self.assertEqual(flops(other) - flops(plain), 12 * 3 * 24)
+
+  @parameterized.parameters(*MLPS)
+  def test_gradients_on_a_mesh(self, mlp):
+    mesh = meshes.make_mesh(meshes.MeshConfig(2, 1, 1), jax.devices()[:2])
+    slope = jax.vmap(jax.grad(MLPS[mlp]))
+    x = jnp.linspace(-4, 4, 16)
+    split = jax.shard_map(
+      slope, mesh=mesh, in_specs=P('data'), out_specs=P('data')
+    )
+    found = jax.jit(split)(x)
+    step = 1e-3
+    expected = (MLPS[mlp](x + step) - MLPS[mlp](x - step)) / (2 * step)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+
+  def test_an_autoregressive_clean_copy_is_projected_too(self):
+    config = toys.model_config(block_size=2)
+    both = dataclasses.replace(config, causal=True)
+    flops = lambda config: TransformerNetwork(config).flops_per_token(0)
+    self.assertEqual(flops(both) - flops(config), 6 * 12 * 16)
 
   @parameterized.parameters(
     ('relu2', 0, 64), ('swiglu', 0, 64), ('swiglu', 40, 40), ('gelu', 40, 40)

@@ -270,3 +270,35 @@ def test_prompt_and_completion_join_with_one_space(tmp_path, space):
   body = schemas.CompletionRequest(prompt=prompt, echo=True)
   answer = openai.Completions(model, body).respond([row])
   assert answer['choices'][0]['text'] == 'the quick brown fox'
+
+
+@pytest.mark.parametrize('text, num', [('ab\U0001f600', 6), ('ab\u00e9', 4)])
+def test_the_tokens_before_a_stop_are_whole_characters(text, num):
+  tokenizer = BytesTokenizer()
+  ids = tokenizer.encode(f'>{text}STOP.')
+  row = types.SimpleNamespace(
+    state='done', canvas=ids, fixed=np.arange(len(ids)) < 1
+  )
+  body = schemas.CompletionRequest(prompt='>', stop='STOP')
+  answer = openai.Completions(model_of(tokenizer), body).respond([row])
+  assert answer['choices'][0]['text'] == text
+  assert answer['usage']['completion_tokens'] == num
+
+
+def test_ids_are_laid_out_as_their_text_is(opened):
+  data = dataclasses.replace(opened.run.settings.data, crop='document')
+  settings = dataclasses.replace(opened.run.settings, data=data)
+  run = dataclasses.replace(opened.run, settings=settings)
+  engine = types.SimpleNamespace(
+    length=settings.sample_length, choose=lambda name: run
+  )
+  model = service.Service.__new__(service.Service)
+  vars(model).update(
+    engine=engine, run=run, tokenizer=run.tokenizer, name='tiny'
+  )
+  layouts = []
+  for prompt in 'ab', [97, 98]:
+    body = schemas.CompletionRequest(prompt=prompt, suffix='cd', max_tokens=4)
+    layouts.append(openai.Completions(model, body).lay_out(prompt))
+  np.testing.assert_array_equal(*layouts)
+  assert len(layouts[0][0]) == settings.data.length

@@ -46,6 +46,16 @@ class Page(html.parser.HTMLParser):
     return [a.get(attribute) for t, a in self.tags if t == tag]
 
 
+def test_levels_of_a_line_with_two_texts(tmp_path):
+  workdir = write_run(tmp_path / 'a')
+  keys = [f'{x}_by_level/cross_entropy_9' for x in ('eval_subset', 'eval')]
+  write_lines(
+    workdir / 'metrics.jsonl', [{'step': 30, **dict(zip(keys, (3, 2)))}]
+  )
+  _, plot, _ = report.draw_levels([read_run(workdir, 'a')])
+  assert list(plot.curves.values()) == [[(0.95, 2, 0.0)]]
+
+
 def test_page_of_two_runs(tmp_path, capsys):
   a = write_run(
     tmp_path / 'a', samples=['first', EVIL, 'third', 'last', 'last']

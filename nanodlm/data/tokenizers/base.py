@@ -210,16 +210,23 @@ class Tokenizer(abc.ABC):
     """Returns the part of the text that each of the ids [n] accounts for.
 
     A character that several ids spell belongs to the first one, and the others
-    get ''. A byte that is not part of a character is U+FFFD.
+    get ''. The parts joined are the text of `decode`.
     """
     pieces = self._pieces_of(tokens, mask_text, SEPARATOR_TEXT, is_start)
     owners = [i for i, piece in enumerate(pieces) for _ in piece]
-    texts, place = [''] * len(pieces), 0
-    # An invalid byte becomes a lone surrogate: one character for one byte.
-    for character in b''.join(pieces).decode('utf-8', 'surrogateescape'):
-      is_invalid = '\udc80' <= character <= '\udcff'
-      texts[owners[place]] += '\ufffd' if is_invalid else character
-      place += 1 if is_invalid else len(character.encode())
+    texts, encoded, place = [''] * len(pieces), b''.join(pieces), 0
+    while place < len(encoded):
+      try:
+        valid, num_invalid = encoded[place:].decode(), 0
+      except UnicodeDecodeError as error:
+        valid = encoded[place : place + error.start].decode()
+        num_invalid = error.end - error.start
+      for character in valid:
+        texts[owners[place]] += character
+        place += len(character.encode())
+      if num_invalid:
+        texts[owners[place]] += '\ufffd'
+        place += num_invalid
     return texts
 
   def _pieces_of(

@@ -265,7 +265,9 @@ class SEDD(DDiT):
     for name, (allowed, harmless) in self.sections.items():
       refuse(config[name], allowed)
       refuse_unknown(config[name], {*allowed, *harmless})
-    return super().describe(config['model'], shapes)
+    # Ids that the tokenizer's files name are outside the sections.
+    ids = {key: x for key, x in config.items() if key.endswith('_token_id')}
+    return super().describe({**ids, **config['model']}, shapes)
 
   def to_config(self, network, described):
     model = {

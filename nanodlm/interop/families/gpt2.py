@@ -4,6 +4,8 @@ Source: Radford et al., 2019; names and settings as in Hugging Face's
 `GPT2LMHeadModel`, whose projections keep their weights as [in, out].
 """
 
+from nanodlm.data.tokenizers import chat
+from nanodlm.interop import tokenizer_json
 from nanodlm.interop.families.layout import Family, Key
 
 # {activation: config.model.mlp}.
@@ -12,10 +14,18 @@ MLPS = {
   'gelu_pytorch_tanh': 'gelu_tanh',
   'gelu': 'gelu',
 }
+# Pieces of text that its merges do not cross: its authors' expression.
+_SPLIT = (
+  r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
+_END = '<|endoftext|>'
 
 
 class GPT2(Family):
-  """GPT-2 in Hugging Face's form."""
+  """GPT-2 in Hugging Face's form.
+
+  Its tokenizer may be published as a vocabulary and merges.
+  """
 
   model_types = ('gpt2',)
   architectures = ('GPT2LMHeadModel', 'GPT2Model')
@@ -70,6 +80,16 @@ class GPT2(Family):
   prefixes = ('transformer.', '')
   is_transposed = False
   ignored = (r'.*\.attn\.(masked_)?bias',)  # Causal masks.
+
+  def tokenizer_json(self, folder):
+    described = chat.read_described(folder) or {}
+    added = described.get('added_tokens_decoder', {})
+    content = tokenizer_json.from_merges(folder, _SPLIT, added)
+    ids = content['model']['vocab'] if content else {}
+    if content and not added and _END in ids:
+      end = tokenizer_json.added_token(ids[_END], _END)
+      content['added_tokens'] = [end]
+    return content
 
   def fixed(self, network):
     return {

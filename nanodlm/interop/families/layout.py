@@ -443,16 +443,22 @@ class Family:
       fixed['num_kv_heads'] = network.num_kv_heads and network.num_heads
     return {**fixed, **self.network}
 
-  def misfit(self, network: ModelConfig, objective: str) -> str:
-    """Returns what it cannot express of a run with that objective, or ''."""
+  def misfit(self, network: ModelConfig, objective: Mapping[str, Any]) -> str:
+    """Returns what it cannot express of a run, or ''.
+
+    `objective` is its `config.objective`.
+    """
     allowed = {key: (value,) for key, value in self.fixed(network).items()}
     for key in self.keys.values():
       if key.values:
         allowed[key.field] = tuple(dict.fromkeys(key.values.values()))
     checks = [
-      ('objective.name', objective, (self.objective, *self.also)),
+      ('objective.name', objective['name'], (self.objective, *self.also)),
+      ('objective.expand', objective['expand'], (False,)),
       *((f'model.{x}', getattr(network, x), y) for x, y in allowed.items()),
     ]
+    if network.knows_time:  # The forms compute the time from the noise.
+      checks.append(('objective.schedule', objective['schedule'], ('linear',)))
     found = [
       f'{name}={value!r} (needs {" or ".join(map(repr, values))})'
       for name, value, values in checks

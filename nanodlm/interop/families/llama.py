@@ -8,7 +8,7 @@ are read if they change nothing: if no text is longer.
 import math
 
 from nanodlm.data.tokenizers import chat
-from nanodlm.interop import tensors, tokenizer_json
+from nanodlm.interop import tokenizer_json
 from nanodlm.interop.families.layout import Family, Key, refuse, require
 from nanodlm.types import InputError
 
@@ -210,25 +210,12 @@ class Qwen2(Llama):
   written = {**FLOAT32, 'attention_bias': True, 'use_sliding_window': False}
 
   def tokenizer_json(self, folder):
-    vocab, merges = folder / 'vocab.json', folder / 'merges.txt'
     described = chat.read_described(folder)
-    if not (described and vocab.is_file() and merges.is_file()):
+    if not described:
       return None
-    tensors.require('tokenizers')
-    from tokenizers.models import BPE
-
     added = described.get('added_tokens_decoder', {})
-    ids, pairs = BPE.read_file(str(vocab), str(merges))
-    return {
-      **tokenizer_json.byte_level(ids, list(map(list, pairs)), _SPLIT),
-      'normalizer': {'type': 'NFC'},
-      'added_tokens': [
-        tokenizer_json.added_token(
-          int(i), token['content'], token.get('special', True)
-        )
-        for i, token in added.items()
-      ],
-    }
+    content = tokenizer_json.from_merges(folder, _SPLIT, added)
+    return content and content | {'normalizer': {'type': 'NFC'}}
 
 
 class Qwen3(Llama):

@@ -136,10 +136,9 @@ class TokenizersTest(parameterized.TestCase):
       tokenizer.spell([97, *whole]), ['a', 'é', '', '😀', '', '', '']
     )
     broken = [whole[0], tokenizer.mask_id, *whole[2:5], 97, 255]
-    self.assertEqual(
-      tokenizer.spell(broken),
-      ['\ufffd', '_', '\ufffd', '\ufffd', '\ufffd', 'a', '\ufffd'],
-    )
+    spelled = tokenizer.spell(broken)
+    self.assertEqual(spelled, ['\ufffd', '_', '\ufffd', '', '', 'a', '\ufffd'])
+    self.assertEqual(''.join(spelled), tokenizer.decode(broken))
 
   @parameterized.parameters('bytes', 'sentencepiece', 'gpt2', 'hugging_face')
   def test_decode_prints_mask_and_separator(self, name):
