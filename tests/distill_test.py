@@ -66,6 +66,7 @@ def test_the_student_of_a_round_is_the_teacher_of_the_next(teacher, student):
   assert min(losses(student).values()) > 0
 
 
+@pytest.mark.slow
 def test_resuming_over_a_change_of_round(student, tmp_path):
   # A run that was killed after step 4, and whose first teacher is gone.
   workdir = tmp_path / 'run'

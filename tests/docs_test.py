@@ -73,6 +73,7 @@ def pages(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_reference_renders(pages):
   for name in MODULES:
     page = pages / f'{name.replace(".", "/")}.html'

@@ -146,6 +146,7 @@ def samples_of(workdir):
   ]
 
 
+@pytest.mark.slow
 def test_train_and_infill(examples):
   folder, output = examples[0]
   assert (folder / 'topics.txt').read_text().count('\n') > 1000
@@ -157,6 +158,7 @@ def test_train_and_infill(examples):
     assert text[:4] == b'The ' and text[13:] == b' statement'
 
 
+@pytest.mark.slow
 def test_evaluate_compare_and_report(examples):
   folder, output = examples[1]
   assert (folder / 'runs' / 'masked' / 'eval.jsonl').is_file()
@@ -178,6 +180,7 @@ def test_evaluate_compare_and_report(examples):
     assert words in page, words
 
 
+@pytest.mark.slow
 def test_fine_tune_and_answer(examples):
   folder, output = examples[2]
   pairs = [
@@ -198,6 +201,7 @@ def test_fine_tune_and_answer(examples):
   }
 
 
+@pytest.mark.slow
 def test_python(examples):
   _, output = examples[3]
   # A long array is printed on several lines.

@@ -129,6 +129,7 @@ def test_other_models_do_not_fill_them(tmp_path):
     make(tmp_path / 'b', objective__name='flex', data__long_documents='cut')
 
 
+@pytest.mark.slow
 def test_masks_that_expand(tmp_path, caplog):
   lm = nanodlm.load(make(tmp_path / 'expand', objective__expand=True))
   for sampler in ('fixed_count', 'expand'):

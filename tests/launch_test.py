@@ -140,6 +140,7 @@ def test_a_finished_run_is_not_evaluated_again(finished):
 @pytest.mark.parametrize(
   'number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 )
+@pytest.mark.slow
 def test_interrupted_run_ends_bit_identical(finished, tmp_path, number):
   reference, _ = finished
   workdir = tmp_path / 'run'
@@ -210,6 +211,7 @@ def test_ended_evaluation_says_so(finished):
   assert files() == before
 
 
+@pytest.mark.slow
 def test_starts_from_another_runs_weights(finished, tmp_path):
   reference, _ = finished
   status, output = launch(
@@ -229,6 +231,7 @@ def test_starts_from_another_runs_weights(finished, tmp_path):
     np.testing.assert_allclose(value, theirs['ema_params' + name], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_fine_tunes_on_pairs_and_answers(finished, tmp_path):
   workdir = tmp_path / 'run'
   pairs = tmp_path / 'pairs.jsonl'
@@ -338,6 +341,7 @@ def test_bad_setting_is_named_before_anything_is_written(tmp_path, named, args):
   assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_full_disk_ends_the_run_and_keeps_its_checkpoints(tmp_path):
   workdir = tmp_path / 'run'
   args = (

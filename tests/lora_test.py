@@ -65,6 +65,7 @@ def test_it_loads_as_the_whole_model(base, adapted):
   np.testing.assert_allclose(merged, lm.logits(tokens), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_resuming(adapted, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(adapted.workdir, workdir)
@@ -78,6 +79,7 @@ def test_resuming(adapted, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_a_base_in_bfloat16_is_merged_in_float32(base, tmp_path):
   start = start_from(
     tmp_path, base, train__num_steps=2, model__dtype='bfloat16'
@@ -94,6 +96,7 @@ def test_a_base_in_bfloat16_is_merged_in_float32(base, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_a_base_that_has_moved(base, adapted, tmp_path, monkeypatch):
   # The base is known by its whole path, and may get another.
   monkeypatch.chdir(pathlib.Path(base).parent)
@@ -115,6 +118,7 @@ def test_a_base_that_has_moved(base, adapted, tmp_path, monkeypatch):
   lms.load(start.workdir, settings=settings)
 
 
+@pytest.mark.slow
 def test_what_the_objective_has_learned(tmp_path):
   genmd4 = dict(objective__name='genmd4', model__time_conditioning=True)
   base = workdirs.make_workdir(tmp_path / 'base', **genmd4)
@@ -136,6 +140,7 @@ def test_a_network_without_adapters(base, tmp_path):
   assert not pathlib.Path(start.workdir).exists()
 
 
+@pytest.mark.slow
 def test_the_base_must_stay_as_it_was(base, tmp_path):
   own = tmp_path / 'base'
   shutil.copytree(base, own)
@@ -197,6 +202,7 @@ def test_other_adapters_on_top_of_adapters(adapted, tmp_path, changes, named):
   assert not pathlib.Path(start.workdir).exists()
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_further(base, adapted, tmp_path, caplog):
   # A step of size 0 shows where it starts, and keeps the adapters' dropout.
   start = start_from(

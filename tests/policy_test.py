@@ -120,6 +120,7 @@ def test_what_is_kept(tuned, first):
 
 
 @pytest.mark.parametrize('changes', [{}, {'policy__name': 'coupled'}])
+@pytest.mark.slow
 def test_devices_and_microbatches_change_nothing(first, tmp_path, changes):
   values = []
   for i, (num, micro) in enumerate(((1, 1), (4, 2))):
@@ -138,6 +139,7 @@ def test_devices_and_microbatches_change_nothing(first, tmp_path, changes):
     assert values[0][key] == pytest.approx(values[1][key], rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_reward_rises(first, tmp_path):
   start = start_from(
     tmp_path,
@@ -226,6 +228,7 @@ def test_mistakes(first, changes, named, tmp_path):
 
 # All of a block has noise of its level, also what follows the end.
 @pytest.mark.parametrize('name, num', [('ar', 6), ('block', 8)])
+@pytest.mark.slow
 def test_what_follows_the_end_of_a_sample_is_not_learnt(tmp_path, name, num):
   changes = {'objective__name': name, 'objective__block_size': 4}
   workdir = workdirs.make_workdir(tmp_path / 'first', **changes)
@@ -300,6 +303,7 @@ def preferences(folder):
 
 
 @pytest.mark.parametrize('objective', ['masked', 'ar'])
+@pytest.mark.slow
 def test_preferences(tmp_path, objective):
   workdir = workdirs.make_workdir(tmp_path / 'first', objective__name=objective)
   start = start_from(

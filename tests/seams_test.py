@@ -357,6 +357,7 @@ CURRICULUM = dict(
 )
 
 
+@pytest.mark.slow
 def test_a_curriculum(tmp_path):
   start = start_of(
     tmp_path, **CURRICULUM, train__num_samples=0, train__log_every_steps=2
@@ -388,6 +389,7 @@ def test_a_curriculum_that_does_not_fit(tmp_path, changes, message):
   assert not pathlib.Path(start.workdir).exists()
 
 
+@pytest.mark.slow
 def test_self_conditioning(tmp_path):
   start = start_of(
     tmp_path, model__self_conditioning=True, train__log_every_steps=8

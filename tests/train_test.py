@@ -102,6 +102,7 @@ def test_a_checkpoint_waits_for_a_step_that_is_taken(spoilt):
   assert steps_of(spoilt[0]) == [6, NUM_STEPS]
 
 
+@pytest.mark.slow
 def test_a_longer_run_says_how_its_rate_changes(spoilt, caplog):
   start, _ = spoilt
   start.config.train.num_steps = 15
@@ -145,6 +146,7 @@ def diverge(start):
 
 
 @pytest.mark.parametrize('every_steps', [1, 100])
+@pytest.mark.slow
 def test_a_lower_rate_resumes_a_run_that_diverged(
   tmp_path, capsys, every_steps
 ):

@@ -1,6 +1,7 @@
 """Several processes on one machine, and runs that change their devices.
 
-NANODLM_PROCESSES=4 pytest tests/multiprocess_test.py takes four processes.
+NANODLM_PROCESSES=4 pytest -m slow tests/devices/multiprocess_test.py takes four
+processes.
 """
 
 import os
@@ -20,6 +21,8 @@ from nanodlm.training import checkpoint, checksums
 from nanodlm.workdir import CHECKPOINTS
 from tests import launches, workdirs
 from tests.launch_test import metric_lines, wait_for
+
+pytestmark = pytest.mark.slow
 
 NUM_PROCESSES = int(os.environ.get('NANODLM_PROCESSES', 2))
 NUM_DEVICES = 4  # of all processes together

@@ -255,6 +255,7 @@ def test_runs_that_fail_are_left_out(finished, monkeypatch, capsys):
   assert start(finished) == 0
 
 
+@pytest.mark.slow
 def test_a_variant_that_starts_from_another(finished, tmp_path):
   student = (
     "'student': {'checkpoint.init_from': 'masked', 'distill.name': 'sdtt',"
@@ -337,6 +338,7 @@ def test_other_files_and_folders(finished, tmp_path, capsys):
   assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
 
 
+@pytest.mark.slow
 def test_text_whose_law_is_unknown(folder, tmp_path, capsys):
   source, other = tmp_path / 'text.txt', tmp_path / 'other.txt'
   source.write_text('The quick brown fox jumps over the lazy dog.\n' * 200)

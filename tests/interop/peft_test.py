@@ -107,6 +107,7 @@ def test_there_and_back(base, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_imported_adapters_are_trained_further(base, tmp_path):
   source = write(tmp_path / 'theirs')
   workdir = read(base, source, tmp_path / 'run')

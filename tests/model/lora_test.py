@@ -109,6 +109,7 @@ def test_the_base_has_the_dtype_of_products():
   )
 
 
+@pytest.mark.slow
 def test_full_rank_reaches_the_loss_of_full_training():
   # Both train the same layers, to fit texts of random tokens.
   config = make_config(rank=16, alpha=16.0)

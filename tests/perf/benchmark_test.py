@@ -70,6 +70,7 @@ def test_figures_agree():
 
 
 @pytest.mark.parametrize('axis', ['data', 'fsdp'])
+@pytest.mark.slow
 def test_scaling(axis):
   done = run(
     '--config=configs/tiny.py',

@@ -102,14 +102,26 @@ def unwatched(name, shape=(1, 1, 1)):
   return sample(name, shape)
 
 
-def record_all(recorder, rows):
-  """Returns a watch that records all events."""
+@functools.cache
+def watched(name, shape=(1, 1, 1), num_top=MASK):
+  """Returns samples, trajectories, probabilities [B] and the calls seen.
+
+  All tokens are alternatives unless `num_top` is less.
+  """
+  tokens, _ = make_canvas()
+  recorder, num_calls = watch.Recorder(tokens), 0
+  rows = [watch.Logprobs(LENGTH) for _ in tokens]
 
   def look(event):
-    is_new = isinstance(event, watch.Revealed)
-    return watch.Logprobs.keep(rows, event) if is_new else recorder(event)
+    nonlocal num_calls
+    if isinstance(event, watch.Revealed):
+      return watch.Logprobs.keep(rows, event)
+    num_calls += event.num_calls if isinstance(event, watch.Asked) else 0
+    return recorder(event)
 
-  return look
+  view = watch.View(look, MASK, num_top, reveals=True)
+  samples = sample(name, shape, view)
+  return samples, recorder.trajectories(samples.tokens), rows, num_calls
 
 
 class WatchTest(parameterized.TestCase):
@@ -120,18 +132,11 @@ class WatchTest(parameterized.TestCase):
   @parameterized.parameters(*CASES)
   def test_does_not_change_samples_and_shows_all_calls(self, name):
     tokens, fixed = make_canvas()
-    recorder, num_calls = watch.Recorder(tokens), 0
-
-    def look(event):
-      nonlocal num_calls
-      num_calls += event.num_calls if isinstance(event, watch.Asked) else 0
-      return recorder(event)
-
-    samples = sample(name, view=watch.View(look, MASK, num_top=3))
+    samples, trajectories, _, num_calls = watched(name)
     np.testing.assert_array_equal(samples.tokens, unwatched(name).tokens)
     self.assertEqual(num_calls, samples.num_calls)
     objective, _ = CASES[name]
-    for row, trajectory in enumerate(recorder.trajectories(samples.tokens)):
+    for row, trajectory in enumerate(trajectories):
       frames, answers = trajectory
       np.testing.assert_array_equal(frames[-1], samples.tokens[row])
       np.testing.assert_array_equal(frames[:, fixed[row]], 5)
@@ -142,7 +147,9 @@ class WatchTest(parameterized.TestCase):
           self.assertFalse(np.any(change))
           continue
         self.assertLess(answer.positions.max(initial=0), tokens.shape[1])
-        self.assertEqual(answer.top_tokens.shape, (*answer.positions.shape, 3))
+        self.assertEqual(
+          answer.top_tokens.shape, (*answer.positions.shape, MASK)
+        )
         self.assertTrue(np.all(np.diff(answer.top_probs) <= 0))
         self.assertTrue(np.all(answer.top_probs > 0))
         self.assertTrue(np.all(answer.top_probs.sum(-1) <= 1 + 1e-5))
@@ -165,17 +172,9 @@ class WatchTest(parameterized.TestCase):
 
   @parameterized.parameters(*CASES)
   def test_log_probs_are_those_of_the_call_that_set_a_token(self, name):
-    tokens, fixed = make_canvas()
-    recorder = watch.Recorder(tokens)
-    rows = [watch.Logprobs(LENGTH) for _ in tokens]
-    # All tokens are alternatives.
-    look = record_all(recorder, rows)
-    view = watch.View(look, MASK, num_top=MASK, reveals=True)
-    samples = sample(name, view=view).tokens
-    np.testing.assert_array_equal(samples, unwatched(name).tokens)
-    for i, (trajectory, row) in enumerate(
-      zip(recorder.trajectories(samples), rows)
-    ):
+    _, fixed = make_canvas()
+    samples, trajectories, rows, _ = watched(name)
+    for i, (trajectory, row) in enumerate(zip(trajectories, rows)):
       np.testing.assert_array_equal(np.isnan(row.chosen), fixed[i])
       changed_at = np.maximum(trajectory.changed_at(), 0)
       for place in np.flatnonzero(~fixed[i]):
@@ -188,7 +187,7 @@ class WatchTest(parameterized.TestCase):
         )
         (k,) = np.flatnonzero(answer.positions == place)
         top, p = answer.top_tokens[k], answer.top_probs[k]
-        (own,) = p[top == samples[i, place]]
+        (own,) = p[top == samples.tokens[i, place]]
         np.testing.assert_allclose(row.chosen[place], np.log(own), rtol=1e-4)
         num = len(top)  # Tokens, fewer than there could be.
         np.testing.assert_array_equal(row.top_tokens[place][:num], top)
@@ -218,19 +217,11 @@ class WatchTest(parameterized.TestCase):
     ('fixed_count', (1, 4, 1)), ('block', (2, 1, 2)), ('guided', (1, 2, 2))
   )
   def test_many_devices_show_each_row_once(self, name, shape):
-    tokens, _ = make_canvas()
-    recorders = [watch.Recorder(tokens) for _ in range(2)]
-    rows = [[watch.Logprobs(LENGTH) for _ in tokens] for _ in range(2)]
-    for i, mesh in enumerate(((1, 1, 1), shape)):
-      look = record_all(recorders[i], rows[i])
-      samples = sample(name, mesh, watch.View(look, MASK, 2, reveals=True))
-    for a, b in zip(*rows):
+    one, many = (watched(name, mesh, 2) for mesh in ((1, 1, 1), shape))
+    for a, b in zip(one[2], many[2]):
       np.testing.assert_allclose(a.chosen, b.chosen, atol=1e-4)
       np.testing.assert_array_equal(a.top_tokens, b.top_tokens)
-    one, many = (
-      recorder.trajectories(samples.tokens) for recorder in recorders
-    )
-    for expected, actual in zip(one, many):
+    for expected, actual in zip(one[1], many[1]):
       np.testing.assert_array_equal(expected.frames, actual.frames)
       for a, b in zip(expected.answers, actual.answers, strict=True):
         self.assertEqual(a is None, b is None)

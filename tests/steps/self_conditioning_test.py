@@ -153,6 +153,7 @@ def test_the_condition_is_the_mean_embedding_of_the_first_call():
 
 
 @pytest.mark.parametrize('share', [0.0, 0.5, 1.0])
+@pytest.mark.slow
 def test_the_condition_has_no_gradient(share):
   # Against a loss whose condition is a constant, zero in some rows.
   scorer, params = make()
@@ -273,6 +274,7 @@ def test_samplers_that_do_not_remember_take_two_calls():
 
 
 @pytest.mark.parametrize('ar_weight', [0.0, 0.5])
+@pytest.mark.slow
 def test_blocks(ar_weight):
   # The clean copy is not conditioned: it is the same in training, in the cache
   # and without it, and so is the autoregressive likelihood.

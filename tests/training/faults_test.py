@@ -79,6 +79,7 @@ def finished(tmp_path_factory):
   return workdir, *others
 
 
+@pytest.mark.slow
 def test_second_run_on_a_workdir_is_refused_and_evaluation_is_not(finished):
   _, (status, output), (eval_status, eval_output) = finished
   assert status == 2, output
@@ -91,6 +92,7 @@ def test_second_run_on_a_workdir_is_refused_and_evaluation_is_not(finished):
   assert eval_status == 0 and 'held-out bound' in eval_output, eval_output
 
 
+@pytest.mark.slow
 def test_killed_and_damaged_run_ends_bit_identical(finished, tmp_path):
   reference, *_ = finished
   workdir = tmp_path / 'run'
