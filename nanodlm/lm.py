@@ -220,7 +220,7 @@ class LanguageModel:
       length = run.settings.sample_length
     elif length < 1:
       raise InputError(f'length={length!r} must be >= 1')
-    run.check_length('length', length)
+    run.check_canvas('length', length)
     row, fixed = lay_out(run, prompt, length)
     tokens, is_fixed = (np.tile(x, (num_samples, 1)) for x in (row, fixed))
     kept = [watch.Logprobs(len(row)) for _ in whole_batch(run, tokens)]
@@ -592,7 +592,7 @@ class LanguageModel:
         raise InputError(f'level={level!r} must be in [0, 1]')
       levels = np.full(len(rows), level, np.float32)
     mesh, length = self.run.mesh, rows.shape[1]
-    self.run.check_length('number of tokens', length)
+    self.run.check_positions('number of tokens', length)
     step = sample_steps.make_logits_step(self.run.scorer, mesh)
     size = self._padded(length)
     lengths = np.full(len(rows), length, np.int32)
@@ -659,7 +659,8 @@ def end_as_trained(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Adds the separators that filled the row of a whole document in training.
 
-  A canvas [n] is one if it ends with text and the rows are documents.
+  A canvas [n] is a whole document if it ends with text and the rows of training
+  are documents.
   """
   data = run.settings.data
   if data.has_documents and data.padding == 'eos' and fixed[-1]:

@@ -86,19 +86,29 @@ class Run:
     has_end = settings.data.has_documents or settings.sampler['stop_at_eos']
     return self.tokenizer.eos_ids if has_end else ()
 
-  def check_length(self, name: str, length: int):
-    """Raises InputError if the network cannot read texts of `length` tokens.
+  def check_positions(self, name: str, length: int, block_size: int = 1):
+    """Raises InputError if there are fewer positions than tokens.
 
-    `name` is that of the length.
+    Args:
+      name: what the error calls the length.
+      length: number of tokens.
+      block_size: size of the blocks that are read as a whole, if any.
     """
-    self.network.check(length)
-    most, size = self.network.num_positions, self.objective.block_size or 1
-    if 0 < most < length + -length % size:  # Samplers fill whole blocks.
-      blocks = f', in whole blocks of {size}' if size > 1 else ''
+    most, size = self.network.num_positions, block_size or 1
+    if 0 < most < length + -length % size:
+      blocks = f', in whole blocks of {size}' * (length <= most)
       raise InputError(
         f'{name}={length!r} must be at most model.num_positions={most!r}'
         f'{blocks}'
       )
+
+  def check_canvas(self, name: str, length: int):
+    """Raises InputError if the network cannot read canvases of that length.
+
+    `name` is what the error calls it. Samplers extend them to whole blocks.
+    """
+    self.network.check(length)
+    self.check_positions(name, length, self.objective.block_size)
 
   def num_params(self) -> int:
     """Returns the number of parameters, without what pads the vocabulary.
@@ -114,7 +124,8 @@ class Run:
   def flops_per_token(self) -> float:
     """Returns the model FLOPs of a training step per token; 0: unknown.
 
-    Objectives that start from another network call it more often.
+    They are unknown if the run starts from another network, since each such
+    method has its own number of network calls.
     """
     is_plain = self.trained is self.objective
     num_calls = is_plain * self.objective.num_training_draws
@@ -429,8 +440,10 @@ def _check_network(run: Run):
           f'objective.name={name!r}, which models the length of whole '
           f'documents (data.source={data.source!r})'
         )
-  run.check_length('data.length', data.length)
-  run.check_length('sampler.length', settings.sample.length or data.length)
+  network.check(data.length)
+  run.check_positions('data.length', data.length)
+  if settings.sample.length:
+    run.check_canvas('sampler.length', settings.sample.length)
   steps = settings.train.anneal_steps
   if steps and (objective.causal or objective.block_size):
     raise InputError(

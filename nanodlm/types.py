@@ -262,8 +262,8 @@ class Objective(abc.ABC):
     any_length: whether it also models the length of a document. On a canvas,
       the separators that fill it are room, which the network does not read.
     num_training_draws: number of noisy texts that `loss` scores of each text.
-    trains_bound: whether the `Terms.nll` of training, with its own levels,
-      estimate the bound; otherwise training does not report them.
+    trains_bound: whether the `Terms.nll` of training, if they are not NaN,
+      estimate the bound at its own levels; otherwise they are not reported.
   """
 
   mask_id: int

@@ -138,9 +138,13 @@ def test_a_finished_run_is_not_evaluated_again(finished):
 
 
 @pytest.mark.parametrize(
-  'number', [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+  'number',
+  [
+    signal.SIGTERM,
+    pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+  ],
 )
-@pytest.mark.slow
 def test_interrupted_run_ends_bit_identical(finished, tmp_path, number):
   reference, _ = finished
   workdir = tmp_path / 'run'

@@ -289,6 +289,7 @@ def compare_run(
     return judge.features(texts, lm.tokenizer)
 
   length = request.length or subject.settings.data.length
+  subject.run.check_canvas('--length', length)
   planned = plan_points(subject.run, request, length)
   if has_mauve and planned:
     read_rows()  # Raises what is wrong before anything takes long.

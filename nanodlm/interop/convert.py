@@ -80,8 +80,11 @@ log = logging.getLogger('nanodlm')
 
 HF_CONFIG = 'config.json'
 HF_TOKENIZER = 'tokenizer.json'
-# Names of files with a vocabulary in other forms.
-_VOCABULARIES = 'vocab.json', 'merges.txt', 'vocab.txt', '*.model'
+# Names of files with a vocabulary that tokenizer.json would hold.
+_VOCABULARIES = (
+  *('vocab.json', 'merges.txt', 'vocab.bpe', 'encoder.json', 'vocab.txt'),
+  *('*.model', '*.tiktoken', 'tekken.json'),
+)
 # The folder of an export that describes the run, and its file with the family.
 OWN, ORIGIN = 'nanodlm', 'origin.json'
 # The files of a repository of the hub that are downloaded, besides weights.
@@ -160,7 +163,7 @@ def import_checkpoint(
     folder = path if path.is_dir() else path.parent
     has_config = (folder / HF_CONFIG).is_file()
     if not has_config and (folder / peft.CONFIG).is_file():
-      choose = lambda run: FAMILIES[choose_family(run, family)]
+      choose = lambda run: FAMILIES[choose_family(run, family, True)]
       peft.import_adapters(folder, work, changes, choose, source)
       return
     foreign = workdirs.read_json(folder / HF_CONFIG) if has_config else {}
@@ -266,9 +269,14 @@ def network_of(run: runs.Run) -> ModelConfig:
   return run.network.config
 
 
-def choose_family(run: runs.Run, family: str = '') -> str:
-  """Returns `family`, or the first that fits; InputError if it does not."""
-  misfits = _misfits(run)
+def choose_family(
+  run: runs.Run, family: str = '', of_adapters: bool = False
+) -> str:
+  """Returns `family`, or the first that fits; InputError if it does not.
+
+  Adapters only need the names of its tensors.
+  """
+  misfits = _misfits(run, of_adapters)
   if family not in ('', *misfits):
     raise InputError(f'--family={family!r} is not one of {sorted(misfits)}')
   if family and misfits[family]:
@@ -296,14 +304,17 @@ def find_nearest(run: runs.Run) -> str:
   return f'The published forms that nearly fit: {"; ".join(found)}'
 
 
-def _misfits(run: runs.Run) -> dict[str, str]:
+def _misfits(run: runs.Run, of_adapters: bool = False) -> dict[str, str]:
   """Returns {family: what it does not support of a run}."""
   network, objective = network_of(run), run.settings.objective
-  return {
-    name: form.misfit(network, objective)
-    for name, form in FAMILIES.items()
-    if form.is_exportable
-  }
+  found = {}
+  for name, form in FAMILIES.items():
+    if form.is_exportable:
+      misfits = [form.misfit(network, objective['name'])]
+      if not of_adapters:
+        misfits.append(form.misread(network, objective))
+      found[name] = ', '.join(filter(None, misfits))
+  return found
 
 
 @contextlib.contextmanager
@@ -505,6 +516,8 @@ def find_tokenizer(
   if not path.is_file():
     try:
       content = FAMILIES[family].tokenizer_json(folder)
+      if content is None and described.tokenizer == 'gpt2':
+        content = FAMILIES['gpt2'].tokenizer_json(folder)
     except Exception as error:  # The library raises nothing narrower.
       raise InputError(
         f'the tokenizer in {folder} cannot be read: {reason(error)}'

@@ -115,7 +115,7 @@ def export_adapters(workdir: str, output: str, family: str = ''):
     run = runs.make_run(settings, refit=True)
     run = run.with_tokenizer(load_tokenizer(workdir))
     params, step = weights.load_trained(run, workdir)
-    form = FAMILIES[convert.choose_family(run, family)]
+    form = FAMILIES[convert.choose_family(run, family, of_adapters=True)]
     base = weights.find_base(settings.checkpoint.init_from)
     source = checkpoint.read_origin(base).get('source', '')
     kind = 'its name on the hub'

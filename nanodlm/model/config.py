@@ -41,9 +41,9 @@ def exact_gelu(x: jax.Array) -> jax.Array:
 @exact_gelu.defjvp
 def _exact_gelu_jvp(primals, tangents):
   # JAX 0.12 cannot derive the error function in float32 under shard_map.
-  (x,) = primals
+  x = primals[0].astype(jnp.float32)
   slope = jax.scipy.stats.norm.cdf(x) + x * jax.scipy.stats.norm.pdf(x)
-  return exact_gelu(x), slope * tangents[0]
+  return exact_gelu(primals[0]), slope.astype(primals[0].dtype) * tangents[0]
 
 
 # Names the attention's output, so that remat='dots' stores it although it is

@@ -190,10 +190,11 @@ class TransformerNetwork(Network):
 
     6 x (matrix parameters) + 12 x layers x length x heads' width for the
     attention, as if every position passed every layer and the output
-    projection. A multiply-add counts as 2; convolutions are left out. Both
-    copies of block diffusion count, as does the forward pass that
-    self-conditioning adds. With adapters, which are small, the gradients of
-    frozen matrices are left out: 4 instead of 6 per matrix parameter.
+    projection, and those of an autoregressive clean copy, too. A multiply-add
+    counts as 2; convolutions are left out. Both copies of block diffusion
+    count, as does the forward pass that self-conditioning adds. With adapters,
+    which are small, the gradients of frozen matrices are left out: 4 instead of
+    6 per matrix parameter.
     """
     cfg = self.config
     width, inner = cfg.embed_dim, cfg.num_heads * cfg.head_dim

@@ -365,8 +365,9 @@ def format_times(results: dict[str, Any], settings: Settings) -> str:
     f'{settings.data.length} tokens, {settings.objective["name"]} objective, '
     f'first step {train["compile_secs"]:.1f} s',
     *metrics.format_table(_TIMES, rows),
-    'GFLOP/s: model FLOPs, for every token 6 x matrix parameters + attention, '
-    'even if the code saves some. share: of the speed of the matrix product.',
+    'GFLOP/s: model FLOPs, even if the code saves some; usually, for each '
+    'token, 6 x matrix parameters + attention. share: of the speed of the '
+    'matrix product.',
   ]
   if 'reference' in results:
     plain = results['reference']['tokens_per_sec']

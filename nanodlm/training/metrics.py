@@ -107,7 +107,8 @@ def train_means(sums: dict[str, np.ndarray]) -> dict[str, float]:
   """Returns the means of training steps from their added sums.
 
   They are train/loss in nats per token; train/nll and train/bits_per_byte of
-  the noisy bound on the training text, unless a step has none (`types.Terms`);
+  the noisy bound on the training text, unless a step has none (`types.Terms`,
+  `Objective.trains_bound`);
   train/ar_nll, which is exact, of a block model that has it; train/accuracy of
   the scored tokens; `Scores.reports`; and `level_means`.
   """

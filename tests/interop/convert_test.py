@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from nanodlm import config as configs
 from nanodlm import lm as lms
 from nanodlm.data import network
 from nanodlm.data.tokenizers.saved import load_tokenizer
@@ -172,15 +171,6 @@ class FieldsTest(checkpoints.FolderTest):
     found = FAMILIES[name].describe({**CONFIGS[name], **changes}, {})
     self.assertEqual((found.window, found.max_length), (window, window or 64))
 
-  @parameterized.parameters('data', 'sampler')
-  def test_texts_longer_than_the_window(self, section):
-    config = configs.load()
-    config.data.length = 9
-    convert._check_window(9, config, 'here')
-    config[section].length = 10
-    with self.assertRaisesRegex(InputError, f'{section}.length=10.*exceed'):
-      convert._check_window(9, config, 'here')
-
   @parameterized.parameters(('low_freq_factor', 2.0), ('high_freq_factor', 8.0))
   def test_other_scaling_than_llama_3(self, key, value):
     rope = {**CONFIGS['llama3']['rope_scaling'], key: value}
@@ -261,6 +251,17 @@ class FieldsTest(checkpoints.FolderTest):
       for name in ('llama', 'qwen3', 'sdar', 'gpt2'):
         with self.assertRaisesRegex(InputError, f"model_type='{kind}'"):
           FAMILIES[name].describe(config, {})
+
+  def test_texts_longer_than_the_window(self):
+    folder = self.folder()
+    source = checkpoints.write(folder / 'theirs', 'mistral')
+    out, long = str(folder / 'ours'), checkpoints.LENGTH + 2
+    for key in 'data.length', 'sampler.length':
+      with self.assertRaisesRegex(InputError, f'{key}={long}.*exceed'):
+        convert.import_checkpoint(source, out, changes={**BYTES, key: long})
+    with self.assertLogs('nanodlm', 'WARNING') as logs:
+      convert.import_checkpoint(source, out, changes=BYTES)
+    self.assertIn(f'more than {long - 1} tokens', ''.join(logs.output))
 
   def test_the_family_contradicts_the_type(self):
     folder = self.folder()

@@ -666,29 +666,39 @@ class ImportTest(FolderTest):
     self.assertEqual(tokenizer.decode([299]), '_')
     (source / 'tokenizer_config.json').unlink()
     (folder / 'tokenizer.json').unlink(missing_ok=True)
-    # Without its names of added tokens it is not Dream's, and never GPT-2's.
-    other = dataclasses.replace(described, tokenizer='gpt2')
-    for family, each in ('llama', described), ('mdlm', other):
-      with self.assertRaisesRegex(
-        InputError, 'no tokenizer.json .*vocab.json, merges.txt.* 300 ids'
-      ):
-        convert.find_tokenizer(family, each, source, folder)
+    with self.assertRaisesRegex(
+      InputError, 'no tokenizer.json .*vocab.json, merges.txt.* 300 ids'
+    ):
+      convert.find_tokenizer('llama', described, source, folder)
+    # Not OpenAI's tokenizer, either.
+    (source / 'vocab.json').rename(source / 'vocab.bpe')
+    described = dataclasses.replace(described, tokenizer='gpt2')
+    with self.assertRaisesRegex(InputError, 'merges.txt, vocab.bpe'):
+      convert.find_tokenizer('mdlm', described, source, folder)
 
   def test_gpt2s_vocabulary_and_merges(self):
     folder = self.folder()
-    vocab = {text: i for i, text in enumerate([*byte_alphabet(), 'he', 'll'])}
-    vocab['<|endoftext|>'] = len(vocab)
+    texts = [*byte_alphabet(), 'he', 'll', 'oĠ', '<|endoftext|>']
+    vocab = {text: i for i, text in enumerate(texts)}
     size = len(vocab)
     (folder / 'vocab.json').write_text(json.dumps(vocab))
-    (folder / 'merges.txt').write_text('#version: 0.2\nh e\nl l\n')
+    # The last merge crosses pieces.
+    (folder / 'merges.txt').write_text('#version: 0.2\nh e\nl l\no Ġ\n')
+    (folder / 'added_tokens.json').write_text(json.dumps({'<pad>': size}))
     described = layouts.Description(
-      size, None, size - 1, size - 1, 64, tokenizer='gpt2'
+      size + 1, None, size - 1, size - 1, 64, tokenizer='gpt2'
     )
-    tokenizer = convert.find_tokenizer('gpt2', described, folder, folder)
-    texts = {i: text for text, i in vocab.items()}
+    for family in 'gpt2', 'sedd':
+      tokenizer = convert.find_tokenizer(
+        family, described, folder, self.folder()
+      )
     ids = tokenizer.encode('hello ll')
     self.assertEqual([texts[i] for i in ids], ['he', 'll', 'o', 'Ġ', 'll'])
     self.assertEqual(tokenizer.decode(ids), 'hello ll')
+    config = {'add_prefix_space': True}
+    (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+    with self.assertRaisesRegex(InputError, 'add_prefix_space=True'):
+      convert.find_tokenizer('gpt2', described, folder, folder)
 
   @parameterized.parameters(
     (

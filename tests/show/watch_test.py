@@ -170,6 +170,15 @@ class WatchTest(parameterized.TestCase):
           )
           self.assertNotEqual(frames[call, position], frames[-1, position])
 
+  @parameterized.parameters('fixed_count', 'block')
+  def test_calls_without_what_they_reveal(self, name):
+    recorder = watch.Recorder(make_canvas()[0])
+    samples = sample(name, view=watch.View(recorder, MASK, num_top=3))
+    np.testing.assert_array_equal(samples.tokens, unwatched(name).tokens)
+    found = recorder.trajectories(samples.tokens)
+    for one, other in zip(found, watched(name)[1]):
+      np.testing.assert_array_equal(one.frames, other.frames)
+
   @parameterized.parameters(*CASES)
   def test_log_probs_are_those_of_the_call_that_set_a_token(self, name):
     _, fixed = make_canvas()

@@ -4,9 +4,11 @@ Source: Radford et al., 2019; names and settings as in Hugging Face's
 `GPT2LMHeadModel`, whose projections keep their weights as [in, out].
 """
 
+from nanodlm import workdir as workdirs
 from nanodlm.data.tokenizers import chat
 from nanodlm.interop import tokenizer_json
 from nanodlm.interop.families.layout import Family, Key
+from nanodlm.types import InputError
 
 # {activation: config.model.mlp}.
 MLPS = {
@@ -82,14 +84,19 @@ class GPT2(Family):
   ignored = (r'.*\.attn\.(masked_)?bias',)  # Causal masks.
 
   def tokenizer_json(self, folder):
-    described = chat.read_described(folder) or {}
-    added = described.get('added_tokens_decoder', {})
-    content = tokenizer_json.from_merges(folder, _SPLIT, added)
-    ids = content['model']['vocab'] if content else {}
-    if content and not added and _END in ids:
-      end = tokenizer_json.added_token(ids[_END], _END)
-      content['added_tokens'] = [end]
-    return content
+    described = chat.read_described(folder)
+    if described.get('add_prefix_space'):
+      raise InputError(
+        'tokenizer_config.json: add_prefix_space=True is not supported'
+      )
+    added = dict(described.get('added_tokens_decoder', {}))
+    older, vocab = folder / 'added_tokens.json', folder / 'vocab.json'
+    ids = workdirs.read_json(older) if older.is_file() else {}
+    if vocab.is_file():
+      ids |= {k: i for k, i in workdirs.read_json(vocab).items() if k == _END}
+    known = {token['content'] for token in added.values()}
+    added |= {i: {'content': k} for k, i in ids.items() if k not in known}
+    return tokenizer_json.from_merges(folder, _SPLIT, added)
 
   def fixed(self, network):
     return {

@@ -443,22 +443,31 @@ class Family:
       fixed['num_kv_heads'] = network.num_kv_heads and network.num_heads
     return {**fixed, **self.network}
 
-  def misfit(self, network: ModelConfig, objective: Mapping[str, Any]) -> str:
-    """Returns what it cannot express of a run, or ''.
+  def misread(self, network: ModelConfig, objective: Mapping[str, Any]) -> str:
+    """Returns what programs of this form would read otherwise, or ''.
 
-    `objective` is its `config.objective`.
+    `objective` is a run's `config.objective`.
     """
+    if not self.is_published:
+      return ''
+    found = []
+    if objective['expand']:  # Masks also stand for two tokens, or for none.
+      found.append('objective.expand=True (needs False)')
+    # The forms compute the time from the noise.
+    if network.knows_time and (name := objective['schedule']) != 'linear':
+      found.append(f"objective.schedule={name!r} (needs 'linear')")
+    return ', '.join(found)
+
+  def misfit(self, network: ModelConfig, objective: str) -> str:
+    """Returns what it cannot express of a run with that objective, or ''."""
     allowed = {key: (value,) for key, value in self.fixed(network).items()}
     for key in self.keys.values():
       if key.values:
         allowed[key.field] = tuple(dict.fromkeys(key.values.values()))
     checks = [
-      ('objective.name', objective['name'], (self.objective, *self.also)),
-      ('objective.expand', objective['expand'], (False,)),
+      ('objective.name', objective, (self.objective, *self.also)),
       *((f'model.{x}', getattr(network, x), y) for x, y in allowed.items()),
     ]
-    if network.knows_time:  # The forms compute the time from the noise.
-      checks.append(('objective.schedule', objective['schedule'], ('linear',)))
     found = [
       f'{name}={value!r} (needs {" or ".join(map(repr, values))})'
       for name, value, values in checks

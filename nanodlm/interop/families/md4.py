@@ -112,12 +112,14 @@ class MD4(layouts.Family):
 
   def vocabulary(self, config, shapes):
     mask = config['vocab_size']
-    separator = min(ddit.GPT2_END, mask - 1)
-    return {
+    known = {
+      'eos_token_id': min(ddit.GPT2_END, mask - 1),
+      **config,
       'vocab_size': mask + 1,
-      'mask_id': mask,
-      'separator_id': separator,
-      'start_id': separator,
+      'mask_token_id': mask,
+    }
+    return {
+      **super().vocabulary(known, shapes),
       'max_length': config['data_shape'][0],
       'tokenizer': 'gpt2' if mask == ddit.GPT2_SIZE else '',
     }
