@@ -163,7 +163,9 @@ def import_checkpoint(
     folder = path if path.is_dir() else path.parent
     has_config = (folder / HF_CONFIG).is_file()
     if not has_config and (folder / peft.CONFIG).is_file():
-      choose = lambda run: FAMILIES[choose_family(run, family, True)]
+      choose = lambda run: FAMILIES[
+        choose_family(run, family, of_adapters=True)
+      ]
       peft.import_adapters(folder, work, changes, choose, source)
       return
     foreign = workdirs.read_json(folder / HF_CONFIG) if has_config else {}

@@ -195,8 +195,7 @@ def time_train(run: Run, num_timed: int) -> dict[str, float]:
   jax.block_until_ready(step())
   compile_secs = time.perf_counter() - start
   secs = _time(step, num_timed, NUM_WARMUP - 1)
-  length = settings.data.length
-  num_tokens = settings.train.batch_size * length
+  num_tokens = settings.train.batch_size * settings.data.length
   flops = num_tokens * run.flops_per_token()
   known = {'flops_per_sec': flops / statistics.median(secs)} if flops else {}
   return _row(

@@ -89,14 +89,20 @@ class GPT2(Family):
       raise InputError(
         'tokenizer_config.json: add_prefix_space=True is not supported'
       )
-    added = dict(described.get('added_tokens_decoder', {}))
-    older, vocab = folder / 'added_tokens.json', folder / 'vocab.json'
-    ids = workdirs.read_json(older) if older.is_file() else {}
-    if vocab.is_file():
-      ids |= {k: i for k, i in workdirs.read_json(vocab).items() if k == _END}
+    added = described.get('added_tokens_decoder', {})
+    content = tokenizer_json.from_merges(folder, _SPLIT, added)
+    if content is None:
+      return None
+    path, vocab = folder / 'added_tokens.json', content['model']['vocab']
+    ids = workdirs.read_json(path) if path.is_file() else {}
+    ids |= {_END: vocab[_END]} if _END in vocab else {}
     known = {token['content'] for token in added.values()}
-    added |= {i: {'content': k} for k, i in ids.items() if k not in known}
-    return tokenizer_json.from_merges(folder, _SPLIT, added)
+    content['added_tokens'] += [
+      tokenizer_json.added_token(i, text)
+      for text, i in ids.items()
+      if text not in known
+    ]
+    return content
 
   def fixed(self, network):
     return {
