@@ -206,13 +206,15 @@ def get_config() -> config_dict.ConfigDict:
 
   config.policy = policy = config_dict.ConfigDict()
   # How the run in checkpoint.init_from, of the same objective and network, is
-  # tuned by the rewards of samples: 'sequence' (all but genmd4 and ar_weight) |
-  # 'one_step' or 'coupled' (masked noise without blocks); '': not at all. They
-  # differ in what stands for log p of a sample. 'dpo' (as 'sequence') learns
-  # from data.source=preferences:GLOB instead, and needs kl_weight, such as 0.1.
+  # tuned by the rewards of samples: 'sequence' (all but genmd4, flex and
+  # ar_weight) | 'one_step' or 'coupled' (masked noise without blocks); '': not
+  # at all. They differ in what stands for log p of a sample. 'dpo' (all but
+  # genmd4 and ar_weight) learns from data.source=preferences:GLOB instead, and
+  # needs kl_weight, such as 0.1.
   policy.name = ''
-  # Samples of each prompt, at least 2; divides train.batch_size. A sample is
-  # rewarded by how much better it is than the others.
+  # Samples of each prompt, at least 2, on canvases of data.length tokens;
+  # divides train.batch_size. A sample is rewarded by how much better it is than
+  # the others.
   policy.num_samples = 8
   # Whether that is divided by the standard deviation of the rewards.
   policy.scale_advantages = True

@@ -112,6 +112,11 @@ class SampleConfig:
     check_seed(self.seed, 'sampler.seed')
 
 
+SAMPLE_KEYS = tuple(field.name for field in dataclasses.fields(SampleConfig))
+# The keys of `config.sampler` that do not depend on the sampler.
+EVERY_SAMPLER = (*SAMPLE_KEYS, 'stop_at_eos')
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
   """A whole config, checked section by section.
@@ -149,13 +154,17 @@ class Settings:
   @property
   def sample(self) -> SampleConfig:
     """How much to sample."""
-    names = (field.name for field in dataclasses.fields(SampleConfig))
-    return SampleConfig(**{name: self.sampler[name] for name in names})
+    return SampleConfig(**{key: self.sampler[key] for key in SAMPLE_KEYS})
 
   @property
   def sample_length(self) -> int:
     """Tokens of a sample."""
     return self.sampler['length'] or self.data.length
+
+  def given_values(self) -> dict[str, Any]:
+    """Returns {'section.key': value} of the keys that were set by hand."""
+    values = flatten(self.to_dict())
+    return {key: values[key] for key in sorted(self.given)}
 
   def to_dict(self) -> dict[str, Any]:
     """Returns {section: {key: value}}, the config's content."""

@@ -396,6 +396,23 @@ def shown_share(line: Mapping[str, Any]) -> str:
   return 'held out' + f' ({shown} also in training)' * is_shared
 
 
+# Keys that do not change what is measured, or are recorded on their own.
+_UNCHANGED = ('sampler.', 'mesh.', 'data.source', 'data.data_dir')
+
+
+def changes(settings: Settings) -> dict[str, Any]:
+  """Returns {key: value} of settings that make a measurement another one."""
+  given = settings.given_values()
+  return {k: x for k, x in given.items() if not k.startswith(_UNCHANGED)}
+
+
+def shown_changes(line: Mapping[str, Any]) -> str:
+  """Returns the changes of a line of eval.jsonl, as ' (data.length=64)'."""
+  changed = line.get('changed')
+  pairs = changed.items() if isinstance(changed, dict) else ()
+  return f' ({", ".join(f"{k}={x}" for k, x in pairs)})' * bool(pairs)
+
+
 def append_result(lm: LanguageModel, text: Text, result: dict[str, Any]):
   """Appends a result to eval.jsonl in the workdir."""
   if jax.process_index() == 0:
@@ -404,6 +421,7 @@ def append_result(lm: LanguageModel, text: Text, result: dict[str, Any]):
       'source': text.source,
       'is_held_out': text.is_held_out,
       'trained_share': text.trained_share,
+      'changed': changes(lm.run.settings),
       **result,
     }
     workdirs.append(lm.workdir, workdirs.EVAL, line)

@@ -166,8 +166,8 @@ class Run:
     """Returns the run with changes to its `config.sampler`.
 
     With another `name` than the run's own, keys outside `changes` take their
-    defaults: the run's were meant for another sampler. `stop_at_eos` stays. A
-    `num_steps` replaces a grid that lists its times.
+    defaults: the run's were meant for another sampler. How much is sampled, and
+    how texts end, stay. A `num_steps` replaces a grid that lists its times.
 
     Args:
       changes: {key: value}.
@@ -178,10 +178,11 @@ class Run:
     """
     defaults: Any = configs.load().sampler
     section = defaults.copy_and_resolve_references()
-    if changes.get('name', self.sampler_name) == self.sampler_name:
-      section.update(self.settings.sampler)
-    # How texts end is a fact about the model.
-    section.stop_at_eos = self.settings.sampler['stop_at_eos']
+    own, name = self.settings.sampler, changes.get('name', self.sampler_name)
+    if name == 'auto':
+      name = self.objective.default_sampler
+    kept = own if name == self.sampler_name else configs.EVERY_SAMPLER
+    section.update({key: own[key] for key in kept})
     if 'num_steps' in changes and times.is_listed(section.grid):
       section.grid = defaults.grid
     for key, value in changes.items():
@@ -445,6 +446,12 @@ def _check_network(run: Run):
   if settings.sample.length:
     run.check_canvas('sampler.length', settings.sample.length)
   steps = settings.train.anneal_steps
+  if steps and (kind := method_name(settings)):
+    raise InputError(
+      f'train.anneal_steps={steps!r} must be 0 with {kind}.name='
+      f'{settings.to_dict()[kind]["name"]!r}, which starts from a network that '
+      'sees the whole text'
+    )
   if steps and (objective.causal or objective.block_size):
     raise InputError(
       f'train.anneal_steps={steps!r} is ignored with objective.name={name!r}: '
@@ -587,7 +594,7 @@ def _check_effects(run: Run, given: Collection[str]):
   sampled = _keys_of(sampler, sampler.unread_keys())
   if objective.block_size:  # It is the objective's.
     sampled.discard('block_size')
-  sampled |= {'num_samples', 'length', 'seed', 'guidance', 'stop_at_eos'}
+  sampled |= {*configs.EVERY_SAMPLER, 'guidance'}
   uses_time = settings.model['time_conditioning'] or 'rule' in sampled
   kind, method = method_name(settings), make_method(settings, objective)
   read = _keys_of(objective, objective.unread_keys(uses_time))

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from nanodlm import config as configs
 from nanodlm import laws, searches
 from nanodlm import lm as lms
 from nanodlm import prompts as prompting
@@ -35,6 +36,7 @@ def parse_sampler(text: str) -> dict[str, Any]:
   """Parses 'NAME' or 'NAME:KEY=VALUE;KEY=VALUE' to changes of config.sampler.
 
   Numbers and truth values are converted, and checked by `Run.with_sampler`.
+  How much to sample is set for all samplers at once.
   """
   name, _, rest = text.partition(':')
   if '=' in name or ';' in name:
@@ -45,6 +47,10 @@ def parse_sampler(text: str) -> dict[str, Any]:
     if not equals or key == 'name':
       raise InputError(
         f'{pair!r} is not KEY=VALUE with a key of config.sampler'
+      )
+    if key in configs.SAMPLE_KEYS:
+      raise InputError(
+        f'{pair!r} cannot be set for one sampler; use --config.sampler.{pair}'
       )
     try:
       changes[key] = json.loads(value.lower())
@@ -89,7 +95,7 @@ def sample_prompts(
   samplers: Sequence[str] = (),
   display: Any = None,
   page: Any = None,
-  search: searches.Search | None = None,
+  make_search: Callable[[Run], searches.Search | None] | None = None,
 ):
   """Prints samples and appends them to samples.jsonl in the workdir.
 
@@ -104,8 +110,8 @@ def sample_prompts(
     samplers: see `with_samplers`; number, length and seed are the run's.
     display: a `show.live.Display` of the canvases during sampling, or None.
     page: a `show.replay.Page` that records the trajectories, or None.
-    search: how texts of high reward are found, without display and page; None:
-      every sample is one.
+    make_search: returns how texts of high reward are found with a sampler,
+      without display and page; None: every sample is one.
   """
   run, sample = lm.run, lm.run.settings.sample
   models = with_samplers(lm, samplers)
@@ -115,13 +121,13 @@ def sample_prompts(
     num_top = lms.NUM_RECORDED if page else 0
     view = watch.View(watchers, run.tokenizer.mask_id, num_top)
   law = laws.law_of_rows(run.settings.data)
+  found = [make_search and make_search(model.run) for _, model in models]
   fills = [lms.make_fill(model.run, view=view) for _, model in models]
-  if search:
-    fills = [search.around(fill) for fill in fills]
+  fills = [own.around(fill) if own else fill for own, fill in zip(found, fills)]
   if not display:
     log.info('compiling the sampler, then sampling')
   for i, prompt in enumerate(prompts or ['']):
-    for (label, model), fill in zip(models, fills):
+    for (label, model), fill, search in zip(models, fills, found):
       tokens, fixed = (
         np.tile(x, (sample.num_samples, 1))
         for x in lms.lay_out(model.run, prompt, length)

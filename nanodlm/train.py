@@ -38,6 +38,7 @@ import functools
 import importlib.util
 import logging
 import math
+import os
 import pathlib
 import shlex
 import shutil
@@ -156,6 +157,8 @@ def train(
     weights.check_start(run, init_from)
   is_new = not workdirs.has_tokenizer(workdir)
   before = checkpoint.read_meta(workdir, step) if step >= 0 else None
+  if before is not None and not settings.lora['rank']:
+    _check_same_start(before['config']['checkpoint'], settings, workdir)
   if is_new:
     packed = prepare.prepare(settings.data, settings.tokenizer)
   else:
@@ -285,6 +288,27 @@ def check_same_text(packed: PackedData, meta: dict[str, Any], workdir: str):
       f'workdir={workdir!r} was trained on it. Give another workdir, or start '
       'one with checkpoint.init_from'
     )
+
+
+def _check_same_start(before: Any, settings: Settings, workdir: str):
+  """Raises InputError if weights to start from would not be read.
+
+  The base of adapters is read, and may have moved.
+
+  Args:
+    before: config.checkpoint of the checkpoint that is resumed.
+    settings: the run's settings.
+    workdir: folder of the run.
+  """
+  for key in 'init_from', 'init_step':
+    value = getattr(settings.checkpoint, key)
+    was = before.get(key, value)
+    if os.path.abspath(str(was)) != os.path.abspath(str(value)):
+      raise InputError(
+        f'checkpoint.{key}={value!r} is ignored by workdir={workdir!r}, which '
+        f'has checkpoints of its own and started with {was!r}; leave it out, '
+        'or give another workdir'
+      )
 
 
 def _warn(settings: Settings, before: Any, step: int):

@@ -254,6 +254,7 @@ class Objective(abc.ABC):
       so that it can correct a finished text.
     num_alternatives: number of consecutive rows that belong together, as a
       chosen and a rejected text do; the source must have them.
+    num_reads: number of rows, in all steps, that come from one example.
     batches: where its training batches come from, with train.batches='auto'.
     uses_frozen: whether training needs `TrainState.frozen`; see `init_frozen`.
     round_steps: number of steps after which `renew_frozen` renews it; 0: never.
@@ -276,6 +277,7 @@ class Objective(abc.ABC):
   needs_time: bool = False
   can_correct: bool = False
   num_alternatives: int = 1
+  num_reads: int = 1
   batches: str = 'text'
   uses_frozen: bool = False
   round_steps: int = 0

@@ -85,6 +85,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   return value
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+  """Returns a value as JSON, with null for what is not finite."""
+  value = json.loads(json.dumps(value), parse_constant=lambda _: None)
+  return json.dumps(value, indent=indent) + '\n'
+
+
 def append(workdir: str, name: str, *lines: dict[str, Any]):
   """Appends JSON objects, one per line, to a file of the workdir.
 
@@ -92,7 +98,7 @@ def append(workdir: str, name: str, *lines: dict[str, Any]):
     InputError: the file cannot be written, and is left as it was.
   """
   path = pathlib.Path(workdir) / name
-  data = ''.join(json.dumps(line) + '\n' for line in lines).encode()
+  data = ''.join(map(to_json, lines)).encode()
   try:
     with open(path, 'ab', buffering=0) as file:
       size = file.tell()

@@ -34,7 +34,7 @@ def flat(tmp_path_factory):
 def settings_of(workdir, source=''):
   config = configs.read_run(workdir)
   config.data.source = source or config.data.source
-  return configs.make_settings(config)
+  return configs.make_settings(config, {'data.source', 'eval.num_draws'})
 
 
 def evaluate_on(workdir, source, **options):
@@ -97,6 +97,7 @@ def test_other_texts_in_bytes(tokenizer, tmp_path):
   with open(f'{workdir}/eval.jsonl') as file:
     lines = [json.loads(line) for line in file]
   assert [line['source'].split(':')[0] for line in lines] == ['text', 'jsonl']
+  assert lines[0]['changed'] == {'eval.num_draws': run.settings.eval.num_draws}
   assert lines[1]['eval/bits_per_byte'] == means['eval/bits_per_byte']
 
 

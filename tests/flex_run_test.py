@@ -11,9 +11,10 @@ import nanodlm
 from nanodlm import lm as lms
 from nanodlm import prompts, sample
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
+from nanodlm.evals import compare, infill
 from nanodlm.show import live, replay
 from nanodlm.types import InputError
-from tests import workdirs
+from tests import launches, workdirs
 from tests.serving import servers
 
 BYTES = BytesTokenizer()
@@ -101,10 +102,26 @@ def test_samples(flex, caplog):
   assert 'sampler.length=7' in caplog.text
   with pytest.raises(InputError, match=r'\{3\}'):
     flex.sample('a{3}')
+  with pytest.raises(InputError, match="not support sampler.name='insert'"):
+    infill.check_run(flex.run)
   with pytest.raises(InputError, match='insert.*any length'):
     fill = lms.make_fill(flex.run)
     tokens = np.full((1, 8), flex.tokenizer.mask_id, np.int32)
     fill(flex.params, jax.random.key(0), tokens, np.zeros((1, 8), bool))
+
+
+def test_compared_on_other_documents(flex, tmp_path):
+  rows = [json.dumps({'text': text}) for text in [*TEXTS, 'a' * 500] * 20]
+  (tmp_path / 'rows.jsonl').write_text('\n'.join(rows))
+  args = [
+    f'--workdirs={flex.workdir}',
+    f'--source=jsonl:{tmp_path}/rows.jsonl',
+    f'--output={tmp_path}/out',
+  ]
+  assert launches.run_mode(compare, *args) == 0
+  text = (tmp_path / 'out' / 'comparison.json').read_text()
+  (run,) = json.loads(text)['runs']
+  assert 0 < run['nats_per_document'] < np.inf
 
 
 def test_bounds_and_choices(flex):

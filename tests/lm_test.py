@@ -498,3 +498,15 @@ def test_wrong_conversations(talking, ask, named):
   lm, talks = talking
   with pytest.raises(InputError, match=named):
     ask(lm, talks[0])
+
+
+def test_another_sampler_samples_as_much(masked):
+  own = {'length': 9, 'num_samples': 3, 'seed': 5, 'temperature': 0.5}
+  lm = masked.with_sampler(own)
+  for name, kept in (('fixed_count', 0.5), ('auto', 0.5), ('confidence', 1.0)):
+    section = lm.with_sampler({'name': name}).run.settings.sampler
+    values = [section[key] for key in own]
+    assert values == [9, 3, 5, kept], name
+  for sampler in ('confidence', 'ancestral'):
+    (one,) = lm.sample(sampler=sampler, details=True)
+    assert len(one.tokens) == 9

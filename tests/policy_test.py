@@ -263,6 +263,13 @@ def test_what_follows_the_end_of_a_sample_is_not_learnt(tmp_path, name, num):
   np.testing.assert_array_equal(batch.num_tokens[::2], num)
 
 
+def test_samples_have_the_length_of_the_text(first, tmp_path):
+  changes = {'sampler.length': 8}
+  start = dataclasses.replace(start_from(tmp_path, first), changes=changes)
+  with pytest.raises(InputError, match='sampler.length=8 must be 0'):
+    train.main(start)
+
+
 def test_samples_of_prompts(first, tmp_path):
   path = tmp_path / 'pairs.jsonl'
   pairs = [{'prompt': f'{i}+', 'response': f'{i}!'} for i in range(10, 40)]

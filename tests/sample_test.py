@@ -1,6 +1,7 @@
 """Several samplers for one model, from the command line's text."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 
@@ -56,6 +57,7 @@ def test_parse_sampler():
     ('ar', 'does not fit'),
     ('fixed_count:eta=1', 'is ignored'),
     ('remask:eta=2', 'eta'),
+    ('confidence:length=8', 'use --config.sampler.length=8'),
   ],
 )
 def test_wrong_samplers(lm, text, message):
@@ -91,8 +93,10 @@ def brevity(texts, prompts):
 
 
 def test_rewards_are_printed_and_written(lm, capsys):
-  search = lms.make_search(lm.run, f'{__name__}:brevity', best_of=3)
-  sample.sample_prompts(lm, ['ab'], search=search)
+  make_search = functools.partial(
+    lms.make_search, reward=f'{__name__}:brevity', best_of=3
+  )
+  sample.sample_prompts(lm, ['ab'], make_search=make_search)
   printed = capsys.readouterr().out
   text = (pathlib.Path(lm.workdir) / 'samples.jsonl').read_text()
   lines = [json.loads(line) for line in text.splitlines()]
@@ -113,3 +117,36 @@ def test_rewards_are_printed_and_written(lm, capsys):
     )
   ]
   assert [line['tokens'] for line in lines] == tokens
+
+
+def shown(texts, prompts):
+  del prompts
+  TEXTS.extend(texts)
+  return [0.0] * len(texts)
+
+
+TEXTS = []
+
+
+def test_rewards_read_texts_as_each_sampler_leaves_them(tmp_path):
+  path = tmp_path / 'texts.jsonl'
+  lines = [json.dumps({'text': f'abcdef{i}'}) for i in range(50)]
+  path.write_text('\n'.join(lines))
+  workdir = workdirs.make_workdir(
+    tmp_path / 'run',
+    data__source=f'jsonl:{path}',
+    data__crop='document',
+    objective__expand=True,
+  )
+  lm = lms.load(workdir).with_sampler({'length': 24})
+  make_search = functools.partial(lms.make_search, reward=f'{__name__}:shown')
+  TEXTS.clear()
+  sample.sample_prompts(lm, ['A{*}b'], ['expand'], make_search=make_search)
+  lines = (pathlib.Path(workdir) / 'samples.jsonl').read_text().splitlines()
+  printed = [json.loads(line)['shown'] for line in lines]
+  # The texts lack what is left of the room in the gap.
+  assert TEXTS and set(TEXTS) == set(printed)
+  refuse = functools.partial(make_search, num_refinements=2)
+  with pytest.raises(InputError, match='num_refinements=2 must be 0'):
+    sample.sample_prompts(lm, ['A{*}b'], ['expand'], make_search=refuse)
+  assert refuse(lm.run).num_refinements == 2

@@ -133,6 +133,15 @@ def test_a_longer_run_says_how_its_rate_changes(spoilt, caplog):
   assert written == {path: path.read_bytes() for path in files_of(start)}
 
 
+def test_a_run_that_resumes_reads_no_other_weights(spoilt):
+  start, _ = spoilt
+  written = {path: path.read_bytes() for path in files_of(start)}
+  other = {'checkpoint.init_from': start.workdir}
+  with pytest.raises(InputError, match='checkpoint.init_from=.* is ignored'):
+    train.main(dataclasses.replace(start, changes=other))
+  assert written == {path: path.read_bytes() for path in files_of(start)}
+
+
 def files_of(start):
   workdir = pathlib.Path(start.workdir)
   return [path for path in workdir.rglob('*') if path.is_file()]

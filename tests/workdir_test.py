@@ -1,6 +1,7 @@
 """Tests of nanodlm.workdir: folders and files that cannot be written."""
 
 import json
+import math
 import os
 from unittest import mock
 
@@ -42,6 +43,11 @@ def test_append_to_a_full_disk(tmp_path):
     InputError, match=f'{tmp_path}/eval.jsonl .*No space left'
   ):
     workdirs.append(str(tmp_path), workdirs.EVAL, {'loss': 1.5})
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+  workdirs.append(str(tmp_path), 'x.jsonl', {'a': [math.nan], 'b': -math.inf})
+  assert (tmp_path / 'x.jsonl').read_text() == '{"a": [null], "b": null}\n'
 
 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path):

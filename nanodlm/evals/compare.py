@@ -13,7 +13,6 @@ folder. Apart from times, the same command gives the same numbers.
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
-import json
 import pathlib
 import sys
 import time
@@ -432,7 +431,13 @@ def format_table(
   ]
   if not points:
     return '\n'.join(lines)
-  last = points[-1]
+  last, (own, other) = points[-1], (_lengths(points, x) for x in (True, False))
+  remarks = []
+  if own != other:
+    remarks.append(
+      f'The rows of the text have {other} tokens: longer texts have a higher '
+      'entropy and fewer distinct words.'
+    )
   draw = ', '.join(f'{key} {last["sampler"][key]:g}' for key in DRAW_FLAGS)
   lines += [
     '',
@@ -440,12 +445,22 @@ def format_table(
       (*_POINT_COLUMNS, *judge.columns, *text_columns), points
     ),
     '',
-    f'{last["num_samples"]} samples of {points[0]["length"]} tokens per line, '
-    f'{draw}. entropy: nats/token, of all samples and of single '
-    'texts.',
+    f'{last["num_samples"]} samples of {_lengths(points, True)} tokens per '
+    f'line, {draw}. entropy: nats/token, of all samples and of single texts.',
+    *remarks,
     *judge.remarks(points),
   ]
   return '\n'.join(lines)
+
+
+def _lengths(points: Sequence[Mapping[str, Any]], are_samples: bool) -> str:
+  """Returns the lengths of the samples, or of the rows of text, as '16, 32'."""
+  found = {
+    point['length']
+    for point in points
+    if (point['num_calls'] is not None) == are_samples
+  }
+  return ', '.join(map(str, sorted(found)))
 
 
 def make_panels(judge: judges.Judge) -> dict[str, str]:
@@ -580,7 +595,11 @@ def make_judge(options: flags.FlagValues, spec: str) -> judges.Judge:
 
 def check(settings: Sequence[Settings], request: Request, judge: judges.Judge):
   """Raises InputError if a sampler fits no run, or the judge not each run."""
-  objectives = list(map(runs.make_objective, settings))
+  made = [runs.make_run(one, refit=True) for one in settings]
+  for run in made:
+    length = request.length or run.settings.data.length
+    run.check_canvas('--length', length)
+  objectives = [run.objective for run in made]
   for name in request.samplers:
     if name in SAMPLERS and not any(map(SAMPLERS[name].fits, objectives)):
       names = sorted({one.objective['name'] for one in settings})
@@ -610,7 +629,8 @@ def _open_settings(workdirs: Sequence[str], source: str) -> list[Settings]:
     data: Any = config.data
     configs.set_source(data, source)
     if data.crop == 'document':
-      data.long_documents = 'cut'
+      own = runs.make_objective(configs.make_settings(config))
+      data.long_documents = 'drop' if own.any_length else 'cut'
   return list(map(configs.make_settings, found))
 
 
@@ -640,7 +660,7 @@ def main(start: Start) -> int:
   output.mkdir(parents=True, exist_ok=True)
   (output / 'comparison.txt').write_text(table + '\n')
   value = describe(results, request, judge)
-  (output / 'comparison.json').write_text(to_json(value))
+  (output / 'comparison.json').write_text(workdirs.to_json(value, 2))
   if options.plot and request.samplers:
     plot_curves(results, make_panels(judge), output / 'curves.png')
   return 0
@@ -658,9 +678,3 @@ def describe(
     'request': request._asdict(),
     'runs': results,
   }
-
-
-def to_json(value: Any) -> str:
-  """Returns a value as JSON, with null for what is not finite."""
-  value = json.loads(json.dumps(value), parse_constant=lambda _: None)
-  return json.dumps(value, indent=2) + '\n'

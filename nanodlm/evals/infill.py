@@ -90,7 +90,11 @@ def sample_gaps(
 
 
 def check_run(run: Run):
-  """Raises InputError if the run cannot fill gaps from both sides."""
+  """Raises InputError if the run cannot fill gaps from both sides.
+
+  Nor can a sampler of gaps of any length be compared with a text whose law, and
+  so the number of words, is unknown.
+  """
   if not run.objective.sees_right(run.settings.data.length):
     raise InputError(
       '--infill needs a network that sees both sides of a gap; that of '
@@ -102,6 +106,27 @@ def check_run(run: Run):
       '--infill does not support data.segment_ids=True, because it does not '
       'know where documents end'
     )
+  if not run.sampler.fills_masks and not laws.law_of_rows(run.settings.data):
+    raise InputError(
+      f'--infill does not support sampler.name={run.sampler_name!r}, which '
+      'fills gaps of any length, on a text whose law is not known'
+    )
+
+
+def _accuracy(
+  correct: np.ndarray, count: np.ndarray, independent: bool = True
+) -> tuple[float, float]:
+  """Returns `metrics.ratio_interval` of numbers of correct answers.
+
+  If all answers are right, or all wrong, they say nothing about their spread;
+  the interval is then that of a single answer for each row.
+  """
+  accuracy, half_width = metrics.ratio_interval(correct, count, independent)
+  if accuracy in (0, 1) and math.isfinite(half_width):
+    num = metrics.num_blocks(int(np.sum(count > 0)), independent)
+    low, high = metrics.share_interval(int(accuracy) * num, num)
+    half_width = high - low
+  return accuracy, half_width
 
 
 def _trials(
@@ -132,7 +157,7 @@ def measure_infilling(
 
   Yields:
     For each pattern and ratio a dict: pattern; ratio; unit='token'; accuracy,
-    of the masked tokens, and accuracy_ci95 (see `metrics.ratio_interval`);
+    of the masked tokens, and accuracy_ci95, half of its 95% interval;
     exact_match, the share of rows without an error; num_examples; num_tokens;
     num_calls; tokens_per_call.
   """
@@ -149,7 +174,7 @@ def measure_infilling(
     filled, num_calls = fill(lm.params, key, canvas, ~gaps, rows.segment_ids)
     correct, masked = np.sum(gaps & (filled == tokens), 1), gaps.sum(1)
     num = lm.run.settings.data.num_alternatives
-    accuracy, half_width = metrics.ratio_interval(
+    accuracy, half_width = _accuracy(
       metrics.sum_groups(correct, num),
       metrics.sum_groups(masked, num),
       lm.run.settings.data.has_documents,
@@ -291,7 +316,7 @@ def measure_words(
         best[n] += max(law_of_word.values())
         exact[n] += sum(p * p for p in law_of_word.values())
     num = np.array([len(gaps) for gaps, _ in found])
-    accuracy, half_width = metrics.ratio_interval(correct, num)
+    accuracy, half_width = _accuracy(correct, num)
     bayes, bayes_half_width = metrics.ratio_interval(best, num)
     yield {
       'pattern': pattern,

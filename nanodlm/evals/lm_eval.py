@@ -11,13 +11,14 @@ template of the run's tokenizer.
 pip install -e '.[lm_eval]'.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import importlib
 import json
 import os
 import sys
 from typing import Any
+import warnings
 
 from absl import app, flags, logging
 import jax
@@ -36,6 +37,7 @@ LENGTH_STEP = 32
 GENERATION_SAMPLERS = ('block', 'confidence')
 # The default of the harness.
 MAX_NEW_TOKENS = 256
+_GREEDY = (('temperature', 0.0),)
 # Not a character; around the messages of a conversation in a context.
 _CHAT = '\ufdd0'
 
@@ -69,8 +71,10 @@ class TextModel:
     self.length, self.key = lm.run.settings.data.length, jax.random.key(seed)
     score = lms.make_score(lm.run, num_draws=num_draws, batch_size=batch_size)
     self.score = functools.partial(score, lm.params, self.key)
-    run_at = lambda t: lm.with_sampler({'temperature': t}).run
-    self.fill = functools.cache(lambda t: lms.make_fill(run_at(t), batch_size))
+    run_of = lambda draw: lm.with_sampler(dict(draw)).run
+    self.fill = functools.cache(
+      lambda draw: lms.make_fill(run_of(draw), batch_size)
+    )
     self._chats: set[str] = set()
 
   def write_chat(
@@ -182,7 +186,7 @@ class TextModel:
     # Everything from the first scored token on is to be filled.
     fixed = ~np.logical_or.accumulate(scored, axis=1)
     canvas = np.where(fixed, tokens, np.int32(self.lm.tokenizer.mask_id))
-    filled, _ = self.fill(0.0)(self.lm.params, self.key, canvas, fixed)
+    filled, _ = self.fill(_GREEDY)(self.lm.params, self.key, canvas, fixed)
     return np.all((filled == tokens) | ~scored, axis=1)
 
   def rolling_log_likelihoods(self, texts: Sequence[str]) -> list[float]:
@@ -203,7 +207,7 @@ class TextModel:
     prompts: Sequence[str],
     stops: Sequence[str],
     max_new_tokens: int,
-    temperature: float,
+    draw: tuple[tuple[str, float], ...] = (),
   ) -> list[str]:
     """Continues each prompt with the run's sampler.
 
@@ -212,7 +216,7 @@ class TextModel:
       stops: the continuation ends before the first of these, or at the end of
         the document.
       max_new_tokens: per continuation.
-      temperature: 0 takes the most probable tokens.
+      draw: changes of the sampler's temperature, top_k and top_p, (key, value).
     """
     tokenizer = self.lm.tokenizer
     heads, totals, texts = [], [], [''] * len(prompts)
@@ -230,7 +234,7 @@ class TextModel:
       # Padding is filled as well, then cut off.
       tokens = np.where(fixed, tokens, np.int32(tokenizer.mask_id))
       key = jax.random.fold_in(self.key, number)
-      filled, _ = self.fill(temperature)(self.lm.params, key, tokens, fixed)
+      filled, _ = self.fill(draw)(self.lm.params, key, tokens, fixed)
       for row, i in zip(filled, members):
         new = row[len(heads[i]) : totals[i]]
         is_chat = self._chat_of(prompts[int(i)])
@@ -257,8 +261,10 @@ def open_text_model(
   lm = lms.load(workdir)
   fits = lambda name: SAMPLERS[name].fits(lm.run.objective)
   fitting = [{'name': name} for name in GENERATION_SAMPLERS if fits(name)]
-  changes = next(iter(fitting), {}) | (sampler or {})
-  return TextModel(lm.with_sampler(changes), **options)
+  chosen, changes = next(iter(fitting), {}), dict(sampler or {})
+  if 'name' not in changes:
+    lm = lm.with_sampler(chosen)
+  return TextModel(lm.with_sampler(changes, is_given=True), **options)
 
 
 def _import(name: str) -> Any:
@@ -304,14 +310,24 @@ def make_lm(text_model: TextModel) -> Any:
 
 
 def _generation_options(
-  options: dict[str, Any],
-) -> tuple[tuple[str, ...], int, float]:
-  """Reads stops, max_new_tokens and temperature from gen_kwargs."""
-  stops = options.get('until') or ()
+  options: Mapping[str, Any],
+) -> tuple[tuple[str, ...], int, tuple[tuple[str, float], ...]]:
+  """Returns the last arguments of `TextModel.generate` from gen_kwargs."""
+  given = {key: x for key, x in options.items() if x is not None}
+  stops = given.pop('until', ())
   stops = (stops,) if isinstance(stops, str) else tuple(stops)
-  samples = options.get('do_sample', options.get('temperature', 0) > 0)
-  temperature = float(options.get('temperature', 1.0)) if samples else 0.0
-  return stops, int(options.get('max_gen_toks', MAX_NEW_TOKENS)), temperature
+  num_tokens = [
+    given.pop(key) for key in ('max_gen_toks', 'max_new_tokens') if key in given
+  ]
+  temperature = given.pop('temperature', None)
+  cut = {key: given.pop(key) for key in ('top_k', 'top_p') if key in given}
+  draw = dict(_GREEDY)
+  if given.pop('do_sample', bool(temperature)):
+    draw = {'temperature': 1.0 if temperature is None else temperature} | cut
+  if given:
+    text = f'generation options without effect: {given}'
+    warnings.warn(text, stacklevel=2)
+  return stops, int(min(num_tokens, default=MAX_NEW_TOKENS)), (*draw.items(),)
 
 
 def define_flags():

@@ -235,9 +235,9 @@ def make_recall(path: pathlib.Path, step: int) -> Recall:
       if entry['asked'] == asked:
         return entry['result']
     # As it will be read.
-    result = json.loads(compare.to_json(compute()))
+    result = json.loads(workdirs.to_json(compute()))
     known.append({'asked': asked, 'result': result})
-    workdirs.write(path, compare.to_json(known))
+    workdirs.write(path, workdirs.to_json(known, 2))
     return result
 
   return recall
@@ -289,7 +289,8 @@ def measure(
   train.check_same_text(packed, checkpoint.read_meta(workdir, step), workdir)
   data = (member.workdir / workdirs.METRICS).read_bytes()
   lines = metrics.join_steps(workdirs.parse_lines(data)[0])
-  curve = learning_curve(lines, len(packed.train) / settings.train.batch_size)
+  num_rows = len(packed.train) * subject.run.trained.num_reads
+  curve = learning_curve(lines, num_rows / settings.train.batch_size)
   if not curve:
     return None
   if num and curve[-1]['step'] == step:
@@ -338,7 +339,10 @@ def measure(
       'ratios': ratios,
       'num_examples': options.infill_examples,
     }
-    result['infill'] = recall(asked, fill_gaps)
+    try:
+      result['infill'] = recall(asked, fill_gaps)
+    except InputError as error:
+      log.warning('%s: infilling is left out: %s', workdir, error)
   return result
 
 
@@ -463,7 +467,7 @@ def main(start: Start) -> int:
   output = pathlib.Path(options.output)
   workdirs.make(options.output)
   if not (output / RESULTS).exists():
-    workdirs.write(output / RESULTS, compare.to_json({'config': name}))
+    workdirs.write(output / RESULTS, workdirs.to_json({'config': name}, 2))
   results, failed, secs = [], [], []
   for i, member in enumerate(members):
     left = statistics.fmean(secs) * (len(members) - i) if secs else 0
@@ -505,7 +509,7 @@ def main(start: Start) -> int:
     workdirs.write(output / 'study.txt', table + '\n')
     value = compare.describe(results, request, judge)
     value |= {'config': name, 'variants': summaries, 'failed': failed}
-    workdirs.write(output / RESULTS, compare.to_json(value))
+    workdirs.write(output / RESULTS, workdirs.to_json(value, 2))
     if options.plot:
       panels = compare.make_panels(judge) if request.samplers else {}
       draw = functools.partial(draw_curves, summaries)

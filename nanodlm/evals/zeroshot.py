@@ -25,6 +25,7 @@ from absl import flags
 import jax
 import numpy as np
 
+from nanodlm import evaluate
 from nanodlm import lm as lms
 from nanodlm import workdir as workdirs
 from nanodlm.config import Start
@@ -43,7 +44,8 @@ _WIKITEXT = (
   (' @-@ ', '-'),
   (' @,@ ', ','),
   (r' @\.@ ', '.'),
-  (r' ([:;.!?,]) ', r'\1 '),
+  # One sign after another: neighbours share a space.
+  *[(rf' \{sign} ', f'{sign} ') for sign in ':;.!?,'],
   (r'\(\s*([^)]*?)\s*\)', r'(\1)'),
   (r'\[\s*([^\]]*?)\s*\]', r'[\1]'),
   (r'{\s*([^}]*?)\s*}', r'{\1}'),
@@ -63,9 +65,8 @@ _LM1B = (
   (r" '(\w+)", r"'\1"),
   (r' (\w+) \. ', r' \1. '),
   (r' (\w+) \.$', r' \1.'),
-  (r' ([?!]) ', r'\1 '),
-  (r' ([?!])$', r'\1'),
-  (' ([,:;]) ', r'\1 '),
+  *[(rf' \{s}{end}', f'{s}{end}'.rstrip('$')) for s in '?!' for end in ' $'],
+  *[(f' {sign} ', f'{sign} ') for sign in ',:;'],
   (' / ', '/'),
   (r'" ([^"]+) "', r'"\1"'),
   (r"' ([^']+) '", r"'\1'"),
@@ -165,6 +166,7 @@ def main(start: Start) -> int:
     lines.append(line)
     if not jax.process_index():
       kept = {'step': lm.step, 'source': one.source, **line}
+      kept['changed'] = evaluate.changes(settings)
       workdirs.append(start.workdir, RESULTS, kept)
   print('\n'.join(metrics.format_table(_COLUMNS, lines)))
   return 0

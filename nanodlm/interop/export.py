@@ -502,9 +502,10 @@ def _measured(run: Run, workdir: pathlib.Path, step: int) -> str:
           entry = {**entry, 'is_held_out': not eval_source}
         share = evaluate.shown_share(entry)
         source = entry.get('source', own_source)
+        changed = evaluate.shown_changes(entry)
         if source == own_source:  # Training does not say what was trained on.
-          found.pop((source, 'unknown'), None)
-        found[source, share] = entry
+          found.pop((source, changed, 'unknown'), None)
+        found[source, changed, share] = entry
   if not found:
     return 'Nothing was measured at this step.'
 
@@ -521,9 +522,9 @@ def _measured(run: Run, workdir: pathlib.Path, step: int) -> str:
     '| text | nats/token | perplexity | bits/byte | examples | trained on |',
     '|---|---|---|---|---|---|',
   ]
-  for (source, share), entry in found.items():
+  for (source, changed, share), entry in found.items():
     lines.append(
-      f'| `{_public_source(source)}` | {shown(entry, "nll")} | '
+      f'| `{_public_source(source)}`{changed} | {shown(entry, "nll")} | '
       f'{shown(entry, "ppl", 2)} | {shown(entry, "bits_per_byte")} | '
       f'{entry.get("eval/num_examples", 0):.0f} | {share} |'
     )

@@ -161,6 +161,8 @@ class Policy(Tuning):
   batches = 'rollouts'
   # Whether r, with n = 1, is that of each token, instead of the text.
   is_tokenwise = False
+  # The expected sum of the weights of a token in the estimate of log p.
+  total_weight = 1.0
 
   def __post_init__(self):
     super().__post_init__()
@@ -173,6 +175,14 @@ class Policy(Tuning):
       raise InputError(f'policy.num_updates={self.num_updates!r} must be >= 1')
     if not 0 < self.clip < 1:
       raise InputError(f'policy.clip={self.clip!r} must be in (0, 1)')
+
+  @classmethod
+  def fits(cls, base):
+    return super().fits(base) and not base.any_length
+
+  @property
+  def num_reads(self) -> int:  # pyright: ignore
+    return self.num_samples * self.num_updates
 
   def check(self, settings):
     if settings.train.batch_size % self.num_samples:
@@ -192,6 +202,12 @@ class Policy(Tuning):
         f'data.source={data.source!r} must not be conversations with '
         f'policy.name={kind!r}, which samples one response to a prompt: write '
         'them as pairs:GLOB'
+      )
+    length = settings.sampler['length']
+    if 'sampler.length' in settings.given and length not in (0, data.length):
+      raise InputError(
+        f'sampler.length={length!r} must be 0 with policy.name={kind!r}: it '
+        f'learns from samples of data.length={data.length!r} tokens'
       )
     if not settings.train.reward:
       raise InputError(
@@ -252,10 +268,11 @@ class Policy(Tuning):
     num_tokens = jnp.maximum(jnp.sum(eligible, axis=1), 1)
     reports = {
       **(batch.reports or {}),
-      'entropy': -new.sum(axis=1) / num_tokens,
+      'entropy': -new.sum(axis=1) / (num_tokens * self.total_weight),
     }
     if 'reference' in of_copies:
-      reports['kl'] = jnp.sum(new - of_copies['reference'], axis=1)
+      change = jnp.sum(new - of_copies['reference'], axis=1)
+      reports['kl'] = change / self.total_weight
     if 'old' in of_copies:
       is_clipped = jnp.abs(ratio_of(new) - 1) > self.clip
       num_clipped = jnp.sum(is_clipped * size, axis=1)
@@ -349,6 +366,8 @@ class Coupled(Masks):
   mask: a token's weights add up to 3/2 in expectation. Source: coupled-GRPO of
   DiffuCoder, arXiv 2506.20639.
   """
+
+  total_weight = 1.5
 
   def hide(self, keys, levels, eligible):
     low, high = COUPLED_TIMES

@@ -93,7 +93,9 @@ def _conditions(line: Line) -> dict[str, Any]:
   for key in NOT_CONDITIONS:
     settings.pop(key, None)
   facts = {'sampler': settings.pop('name', MISSING), **settings}
-  return facts | _facts(line, step='step', source='source')
+  facts |= _facts(line, step='step', source='source')
+  facts['source'] += evaluate.shown_changes(line)
+  return facts
 
 
 def _summary(run: Run) -> dict[str, str]:
@@ -260,6 +262,7 @@ def draw_evals(runs: Sequence[Run]) -> Iterator[Part]:
     for line in run.evals:
       if is_number(line.get('eval/nll')):
         row = {'run': run.name} | _facts(line, step='step', text='source')
+        row['text'] += evaluate.shown_changes(line)
         row['trained on'] = evaluate.shown_share(line)
         row['nats/token'] = _interval(line, 'eval/nll')
         row['bits/byte'] = _interval(line, 'eval/bits_per_byte')

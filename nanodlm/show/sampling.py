@@ -25,6 +25,8 @@ samples, and whether it is exact. Its line in samples.jsonl has them as
 'choices'.
 """
 
+import functools
+
 from absl import flags
 import jax
 
@@ -129,18 +131,19 @@ def main(start: Start) -> int:
       f'{options.reward!r}'
     )
   lm = lms.load(start.workdir, settings=settings)
-  search = lms.make_search(
-    lm.run,
-    options.reward,
-    options.best_of,
-    options.num_refinements,
-    options.reward_temperature,
+  make_search = functools.partial(
+    lms.make_search,
+    reward=options.reward,
+    best_of=options.best_of,
+    num_refinements=options.num_refinements,
+    temperature=options.reward_temperature,
   )
   for _, model in sample.with_samplers(lm, samplers):
     sample.check_prompts(model, others)
+    make_search(model.run)
   sample.choose_texts(lm, slots)
   if others or not slots:
-    sample.sample_prompts(lm, others, samplers, display, page, search)
+    sample.sample_prompts(lm, others, samplers, display, page, make_search)
   return 0
 
 

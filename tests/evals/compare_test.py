@@ -113,6 +113,7 @@ def test_two_runs(runs, tmp_path, capsys):
     f'{runs[1]}: ar, 16 network calls, setting 1 of 1',
   ]
   assert '{' not in table
+  assert f'8 samples of {workdirs.LENGTH} tokens per line' in table
   results = json.loads((output / 'comparison.json').read_text())
   masked, ar = results['runs']
   assert (masked['is_exact'], ar['is_exact']) == (False, True)
@@ -184,6 +185,15 @@ def test_settings_of_samples_without_samples_are_refused(
   assert run_main(runs, f'--output={tmp_path}/new', '--num_steps=4') == 2
   assert "--num_steps=['4'] is ignored without" in capsys.readouterr().err
   assert not (tmp_path / 'new').exists()
+
+
+def test_lengths():
+  points = [
+    {'num_calls': calls, 'length': length}
+    for calls, length in ((None, 16), (4, 32), (8, 32), (None, 8))
+  ]
+  assert compare._lengths(points, True) == '32'
+  assert compare._lengths(points, False) == '8, 16'
 
 
 def test_common_source(runs, tmp_path):

@@ -57,6 +57,19 @@ def test_accuracy(tmp_path):
   assert results[1]['num_tokens'] == 20 * 16 - 5
 
 
+def test_answers_that_agree_have_an_interval():
+  count = np.full(36, 5)
+  for correct, expected in ((0 * count, 0.0), (count, 1.0)):
+    accuracy, half_width = infill._accuracy(correct, count)
+    assert accuracy == expected
+    # Clopper and Pearson's would be 0.097.
+    assert 0.09 < half_width < 0.1
+  assert np.isnan(infill._accuracy(count[:1], count[:1])[1])
+  # Neighbours of packed text count less.
+  dependent = infill._accuracy(np.zeros(500), np.full(500, 5), False)[1]
+  assert dependent > 2 * infill._accuracy(np.zeros(500), np.full(500, 5))[1]
+
+
 def test_padding_that_training_hides_is_hidden(tmp_path):
   path = tmp_path / 'lines.jsonl'
   words = ('fox', 'lazy dog', 'jumps over')

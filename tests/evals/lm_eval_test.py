@@ -149,7 +149,7 @@ def test_greedy_is_what_the_sampler_writes(masked):
   tokens[0, :3] = 65
   fixed = np.arange(32)[None] < 3
   key = masked.key
-  filled, _ = masked.fill(0.0)(masked.lm.params, key, tokens, fixed)
+  filled, _ = masked.fill(adapter._GREEDY)(masked.lm.params, key, tokens, fixed)
   tokens[0, 3:6] = filled[0, 3:6]
   scored = ~fixed & (np.arange(32)[None] < 6)
   batch = masked._batch(tokens, scored, fixed | scored)
@@ -177,13 +177,13 @@ def test_rolling(name, request):
 def test_generate(masked, causal):
   for text_model in (masked, causal):
     prompts = ['the quick', 'a', 'x' * 60]
-    texts = text_model.generate(prompts, [], 12, 1.0)
-    assert texts == text_model.generate(prompts, [], 12, 1.0)
+    texts = text_model.generate(prompts, [], 12)
+    assert texts == text_model.generate(prompts, [], 12)
     assert all(len(text) <= 12 for text in texts)
     assert len(set(texts)) == 3
     stop = texts[0][2]
     assert (
-      text_model.generate(prompts, [stop], 12, 1.0)[0]
+      text_model.generate(prompts, [stop], 12)[0]
       == (texts[0][: texts[0].index(stop)])
     )
 
@@ -196,11 +196,32 @@ def test_cut_at():
 def test_generation_options():
   assert adapter._generation_options(
     {'until': 'x', 'do_sample': False, 'temperature': 0.7}
-  ) == (('x',), 256, 0.0)
+  ) == (('x',), 256, (('temperature', 0.0),))
   assert adapter._generation_options(
     {'until': ['a', 'b'], 'max_gen_toks': 3, 'temperature': 0.7}
-  ) == (('a', 'b'), 3, 0.7)
-  assert adapter._generation_options({}) == ((), 256, 0.0)
+  ) == (('a', 'b'), 3, (('temperature', 0.7),))
+  greedy = (), 256, (('temperature', 0.0),)
+  assert adapter._generation_options({}) == greedy
+  assert adapter._generation_options({'temperature': None}) == greedy
+  cut = {'do_sample': True, 'top_p': 0.9, 'top_k': 5, 'max_new_tokens': 7}
+  draw = {'temperature': 1.0, 'top_p': 0.9, 'top_k': 5}
+  found = adapter._generation_options(cut)
+  assert (found[1], dict(found[2])) == (7, draw)
+  with pytest.warns(UserWarning, match="'num_beams': 4"):
+    assert adapter._generation_options({'num_beams': 4}) == greedy
+
+
+def test_options_of_samplers(causal, masked):
+  workdir = causal.lm.workdir
+  for changes in {'num_steps': 4}, {'name': 'ar', 'num_steps': 4}:
+    with pytest.raises(InputError, match='num_steps=4 is ignored'):
+      adapter.open_text_model(workdir, changes)
+  workdir = masked.lm.workdir
+  lm = adapter.open_text_model(workdir, {'num_steps': 4}).lm
+  assert lm.run.sampler_name == 'confidence' and lm.run.sampler.num_steps == 4
+  # A single token is left.
+  texts = masked.generate(['a', 'b'], [], 6, (('top_k', 1),))
+  assert texts == masked.generate(['a', 'b'], [], 6, (('temperature', 0.0),))
 
 
 def test_without_the_harness(masked, monkeypatch):
@@ -302,7 +323,9 @@ def test_under_the_harness(causal, masked, block, tmp_path, monkeypatch):
     written = [
       sample['resps'][0][0] for sample in results['samples']['writing']
     ]
-    assert written == text_model.generate(questions, ['e'], 8, 0.0)
+    assert written == text_model.generate(
+      questions, ['e'], 8, (('temperature', 0.0),)
+    )
   talking = with_chat(causal)
   lm = talking.lm
   results = lm_eval.simple_evaluate(

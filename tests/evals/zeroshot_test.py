@@ -21,6 +21,12 @@ from tests import workdirs
       ' = = Cast = = \n It had 1 @,@ 000 @.@ 5 ( or so ) " a " men \'s hats . ',
       ' == Cast ==\nIt had 1,000.5 (or so) "a" men\'s hats. ',
     ),
+    (
+      'wikitext2',
+      'D . C . , is on Bros . , and ; What ? ! ',
+      'D. C., is on Bros., and; What ?! ',
+    ),
+    ('lm1b', 'Oh ! , he said : ; What ? !', 'Oh!, he said:; What?!'),
     ('ptb', "it is n't N N N % of $ N <unk> 's", "it isn't 1 1 1 % of $1 ?'s"),
     (
       'lm1b',

@@ -994,6 +994,7 @@ class ExportTest(FolderTest):
         {
           'step': 0,
           'source': 'text:somewhere',
+          'changed': {'eval.num_draws': 8},
           'eval/nll': 1.2345,
           'eval/nll_ci95': 0.01,
           'eval/ppl': 3.44,
@@ -1014,7 +1015,8 @@ class ExportTest(FolderTest):
     card = (out / 'README.md').read_text()
     self.assertRegex(
       card,
-      r'`text:somewhere`.* 1\.2345 ± 0\.0100 .* 3\.44\b.* 1\.5000 ± 0\.02.* 7 ',
+      r'`text:somewhere` \(eval.num_draws=8\) '
+      r'.* 1\.2345 ± 0\.0100 .* 3\.44\b.* 1\.5000 ± 0\.02.* 7 ',
     )
     self.assertIn('Weights imported from `a/b` (family `gpt5`)', card)
     self.assertEqual('AutoModelForCausalLM' in card, family in STOCK)

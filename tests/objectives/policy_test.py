@@ -13,6 +13,7 @@ from nanodlm.objectives import policy
 from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block
 from nanodlm.objectives.d3pm import D3PM
+from nanodlm.objectives.flex import Flex
 from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
 from nanodlm.objectives.sedd import ScoreEntropy
@@ -120,6 +121,28 @@ def test_the_divergence_and_its_gradient():
   true, true_gradient = jax.value_and_grad(true_of)(params)
   assert value == pytest.approx(float(true), rel=1e-5)
   np.testing.assert_allclose(total, 0.5 * true_gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize('cls', [SEQUENCE, ONE_STEP, COUPLED])
+def test_reports_of_a_uniform_network(cls):
+  # All estimates are the same: log p of a token, whatever its noise.
+  uniform, reference = np.zeros_like(table(0)), np.zeros_like(table(0))
+  reference[..., 0] = np.log(2)
+  objective = cls(Masked(MASK, noise='overlap'), kl_weight=0.5)
+  found = []
+  for i in range(200):
+    scores = run(
+      objective,
+      uniform,
+      {'reference': reference},
+      weighted(np.zeros(NUM)),
+      jax.random.key(i),
+    )[2]
+    found.append([scores.reports[key].mean() for key in ('entropy', 'kl')])
+  deviation = np.std(found, axis=0) / len(found) ** 0.5
+  per_text = LENGTH * (np.log(MASK + 1) - np.log(MASK) - np.log(2) / MASK)
+  error = np.mean(found, axis=0) - [np.log(MASK), per_text]
+  assert np.all(np.abs(error) < 5 * deviation + 1e-5)
 
 
 @pytest.mark.parametrize('advantage', [1.5, -0.7])
@@ -345,6 +368,10 @@ def test_preferences_of_bounds_share_their_noise():
     np.testing.assert_allclose(total, 3 * np.log(2), rtol=1e-5)
     np.testing.assert_allclose(scores.reports['margin'], 0, atol=1e-5)
     assert np.abs(gradient).max() > 1e-3
+
+
+def test_samples_fill_masks():
+  assert not SEQUENCE.fits(Flex(MASK)) and DPO.fits(Flex(MASK))
 
 
 BASES = {

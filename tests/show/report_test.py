@@ -246,15 +246,19 @@ def test_other_samplers_and_texts_have_curves_of_their_own(tmp_path):
       ('psi', 4, 'text:y'),
     )
   ]
+  lines.append(lines[-1] | {'changed': {'data.length': 64}, 'eval/nll': 1.5})
   write_lines(a / 'eval.jsonl', lines)
-  parts = report.draw_evals([read_run(a, 'a')])
+  parts = list(report.draw_evals([read_run(a, 'a')]))
   (plot,) = (part for part in parts if isinstance(part, report.Plot))
+  (table,) = (part for part in parts if isinstance(part, report.Table))
+  assert table.rows[0]['text'] == 'text:y (data.length=64)'
   assert {name: len(points) for name, points in plot.curves.items()} == {
     f'a, 50% masked, span, sampler {name}, source text:{source}': num
     for name, source, num in (
       ('remask', 'x', 2),
       ('psi', 'x', 1),
       ('psi', 'y', 1),
+      ('psi', 'y (data.length=64)', 1),
     )
   }
 

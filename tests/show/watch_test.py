@@ -5,6 +5,7 @@ import functools
 from absl.testing import absltest, parameterized
 import jax
 import numpy as np
+import pytest
 
 from nanodlm.devices import mesh as meshes
 from nanodlm.devices.sharding import Shards
@@ -63,6 +64,9 @@ CASES = {
   'speculate': ('block_ar', SAMPLERS['speculate'](DRAW, 4)),
   'remask': ('masked', SAMPLERS['remask'](DRAW, 6, remask='conf', eta=1.0)),
 }
+# One of each kind of loop; the others are slow tests.
+QUICK = 'ar', 'block', 'confidence', 'guided', 'posterior', 'speculate'
+OTHERS = sorted(CASES.keys() - set(QUICK))
 
 
 def make_canvas():
@@ -129,8 +133,16 @@ class WatchTest(parameterized.TestCase):
     filling = {name for name, cls in SAMPLERS.items() if cls.fills_masks}
     self.assertContainsSubset(filling, CASES)
 
-  @parameterized.parameters(*CASES)
+  @parameterized.parameters(*QUICK)
   def test_does_not_change_samples_and_shows_all_calls(self, name):
+    self.check_samples_and_calls(name)
+
+  @parameterized.parameters(*OTHERS)
+  @pytest.mark.slow
+  def test_other_samples_and_their_calls(self, name):
+    self.check_samples_and_calls(name)
+
+  def check_samples_and_calls(self, name):
     tokens, fixed = make_canvas()
     samples, trajectories, _, num_calls = watched(name)
     np.testing.assert_array_equal(samples.tokens, unwatched(name).tokens)
@@ -179,8 +191,16 @@ class WatchTest(parameterized.TestCase):
     for one, other in zip(found, watched(name)[1]):
       np.testing.assert_array_equal(one.frames, other.frames)
 
-  @parameterized.parameters(*CASES)
+  @parameterized.parameters(*QUICK)
   def test_log_probs_are_those_of_the_call_that_set_a_token(self, name):
+    self.check_log_probs(name)
+
+  @parameterized.parameters(*OTHERS)
+  @pytest.mark.slow
+  def test_other_log_probs(self, name):
+    self.check_log_probs(name)
+
+  def check_log_probs(self, name):
     _, fixed = make_canvas()
     samples, trajectories, rows, _ = watched(name)
     for i, (trajectory, row) in enumerate(zip(trajectories, rows)):
