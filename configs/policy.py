@@ -59,6 +59,11 @@ the mean divergence of their words and phrases from the law's
     one_step    97, 97, 95%    70, 77,  83%    0.036       9.3, 11.3, 11.7
     sequence    91, 80, 78%    90, 95,  98%    0.015       6.5,  7.2,  7.7
 
+More of it does not help sequence: at a rate of 6e-4, seed 2 had 90% after 120
+steps, 85% after 240 (83% different), and 84% after 240 with 4 updates on the
+same samples (95% different); seed 1, with kl_weight=0.02, 85% (84% different;
+AMD EPYC, Zen 2, one core, JAX 0.12, 22 to 40 minutes).
+
 With the sampler of the rollouts (100 calls, temperature 0.3) 75, 56 and 56% are
 possible at the start, nearly all of them different, then 91, 86 and 91% with
 coupled (81, 98 and 90% different), 84, 84 and 88% with one_step and 81, 75 and

@@ -293,7 +293,8 @@ def check_same_text(packed: PackedData, meta: dict[str, Any], workdir: str):
 def _check_same_start(before: Any, settings: Settings, workdir: str):
   """Raises InputError if weights to start from would not be read.
 
-  The base of adapters is read, and may have moved.
+  The base of adapters is read, and may have moved. So may the run that this one
+  started from.
 
   Args:
     before: config.checkpoint of the checkpoint that is resumed.
@@ -303,7 +304,9 @@ def _check_same_start(before: Any, settings: Settings, workdir: str):
   for key in 'init_from', 'init_step':
     value = getattr(settings.checkpoint, key)
     was = before.get(key, value)
-    if os.path.abspath(str(was)) != os.path.abspath(str(value)):
+    is_same = os.path.abspath(str(was)) == os.path.abspath(str(value))
+    has_moved = key == 'init_from' and was and not os.path.isdir(was)
+    if not (is_same or has_moved):
       raise InputError(
         f'checkpoint.{key}={value!r} is ignored by workdir={workdir!r}, which '
         f'has checkpoints of its own and started with {was!r}; leave it out, '

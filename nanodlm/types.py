@@ -806,14 +806,6 @@ class Sampler(abc.ABC):
   def fits(cls, objective: Objective) -> bool:
     """Returns whether the sampler supports networks of the objective."""
 
-  @abc.abstractmethod
-  def max_calls(self, length: int) -> int:
-    """Returns the maximum number of network calls for `length` free positions.
-
-    A step that reveals more positions than expected can take further calls, as
-    in `samplers.ancestral`.
-    """
-
   def num_blocks(self, length: int) -> int:
     """Returns how many times num_steps steps fill `length` positions."""
     return 1

@@ -217,9 +217,6 @@ class RightToLeft(Sampler):
   def fits(cls, objective):
     return objective.predicts_masked
 
-  def max_calls(self, length):
-    return length
-
   def __call__(self, keys, canvas, denoise):
     free = ~canvas.fixed
     rank = jnp.cumsum(free[:, ::-1], axis=1)[:, ::-1] - 1
@@ -242,7 +239,7 @@ def test_a_sampler():
   keys = jax.random.split(jax.random.key(0), num)
   canvas = Canvas(blank, np.zeros(blank.shape, bool))
   samples = jax.jit(lambda keys: sampler(keys, canvas, denoise))(keys)
-  assert samples.num_calls == toys.LENGTH == sampler.max_calls(toys.LENGTH)
+  assert samples.num_calls == toys.LENGTH
   counts = np.bincount(toys.text_index(samples.tokens), minlength=27)
   assert toys.chi_square(counts, joint) > 1e-3
 

@@ -47,9 +47,6 @@ class Ancestral(base.MaskedSampler):
       self.schedule, times.reverse_grid(self.num_steps, self.grid)
     )
 
-  def max_calls(self, length: int) -> int:
-    return self.noise_levels().size - 1
-
   def unread_keys(self) -> frozenset[str]:
     return frozenset({'num_steps'} if times.is_listed(self.grid) else ())
 

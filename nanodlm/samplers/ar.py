@@ -42,9 +42,6 @@ class LeftToRight(Sampler):
   def needs_cache(self) -> bool:  # pyright: ignore
     return self.cache
 
-  def max_calls(self, length: int) -> int:
-    return length + self.cache  # One more call reads the prompt.
-
   def __call__(self, keys, canvas, denoise):
     denoise = denoise.autoregressive
     free = ~canvas.fixed

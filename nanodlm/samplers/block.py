@@ -51,10 +51,6 @@ class Block(base.OuterSampler):
   def num_blocks(self, length: int) -> int:
     return -(-length // self.block_size)
 
-  def max_calls(self, length: int) -> int:
-    num_blocks = self.num_blocks(length) + 1  # The first may be partial.
-    return num_blocks * (self.inner.max_calls(self.block_size) + self.cache)
-
   def __call__(self, keys, canvas, denoise):
     length, size = canvas.tokens.shape[1], self.block_size
     # The canvas is extended to whole blocks by fixed masks.

@@ -85,10 +85,6 @@ class Confidence(base.MaskedSampler):
         f"sampler.score={self.score!r} must be 'max_prob' or 'margin'"
       )
 
-  def max_calls(self, length: int) -> int:
-    num_blocks = -(-length // (self.block_size or max(length, 1)))
-    return min(max(self.num_steps or length, num_blocks), length)
-
   def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
     block_size = min(self.block_size or length, length)

@@ -75,9 +75,6 @@ class Edit(Sampler):
       and objective.starts_masked
     )
 
-  def max_calls(self, length: int) -> int:
-    return length + self.num_corrections
-
   def __call__(self, keys, canvas, denoise):
     free, mask_id = ~canvas.fixed, self.draw.mask_id
     positions = posterior.all_positions(canvas.tokens)

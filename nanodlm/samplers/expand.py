@@ -46,9 +46,6 @@ class Expand(Sampler):
   def fits(cls, objective: Objective) -> bool:
     return objective.predicts_masked and objective.any_length
 
-  def max_calls(self, length: int) -> int:
-    return 3 * length
-
   def __call__(self, keys, canvas, denoise):
     mask_id, (_, length) = self.draw.mask_id, canvas.tokens.shape
     free, last = ~canvas.fixed, canvas.tokens[:, -1:]

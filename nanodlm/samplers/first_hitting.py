@@ -20,9 +20,6 @@ class FirstHitting(base.MaskedSampler):
 
   draw: Draw
 
-  def max_calls(self, length: int) -> int:
-    return length
-
   def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
     order_keys, time_keys, draw_keys = reveal.split_each(keys, 3)

@@ -29,9 +29,6 @@ class FixedCount(base.MaskedSampler):
     if self.num_steps < 1:
       raise InputError(f'sampler.num_steps={self.num_steps!r} must be >= 1')
 
-  def max_calls(self, length: int) -> int:
-    return min(self.num_steps, length)
-
   def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
     num_steps = min(self.num_steps, length)

@@ -45,9 +45,6 @@ class Guided(base.OuterSampler):
   def fits(cls, objective: Objective) -> bool:
     return objective.predicts_masked
 
-  def max_calls(self, length: int) -> int:
-    return 2 * self.inner.max_calls(length)
-
   def unread_keys(self) -> frozenset[str]:
     return self.inner.unread_keys()
 

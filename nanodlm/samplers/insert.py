@@ -48,9 +48,6 @@ class Insert(Sampler):
   def fits(cls, objective: Objective) -> bool:
     return isinstance(objective, InsertRule)
 
-  def max_calls(self, length: int) -> int:
-    return times.reverse_grid(self.num_steps, self.grid).size
-
   def unread_keys(self) -> frozenset[str]:
     return frozenset({'num_steps'} if times.is_listed(self.grid) else ())
 

@@ -70,9 +70,6 @@ class Posterior(Sampler):
   def fits(cls, objective: Objective) -> bool:
     return isinstance(objective, ReverseRule) and not objective.block_size
 
-  def max_calls(self, length: int) -> int:
-    return self.times().size - 1 + self.num_corrections
-
   def unread_keys(self) -> frozenset[str]:
     return frozenset({'num_steps'} if times.is_listed(self.grid) else ())
 

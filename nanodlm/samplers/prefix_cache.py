@@ -66,12 +66,6 @@ class PrefixCache(base.OuterSampler):
   def num_blocks(self, length: int) -> int:
     return -(-length // self._size(length))
 
-  def max_calls(self, length: int) -> int:
-    num_blocks = self.num_blocks(length) + 1  # The first may be partial.
-    num_calls = self.inner.max_calls(self._size(length))
-    # Each call of a block but the first may be due for one of the rows.
-    return num_blocks * (num_calls + (num_calls if self.refresh_calls else 1))
-
   def __call__(self, keys, canvas, denoise):
     length = canvas.tokens.shape[1]
     size, num_blocks = self._size(length), self.num_blocks(length)

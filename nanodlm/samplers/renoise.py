@@ -76,9 +76,6 @@ class Renoise(Sampler):
   def fits(cls, objective: Objective) -> bool:
     return posterior.Posterior.fits(objective) and objective.can_correct
 
-  def max_calls(self, length: int) -> int:
-    return self.num_steps
-
   def with_rule(self, rule: ReverseRule) -> 'Renoise':
     return dataclasses.replace(self, rule=rule)
 

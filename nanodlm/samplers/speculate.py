@@ -63,9 +63,6 @@ class Speculate(Sampler):
   def fits(cls, objective: Objective) -> bool:
     return objective.block_size >= 2 and objective.autoregressive is not None
 
-  def max_calls(self, length: int) -> int:
-    return 2 * length + 1  # The first call reads the prompt.
-
   def __call__(self, keys, canvas, denoise):
     length, size = canvas.tokens.shape[1], self.block_size
     mask_id = self.draw.mask_id

@@ -790,7 +790,7 @@ class SampleStepTest(parameterized.TestCase):
     class Plain(Sampler):
       """The inner sampler with PrefixCache's keys of block 0."""
 
-      fits = max_calls = None
+      fits = None
 
       def __call__(self, keys, canvas, denoise):
         keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(keys)
@@ -837,7 +837,7 @@ class SampleStepTest(parameterized.TestCase):
     class Uncached(Sampler):
       """The sampler without the network's cache."""
 
-      fits = max_calls = None
+      fits = None
 
       def __call__(self, keys, canvas, denoise):
         return sampler(keys, canvas, Whole(denoise))
