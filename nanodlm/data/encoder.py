@@ -311,18 +311,22 @@ def _write_ids(job: Job, task: Task, file: Any) -> Iterator[Row]:
   num_bytes = num_tokens = num_ends = 0
   num_ids = job.tokenizer.mask_id
   for rows in job.source.read(task.part):
-    bad = np.flatnonzero((rows.ids < 0) | (rows.ids >= num_ids))
+    # The published id of the mask becomes one that no text has.
+    ids = job.tokenizer.swap_mask(rows.ids)
+    bad = np.flatnonzero((ids < 0) | (ids >= num_ids))
     if bad.size:
+      name, own = job.tokenizer.name, f'are 0 to {num_ids - 1}'
+      if ids[bad[0]] != rows.ids[bad[0]]:
+        own = 'of texts lack it: it is the mask'
       raise job.source.error(
         f'{rows.place(bad[0])} holds the id {rows.ids[bad[0]]}, but the ids of '
-        f'tokenizer.name={job.tokenizer.name!r} are 0 to {num_ids - 1}; name '
-        'the tokenizer that made the ids'
+        f'tokenizer.name={name!r} {own}; name the tokenizer that made the ids'
       )
-    sizes = job.tokenizer.num_bytes[rows.ids]
-    file.write(job.records(rows.ids, sizes).tobytes())
-    num_tokens += rows.ids.size
+    sizes = job.tokenizer.num_bytes[ids]
+    file.write(job.records(ids, sizes).tobytes())
+    num_tokens += ids.size
     num_bytes += int(sizes.sum())
-    num_ends += int((rows.ids == job.tokenizer.separator_id).sum())
+    num_ends += int((ids == job.tokenizer.separator_id).sum())
   yield 0, num_bytes, 0, num_tokens, 0, num_ends
 
 

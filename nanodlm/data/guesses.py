@@ -1,7 +1,10 @@
 """The cost of guesses without a network, as a baseline for a bound."""
 
+from collections.abc import Sequence
 import dataclasses
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 
@@ -40,8 +43,15 @@ def measure(packed: PackedData, data_config: DataConfig) -> dict[str, float]:
   held_out, counts = count(packed.validation)
   num_tokens = int(held_out.num_tokens.sum())
   guesses = {'uniform_nll': np.full(num_ids, math.log(num_ids))}
-  if len(packed.train):
-    seen = count(packed.train)[1] + 1
+  parts: Sequence[Any] = [packed.train]
+  if len(packed.weights) > 1:  # Each has its share of the examples.
+    pairs = itertools.pairwise(packed.train_borders)
+    parts = [packed.train[start:stop] for start, stop in pairs]
+  if any(map(len, parts)):
+    found = [(w, *count(x)) for w, x in zip(packed.weights, parts) if len(x)]
+    rates = [weight * n / len(batch.tokens) for weight, batch, n in found]
+    seen = np.sum(rates, axis=0)
+    seen = seen * sum(n.sum() for *_, n in found) / seen.sum() + 1
     guesses['unigram_nll'] = math.log(seen.sum()) - np.log(seen)
   return {
     **{key: float(counts @ nll) / num_tokens for key, nll in guesses.items()},

@@ -221,7 +221,13 @@ def _blocks(
 
 def _tokens_per_row(packed: PackedData) -> float:
   counts = packed.metadata['validation']
-  return counts['num_tokens'] / counts['num_rows']
+  if not packed.is_documents:
+    return counts['num_tokens'] / counts['num_rows']
+  # Separators fill the rows after the end of a document.
+  blocks, share = _blocks(packed, packed.validation)
+  end = packed.tokenizer.separator_id
+  num_tokens = sum(int(np.sum(text != end)) for text in blocks)
+  return 1 + num_tokens / (share * len(packed.validation))
 
 
 def _has_whole_documents(packed: PackedData) -> bool:

@@ -232,6 +232,10 @@ def _prepare_one(
       identity['start_id'] = tokenizer.start_id
   if tokenizer and tokenizer.revision:
     identity['tokenizer_revision'] = tokenizer.revision
+  if source.is_tokens and tokenizer:
+    mask = np.array(tokenizer.mask_id)
+    if tokenizer.swap_mask(mask) != mask:
+      identity['mask'] = 'exchanged'  # Earlier versions left it in place.
   if source.num_alternatives > 1:
     identity['split'] = 'by shared texts'  # Earlier versions divided them.
   if source.is_pairs and tokenizer and not tokenizer.is_lossless:

@@ -29,6 +29,7 @@ from nanodlm import evaluate
 from nanodlm import lm as lms
 from nanodlm import workdir as workdirs
 from nanodlm.config import Start
+from nanodlm.data import folder as folders
 from nanodlm.data import sources
 from nanodlm.data.sources import base
 from nanodlm.lm import LanguageModel
@@ -147,8 +148,9 @@ def main(start: Start) -> int:
   chosen = parse_sets(options.sets, options.texts)
   settings = start.resolve_reading(READS, UNREAD)
   workdirs.check_writable(start.workdir)
+  root = str(folders.find_root(settings.data.data_dir))
   opened = {
-    name: sources.make_source(one.source) for name, one in chosen.items()
+    name: sources.make_source(one.source, root) for name, one in chosen.items()
   }
   for source in opened.values():
     if source.is_tokens or source.is_pairs or source.is_chat:

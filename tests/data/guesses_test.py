@@ -60,3 +60,24 @@ def test_separators_that_fill_a_row_are_certain(tmp_path, padding):
     'bytes_per_token': pytest.approx(len(text) / len(nats)),
     'num_tokens': len(nats),
   }
+
+
+def test_a_mixture_has_the_frequencies_of_its_examples(tmp_path):
+  # One text has ten times the rows of the other; the shares are equal.
+  parts = []
+  for letter, num in (('a', 1000), ('b', 100)):
+    path = tmp_path / f'{letter}.txt'
+    path.write_text(letter * 8 * num)
+    parts.append(f'0.5*text:{path}')
+  config = workdirs.DataConfig(
+    source=f'mix:{"+".join(parts)}',
+    data_dir=str(tmp_path),
+    eval_fraction=0.1,
+    length=8,
+  )
+  packed = prepare.prepare(config, BYTES)
+  size = len(packed.train) * 8
+  assert size == 8 * 990
+  expected = -math.log((size / 2 + 1) / (size + 257))
+  unigram = guesses.measure(packed, config)['unigram_nll']
+  assert unigram == pytest.approx(expected)

@@ -118,6 +118,19 @@ class OverlapTest(cases.DataTest):
       found = overlap.make_record(packed).share(packed)
       self.assertAlmostEqual(found, share, delta=0.01)
 
+  def test_a_mixture_of_documents(self):
+    # Documents have 10 or 60 tokens with their ends, and rows the same length.
+    parts = []
+    for size in 10, 60:
+      rows = np.full((200, 64), SEPARATOR)
+      rows[:, : size - 1] = self.draw((200, size - 1))
+      parts.append(Packed((), rows.ravel(), is_documents=True))
+    short = np.concatenate([row['tokens'] for row in parts[0].validation])
+    packed = Packed(short, is_documents=True)
+    packed.held_out = ((0.5, parts[0]), (0.5, parts[1]))
+    found = overlap.make_record(packed).share(packed)
+    self.assertAlmostEqual(found, 10 / 70, delta=1e-6)
+
   def test_another_text_next_to_a_mixture(self):
     for name in 'abc':
       texts = [

@@ -163,7 +163,7 @@ def load_hugging_face(
 def _open(path: str, controls: Sequence[int] = ()) -> tuple[Any, bytes]:
   """Returns the tokenizers.Tokenizer of a file, and its content.
 
-  The ids of `controls` are special, whatever the file says: no text has them.
+  The ids of `controls` are special, whatever the file says: they spell nothing.
   """
   if importlib.util.find_spec('tokenizers') is None:
     raise InputError(
@@ -174,8 +174,17 @@ def _open(path: str, controls: Sequence[int] = ()) -> tuple[Any, bytes]:
   try:
     content = pathlib.Path(path).read_bytes()
     described = json.loads(content)
-    for token in described.get('added_tokens') or ():
+    added = described.get('added_tokens') or []
+    known = {token['id'] for token in added}
+    processor = tokenizers.Tokenizer.from_buffer(content)
+    for i in sorted({*controls} - known):
+      if text := processor.id_to_token(i):
+        token = {'id': i, 'content': text, 'special': True}
+        flags = ('single_word', 'lstrip', 'rstrip', 'normalized')
+        added.append(token | dict.fromkeys(flags, False))
+    for token in added:
       token['special'] |= token['id'] in controls
+    described['added_tokens'] = sorted(added, key=lambda token: token['id'])
     processor = tokenizers.Tokenizer.from_buffer(json.dumps(described).encode())
   except OSError as error:
     raise InputError(f'{path} cannot be read ({reason(error)})') from error

@@ -15,6 +15,7 @@ from nanodlm.data import encoder, sources
 from nanodlm.data.packed import SPLITS
 from nanodlm.data.sources import arrow, base
 from nanodlm.types import InputError
+from tests import foreign_tokenizers
 from tests.data.cases import DataTest, stream
 
 
@@ -58,6 +59,15 @@ class TokenRowsTest(DataTest):
   def test_bad_rows(self, rows, message):
     with self.assertRaisesRegex(InputError, 'data.source=.*' + message):
       self.prepare(self.write_tokens(rows))
+
+  def test_published_ids(self):
+    # The mask is in the middle, and changes places with the last id.
+    tokenizer = foreign_tokenizers.make_word_piece(self.folder)
+    mask, last = tokenizer.mask_place, tokenizer.mask_id
+    packed = self.prepare(self.write_tokens([[5, last] * 8] * 20), tokenizer)
+    np.testing.assert_array_equal(packed.train[0]['tokens'], [5, mask] * 8)
+    with self.assertRaisesRegex(InputError, f'the id {mask}, .* is the mask'):
+      self.prepare(self.write_tokens([[5, mask] * 8] * 20), tokenizer)
 
   def test_bad_files(self):
     for rows in ([], [[]]):

@@ -87,6 +87,20 @@ class TokenizersTest(parameterized.TestCase):
       self.skipTest('no tiktoken files')
     return tokenizers.make_tokenizer(config(name))
 
+  def test_an_end_that_is_not_an_added_token_spells_nothing(self):
+    tokenizer = self.make('hugging_face')
+    path = pathlib.Path(tokenizer.path)
+    content = json.loads(path.read_text())
+    for token in content.pop('added_tokens'):
+      content['model']['vocab'][token['content']] = token['id']
+    path.write_text(json.dumps(content))
+    again = huggingface.load_hugging_face(str(path), 258, 257, 256)
+    np.testing.assert_array_equal(again.num_bytes, tokenizer.num_bytes)
+    self.assertEqual(again.num_bytes[256], 0)
+    self.assertEqual(again.controls, tokenizer.controls)
+    text = 'a<|endoftext|>'
+    np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
+
   @parameterized.parameters('bytes', 'sentencepiece', 'gpt2', 'hugging_face')
   def test_round_trip_and_protocol(self, name):
     tokenizer = self.make(name)
