@@ -212,9 +212,8 @@ def get_config() -> config_dict.ConfigDict:
   # genmd4 and ar_weight) learns from data.source=preferences:GLOB instead, and
   # needs kl_weight, such as 0.1.
   policy.name = ''
-  # Samples of each prompt, at least 2, on canvases of data.length tokens;
-  # divides train.batch_size. A sample is rewarded by how much better it is than
-  # the others.
+  # Samples of each prompt, at least 2; divides train.batch_size. A sample is
+  # rewarded by how much better it is than the others.
   policy.num_samples = 8
   # Whether that is divided by the standard deviation of the rewards.
   policy.scale_advantages = True
@@ -306,7 +305,8 @@ def get_config() -> config_dict.ConfigDict:
   sampler.top_k = 0  # 0: all tokens.
   sampler.top_p = 1.0  # In [0, 1]; 0: the most probable token.
   sampler.num_samples = 4  # Samples per prompt, with --mode=sample.
-  sampler.length = 0  # Tokens of a sample; 0: data.length.
+  # Tokens of a sample; 0: data.length, which a policy always learns from.
+  sampler.length = 0
   sampler.seed = 0
 
   config.optim = optim = config_dict.ConfigDict()

@@ -161,11 +161,6 @@ class Settings:
     """Tokens of a sample."""
     return self.sampler['length'] or self.data.length
 
-  def given_values(self) -> dict[str, Any]:
-    """Returns {'section.key': value} of the keys that were set by hand."""
-    values = flatten(self.to_dict())
-    return {key: values[key] for key in sorted(self.given)}
-
   def to_dict(self) -> dict[str, Any]:
     """Returns {section: {key: value}}, the config's content."""
     plain = lambda x: dict(x) if isinstance(x, Mapping) else vars(x).copy()

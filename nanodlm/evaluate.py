@@ -362,6 +362,9 @@ def open_text(lm: LanguageModel) -> Text:
   share = record.share(packed)
   if share is None and not (is_own or unknown):
     unknown = 'it is too short to compare'
+  if config.checkpoint.init_from:
+    # The run that it started from may have held out another part.
+    is_own &= (share or 0.0) < overlap.MIN_SHOWN_SHARE
   return Text(packed, source, is_own, share, unknown)
 
 
@@ -396,14 +399,22 @@ def shown_share(line: Mapping[str, Any]) -> str:
   return 'held out' + f' ({shown} also in training)' * is_shared
 
 
-# Keys that do not change what is measured, or are recorded on their own.
-_UNCHANGED = ('sampler.', 'mesh.', 'data.source', 'data.data_dir')
+def changes(lm: LanguageModel) -> dict[str, Any]:
+  """Returns {key: value} of what was set by hand, and changes a measurement.
 
-
-def changes(settings: Settings) -> dict[str, Any]:
-  """Returns {key: value} of settings that make a measurement another one."""
-  given = settings.given_values()
-  return {k: x for k, x in given.items() if not k.startswith(_UNCHANGED)}
+  Where the text comes from and the sampler are recorded on their own.
+  """
+  settings, saved = lm.run.settings, configs.read_run(lm.workdir)
+  others = configs.FREE_KEYS - {'model.dtype'} | {'eval.batch_size'}
+  others |= {'data.source', 'data.eval_source'}
+  return {
+    key: value
+    for key, (_, value) in configs.differing_keys(
+      saved.to_dict(), settings.to_dict()
+    ).items()
+    if key in settings.given - others
+    and key.startswith(('data.', 'eval.', 'model.'))
+  }
 
 
 def shown_changes(line: Mapping[str, Any]) -> str:
@@ -421,7 +432,7 @@ def append_result(lm: LanguageModel, text: Text, result: dict[str, Any]):
       'source': text.source,
       'is_held_out': text.is_held_out,
       'trained_share': text.trained_share,
-      'changed': changes(lm.run.settings),
+      'changed': changes(lm),
       **result,
     }
     workdirs.append(lm.workdir, workdirs.EVAL, line)

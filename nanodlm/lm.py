@@ -453,7 +453,8 @@ class LanguageModel:
     tokenizer, run = self.tokenizer, self.run
     sees_right = run.objective.sees_right(run.settings.sample_length)
     # A space before the slot may be a part of the token in it.
-    space = before.removeprefix(prompts.before_gap(before, tokenizer))
+    is_whole = run.settings.data.is_pairs and not after
+    space = before.removeprefix(prompts.before_gap(before, tokenizer, is_whole))
     encode = tokenizer.encode_rest if before else tokenizer.encode
     rows = [encode(space + choice) for choice in choices]
     is_prompt = messages is None
@@ -514,8 +515,13 @@ class LanguageModel:
     length = self.run.settings.sample_length
     prompt = f'{before}{{{size}}}{after}'
     canvas, _ = lay_out(self.run, prompt, length)
+    # As `prompts.make_canvas` does; a separator may end the canvas.
     parts = prompts.encode_parts(
-      prompt, self.tokenizer, length, sees_right=True
+      prompt,
+      self.tokenizer,
+      length - int(self.run.objective.any_length),
+      sees_right=True,
+      is_pairs=self.run.settings.data.is_pairs,
     )
     num_before = len(prompts.parse_prompt(f'{before}{{1}}')) - 1
     return canvas, sum(map(len, parts[:num_before]))

@@ -48,6 +48,12 @@ class Rollouts(Batches):
         f'policy.name={run.settings.policy["name"]!r}, which does not learn '
         'from rewards'
       )
+    if not run.sampler.fills_masks:
+      raise InputError(
+        f'sampler.name={run.sampler_name!r} does not fit policy.name='
+        f'{run.settings.policy["name"]!r}, which learns from samples of a '
+        'given number of tokens'
+      )
     make_reward(run.settings)
 
   def __init__(self, run: Run, packed: PackedData, start_step: int):

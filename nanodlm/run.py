@@ -446,12 +446,6 @@ def _check_network(run: Run):
   if settings.sample.length:
     run.check_canvas('sampler.length', settings.sample.length)
   steps = settings.train.anneal_steps
-  if steps and (kind := method_name(settings)):
-    raise InputError(
-      f'train.anneal_steps={steps!r} must be 0 with {kind}.name='
-      f'{settings.to_dict()[kind]["name"]!r}, which starts from a network that '
-      'sees the whole text'
-    )
   if steps and (objective.causal or objective.block_size):
     raise InputError(
       f'train.anneal_steps={steps!r} is ignored with objective.name={name!r}: '
@@ -546,12 +540,17 @@ def check_training(run: Run):
     )
   if method:
     method.check(run.settings)
+    kind = method_name(run.settings)
+    chosen = f'{kind}.name={run.settings.to_dict()[kind]["name"]!r}'
     if not (init_from := run.settings.checkpoint.init_from):
-      kind = method_name(run.settings)
-      name = run.settings.to_dict()[kind]['name']
       raise InputError(
         f'checkpoint.init_from={init_from!r} must be the workdir of a trained '
-        f'run with {kind}.name={name!r}'
+        f'run with {chosen}'
+      )
+    if train.anneal_steps:
+      raise InputError(
+        f'train.anneal_steps={train.anneal_steps!r} must be 0 with {chosen}, '
+        'which starts from a network that sees the whole text'
       )
   lora, init_from = run.settings.lora, run.settings.checkpoint.init_from
   if lora['rank'] and not init_from:

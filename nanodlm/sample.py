@@ -110,8 +110,8 @@ def sample_prompts(
     samplers: see `with_samplers`; number, length and seed are the run's.
     display: a `show.live.Display` of the canvases during sampling, or None.
     page: a `show.replay.Page` that records the trajectories, or None.
-    make_search: returns how texts of high reward are found with a sampler,
-      without display and page; None: every sample is one.
+    make_search: run -> how its sampler finds texts of high reward, without
+      display and page; None: every sample is one.
   """
   run, sample = lm.run, lm.run.settings.sample
   models = with_samplers(lm, samplers)

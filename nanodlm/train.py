@@ -291,7 +291,7 @@ def check_same_text(packed: PackedData, meta: dict[str, Any], workdir: str):
 
 
 def _check_same_start(before: Any, settings: Settings, workdir: str):
-  """Raises InputError if weights to start from would not be read.
+  """Raises InputError if weights that were set by hand would not be read.
 
   The base of adapters is read, and may have moved. So may the run that this one
   started from.
@@ -301,17 +301,16 @@ def _check_same_start(before: Any, settings: Settings, workdir: str):
     settings: the run's settings.
     workdir: folder of the run.
   """
-  for key in 'init_from', 'init_step':
-    value = getattr(settings.checkpoint, key)
-    was = before.get(key, value)
-    is_same = os.path.abspath(str(was)) == os.path.abspath(str(value))
-    has_moved = key == 'init_from' and was and not os.path.isdir(was)
-    if not (is_same or has_moved):
-      raise InputError(
-        f'checkpoint.{key}={value!r} is ignored by workdir={workdir!r}, which '
-        f'has checkpoints of its own and started with {was!r}; leave it out, '
-        'or give another workdir'
-      )
+  now, was = settings.checkpoint, before.get('init_from', '')
+  has_moved = was and not os.path.isdir(was)
+  is_same = was and os.path.abspath(was) == os.path.abspath(now.init_from)
+  is_given = now.init_from and 'checkpoint.init_from' in settings.given
+  if is_given and not (is_same or has_moved):
+    raise InputError(
+      f'checkpoint.init_from={now.init_from!r} is ignored by workdir='
+      f'{workdir!r}, which has checkpoints of its own and started from '
+      f'{was!r}; resume it with --workdir alone, or give another workdir'
+    )
 
 
 def _warn(settings: Settings, before: Any, step: int):

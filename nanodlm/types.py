@@ -254,7 +254,7 @@ class Objective(abc.ABC):
       so that it can correct a finished text.
     num_alternatives: number of consecutive rows that belong together, as a
       chosen and a rejected text do; the source must have them.
-    num_reads: number of rows, in all steps, that come from one example.
+    num_reads: number of rows of training batches that one example becomes.
     batches: where its training batches come from, with train.batches='auto'.
     uses_frozen: whether training needs `TrainState.frozen`; see `init_frozen`.
     round_steps: number of steps after which `renew_frozen` renews it; 0: never.

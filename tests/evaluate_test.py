@@ -34,7 +34,9 @@ def flat(tmp_path_factory):
 def settings_of(workdir, source=''):
   config = configs.read_run(workdir)
   config.data.source = source or config.data.source
-  return configs.make_settings(config, {'data.source', 'eval.num_draws'})
+  config.eval.num_draws = 4
+  given = {'data.source', 'data.crop', 'eval.num_draws', 'eval.batch_size'}
+  return configs.make_settings(config, given)
 
 
 def evaluate_on(workdir, source, **options):
@@ -97,7 +99,7 @@ def test_other_texts_in_bytes(tokenizer, tmp_path):
   with open(f'{workdir}/eval.jsonl') as file:
     lines = [json.loads(line) for line in file]
   assert [line['source'].split(':')[0] for line in lines] == ['text', 'jsonl']
-  assert lines[0]['changed'] == {'eval.num_draws': run.settings.eval.num_draws}
+  assert lines[0]['changed'] == {'eval.num_draws': 4}
   assert lines[1]['eval/bits_per_byte'] == means['eval/bits_per_byte']
 
 

@@ -510,3 +510,35 @@ def test_another_sampler_samples_as_much(masked):
   for sampler in ('confidence', 'ancestral'):
     (one,) = lm.sample(sampler=sampler, details=True)
     assert len(one.tokens) == 9
+
+
+@pytest.mark.parametrize('kind', ['pairs', 'expand'])
+def test_a_slot_is_where_the_canvas_has_it(kind, tmp_path):
+  text = 'the sky is blue and the grass is green'
+  rows = [{'text': f'{text} {i}', 'prompt': text} for i in range(40)]
+  if kind == 'pairs':
+    rows = [{'prompt': x['text'], 'response': 'blue'} for x in rows]
+  path = tmp_path / 'rows.jsonl'
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  own = {
+    'pairs': {
+      'data__source': f'pairs:{path}',
+      'tokenizer__name': 'sentencepiece',
+      'tokenizer__vocab_size': 300,
+    },
+    'expand': {
+      'data__source': f'jsonl:{path}',
+      'data__crop': 'document',
+      'objective__expand': True,
+    },
+  }[kind]
+  workdir = workdirs.make_workdir(tmp_path / 'run', data__length=64, **own)
+  lm = nanodlm.load(workdir)
+  # The space before a slot at the end belongs to the prompt of a pair.
+  before = {'pairs': 'the sky is ', 'expand': '{} sky is '}[kind]
+  for after in '', ' and green':
+    canvas, slot = lm._lay_out_slot(before, after, 1)
+    (places,) = np.nonzero(canvas == lm.tokenizer.mask_id)
+    assert slot == places[-1] and (slot == len(canvas) - 1) == (
+      not after and kind == 'pairs'
+    )

@@ -263,10 +263,17 @@ def test_what_follows_the_end_of_a_sample_is_not_learnt(tmp_path, name, num):
   np.testing.assert_array_equal(batch.num_tokens[::2], num)
 
 
-def test_samples_have_the_length_of_the_text(first, tmp_path):
-  changes = {'sampler.length': 8}
-  start = dataclasses.replace(start_from(tmp_path, first), changes=changes)
-  with pytest.raises(InputError, match='sampler.length=8 must be 0'):
+def test_samplers_of_gaps_of_any_length_are_refused(tmp_path):
+  (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n{"text": "b"}\n' * 20)
+  changes = {
+    'data__source': f'jsonl:{tmp_path}/a.jsonl',
+    'data__crop': 'document',
+    'model__time_conditioning': True,
+    'objective__name': 'flex',
+  }
+  workdir = workdirs.make_workdir(tmp_path / 'flex', **changes)
+  start = start_from(tmp_path / 'run', workdir, **changes)
+  with pytest.raises(InputError, match="sampler.name='insert' does not fit"):
     train.main(start)
 
 

@@ -1,5 +1,6 @@
 """Tests of nanodlm.train: skipped steps, divergence and runs made longer."""
 
+import contextlib
 import dataclasses
 import pathlib
 import re
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from nanodlm import config as configs
 from nanodlm import train
 from nanodlm.training import checksums
 from nanodlm.types import InputError
@@ -140,6 +142,31 @@ def test_a_run_that_resumes_reads_no_other_weights(spoilt):
   with pytest.raises(InputError, match='checkpoint.init_from=.* is ignored'):
     train.main(dataclasses.replace(start, changes=other))
   assert written == {path: path.read_bytes() for path in files_of(start)}
+
+
+@pytest.mark.parametrize(
+  'was, now, is_given, is_refused',
+  [
+    ('', 'b', True, True),
+    ('a', 'b', True, True),
+    ('a', './a/', True, False),
+    ('a', '', True, False),
+    ('a', 'b', False, False),
+    ('gone', 'b', True, False),  # It has moved.
+  ],
+)
+def test_starts_that_would_not_be_read(
+  was, now, is_given, is_refused, tmp_path, monkeypatch
+):
+  (tmp_path / 'a').mkdir()
+  monkeypatch.chdir(tmp_path)
+  config = configs.load()
+  config.checkpoint.init_from = now
+  given = ['checkpoint.init_from'] * is_given
+  settings = configs.make_settings(config, given)
+  refused = pytest.raises(InputError, match='--workdir alone')
+  with refused if is_refused else contextlib.nullcontext():
+    train._check_same_start({'init_from': was}, settings, 'w')
 
 
 def files_of(start):

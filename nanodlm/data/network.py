@@ -14,7 +14,8 @@ def is_reachable(url: str, timeout_secs: float = 3.0) -> bool:
   proxy = urllib.request.getproxies().get(target.scheme)
   if proxy and not urllib.request.proxy_bypass(target.hostname or ''):
     target = urllib.parse.urlsplit(proxy if '://' in proxy else f'//{proxy}')
-  port = target.port or {'http': 80, 'https': 443}[target.scheme or 'http']
+  ports = {'http': 80, 'https': 443, 'ftp': 21}
+  port = target.port or ports[target.scheme or 'http']
   try:
     with socket.create_connection((target.hostname, port), timeout_secs):
       return True

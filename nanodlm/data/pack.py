@@ -329,9 +329,10 @@ def _fit(name: str, stream: Stream, data_config: DataConfig) -> Stream:
       "data.length, shorter documents, or data.long_documents='cut'"
     )
   if num_long:
+    num_cut = int((is_kept & (sizes > length)).sum())
     _log.warning(
       f'{setting}: of {num} documents of {name}, {num_long} are longer (up to '
-      f'{max(sizes)} tokens); {num_long - num_dropped} of them were cut and '
+      f'{max(sizes)} tokens); {num_cut} of them were cut and '
       f'{num_dropped} left out'
     )
   ranges = ranges[is_kept]

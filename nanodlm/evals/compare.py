@@ -180,7 +180,7 @@ def sample_point(
   secs = time.perf_counter() - start
   tokens, own = lms.without_room(lm.run, tokens, fixed)
   settings = lm.run.describe_sampler()
-  for key in ('num_samples', 'length', 'seed'):
+  for key in configs.SAMPLE_KEYS:
     del settings[key]
   return {
     'sampler': settings,
@@ -288,7 +288,6 @@ def compare_run(
     return judge.features(texts, lm.tokenizer)
 
   length = request.length or subject.settings.data.length
-  subject.run.check_canvas('--length', length)
   planned = plan_points(subject.run, request, length)
   if has_mauve and planned:
     read_rows()  # Raises what is wrong before anything takes long.
@@ -431,13 +430,11 @@ def format_table(
   ]
   if not points:
     return '\n'.join(lines)
-  last, (own, other) = points[-1], (_lengths(points, x) for x in (True, False))
-  remarks = []
-  if own != other:
-    remarks.append(
-      f'The rows of the text have {other} tokens: longer texts have a higher '
-      'entropy and fewer distinct words.'
-    )
+  last, own, other = points[-1], _lengths(points, True), _lengths(points, False)
+  remark = (
+    f'The rows of the text have {other} tokens; longer texts have a higher '
+    'entropy and fewer distinct words.'
+  )
   draw = ', '.join(f'{key} {last["sampler"][key]:g}' for key in DRAW_FLAGS)
   lines += [
     '',
@@ -445,9 +442,9 @@ def format_table(
       (*_POINT_COLUMNS, *judge.columns, *text_columns), points
     ),
     '',
-    f'{last["num_samples"]} samples of {_lengths(points, True)} tokens per '
+    f'{last["num_samples"]} samples of {own} tokens per '
     f'line, {draw}. entropy: nats/token, of all samples and of single texts.',
-    *remarks,
+    *[remark] * (own != other),
     *judge.remarks(points),
   ]
   return '\n'.join(lines)
@@ -596,9 +593,8 @@ def make_judge(options: flags.FlagValues, spec: str) -> judges.Judge:
 def check(settings: Sequence[Settings], request: Request, judge: judges.Judge):
   """Raises InputError if a sampler fits no run, or the judge not each run."""
   made = [runs.make_run(one, refit=True) for one in settings]
-  for run in made:
-    length = request.length or run.settings.data.length
-    run.check_canvas('--length', length)
+  for run in made if request.length else ():
+    run.check_canvas('--length', request.length)
   objectives = [run.objective for run in made]
   for name in request.samplers:
     if name in SAMPLERS and not any(map(SAMPLERS[name].fits, objectives)):
@@ -624,13 +620,15 @@ def _open_settings(workdirs: Sequence[str], source: str) -> list[Settings]:
         f'--workdirs names one run twice: {workdir!r} is also {seen[path]!r}'
       )
     seen[path] = workdir
-  found = [configs.read_run(workdir) for workdir in workdirs]
+  found: list[Any] = [configs.read_run(workdir) for workdir in workdirs]
   for config in found if source else ():
-    data: Any = config.data
-    configs.set_source(data, source)
-    if data.crop == 'document':
-      own = runs.make_objective(configs.make_settings(config))
-      data.long_documents = 'drop' if own.any_length else 'cut'
+    configs.set_source(config.data, source)
+  settings = list(map(configs.make_settings, found))
+  # Some networks read whole documents only; all runs read the same text.
+  is_whole = any(runs.make_objective(one).any_length for one in settings)
+  for config in found if source else ():
+    if config.data.crop == 'document':
+      config.data.long_documents = 'drop' if is_whole else 'cut'
   return list(map(configs.make_settings, found))
 
 

@@ -92,9 +92,9 @@ def sample_gaps(
 def check_run(run: Run):
   """Raises InputError if the run cannot fill gaps from both sides.
 
-  Nor can a sampler of gaps of any length be compared with a text whose law, and
-  so the number of words, is unknown.
+  A sampler that fills gaps of any length also needs a text whose law is known.
   """
+  data = run.settings.data
   if not run.objective.sees_right(run.settings.data.length):
     raise InputError(
       '--infill needs a network that sees both sides of a gap; that of '
@@ -106,7 +106,8 @@ def check_run(run: Run):
       '--infill does not support data.segment_ids=True, because it does not '
       'know where documents end'
     )
-  if not run.sampler.fills_masks and not laws.law_of_rows(run.settings.data):
+  law = laws.law_of_rows(data, data.eval_source)
+  if not run.sampler.fills_masks and not law:
     raise InputError(
       f'--infill does not support sampler.name={run.sampler_name!r}, which '
       'fills gaps of any length, on a text whose law is not known'
@@ -118,8 +119,8 @@ def _accuracy(
 ) -> tuple[float, float]:
   """Returns `metrics.ratio_interval` of numbers of correct answers.
 
-  If all answers are right, or all wrong, they say nothing about their spread;
-  the interval is then that of a single answer for each row.
+  If all answers are right, or all wrong, their spread is zero; the width is
+  then that of Wilson's interval, which has one side, for an answer per block.
   """
   accuracy, half_width = metrics.ratio_interval(correct, count, independent)
   if accuracy in (0, 1) and math.isfinite(half_width):

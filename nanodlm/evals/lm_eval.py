@@ -325,9 +325,13 @@ def _generation_options(
   if given.pop('do_sample', bool(temperature)):
     draw = {'temperature': 1.0 if temperature is None else temperature} | cut
   if given:
-    text = f'generation options without effect: {given}'
+    text = f'these generation options are ignored: {given}'
     warnings.warn(text, stacklevel=2)
-  return stops, int(min(num_tokens, default=MAX_NEW_TOKENS)), (*draw.items(),)
+  return (
+    stops,
+    int(min(num_tokens, default=MAX_NEW_TOKENS)),
+    tuple(draw.items()),
+  )
 
 
 def define_flags():

@@ -168,7 +168,7 @@ def main(start: Start) -> int:
     lines.append(line)
     if not jax.process_index():
       kept = {'step': lm.step, 'source': one.source, **line}
-      kept['changed'] = evaluate.changes(settings)
+      kept |= {'changed': evaluate.changes(lm)}
       workdirs.append(start.workdir, RESULTS, kept)
   print('\n'.join(metrics.format_table(_COLUMNS, lines)))
   return 0

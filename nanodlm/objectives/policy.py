@@ -176,10 +176,6 @@ class Policy(Tuning):
     if not 0 < self.clip < 1:
       raise InputError(f'policy.clip={self.clip!r} must be in (0, 1)')
 
-  @classmethod
-  def fits(cls, base):
-    return super().fits(base) and not base.any_length
-
   @property
   def num_reads(self) -> int:  # pyright: ignore
     return self.num_samples * self.num_updates
@@ -202,12 +198,6 @@ class Policy(Tuning):
         f'data.source={data.source!r} must not be conversations with '
         f'policy.name={kind!r}, which samples one response to a prompt: write '
         'them as pairs:GLOB'
-      )
-    length = settings.sampler['length']
-    if 'sampler.length' in settings.given and length not in (0, data.length):
-      raise InputError(
-        f'sampler.length={length!r} must be 0 with policy.name={kind!r}: it '
-        f'learns from samples of data.length={data.length!r} tokens'
       )
     if not settings.train.reward:
       raise InputError(

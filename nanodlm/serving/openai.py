@@ -169,8 +169,8 @@ class Completions:
     prompt, tokenizer = self.prompts[i // self._num], self._model.tokenizer
     if not isinstance(prompt, str):
       return ''
-    is_pairs = self._model.run.settings.data.is_pairs
-    return prompt.removeprefix(prompts.before_gap(prompt, tokenizer, is_pairs))
+    is_whole = self._model.run.settings.data.is_pairs and not self._body.suffix
+    return prompt.removeprefix(prompts.before_gap(prompt, tokenizer, is_whole))
 
   def _complete(self, i: int, row: Row) -> tuple[str, str | None, int]:
     """The text so far, the reason why it ended, and its number of tokens."""

@@ -13,7 +13,6 @@ from nanodlm.objectives import policy
 from nanodlm.objectives.ar import Autoregressive
 from nanodlm.objectives.block import Block
 from nanodlm.objectives.d3pm import D3PM
-from nanodlm.objectives.flex import Flex
 from nanodlm.objectives.genmd4 import GenMD4
 from nanodlm.objectives.masked import Masked
 from nanodlm.objectives.sedd import ScoreEntropy
@@ -368,10 +367,6 @@ def test_preferences_of_bounds_share_their_noise():
     np.testing.assert_allclose(total, 3 * np.log(2), rtol=1e-5)
     np.testing.assert_allclose(scores.reports['margin'], 0, atol=1e-5)
     assert np.abs(gradient).max() > 1e-3
-
-
-def test_samples_fill_masks():
-  assert not SEQUENCE.fits(Flex(MASK)) and DPO.fits(Flex(MASK))
 
 
 BASES = {

@@ -170,7 +170,10 @@ class SplitSource(Source):
 
   def parts(self, split: str) -> Iterator[Part]:
     num_rows = self.num_rows()
-    own = split if split in num_rows else 'test'
+    is_validation = split == 'validation' and split not in num_rows
+    own = 'test' if is_validation else split
+    if own not in num_rows:
+      raise self.error(f'its splits are {sorted(num_rows)}, without {own!r}')
     for start in range(0, num_rows[own], PART_ROWS):
       yield own, start, min(start + PART_ROWS, num_rows[own])
 
