@@ -351,7 +351,10 @@ class PreferencesTest(parameterized.TestCase):
     config = workdirs.DataConfig(
       source=f'preferences:{path}', data_dir=folder, eval_fraction=0.2
     )
-    packed = prepare.prepare(config, BYTES)
+    with self.assertLogs('nanodlm', 'WARNING') as logs:
+      packed = prepare.prepare(config, BYTES)
+    for line in logs.output:  # The partners of long ones are left out, too.
+      self.assertIn('; 0 of them were cut', line)
     decode = lambda row: packed.tokenizer.decode(row).split('\n')[0]
     kept = [i for i in range(30) if i % 5 and i % 7]
     seen = []

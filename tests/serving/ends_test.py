@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 
+from nanodlm import prompts
 from nanodlm.data.tokenizers.bytes import BytesTokenizer
 from nanodlm.serving import app, openai, schemas, service
 from nanodlm.serving import engine as engines
@@ -231,6 +232,21 @@ def model_of(tokenizer, eos_ids=()):
     settings=types.SimpleNamespace(data=data),
   )
   return types.SimpleNamespace(run=run, tokenizer=tokenizer, name='tiny')
+
+
+@pytest.mark.parametrize('is_pairs', [False, True])
+@pytest.mark.parametrize('suffix', ['', ' and red'])
+def test_the_space_that_is_left_to_the_gap(is_pairs, suffix, tmp_path):
+  tokenizer = foreign_tokenizers.make_nfc(tmp_path)
+  assert tokenizer.joins_spaces
+  model = model_of(tokenizer)
+  model.run.settings.data.is_pairs = is_pairs
+  body = schemas.CompletionRequest(prompt='it is ', suffix=suffix)
+  given = openai.Completions(model, body)._given(0)
+  before, *_ = prompts.encode_parts(
+    f'it is {{2}}{suffix}', tokenizer, 64, sees_right=True, is_pairs=is_pairs
+  )
+  assert tokenizer.decode(before) + given == 'it is '
 
 
 def test_a_separator_at_the_start_of_a_blank_text_does_not_end_it():

@@ -26,6 +26,19 @@ def texts(source, split='train'):
   ]
 
 
+class SplitsTest(absltest.TestCase):
+  def test_a_test_split_is_no_training_text(self):
+    class Tiny(base.SplitSource):
+      spec = 'tfds:tiny'
+      num_rows = lambda self: {'test': 3}
+
+    Tiny.__abstractmethods__ = frozenset()
+    source = Tiny.__new__(Tiny)
+    self.assertEqual([*source.parts('validation')], [('test', 0, 3)])
+    with self.assertRaisesRegex(InputError, "are .'test'., without 'train'"):
+      next(source.parts('train'))
+
+
 class TfdsTest(absltest.TestCase):
   def setUp(self):
     super().setUp()

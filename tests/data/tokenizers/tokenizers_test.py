@@ -272,6 +272,9 @@ class TokenizersTest(parameterized.TestCase):
       with mock.patch('socket.create_connection') as connect:
         network.is_reachable('https://example.com/x')
     self.assertEqual(connect.call_args.args[0], ('proxy.test', 3128))
+    with mock.patch('socket.create_connection') as connect:
+      network.is_reachable('ftp://example.com/x')
+    self.assertEqual(connect.call_args.args[0], ('example.com', 21))
 
   def test_half_a_surrogate_pair(self):
     with self.assertRaisesRegex(InputError, 'surrogate'):
