@@ -176,16 +176,23 @@ def _open(path: str, controls: Sequence[int] = ()) -> tuple[Any, bytes]:
     described = json.loads(content)
     added = described.get('added_tokens') or []
     known = {token['id'] for token in added}
-    processor = tokenizers.Tokenizer.from_buffer(content)
-    for i in sorted({*controls} - known):
-      if text := processor.id_to_token(i):
-        token = {'id': i, 'content': text, 'special': True}
-        flags = ('single_word', 'lstrip', 'rstrip', 'normalized')
-        added.append(token | dict.fromkeys(flags, False))
     for token in added:
       token['special'] |= token['id'] in controls
-    described['added_tokens'] = sorted(added, key=lambda token: token['id'])
-    processor = tokenizers.Tokenizer.from_buffer(json.dumps(described).encode())
+    load = lambda: tokenizers.Tokenizer.from_buffer(
+      json.dumps(described).encode()
+    )
+    processor = load()
+    others = {i: processor.id_to_token(i) for i in {*controls} - known}
+    if any(others.values()):  # Only the vocabulary of the model has them.
+      flags = ('single_word', 'lstrip', 'rstrip', 'normalized')
+      added += [
+        {'id': i, 'content': text, 'special': True}
+        | dict.fromkeys(flags, False)
+        for i, text in others.items()
+        if text
+      ]
+      described['added_tokens'] = sorted(added, key=lambda token: token['id'])
+      processor = load()
   except OSError as error:
     raise InputError(f'{path} cannot be read ({reason(error)})') from error
   except Exception as error:  # The library raises no narrower class.
